@@ -1,0 +1,200 @@
+"""Read, verify and write a bundle: the folder that holds everything deployment needs. No torch.
+
+A reader trusts nothing: names are checked before they are joined to a path, and a file's sha256 before a
+backend sees a byte of it. A writer never shows half a bundle: it works in a staging folder beside the target,
+under a lock that the system drops when the process dies, and renames at the end.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from trtower.errors import BundleError
+from trtower.manifest import Certificate, FileEntry, Manifest, PlanEntry
+
+MANIFEST = "tower.json"
+GRAPH = "tower.onnx"
+GRAPH_DATA = "tower.onnx.data"
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PLANS = "plans"
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read and whose files are there in their full size."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Read the manifest; raise BundleError where it or a file it lists is missing, cut short or misplaced."""
+        folder = Path(path).expanduser()
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST}. Make one: trtower export CHECKPOINT --out {folder}"
+            ) from err
+        except UnicodeDecodeError as err:
+            raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err
+        try:
+            manifest = Manifest.from_json(text)
+        except BundleError as err:
+            raise BundleError(f"{folder}: {err}") from err
+        bundle = cls(folder, manifest)
+        for name in [*manifest.files, *(plan.file for plan in manifest.plans), GRAPH, CONFIG, PREPROCESSOR]:
+            bundle._check_present(name)
+        return bundle
+
+    def verify(self, name: str) -> Path:
+        """Compare a file with its sha256 in the manifest and return its path."""
+        path = self._check_present(name)
+        with path.open("rb") as stream:
+            self._compare(name, _sha256(stream))
+        return path
+
+    def read(self, name: str) -> bytes:
+        """Read a file whole, and compare what was read with its sha256 in the manifest."""
+        content = self._check_present(name).read_bytes()
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def add_plan(self, plan: PlanEntry, staged: Path) -> "Bundle":
+        """Move a staged plan into the bundle, in the place of one of the same name. Call it under `locked`."""
+        target = self.path / plan.file
+        target.parent.mkdir(exist_ok=True)
+        entry = describe(staged)
+        staged.replace(target)
+        current = Manifest.from_json((self.path / MANIFEST).read_text(encoding="utf-8"))
+        plans = (*(p for p in current.plans if p.file != plan.file), plan)
+        return self._rewrite(replace(current, plans=plans, files={**current.files, plan.file: entry}))
+
+    def add_certificate(self, certificate: Certificate) -> "Bundle":
+        """Write the certificate into the manifest. Call it under `locked`."""
+        current = Manifest.from_json((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return self._rewrite(replace(current, certificate=certificate))
+
+    def _rewrite(self, manifest: Manifest) -> "Bundle":
+        write_manifest(self.path, manifest)
+        return Bundle(self.path, manifest)
+
+    def _check_present(self, name: str) -> Path:
+        """Return the path of a listed file that lies inside the bundle in its full size."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so nothing vouches for it.")
+        entry = self.manifest.files[name]
+        path = self.path / name
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle: refused.")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; {MANIFEST} lists it with {entry.size} bytes. Copy the bundle again.")
+        if path.stat().st_size != entry.size:
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes; {MANIFEST} says {entry.size}. Copy the bundle again."
+            )
+        return path
+
+    def _compare(self, name: str, found: str) -> None:
+        expected = self.manifest.files[name].sha256
+        if found != expected:
+            raise BundleError(
+                f"{self.path / name} was altered: its sha256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…. "
+                "Copy the bundle again."
+            )
+
+
+def describe(path: Path) -> FileEntry:
+    """Take a file's size and sha256."""
+    with path.open("rb") as stream:
+        return FileEntry(sha256=_sha256(stream), size=path.stat().st_size)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step."""
+    staged = folder / f".{MANIFEST}.staging"
+    with staged.open("w", encoding="utf-8") as stream:
+        stream.write(manifest.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    staged.replace(folder / MANIFEST)
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Be the only writer of the bundle at ``target``; raise BundleError where another process is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_beside(target, "lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as err:
+        raise BundleError(f"another process is writing {target}: wait for it, or name another folder.") from err
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its name when the block ends well.
+
+    When the block raises the folder is removed; when the process dies, the next writer removes it. An old
+    bundle is set aside only once the new one is whole, and put back by the next writer should the process
+    die between the two renames.
+    """
+    with locked(target):
+        folder, aside = _beside(target, "staging"), _beside(target, "old")
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        for leftover in (folder, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+        refuse_existing(target, overwrite=overwrite)
+        folder.mkdir()
+        try:
+            yield folder
+            _sync(folder)
+            if target.exists():
+                target.rename(aside)
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise BundleError where ``target`` is taken: by a bundle without ``overwrite``, by anything else always."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST).is_file():
+        raise BundleError(f"{target} exists and is not a bundle: it is left alone. Name another folder with --out.")
+    if not overwrite:
+        raise BundleError(f"{target} exists: it is replaced only with --overwrite, or name another folder with --out.")
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.parent / f".{target.name}.{suffix}"
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold every file of a folder, so that a rename cannot outlive what it names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sha256(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""The one error tree: everything trtower raises on purpose derives from TrtowerError.
+
+::
+
+    TrtowerError
+    ├── ConfigError        an option or a config value that this tower, bundle or target cannot have (a ValueError)
+    ├── InputError         images that the tower does not take (a ValueError)
+    ├── CheckpointError    a checkpoint that cannot be found, read or trusted
+    ├── BundleError        a bundle that is missing, incomplete, altered or of a newer schema
+    ├── BackendError       a backend that cannot run here
+    ├── BuildError         an ONNX graph or a plan that could not be made
+    └── MissingExtraError  a package that is not installed; names the extra that brings it (an ImportError)
+
+A message says what was found, what was expected, and the next step.
+"""
+
+__all__ = [
+    "BackendError",
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "InputError",
+    "MissingExtraError",
+    "TrtowerError",
+]
+
+
+class TrtowerError(Exception):
+    """Base of every error that trtower raises on purpose."""
+
+
+class ConfigError(TrtowerError, ValueError):
+    """An option or a config value that this tower, bundle or target cannot have."""
+
+
+class InputError(TrtowerError, ValueError):
+    """Images that the tower does not take."""
+
+
+class CheckpointError(TrtowerError):
+    """A checkpoint that cannot be found, read or trusted."""
+
+
+class BundleError(TrtowerError):
+    """A bundle that is missing, incomplete, altered or of a newer schema."""
+
+
+class BackendError(TrtowerError):
+    """A backend that cannot run here."""
+
+
+class BuildError(TrtowerError):
+    """An ONNX graph or a plan that could not be made."""
+
+
+class MissingExtraError(TrtowerError, ImportError):
+    """A package that is not installed; the message names the extra that brings it."""

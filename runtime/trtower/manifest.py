@@ -1,0 +1,191 @@
+"""tower.json, typed: what a bundle says of itself.
+
+The manifest is decoded strictly. A key that is missing, unknown or of another type is an error, because a
+manifest that is half understood would load a tower that is half the one that was exported.
+"""
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from trtower.errors import BundleError, ConfigError
+from trtower.spec import BatchProfile, TensorSpec, TowerSpec
+
+SCHEMA = 1
+"""Raised whenever a key is added, removed or changes its meaning."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the weights came from.
+
+    ``weights_sha256`` is over the FP32 tensors of the cut tower (see `trtower_export.truncate`).
+    With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
+    """
+
+    checkpoint: str
+    revision: str | None
+    weights_sha256: str
+    random_weights: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of the bundle; ``size`` in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """One plan and what it needs.
+
+    ``version`` is the TensorRT that built it, which must be the one that runs it. An empty
+    ``compute_capabilities`` is TensorRT-RTX's portable form: every GPU from Ampere (8.0) on that it supports.
+    """
+
+    file: str
+    flavour: str
+    version: str
+    platform: str
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """How far features are from FP32 PyTorch.
+
+    ``token_cosine_*`` over the tokens; ``relative_error`` = ‖x - ref‖ / ‖ref‖; ``max_abs_error`` = max |x - ref|;
+    ``non_finite`` counts values that are NaN or infinite. Where any is, the others may be NaN, written as null.
+    """
+
+    token_cosine_mean: float | None
+    token_cosine_min: float | None
+    relative_error: float | None
+    max_abs_error: float | None
+    non_finite: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFigures:
+    """The figures of one image: the bundle's, and those of PyTorch in the bundle's own precision."""
+
+    name: str
+    bundle: Figures
+    torch: Figures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One thing the check demanded: ``figure`` is the limit's name, e.g. "token_cosine_min"."""
+
+    figure: str
+    limit: float
+    measured: float | None
+    holds: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """The parity of this bundle with the uncut FP32 PyTorch tower.
+
+    ``ran`` is what was executed, "plan" or "graph", on ``backend``; ``files`` are the sha256 of what was
+    executed; ``not_run`` names the plans that were built but executed by nobody.
+    """
+
+    passed: bool
+    ran: str
+    backend: str
+    files: dict[str, str]
+    not_run: tuple[str, ...]
+    reference: str
+    images: tuple[ImageFigures, ...]
+    images_sha256: str
+    bundle: Figures
+    torch: Figures
+    bounds: tuple[Bound, ...]
+    versions: dict[str, str]
+    machine: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of tower.json."""
+
+    schema: int
+    name: str
+    trtower: str
+    spec: TowerSpec
+    source: Source
+    precision: str
+    input: TensorSpec
+    output: TensorSpec
+    batch: BatchProfile
+    files: dict[str, FileEntry]
+    plans: tuple[PlanEntry, ...]
+    versions: dict[str, str]
+    certificate: Certificate | None
+
+    def to_json(self) -> str:
+        """Write the text of tower.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read the text of tower.json; raise BundleError saying which key is wrong."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as err:
+            raise BundleError(f"tower.json is not JSON: {err}") from err
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int):
+            raise BundleError("tower.json has no schema number, so it is not a bundle's manifest.")
+        if schema > SCHEMA:
+            raise BundleError(
+                f"tower.json has schema {schema}; this trtower reads up to {SCHEMA}: install a newer trtower."
+            )
+        try:
+            manifest: Manifest = _decode(cls, data, "tower.json")
+        except ConfigError as err:
+            raise BundleError(f"tower.json contradicts itself: {err}") from err
+        return manifest
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    """Turn JSON into ``kind``: dataclasses, tuples, dicts of strings, unions with None, and plain values."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_fields(kind, _expect(dict, data, where), where)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, data, where)))
+    if origin is dict:
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in _expect(dict, data, where).items()}
+    if origin is types.UnionType:
+        if data is None and types.NoneType in args:
+            return None
+        choices = [arg for arg in args if arg is not types.NoneType]
+        return _decode(next((c for c in choices if type(data) is c), choices[0]), data, where)
+    if kind is float and type(data) is int:
+        return float(data)
+    return _expect(kind, data, where)
+
+
+def _decode_fields(kind: Any, data: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(kind)
+    if hints.keys() != data.keys():
+        missing = ", ".join(sorted(hints.keys() - data.keys())) or "none"
+        unknown = ", ".join(sorted(data.keys() - hints.keys())) or "none"
+        raise BundleError(f"{where} has other keys than schema {SCHEMA}: missing {missing}; unknown {unknown}.")
+    return kind(**{key: _decode(hint, data[key], f"{where}.{key}") for key, hint in hints.items()})
+
+
+def _expect(kind: type[T], data: Any, where: str) -> T:
+    if type(data) is not kind:
+        raise BundleError(f"{where} is {data!r}; {kind.__name__} is expected.")
+    return data

@@ -1,0 +1,136 @@
+"""What a tower is, in numbers: layers, features, tokens, shapes. No torch.
+
+Letters used for shapes everywhere: B images, S pixels a side, P prefix tokens (CLS and registers),
+N patches, D features a token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trtower.errors import ConfigError, InputError
+
+FEATURES = ("patch", "cls_patch")
+"""LLaVA's `mm_vision_select_feature`: without the prefix tokens, or with them."""
+
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""The precision of weights and activations, and the dtype by which torch and numpy know it."""
+
+
+def normalise_layers(select_layer: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Turn a layer code into hidden-state indices, in the order given.
+
+    A tower of L layers has L + 1 hidden states: 0 is what enters the first layer (after `pre_layrnorm`
+    in CLIP) and k is the output of layer k, so -1 is L and -2 is L - 1, as transformers'
+    `hidden_states` counts them.
+    """
+    codes = [select_layer] if isinstance(select_layer, int) else list(select_layer)
+    if not codes:
+        raise ConfigError("select_layer is an empty list: name at least one layer.")
+    for code in codes:
+        if isinstance(code, bool) or not isinstance(code, int):
+            raise ConfigError(f"select_layer={code!r} is not a layer: an integer such as -2 is.")
+        if not -(num_layers + 1) <= code <= num_layers:
+            raise ConfigError(
+                f"select_layer={code} is outside this tower: "
+                f"{num_layers} layers accept {-(num_layers + 1)} to {num_layers}."
+            )
+    return tuple(code % (num_layers + 1) for code in codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchProfile:
+    """How many images one engine call takes: at least, as tuned, at most (TensorRT's min, opt, max)."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(
+                f"batch profile {self.min} {self.opt} {self.max} is out of order: "
+                "1 <= MIN <= OPT <= MAX is expected, such as 1 8 32."
+            )
+
+    def pieces(self, batch: int) -> Iterator[tuple[int, int]]:
+        """Cut ``batch`` images into ranges that one engine call takes each.
+
+        A rest below the minimum is topped up with images of the range before it, which are then
+        computed twice; a whole batch below the minimum is refused.
+        """
+        if batch < self.min:
+            raise InputError(f"images has batch {batch}; this engine takes {self.min} to {self.max} at once.")
+        for start in range(0, batch, self.max):
+            stop = min(start + self.max, batch)
+            yield min(start, stop - self.min), stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor of the graph: its name, dtype, and shape with the batch written as "batch"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """A cut tower. ``layers`` are hidden-state indices of the full tower of ``num_layers``."""
+
+    family: str
+    image_size: int
+    patch_size: int
+    num_layers: int
+    num_prefix_tokens: int
+    width: int
+    layers: tuple[int, ...]
+    select_feature: str = "patch"
+
+    def __post_init__(self) -> None:
+        self.first_token(self.select_feature)
+        if self.layers != normalise_layers(self.layers, self.num_layers):
+            raise ConfigError(f"layers={self.layers} are not the hidden-state indices 0 to {self.num_layers}.")
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N: the square of the side, with or without a CLS token, as LLaVA counts."""
+        return self.num_patches_per_side**2
+
+    @property
+    def num_tokens(self) -> int:
+        """P + N: the tokens that the engine gives."""
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def hidden_size(self) -> int:
+        """D: the layers that are read, concatenated."""
+        return self.width * len(self.layers)
+
+    @property
+    def depth(self) -> int:
+        """How many layers must run for the deepest state that is read."""
+        return max(self.layers)
+
+    def first_token(self, select_feature: str) -> int:
+        """Give the index of the first token that a feature keeps."""
+        if select_feature not in FEATURES:
+            raise ConfigError(f"select_feature={select_feature!r} is unknown: {' and '.join(FEATURES)} are known.")
+        if select_feature == "cls_patch" and self.num_prefix_tokens == 0:
+            raise ConfigError(f"select_feature='cls_patch' needs a CLS token, which a {self.family} tower has not.")
+        return self.num_prefix_tokens if select_feature == "patch" else 0
+
+    def input(self, precision: str) -> TensorSpec:
+        """Describe the tensor that enters: normalised pixels, (B, 3, S, S)."""
+        shape = ("batch", 3, self.image_size, self.image_size)
+        return TensorSpec(name="pixel_values", dtype=PRECISIONS[precision], shape=shape)
+
+    def output(self, precision: str) -> TensorSpec:
+        """Describe the tensor that leaves: all tokens of the layers read, (B, P + N, D)."""
+        shape = ("batch", self.num_tokens, self.hidden_size)
+        return TensorSpec(name="hidden_states", dtype=PRECISIONS[precision], shape=shape)
