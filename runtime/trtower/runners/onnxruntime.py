@@ -1,0 +1,57 @@
+"""Run a bundle's graph with ONNX Runtime, on CUDA or the CPU, on torch's memory."""
+
+import torch
+
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.errors import BackendError
+from trtower.extras import import_extra
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
+_ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+"""ONNX's TensorProto numbers: numpy has no name for bfloat16."""
+
+
+class OnnxRuntimeRunner:
+    """One session, which ONNX Runtime lets threads share; each call binds its own tensors."""
+
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
+        graph = bundle.verify(GRAPH)
+        bundle.verify(GRAPH_DATA)
+        provider = PROVIDERS[device.type]
+        settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if bundle.manifest.precision == "fp16":
+            # Repacking FP16 weights for the CPU takes seconds and gains nothing: benchmarks/README.md.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
+        except Exception as err:
+            raise BackendError(f"onnxruntime {ort.__version__} could not load {graph}: {err}") from err
+        if provider not in self._session.get_providers():
+            raise BackendError(
+                f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
+                f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
+            )
+        self._device_type, self._device_index = device.type, device.index or 0
+        self._input, self._output = bundle.manifest.input, bundle.manifest.output
+        self._element_type = _ELEMENT_TYPES[self._input.dtype]
+        self.files = (GRAPH, GRAPH_DATA)
+        self.device = device
+        self.dtype = getattr(torch, self._input.dtype)
+        self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
+
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """See Runner.run."""
+        binding = self._session.io_binding()
+        place = (self._device_type, self._device_index, self._element_type)
+        binding.bind_input(self._input.name, *place, tuple(pixel_values.shape), pixel_values.data_ptr())
+        binding.bind_output(self._output.name, *place, tuple(hidden_states.shape), hidden_states.data_ptr())
+        if self._device_type == "cuda":
+            # The session has a stream of its own: it starts once the caller's work is done, and ends before we return.
+            torch.cuda.current_stream(self.device).synchronize()
+        self._session.run_with_iobinding(binding)
+        if self._device_type == "cuda":
+            binding.synchronize_outputs()
