@@ -1,0 +1,94 @@
+"""The command `trtower`: what deployment needs itself, and the export side's commands where they are installed.
+
+The export side registers its commands as entry points, so this module never imports it.
+"""
+
+import json
+import logging
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated
+
+from trtower import __version__
+from trtower.bundle import Bundle
+from trtower.errors import ConfigError, TrtowerError
+from trtower.extras import extra_of, import_extra
+from trtower.inspection import as_text, inspect_bundle
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main() -> None:
+    """Run the command; exit 0 when done, 1 for a failure, 2 for wrong usage."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command with these arguments and return its exit code."""
+    debug = "--debug" in arguments
+    try:
+        typer = import_extra("typer", extra="cli", purpose="the trtower command")
+        import_extra("rich", extra="cli", purpose="the trtower command")
+        command = typer.main.get_command(_app())
+        result = command.main([a for a in arguments if a != "--debug"], prog_name="trtower", standalone_mode=False)
+    except TrtowerError as err:
+        if debug:
+            raise
+        return _fail(str(err), 2 if isinstance(err, ConfigError) else 1)
+    except ModuleNotFoundError as err:
+        extra = extra_of(err.name or "")
+        if debug or extra is None:
+            raise
+        return _fail(f"this command needs the package {err.name}: pip install 'trtower[{extra}]'", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as err:
+        # click's own errors know their exit code and their words; anything else is a bug and shows its traceback.
+        if not hasattr(err, "format_message"):
+            raise
+        return _fail(err.format_message(), getattr(err, "exit_code", 2))
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    app = typer.Typer(
+        name="trtower",
+        help="Compile the vision tower of a LLaVA-like model, and look at what was compiled.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def options(
+        debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+        verbose: Annotated[bool, typer.Option("--verbose", help="Show the log.")] = False,
+    ) -> None:
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+    @app.command()
+    def version() -> None:
+        """Print the version."""
+        print(__version__)  # noqa: T201
+
+    @app.command()
+    def inspect(
+        bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
+        json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Say what a bundle is, what of it would run here, and why the rest would not."""
+        found = inspect_bundle(Bundle.open(bundle))
+        print(json.dumps(found, indent=2) if json_ else as_text(found))  # noqa: T201
+
+    for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
+        app.command(point.name)(point.load())
+    return app
