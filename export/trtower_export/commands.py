@@ -1,0 +1,157 @@
+"""The export side's commands. They are found by entry point; nothing heavy is imported before one runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from trtower.bundle import Bundle
+from trtower.spec import BatchProfile
+from trtower_export.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from trtower.manifest import Certificate
+
+Yes = Annotated[bool, typer.Option()]
+BatchOption = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option("--batch", metavar="MIN OPT MAX", help="Images per engine call: at least, as tuned, at most."),
+]
+FlavourOption = Annotated[
+    str,
+    typer.Option(help="tensorrt (on its GPU), tensorrt-rtx (anywhere), none, or auto: what this machine can do."),
+]
+CapabilityOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compute-capability", help="GPU to build for, such as 8.9; repeat for several. Default: a portable plan."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, Hugging Face folder, or a recipe's name.")],
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: engines/NAME.")] = None,
+    select_layer: Annotated[
+        int | None, typer.Option(help="Hidden state to read. Default: the recipe's, else -2.")
+    ] = None,
+    select_feature: Annotated[str | None, typer.Option(help="patch or cls_patch, unless the model says.")] = None,
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32 (twice the size).")] = "fp16",
+    batch: BatchOption = None,
+    flavour: FlavourOption = "auto",
+    compute_capability: CapabilityOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Rehearse without weights: same size, build time and latency.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, which may run their author's code.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
+) -> int:
+    """Cut, trace and build a checkpoint's tower into a bundle."""
+    from trtower_export.checkpoint import Trust
+    from trtower_export.pipeline import ExportOptions, export_tower
+
+    console = Console()
+    options = ExportOptions(
+        select_layer=select_layer,
+        select_feature=select_feature,
+        precision=precision,
+        batch=_profile(batch),
+        flavour=flavour,
+        compute_capabilities=tuple(compute_capability or ()),
+        random_weights=random_weights,
+        revision=revision,
+        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
+        overwrite=overwrite,
+        check=check,
+    )
+    bundle = export_tower(checkpoint, out, options, ConsoleProgress(console))
+    if bundle.manifest.source.random_weights:
+        console.print("  random weights: this bundle is a rehearsal, its features mean nothing", highlight=False)
+    console.print(f"{bundle.path}", highlight=False, soft_wrap=True)
+    certificate = bundle.manifest.certificate
+    return _verdict(console, certificate) if certificate else 0
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    flavour: FlavourOption = "auto",
+    compute_capability: CapabilityOption = None,
+) -> int:
+    """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
+    from trtower_export.engine import add_plan
+
+    console = Console()
+    built = add_plan(Bundle.open(bundle), flavour, tuple(compute_capability or ()), ConsoleProgress(console))
+    console.print(f"{built}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def check(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, or the backend to run the bundle on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    json_: JsonOption = False,
+) -> int:
+    """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
+    from trtower_export.checkpoint import Trust, open_checkpoint
+    from trtower_export.photographs import load_photographs
+    from trtower_export.pipeline import check_bundle
+
+    console = Console(stderr=json_)
+    opened = Bundle.open(bundle)
+    source = opened.manifest.source
+    photographs = load_photographs(images)
+    for name in photographs.skipped:
+        console.print(f"  skipped {name}: not a readable image", highlight=False)
+    found = open_checkpoint(
+        checkpoint or source.checkpoint,
+        random_weights=source.random_weights,
+        revision=None if checkpoint else source.revision,
+        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
+    )
+    checked = check_bundle(opened, found, photographs, ConsoleProgress(console), backend=backend)
+    certificate = checked.manifest.certificate
+    assert certificate is not None  # noqa: S101 - check_bundle has just written it
+    if json_:
+        typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
+        return 0 if certificate.passed else 1
+    return _verdict(console, certificate)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the bundles and the picture go.")] = Path("engines"),
+) -> int:
+    """Show the whole way on pretrained weights and photographs, offline."""
+    from trtower_export.demo import run_demo
+
+    return run_demo(out, Console())
+
+
+def _profile(batch: tuple[int, int, int] | None) -> BatchProfile | None:
+    return BatchProfile(min=batch[0], opt=batch[1], max=batch[2]) if batch else None
+
+
+def _verdict(console: Console, certificate: "Certificate") -> int:
+    """Print what a check found, and give its exit code."""
+    from trtower_export.tables import print_certificate
+
+    print_certificate(console, certificate)
+    return 0 if certificate.passed else 1

@@ -1,0 +1,120 @@
+"""Turn a folder, or scikit-image's own wheel, into photographs to compare towers on.
+
+Real photographs, because noise excites none of the outlier channels that half precision loses.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from trtower.errors import ConfigError, InputError
+from trtower.extras import import_extra
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+# All of these lie in scikit-image's wheel; the rest of its data set is downloaded on demand.
+SHIPPED = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+    "camera.png",
+    "coins.png",
+    "retina.jpg",
+    "hubble_deep_field.jpg",
+    "moon.png",
+    "grass.png",
+    "brick.png",
+)
+
+# What Pillow's decoders raise on a damaged file; a bomb is no OSError.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One RGB image and the name of its file."""
+
+    name: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The images in order, the files that could not be read, and a digest of what was read.
+
+    ``sha256`` runs over names, sizes and decoded RGB pixels: it identifies what the tower
+    was given, whichever file format it came in.
+    """
+
+    images: tuple[Photograph, ...]
+    skipped: tuple[str, ...]
+    sha256: str
+
+
+def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photographs:
+    """Read the photographs of ``folder`` by name, or a dozen from scikit-image's wheel.
+
+    ``limit`` takes the first that can be read. A file that cannot is named in ``skipped``;
+    InputError is raised where none is left.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit} leaves no photograph; give 1 or more, or no limit")
+    paths = _shipped() if folder is None else _image_files(folder)
+    skipped: list[str] = []
+    images = tuple(islice(_read(paths, skipped), limit))
+    if not images:
+        raise InputError(
+            f"{paths[0].parent} has no readable image: found {_named(skipped)}, damaged or of another format; "
+            "expected at least one photograph: replace the files or name another folder"
+        )
+    return Photographs(images, tuple(skipped), _digest(images))
+
+
+def _shipped() -> list[Path]:
+    skimage = import_extra("skimage", extra="demo", purpose="the set of a dozen photographs")
+    data = Path(skimage.__file__).parent / "data"
+    return [data / name for name in SHIPPED]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(f"{folder} is not a folder: found {found}, expected a folder of photographs; check the path")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not paths:
+        raise InputError(
+            f"{folder} holds no image file: expected {', '.join(sorted(SUFFIXES))} directly in it; "
+            "add photographs or name another folder"
+        )
+    return sorted(paths, key=lambda path: path.name)
+
+
+def _read(paths: Iterable[Path], skipped: list[str]) -> Iterable[Photograph]:
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+        except _UNREADABLE:
+            skipped.append(path.name)
+        else:
+            yield Photograph(path.name, upright)
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _digest(images: Iterable[Photograph]) -> str:
+    digest = hashlib.sha256()
+    for photograph in images:
+        width, height = photograph.image.size
+        digest.update(f"{photograph.name}\0{width}x{height}\0".encode())
+        digest.update(photograph.image.tobytes())
+    return digest.hexdigest()

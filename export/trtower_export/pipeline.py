@@ -1,0 +1,190 @@
+"""From a checkpoint to a bundle: the whole story. A reader starts here.
+
+checkpoint -> truncate -> onnx_graph -> engine -> bundle -> parity
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+import onnxscript
+import torch
+import transformers
+
+import trtower
+from trtower.bundle import (
+    CONFIG,
+    GRAPH,
+    GRAPH_DATA,
+    PREPROCESSOR,
+    Bundle,
+    describe,
+    locked,
+    refuse_existing,
+    staged,
+    write_manifest,
+)
+from trtower.errors import BuildError, ConfigError
+from trtower.manifest import SCHEMA, Manifest, Source
+from trtower.spec import PRECISIONS, BatchProfile, TowerSpec
+from trtower_export.checkpoint import Checkpoint, Trust, open_checkpoint
+from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
+from trtower_export.onnx_graph import write_onnx
+from trtower_export.parity import Comparison, certify
+from trtower_export.photographs import Photographs, load_photographs
+from trtower_export.preprocessor import fit_preprocessor
+from trtower_export.progress import LoggedProgress, Progress
+from trtower_export.truncate import TruncatedTower, truncate, weights_sha256
+
+ENGINES = Path("engines")
+DEFAULT_LAYER = -2
+DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
+
+CHECK_PHOTOGRAPHS = 2
+"""Photographs in the check that ends an export: enough to find a wrong graph; `trtower check` takes them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to make of a checkpoint. None takes the recipe's value, or the default where there is no recipe."""
+
+    select_layer: int | None = None
+    select_feature: str | None = None
+    precision: str = "fp16"
+    batch: BatchProfile | None = None
+    flavour: str = "auto"
+    compute_capabilities: tuple[str, ...] = ()
+    random_weights: bool = False
+    revision: str | None = None
+    trust: Trust = field(default_factory=Trust)
+    overwrite: bool = False
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
+
+
+def export_tower(
+    source: str,
+    out: Path | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint into a bundle, which exists whole or not at all.
+
+    ``source``: a hub id, a Hugging Face folder, or a recipe's name. ``out`` is engines/NAME unless given. The
+    bundle's certificate says whether the check passed. Raises ConfigError and BundleError before any work, and
+    CheckpointError and BuildError in the course of it.
+    """
+    options, progress = options or ExportOptions(), progress or LoggedProgress()
+    target, choice = choose_target(options.flavour, options.compute_capabilities, options.precision)
+    photographs = load_photographs(None, limit=CHECK_PHOTOGRAPHS) if options.check else None
+    checkpoint = open_checkpoint(
+        source, random_weights=options.random_weights, revision=options.revision, trust=options.trust
+    )
+    spec, batch = _plan_tower(checkpoint, options)
+    input_, output = spec.input(options.precision), spec.output(options.precision)
+    out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
+    refuse_existing(out, overwrite=options.overwrite)
+    progress.say(f"{spec.family} tower, {spec.depth} of {spec.num_layers} layers, {options.precision}; {choice}")
+
+    with _disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
+        with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
+            tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
+            weights = weights_sha256(tower)
+        _check_space(tower, options.precision, folder, plans=target is not None)
+        with progress.step("Trace to ONNX"):
+            write_onnx(tower, input_, output, batch, folder / GRAPH)
+        del tower
+        checkpoint.config.to_json_file(folder / CONFIG, use_diff=False)
+        preprocessor = fit_preprocessor(checkpoint.preprocessor, spec.image_size, progress)
+        (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+        manifest = Manifest(
+            schema=SCHEMA,
+            name=out.name,
+            trtower=trtower.__version__,
+            spec=spec,
+            source=Source(
+                checkpoint=checkpoint.source,
+                revision=checkpoint.revision,
+                weights_sha256=weights,
+                random_weights=checkpoint.random_weights,
+            ),
+            precision=options.precision,
+            input=input_,
+            output=output,
+            batch=batch,
+            files={name: describe(folder / name) for name in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
+            plans=(),
+            versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
+            certificate=None,
+        )
+        if target:
+            with progress.step(f"Build the {target.flavour} plan") as step:
+                entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step)
+            manifest = replace(manifest, plans=(entry,), files={**manifest.files, entry.file: describe(plan)})
+        write_manifest(folder, manifest)
+
+    bundle = Bundle.open(out)
+    return check_bundle(bundle, checkpoint, photographs, progress) if photographs else bundle
+
+
+def check_bundle(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    photographs: Photographs,
+    progress: Progress,
+    *,
+    backend: str = "auto",
+    compare: Comparison | None = None,
+) -> Bundle:
+    """Certify a bundle (see `certify`) and write the certificate into it, passed or not."""
+    certificate = certify(bundle, checkpoint, photographs, backend=backend, progress=progress, compare=compare)
+    with locked(bundle.path):
+        return bundle.add_certificate(certificate)
+
+
+def _plan_tower(checkpoint: Checkpoint, options: ExportOptions) -> tuple[TowerSpec, BatchProfile]:
+    """Settle layer, feature and batch: the option, else the recipe, else the default."""
+    recipe = checkpoint.recipe
+    layer, feature, batch = options.select_layer, options.select_feature, options.batch
+    if layer is None:
+        layer = recipe.select_layer if recipe else DEFAULT_LAYER
+    if feature is None:
+        feature = recipe.select_feature if recipe else "patch"
+    if batch is None:
+        batch = recipe.batch if recipe else DEFAULT_BATCH
+    return checkpoint.spec(layer, feature), batch
+
+
+def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:
+    """Refuse a disk that cannot hold what is about to be written."""
+    itemsize = getattr(torch, PRECISIONS[precision]).itemsize
+    graph = sum(parameter.numel() for parameter in tower.parameters()) * itemsize
+    needed = graph * (2 if plans else 1) + (PLAN_OVERHEAD_MIB * MIB if plans else 0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BuildError(
+            f"{folder.parent} has {free / MIB:.0f} MiB free; this bundle needs about {needed / MIB:.0f} MiB: "
+            "free some, or name another disk with --out."
+        )
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn a disk that fills up, wherever that is noticed, into one clear error."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BuildError(
+            f"the disk filled up while {out} was written ({err.strerror}): nothing was left behind. "
+            "Free some space, or name another disk with --out."
+        ) from err

@@ -1,0 +1,87 @@
+"""Tell how an export is getting on: a live line on a terminal, one line per step elsewhere, the log otherwise."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+
+class Step(Protocol):
+    """A step under way."""
+
+    def update(self, fraction: float, note: str) -> None:
+        """Say what is done now, and how much of the step lies behind, 0 to 1."""
+
+
+class Progress(Protocol):
+    """Receives the steps of a long work."""
+
+    def step(self, title: str) -> AbstractContextManager[Step]:
+        """Open a step; it ends with the block."""
+
+    def say(self, message: str) -> None:
+        """Tell something that was decided and is not an error."""
+
+
+class LoggedStep:
+    """Writes nothing between start and end."""
+
+    def update(self, fraction: float, note: str) -> None:
+        """Keep silent: a log wants facts, not movement."""
+
+
+class LoggedProgress:
+    """Progress for programs: the log, at INFO."""
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        """Log a step with its seconds once it ended well."""
+        start = time.perf_counter()
+        yield LoggedStep()
+        logger.info("%s: %.1f s", title, time.perf_counter() - start)
+
+    def say(self, message: str) -> None:
+        """Log a message."""
+        logger.info("%s", message)
+
+
+class ConsoleProgress:
+    """Progress for people: rich's, on a console that is a terminal or not."""
+
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        """Show a bar that moves while the step runs, and a line with its seconds once it ended well."""
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        start = time.perf_counter()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+        note = TextColumn("[dim]{task.fields[note]}")
+        with Bars(*columns, note, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
+            yield ConsoleStep(bars, title)
+        self._console.print(f"  {title:<58} {time.perf_counter() - start:6.1f} s", highlight=False, markup=False)
+
+    def say(self, message: str) -> None:
+        """Print a message."""
+        self._console.print(f"  {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+class ConsoleStep:
+    """One bar of ConsoleProgress."""
+
+    def __init__(self, bars: "object", title: str) -> None:
+        self._bars = bars
+        self._task = bars.add_task(title, total=None, note="")  # type: ignore[attr-defined]
+
+    def update(self, fraction: float, note: str) -> None:
+        """Move the bar."""
+        self._bars.update(self._task, total=1.0, completed=fraction, note=note)  # type: ignore[attr-defined]

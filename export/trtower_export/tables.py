@@ -1,0 +1,55 @@
+"""Show a certificate as a table."""
+
+from rich.console import Console
+from rich.table import Table
+
+from trtower.manifest import Bound, Certificate, Figures
+
+COLUMNS = ("cosine mean", "cosine min", "relative error", "max abs error", "non-finite")
+
+
+def print_certificate(console: Console, certificate: Certificate) -> None:
+    """Print every image's figures, those of PyTorch in the same precision, the bounds and the verdict."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("image", no_wrap=True, min_width=max(len(row.name) for row in certificate.images))
+    for column in (*COLUMNS, "PyTorch's own"):
+        table.add_column(column, justify="right")
+    for row in certificate.images:
+        table.add_row(row.name, *_cells(row.bundle), _number(row.torch.relative_error))
+    table.add_row("all", *_cells(certificate.bundle), _number(certificate.torch.relative_error), style="bold")
+    console.print(table)
+    for bound in certificate.bounds:
+        console.print(f"  {_bound(bound)}", highlight=False)
+    console.print(
+        f"{'passed' if certificate.passed else 'FAILED'}: {_what_ran(certificate)}", highlight=False, soft_wrap=True
+    )
+
+
+def _what_ran(certificate: Certificate) -> str:
+    subject = "the plan was run" if certificate.ran == "plan" else "the ONNX graph was run"
+    text = f"{subject} on {certificate.backend}, against {certificate.reference}"
+    if certificate.not_run:
+        text += f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU proves it"
+    return text
+
+
+def _cells(figures: Figures) -> tuple[str, ...]:
+    return (
+        _number(figures.token_cosine_mean),
+        _number(figures.token_cosine_min),
+        _number(figures.relative_error),
+        _number(figures.max_abs_error),
+        str(figures.non_finite),
+    )
+
+
+def _bound(bound: Bound) -> str:
+    sign = ">=" if bound.figure == "token_cosine_min" else "<="
+    verdict = "holds" if bound.holds else "MISSED"
+    return f"{verdict:<7}{bound.figure} {_number(bound.measured)} {sign} {bound.limit:g}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"

@@ -1,0 +1,50 @@
+"""Cut a tower after the deepest layer that is read.
+
+Cutting comes before tracing, so that the dead layers are neither moved nor exported; leaving it to an ONNX
+optimiser would keep their weights in memory until then.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from trtower.spec import TowerSpec
+from trtower_export.families import Family
+
+
+class TruncatedTower(nn.Module):
+    """Pixels (B, 3, S, S) in; the hidden states that are read, concatenated, out (B, P + N, D)."""
+
+    def __init__(self, model: nn.Module, family: Family, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = family.stem(model)
+        self.layers = family.layers(model)[: max(layers)]
+        self._run_layer, self._read = family.run_layer, layers
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Run only what is read."""
+        states = [self.stem(pixel_values)]
+        for layer in self.layers:
+            states.append(self._run_layer(layer, states[-1]))
+        return torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
+
+
+def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTower:
+    """Take what ``spec`` reads out of a full tower. The tower shares the model's weights."""
+    tower = TruncatedTower(model, family, spec.layers).eval()
+    return tower.requires_grad_(requires_grad=False)
+
+
+def weights_sha256(tower: nn.Module) -> str:
+    """Hash a tower's FP32 weights, whatever the installed transformers calls them.
+
+    The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
+    transformers, values did not.
+    """
+    digests = []
+    for parameter in tower.parameters():
+        digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
+        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().data)
+        digests.append(digest.hexdigest())
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
