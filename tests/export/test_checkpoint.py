@@ -1,0 +1,248 @@
+"""What is read, what is refused, and that nothing of a tower is left random."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import WIDTH
+from trtower.errors import CheckpointError
+from trtower_export import checkpoint as module
+from trtower_export.checkpoint import Trust, open_checkpoint
+from trtower_export.recipes import all_recipes
+
+
+def copy(source: Path, target: Path, **config: object) -> Path:
+    shutil.copytree(source, target)
+    data = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**data, **config}))
+    return target
+
+
+def whole_clip(vision: torch.nn.Module) -> transformers.CLIPModel:
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision.config.to_dict())
+    model = transformers.CLIPModel(config)
+    inner = getattr(vision, "vision_model", vision)
+    model.vision_model.load_state_dict(inner.state_dict())
+    return model
+
+
+@pytest.fixture
+def clip(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["clip"]
+
+
+def test_whole_clip_model_gives_its_vision_tower(clip: Path, tmp_path: Path) -> None:
+    vision = open_checkpoint(str(clip)).load_model()
+    whole_clip(vision).save_pretrained(tmp_path)
+    found = open_checkpoint(str(tmp_path))
+    assert found.config.hidden_size == WIDTH
+    model = found.load_model()
+    assert all(torch.equal(a, b) for a, b in zip(vision.parameters(), model.parameters(), strict=True))
+
+
+def test_sharded_weights_are_read(clip: Path, tmp_path: Path) -> None:
+    vision = open_checkpoint(str(clip)).load_model()
+    vision.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = open_checkpoint(str(tmp_path)).load_model()
+    assert all(torch.equal(a, b) for a, b in zip(vision.parameters(), model.parameters(), strict=True))
+
+
+def test_half_precision_weights_are_widened(clip: Path, tmp_path: Path) -> None:
+    open_checkpoint(str(clip)).load_model().half().save_pretrained(tmp_path)
+    assert next(open_checkpoint(str(tmp_path)).load_model().parameters()).dtype == torch.float32
+
+
+def test_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_folder_that_does_not_exist_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(CheckpointError, match=r"\./nowhere is not a folder"):
+        open_checkpoint("./nowhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["swin", "no-such-type", None])
+def test_model_without_a_family_lists_those_there_are(tmp_path: Path, model_type: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(CheckpointError, match=r"no family.*clip \(clip_vision_model, clip\); dinov2 \(dinov2\)"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_missing_tensors_are_not_left_random(clip: Path, tmp_path: Path) -> None:
+    model = open_checkpoint(str(clip)).load_model()
+    copy(clip, tmp_path / "c", num_hidden_layers=6)
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors of a CLIPVisionModel"):
+        open_checkpoint(str(tmp_path / "c")).load_model()
+    assert model
+
+
+def test_weights_cut_short_are_refused(clip: Path, tmp_path: Path) -> None:
+    folder = copy(clip, tmp_path / "c")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="could not be read"):
+        open_checkpoint(str(folder)).load_model()
+
+
+def test_folder_without_weights_says_what_is_expected(clip: Path, tmp_path: Path) -> None:
+    folder = copy(clip, tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(str(folder)).load_model()
+
+
+class Explosive:
+    """A pickle that leaves a mark when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.mark),))
+
+
+def test_pickled_weights_are_refused_unread(clip: Path, tmp_path: Path) -> None:
+    folder = copy(clip, tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Explosive(tmp_path / "mark")))
+    with pytest.raises(CheckpointError, match="--allow-pickle"):
+        open_checkpoint(str(folder)).load_model()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_pickled_weights_are_read_when_asked_for(clip: Path, tmp_path: Path) -> None:
+    expected = open_checkpoint(str(clip)).load_model()
+    folder = copy(clip, tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected.state_dict(), folder / "pytorch_model.bin")
+    model = open_checkpoint(str(folder), trust=Trust(allow_pickle=True)).load_model()
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+@pytest.fixture
+def remote(clip: Path, tmp_path: Path) -> Path:
+    """Make a checkpoint whose own code leaves a mark when it is run."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    folder = copy(clip, tmp_path / "remote", auto_map=auto_map)
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import CLIPVisionConfig, CLIPVisionModel\n"
+        f"Path({str(tmp_path / 'mark')!r}).mkdir(exist_ok=True)\n"
+        "class OwnConfig(CLIPVisionConfig):\n    pass\n"
+        "class OwnModel(CLIPVisionModel):\n    config_class = OwnConfig\n"
+    )
+    return folder
+
+
+def test_remote_code_is_refused_unrun(remote: Path) -> None:
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        open_checkpoint(str(remote)).load_model()
+    assert not (remote.parent / "mark").exists()
+
+
+def test_remote_code_is_run_when_asked_for(remote: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(remote.parent / "modules"))
+    model = open_checkpoint(str(remote), trust=Trust(remote_code=True)).load_model()
+    assert type(model).__name__ == "OwnModel"
+    assert (remote.parent / "mark").exists()
+    expected = open_checkpoint(str(clip)).load_model()
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put a server in the hub's place that accepts and never answers, as a firewall that drops packets does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    held.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(module, "HUB_TIMEOUT_S", 0.5)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        yield
+        for connection in held:
+            connection.close()
+
+
+def test_unreachable_hub_names_both_ways_out_within_seconds(silent_hub: None, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"could not be reached.*name its folder.*--random-weights"):
+        open_checkpoint("nobody/absent-from-every-cache")
+    assert time.monotonic() - start < 10
+
+
+def test_name_that_no_hub_could_have_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+        open_checkpoint("not a checkpoint!")
+
+
+def test_random_weights_are_the_same_every_time(clip: Path) -> None:
+    torch.manual_seed(1)
+    first = open_checkpoint(str(clip), random_weights=True)
+    a = first.load_model()
+    torch.manual_seed(2)
+    b = open_checkpoint(str(clip), random_weights=True).load_model()
+    assert first.random_weights
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    real = open_checkpoint(str(clip)).load_model()
+    assert not all(torch.equal(x, y) for x, y in zip(a.parameters(), real.parameters(), strict=True))
+
+
+PUBLISHED = {
+    # tokens, layers read, width, million parameters of the full vision model, from the models' own cards and papers
+    "clip-vit-large-patch14-336": (577, 23, 1024, 304),
+    "clip-vit-large-patch14": (257, 23, 1024, 303),
+    "clip-vit-base-patch32": (50, 11, 768, 87),
+    "clip-vit-base-patch16": (197, 11, 768, 86),
+    "dinov2-small": (1370, 11, 384, 22),
+    "dinov2-base": (1370, 11, 768, 87),
+    "dinov2-large": (1370, 23, 1024, 304),
+}
+
+
+def test_recipes_are_these() -> None:
+    assert {recipe.name for recipe in all_recipes()} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_is_the_architecture_that_was_published(name: str) -> None:
+    checkpoint = open_checkpoint(name, random_weights=True)
+    assert checkpoint.recipe
+    spec = checkpoint.spec(checkpoint.recipe.select_layer, checkpoint.recipe.select_feature)
+    with torch.device("meta"):
+        model = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
+    millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+    assert (spec.num_tokens, spec.depth, spec.width, millions) == PUBLISHED[name]

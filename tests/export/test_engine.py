@@ -1,0 +1,176 @@
+"""Real TensorRT-RTX builds, which need no GPU."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from trtower.bundle import GRAPH, Bundle
+from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
+from trtower_export import engine
+from trtower_export.engine import Target, add_plan, build_plan, choose_target
+from trtower_export.progress import LoggedProgress
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.updates: list[tuple[float, str]] = []
+
+    def update(self, fraction: float, note: str) -> None:
+        self.updates.append((fraction, note))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_plan_holds_the_weights_in_the_precision_asked_for(export: Callable[..., Path], precision: str) -> None:
+    bundle = export("clip", precision=precision)
+    plan = next((bundle / "plans").iterdir()).read_bytes()
+    weights = [
+        numpy_helper.to_array(t).tobytes() for t in onnx.load(bundle / GRAPH).graph.initializer if len(t.dims) == 2
+    ]
+    # TensorRT concatenates q, k and v and keeps the attention output, fc1 and fc2 as they are.
+    assert sum(weight in plan for weight in weights if len(weight) > 4096) >= 3 * 3
+
+
+def test_plan_in_another_precision_is_refused() -> None:
+    weights = 100 * engine.MIB
+    engine._check_size(weights + 6 * engine.MIB, weights, "float16")
+    for wrong in (weights // 2, weights * 2):
+        with pytest.raises(BuildError, match="did not keep the precision"):
+            engine._check_size(wrong, weights, "float16")
+
+
+def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(fp32_bundle)
+    spec, batch = bundle.manifest.spec, bundle.manifest.batch
+    with pytest.raises(BuildError, match="weights in float16"):
+        build_plan(fp32_bundle / GRAPH, Target(flavour="tensorrt-rtx"), spec.input("fp16"), batch, tmp_path, Recorder())
+
+
+def test_build_moves_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> None:
+    manifest, recorder = Bundle.open(spoilt).manifest, Recorder()
+    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, recorder)
+    fractions = [fraction for fraction, _ in recorder.updates]
+    assert len(fractions) > 50
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] > 0.8
+
+
+def test_two_builds_give_the_same_bytes(spoilt: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(spoilt).manifest
+    _, again = build_plan(
+        spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, Recorder()
+    )
+    assert again.read_bytes() == (spoilt / manifest.plans[0].file).read_bytes()
+
+
+def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
+    class Impatient(Recorder):
+        def update(self, fraction: float, note: str) -> None:
+            raise KeyboardInterrupt
+
+    manifest, out = Bundle.open(spoilt).manifest, tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, out, Impatient())
+    assert not any(out.rglob("*.plan"))
+
+
+def test_refusal_comes_in_tensorrt_s_own_words(spoilt: Path, tmp_path: Path) -> None:
+    model = onnx.load(spoilt / GRAPH)
+    model.graph.node[0].op_type = "NoSuchOperation"
+    onnx.save(model, tmp_path / GRAPH, save_as_external_data=True, location="tower.onnx.data", size_threshold=0)
+    manifest = Bundle.open(spoilt).manifest
+    with pytest.raises(BuildError, match=r"could not build tower\.onnx: .*NoSuchOperation"):
+        build_plan(
+            tmp_path / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, Recorder()
+        )
+
+
+def test_build_adds_a_plan_that_the_bundle_vouches_for(export: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
+    assert not Bundle.open(bundle).manifest.plans
+    first = add_plan(Bundle.open(bundle), "tensorrt-rtx", ("8.9", "12.0"), LoggedProgress())
+    assert first.name.endswith(".sm89+sm120.plan")
+    add_plan(Bundle.open(bundle), "auto", (), LoggedProgress())
+    plans = Bundle.open(bundle).manifest.plans
+    assert [plan.compute_capabilities for plan in plans] == [("8.9", "12.0"), ()]
+    for plan in plans:
+        assert Bundle.open(bundle).read(plan.file)
+    assert not list(bundle.glob(".staging-*"))
+
+
+def test_build_needs_neither_transformers_nor_onnx(export: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
+    script = f"""
+import sys
+for name in ("transformers", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+    sys.modules[name] = None
+from trtower.cli import run
+sys.exit(run(["build", {str(bundle)!r}]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert Bundle.open(bundle).manifest.plans
+
+
+def test_data_centre_path_builds_with_rtx_under_its_name(export: Callable[..., Path], tmp_path: Path) -> None:
+    """TensorRT itself cannot be installed here: its code path runs on TensorRT-RTX, renamed, and a pretended GPU."""
+    bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
+    script = f"""
+import sys, tensorrt_rtx, torch
+tensorrt_rtx.__version__ = "11.4.0"
+sys.modules["tensorrt"] = tensorrt_rtx  # a fake: data-centre TensorRT was never run
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (8, 9)
+from trtower.cli import run
+sys.exit(run(["build", {str(bundle)!r}, "--flavour", "tensorrt", "--compute-capability", "8.9"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (plan,) = Bundle.open(bundle).manifest.plans
+    assert (plan.flavour, plan.compute_capabilities) == ("tensorrt", ("8.9",))
+    assert plan.file.endswith(".sm89.plan")
+
+
+def test_unknown_compute_capability_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"'9\.9' is not one .* 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1 are"):
+        choose_target("tensorrt-rtx", ("9.9",), "fp16")
+
+
+def test_bf16_for_turing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later; 7\.5 was asked for: use fp16"):
+        choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
+    assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
+
+
+def test_unknown_flavour_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="auto, none, tensorrt, tensorrt-rtx are known"):
+        choose_target("openvino", (), "fp16")
+
+
+def test_targets_without_a_plan_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="builds no plan"):
+        choose_target("none", ("8.9",), "fp16")
+
+
+def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="builds on the GPU it runs on"):
+        choose_target("tensorrt", (), "fp16")
+
+
+def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    target, reason = choose_target("auto", (), "fp16")
+    assert target is None
+    assert "no plan is built, for want of a TensorRT" in reason
+    assert "trtower[trt-rtx]" in reason
+    with pytest.raises(MissingExtraError):
+        choose_target("tensorrt-rtx", (), "fp16")

@@ -1,0 +1,64 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from tests.conftest import NUM_LAYERS
+from trtower.bundle import GRAPH
+from trtower.errors import BuildError
+from trtower.spec import BatchProfile, TensorSpec
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.onnx_graph import write_onnx
+from trtower_export.truncate import truncate
+
+KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
+FAMILIES = ("clip", "dinov2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", KINDS)
+def test_precision_lives_in_the_graph(export: Callable[..., Path], family: str, precision: str) -> None:
+    graph = onnx.load(export(family, precision=precision, flavour="none") / GRAPH).graph
+    floats = {tensor.data_type for tensor in graph.initializer if tensor.data_type in KINDS.values()}
+    assert floats == {KINDS[precision]}
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.elem_type == KINDS[precision]
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_has_one_attention_node_a_layer(export: Callable[..., Path], family: str) -> None:
+    graph = onnx.load(export(family, flavour="none") / GRAPH, load_external_data=False).graph
+    assert sum(node.op_type == "Attention" for node in graph.node) == NUM_LAYERS - 1
+
+
+def test_no_weight_of_a_dead_layer_is_in_the_file(checkpoints: dict[str, Path], export: Callable[..., Path]) -> None:
+    model = onnx.load(export("clip", precision="fp32", flavour="none") / GRAPH)
+    shipped = {numpy_helper.to_array(t).tobytes() for t in model.graph.initializer}
+    shipped |= {np.ascontiguousarray(numpy_helper.to_array(t).T).tobytes() for t in model.graph.initializer}
+    states = open_checkpoint(str(checkpoints["clip"])).load_model().state_dict()
+
+    def found(layer: int) -> int:
+        weights = [v for k, v in states.items() if f"layers.{layer}." in k and v.ndim == 2]
+        assert len(weights) == 6
+        return sum(weight.numpy().tobytes() in shipped for weight in weights)
+
+    assert [found(layer) for layer in range(NUM_LAYERS)] == [6, 6, 6, 0]
+
+
+def test_graph_says_nothing_of_the_machine_that_made_it(export: Callable[..., Path]) -> None:
+    content = (export("clip", flavour="none") / GRAPH).read_bytes()
+    for trace in (b"site-packages", b"trtower", b".py", b"/usr", b"/home", b"/tmp"):
+        assert trace not in content
+
+
+def test_tower_that_breaks_its_contract_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    spec = checkpoint.spec(-2, "patch")
+    tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
+    wrong = TensorSpec(name="hidden_states", dtype="float16", shape=("batch", spec.num_tokens + 1, spec.hidden_size))
+    with pytest.raises(BuildError, match="is expected"):
+        write_onnx(tower, spec.input("fp16"), wrong, BatchProfile(min=1, opt=1, max=2), tmp_path / GRAPH)

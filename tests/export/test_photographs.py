@@ -1,0 +1,92 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trtower.errors import ConfigError, InputError, MissingExtraError
+from trtower_export.photographs import SHIPPED, load_photographs
+
+
+def save(path: Path, colour: tuple[int, ...], mode: str = "RGB") -> None:
+    Image.new(mode, (6, 4), colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "b.png", (0, 255, 0, 10), "RGBA")
+    save(tmp_path / "A.JPG", (255, 0, 0))
+    save(tmp_path / "c.webp", (0, 0, 255))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "b.png").read_bytes()[:40])
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "deeper.png").mkdir()
+    save(tmp_path / "deeper.png" / "d.png", (9, 9, 9))
+    return tmp_path
+
+
+def test_folder_is_read_by_name_as_rgb_and_what_is_damaged_is_named(folder: Path) -> None:
+    photographs = load_photographs(folder)
+    assert [p.name for p in photographs.images] == ["A.JPG", "b.png", "c.webp"]
+    assert {p.image.mode for p in photographs.images} == {"RGB"}
+    assert photographs.skipped == ("broken.png",)
+
+
+def test_limit_counts_readable_photographs(folder: Path) -> None:
+    (folder / "A.JPG").write_bytes(b"")
+    photographs = load_photographs(folder, limit=1)
+    assert [p.name for p in photographs.images] == ["b.png"]
+    assert photographs.skipped == ("A.JPG",)
+
+
+def test_digest_follows_names_and_pixels_and_not_the_file_format(folder: Path) -> None:
+    before = load_photographs(folder).sha256
+    Image.open(folder / "b.png").save(folder / "b.png", compress_level=0)
+    assert load_photographs(folder).sha256 == before
+    (folder / "b.png").rename(folder / "bb.png")
+    renamed = load_photographs(folder).sha256
+    save(folder / "bb.png", (0, 254, 0))
+    assert len({before, renamed, load_photographs(folder).sha256}) == 3
+
+
+def test_photograph_stands_upright_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_photographs(tmp_path).images[0].image.size == (4, 6)
+
+
+def test_folder_without_a_photograph_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone is not a folder: found nothing"):
+        load_photographs(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"notes\.txt is not a folder: found a file"):
+        load_photographs(folder / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no image file: expected \.bmp, \.jpeg"):
+        load_photographs(tmp_path / "empty")
+    (tmp_path / "empty" / "x.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no readable image: found x\.png"):
+        load_photographs(tmp_path / "empty")
+
+
+def test_limit_of_none_is_refused_by_name(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="limit=0"):
+        load_photographs(folder, limit=0)
+
+
+def test_a_dozen_real_photographs_need_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    photographs = load_photographs(None)
+    assert tuple(p.name for p in photographs.images) == SHIPPED
+    assert len(SHIPPED) == 12
+    assert SHIPPED[:2] == ("astronaut.png", "chelsea.png")
+    assert photographs.skipped == ()
+    assert all(np.asarray(p.image).std() > 10 for p in photographs.images)
+    assert load_photographs(None, limit=2).images[1].name == "chelsea.png"
+
+
+def test_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(MissingExtraError, match=r"trtower\[demo\]"):
+        load_photographs(None)

@@ -1,0 +1,171 @@
+"""A bundle exists whole or not at all, and the same input gives the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BATCH, IMAGE_SIZE
+from trtower.bundle import MANIFEST, Bundle
+from trtower.errors import BuildError, BundleError, ConfigError
+from trtower_export import pipeline
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.preprocessor import fit_preprocessor
+from trtower_export.progress import LoggedProgress
+
+
+@pytest.fixture
+def clip(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["clip"]
+
+
+def trtower_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from trtower.cli import main; main()", *arguments]
+
+
+def test_export_ends_with_a_certificate(clip: Path, tmp_path: Path) -> None:
+    bundle = export_tower(str(clip), tmp_path / "b", ExportOptions(flavour="none"))
+    assert bundle.manifest.certificate
+    assert bundle.manifest.certificate.passed
+    assert not bundle.manifest.source.random_weights
+    assert bundle.manifest.source.checkpoint == str(clip.resolve())
+
+
+def test_rehearsal_says_that_it_is_one(clip: Path, tmp_path: Path) -> None:
+    bundle = export_tower(str(clip), tmp_path / "b", ExportOptions(flavour="none", random_weights=True))
+    assert bundle.manifest.source.random_weights
+    assert bundle.manifest.certificate
+    assert bundle.manifest.certificate.passed
+
+
+def test_two_exports_in_two_processes_give_the_same_bytes(clip: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        command = trtower_command("export", str(clip), "--out", str(tmp_path / name), "--no-check")
+        subprocess.run(command, check=True, capture_output=True)
+    a, b = (Bundle.open(tmp_path / name).manifest for name in ("a", "b"))
+    assert len(a.files) == 5
+    assert a.files == b.files
+
+
+def test_second_export_to_the_same_place_is_refused_before_any_work(
+    clip: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "staged", None)
+    with pytest.raises(BundleError, match="only with --overwrite"):
+        export_tower(str(clip), spoilt, ExportOptions(flavour="none"))
+
+
+def test_overwrite_replaces_the_bundle(clip: Path, spoilt: Path) -> None:
+    options = ExportOptions(flavour="none", select_layer=-3, overwrite=True, check=False)
+    assert export_tower(str(clip), spoilt, options).manifest.spec.layers == (2,)
+    assert not Bundle.open(spoilt).manifest.plans
+    assert sorted(p.name for p in spoilt.parent.iterdir()) == [".bundle.lock", "bundle"]
+
+
+def test_layer_outside_the_tower_is_refused(clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"select_layer=-30 is outside this tower: 4 layers accept -5 to 4\."):
+        export_tower(str(clip), tmp_path / "b", ExportOptions(select_layer=-30))
+
+
+def test_unknown_precision_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="fp16, bf16, fp32 are known"):
+        ExportOptions(precision="int3")
+
+
+def test_killed_export_leaves_no_bundle_and_the_next_succeeds(clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    command = trtower_command("export", str(clip), "--out", str(out), "--no-check", "--flavour", "none")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".b.staging").exists():
+            assert process.poll() is None, "the export ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert (tmp_path / ".b.staging").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert Bundle.open(out)
+    assert not (tmp_path / ".b.staging").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 1 MiB: the graph fits, the plan, which has kernels beside the weights, does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)  # noqa: S607
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)  # noqa: S607
+
+
+def test_disk_that_fills_during_export_leaves_nothing(
+    clip: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_check_space", lambda *_, **__: None)
+    with pytest.raises(BuildError, match="the disk filled up while"):
+        export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
+    assert [p.name for p in small_disk.iterdir()] == [".b.lock"]
+
+
+def test_disk_that_is_too_small_is_refused_at_once(clip: Path, small_disk: Path) -> None:
+    with pytest.raises(BuildError, match=r"has 1 MiB free; this bundle needs about \d+ MiB"):
+        export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
+
+
+def test_file_limit_is_told_like_a_full_disk(clip: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "from trtower.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, "export", str(clip), "--out", str(tmp_path / "b"), "--flavour", "none"]
+    done = subprocess.run([*command, "--no-check"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the disk filled up while")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_manifest_holds_what_was_asked_for(clip_bundle: Path) -> None:
+    manifest = json.loads((clip_bundle / MANIFEST).read_text())
+    assert manifest["schema"] == 1
+    assert manifest["batch"] == {"min": BATCH.min, "opt": BATCH.opt, "max": BATCH.max}
+    assert manifest["input"] == {
+        "name": "pixel_values",
+        "dtype": "float16",
+        "shape": ["batch", 3, IMAGE_SIZE, IMAGE_SIZE],
+    }
+    assert manifest["output"]["shape"] == ["batch", 10, 64]
+
+
+@pytest.mark.parametrize(
+    ("written", "fitted"),
+    [
+        # DINOv2: 256 -> crop 224 becomes 592 -> crop 518, the same share of the image.
+        (
+            {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            {"size": {"shortest_edge": 592}, "crop_size": {"height": 518, "width": 518}},
+        ),
+        ({"size": 224, "crop_size": 224}, {"size": {"shortest_edge": 518}, "crop_size": {"height": 518, "width": 518}}),
+        (
+            {"size": {"height": 224, "width": 224}, "do_center_crop": False},
+            {"size": {"height": 518, "width": 518}, "do_center_crop": False},
+        ),
+    ],
+)
+def test_preprocessor_is_fitted_to_the_engine(written: dict[str, object], fitted: dict[str, object]) -> None:
+    assert fit_preprocessor(written, 518, LoggedProgress()) == {**fitted, "do_resize": True}
+
+
+def test_preprocessor_that_fits_is_left_as_it_was_written() -> None:
+    written = {"size": {"shortest_edge": 336}, "crop_size": 336}
+    assert fit_preprocessor(written, 336, LoggedProgress()) is written

@@ -1,0 +1,292 @@
+"""Fakes of TensorRT and of torch's CUDA streams, standing in for the GPU that a test machine may not have.
+
+A fake engine computes no tower: it fills the tokens of an image with the image's own pixels (`fake_answer`). The rest
+is meant as the hardware means it: memory is read and written at the addresses that were given, work waits in its
+stream until somebody synchronises it, a context belongs to one call at a time, and a shape outside the profile is
+refused with False. What the real thing leaves undefined is an AssertionError here.
+
+test_tensorrt_runner.py holds every public name and parameter of the fake module against the real tensorrt_rtx.
+"""
+
+import ctypes
+import enum
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+FAKE_VERSION = "99.0.fake"
+FAKE_CAPABILITY = (8, 9)
+FAKE_DEVICE_MEMORY = 123456789
+FAKE_PLAN_MAGIC = b"fake plan\n"
+
+
+def fake_answer(image: np.ndarray[Any, Any], tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Repeat an image's pixels until its tokens are full: (3, S, S) -> (P + N, D)."""
+    return np.resize(image, tokens)
+
+
+class FakeStream:
+    """Work in the order of its submission, none of which is done before somebody synchronises."""
+
+    def __init__(self, cuda: "FakeCuda", handle: int) -> None:
+        self.cuda_stream = handle
+        self._cuda = cuda
+        self._work: deque[Callable[[], None]] = deque()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._work.append(work)
+
+    def wait_event(self, event: "FakeEvent") -> None:
+        # As in CUDA, a later record() does not move what was waited for, and an event never recorded is no wait.
+        if marker := event.marker:
+            self.submit(marker.reach)
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        self.submit(FakeMarker(stream).reach)
+
+    def synchronize(self) -> None:
+        with self._cuda.gpu:
+            while self._work:
+                self.step()
+
+    def step(self) -> None:
+        self._work.popleft()()
+
+
+class FakeMarker:
+    """One recording of an event in a stream."""
+
+    def __init__(self, stream: FakeStream) -> None:
+        self.stream = stream
+        self.reached = False
+        stream.submit(self.mark)
+
+    def mark(self) -> None:
+        self.reached = True
+
+    def reach(self) -> None:
+        while not self.reached:
+            self.stream.step()
+
+
+class FakeEvent:
+    """torch.cuda.Event, as far as the runner needs it."""
+
+    def __init__(self) -> None:
+        self.marker: FakeMarker | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        self.marker = FakeMarker(stream)
+
+
+class FakeCuda:
+    """torch.cuda, as far as the runner needs it. ``finished`` are the streams whose engine calls are done, in order."""
+
+    def __init__(self) -> None:
+        self.gpu = threading.RLock()
+        self.finished: list[FakeStream] = []
+        self._streams: dict[int, FakeStream] = {}
+        self._default = self.new_stream()
+        self._here = threading.local()
+
+    def new_stream(self, device: torch.device | None = None) -> FakeStream:
+        del device
+        stream = FakeStream(self, handle=len(self._streams))
+        self._streams[stream.cuda_stream] = stream
+        return stream
+
+    def find_stream(self, handle: int) -> FakeStream:
+        assert handle in self._streams, f"{handle} is the handle of no stream"
+        return self._streams[handle]
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before = self.current_stream()
+        self._here.stream = stream
+        try:
+            yield
+        finally:
+            self._here.stream = before
+
+    def current_stream(self, device: torch.device | None = None) -> FakeStream:
+        del device  # all streams of the fake are on one device
+        stream: FakeStream = getattr(self._here, "stream", self._default)
+        return stream
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before = self.current_device()
+        self._here.device = device
+        try:
+            yield
+        finally:
+            self._here.device = before
+
+    def current_device(self) -> torch.device:
+        device: torch.device = getattr(self._here, "device", torch.device("cuda", 0))
+        return device
+
+    def get_device_capability(self, device: torch.device) -> tuple[int, int]:
+        del device
+        return FAKE_CAPABILITY
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+def fake_plan(
+    input_: tuple[str, tuple[int, ...]],
+    output: tuple[str, tuple[int, ...]],
+    batch: tuple[int, int],
+    *,
+    says: tuple[str, ...] = (),
+    out_of_memory: bool = False,
+) -> bytes:
+    """Serialise a fake engine: name and shape of an image and of its tokens, in a 16-bit type; batch from and to.
+
+    ``says``: the severities at which TensorRT has something to tell while it loads the plan.
+    """
+    fields = {"input": input_, "output": output, "batch": batch, "says": says, "out_of_memory": out_of_memory}
+    return FAKE_PLAN_MAGIC + json.dumps(fields).encode()
+
+
+class FakeTensorRT(ModuleType):
+    """A fake module tensorrt_rtx. Names that start with _fake_ are the test's; all others the real module has too."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__("tensorrt_rtx")
+        self.__version__ = FAKE_VERSION
+        self._fake_cuda = cuda
+        self._fake_deserialized: list[bytes] = []
+        self._fake_devices: list[torch.device] = []
+        self._fake_enqueue_fails = False
+        fake = self
+
+        class ILogger:
+            class Severity(enum.IntEnum):
+                INTERNAL_ERROR = 0
+                ERROR = 1
+                WARNING = 2
+                INFO = 3
+                VERBOSE = 4
+
+            INTERNAL_ERROR = Severity.INTERNAL_ERROR
+            ERROR = Severity.ERROR
+            WARNING = Severity.WARNING
+            INFO = Severity.INFO
+            VERBOSE = Severity.VERBOSE
+
+            def __init__(self) -> None:
+                self._fake_initialised = True
+
+            def log(self, severity: object, msg: str) -> None:
+                raise NotImplementedError
+
+        class IExecutionContext:
+            def __init__(self, logger: ILogger, fields: dict[str, Any]) -> None:
+                self._fake_logger = logger
+                self._fake_input, self._fake_output = fields["input"], fields["output"]
+                self._fake_batch = fields["batch"]
+                self._fake_shape: tuple[int, ...] | None = None
+                self._fake_addresses: dict[str, int] = {}
+                self._fake_caller: int | None = None
+
+            def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                here = threading.get_ident()
+                assert self._fake_caller in (None, here), "two calls overlap on one context"
+                self._fake_caller = here
+                image_name, image = self._fake_input
+                least, most = self._fake_batch
+                if name != image_name or list(shape[1:]) != image or not least <= shape[0] <= most:
+                    # The real one then keeps the shape of the call before.
+                    self._fake_logger.log(ILogger.ERROR, f"{shape} does not satisfy any optimization profiles")
+                    return False
+                self._fake_shape = tuple(shape)
+                return True
+
+            def set_tensor_address(self, name: str, memory: int) -> bool:
+                self._fake_check_caller()
+                if name not in (self._fake_input[0], self._fake_output[0]):
+                    return False
+                self._fake_addresses[name] = memory
+                time.sleep(1e-4)  # lets another thread in, if nothing keeps it out
+                return True
+
+            def execute_async_v3(self, stream_handle: int) -> bool:
+                self._fake_check_caller()
+                self._fake_caller = None
+                if fake._fake_enqueue_fails:
+                    self._fake_logger.log(ILogger.ERROR, "fake failure of an enqueue")
+                    return False
+                assert self._fake_shape is not None, "no input shape was set"
+                shape, self._fake_shape = self._fake_shape, None
+                assert len(self._fake_addresses) == 2, f"addresses are set only for {list(self._fake_addresses)}"
+                stream = cuda.find_stream(stream_handle)
+                fake._fake_devices.append(cuda.current_device())
+                source, target = (self._fake_addresses[name] for name in (self._fake_input[0], self._fake_output[0]))
+                tokens = tuple(self._fake_output[1])
+
+                def work() -> None:
+                    images = _memory(source, shape)
+                    hidden_states = _memory(target, (shape[0], *tokens))
+                    for row, image in zip(hidden_states, images, strict=True):
+                        row[:] = fake_answer(image, tokens)
+                    cuda.finished.append(stream)
+
+                stream.submit(work)
+                return True
+
+            def _fake_check_caller(self) -> None:
+                assert self._fake_caller == threading.get_ident(), "two calls overlap on one context"
+
+        class ICudaEngine:
+            device_memory_size_v2 = FAKE_DEVICE_MEMORY
+
+            def __init__(self, logger: ILogger, fields: dict[str, Any]) -> None:
+                self._fake_logger, self._fake_fields = logger, fields
+
+            def create_execution_context(self) -> IExecutionContext | None:
+                fake._fake_devices.append(cuda.current_device())
+                if self._fake_fields["out_of_memory"]:
+                    self._fake_logger.log(ILogger.ERROR, "fake lack of memory")
+                    return None
+                return IExecutionContext(self._fake_logger, self._fake_fields)
+
+        class Runtime:
+            def __init__(self, logger: ILogger) -> None:
+                assert isinstance(logger, ILogger), f"{logger!r} is no ILogger"
+                assert getattr(logger, "_fake_initialised", False), "ILogger.__init__ was not called"
+                self._fake_logger = logger
+
+            def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+                fake._fake_deserialized.append(serialized_engine)
+                fake._fake_devices.append(cuda.current_device())
+                if not serialized_engine.startswith(FAKE_PLAN_MAGIC):
+                    self._fake_logger.log(ILogger.ERROR, "fake refusal of a plan")
+                    return None
+                fields = json.loads(serialized_engine.removeprefix(FAKE_PLAN_MAGIC))
+                for severity in fields["says"]:
+                    self._fake_logger.log(ILogger.Severity[severity], f"fake line at {severity}")
+                return ICudaEngine(self._fake_logger, fields)
+
+        self.ILogger, self.IExecutionContext, self.ICudaEngine, self.Runtime = (
+            ILogger,
+            IExecutionContext,
+            ICudaEngine,
+            Runtime,
+        )
+
+
+def _memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """See the 16-bit numbers at an address as an array."""
+    cells = (ctypes.c_uint16 * int(np.prod(shape))).from_address(address)
+    return np.ctypeslib.as_array(cells).reshape(shape)

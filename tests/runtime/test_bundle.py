@@ -1,0 +1,168 @@
+"""A bundle is whole or not there, and nothing in it is believed before it was hashed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from trtower.bundle import GRAPH_DATA, MANIFEST, Bundle, locked, staged
+from trtower.errors import BundleError
+from trtower.manifest import SCHEMA, Manifest
+from trtower.tower import VisionTower
+
+
+def edit(bundle: Path, **changes: object) -> None:
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**data, **changes}))
+
+
+def test_manifest_survives_writing_and_reading(clip_bundle: Path) -> None:
+    manifest = Bundle.open(clip_bundle).manifest
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no tower\.json.*trtower export"):
+        Bundle.open(tmp_path)
+
+
+def test_newer_schema_asks_for_a_newer_trtower(spoilt: Path) -> None:
+    edit(spoilt, schema=SCHEMA + 1)
+    with pytest.raises(BundleError, match="install a newer trtower"):
+        Bundle.open(spoilt)
+
+
+def test_unknown_key_is_refused(spoilt: Path) -> None:
+    edit(spoilt, colour="blue")
+    with pytest.raises(BundleError, match="unknown colour"):
+        Bundle.open(spoilt)
+
+
+def test_value_of_another_type_is_named(spoilt: Path) -> None:
+    edit(spoilt, precision=16)
+    with pytest.raises(BundleError, match=r"tower\.json\.precision is 16; str is expected"):
+        Bundle.open(spoilt)
+
+
+def test_missing_file_is_named(spoilt: Path) -> None:
+    (spoilt / GRAPH_DATA).unlink()
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data is missing"):
+        Bundle.open(spoilt)
+
+
+def test_plan_cut_short_is_refused(spoilt: Path) -> None:
+    plan = next((spoilt / "plans").iterdir())
+    with plan.open("r+b") as stream:
+        stream.truncate(plan.stat().st_size - 1)
+    with pytest.raises(BundleError, match=r"\.plan has \d+ bytes"):
+        Bundle.open(spoilt)
+
+
+def test_flipped_byte_in_the_weights_is_found_before_they_are_run(spoilt: Path) -> None:
+    flip(spoilt / GRAPH_DATA)
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"):
+        VisionTower.load(spoilt)
+
+
+def test_flipped_byte_in_a_plan_is_found(spoilt: Path) -> None:
+    plan = next((spoilt / "plans").iterdir())
+    flip(plan)
+    with pytest.raises(BundleError, match="was altered"):
+        Bundle.open(spoilt).read(f"plans/{plan.name}")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/hostname", "plans/../../x"])
+def test_path_that_leaves_the_bundle_is_refused(spoilt: Path, name: str) -> None:
+    (spoilt.parent / "x").write_bytes(b"")
+    manifest = json.loads((spoilt / MANIFEST).read_text())
+    edit(spoilt, files={**manifest["files"], name: {"sha256": "0" * 64, "size": 0}})
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        Bundle.open(spoilt)
+
+
+def test_link_that_leaves_the_bundle_is_refused(spoilt: Path) -> None:
+    outside = spoilt.parent / "outside.data"
+    (spoilt / GRAPH_DATA).rename(outside)
+    (spoilt / GRAPH_DATA).symlink_to(outside)
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        Bundle.open(spoilt)
+
+
+def test_plan_that_the_manifest_does_not_vouch_for_is_refused(spoilt: Path) -> None:
+    manifest = json.loads((spoilt / MANIFEST).read_text())
+    plan = manifest["plans"][0]["file"]
+    edit(spoilt, files={name: entry for name, entry in manifest["files"].items() if name != plan})
+    with pytest.raises(BundleError, match="nothing vouches for it"):
+        Bundle.open(spoilt)
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    def fail_half_way(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), staged(tmp_path / "b", overwrite=False) as folder:
+        fail_half_way(folder)
+    assert [p.name for p in tmp_path.iterdir()] == [".b.lock"]
+
+
+def test_failed_overwrite_keeps_the_old_bundle(spoilt: Path) -> None:
+    before = (spoilt / MANIFEST).read_bytes()
+    with pytest.raises(RuntimeError), staged(spoilt, overwrite=True):
+        raise RuntimeError
+    assert (spoilt / MANIFEST).read_bytes() == before
+
+
+def test_overwrite_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("")
+    with pytest.raises(BundleError, match="left alone"), staged(precious, overwrite=True):
+        pass
+    assert (precious / "thesis.tex").exists()
+
+
+def test_killed_writer_leaves_no_bundle_and_no_lock(tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from trtower.bundle import staged
+        with staged(Path({str(tmp_path / "b")!r}), overwrite=False) as folder:
+            (folder / "half").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    died = subprocess.run([sys.executable, "-c", script], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert not (tmp_path / "b").exists()
+    with staged(tmp_path / "b", overwrite=False) as folder:
+        assert os.listdir(folder) == []  # noqa: PTH208 - the dead writer's half file is gone
+    assert (tmp_path / "b").is_dir()
+
+
+def test_writer_killed_between_the_renames_costs_nothing(spoilt: Path) -> None:
+    spoilt.rename(spoilt.with_name(".bundle.old"))
+    with pytest.raises(BundleError, match="only with --overwrite"), staged(spoilt, overwrite=False):
+        pass
+    assert Bundle.open(spoilt)
+
+
+def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
+    script = (
+        f"from pathlib import Path\nfrom trtower.bundle import locked\nwith locked(Path({str(tmp_path / 'b')!r})): pass"
+    )
+    with locked(tmp_path / "b"):
+        second = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert "another process is writing" in second.stderr
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(path.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))

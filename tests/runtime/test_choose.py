@@ -1,0 +1,146 @@
+"""What was asked for runs, or an error says why not."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtower import Bundle, VisionTower
+from trtower.errors import BackendError, BundleError, ConfigError, MissingExtraError
+from trtower.flavour import load_flavour
+from trtower.runners import choose as choosing
+from trtower.runners.choose import candidates
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
+
+
+@without_cuda
+def test_auto_says_what_it_chose_and_why_not_better(clip_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="trtower"):
+        VisionTower.load(clip_bundle)
+    (line,) = [record.getMessage() for record in caplog.records if "runs on" in record.getMessage()]
+    for part in (
+        "onnxruntime",
+        "CPU",
+        "passed over tensorrt:",
+        "tensorrt-rtx: no GPU here",
+        "onnxruntime-cuda: no GPU",
+    ):
+        assert part in line
+
+
+@without_cuda
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
+def test_named_backend_that_cannot_run_raises(clip_bundle: Path, backend: str) -> None:
+    with pytest.raises(BackendError, match=f"{backend}: "):
+        VisionTower.load(clip_bundle, backend=backend)
+
+
+@without_cuda
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_cuda_is_not_answered_with_the_cpu(clip_bundle: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=r"no GPU here.*onnxruntime-cpu: device cuda:0 was asked for"):
+        VisionTower.load(clip_bundle, device=device)
+
+
+@without_cuda
+def test_moving_a_tower_to_cuda_is_not_ignored(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = VisionTower.load(clip_bundle)
+    # Without CUDA torch itself refuses `.to("cuda")`; what reaches the tower is the moved anchor.
+    monkeypatch.setattr(tower, "_anchor", torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+    with pytest.raises(BackendError, match="nothing that was asked for"):
+        tower._open("cuda")
+
+
+def test_unknown_backend_and_device_list_the_known(clip_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu are known"):
+        VisionTower.load(clip_bundle, backend="openvino")
+    with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
+        VisionTower.load(clip_bundle, device="tpu")
+    with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
+        VisionTower.load(clip_bundle, device="mps")
+
+
+def test_backend_that_is_not_installed_names_its_extra(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"onnxruntime, which is not installed: pip install 'trtower\[cpu\]'"):
+        VisionTower.load(clip_bundle, backend="onnxruntime-cpu")
+
+
+def test_provider_that_onnxruntime_drops_is_an_error(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class SessionThatDroppedIt(onnxruntime.InferenceSession):
+        def get_providers(self) -> list[str]:
+            return ["AzureExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", SessionThatDroppedIt)
+    with pytest.raises(BackendError, match="dropped CPUExecutionProvider without an error"):
+        VisionTower.load(clip_bundle, backend="onnxruntime-cpu")
+
+
+def test_bf16_does_not_run_on_the_cpu_and_says_so(export: Callable[..., Path]) -> None:
+    with pytest.raises(BackendError, match="no BF16 kernels for the CPU"):
+        VisionTower.load(export("clip", precision="bf16", flavour="none"), backend="onnxruntime-cpu")
+
+
+def test_damage_is_never_passed_over(spoilt: Path) -> None:
+    graph = spoilt / "tower.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(BundleError, match="was altered"):
+        VisionTower.load(spoilt, backend="auto")
+
+
+@pytest.mark.parametrize(
+    ("capability", "capabilities", "expected"),
+    [
+        ((8, 9), (), None),
+        ((7, 5), (), "needs compute capability 8.0 or later; this GPU has 7.5"),
+        ((8, 9), ("8.6", "12.0"), "needs compute capability 8.6 or 12.0; this GPU has 8.9"),
+        ((8, 6), ("8.6", "12.0"), None),
+    ],
+)
+def test_plan_of_another_gpu_is_passed_over_with_its_reason(
+    clip_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    capabilities: tuple[str, ...],
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    bundle = Bundle.open(clip_bundle)
+    object.__setattr__(bundle.manifest.plans[0], "compute_capabilities", capabilities)
+    (plan,) = [c for c in candidates(bundle) if c.backend == "tensorrt-rtx"]
+    assert (plan.obstacle or "").endswith(expected or "")
+    assert (plan.obstacle is None) == (expected is None)
+
+
+def test_plan_of_another_version_is_passed_over(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(clip_bundle)
+    object.__setattr__(bundle.manifest.plans[0], "version", "1.0.0")
+    obstacle = choosing._plan_obstacle(bundle.manifest.plans[0], torch.device("cuda", 0))
+    assert obstacle
+    assert "was built by tensorrt-rtx 1.0.0, " in obstacle
+
+
+def test_type_stubs_are_not_taken_for_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "__init__.pyi").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(MissingExtraError, match="only type stubs"):
+        load_flavour("tensorrt")
+
+
+def test_import_brings_neither_backend_nor_build_side() -> None:
+    heavy = ("transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "typer", "rich", "PIL")
+    code = f"import sys, trtower; print([m for m in {(*heavy, 'trtower_export')} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

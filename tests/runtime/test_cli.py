@@ -1,0 +1,117 @@
+"""One line for an error, exit 1 for a failure and 2 for wrong usage."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trtower.cli import run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
+        (["inspect"], 2, "Missing argument"),
+        (["inspect", "a", "b"], 2, "unexpected extra argument"),
+        (["no-such-command"], 2, "No such command"),
+        (["export", "./nowhere", "--no-check"], 1, "./nowhere is not a folder"),
+        (["export", "CLIP", "--precision", "int3"], 2, "precision 'int3' is unknown: fp16, bf16, fp32 are known"),
+        (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
+        (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
+        (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9' is not one"),
+        (["export", "CLIP", "--precision", "bf16", "--compute-capability", "7.5"], 2, "bf16 needs compute capability"),
+        (["export", "CLIP", "--select-feature", "cls", "--no-check"], 2, "patch and cls_patch are known"),
+        (["build", "nowhere"], 1, "nowhere is not a bundle"),
+        (["check", "BUNDLE", "--images", "nowhere"], 1, "nowhere"),
+        (["check", "BUNDLE", "--backend", "tensorrt-rtx"], 1, "tensorrt-rtx: no GPU here"),
+    ],
+)
+def test_error_is_one_line_with_its_exit_code(
+    checkpoints: dict[str, Path],
+    clip_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    places = {"CLIP": str(checkpoints["clip"]), "BUNDLE": str(clip_bundle)}
+    assert run([places.get(argument, argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="is not a bundle"):
+        run(["--debug", "inspect", "nowhere"])
+
+
+def test_missing_package_names_its_extra() -> None:
+    script = (
+        "import sys; sys.modules['transformers'] = None; from trtower.cli import run; sys.exit(run(['export', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: this command needs the package transformers: pip install 'trtower[export]'\n"
+
+
+def test_inspect_tells_what_runs_and_why_the_rest_does_not(
+    clip_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(clip_bundle)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "clip tower",
+        "hidden state 3 of 4 layers, patch tokens",
+        "(batch, 3, 42, 42) float16",
+        "runs onnxruntime-cpu",
+        "not  tensorrt ",
+        "certificate  none",
+    ):
+        assert part in text
+
+
+def test_inspect_says_the_same_as_json(clip_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(clip_bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec"]["layers"] == [3]
+    assert {row["backend"]: row["runs"] for row in found["backends"]}["onnxruntime-cpu"]
+    assert all(row["runs"] or row["obstacle"] for row in found["backends"])
+
+
+def test_inspect_calls_a_rehearsal_by_its_name(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "b")
+    arguments = [
+        "export",
+        str(checkpoints["clip"]),
+        "--random-weights",
+        "--out",
+        out,
+        "--flavour",
+        "none",
+        "--no-check",
+    ]
+    assert run(arguments) == 0
+    assert "rehearsal" in capsys.readouterr().out
+    assert run(["inspect", out]) == 0
+    assert "RANDOM WEIGHTS: a rehearsal" in capsys.readouterr().out
+
+
+def test_check_exits_1_when_a_bound_is_missed(
+    spoilt: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["check", str(spoilt)]) == 0
+    assert "passed: the ONNX graph was run" in capsys.readouterr().out
+    monkeypatch.setitem(__import__("trtower_export.parity").parity.TOKEN_COSINE_MIN, "fp16", 1.1)
+    assert run(["check", str(spoilt), "--json"]) == 1
+    certificate = json.loads(capsys.readouterr().out)
+    assert not certificate["passed"]
+    assert run(["inspect", str(spoilt)]) == 0
+    assert "certificate  FAILED" in capsys.readouterr().out

@@ -1,0 +1,19 @@
+import trtower
+
+
+def test_public_names_are_these() -> None:
+    assert sorted(trtower.__all__) == [
+        "BackendError",
+        "BuildError",
+        "Bundle",
+        "BundleError",
+        "CLIPVisionTower",
+        "CheckpointError",
+        "ConfigError",
+        "InputError",
+        "MissingExtraError",
+        "TrtowerError",
+        "VisionTower",
+        "__version__",
+        "build_vision_tower",
+    ]

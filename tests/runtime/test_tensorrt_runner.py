@@ -1,0 +1,290 @@
+"""What the TensorRT runner owes its callers, held without a GPU against fakes of TensorRT and of CUDA's streams.
+
+The fakes stand in for hardware: that the hardware behaves so is held by tests/gpu. Where the real TensorRT-RTX needs
+no GPU to show a fact, the fact is held on it too.
+"""
+
+import inspect
+import logging
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runtime.fake_tensorrt_without_gpu import (
+    FAKE_DEVICE_MEMORY,
+    FAKE_VERSION,
+    FakeCuda,
+    FakeEvent,
+    FakeTensorRT,
+    fake_answer,
+    fake_plan,
+)
+from trtower.bundle import Bundle
+from trtower.errors import BackendError, BundleError
+from trtower.manifest import PlanEntry
+from trtower.runners.tensorrt import TensorRTRunner
+
+DEVICE = torch.device("cuda", 1)
+PLAN = "plans/fake.plan"
+THREADS = 8
+CALLS = 10
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    for name in ("device", "current_stream", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
+    # The host's memory is not aligned as a GPU's is; tests/gpu holds what becomes of a slice.
+    monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
+    return fake
+
+
+@pytest.fixture
+def tensorrt(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """Stand in for both flavours, whose modules have the same names inside."""
+    fake = FakeTensorRT(cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return fake
+
+
+@pytest.fixture
+def bundle(spoilt: Path) -> Bundle:
+    return with_plan(Bundle.open(spoilt))
+
+
+@pytest.fixture
+def runner(bundle: Bundle, tensorrt: FakeTensorRT) -> TensorRTRunner:
+    del tensorrt
+    return open_plan(bundle)
+
+
+def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tensorrt-rtx", **options: Any) -> Bundle:
+    """Put a fake plan into a bundle, made for its tensors unless another content is given."""
+    input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
+    if content is None:
+        tensors = ((input_.name, input_.shape[1:]), (output.name, output.shape[1:]))
+        content = fake_plan(*tensors, (batch.min, batch.max), **options)
+    staged = bundle.path / "staged.plan"
+    staged.write_bytes(content)
+    entry = PlanEntry(file=PLAN, flavour=flavour, version=FAKE_VERSION, platform="fake", compute_capabilities=())
+    return bundle.add_plan(entry, staged)
+
+
+def open_plan(bundle: Bundle) -> TensorRTRunner:
+    return TensorRTRunner(bundle, next(plan for plan in bundle.manifest.plans if plan.file == PLAN), DEVICE)
+
+
+def draw_images(bundle: Bundle, batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    side = bundle.manifest.spec.image_size
+    return torch.rand(batch, 3, side, side, generator=generator).half()
+
+
+def empty_features(bundle: Bundle, batch: int) -> torch.Tensor:
+    spec = bundle.manifest.spec
+    return torch.full((batch, spec.num_tokens, spec.hidden_size), -1.0, dtype=torch.half)
+
+
+def answers(bundle: Bundle, images: torch.Tensor) -> torch.Tensor:
+    tokens = (bundle.manifest.spec.num_tokens, bundle.manifest.spec.hidden_size)
+    return torch.from_numpy(np.stack([fake_answer(image, tokens) for image in images.numpy()]))
+
+
+@pytest.mark.parametrize("name", ["Runtime", "ICudaEngine", "IExecutionContext", "ILogger"])
+def test_fake_has_no_name_and_no_parameter_that_the_real_module_lacks(tensorrt: FakeTensorRT, name: str) -> None:
+    real_module = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
+    fake, real = getattr(tensorrt, name), getattr(real_module, name)
+    own = {key: value for key, value in vars(fake).items() if not key.startswith("_")}
+    assert own.keys() <= set(dir(real))
+    methods = {key: value for key, value in own.items() if inspect.isfunction(value)}
+    if name in ("Runtime", "ILogger"):
+        methods["__init__"] = fake.__init__
+    for key, method in methods.items():
+        parameters = tuple(inspect.signature(method).parameters)[1:]
+        assert parameters in real_parameters(getattr(real, key)), key
+
+
+def test_fake_module_and_its_severities_are_the_real_ones(tensorrt: FakeTensorRT) -> None:
+    real = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
+    assert {key for key in vars(tensorrt) if not key.startswith("_")} <= set(dir(real))
+    members = {key: int(value) for key, value in real.ILogger.Severity.__members__.items()}
+    assert {severity.name: int(severity) for severity in tensorrt.ILogger.Severity} == members
+
+
+def real_parameters(method: Any) -> set[tuple[str, ...]]:
+    """Read from pybind11's docstring which parameters each overload demands."""
+    overloads = re.findall(rf"{method.__name__}\(self: [\w.]+(.*)\) -> ", method.__doc__)
+    return {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_answers_of_every_image_land_in_its_own_row(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda, batch: int
+) -> None:
+    images, around = draw_images(bundle, batch), empty_features(bundle, batch + 2)
+    runner.run(images, around[1:-1])
+    cuda.synchronize()
+    assert torch.equal(around[1:-1], answers(bundle, images))
+    assert (around[[0, -1]] == -1).all()
+
+
+@pytest.mark.usefixtures("tensorrt")
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_name_tells_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> None:
+    runner = open_plan(with_plan(bundle, flavour=flavour))
+    assert runner.name == f"{flavour} {FAKE_VERSION}, sm89"
+    assert runner.files == (PLAN,)
+    assert (runner.device, runner.dtype) == (DEVICE, torch.half)
+
+
+def test_engine_is_made_and_run_on_the_device_that_was_asked_for(
+    bundle: Bundle, runner: TensorRTRunner, tensorrt: FakeTensorRT
+) -> None:
+    runner.run(draw_images(bundle, 1), empty_features(bundle, 1))
+    assert tensorrt._fake_devices == [DEVICE] * 3  # deserialize, create a context, execute
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_plan_that_tensorrt_refuses_is_named_with_the_way_out(bundle: Bundle) -> None:
+    refused = with_plan(bundle, content=b"garbage")
+    with pytest.raises(BackendError, match=rf"{PLAN} could not be loaded.*{FAKE_VERSION}.*trtower build {bundle.path}"):
+        open_plan(refused)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_real_tensorrt_rtx_says_in_the_log_why_it_refuses(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(BackendError, match="reason is in the log"):
+        open_plan(with_plan(bundle, content=b"garbage"))
+    assert any(r.levelno == logging.ERROR and "readHeader" in r.getMessage() for r in log_of_runner(caplog))
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_context_without_memory_tells_how_much_it_needs(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=rf"{PLAN}: no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+        open_plan(with_plan(bundle, out_of_memory=True))
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_runtime_that_cannot_start_is_a_backend_error(
+    bundle: Bundle, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")  # as in NVIDIA/TensorRT#635
+
+    monkeypatch.setattr(tensorrt, "Runtime", fail)
+    with pytest.raises(BackendError):
+        open_plan(bundle)
+
+
+def test_failed_enqueue_is_an_error_and_the_next_call_works(
+    bundle: Bundle, runner: TensorRTRunner, tensorrt: FakeTensorRT, cuda: FakeCuda
+) -> None:
+    images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+    tensorrt._fake_enqueue_fails = True
+    with pytest.raises(BackendError, match=r"could not run \(2, 3, 42, 42\)"):
+        runner.run(images, features)
+    tensorrt._fake_enqueue_fails = False
+    runner.run(images, features)
+    cuda.synchronize()
+    assert torch.equal(features, answers(bundle, images))
+
+
+def test_batch_that_the_plan_does_not_take_is_an_error(bundle: Bundle, runner: TensorRTRunner) -> None:
+    too_many = bundle.manifest.batch.max + 1
+    with pytest.raises(BackendError):
+        runner.run(draw_images(bundle, too_many), empty_features(bundle, too_many))
+
+
+def test_eight_threads_get_the_answers_of_one(bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda) -> None:
+    def serve(thread: int) -> None:
+        stream = cuda.new_stream()
+        with cuda.stream(stream):
+            for call in range(CALLS):
+                images = draw_images(bundle, 1 + (thread + call) % 4, seed=THREADS * call + thread)
+                features = empty_features(bundle, len(images))
+                runner.run(images, features)
+                stream.synchronize()
+                assert torch.equal(features, answers(bundle, images))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(serve, range(THREADS)))
+    assert len(cuda.finished) == THREADS * CALLS
+
+
+def test_call_only_queues_work_behind_what_the_stream_holds(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
+) -> None:
+    images, features, stream = draw_images(bundle, 1), empty_features(bundle, 1), cuda.new_stream()
+    late = draw_images(bundle, 1, seed=1)
+    with cuda.stream(stream):
+        stream.submit(lambda: images.copy_(late))
+        runner.run(images, features)
+    assert (features == -1).all()
+    stream.synchronize()
+    assert torch.equal(features, answers(bundle, late))
+
+
+def test_default_stream_is_left_alone_and_still_waits_for_the_answer(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
+) -> None:
+    images, features = draw_images(bundle, 1), empty_features(bundle, 1)
+    default = cuda.current_stream()
+    runner.run(images, features)
+    default.synchronize()
+    assert torch.equal(features, answers(bundle, images))
+    assert default not in cuda.finished
+
+
+def test_second_stream_waits_for_the_call_of_the_first(bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda) -> None:
+    first, second = cuda.new_stream(), cuda.new_stream()
+    images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+    for row, stream in enumerate((first, second)):
+        with cuda.stream(stream):
+            runner.run(images[row : row + 1], features[row : row + 1])
+    second.synchronize()
+    assert cuda.finished == [first, second]
+
+
+@pytest.mark.usefixtures("tensorrt")
+@pytest.mark.parametrize(
+    ("severity", "levels"),
+    [
+        ("INTERNAL_ERROR", [logging.ERROR]),
+        ("ERROR", [logging.ERROR]),
+        ("WARNING", [logging.WARNING]),
+        ("INFO", [logging.DEBUG]),
+        ("VERBOSE", []),
+    ],
+)
+def test_tensorrt_log_reaches_python_logging_at_its_level(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, severity: str, levels: list[int]
+) -> None:
+    with caplog.at_level(1, logger=TensorRTRunner.__module__):
+        open_plan(with_plan(bundle, says=(severity,)))
+    assert [(r.levelno, r.getMessage()) for r in log_of_runner(caplog)] == [
+        (level, f"fake line at {severity}") for level in levels
+    ]
+
+
+def log_of_runner(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == TensorRTRunner.__module__]
+
+
+def test_altered_plan_never_reaches_tensorrt(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+    plan = bundle.path / PLAN
+    content = plan.read_bytes()
+    plan.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=rf"{PLAN} was altered"):
+        open_plan(bundle)
+    assert tensorrt._fake_deserialized == []

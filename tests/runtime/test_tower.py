@@ -1,0 +1,307 @@
+"""The tower answers as LLaVA's eager tower does."""
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import transformers
+
+import trtower
+from trtower import CLIPVisionTower, VisionTower, build_vision_tower
+from trtower.errors import BackendError, BundleError, ConfigError, InputError
+
+SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4
+
+FP32_TOLERANCE = 2e-5
+"""ONNX Runtime and PyTorch sum in other orders; values here are of the order of 1."""
+
+
+@pytest.fixture(scope="module")
+def tower(fp32_bundle: Path) -> VisionTower:
+    return VisionTower.load(fp32_bundle)
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoints: dict[str, Path]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """LLaVA's CLIPVisionTower.forward for one tensor, `patch` of state -2."""
+    model = transformers.CLIPVisionModel.from_pretrained(checkpoints["clip"]).eval()
+
+    @torch.no_grad()
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        return model(images.float(), output_hidden_states=True).hidden_states[-2][:, 1:].to(images.dtype)
+
+    return forward
+
+
+def images(batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch)).to(dtype)
+
+
+def config(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"mm_vision_select_layer": -2, **changes})
+
+
+def test_features_are_those_of_the_eager_tower(tower: VisionTower, eager: Callable) -> None:
+    assert torch.allclose(tower(images(3)), eager(images(3)), atol=FP32_TOLERANCE)
+
+
+def test_list_gives_a_list_in_order(tower: VisionTower, eager: Callable) -> None:
+    batch = images(MAX + 2)
+    answers = tower(list(batch))
+    assert isinstance(answers, list)
+    assert [tuple(a.shape) for a in answers] == [(1, PATCHES, WIDTH)] * (MAX + 2)
+    for answer, image in zip(answers, batch, strict=True):
+        assert torch.allclose(answer, eager(image[None]), atol=FP32_TOLERANCE)
+
+
+def test_list_runs_as_batches(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run = tower._runner.run
+
+    def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        sizes.append(len(pixel_values))
+        run(pixel_values, hidden_states)
+
+    monkeypatch.setattr(tower._runner, "run", count)
+    tower(list(images(MAX + 2)))
+    assert sizes == [MAX, 2]
+
+
+def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Callable) -> None:
+    batch = images(2 * MAX + 3)
+    assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
+
+
+def test_rest_below_the_minimum_is_still_right(export: Callable, eager: Callable) -> None:
+    profile = trtower.spec.BatchProfile(min=3, opt=3, max=4)
+    tower = VisionTower.load(export("clip", precision="fp32", flavour="none", batch=profile))
+    batch = images(5)
+    assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
+    with pytest.raises(InputError, match="batch 2; this engine takes 3 to 4"):
+        tower(images(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_features_come_in_the_dtype_of_the_images(tower: VisionTower, dtype: torch.dtype) -> None:
+    assert tower(images(1, dtype)).dtype == dtype
+    mixed = tower([images(1)[0], images(1, dtype)[0]])
+    assert [answer.dtype for answer in mixed] == [torch.float32, dtype]
+
+
+def test_features_carry_no_gradient(tower: VisionTower) -> None:
+    assert not tower(images(1).requires_grad_()).requires_grad
+
+
+def test_views_are_read_as_what_they_show(tower: VisionTower) -> None:
+    wide = torch.randn(2, 3, SIZE, 2 * SIZE)
+    assert torch.equal(tower(wide[..., ::2]), tower(wide[..., ::2].contiguous()))
+
+
+def test_features_are_not_overwritten_by_the_next_call(tower: VisionTower) -> None:
+    first = tower(images(1))
+    kept = first.clone()
+    tower(images(2))
+    assert torch.equal(first, kept)
+
+
+def test_cls_patch_keeps_the_cls_token(fp32_bundle: Path, tower: VisionTower) -> None:
+    both = CLIPVisionTower(fp32_bundle, config(mm_vision_select_feature="cls_patch"))
+    assert both(images(2)).shape == (2, PATCHES + 1, WIDTH)
+    assert torch.equal(both(images(2))[:, 1:], tower(images(2)))
+    assert both.num_patches == PATCHES
+
+
+def test_eight_threads_get_the_answers_of_one(tower: VisionTower) -> None:
+    batches = [images(1 + i % MAX) * (i + 1) for i in range(8)]
+    expected = [tower(batch) for batch in batches]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(tower(batches[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_memory_stays_flat_over_a_thousand_calls(tower: VisionTower) -> None:
+    def grown(calls: int) -> int:
+        before = psutil.Process().memory_info().rss
+        for index in range(calls):
+            tower(batches[index % MAX])
+        return psutil.Process().memory_info().rss - before
+
+    batches = [images(n + 1) for n in range(MAX)]
+    grown(100)
+    # One leaked (4, 10, 64) FP32 output a call would be 10 MB.
+    assert grown(1000) < 4_000_000
+
+
+def test_config_answers_before_loading(fp32_bundle: Path) -> None:
+    tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
+    assert not tower.is_loaded
+    assert (tower.hidden_size, tower.num_patches, tower.num_patches_per_side, tower.image_size) == (WIDTH, 9, 3, SIZE)
+    assert tower.config.hidden_size == WIDTH
+    assert tower.config.num_hidden_layers == 4
+    assert tower.cfg_only.patch_size == 14
+    assert tower.vision_tower_name == str(fp32_bundle)
+    assert (tower.select_layer, tower.select_feature) == (-2, "patch")
+    with pytest.raises(BackendError, match=r"call load_model\(\) first"):
+        tower(images(1))
+    tower.load_model()
+    assert tower.is_loaded
+    assert tower(images(1)).shape == (1, PATCHES, WIDTH)
+
+
+def test_second_load_does_nothing(fp32_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tower = CLIPVisionTower(fp32_bundle, config())
+    runner = tower._runner
+    with caplog.at_level(logging.INFO, logger="trtower"):
+        tower.load_model(device_map="auto")
+    assert tower._runner is runner
+    assert "already loaded" in caplog.text
+
+
+def test_checkpoint_trained_with_its_tower_loads_at_once(fp32_bundle: Path) -> None:
+    assert CLIPVisionTower(fp32_bundle, config(unfreeze_mm_vision_tower=True), delay_load=True).is_loaded
+
+
+def test_next_passes_its_config_by_another_name(fp32_bundle: Path) -> None:
+    assert CLIPVisionTower(fp32_bundle, vision_tower_cfg=config(), delay_load=True).select_layer == -2
+
+
+def test_positive_code_of_the_same_layer_is_taken(fp32_bundle: Path) -> None:
+    assert CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=3), delay_load=True).select_layer == 3
+
+
+def test_layer_that_the_bundle_lacks_names_both_and_the_command(fp32_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"-1 is hidden state 4 .* holds 3\. .*trtower export .* --select-layer -1"):
+        CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=-1))
+
+
+@pytest.mark.parametrize("changes", [{"mm_vision_select_layer": -30}, {"mm_vision_select_feature": "cls"}])
+def test_args_that_no_tower_has_are_refused(fp32_bundle: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        CLIPVisionTower(fp32_bundle, config(**changes), delay_load=True)
+
+
+def test_args_without_a_layer_are_refused(fp32_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="no mm_vision_select_layer"):
+        CLIPVisionTower(fp32_bundle)
+
+
+def test_builder_reads_either_name(fp32_bundle: Path) -> None:
+    for name in ("mm_vision_tower", "vision_tower"):
+        tower = build_vision_tower(config(**{name: str(fp32_bundle)}), delay_load=True)
+        assert isinstance(tower, CLIPVisionTower)
+
+
+def test_builder_refuses_what_it_cannot_build(fp32_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither mm_vision_tower nor vision_tower"):
+        build_vision_tower(config())
+    with pytest.raises(ConfigError, match="s2"):
+        build_vision_tower(config(mm_vision_tower=str(fp32_bundle), s2=True))
+    with pytest.raises(BundleError, match="is not a bundle"):
+        build_vision_tower(config(mm_vision_tower=str(tmp_path)))
+
+
+def test_tower_lives_in_a_model(fp32_bundle: Path) -> None:
+    model = torch.nn.Module()
+    model.vision_tower = VisionTower.load(fp32_bundle)
+    model.half().eval().requires_grad_(requires_grad=False)
+    model.to(device="cpu", dtype=torch.bfloat16)
+    tower = model.vision_tower
+    assert tower.dtype == torch.float32 == next(tower.parameters()).dtype
+    assert tower.device == torch.device("cpu") == next(tower.parameters()).device
+    assert model.state_dict() == {}
+    assert tower(images(1, torch.float16)).dtype == torch.float16
+
+
+def test_casts_and_modes_return_the_tower(fp32_bundle: Path) -> None:
+    tower = VisionTower.load(fp32_bundle)
+    assert tower.half() is tower.eval() is tower.requires_grad_(requires_grad=False) is tower
+    assert tower.to(device="cpu", dtype=torch.float16) is tower
+
+
+def test_dummy_feature_is_one_row_of_zeros(tower: VisionTower) -> None:
+    assert torch.equal(tower.dummy_feature, torch.zeros(1, WIDTH))
+
+
+def test_feature_select_takes_an_eager_output(tower: VisionTower, checkpoints: dict[str, Path]) -> None:
+    model = transformers.CLIPVisionModel.from_pretrained(checkpoints["clip"]).eval()
+    with torch.no_grad():
+        output = model(images(2), output_hidden_states=True)
+    assert torch.equal(tower.feature_select(output), output.hidden_states[-2][:, 1:])
+
+
+def test_image_processor_makes_what_the_tower_takes(tower: VisionTower) -> None:
+    picture = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8).numpy()
+    pixel_values = tower.image_processor.preprocess(picture, return_tensors="pt")["pixel_values"]
+    assert tower(pixel_values).shape == (1, PATCHES, WIDTH)
+
+
+def test_backend_says_what_runs(tower: VisionTower) -> None:
+    assert tower.backend.startswith("onnxruntime ")
+    assert tower.backend.endswith(", CPU")
+    assert tower.backend in repr(tower)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine takes \(1 to 4, 3, 42, 42\)"),
+        (torch.zeros(3, 42, 42), r"this engine takes \(1 to 4, 3, 42, 42\)"),
+        (torch.zeros(0, 3, 42, 42), r"shape \(0, 3, 42, 42\)"),
+        (torch.zeros(1, 1, 3, 42, 42), "shape"),
+        (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), r"dtype torch\.uint8; floating-point"),
+        (torch.zeros(1, 3, 42, 42, device="meta"), "meta device"),
+        ([], "images is an empty list"),
+        ([torch.zeros(3, 42, 42), torch.zeros(1, 3, 42, 42)], r"images\[1\] has shape \(1, 3, 42, 42\)"),
+        ([torch.zeros(3, 42, 42), "a.png"], r"images\[1\] is a str"),
+        ("a.png", "images is a str"),
+        (torch.full((1, 3, 42, 42), float("nan")), "5292 values that are NaN or infinite"),
+        ([torch.full((3, 42, 42), float("inf"))], "5292 values that are NaN or infinite"),
+    ],
+)
+def test_bad_images_get_one_clear_line(tower: VisionTower, bad: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        tower(bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_large_finite_images_are_not_taken_for_infinite(tower: VisionTower) -> None:
+    # Their sum overflows FP32, their values do not.
+    assert tower(torch.full((1, 3, SIZE, SIZE), 3e38)).shape == (1, PATCHES, WIDTH)
+
+
+def test_pixels_that_overflow_the_engine_are_refused(clip_bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"infinite in torch\.float16"):
+        VisionTower.load(clip_bundle)(torch.full((1, 3, SIZE, SIZE), 1e5))
+
+
+def test_finite_check_can_be_left_out(fp32_bundle: Path) -> None:
+    tower = VisionTower.load(fp32_bundle, check_finite=False)
+    assert tower(torch.full((1, 3, SIZE, SIZE), float("nan"))).isnan().all()
+
+
+def test_device_map_of_one_device_is_taken(fp32_bundle: Path) -> None:
+    tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
+    with pytest.raises(ConfigError, match="splits the tower"):
+        tower.load_model(device_map={"stem": "cpu", "layers": "cpu"})
+    tower.load_model(device_map={"": "cpu"})
+    assert tower.device == torch.device("cpu")
+
+
+def test_config_is_what_hugging_face_wrote(fp32_bundle: Path, tower: VisionTower) -> None:
+    assert tower.config.to_dict() == json.loads((fp32_bundle / "config.json").read_text())
