@@ -39,7 +39,7 @@ from trtower_export.parity import Comparison, certify
 from trtower_export.photographs import Photographs, load_photographs
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
-from trtower_export.truncate import TruncatedTower, truncate, weights_sha256
+from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
 ENGINES = Path("engines")
 DEFAULT_LAYER = -2
@@ -101,7 +101,7 @@ def export_tower(
         _check_space(tower, options.precision, folder, plans=target is not None)
         with progress.step("Trace to ONNX"):
             write_onnx(tower, input_, output, batch, folder / GRAPH)
-        del tower
+        release(tower)
         checkpoint.config.to_json_file(folder / CONFIG, use_diff=False)
         preprocessor = fit_preprocessor(checkpoint.preprocessor, spec.image_size, progress)
         (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")

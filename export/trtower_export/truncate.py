@@ -48,3 +48,13 @@ def weights_sha256(tower: nn.Module) -> str:
         digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().data)
         digests.append(digest.hexdigest())
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def release(tower: nn.Module) -> None:
+    """Give the memory of a tower's weights back; the tower is of no use after it.
+
+    The exporter of PyTorch 2.13 leaves references to traced weights behind that no garbage collection finds, and
+    the build that follows needs the room.
+    """
+    for parameter in tower.parameters():
+        parameter.data = torch.empty(0)

@@ -5,6 +5,7 @@ Shapes: B images, S pixels a side, P prefix tokens, N patches, D features a toke
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -125,8 +126,8 @@ class VisionTower(nn.Module):
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D)."""
         batch = len(pixel_values)
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
-        # A sum is finite only if every term is; it is one pass, and the exact count is left to the rare case.
-        if finite and not pixel_values.sum(dtype=torch.float32).isfinite() and (bad := _count_non_finite(pixel_values)):
+        if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
+            bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
         shape = (batch, self.spec.num_tokens, self.spec.hidden_size)
         hidden_states = torch.empty(shape, dtype=runner.dtype, device=runner.device)
@@ -288,10 +289,6 @@ class TowerConfig(SimpleNamespace):
     def to_dict(self) -> dict[str, Any]:
         """Give the config as config.json has it."""
         return dict(vars(self))
-
-
-def _count_non_finite(tensor: torch.Tensor) -> int:
-    return tensor.numel() - int(tensor.isfinite().sum())
 
 
 def _join(layers: Sequence[int]) -> str:

@@ -1,5 +1,8 @@
 """Run a bundle's graph with ONNX Runtime, on CUDA or the CPU, on torch's memory."""
 
+import logging
+import re
+
 import torch
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
@@ -10,6 +13,13 @@ PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 _ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 """ONNX's TensorProto numbers: numpy has no name for bfloat16."""
+
+
+FAST_FP16_FROM = (1, 32)
+"""ONNX Runtime whose FP16 attention on the CPU was seen to be fast: 1.23.2 took 51.8 s for an image of ViT-L/14-336
+that takes 1.32.0 1.1 s."""
+
+logger = logging.getLogger(__name__)
 
 
 class OnnxRuntimeRunner:
@@ -23,9 +33,13 @@ class OnnxRuntimeRunner:
         settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if bundle.manifest.precision == "fp16":
-            # Repacking FP16 weights for the CPU takes seconds and gains nothing: benchmarks/README.md.
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        if device.type == "cpu" and bundle.manifest.precision == "fp16" and _version(ort.__version__) < FAST_FP16_FROM:
+            logger.warning(
+                "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
+                "export with --precision fp32 for this machine",
+                ort.__version__,
+                *FAST_FP16_FROM,
+            )
         try:
             self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
@@ -55,3 +69,7 @@ class OnnxRuntimeRunner:
         self._session.run_with_iobinding(binding)
         if self._device_type == "cuda":
             binding.synchronize_outputs()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -1,0 +1,112 @@
+"""Measure what trtower promises on this machine, each in processes of its own, and print one table.
+
+    make goals
+
+Rehearses CLIP ViT-L/14-336 at full size in a temporary folder. Nothing here is a test: times are this
+machine's, and ratios are of one run. benchmarks/README.md says how each is measured and keeps the results.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trtower_export.checkpoint import open_checkpoint
+
+RECIPE = "openai/clip-vit-large-patch14-336"
+COMMAND = [sys.executable, "-c", "from trtower.cli import main; main()"]
+
+LOAD = """
+import sys, time, torch, trtower
+start = time.perf_counter()
+tower = trtower.VisionTower.load(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import trtower
+print(time.perf_counter() - start)
+"""
+
+WRAPPER = """
+import statistics, sys, time, torch, trtower
+tower = trtower.VisionTower.load(sys.argv[1])
+size = tower.image_size
+images = torch.randn(1, 3, size, size).to(tower.dtype)
+features = torch.empty(1, tower.spec.num_tokens, tower.hidden_size, dtype=tower.dtype)
+# The session's own time varies by more than the wrapper adds, so the runner is replaced by one that does nothing.
+bare = tower._runner.run
+tower._runner.run = lambda *tensors: None
+seconds = []
+for _ in range(2000):
+    start = time.perf_counter()
+    tower(images)
+    seconds.append(time.perf_counter() - start)
+print(statistics.median(seconds))
+"""
+
+RACE = """
+import json, sys, torch, trtower
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.latency import race
+tower = trtower.VisionTower.load(sys.argv[1])
+model = open_checkpoint(sys.argv[2]).load_model()
+size = tower.image_size
+images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+@torch.no_grad()
+def eager():
+    return model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+print(json.dumps(race({"eager": eager, "trtower": lambda: tower(images)}, rounds=7)))
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint, bundle = Path(temporary, "checkpoint"), Path(temporary, "bundle")
+        open_checkpoint(RECIPE, random_weights=True).load_model().save_pretrained(checkpoint)
+        start = time.perf_counter()
+        subprocess.run([*COMMAND, "export", checkpoint, "--out", bundle, "--no-check"], check=True, stdout=sys.stderr)
+        export_s = time.perf_counter() - start
+        peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+        load_s = statistics.median(float(run(LOAD, bundle)) for _ in range(3))
+        import_s = statistics.median(float(run(IMPORT)) for _ in range(5))
+        wrapper_s = float(run(WRAPPER, bundle))
+        seconds = json.loads(run(RACE, bundle, checkpoint))
+    rows = (
+        ("from weights to plan", f"{export_s:.1f} s", "under 30 s"),
+        ("peak memory of that", f"{peak_gb:.2f} GB", "under 3.5 GB"),
+        ("verify and load the bundle", f"{load_s:.2f} s", "under 3 s"),
+        ("import trtower, after torch", f"{import_s * 1e3:.0f} ms", "under 100 ms"),
+        ("the wrapper around a bare session call", f"{wrapper_s * 1e6:.0f} us", "under 50 us"),
+        ("eager FP32 PyTorch, LLaVA's tower", f"{seconds['eager'] * 1e3:.0f} ms", ""),
+        ("trtower on ONNX Runtime, FP16", f"{seconds['trtower'] * 1e3:.0f} ms", ""),
+        ("times as fast", f"{seconds['eager'] / seconds['trtower']:.2f}", "2.2 at least"),
+    )
+    table = Table("CLIP ViT-L/14-336, state -2, batch 1", "measured", "goal", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", highlight=False)
+
+
+def run(script: str, *arguments: Path) -> str:
+    """Run a script in a process of its own and return what it printed last."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the README says can be typed, can be typed."""
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from trtower import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BUNDLE = "engines/clip-vit-large-patch14-336"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+
+
+def test_newcomer_gets_two_commands() -> None:
+    assert [command for command in COMMANDS if command.startswith("make")] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("target", re.findall(r"`?make ([a-z-]+)", README))
+def test_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [command for command in COMMANDS if command.startswith("trtower")])
+def test_command_is_understood(line: str) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    command = typer.main.get_command(cli._app()).commands[name]
+    assert command.make_context(name, arguments)
+
+
+def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clip_bundle, BUNDLE)
+    (code,) = blocks("python")
+    names = {"image": Image.new("RGB", (60, 50))}
+    exec(code, names)  # noqa: S102 - the README's own example
+    assert names["features"].shape == (1, 9, 64)
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)h][^)]*)\)|`((?:export|runtime)/[\w/.]+)`", README))
+def test_file_that_is_named_exists(path: tuple[str, str]) -> None:
+    assert (ROOT / (path[0] or path[1])).exists()
+
+
+def test_recipe_for_every_tower_that_is_listed() -> None:
+    listed = re.search(r"CLIP ViT-L/14-336, ViT-L/14, ViT-B/32, ViT-B/16.*DINOv2 S/14, B/14, L/14", README, re.DOTALL)
+    assert listed
+    assert len(list((ROOT / "export/trtower_export/recipes").glob("*.toml"))) == 7
+
+
+def test_no_word_of_the_machine_it_was_written_on() -> None:
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"):
+        assert os.fspath(Path.home()) not in path.read_text()
