@@ -58,10 +58,12 @@ def export(
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
 ) -> int:
     """Cut, trace and build a checkpoint's tower into a bundle."""
-    from trtower_export.checkpoint import Trust
-    from trtower_export.pipeline import ExportOptions, export_tower
-
     console = Console()
+    progress = ConsoleProgress(console)
+    with progress.step("Import PyTorch and transformers"):
+        from trtower_export.checkpoint import Trust
+        from trtower_export.pipeline import ExportOptions, export_tower
+
     options = ExportOptions(
         select_layer=select_layer,
         select_feature=select_feature,
@@ -75,7 +77,7 @@ def export(
         overwrite=overwrite,
         check=check,
     )
-    bundle = export_tower(checkpoint, out, options, ConsoleProgress(console))
+    bundle = export_tower(checkpoint, out, options, progress)
     if bundle.manifest.source.random_weights:
         console.print("  random weights: this bundle is a rehearsal, its features mean nothing", highlight=False)
     console.print(f"{bundle.path}", highlight=False, soft_wrap=True)
@@ -111,12 +113,14 @@ def check(
     json_: JsonOption = False,
 ) -> int:
     """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
-    from trtower_export.checkpoint import Trust, open_checkpoint
-    from trtower_export.photographs import load_photographs
-    from trtower_export.pipeline import check_bundle
-
     console = Console(stderr=json_)
+    progress = ConsoleProgress(console)
     opened = Bundle.open(bundle)
+    with progress.step("Import PyTorch and transformers"):
+        from trtower_export.checkpoint import Trust, open_checkpoint
+        from trtower_export.photographs import load_photographs
+        from trtower_export.pipeline import check_bundle
+
     source = opened.manifest.source
     photographs = load_photographs(images)
     for name in photographs.skipped:
@@ -127,7 +131,7 @@ def check(
         revision=None if checkpoint else source.revision,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
-    checked = check_bundle(opened, found, photographs, ConsoleProgress(console), backend=backend)
+    checked = check_bundle(opened, found, photographs, progress, backend=backend)
     certificate = checked.manifest.certificate
     assert certificate is not None  # noqa: S101 - check_bundle has just written it
     if json_:

@@ -41,6 +41,10 @@ def run(arguments: list[str]) -> int:
         if debug or extra is None:
             raise
         return _fail(f"this command needs the package {err.name}: pip install 'trtower[{extra}]'", 1)
+    except OSError as err:
+        if debug or err.filename is None:
+            raise
+        return _fail(f"{err.filename}: {err.strerror}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as err:

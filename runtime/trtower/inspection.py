@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from trtower.bundle import Bundle
-from trtower.manifest import Certificate
+from trtower.manifest import Manifest
 from trtower.runners.choose import candidates
 
 MB = 1_000_000
@@ -35,7 +35,17 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "versions": data["versions"],
         "backends": rows,
         "certificate": data["certificate"],
+        "certificate_void": _changed_files(manifest),
     }
+
+
+def _changed_files(manifest: Manifest) -> list[str]:
+    """List the files that a certificate speaks of and that are not the ones in the bundle any more."""
+    certificate = manifest.certificate
+    if certificate is None:
+        return []
+    entries = manifest.files
+    return [name for name, sha256 in certificate.files.items() if name not in entries or entries[name].sha256 != sha256]
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -62,18 +72,17 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {row['obstacle'] or 'on ' + row['device']}"
         )
-    lines.append(f"  certificate  {_certificate(found['certificate'])}")
+    lines.append(f"  certificate  {_certificate(found)}")
     return "\n".join(lines)
 
 
-def certificate_in_words(certificate: Certificate) -> str:
+def _certificate(found: dict[str, Any]) -> str:
     """Say in one line what a certificate proves, and what it does not."""
-    return _certificate(dataclasses.asdict(certificate))
-
-
-def _certificate(certificate: dict[str, Any] | None) -> str:
+    certificate = found["certificate"]
     if certificate is None:
-        return "none: trtower check BUNDLE makes one"
+        return f"none: trtower check {found['path']} makes one"
+    if found["certificate_void"]:
+        return f"void: {', '.join(found['certificate_void'])} changed since: trtower check {found['path']}"
     verdict = "passed" if certificate["passed"] else "FAILED"
     figures = certificate["bundle"]
     what = "the plan was run" if certificate["ran"] == "plan" else "the ONNX graph was run"
@@ -82,8 +91,9 @@ def _certificate(certificate: dict[str, Any] | None) -> str:
         f"token cosine {_number(figures['token_cosine_min'])} at least, "
         f"relative error {_number(figures['relative_error'])}"
     )
-    if certificate["not_run"]:
-        text += f"; built but NOT run: {', '.join(certificate['not_run'])}"
+    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in certificate["files"]]
+    if not_run:
+        text += f"; built but NOT run: {', '.join(not_run)}"
     return text
 
 

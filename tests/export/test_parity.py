@@ -174,6 +174,15 @@ def test_nan_in_any_image_is_not_lost(order: int) -> None:
     assert not any(bound.holds for bound in judge("fp16", figures, figures))
 
 
+def test_bundle_is_not_blamed_for_what_pytorch_does_worse() -> None:
+    fine = Figures(token_cosine_mean=1.0, token_cosine_min=1.0, relative_error=2e-3, max_abs_error=0.0, non_finite=0)
+    exact = replace(fine, relative_error=0.0)
+    overflown = replace(fine, relative_error=None, token_cosine_min=None, non_finite=7)
+    for bundle, own in ((fine, overflown), (exact, fine), (exact, exact)):
+        assert all(bound.holds for bound in judge("fp16", bundle, own))
+    assert not all(bound.holds for bound in judge("fp16", overflown, overflown))
+
+
 def test_each_bound_can_fail_alone() -> None:
     own = Figures(token_cosine_mean=1.0, token_cosine_min=1.0, relative_error=2e-3, max_abs_error=0.0, non_finite=0)
     assert all(bound.holds for bound in judge("fp16", own, own))

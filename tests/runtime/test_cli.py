@@ -115,3 +115,15 @@ def test_check_exits_1_when_a_bound_is_missed(
     assert not certificate["passed"]
     assert run(["inspect", str(spoilt)]) == 0
     assert "certificate  FAILED" in capsys.readouterr().out
+
+
+def test_inspect_calls_a_certificate_void_when_its_file_changed(
+    spoilt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["check", str(spoilt)]) == 0
+    manifest = json.loads((spoilt / "tower.json").read_text())
+    manifest["certificate"]["files"]["tower.onnx"] = "0" * 64
+    (spoilt / "tower.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert run(["inspect", str(spoilt)]) == 0
+    assert "certificate  void: tower.onnx changed since" in capsys.readouterr().out
