@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -50,7 +51,7 @@ class VisionTower(nn.Module):
         self.bundle = Bundle.open(bundle)
         self.spec = self.bundle.manifest.spec
         self.vision_tower_name = str(bundle)
-        self.select_layer: int | Sequence[int] = (
+        self._select_layer: int | Sequence[int] = (
             self.spec.layers[0] if len(self.spec.layers) == 1 else list(self.spec.layers)
         )
         self.select_feature = self.spec.select_feature if select_feature is None else select_feature
@@ -58,16 +59,17 @@ class VisionTower(nn.Module):
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self.check_finite = check_finite
         self._backend, self._asked_device = backend, device
-        self._first_token = self.spec.first_token(self.select_feature)
+        self.spec.first_token(self.select_feature)
         self._runner: Runner | None = None
-        self._anchor = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+        # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
+        self._anchor = self._make_anchor(torch.device("cpu"))
 
     @staticmethod
     def load(
         bundle: str | os.PathLike[str],
-        *,
         backend: str = "auto",
         device: str | torch.device | None = None,
+        *,
         check_finite: bool | None = None,
     ) -> "VisionTower":
         """Open a bundle and make it ready to run.
@@ -143,7 +145,7 @@ class VisionTower(nn.Module):
         tokens = image_forward_outs
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.cat([image_forward_outs.hidden_states[layer] for layer in self.spec.layers], dim=-1)
-        selected: torch.Tensor = tokens[:, self._first_token :]
+        selected: torch.Tensor = tokens[:, self.spec.first_token(self.select_feature) :]
         return selected
 
     def _check(self, images: torch.Tensor, name: str, *, batched: bool) -> None:
@@ -163,7 +165,10 @@ class VisionTower(nn.Module):
 
     def _open(self, device: str | torch.device | None) -> None:
         self._runner = choose(self.bundle, self._backend, device)
-        self._anchor.data = torch.empty(0, dtype=self._runner.dtype, device=self._runner.device)
+        self._anchor = self._make_anchor(self._runner.device)
+
+    def _make_anchor(self, device: torch.device) -> nn.Parameter:
+        return nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)`, called here or on the model around this tower."""
@@ -180,6 +185,40 @@ class VisionTower(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing: the weights are in the bundle."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take nothing, and report weights that were meant for the tower: the engine cannot take them in."""
+        unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
+
+    @property
+    def select_layer(self) -> int | Sequence[int]:
+        """The layer code that is read; setting it to another layer than the bundle holds raises ConfigError."""
+        return self._select_layer
+
+    @select_layer.setter
+    def select_layer(self, select_layer: int | Sequence[int]) -> None:
+        layers = normalise_layers(select_layer, self.spec.num_layers)
+        if layers != self.spec.layers:
+            message = (
+                f"select_layer={select_layer} is hidden state {_join(layers)} of {self.spec.num_layers} layers; "
+                f"{self.bundle.path} holds {_join(self.spec.layers)}."
+            )
+            if isinstance(select_layer, int):
+                source = self.bundle.manifest.source
+                command = ["trtower", "export", source.checkpoint, "--select-layer", str(select_layer)]
+                command += ["--random-weights"] if source.random_weights else []
+                message += f" Export it: {shlex.join([*command, '--out', f'{self.bundle.path}-layer{select_layer}'])}"
+            raise ConfigError(message)
+        self._select_layer = select_layer
 
     @property
     def backend(self) -> str:
@@ -257,17 +296,12 @@ class CLIPVisionTower(VisionTower):
             raise ConfigError(
                 "args has no mm_vision_select_layer. Without a LLaVA config: trtower.VisionTower.load(…)."
             )
+        if getattr(args, "s2", False):
+            raise ConfigError("s2=True asks for the multi-scale tower, which trtower does not have: set s2 to False.")
         feature = getattr(args, "mm_vision_select_feature", "patch")
         super().__init__(
             vision_tower, select_feature=feature, backend=backend, device=device, check_finite=check_finite
         )
-        layers = normalise_layers(args.mm_vision_select_layer, self.spec.num_layers)
-        if layers != self.spec.layers:
-            raise ConfigError(
-                f"mm_vision_select_layer={args.mm_vision_select_layer} is hidden state {_join(layers)} of "
-                f"{self.spec.num_layers} layers; {vision_tower} holds {_join(self.spec.layers)}. Export it: "
-                f"trtower export {self.bundle.manifest.source.checkpoint} --select-layer {args.mm_vision_select_layer}"
-            )
         self.select_layer = args.mm_vision_select_layer
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
@@ -278,8 +312,6 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
     path = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
     if path is None:
         raise ConfigError("the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path.")
-    if getattr(vision_tower_cfg, "s2", False):
-        raise ConfigError("s2=True asks for the multi-scale tower, which trtower does not have: set s2 to False.")
     return CLIPVisionTower(path, args=vision_tower_cfg, **kwargs)
 
 

@@ -186,11 +186,23 @@ def test_positive_code_of_the_same_layer_is_taken(fp32_bundle: Path) -> None:
 
 
 def test_layer_that_the_bundle_lacks_names_both_and_the_command(fp32_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"-1 is hidden state 4 .* holds 3\. .*trtower export .* --select-layer -1"):
+    with pytest.raises(
+        ConfigError, match=r"-1 is hidden state 4 .* holds 3\. .*trtower export .* --select-layer -1 --out"
+    ):
         CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=-1))
 
 
-@pytest.mark.parametrize("changes", [{"mm_vision_select_layer": -30}, {"mm_vision_select_feature": "cls"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mm_vision_select_layer": -30},
+        {"mm_vision_select_layer": None},
+        {"mm_vision_select_layer": "-2"},
+        {"mm_vision_select_layer": [-2, -3]},
+        {"mm_vision_select_feature": "cls"},
+        {"mm_vision_select_feature": "slicefour_patch"},
+    ],
+)
 def test_args_that_no_tower_has_are_refused(fp32_bundle: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         CLIPVisionTower(fp32_bundle, config(**changes), delay_load=True)
@@ -211,7 +223,7 @@ def test_builder_refuses_what_it_cannot_build(fp32_bundle: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="neither mm_vision_tower nor vision_tower"):
         build_vision_tower(config())
     with pytest.raises(ConfigError, match="s2"):
-        build_vision_tower(config(mm_vision_tower=str(fp32_bundle), s2=True))
+        CLIPVisionTower(fp32_bundle, config(s2=True), delay_load=True)
     with pytest.raises(BundleError, match="is not a bundle"):
         build_vision_tower(config(mm_vision_tower=str(tmp_path)))
 
@@ -226,6 +238,50 @@ def test_tower_lives_in_a_model(fp32_bundle: Path) -> None:
     assert tower.device == torch.device("cpu") == next(tower.parameters()).device
     assert model.state_dict() == {}
     assert tower(images(1, torch.float16)).dtype == torch.float16
+
+
+def test_tower_loads_inside_from_pretrained(fp32_bundle: Path, tmp_path: Path) -> None:
+    """transformers makes models on the meta device, and LLaVA loads the tower afterwards."""
+
+    class Llava(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: transformers.PretrainedConfig, *, delay_load: bool = True) -> None:
+            super().__init__(config)
+            self.projector = torch.nn.Linear(WIDTH, 8)
+            args = SimpleNamespace(mm_vision_select_layer=-2)
+            self.vision_tower = CLIPVisionTower(fp32_bundle, args, delay_load=delay_load)
+            self.post_init()
+
+    Llava(transformers.PretrainedConfig()).save_pretrained(tmp_path)
+    model = Llava.from_pretrained(tmp_path)
+    model.vision_tower.load_model()
+    model.to(torch.float16)
+    assert model.vision_tower.dummy_feature.device == torch.device("cpu")
+    assert model.vision_tower(images(1, torch.float16)).shape == (1, PATCHES, WIDTH)
+    assert Llava.from_pretrained(tmp_path, delay_load=False).vision_tower.is_loaded
+
+
+def test_state_dict_survives_its_round_trip(fp32_bundle: Path) -> None:
+    model = torch.nn.ModuleDict({"vision_tower": VisionTower.load(fp32_bundle)})
+    model.load_state_dict(model.state_dict())
+
+
+def test_weights_meant_for_the_tower_are_not_swallowed(fp32_bundle: Path) -> None:
+    model = torch.nn.ModuleDict({"vision_tower": VisionTower.load(fp32_bundle)})
+    weights = {"vision_tower.vision_tower.embeddings.weight": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(weights)
+    assert model.load_state_dict(weights, strict=False).unexpected_keys == list(weights)
+
+
+def test_feature_and_layer_may_be_changed_to_what_the_bundle_holds(fp32_bundle: Path) -> None:
+    tower = VisionTower.load(fp32_bundle)
+    tower.select_feature = "cls_patch"
+    assert tower(images(1)).shape == (1, PATCHES + 1, WIDTH)
+    tower.select_layer = 3
+    with pytest.raises(ConfigError, match="holds 3"):
+        tower.select_layer = -1
 
 
 def test_casts_and_modes_return_the_tower(fp32_bundle: Path) -> None:
