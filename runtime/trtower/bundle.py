@@ -5,6 +5,7 @@ backend sees a byte of it. A writer never shows half a bundle: it works in a sta
 under a lock that the system drops when the process dies, and renames at the end.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from trtower.errors import BundleError
+from trtower.errors import BuildError, BundleError
 from trtower.manifest import Certificate, FileEntry, Manifest, PlanEntry
 
 MANIFEST = "tower.json"
@@ -41,8 +42,11 @@ class Bundle:
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
+            if folder.exists():
+                raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. Make one: trtower export") from err
             raise BundleError(
-                f"{folder} is not a bundle: it has no {MANIFEST}. Make one: trtower export CHECKPOINT --out {folder}"
+                f"{folder} is not a bundle: it does not exist. If it is a checkpoint's name, make a bundle of it and "
+                f"name that: trtower export {path}"
             ) from err
         except UnicodeDecodeError as err:
             raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err
@@ -62,6 +66,10 @@ class Bundle:
             self._compare(name, _sha256(stream))
         return path
 
+    def altered(self) -> list[str]:
+        """List the files whose content is not what the manifest says. Reads them all."""
+        return [name for name, entry in self.manifest.files.items() if describe(self.path / name) != entry]
+
     def read(self, name: str) -> bytes:
         """Read a file whole, and compare what was read with its sha256 in the manifest."""
         content = self._check_present(name).read_bytes()
@@ -69,19 +77,34 @@ class Bundle:
         return content
 
     def add_plan(self, plan: PlanEntry, staged: Path) -> "Bundle":
-        """Move a staged plan into the bundle, in the place of one of the same name. Call it under `locked`."""
+        """Move a staged plan into the bundle; it supersedes one for the same target. Call it under `locked`.
+
+        A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
+        finds the old plan under the old manifest, or the new one under the new.
+        """
+        current = self._reread()
+        entry = describe(staged)
+        if current.files.get(plan.file, entry) != entry:
+            plan = replace(plan, file=f"{plan.file.removesuffix('.plan')}.{entry.sha256[:8]}.plan")
         target = self.path / plan.file
         target.parent.mkdir(exist_ok=True)
-        entry = describe(staged)
+        with staged.open("rb") as stream:
+            os.fsync(stream.fileno())
         staged.replace(target)
-        current = Manifest.from_json((self.path / MANIFEST).read_text(encoding="utf-8"))
-        plans = (*(p for p in current.plans if p.file != plan.file), plan)
-        return self._rewrite(replace(current, plans=plans, files={**current.files, plan.file: entry}))
+        superseded = {old.file for old in current.plans if replace(old, file="") == replace(plan, file="")}
+        files = {name: file for name, file in current.files.items() if name not in superseded}
+        plans = (*(old for old in current.plans if old.file not in superseded), plan)
+        bundle = self._rewrite(replace(current, plans=plans, files={**files, plan.file: entry}))
+        for name in superseded - {plan.file}:
+            (self.path / name).unlink()
+        return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
         """Write the certificate into the manifest. Call it under `locked`."""
-        current = Manifest.from_json((self.path / MANIFEST).read_text(encoding="utf-8"))
-        return self._rewrite(replace(current, certificate=certificate))
+        return self._rewrite(replace(self._reread(), certificate=certificate))
+
+    def _reread(self) -> Manifest:
+        return Bundle.open(self.path).manifest
 
     def _rewrite(self, manifest: Manifest) -> "Bundle":
         write_manifest(self.path, manifest)
@@ -94,7 +117,12 @@ class Bundle:
         entry = self.manifest.files[name]
         path = self.path / name
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+        if (
+            "\0" in name
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or not path.resolve().is_relative_to(self.path.resolve())
+        ):
             raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle: refused.")
         if not path.is_file():
             raise BundleError(f"{path} is missing; {MANIFEST} lists it with {entry.size} bytes. Copy the bundle again.")
@@ -132,6 +160,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Be the only writer of the bundle at ``target``; raise BundleError where another process is."""
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_beside(target, "lock"))
     try:
@@ -152,6 +181,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     bundle is set aside only once the new one is whole, and put back by the next writer should the process
     die between the two renames.
     """
+    target = target.resolve()
     with locked(target):
         folder, aside = _beside(target, "staging"), _beside(target, "old")
         if aside.exists() and not target.exists():
@@ -169,6 +199,21 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a disk that fills up, wherever that is noticed, into one clear BuildError."""
+    try:
+        yield
+    except OSError as err:
+        cut_short = err.errno is None and str(err).endswith("written")  # numpy's word for it
+        if not cut_short and err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BuildError(
+            f"the disk filled up while {target} was written ({err.strerror or err}): nothing was left behind. "
+            "Free some space, or take another disk."
+        ) from err
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:

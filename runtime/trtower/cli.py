@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import typer
 
 
+INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command; exit 0 when done, 1 for a failure, 2 for wrong usage."""
     sys.exit(run(sys.argv[1:]))
@@ -31,7 +34,9 @@ def run(arguments: list[str]) -> int:
         typer = import_extra("typer", extra="cli", purpose="the trtower command")
         import_extra("rich", extra="cli", purpose="the trtower command")
         command = typer.main.get_command(_app())
-        result = command.main([a for a in arguments if a != "--debug"], prog_name="trtower", standalone_mode=False)
+        result = command.main(
+            [a for a in arguments if a != "--debug"] or ["--help"], prog_name="trtower", standalone_mode=False
+        )
     except TrtowerError as err:
         if debug:
             raise
@@ -46,12 +51,14 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(f"{err.filename}: {err.strerror}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except Exception as err:
         # click's own errors know their exit code and their words; anything else is a bug and shows its traceback.
         if not hasattr(err, "format_message"):
             raise
         return _fail(err.format_message(), getattr(err, "exit_code", 2))
+    if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code
+        return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -3,16 +3,16 @@
 import dataclasses
 from typing import Any
 
-from trtower.bundle import Bundle
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.manifest import Manifest
-from trtower.runners.choose import candidates
+from trtower.runners.choose import Candidate, candidates
 
 MB = 1_000_000
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Give the whole description as JSON has it. Nothing of the bundle is executed or deserialised."""
-    manifest = bundle.manifest
+    """Give the whole description as JSON has it. Files are hashed; none is executed or deserialised."""
+    manifest, altered = bundle.manifest, bundle.altered()
     rows = [
         {
             "backend": c.backend,
@@ -21,7 +21,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "runs": c.obstacle is None,
             "obstacle": c.obstacle,
         }
-        for c in candidates(bundle)
+        for c in (_without_altered(c, altered) for c in candidates(bundle))
     ]
     data = dataclasses.asdict(manifest)
     return {
@@ -35,17 +35,30 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "versions": data["versions"],
         "backends": rows,
         "certificate": data["certificate"],
-        "certificate_void": _changed_files(manifest),
+        "altered": altered,
+        "certificate_void": _changed_files(manifest, altered),
     }
 
 
-def _changed_files(manifest: Manifest) -> list[str]:
+def _without_altered(candidate: Candidate, altered: list[str]) -> Candidate:
+    needs = [GRAPH, GRAPH_DATA] if candidate.plan is None else [candidate.plan.file]
+    spoilt = [name for name in needs if name in altered]
+    if candidate.obstacle or not spoilt:
+        return candidate
+    return dataclasses.replace(candidate, obstacle=f"{', '.join(spoilt)} was altered: copy the bundle again")
+
+
+def _changed_files(manifest: Manifest, altered: list[str]) -> list[str]:
     """List the files that a certificate speaks of and that are not the ones in the bundle any more."""
     certificate = manifest.certificate
     if certificate is None:
         return []
     entries = manifest.files
-    return [name for name, sha256 in certificate.files.items() if name not in entries or entries[name].sha256 != sha256]
+    return [
+        name
+        for name, sha256 in certificate.files.items()
+        if name in altered or name not in entries or entries[name].sha256 != sha256
+    ]
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -67,6 +80,8 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"    {plan['file']} ({plan['size'] / MB:.0f} MB) for compute capability {gpus}")
     if not found["plans"]:
         lines.append(f"    none: trtower build {found['path']}")
+    if found["altered"]:
+        lines.append(f"  ALTERED      {', '.join(found['altered'])}: copy the bundle again")
     lines.append("  here")
     for row in found["backends"]:
         lines.append(

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trtower.errors import BundleError, ConfigError
-from trtower.spec import BatchProfile, TensorSpec, TowerSpec
+from trtower.flavour import FLAVOURS
+from trtower.spec import PRECISIONS, BatchProfile, TensorSpec, TowerSpec
 
 SCHEMA = 1
 """Raised whenever a key is added, removed or changes its meaning."""
@@ -132,6 +133,19 @@ class Manifest:
     versions: dict[str, str]
     certificate: Certificate | None
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
+        for found, expected in (
+            (self.input, self.spec.input(self.precision)),
+            (self.output, self.spec.output(self.precision)),
+        ):
+            if found != expected:
+                raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
+        for plan in self.plans:
+            if plan.flavour not in FLAVOURS:
+                raise ConfigError(f"{plan.file} is of flavour {plan.flavour!r}: {' and '.join(FLAVOURS)} are known.")
+
     def to_json(self) -> str:
         """Write the text of tower.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -141,10 +155,10 @@ class Manifest:
         """Read the text of tower.json; raise BundleError saying which key is wrong."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as err:
+        except (ValueError, RecursionError) as err:
             raise BundleError(f"tower.json is not JSON: {err}") from err
         schema = data.get("schema") if isinstance(data, dict) else None
-        if not isinstance(schema, int):
+        if type(schema) is not int or schema < 1:
             raise BundleError("tower.json has no schema number, so it is not a bundle's manifest.")
         if schema > SCHEMA:
             raise BundleError(

@@ -23,6 +23,8 @@ def normalise_layers(select_layer: int | Sequence[int], num_layers: int) -> tupl
     in CLIP) and k is the output of layer k, so -1 is L and -2 is L - 1, as transformers'
     `hidden_states` counts them.
     """
+    if isinstance(select_layer, str) or not isinstance(select_layer, int | Sequence):
+        raise ConfigError(f"select_layer={select_layer!r} is not a layer: an integer such as -2 is, or a list of them.")
     codes = [select_layer] if isinstance(select_layer, int) else list(select_layer)
     if not codes:
         raise ConfigError("select_layer is an empty list: name at least one layer.")
@@ -88,6 +90,11 @@ class TowerSpec:
     select_feature: str = "patch"
 
     def __post_init__(self) -> None:
+        if min(self.image_size, self.patch_size, self.num_layers, self.width) < 1 or self.num_prefix_tokens < 0:
+            raise ConfigError(
+                f"a tower of {self.image_size} pixels, {self.patch_size} a patch, {self.num_layers} layers "
+                f"of {self.width} cannot be: all are 1 at least."
+            )
         self.first_token(self.select_feature)
         if self.layers != normalise_layers(self.layers, self.num_layers):
             raise ConfigError(f"layers={self.layers} are not the hidden-state indices 0 to {self.num_layers}.")

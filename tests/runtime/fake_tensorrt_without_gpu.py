@@ -254,6 +254,16 @@ class FakeTensorRT(ModuleType):
             def __init__(self, logger: ILogger, fields: dict[str, Any]) -> None:
                 self._fake_logger, self._fake_fields = logger, fields
 
+            def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+                shapes = dict([self._fake_fields["input"], self._fake_fields["output"]])
+                return (-1, *shapes[name])
+
+            def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+                assert profile_index == 0
+                image = dict([self._fake_fields["input"]])[name]
+                least, most = self._fake_fields["batch"]
+                return [(batch, *image) for batch in (least, most, most)]
+
             def create_execution_context(self) -> IExecutionContext | None:
                 fake._fake_devices.append(cuda.current_device())
                 if self._fake_fields["out_of_memory"]:

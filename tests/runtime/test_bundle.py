@@ -8,10 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import onnx
 import pytest
 
-from trtower.bundle import GRAPH_DATA, MANIFEST, Bundle, locked, staged
-from trtower.errors import BundleError
+from trtower.bundle import GRAPH_DATA, MANIFEST, Bundle, describe, locked, staged
+from trtower.errors import BackendError, BundleError
 from trtower.manifest import SCHEMA, Manifest
 from trtower.tower import VisionTower
 
@@ -99,6 +100,55 @@ def test_plan_that_the_manifest_does_not_vouch_for_is_refused(spoilt: Path) -> N
     edit(spoilt, files={name: entry for name, entry in manifest["files"].items() if name != plan})
     with pytest.raises(BundleError, match="nothing vouches for it"):
         Bundle.open(spoilt)
+
+
+def test_graph_cannot_read_a_file_that_nothing_vouches_for(spoilt: Path) -> None:
+    model = onnx.load(spoilt / "tower.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "evil.bin"
+    (spoilt / "evil.bin").write_bytes((spoilt / GRAPH_DATA).read_bytes())
+    (spoilt / "tower.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((spoilt / MANIFEST).read_text())
+    entry = describe(spoilt / "tower.onnx")
+    edit(spoilt, files={**manifest["files"], "tower.onnx": {"sha256": entry.sha256, "size": entry.size}})
+    with pytest.raises(BackendError, match=r"evil\.bin"):
+        VisionTower.load(spoilt)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp64"},
+        {"schema": 0},
+        {"name": None},
+        {"batch": {"min": 2, "opt": 1, "max": 1}},
+        {"precision": "bf16"},
+    ],
+)
+def test_manifest_that_contradicts_itself_is_refused(spoilt: Path, changes: dict[str, object]) -> None:
+    edit(spoilt, **changes)
+    with pytest.raises(BundleError):
+        Bundle.open(spoilt)
+
+
+def test_plan_built_anew_never_takes_the_name_of_the_old(spoilt: Path) -> None:
+    bundle = Bundle.open(spoilt)
+    (old,) = bundle.manifest.plans
+    (spoilt / "staged").write_bytes(b"another plan for the same target")
+    after = bundle.add_plan(old, spoilt / "staged")
+    (new,) = after.manifest.plans
+    assert new.file != old.file
+    assert after.read(new.file) == b"another plan for the same target"
+    assert not (spoilt / old.file).exists()
+    assert Bundle.open(spoilt).manifest == after.manifest
+
+
+def test_lock_is_one_for_every_spelling_of_a_path(spoilt: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(spoilt)
+    with locked(spoilt), pytest.raises(BundleError, match="another process"), locked(tmp_path / "link"):
+        pass
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:

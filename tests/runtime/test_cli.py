@@ -39,11 +39,10 @@ def test_error_is_one_line_with_its_exit_code(
 ) -> None:
     places = {"CLIP": str(checkpoints["clip"]), "BUNDLE": str(clip_bundle)}
     assert run([places.get(argument, argument) for argument in arguments]) == code
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
-    assert "Traceback" not in captured.err
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert all(step.startswith("  ") and step.endswith(" s") for step in progress)
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -57,7 +56,10 @@ def test_missing_package_names_its_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: this command needs the package transformers: pip install 'trtower[export]'\n"
+    assert (
+        done.stderr.splitlines()[-1] + "\n"
+        == "error: this command needs the package transformers: pip install 'trtower[export]'\n"
+    )
 
 
 def test_inspect_tells_what_runs_and_why_the_rest_does_not(
@@ -127,3 +129,33 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
     capsys.readouterr()
     assert run(["inspect", str(spoilt)]) == 0
     assert "certificate  void: tower.onnx changed since" in capsys.readouterr().out
+
+
+def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = spoilt / "tower.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
+    assert run(["inspect", str(spoilt)]) == 0
+    text = capsys.readouterr().out
+    assert "ALTERED      tower.onnx" in text
+    assert "not  onnxruntime-cpu   tower.onnx was altered" in text
+
+
+def test_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+def test_interrupt_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from trtower_export import pipeline
+pipeline.write_onnx = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+from trtower.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    arguments = ["export", str(checkpoints["clip"]), "--out", str(tmp_path / "b"), "--no-check"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "error: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == [".b.lock"]

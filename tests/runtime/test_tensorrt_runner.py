@@ -81,7 +81,11 @@ def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tens
 
 
 def open_plan(bundle: Bundle) -> TensorRTRunner:
-    return TensorRTRunner(bundle, next(plan for plan in bundle.manifest.plans if plan.file == PLAN), DEVICE)
+    return TensorRTRunner(bundle, fake_entry(bundle), DEVICE)
+
+
+def fake_entry(bundle: Bundle) -> PlanEntry:
+    return next(plan for plan in bundle.manifest.plans if plan.platform == "fake")
 
 
 def draw_images(bundle: Bundle, batch: int, seed: int = 0) -> torch.Tensor:
@@ -141,9 +145,10 @@ def test_answers_of_every_image_land_in_its_own_row(
 @pytest.mark.usefixtures("tensorrt")
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_name_tells_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> None:
-    runner = open_plan(with_plan(bundle, flavour=flavour))
+    runner_bundle = with_plan(Bundle.open(bundle.path), flavour=flavour)
+    runner = TensorRTRunner(runner_bundle, runner_bundle.manifest.plans[-1], DEVICE)
     assert runner.name == f"{flavour} {FAKE_VERSION}, sm89"
-    assert runner.files == (PLAN,)
+    assert runner.files == (runner_bundle.manifest.plans[-1].file,)
     assert (runner.device, runner.dtype) == (DEVICE, torch.half)
 
 
@@ -155,9 +160,24 @@ def test_engine_is_made_and_run_on_the_device_that_was_asked_for(
 
 
 @pytest.mark.usefixtures("tensorrt")
+def test_plan_of_other_tensors_than_the_manifest_s_is_refused(bundle: Bundle) -> None:
+    input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
+    image, tokens = (input_.name, input_.shape[1:]), (output.name, output.shape[1:])
+    wide = (output.name, (output.shape[1], 2 * int(output.shape[2])))
+    for content, message in (
+        (fake_plan(image, wide, (batch.min, batch.max)), r"has hidden_states \(-1, 10, 128\)"),
+        (fake_plan(image, tokens, (batch.min, batch.max + 1)), "takes 1 to 5 images; tower.json says 1 to 4"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            open_plan(with_plan(bundle, content=content))
+
+
+@pytest.mark.usefixtures("tensorrt")
 def test_plan_that_tensorrt_refuses_is_named_with_the_way_out(bundle: Bundle) -> None:
     refused = with_plan(bundle, content=b"garbage")
-    with pytest.raises(BackendError, match=rf"{PLAN} could not be loaded.*{FAKE_VERSION}.*trtower build {bundle.path}"):
+    with pytest.raises(
+        BackendError, match=rf"fake\..*plan could not be loaded.*{FAKE_VERSION}.*trtower build {bundle.path}"
+    ):
         open_plan(refused)
 
 
@@ -171,7 +191,7 @@ def test_real_tensorrt_rtx_says_in_the_log_why_it_refuses(bundle: Bundle, caplog
 
 @pytest.mark.usefixtures("tensorrt")
 def test_context_without_memory_tells_how_much_it_needs(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=rf"{PLAN}: no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+    with pytest.raises(BackendError, match=rf"plan: no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
         open_plan(with_plan(bundle, out_of_memory=True))
 
 
@@ -282,9 +302,9 @@ def log_of_runner(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 
 
 def test_altered_plan_never_reaches_tensorrt(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
-    plan = bundle.path / PLAN
+    plan = bundle.path / fake_entry(bundle).file
     content = plan.read_bytes()
     plan.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(BundleError, match=rf"{PLAN} was altered"):
+    with pytest.raises(BundleError, match="plan was altered"):
         open_plan(bundle)
     assert tensorrt._fake_deserialized == []

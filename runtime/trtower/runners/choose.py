@@ -5,12 +5,13 @@
 
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from trtower.bundle import GRAPH, Bundle
-from trtower.errors import BackendError, ConfigError, MissingExtraError
+from trtower.errors import BackendError, ConfigError
 from trtower.extras import import_extra
 from trtower.flavour import load_flavour
 from trtower.manifest import PlanEntry
@@ -57,9 +58,12 @@ def choose(bundle: Bundle, backend: str = "auto", device: str | torch.device | N
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {backend!r} is unknown: auto, {', '.join(BACKENDS)} are known.")
-    wanted = [c for c in candidates(bundle, device) if backend in ("auto", c.backend)]
+    asked = _parse_device(device)
+    if asked and (obstacle := _device_obstacle(asked)):
+        raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
+    wanted = BACKENDS if backend == "auto" else (backend,)
     passed_over: list[str] = []
-    for candidate in wanted:
+    for candidate in candidates(bundle, device, wanted):
         try:
             runner = candidate.open(bundle)
         except BackendError as err:
@@ -73,13 +77,18 @@ def choose(bundle: Bundle, backend: str = "auto", device: str | torch.device | N
     raise BackendError(f"nothing that was asked for can run {bundle.path}: {'; '.join(passed_over)}")
 
 
-def candidates(bundle: Bundle, device: str | torch.device | None = None) -> list[Candidate]:
+def candidates(
+    bundle: Bundle, device: str | torch.device | None = None, backends: Sequence[str] = BACKENDS
+) -> list[Candidate]:
     """List every way to run ``bundle`` on this machine, the best first, without loading any of it."""
     asked = _parse_device(device)
     found: list[Candidate] = []
-    for backend in BACKENDS:
+    for backend in backends:
         kind = "cpu" if backend == "onnxruntime-cpu" else "cuda"
-        target = asked if asked and asked.type == kind else _default_device(kind)
+        # Asking torch for its current device makes a CUDA context, which a tower on the CPU has no use for.
+        target = asked or _default_device(kind)
+        if target.type != kind:
+            target = torch.device(kind)
         obstacle = f"device {asked} was asked for" if asked and asked.type != kind else _device_obstacle(target)
         if backend.startswith("onnxruntime"):
             obstacle = obstacle or _onnxruntime_obstacle(bundle, kind)
@@ -129,7 +138,7 @@ def _device_obstacle(device: torch.device) -> str | None:
 def _plan_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
     try:
         version: str = load_flavour(plan.flavour).__version__
-    except MissingExtraError as err:
+    except (ImportError, OSError) as err:  # not installed, or installed and broken
         return str(err)
     if plan.version != version:
         return f"{plan.file} was built by {plan.flavour} {plan.version}, {version} is installed"
@@ -147,10 +156,13 @@ def _plan_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
 def _onnxruntime_obstacle(bundle: Bundle, kind: str) -> str | None:
     try:
         ort = import_extra("onnxruntime", extra=kind, purpose=f"onnxruntime-{kind}")
-    except MissingExtraError as err:
+    except (ImportError, OSError) as err:
         return str(err)
     if PROVIDERS[kind] not in ort.get_available_providers():
-        return f"the installed onnxruntime has no {PROVIDERS[kind]}: pip install 'trtower[{kind}]'"
+        return (
+            f"the installed onnxruntime has no {PROVIDERS[kind]}: pip uninstall onnxruntime, "
+            f"then pip install 'trtower[{kind}]'"
+        )
     if kind == "cpu" and bundle.manifest.precision == "bf16":
         return "ONNX Runtime has no BF16 kernels for the CPU: export with --precision fp16 or fp32 to run there"
     return None

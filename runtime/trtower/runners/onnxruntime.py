@@ -2,11 +2,12 @@
 
 import logging
 import re
+from typing import Any
 
 import torch
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.errors import BackendError
+from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -27,12 +28,13 @@ class OnnxRuntimeRunner:
 
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
-        graph = bundle.verify(GRAPH)
-        bundle.verify(GRAPH_DATA)
+        # Both from memory: what was hashed is what runs, and a graph that names another file finds none.
+        graph, weights = bundle.read(GRAPH), bundle.read(GRAPH_DATA)
         provider = PROVIDERS[device.type]
         settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_external_initializers_from_files_in_memory([GRAPH_DATA], [weights], [len(weights)])
         if device.type == "cpu" and bundle.manifest.precision == "fp16" and _version(ort.__version__) < FAST_FP16_FROM:
             logger.warning(
                 "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
@@ -43,12 +45,13 @@ class OnnxRuntimeRunner:
         try:
             self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
-            raise BackendError(f"onnxruntime {ort.__version__} could not load {graph}: {err}") from err
+            raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / GRAPH}: {err}") from err
         if provider not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
                 f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
             )
+        _check_contract(self._session, bundle)
         self._device_type, self._device_index = device.type, device.index or 0
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self._element_type = _ELEMENT_TYPES[self._input.dtype]
@@ -69,6 +72,14 @@ class OnnxRuntimeRunner:
         self._session.run_with_iobinding(binding)
         if self._device_type == "cuda":
             binding.synchronize_outputs()
+
+
+def _check_contract(session: Any, bundle: Bundle) -> None:
+    """Have the graph take and give what the manifest says: outputs are written into memory sized by it."""
+    for found, spec in ((session.get_inputs(), bundle.manifest.input), (session.get_outputs(), bundle.manifest.output)):
+        shapes = [(tensor.name, tuple(tensor.shape)) for tensor in found]
+        if shapes != [(spec.name, spec.shape)]:
+            raise BundleError(f"{bundle.path}: {GRAPH} has {shapes}; tower.json says {(spec.name, spec.shape)}.")
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trtower.bundle import Bundle
-from trtower.errors import BackendError
+from trtower.errors import BackendError, BundleError
 from trtower.flavour import load_flavour
 from trtower.manifest import PlanEntry
 
@@ -40,6 +40,7 @@ class TensorRTRunner:
                     f"{plan.file} could not be loaded by {plan.flavour} {module.__version__} on {device}; "
                     f"TensorRT's reason is in the log. Build one here: trtower build {bundle.path}"
                 )
+            _check_contract(engine, bundle, plan)
             context = engine.create_execution_context()
             if context is None:
                 raise BackendError(
@@ -84,6 +85,21 @@ class TensorRTRunner:
         )
         if not accepted:
             raise BackendError(f"{self.name} could not run {tuple(images.shape)}; TensorRT's reason is in the log.")
+
+
+def _check_contract(engine: Any, bundle: Bundle, plan: PlanEntry) -> None:
+    """Have the engine take and give what the manifest says: outputs are written into memory sized by it."""
+    batch = bundle.manifest.batch
+    for spec in (bundle.manifest.input, bundle.manifest.output):
+        shape = tuple(engine.get_tensor_shape(spec.name))
+        if shape != (-1 if batch.min < batch.max else batch.max, *spec.shape[1:]):
+            raise BundleError(f"{bundle.path}: {plan.file} has {spec.name} {shape}; tower.json says {spec.shape}.")
+    least, _, most = engine.get_tensor_profile_shape(bundle.manifest.input.name, 0)
+    if (least[0], most[0]) != (batch.min, batch.max):
+        raise BundleError(
+            f"{bundle.path}: {plan.file} takes {least[0]} to {most[0]} images; "
+            f"tower.json says {batch.min} to {batch.max}."
+        )
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
