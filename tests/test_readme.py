@@ -49,7 +49,7 @@ def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert names["features"].shape == (1, 9, 64)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)h][^)]*)\)|`((?:export|runtime)/[\w/.]+)`", README))
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#h][^)]*)\)|`((?:export|runtime)/[\w/.]+)`", README))
 def test_file_that_is_named_exists(path: tuple[str, str]) -> None:
     assert (ROOT / (path[0] or path[1])).exists()
 

@@ -41,7 +41,10 @@ class Trust:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A tower's config, and where its weights are: in ``folder``, or nowhere for a rehearsal."""
+    """A tower's config, and where its weights are: in ``folder``, or nowhere for a rehearsal.
+
+    ``revision`` is the commit on the hub; ``preprocessor`` is None where the checkpoint does not say.
+    """
 
     name: str
     source: str
@@ -49,7 +52,7 @@ class Checkpoint:
     recipe: Recipe | None
     family: Family
     config: Any
-    preprocessor: dict[str, Any]
+    preprocessor: dict[str, Any] | None
     folder: Path | None
     trust: Trust
 
@@ -131,9 +134,9 @@ def open_checkpoint(
         identity = recipe.checkpoint
     else:
         identity = recipe.checkpoint if recipe else source
-        folder = _download(identity, revision, trust)
+        folder, revision = _download(identity, revision, trust, weights=not random_weights)
     if folder:
-        config, preprocessor = _read_config(folder, trust), _read_json(folder / "preprocessor_config.json")
+        config, preprocessor = _read_config(folder, trust), _read_preprocessor(folder)
     else:
         assert recipe is not None  # noqa: S101 - narrows the type
         config, preprocessor = transformers.AutoConfig.for_model(**recipe.config), recipe.preprocessor
@@ -145,7 +148,7 @@ def open_checkpoint(
         recipe=recipe,
         family=family,
         config=getattr(config, "vision_config", config),
-        preprocessor=preprocessor or family.preprocessor,
+        preprocessor=preprocessor,
         folder=None if random_weights else folder,
         trust=trust,
     )
@@ -167,6 +170,12 @@ def _read_config(folder: Path, trust: Trust) -> Any:
         raise CheckpointError(f"{folder}/config.json could not be read: {_first_line(err)}") from err
 
 
+def _read_preprocessor(folder: Path) -> dict[str, Any] | None:
+    """Read how images are prepared, from where transformers 4 or 5 writes it."""
+    processor = _read_json(folder / "processor_config.json") or {}
+    return _read_json(folder / "preprocessor_config.json") or processor.get("image_processor")
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +190,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _find_weights(folder: Path, trust: Trust) -> bool:
     """Tell whether a folder has safetensors; raise CheckpointError where only pickles, or nothing, is there."""
-    if any(folder.glob("*.safetensors")):
+    index = _read_json(folder / "model.safetensors.index.json")
+    if (folder / "model.safetensors").is_file():
+        return True
+    if index is not None:
+        shards = set(map(str, index.get("weight_map", {}).values()))
+        for shard in sorted(shards):
+            if not shard.endswith(".safetensors") or Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{folder}/model.safetensors.index.json names {shard!r} as a shard: only .safetensors files "
+                    "beside it are read."
+                )
         return True
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if not pickles:
@@ -194,9 +213,11 @@ def _find_weights(folder: Path, trust: Trust) -> bool:
     return False
 
 
-def _download(repo: str, revision: str | None, trust: Trust) -> Path:
-    """Fetch a repository's configs and weights from the hub, or find them in its cache."""
-    wanted = ["*.json", "*.safetensors"] + (["*.bin"] if trust.allow_pickle else [])
+def _download(repo: str, revision: str | None, trust: Trust, *, weights: bool) -> tuple[Path, str | None]:
+    """Fetch a repository's configs, and weights, from the hub or its cache; also give the commit they are of."""
+    wanted = ["*.json"]
+    if weights:
+        wanted += ["*.safetensors"] + (["*.bin"] if trust.allow_pickle else [])
     if trust.remote_code:
         wanted.append("*.py")
     if repo.startswith((".", "/", "~")):
@@ -225,14 +246,15 @@ def _download(repo: str, revision: str | None, trust: Trust) -> Path:
     except OSError as err:
         if unreachable is None:
             raise CheckpointError(f"{repo} could not be downloaded: {_first_line(err)}") from err
+        recipes = ", ".join(recipe.checkpoint for recipe in all_recipes())
         raise CheckpointError(
             f"{repo} is not a folder here, and the hub could not be reached ({_first_line(unreachable)}). Two ways "
-            "out: download it elsewhere and name its folder, or rehearse without weights: --random-weights "
-            f"({', '.join(recipe.checkpoint for recipe in all_recipes())})."
+            "out: download it elsewhere and name its folder, or rehearse one that has a recipe: --random-weights with "
+            f"{recipes}."
         ) from unreachable
     if unreachable:
         logger.warning("the hub could not be reached (%s): %s is taken from its cache", unreachable, repo)
-    return Path(folder)
+    return Path(folder), revision
 
 
 _KNOWN = "openai/clip-vit-large-patch14-336"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,10 +12,6 @@ from trtower.bundle import Bundle
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
 
-if TYPE_CHECKING:
-    from trtower.manifest import Certificate
-
-Yes = Annotated[bool, typer.Option()]
 BatchOption = Annotated[
     tuple[int, int, int] | None,
     typer.Option("--batch", metavar="MIN OPT MAX", help="Images per engine call: at least, as tuned, at most."),
@@ -58,8 +54,7 @@ def export(
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
 ) -> int:
     """Cut, trace and build a checkpoint's tower into a bundle."""
-    console = Console()
-    progress = ConsoleProgress(console)
+    console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.checkpoint import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
@@ -81,21 +76,20 @@ def export(
     if bundle.manifest.source.random_weights:
         console.print("  random weights: this bundle is a rehearsal, its features mean nothing", highlight=False)
     console.print(f"{bundle.path}", highlight=False, soft_wrap=True)
-    certificate = bundle.manifest.certificate
-    return _verdict(console, certificate) if certificate else 0
+    return _verdict(console, bundle) if bundle.manifest.certificate else 0
 
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    flavour: FlavourOption = "auto",
+    flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: what this machine can do.")] = "auto",
     compute_capability: CapabilityOption = None,
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
     from trtower_export.engine import add_plan
 
-    console = Console()
-    built = add_plan(Bundle.open(bundle), flavour, tuple(compute_capability or ()), ConsoleProgress(console))
-    console.print(f"{built}", highlight=False, soft_wrap=True)
+    progress = ConsoleProgress(Console(stderr=True))
+    built = add_plan(Bundle.open(bundle), flavour, tuple(compute_capability or ()), progress)
+    typer.echo(built)
     return 0
 
 
@@ -113,8 +107,7 @@ def check(
     json_: JsonOption = False,
 ) -> int:
     """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
-    console = Console(stderr=json_)
-    progress = ConsoleProgress(console)
+    console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.checkpoint import Trust, open_checkpoint
@@ -124,7 +117,7 @@ def check(
     source = opened.manifest.source
     photographs = load_photographs(images)
     for name in photographs.skipped:
-        console.print(f"  skipped {name}: not a readable image", highlight=False)
+        progress.say(f"skipped {name}: not a readable image")
     found = open_checkpoint(
         checkpoint or source.checkpoint,
         random_weights=source.random_weights,
@@ -137,7 +130,7 @@ def check(
     if json_:
         typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
         return 0 if certificate.passed else 1
-    return _verdict(console, certificate)
+    return _verdict(console, checked)
 
 
 def demo(
@@ -153,9 +146,11 @@ def _profile(batch: tuple[int, int, int] | None) -> BatchProfile | None:
     return BatchProfile(min=batch[0], opt=batch[1], max=batch[2]) if batch else None
 
 
-def _verdict(console: Console, certificate: "Certificate") -> int:
+def _verdict(console: Console, bundle: Bundle) -> int:
     """Print what a check found, and give its exit code."""
     from trtower_export.tables import print_certificate
 
-    print_certificate(console, certificate)
+    certificate = bundle.manifest.certificate
+    assert certificate is not None  # noqa: S101 - the bundle was checked
+    print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
     return 0 if certificate.passed else 1

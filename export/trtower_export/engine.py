@@ -4,7 +4,10 @@ Neither torch models, nor transformers, nor onnx are needed here: `trtower build
 """
 
 import logging
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, locked
+from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
 from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
@@ -35,6 +38,8 @@ PLAN_OVERHEAD_MIB = 24
 
 SIZE_TOLERANCE = 0.05
 """Slack around the weights' own size; another precision would be off by half."""
+
+STAGING = ".staging-"
 
 FOREIGN_SHARE = 0.01
 """Weights a network may hold in another floating type: the handful of scalars that the parser adds."""
@@ -69,7 +74,7 @@ def choose_target(flavour: str, compute_capabilities: tuple[str, ...], precision
             return None, reason
     module = load_flavour(flavour)
     _check_capabilities(flavour, module, compute_capabilities, precision)
-    return Target(flavour=flavour, compute_capabilities=compute_capabilities), reason
+    return Target(flavour=flavour, compute_capabilities=tuple(sorted(set(compute_capabilities), key=float))), reason
 
 
 def _auto_flavour() -> tuple[str, str]:
@@ -112,13 +117,16 @@ def add_plan(bundle: Bundle, flavour: str, compute_capabilities: tuple[str, ...]
     if target is None:
         raise ConfigError(f"there is nothing to build: {reason}")
     progress.say(reason)
-    graph = bundle.verify(GRAPH)
-    bundle.verify(GRAPH_DATA)
-    with locked(bundle.path), TemporaryDirectory(prefix=".staging-", dir=bundle.path) as folder:
-        with progress.step(f"Build the {target.flavour} plan") as step:
-            entry, plan = build_plan(graph, target, manifest.input, manifest.batch, Path(folder), step)
-        bundle.add_plan(entry, plan)
-    return bundle.path / entry.file
+    with disk_errors(bundle.path), locked(bundle.path):
+        for leftover in bundle.path.glob(f"{STAGING}*"):  # of a build that was killed
+            shutil.rmtree(leftover)
+        graph = bundle.verify(GRAPH)
+        bundle.verify(GRAPH_DATA)
+        with TemporaryDirectory(prefix=STAGING, dir=bundle.path) as folder:
+            with progress.step(f"Build the {target.flavour} plan") as step:
+                entry, plan = build_plan(graph, target, manifest.input, manifest.batch, Path(folder), step)
+            added = bundle.add_plan(entry, plan)
+    return bundle.path / added.manifest.plans[-1].file
 
 
 def plan_name(target: Target, version: str) -> str:
@@ -152,7 +160,7 @@ def build_plan(
         tensor.name, *((n, *tensor.shape[1:]) for n in (batch.min, batch.opt, batch.max))
     )
     settings: dict[str, Any] = {"profiles": [profile], "progress_monitor": monitor}
-    with _collect_errors() as errors:
+    with _collect_errors() as errors, _hold_interrupts(monitor):
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
             _check_network(parsed[1], module, tensor.dtype)
@@ -202,7 +210,7 @@ def _check_size(plan: int, weights: int, dtype: str) -> None:
 
 
 def _monitor(module: Any, step: Step) -> Any:
-    """Make an IProgressMonitor that moves ``step`` and lets Ctrl-C end a build."""
+    """Make an IProgressMonitor that moves ``step`` and passes an interrupt on to TensorRT."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -219,14 +227,10 @@ def _monitor(module: Any, step: Step) -> Any:
             self.phases[phase_name] = (parent_phase, num_steps, 0)
 
         def step_complete(self, phase_name: str, index: int) -> bool:
-            # TensorRT calls this from C++, where an exception would end the process.
-            try:
-                parent, total, _ = self.phases[phase_name]
-                self.phases[phase_name] = (parent, total, index + 1)
-                self.furthest = max(self.furthest, self.fraction(phase_name))  # phases are reported late at times
-                step.update(self.furthest, phase_name)
-            except KeyboardInterrupt:
-                self.interrupted = True
+            parent, total, _ = self.phases[phase_name]
+            self.phases[phase_name] = (parent, total, index + 1)
+            self.furthest = max(self.furthest, self.fraction(phase_name))  # phases are reported late at times
+            step.update(self.furthest, phase_name)
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
@@ -243,6 +247,23 @@ def _monitor(module: Any, step: Step) -> Any:
             return inner
 
     return Monitor()
+
+
+@contextmanager
+def _hold_interrupts(monitor: Any) -> Iterator[None]:
+    """Take note of Ctrl-C during a build instead of raising: C++ calls back into Python, and would swallow it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, which is not in here
+        return
+
+    def note(*_: object) -> None:
+        monitor.interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _import_polygraphy(flavour: str) -> Any:

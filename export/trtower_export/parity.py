@@ -104,7 +104,7 @@ def certify(
         torch=total["torch"].figures(),
         bounds=bounds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        machine=_machine(),
+        machine=_machine(runner.device),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
 
@@ -208,7 +208,7 @@ def _check_weights(tower: nn.Module, manifest: Manifest) -> None:
         )
 
 
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, not run on a GPU"

@@ -3,11 +3,9 @@
 checkpoint -> truncate -> onnx_graph -> engine -> bundle -> parity
 """
 
-import errno
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,12 +22,13 @@ from trtower.bundle import (
     PREPROCESSOR,
     Bundle,
     describe,
+    disk_errors,
     locked,
     refuse_existing,
     staged,
     write_manifest,
 )
-from trtower.errors import BuildError, ConfigError
+from trtower.errors import BuildError, BundleError, ConfigError
 from trtower.manifest import SCHEMA, Manifest, Source
 from trtower.spec import PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint import Checkpoint, Trust, open_checkpoint
@@ -92,9 +91,10 @@ def export_tower(
     input_, output = spec.input(options.precision), spec.output(options.precision)
     out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
     refuse_existing(out, overwrite=options.overwrite)
+    preprocessor = fit_preprocessor(checkpoint, progress)
     progress.say(f"{spec.family} tower, {spec.depth} of {spec.num_layers} layers, {options.precision}; {choice}")
 
-    with _disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
+    with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
         with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
             tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
             weights = weights_sha256(tower)
@@ -103,7 +103,6 @@ def export_tower(
             write_onnx(tower, input_, output, batch, folder / GRAPH)
         release(tower)
         checkpoint.config.to_json_file(folder / CONFIG, use_diff=False)
-        preprocessor = fit_preprocessor(checkpoint.preprocessor, spec.image_size, progress)
         (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             schema=SCHEMA,
@@ -132,7 +131,10 @@ def export_tower(
         write_manifest(folder, manifest)
 
     bundle = Bundle.open(out)
-    return check_bundle(bundle, checkpoint, photographs, progress) if photographs else bundle
+    if photographs is None:
+        return bundle
+    progress.say(f"{out} is complete; the check follows")
+    return check_bundle(bundle, checkpoint, photographs, progress)
 
 
 def check_bundle(
@@ -145,8 +147,10 @@ def check_bundle(
     compare: Comparison | None = None,
 ) -> Bundle:
     """Certify a bundle (see `certify`) and write the certificate into it, passed or not."""
+    if not os.access(bundle.path, os.W_OK):
+        raise BundleError(f"{bundle.path} is read-only, and its certificate is written into it: check a copy of it.")
     certificate = certify(bundle, checkpoint, photographs, backend=backend, progress=progress, compare=compare)
-    with locked(bundle.path):
+    with disk_errors(bundle.path), locked(bundle.path):
         return bundle.add_certificate(certificate)
 
 
@@ -174,17 +178,3 @@ def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: 
             f"{folder.parent} has {free / MIB:.0f} MiB free; this bundle needs about {needed / MIB:.0f} MiB: "
             "free some, or name another disk with --out."
         )
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn a disk that fills up, wherever that is noticed, into one clear error."""
-    try:
-        yield
-    except OSError as err:
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise BuildError(
-            f"the disk filled up while {out} was written ({err.strerror}): nothing was left behind. "
-            "Free some space, or name another disk with --out."
-        ) from err

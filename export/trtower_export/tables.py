@@ -5,24 +5,25 @@ from rich.table import Table
 
 from trtower.manifest import Bound, Certificate, Figures
 
-COLUMNS = ("cosine mean", "cosine min", "relative error", "max abs error", "non-finite")
+COLUMNS = ("cos mean", "cos min", "rel error", "max error", "NaN/inf")
 
 
-def print_certificate(console: Console, certificate: Certificate) -> None:
+def print_certificate(console: Console, certificate: Certificate, *, rehearsal: bool) -> None:
     """Print every image's figures, those of PyTorch in the same precision, the bounds and the verdict."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("image", no_wrap=True, min_width=max(len(row.name) for row in certificate.images))
-    for column in (*COLUMNS, "PyTorch's own"):
-        table.add_column(column, justify="right")
+    table.add_column("image", no_wrap=True, max_width=18)
+    for column in (*COLUMNS, "PyTorch's"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in certificate.images:
         table.add_row(row.name, *_cells(row.bundle), _number(row.torch.relative_error))
     table.add_row("all", *_cells(certificate.bundle), _number(certificate.torch.relative_error), style="bold")
     console.print(table)
     for bound in certificate.bounds:
         console.print(f"  {_bound(bound)}", highlight=False)
-    console.print(
-        f"{'passed' if certificate.passed else 'FAILED'}: {_what_ran(certificate)}", highlight=False, soft_wrap=True
-    )
+    verdict = "passed" if certificate.passed else "FAILED"
+    if rehearsal:
+        verdict += " (a rehearsal, with random weights)"
+    console.print(f"{verdict}: {_what_ran(certificate)}", highlight=False, soft_wrap=True)
 
 
 def _what_ran(certificate: Certificate) -> str:

