@@ -49,7 +49,6 @@ def certify(
     photographs: Photographs,
     *,
     backend: str = "auto",
-    device: str | None = None,
     progress: Progress,
     compare: Comparison | None = None,
 ) -> Certificate:
@@ -61,7 +60,7 @@ def certify(
     """
     manifest = bundle.manifest
     spec = manifest.spec
-    runner = _open(bundle, backend, device)
+    runner = _open(bundle, backend)
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model()
         torch_tower = copy.deepcopy(truncate(model, checkpoint.family, spec))
@@ -109,12 +108,12 @@ def certify(
     )
 
 
-def _open(bundle: Bundle, backend: str, device: str | None) -> Runner:
+def _open(bundle: Bundle, backend: str) -> Runner:
     """Open what a tower would run on; a BF16 bundle that nothing here can run is checked in emulation."""
-    stuck = all(candidate.obstacle for candidate in candidates(bundle, device))
+    stuck = all(candidate.obstacle for candidate in candidates(bundle))
     if backend == EMULATED_BF16 or (backend == "auto" and bundle.manifest.precision == "bf16" and stuck):
         return open_emulated(bundle)
-    return choose(bundle, backend, device)
+    return choose(bundle, backend)
 
 
 def judge(precision: str, bundle: Figures, own: Figures) -> tuple[Bound, ...]:
