@@ -76,7 +76,7 @@ class Checkpoint:
 
     def load_model(self) -> nn.Module:
         """Load the full, uncut tower in FP32 on the CPU; with random weights, the same ones every time."""
-        with _quiet_transformers():
+        with quiet_transformers():
             model = self._load_weights(self.folder) if self.folder else self._draw_weights()
         return model.eval().requires_grad_(requires_grad=False)
 
@@ -266,7 +266,7 @@ def _first_line(err: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and advice out of ours while it loads."""
     log = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()

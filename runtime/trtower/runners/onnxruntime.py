@@ -28,8 +28,8 @@ class OnnxRuntimeRunner:
 
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
-        # Both from memory: what was hashed is what runs, and a graph that names another file finds none.
-        graph, weights = bundle.read(GRAPH), bundle.read(GRAPH_DATA)
+        # Both as buffers: what was hashed is what is loaded, and a graph that names another file finds none.
+        graph, weights = bundle.read(GRAPH), bundle.map(GRAPH_DATA)
         provider = PROVIDERS[device.type]
         settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
         options = ort.SessionOptions()
