@@ -47,13 +47,17 @@ def test_cuda_is_not_answered_with_the_cpu(clip_bundle: Path, device: str) -> No
         VisionTower.load(clip_bundle, device=device)
 
 
-@without_cuda
-def test_moving_a_tower_to_cuda_is_not_ignored(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tower_is_not_moved_where_nothing_can_run_it(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle)
-    # Without CUDA torch itself refuses `.to("cuda")`; what reaches the tower is the moved anchor.
-    monkeypatch.setattr(tower, "_anchor", torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
-    with pytest.raises(BackendError, match="no GPU here"):
-        tower._open("cuda")
+    with pytest.raises(ConfigError, match="'meta' has no backend"):
+        tower.to("meta")
+
+
+def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, opened = VisionTower.load(clip_bundle), []
+    monkeypatch.setattr(tower, "_open", opened.append)
+    torch.nn.ModuleDict({"vision_tower": tower}).to("meta")
+    assert opened == [torch.device("meta")]
 
 
 def test_unknown_backend_and_device_list_the_known(clip_bundle: Path) -> None:

@@ -28,5 +28,5 @@ class Runner(Protocol):
         """Fill ``hidden_states`` (B, P + N, D) from ``pixel_values`` (B, 3, S, S).
 
         Both are contiguous, of this runner's dtype and on its device, and B is within the batch profile. On
-        CUDA the work is queued on the current stream.
+        CUDA the work comes after what the current stream holds; TensorRT only queues it there, ONNX Runtime waits.
         """

@@ -26,7 +26,7 @@ PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
 """Plans are bound to the operating system and processor they were built for."""
 
 PORTABLE_FROM = (8, 0)
-"""TensorRT-RTX's portable plans start at Ampere (NVIDIA TensorRT-RTX documentation, "CPU-only AOT")."""
+"""TensorRT-RTX's portable plans start at Ampere."""
 
 logger = logging.getLogger(__name__)
 
