@@ -8,35 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trtower.errors import ConfigError, InputError
-
-FEATURES = ("patch", "cls_patch")
-"""LLaVA's `mm_vision_select_feature`: without the prefix tokens, or with them."""
+from trtower.layer_codes import FEATURES, name_layer
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """The precision of weights and activations, and the dtype by which torch and numpy know it."""
-
-
-def normalise_layers(select_layer: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Turn a layer code into hidden-state indices, in the order given.
-
-    A tower of L layers has L + 1 hidden states: 0 is what enters the first layer (after `pre_layrnorm`
-    in CLIP) and k is the output of layer k, so -1 is L and -2 is L - 1, as transformers'
-    `hidden_states` counts them.
-    """
-    if isinstance(select_layer, str) or not isinstance(select_layer, int | Sequence):
-        raise ConfigError(f"select_layer={select_layer!r} is not a layer: an integer such as -2 is, or a list of them.")
-    codes = [select_layer] if isinstance(select_layer, int) else list(select_layer)
-    if not codes:
-        raise ConfigError("select_layer is an empty list: name at least one layer.")
-    for code in codes:
-        if isinstance(code, bool) or not isinstance(code, int):
-            raise ConfigError(f"select_layer={code!r} is not a layer: an integer such as -2 is.")
-        if not -(num_layers + 1) <= code <= num_layers:
-            raise ConfigError(
-                f"select_layer={code} is outside this tower: "
-                f"{num_layers} layers accept {-(num_layers + 1)} to {num_layers}."
-            )
-    return tuple(code % (num_layers + 1) for code in codes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +53,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """A cut tower. ``layers`` are hidden-state indices of the full tower of ``num_layers``."""
+    """A cut tower of ``num_layers`` layers L.
+
+    ``layers`` are hidden-state indices 0 to L, as read; L + 1 is `last_hidden_state` (see layer_codes.py).
+    """
 
     family: str
     image_size: int
@@ -96,8 +74,8 @@ class TowerSpec:
                 f"of {self.width} cannot be: all are 1 at least."
             )
         self.first_token(self.select_feature)
-        if self.layers != normalise_layers(self.layers, self.num_layers):
-            raise ConfigError(f"layers={self.layers} are not the hidden-state indices 0 to {self.num_layers}.")
+        if not self.layers or not all(0 <= layer <= self.num_layers + 1 for layer in self.layers):
+            raise ConfigError(f"layers={self.layers} are not hidden-state indices: 0 to {self.num_layers + 1} are.")
 
     @property
     def num_patches_per_side(self) -> int:
@@ -122,14 +100,32 @@ class TowerSpec:
     @property
     def depth(self) -> int:
         """How many layers must run for the deepest state that is read."""
-        return max(self.layers)
+        return min(max(self.layers), self.num_layers)
+
+    @property
+    def reads_final_norm(self) -> bool:
+        """Whether `last_hidden_state` is among what is read."""
+        return self.num_layers + 1 in self.layers
+
+    @property
+    def reading(self) -> str:
+        """Say what is read, in words."""
+        states = ", ".join(name_layer(layer, self.num_layers) for layer in self.layers)
+        return f"hidden state {states} of {self.num_layers} layers, {self.select_feature} tokens"
+
+    def columns(self, layers: Sequence[int]) -> list[slice]:
+        """Find hidden states among the concatenated ones, (B, P + N, D), in the order asked for."""
+        absent = [layer for layer in layers if layer not in self.layers]
+        if absent:
+            asked, held = (", ".join(name_layer(i, self.num_layers) for i in each) for each in (layers, self.layers))
+            raise ConfigError(f"hidden state {asked} of {self.num_layers} layers is asked for; {held} is held.")
+        starts = [self.layers.index(layer) * self.width for layer in layers]
+        return [slice(start, start + self.width) for start in starts]
 
     def first_token(self, select_feature: str) -> int:
-        """Give the index of the first token that a feature keeps."""
+        """Give the index of the first token that a feature keeps; `patch` drops CLS and registers, where there are."""
         if select_feature not in FEATURES:
             raise ConfigError(f"select_feature={select_feature!r} is unknown: {' and '.join(FEATURES)} are known.")
-        if select_feature == "cls_patch" and self.num_prefix_tokens == 0:
-            raise ConfigError(f"select_feature='cls_patch' needs a CLS token, which a {self.family} tower has not.")
         return self.num_prefix_tokens if select_feature == "patch" else 0
 
     def input(self, precision: str) -> TensorSpec:

@@ -1,7 +1,7 @@
 import pytest
 
 from trtower.errors import ConfigError, InputError
-from trtower.spec import BatchProfile, TowerSpec, normalise_layers
+from trtower.spec import BatchProfile, TowerSpec
 
 
 def spec(**changes: object) -> TowerSpec:
@@ -17,28 +17,6 @@ def spec(**changes: object) -> TowerSpec:
     return TowerSpec(**{**values, **changes})
 
 
-def test_negative_layer_counts_embeddings() -> None:
-    assert normalise_layers(-2, 24) == (23,)
-    assert normalise_layers(-25, 24) == (0,)
-    assert normalise_layers(-1, 24) == normalise_layers(24, 24) == (24,)
-
-
-def test_a_list_keeps_its_order() -> None:
-    assert normalise_layers([-2, 0, 8], 12) == (11, 0, 8)
-
-
-@pytest.mark.parametrize("layer", [-26, 25, -30])
-def test_layer_outside_the_tower_names_the_range(layer: int) -> None:
-    with pytest.raises(ConfigError, match=rf"select_layer={layer} is outside this tower: 24 layers accept -25 to 24\."):
-        normalise_layers(layer, 24)
-
-
-@pytest.mark.parametrize("layer", [[], "slicefour", True, [1.0]])
-def test_what_is_no_layer_is_refused(layer: object) -> None:
-    with pytest.raises(ConfigError):
-        normalise_layers(layer, 24)  # type: ignore[arg-type]
-
-
 def test_counts_are_those_of_clip_large_at_336() -> None:
     tower = spec()
     assert (tower.num_patches_per_side, tower.num_patches, tower.num_tokens, tower.hidden_size) == (24, 576, 577, 1024)
@@ -47,6 +25,26 @@ def test_counts_are_those_of_clip_large_at_336() -> None:
 def test_width_is_the_sum_over_the_layers_read() -> None:
     assert spec(layers=(12, 23)).hidden_size == 2048
     assert spec(layers=(12, 23)).depth == 23
+
+
+def test_last_hidden_state_needs_the_last_layer_and_the_norm() -> None:
+    tower = spec(layers=(12, 25))
+    assert (tower.depth, tower.reads_final_norm, tower.hidden_size) == (24, True, 2048)
+    assert not spec(layers=(24,)).reads_final_norm
+
+
+def test_columns_are_found_in_the_order_asked_for() -> None:
+    tower = spec(layers=(22, 4, 25), width=8)
+    assert tower.columns((25, 22)) == [slice(16, 24), slice(0, 8)]
+    with pytest.raises(ConfigError, match="hidden state last_hidden_state, 23 of 24 layers") as caught:
+        tower.columns((25, 23))
+    assert "22, 4, last_hidden_state is held" in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [(), (26,), (-1,)])
+def test_layers_that_are_no_hidden_states_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="0 to 25 are"):
+        spec(layers=layers)
 
 
 def test_patch_drops_every_prefix_token() -> None:
@@ -59,9 +57,9 @@ def test_unknown_feature_lists_the_known() -> None:
         spec().first_token("cls")
 
 
-def test_cls_patch_needs_a_cls_token() -> None:
-    with pytest.raises(ConfigError, match="needs a CLS token"):
-        spec(num_prefix_tokens=0, select_feature="cls_patch")
+def test_cls_patch_keeps_every_token_of_a_tower_without_cls() -> None:
+    tower = spec(num_prefix_tokens=0, select_feature="cls_patch")
+    assert tower.first_token("cls_patch") == tower.first_token("patch") == 0
 
 
 @pytest.mark.parametrize("profile", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])

@@ -1,0 +1,126 @@
+"""What configs say of layers and tokens becomes hidden-state indices, or a line that says why not."""
+
+import pytest
+
+from trtower.errors import ConfigError
+from trtower.layer_codes import name_layer, normalise_layers, parse_layer_code, read_layer_code
+
+
+def test_negative_layer_counts_embeddings() -> None:
+    assert normalise_layers(-2, 24) == (23,)
+    assert normalise_layers(-25, 24) == (0,)
+    assert normalise_layers(-1, 24) == normalise_layers(24, 24) == (24,)
+
+
+def test_a_list_keeps_its_order() -> None:
+    assert normalise_layers([-2, 0, 8], 12) == (11, 0, 8)
+    assert normalise_layers((-2, -2), 12) == (11, 11)
+
+
+def test_last_hidden_state_comes_after_the_last_layer() -> None:
+    assert normalise_layers("last_hidden_state", 24) == (25,)
+    assert normalise_layers([-1, "last_hidden_state"], 24) == (24, 25)
+
+
+def test_two_layers_in_one_number_are_the_shallow_and_the_deep_one() -> None:
+    assert normalise_layers(-212, 24) == (12, 23)
+    assert normalise_layers(-1105, 24) == (5, 14)
+
+
+@pytest.mark.parametrize("layer", [-26, 25, -30, 100, -100])
+def test_layer_outside_the_tower_names_the_range(layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"select_layer={layer} is outside this tower: 24 layers accept -25 to 24\."):
+        normalise_layers(layer, 24)
+
+
+def test_list_and_number_of_two_name_the_layer_that_is_outside() -> None:
+    for code in ([-2, 25], 225):
+        with pytest.raises(ConfigError, match="select_layer=25 is outside this tower"):
+            normalise_layers(code, 24)
+
+
+@pytest.mark.parametrize("layer", ["sliceseven", "-2", "", 1.5, True, None, [], [[1]], [1.0], [-2, False], [-2, -212]])
+def test_what_is_no_layer_is_refused(layer: object) -> None:
+    with pytest.raises(ConfigError, match="select_layer") as caught:
+        normalise_layers(layer, 24)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_plain_feature_leaves_the_layers_as_they_are(feature: str) -> None:
+    assert read_layer_code([-2, 6], feature, 24) == ((23, 6), feature)
+
+
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+@pytest.mark.parametrize(
+    ("layer", "num_layers", "layers"),
+    [
+        (-2, 24, (4, 10, 16, 22)),
+        (-2, 12, (1, 4, 7, 10)),
+        (0, 24, (6, 12, 18, 24)),
+        (-6, 24, (0, 6, 12, 18, 24)),  # five, though LLaVA-NeXT counts four: its range gives five
+        (3, 4, (4,)),
+    ],
+)
+def test_slicefour_reads_every_fourth_part_shifted(
+    layer: int, num_layers: int, layers: tuple[int, ...], feature: str
+) -> None:
+    states = list(range(num_layers + 1))
+    assert tuple(states[i] for i in range(len(states) // 4 + layer, len(states), len(states) // 4)) == layers
+    assert read_layer_code(layer, f"slicefour_{feature}", num_layers) == (layers, feature)
+
+
+@pytest.mark.parametrize("layer", [-7, 19, [-2], "last_hidden_state", None])
+def test_what_is_no_shift_for_slicefour_names_those_that_are(layer: object) -> None:
+    with pytest.raises(ConfigError, match="is no shift for slicefour: 24 layers accept -6 to 18"):
+        read_layer_code(layer, "slicefour_patch", 24)  # type: ignore[arg-type]
+
+
+def test_slicefour_needs_four_states() -> None:
+    with pytest.raises(ConfigError, match="no shift for slicefour"):
+        read_layer_code(0, "slicefour_patch", 2)
+
+
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+@pytest.mark.parametrize("layer", [-2, 99, None])
+def test_slice_of_five_names_its_own_layers(layer: object, feature: str) -> None:
+    code = f"slice_m25811_f6_{feature}"
+    assert read_layer_code(layer, code, 24) == ((23, 20, 17, 14, 6), feature)  # type: ignore[arg-type]
+
+
+def test_slice_of_five_needs_ten_layers() -> None:
+    assert read_layer_code(-2, "slice_m25811_f6_patch", 10)[0] == (9, 6, 3, 0, 6)
+    with pytest.raises(ConfigError, match="select_layer=-11 is outside this tower: 9 layers"):
+        read_layer_code(-2, "slice_m25811_f6_patch", 9)
+
+
+@pytest.mark.parametrize("feature", ["cls", "slicefour", "sliceseven_patch", "slicefour_cls", "", None, ["patch"]])
+def test_unknown_feature_lists_the_known(feature: object) -> None:
+    with pytest.raises(ConfigError, match=r"is unknown: patch, cls_patch, slicefour_patch, .* are known"):
+        read_layer_code(-2, feature, 24)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("-2", -2),
+        (" 23 ", 23),
+        ("-212", -212),
+        ("-2,-5,6", [-2, -5, 6]),
+        ("[-2, -5]", [-2, -5]),
+        ("last_hidden_state", "last_hidden_state"),
+        ("-2, last_hidden_state", [-2, "last_hidden_state"]),
+    ],
+)
+def test_layer_code_is_read_as_it_is_typed(text: str, code: object) -> None:
+    assert parse_layer_code(text) == code
+
+
+@pytest.mark.parametrize("text", ["", "-2,", "two", "-2 -5", "1.5"])
+def test_typing_errors_are_refused_when_they_are_used(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no layer code"):
+        normalise_layers(parse_layer_code(text), 24)
+
+
+def test_layers_are_named_as_they_are_typed() -> None:
+    assert [name_layer(layer, 24) for layer in (0, 24, 25)] == ["0", "24", "last_hidden_state"]
