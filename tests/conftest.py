@@ -1,7 +1,7 @@
 """Real parts in small: checkpoints that transformers wrote, bundles that the pipeline made of them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +18,57 @@ WIDTH = 64
 BATCH = BatchProfile(min=1, opt=2, max=4)
 
 
-def make_model(family: str) -> torch.nn.Module:
+SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
+PATCHES = SHAPE | {"patch_size": PATCH_SIZE}
+IMAGES = PATCHES | {"image_size": IMAGE_SIZE}
+PAIRS = SHAPE | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2}
+MLP = {"intermediate_size": 128}
+MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "clip": ("CLIPVisionModel", IMAGES | MLP | {"hidden_act": "quick_gelu"}),
+    "clip-gelu": ("CLIPVisionModel", IMAGES | MLP | {"hidden_act": "gelu"}),
+    "metaclip_2": ("MetaClip2VisionModel", IMAGES | MLP),
+    "siglip": ("SiglipVisionModel", IMAGES | MLP),
+    "siglip2": ("Siglip2VisionModel", PATCHES | MLP | {"num_patches": 9}),
+    "dinov2": ("Dinov2Model", IMAGES | {"mlp_ratio": 2}),
+    "dinov2-swiglu": ("Dinov2Model", IMAGES | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", IMAGES | {"mlp_ratio": 2, "num_register_tokens": 3}),
+    "dinov3_vit": ("DINOv3ViTModel", IMAGES | MLP | {"num_register_tokens": 3}),
+    "dinov3_vit-gated": ("DINOv3ViTModel", IMAGES | MLP | {"use_gated_mlp": True, "hidden_act": "silu"}),
+    "internvl_vision": ("InternVLVisionModel", PAIRS | MLP | {"use_mask_token": True}),
+    "internvl_vision-rms": ("InternVLVisionModel", PAIRS | MLP | {"norm_type": "rms_norm", "use_qk_norm": True}),
+    "internvl_vision-normed": ("InternVLVisionModel", PAIRS | MLP | {"use_mean_pooling": False}),
+    "internvl_vision-unplaced": ("InternVLVisionModel", PAIRS | MLP | {"use_absolute_position_embeddings": False}),
+    "aimv2": ("Aimv2VisionModel", IMAGES | MLP),
+    "aimv2-native": ("Aimv2VisionModel", IMAGES | MLP | {"is_native": True}),
+    "eva_clip": ("Blip2VisionModel", IMAGES | MLP),
+}
+"""Small towers by family and variant: the class in transformers, and its config."""
+
+
+def make_model(name: str) -> torch.nn.Module:
     """Draw a small tower whose every layer matters: default initialisation leaves residuals almost untouched."""
     torch.manual_seed(7)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
-    shape |= {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
-    if family == "clip":
-        config = transformers.CLIPVisionConfig(**shape, intermediate_size=128, hidden_act="quick_gelu")
-        model = transformers.CLIPVisionModel(config)
-    else:
-        model = transformers.Dinov2Model(transformers.Dinov2Config(**shape, mlp_ratio=2))
-    for name, parameter in model.named_parameters():
+    class_name, options = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    model: torch.nn.Module = model_class(model_class.config_class(**options))
+    for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        elif "lambda" not in name and "weight" not in name:
+            fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+            torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+        elif parameter_name.endswith("weight") or "lambda" in parameter_name:  # norms and layer scales
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+        else:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch in one thread: small towers are done sooner than threads have found each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,23 +16,27 @@ from trtower_export.families import Family
 class TruncatedTower(nn.Module):
     """Pixels (B, 3, S, S) in; the hidden states that are read, concatenated, out (B, P + N, D)."""
 
-    def __init__(self, model: nn.Module, family: Family, layers: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, family: Family, spec: TowerSpec) -> None:
         super().__init__()
-        self.stem = family.stem(model)
-        self.layers = family.layers(model)[: max(layers)]
-        self._run_layer, self._read = family.run_layer, layers
+        pieces = family.cut(model, spec.image_size)
+        self.stem = pieces.stem
+        self.layers = pieces.layers[: spec.depth]
+        self.final_norm = pieces.final_norm if spec.reads_final_norm else None
+        self._run_layer, self._read = family.run_layer, spec.layers
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Run only what is read."""
         states = [self.stem(pixel_values)]
         for layer in self.layers:
             states.append(self._run_layer(layer, states[-1]))
+        if self.final_norm is not None:
+            states.append(self.final_norm(states[-1]))
         return torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
 
 
 def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTower:
-    """Take what ``spec`` reads out of a full tower. The tower shares the model's weights."""
-    tower = TruncatedTower(model, family, spec.layers).eval()
+    """Take what ``spec`` reads out of a full tower. The tower shares the model's weights, and the model stays whole."""
+    tower = TruncatedTower(model, family, spec).eval()
     return tower.requires_grad_(requires_grad=False)
 
 
@@ -40,7 +44,7 @@ def weights_sha256(tower: nn.Module) -> str:
     """Hash a tower's FP32 weights, whatever the installed transformers calls them.
 
     The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
-    transformers, values did not.
+    transformers, values did not, but for DINOv2's SwiGLU, whose one tensor became two with 5.x.
     """
     digests = []
     for parameter in tower.parameters():

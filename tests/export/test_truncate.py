@@ -1,59 +1,141 @@
-"""An off-by-one in the layer cannot survive these."""
+"""An off-by-one in the layer cannot survive these, nor a tower that differs from transformers' in one bit."""
 
-from pathlib import Path
+import hashlib
+from functools import cache
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from tests.conftest import IMAGE_SIZE, NUM_LAYERS
-from trtower_export.checkpoint import open_checkpoint
+from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
+from trtower.layer_codes import LAST
+from trtower_export.families import FAMILIES, Family, family_of
 from trtower_export.truncate import truncate, weights_sha256
 
-FAMILIES = ("clip", "dinov2")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+UNNORMED = {name for name in MODELS if name.startswith(("clip", "metaclip_2", "internvl_vision"))} - {
+    "internvl_vision-normed"
+}
+"""Where `last_hidden_state` is state L itself: CLIP norms only its CLS token, InternVL what it pools."""
+
+SIZES = (28, 56, 98, 50, 64)
+"""Smaller, larger, and much larger than IMAGE_SIZE; on its grid of patches without being it; on a grid beside."""
+
+ONE_SIZE, MULTIPLES = {"aimv2"}, {"siglip2"}
+"""Towers that take the config's size alone, and multiples of the patch alone."""
+
+RESIZES = [
+    (name, size) for name in MODELS for size in SIZES if name not in ONE_SIZE and not (name in MULTIPLES and size % 14)
+]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layer", range(-NUM_LAYERS - 1, NUM_LAYERS + 1))
+@cache
+def load(name: str) -> tuple[nn.Module, Family]:
+    model = make_model(name)
+    return model, family_of(model.config.model_type)
+
+
+@cache
+def pixels(image_size: int) -> Tensor:
+    return torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(image_size))
+
+
+@cache
 @torch.no_grad()
-def test_every_layer_equals_transformers_exactly(checkpoints: dict[str, Path], family: str, layer: int) -> None:
-    checkpoint = open_checkpoint(str(checkpoints[family]))
-    model = checkpoint.load_model()
-    pixel_values = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
-    states = model(pixel_values, output_hidden_states=True).hidden_states
-    assert len(states) == NUM_LAYERS + 1
-    found = truncate(model, checkpoint.family, checkpoint.spec(layer, "patch"))(pixel_values)
-    assert torch.equal(found, states[layer])
-    others = [torch.equal(found, state) for state in states]
-    assert sum(others) == 1
+def states(name: str, image_size: int = IMAGE_SIZE) -> tuple[Tensor, ...]:
+    """Give transformers' own: hidden states 0 to L, then `last_hidden_state`."""
+    model, family = load(name)
+    return family.read_states(model, pixels(image_size))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def digest(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def test_every_family_is_here() -> None:
+    assert {load(name)[1].name for name in MODELS} == {family.name for family in FAMILIES}
+    assert all(load(family.name)[1] is family for family in FAMILIES)
+
+
+@pytest.mark.parametrize("layer", [*range(-NUM_LAYERS - 1, NUM_LAYERS + 1), LAST])
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_several_layers_are_concatenated_in_order(checkpoints: dict[str, Path], family: str) -> None:
-    checkpoint = open_checkpoint(str(checkpoints[family]))
-    model = checkpoint.load_model()
-    pixel_values = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    states = model(pixel_values, output_hidden_states=True).hidden_states
-    found = truncate(model, checkpoint.family, checkpoint.spec([-2, 0, 1], "patch"))(pixel_values)
-    assert torch.equal(found, torch.cat([states[-2], states[0], states[1]], dim=-1))
+def test_every_layer_equals_transformers_exactly(name: str, layer: int | str) -> None:
+    model, family = load(name)
+    expected = states(name)
+    index = NUM_LAYERS + 1 if layer == LAST else int(layer) % (NUM_LAYERS + 1)
+    spec = family.spec(model.config, layer, "patch")
+    found = truncate(model, family, spec)(pixels(IMAGE_SIZE))
+    assert found.shape == (2, spec.num_tokens, spec.hidden_size)
+    equal = {k for k, state in enumerate(expected) if torch.equal(found, state)}
+    tied = {NUM_LAYERS, NUM_LAYERS + 1}
+    assert equal == (tied if name in UNNORMED and index in tied else {index})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dead_layers_are_gone(checkpoints: dict[str, Path], family: str) -> None:
-    checkpoint = open_checkpoint(str(checkpoints[family]))
-    tower = truncate(checkpoint.load_model(), checkpoint.family, checkpoint.spec(-3, "patch"))
-    assert len(tower.layers) == NUM_LAYERS - 2
-    names = " ".join(name for name, _ in tower.named_parameters())
-    assert "post_layernorm" not in names
-    assert "layernorm.weight" not in names.replace("pre_layrnorm", "")
-    assert "mask_token" not in names
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_several_layers_are_concatenated_in_order(name: str) -> None:
+    model, family = load(name)
+    found = truncate(model, family, family.spec(model.config, [-2, 0, LAST, 1], "patch"))(pixels(IMAGE_SIZE))
+    expected = states(name)
+    assert torch.equal(found, torch.cat([expected[k] for k in (NUM_LAYERS - 1, 0, NUM_LAYERS + 1, 1)], dim=-1))
 
 
-def test_hash_follows_values_and_not_names(checkpoints: dict[str, Path]) -> None:
-    checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    spec = checkpoint.spec(-2, "patch")
-    tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
-    same = torch.nn.ModuleDict({"renamed": truncate(checkpoint.load_model(), checkpoint.family, spec)})
+@pytest.mark.parametrize(("name", "image_size"), RESIZES)
+@torch.no_grad()
+def test_another_image_size_equals_transformers_exactly(name: str, image_size: int) -> None:
+    model, family = load(name)
+    spec = family.spec(model.config, [*range(NUM_LAYERS + 1), LAST], "patch", image_size)
+    assert (spec.image_size, spec.num_patches) == (image_size, (image_size // 14) ** 2)
+    found = truncate(model, family, spec)(pixels(image_size))
+    assert torch.equal(found, torch.cat(states(name, image_size), dim=-1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_model_stays_as_it_was(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config.model_type)
+    before = model.config.to_dict(), {key: digest(weight) for key, weight in model.state_dict().items()}
+    truncate(model, family, family.spec(model.config, LAST, "patch", None if name in ONE_SIZE else 56))
+    assert before == (model.config.to_dict(), {key: digest(weight) for key, weight in model.state_dict().items()})
+    assert all(map(torch.equal, family.read_states(model, pixels(IMAGE_SIZE)), states(name)))
+    assert before[0] == model.config.to_dict()
+
+
+@pytest.mark.parametrize("layer", [0, 2, NUM_LAYERS, LAST])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tower_holds_what_its_layers_depend_on_and_no_more(name: str, layer: int | str) -> None:
+    """What autograd does not reach from transformers' state is dead: layers, mask tokens, heads, final norms."""
+    model, family = load(name)
+    model.requires_grad_()  # a tower cut from it before has taken that away
+    spec = family.spec(model.config, layer, "patch")
+    state = family.read_states(model, pixels(IMAGE_SIZE))[spec.layers[0]]
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(state.sum(), weights, allow_unused=True)
+    alive = [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+    assert spec.depth == NUM_LAYERS or len(alive) < len(weights)
+    tower = truncate(model, family, spec)
+    assert sorted(map(digest, tower.parameters())) == sorted(map(digest, alive))
+    assert len(tower.layers) == spec.depth
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefix_tokens_come_first(name: str) -> None:
+    model, family = load(name)
+    one, other = states(name)[0]  # of two images
+    prefix = family.spec(model.config, 0, "patch").num_prefix_tokens
+    assert torch.equal(one[:prefix], other[:prefix])
+    assert not any(map(torch.equal, one[prefix:], other[prefix:]))
+    assert len({digest(token) for token in one[:prefix]}) == prefix
+
+
+def test_hash_follows_values_and_not_names() -> None:
+    model, family = load("clip")
+    spec = family.spec(model.config, -2, "patch")
+    tower = truncate(model, family, spec)
+    same = nn.ModuleDict({"renamed": truncate(make_model("clip"), family, spec)})
     assert weights_sha256(tower) == weights_sha256(same)
     next(iter(same.parameters())).view(-1)[0] += 1e-3
     assert weights_sha256(tower) != weights_sha256(same)

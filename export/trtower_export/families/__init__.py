@@ -1,22 +1,64 @@
 """The architectures that can be exported. To add one: a module that defines FAMILY, and its line below."""
 
 from trtower.errors import CheckpointError
-from trtower_export.families import clip, dinov2
+from trtower_export.families import (
+    aimv2,
+    clip,
+    dinov2,
+    dinov2_with_registers,
+    dinov3_vit,
+    eva_clip,
+    internvl_vision,
+    metaclip_2,
+    siglip,
+    siglip2,
+)
 from trtower_export.families.base import Family
 
 FAMILIES: tuple[Family, ...] = (
     clip.FAMILY,
+    metaclip_2.FAMILY,
+    siglip.FAMILY,
+    siglip2.FAMILY,
     dinov2.FAMILY,
+    dinov2_with_registers.FAMILY,
+    dinov3_vit.FAMILY,
+    internvl_vision.FAMILY,
+    aimv2.FAMILY,
+    eva_clip.FAMILY,
 )
 
 
+FREE_SHAPES = "its 2-D RoPE takes pictures of any shape, an engine takes one: dinov3_vit has RoPE at a fixed size"
+REFUSED = {
+    "pixtral": FREE_SHAPES,
+    "qwen2_vl": FREE_SHAPES,
+    "qwen2_5_vl": FREE_SHAPES,
+    "qwen3_vl": FREE_SHAPES,
+    "kimi_vl": FREE_SHAPES,
+    "intern_vit_6b": "it is code of the checkpoint's own: its conversion that ends in -hf is an internvl_vision tower",
+    "internvl_chat": "it is code of the checkpoint's own: its conversion that ends in -hf has an internvl_vision tower",
+    "timm_wrapper": "it is a model of timm's, each of its own make: a conversion to a family below can be exported",
+}
+"""Why some towers that people ask for are in no family, and what is nearest; by how their `model_type` begins."""
+
+
 def family_of(model_type: str) -> Family:
-    """Find the family of a config's `model_type`; raise CheckpointError listing those there are."""
+    """Find the family of a config's `model_type`; raise CheckpointError with the reason, or listing those there are."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    reason = refusal(model_type)
     known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
-    raise CheckpointError(f"model_type {model_type!r} belongs to no family that trtower exports. It exports {known}.")
+    raise CheckpointError(
+        f"model_type {model_type!r} belongs to no family that trtower exports{f': {reason}' if reason else ''}. "
+        f"It exports {known}."
+    )
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+def refusal(model_type: str) -> str | None:
+    """Say why towers of this `model_type` cannot be exported, and what is nearest; None where nothing is known."""
+    return next((reason for begin, reason in REFUSED.items() if model_type.startswith(begin)), None)
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "refusal"]

@@ -1,42 +1,51 @@
-"""CLIP: OpenAI's ViTs and all that load as `CLIPVisionModel`."""
+"""CLIP: OpenAI's ViTs, MetaCLIP, DFN, and all that load as `CLIPVisionModel`."""
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from trtower_export.families.base import Family
+from trtower_export.families.base import Family, Pieces, interpolate_positions, read_states, replaced, run_layer
 
 
-def _vision(model: nn.Module) -> Any:
-    """`CLIPVisionModel` is flat since transformers 5.6 and wraps `vision_model` before."""
+def flat(model: nn.Module) -> Any:
+    """Find the tower: these models are flat since transformers 5.6 and wrap `vision_model` before."""
     return getattr(model, "vision_model", model)
 
 
-def _stem(model: nn.Module) -> nn.Module:
-    vision = _vision(model)
-    return nn.Sequential(vision.embeddings, vision.pre_layrnorm)
+def resized_embeddings(embeddings: Any, num_prefix_tokens: int, image_size: int) -> Any:
+    """Give embeddings whose positions fit S pixels; the very same ones where they do."""
+    if image_size == embeddings.image_size:
+        return embeddings
+    num_positions = num_prefix_tokens + (image_size // embeddings.patch_size) ** 2
+    positions = interpolate_positions(embeddings, num_positions, embeddings.embed_dim, image_size)
+    return replaced(
+        embeddings,
+        image_size=image_size,
+        num_positions=num_positions,
+        position_embedding=nn.Embedding.from_pretrained(positions[0]),
+        position_ids=torch.arange(num_positions).expand((1, -1)),
+    )
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    layers: nn.ModuleList = _vision(model).encoder.layers
-    return layers
-
-
-def _run_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    # transformers 4.57 demands causal_attention_mask and gives a tuple; 5.x passes the name through.
-    output = layer(hidden_states, attention_mask=None, causal_attention_mask=None)
-    state: Tensor = output[0] if isinstance(output, tuple) else output
-    return state
+def cut(model: nn.Module, image_size: int) -> Pieces:
+    """Take a `CLIPVisionModel` or a `MetaClip2VisionModel` apart."""
+    vision = flat(model)
+    stem = nn.Sequential(resized_embeddings(vision.embeddings, 1, image_size), vision.pre_layrnorm)
+    return Pieces(stem=stem, layers=vision.encoder.layers, final_norm=nn.Identity())
 
 
 FAMILY = Family(
     name="clip",
-    model_types=("clip_vision_model", "clip"),
+    model_types=("clip_vision_model",),
     model_class="CLIPVisionModel",
+    patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 1,
-    stem=_stem,
-    layers=_layers,
-    run_layer=_run_layer,
+    cut=cut,
+    # transformers 4.57 demands causal_attention_mask; 5.x passes the name through.
+    run_layer=partial(run_layer, attention_mask=None, causal_attention_mask=None),
+    read_states=partial(read_states, interpolate_pos_encoding=True),
     preprocessor={
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 224},

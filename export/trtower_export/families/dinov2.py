@@ -1,36 +1,24 @@
 """DINOv2: Meta's ViTs that load as `Dinov2Model`."""
 
-from torch import Tensor, nn
+from typing import Any
 
-from trtower_export.families.base import Family
-
-
-def _stem(model: nn.Module) -> nn.Module:
-    stem = model.get_submodule("embeddings")
-    stem.register_parameter("mask_token", None)  # of training only
-    return stem
+from trtower_export.families.base import Family, Pieces, replaced, resized_positions
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    layers = model.get_submodule("encoder.layer")
-    assert isinstance(layers, nn.ModuleList)  # noqa: S101 - narrows the type
-    return layers
-
-
-def _run_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    output = layer(hidden_states)
-    state: Tensor = output[0] if isinstance(output, tuple) else output
-    return state
+def cut(model: Any, image_size: int) -> Pieces:
+    """Take a `Dinov2Model` or a `Dinov2WithRegistersModel` apart, without the mask token, which is of training only."""
+    positions = resized_positions(model.embeddings, model.embeddings.position_embeddings, image_size)
+    stem = replaced(model.embeddings, position_embeddings=positions, mask_token=None)
+    return Pieces(stem=stem, layers=model.encoder.layer, final_norm=model.layernorm)
 
 
 FAMILY = Family(
     name="dinov2",
     model_types=("dinov2",),
     model_class="Dinov2Model",
+    patch_embedding="embeddings.patch_embeddings.projection.weight",
     num_prefix_tokens=lambda config: 1,
-    stem=_stem,
-    layers=_layers,
-    run_layer=_run_layer,
+    cut=cut,
     preprocessor={
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": 256},

@@ -1,0 +1,39 @@
+"""EVA-CLIP ViT-g as transformers carries it: `Blip2VisionModel`, whose last layer BLIP-2 has dropped already."""
+
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+
+from trtower_export.families import clip
+from trtower_export.families.base import Family, Pieces, read_states, replaced, resized_positions, run_layer
+
+
+def _cut(model: Any, image_size: int) -> Pieces:
+    positions = resized_positions(model.embeddings, model.embeddings.position_embedding, image_size)
+    stem = replaced(model.embeddings, position_embedding=positions)
+    return Pieces(stem=stem, layers=model.encoder.layers, final_norm=model.post_layernorm)
+
+
+def _run_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    # transformers 4.57 demands a mask; 5.x would pass it to an attention that is given one already.
+    demanded = {"attention_mask"} & signature(layer.forward).parameters.keys()
+    return run_layer(layer, hidden_states, **dict.fromkeys(demanded))
+
+
+FAMILY = Family(
+    name="eva_clip",
+    model_types=("blip_2_vision_model",),
+    model_class="Blip2VisionModel",
+    patch_embedding="embeddings.patch_embedding.weight",
+    num_prefix_tokens=lambda config: 1,
+    cut=_cut,
+    run_layer=_run_layer,
+    read_states=partial(read_states, interpolate_pos_encoding=True),
+    preprocessor={
+        **clip.FAMILY.preprocessor,
+        "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as BLIP's own does
+        "size": {"height": 224, "width": 224},
+    },
+)

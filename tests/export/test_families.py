@@ -1,0 +1,248 @@
+"""Every family as a graph: what is in it, that ONNX Runtime computes transformers' states with it, that it builds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
+from trtower.bundle import GRAPH
+from trtower.errors import BuildError, ConfigError
+from trtower.image_processor import ImageProcessor
+from trtower.spec import TensorSpec, TowerSpec
+from trtower_export.engine import Target, build_plan
+from trtower_export.families import FAMILIES, family_of, siglip2
+from trtower_export.onnx_graph import write_onnx
+from trtower_export.truncate import truncate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYER = 2
+"""Of four: two layers are dead, and all that comes after them."""
+
+RESIZED = 56
+"""Where a family can: at its own size a forgotten interpolation would leave no trace in the graph."""
+
+DEAD = 77.0
+"""Fills every dead weight. No living one comes near: they are drawn with a deviation of 1 at most."""
+
+SCALARS = 8
+"""Elements of a graph's constants that are no weights: the scale of attention, epsilons, the 1.702 of QuickGELU."""
+
+TOLERANCE = {"fp16": 2e-3, "fp32": 2e-6}
+"""Deviation from FP32 over its size, both RMS: a few roundings, of 2**-11 in FP16 and of 2**-24 in FP32."""
+
+FLOATS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
+
+PLAIN = {"clip-gelu", "internvl_vision-normed", "internvl_vision-unplaced"}
+"""Variants whose graphs hold nothing that another's lacks."""
+
+GRAPHS = [
+    *((name, "fp16") for name in MODELS if name not in PLAIN),
+    ("internvl_vision-rms", "bf16"),
+    ("aimv2-native", "fp32"),
+]
+PLANS = [*((family.name, "fp16") for family in FAMILIES), *GRAPHS[-2:]]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Written:
+    folder: Path
+    spec: TowerSpec
+    pixels: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    weights: Array
+    """Every element of the cut tower's weights and constants, in the graph's precision, sorted."""
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Written]:
+    @cache
+    def get(name: str, precision: str) -> Written:
+        model = make_model(name)
+        family = family_of(model.config.model_type)
+        spec = family.spec(model.config, LAYER, "patch", IMAGE_SIZE if name == "aimv2" else RESIZED)
+        pixels = torch.randn(3, 3, spec.image_size, spec.image_size)
+        parameters = list(model.parameters())
+        states = family.read_states(model, pixels)
+        gradients = torch.autograd.grad(states[LAYER].sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                parameter.data.fill_(DEAD)
+        tower = truncate(model, family, spec)
+        folder = tmp_path_factory.mktemp(f"{name}-{precision}")
+        write_onnx(tower, spec.input(precision), spec.output(precision), BATCH, folder / GRAPH)
+        floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
+        weights = np.sort(torch.cat([tensor.detach().float().flatten() for tensor in floats]).numpy())
+        return Written(folder, spec, pixels, tuple(state.detach() for state in states), weights)
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_graph_holds_the_cut_tower_and_no_dead_weight(
+    write: Callable[[str, str], Written], name: str, precision: str
+) -> None:
+    written = write(name, precision)
+    graph = onnx.load(written.folder / GRAPH).graph
+    floats = [tensor for tensor in graph.initializer if tensor.data_type != TensorProto.INT64]
+    assert {tensor.data_type for tensor in floats} == {FLOATS[precision]}
+    elements = np.concatenate([numpy_helper.to_array(t).astype(np.float32).ravel() for t in floats if t.dims])
+    assert DEAD not in elements
+    assert np.array_equal(np.sort(elements), written.weights)
+    assert sum(numpy_helper.to_array(t).size for t in floats) - elements.size <= SCALARS
+
+
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_graph_computes_in_its_precision_and_interpolates_nothing(
+    write: Callable[[str, str], Written], name: str, precision: str
+) -> None:
+    graph = onnx.load(write(name, precision).folder / GRAPH, load_external_data=False).graph
+    kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    assert kinds <= {FLOATS[precision], TensorProto.INT64}
+    operators = [node.op_type for node in graph.node]
+    assert not {"Cast", "Resize", "Upsample", "Sin", "Cos"} & set(operators)
+    assert operators.count("Attention") == (0 if precision == "fp32" else LAYER)
+
+
+@pytest.mark.parametrize(("name", "precision"), [graph for graph in GRAPHS if graph[1] != "bf16"])
+def test_onnx_runtime_computes_the_states_of_transformers_in_any_batch(
+    write: Callable[[str, str], Written], name: str, precision: str
+) -> None:
+    """ONNX Runtime has no CPU kernels for BF16."""
+    written = write(name, precision)
+    session = onnxruntime.InferenceSession(written.folder / GRAPH, providers=["CPUExecutionProvider"])
+    tensor = written.spec.input(precision)
+    for batch in (1, 2, 3):
+        pixels = written.pixels[:batch].numpy().astype(tensor.dtype)
+        (found,) = session.run(None, {tensor.name: pixels})
+        off = [
+            ((torch.from_numpy(found).float() - state[:batch]).norm() / state[:batch].norm()).item()
+            for state in written.states
+        ]
+        assert off[LAYER] < TOLERANCE[precision]
+        assert min(off[:LAYER] + off[LAYER + 1 :]) > 100 * TOLERANCE[precision]
+
+
+class Silent:
+    def update(self, fraction: float, note: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("name", "precision"), PLANS)
+def test_graph_builds_a_portable_plan(
+    write: Callable[[str, str], Written], tmp_path: Path, name: str, precision: str
+) -> None:
+    written = write(name, precision)
+    tensor = written.spec.input(precision)
+    entry, plan = build_plan(written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, BATCH, tmp_path, Silent())
+    assert entry.compute_capabilities == ()
+    assert plan.stat().st_size > written.weights.size * torch.finfo(getattr(torch, tensor.dtype)).bits // 8
+
+
+class Uncast(torch.nn.Module):
+    """A constant that is neither a parameter nor a buffer stays in float32 when the tower is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.rand(4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return (pixel_values.float() * self.scale).to(pixel_values.dtype)
+
+
+def test_tower_that_is_not_cast_as_a_whole_is_refused(tmp_path: Path) -> None:
+    shape = ("batch", 3, 4, 4)
+    tensors = (TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states"))
+    with pytest.raises(BuildError, match="not float16: the tower was not cast as a whole"):
+        write_onnx(Uncast(), *tensors, BATCH, tmp_path / GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "message"),
+    [
+        (
+            "aimv2",
+            56,
+            r"image_size=56: transformers cannot interpolate .* takes 42 pixels; one with is_native takes any",
+        ),
+        ("siglip2", 50, r"image_size=50 is no multiple of a siglip2 tower's patch of 14; 42 is"),
+        ("siglip2", 10, r"image_size=10 is smaller than one patch of 14 pixels"),
+    ],
+)
+def test_size_that_a_tower_cannot_take_is_refused(name: str, image_size: int, message: str) -> None:
+    config = make_model(name).config
+    with pytest.raises(ConfigError, match=message):
+        family_of(config.model_type).spec(config, -2, "patch", image_size)
+
+
+def test_tower_without_a_square_size_asks_for_one() -> None:
+    config = transformers.InternVLVisionConfig(image_size=[28, 42], patch_size=[14, 14])
+    family = family_of(config.model_type)
+    with pytest.raises(ConfigError, match=r"image_size=.*28, 42.* is no square; name one with --image-size"):
+        family.spec(config, -2, "patch")
+    assert family.spec(config, -2, "patch", image_size=28).num_patches == 4
+    config = transformers.InternVLVisionConfig(image_size=[28, 28], patch_size=[14, 7])
+    with pytest.raises(ConfigError, match=r"patch_size=.*14, 7.* is no square"):
+        family.spec(config, -2, "patch")
+
+
+def test_naflex_tower_has_the_size_of_its_grid_and_needs_a_square_one() -> None:
+    config = transformers.Siglip2VisionConfig()
+    assert siglip2.FAMILY.spec(config, -2, "patch").image_size == 256
+    assert siglip2.FAMILY.obstacle(config) is None
+    config.num_patches = 250
+    assert siglip2.FAMILY.obstacle(config) == (
+        "num_patches=250 makes no square grid, whose positions could be resized; 225 would."
+    )
+
+
+def photograph(side: int) -> Image.Image:
+    noise = np.random.default_rng(side).integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def theirs(name: str) -> type:
+    """Find the processor that works in Pillow: a class of its own in transformers 5."""
+    found: type = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "processor", "options"),
+    [
+        ("clip", "CLIPImageProcessor", {}),
+        ("metaclip_2", "CLIPImageProcessor", {}),
+        ("aimv2", "CLIPImageProcessor", {}),
+        ("siglip", "SiglipImageProcessor", {}),
+        ("eva_clip", "BlipImageProcessor", {"size": {"height": 224, "width": 224}}),
+    ],
+)
+def test_images_are_prepared_as_by_the_processor_of_transformers(
+    name: str, processor: str, options: dict[str, object]
+) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    image = photograph(300)
+    expected = theirs(processor)(**options)(image, return_tensors="np")["pixel_values"]
+    found = ImageProcessor(family.preprocessor)(image, return_tensors="np")["pixel_values"]
+    assert np.array_equal(found, expected)
+
+
+def test_naflex_patches_are_those_of_the_processor_of_transformers() -> None:
+    image = photograph(300)
+    expected = theirs("Siglip2ImageProcessor")()(image, return_tensors="pt")
+    pixels = ImageProcessor(siglip2.FAMILY.preprocessor)(image, return_tensors="pt")["pixel_values"]
+    assert expected["spatial_shapes"].tolist() == [[16, 16]]
+    assert torch.equal(siglip2.patchify(pixels, 16), expected["pixel_values"])
