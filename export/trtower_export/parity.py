@@ -62,7 +62,7 @@ def certify(
     spec = manifest.spec
     runner = _open(bundle, backend)
     with progress.step("Load PyTorch's tower"):
-        model = checkpoint.load_model()
+        model = checkpoint.load_model(spec)
         torch_tower = copy.deepcopy(truncate(model, checkpoint.family, spec))
         _check_weights(torch_tower, manifest)
         torch_tower.to(runner.device, runner.dtype)
@@ -73,7 +73,8 @@ def certify(
         for index, photograph in enumerate(photographs.images):
             step.update(index / len(photographs.images), photograph.name)
             pixel_values = processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"]
-            reference = _read_full_tower(model, pixel_values, spec.layers)
+            states = checkpoint.family.read_states(model, pixel_values)
+            reference = torch.cat([states[layer] for layer in spec.layers], dim=-1)
             pixel_values = pixel_values.to(runner.device, runner.dtype)
             batch = pixel_values.repeat(manifest.batch.min, 1, 1, 1)
             features = torch.empty(
@@ -191,12 +192,6 @@ class Sums:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _read_full_tower(model: nn.Module, pixel_values: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """Run every layer and read transformers' own hidden states: (B, 3, S, S) -> (B, P + N, D)."""
-    states = model(pixel_values, output_hidden_states=True).hidden_states
-    return torch.cat([states[layer] for layer in layers], dim=-1)
 
 
 def _check_weights(tower: nn.Module, manifest: Manifest) -> None:

@@ -7,18 +7,21 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import WIDTH
 from trtower.errors import CheckpointError
-from trtower_export import checkpoint as module
-from trtower_export.checkpoint import Trust, open_checkpoint
+from trtower_export import files as module
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.layouts import Trust
 from trtower_export.recipes import all_recipes
 
 
@@ -91,7 +94,7 @@ def test_broken_config_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("model_type", ["swin", "no-such-type", None])
 def test_model_without_a_family_lists_those_there_are(tmp_path: Path, model_type: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(CheckpointError, match=r"no family.*clip \(clip_vision_model, clip\); dinov2 \(dinov2\)"):
+    with pytest.raises(CheckpointError, match=r"no family.*clip \(clip_vision_model\).*dinov2 \(dinov2\)"):
         open_checkpoint(str(tmp_path))
 
 
@@ -155,15 +158,63 @@ def test_index_cannot_smuggle_a_pickle_or_a_path_in(clip: Path, tmp_path: Path, 
         open_checkpoint(str(folder)).load_model()
 
 
-def test_rehearsal_asks_the_hub_for_no_weights(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
-    asked: dict[str, object] = {}
-    monkeypatch.setattr(module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-    monkeypatch.setattr(module, "snapshot_download", lambda _, **options: asked.update(options) or clip)
+class FakeHub:
+    """A hub that copies what is asked for out of a folder, one file pattern at a time, as the real one does."""
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.cache, self.asked = repository, cache, []
+
+    def download(self, _: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None, **__: object) -> str:
+        self.asked += allow_patterns
+        for path in self.repository.rglob("*"):
+            name = str(path.relative_to(self.repository))
+            if path.is_file() and list(
+                filter_repo_objects([name], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+            ):
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.cache / name)
+        return str(self.cache)
+
+    @property
+    def downloaded(self) -> set[str]:
+        return {str(path.relative_to(self.cache)) for path in self.cache.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], FakeHub]:
+    def put(repository: Path) -> FakeHub:
+        fake = FakeHub(repository, tmp_path / "cache")
+        fake.cache.mkdir()
+        monkeypatch.setattr(module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+        monkeypatch.setattr(module, "snapshot_download", fake.download)
+        return fake
+
+    return put
+
+
+def test_rehearsal_asks_the_hub_for_no_weights(hub: Callable[[Path], FakeHub], clip: Path) -> None:
+    fake = hub(clip)
     rehearsal = open_checkpoint("somebody/tower", random_weights=True)
-    assert asked["allow_patterns"] == ["*.json"]
-    assert rehearsal.revision == asked["revision"] == "c0ffee"
-    open_checkpoint("somebody/tower")
-    assert asked["allow_patterns"] == ["*.json", "*.safetensors"]
+    assert fake.downloaded == {"config.json"}
+    assert rehearsal.revision == "c0ffee"
+    assert open_checkpoint("somebody/tower").load_model()
+    assert fake.downloaded == {"config.json", "model.safetensors"}
+
+
+def test_only_the_shards_with_the_tower_are_downloaded(
+    hub: Callable[[Path], FakeHub], clip: Path, tmp_path: Path
+) -> None:
+    repository = Path(shutil.copytree(clip, tmp_path / "repository"))
+    tower = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    tower = {f"vision_tower.{name.removeprefix('vision_model.')}": tensor for name, tensor in tower.items()}
+    save_file({"lm_head.weight": torch.zeros(4)}, repository / "model-1.safetensors")
+    save_file(tower, repository / "model-2.safetensors")
+    weight_map = {"lm_head.weight": "model-1.safetensors"} | dict.fromkeys(tower, "model-2.safetensors")
+    (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    fake = hub(repository)
+    assert open_checkpoint("somebody/model").load_model()
+    assert fake.downloaded == {"config.json", "model.safetensors.index.json", "model-2.safetensors"}
 
 
 @pytest.fixture
@@ -243,7 +294,7 @@ def test_random_weights_are_the_same_every_time(clip: Path) -> None:
 
 
 PUBLISHED = {
-    # tokens, layers read, width, million parameters of the full vision model, from the models' own cards and papers
+    # tokens, layers run, width, million parameters of the full vision model, from the models' own cards and papers
     "clip-vit-large-patch14-336": (577, 23, 1024, 304),
     "clip-vit-large-patch14": (257, 23, 1024, 303),
     "clip-vit-base-patch32": (50, 11, 768, 87),
@@ -251,6 +302,19 @@ PUBLISHED = {
     "dinov2-small": (1370, 11, 384, 22),
     "dinov2-base": (1370, 11, 768, 87),
     "dinov2-large": (1370, 23, 1024, 304),
+    "dinov2-with-registers-large": (1374, 23, 1024, 304),
+    "siglip-so400m-patch14-224": (256, 26, 1152, 428),
+    "siglip-so400m-patch14-384": (729, 26, 1152, 428),
+    "llava-v1.5-7b": (577, 23, 1024, 304),
+    "llava-v1.5-13b": (577, 23, 1024, 304),
+    "llava-v1.6-vicuna-7b": (577, 23, 1024, 304),
+    "vip-llava-7b-hf": (577, 23, 1024, 304),
+    "VILA1.5-3b": (729, 26, 1152, 428),
+    "NVILA-8B": (1024, 26, 1152, 429),
+    "paligemma-3b-pt-224": (256, 27, 1152, 428),
+    "paligemma-3b-pt-448": (1024, 27, 1152, 429),
+    "openvla-dinov2": (261, 23, 1024, 304),
+    "openvla-siglip": (256, 26, 1152, 428),
 }
 
 
@@ -262,7 +326,7 @@ def test_recipes_are_these() -> None:
 def test_recipe_is_the_architecture_that_was_published(name: str) -> None:
     checkpoint = open_checkpoint(name, random_weights=True)
     assert checkpoint.recipe
-    spec = checkpoint.spec(checkpoint.recipe.select_layer, checkpoint.recipe.select_feature)
+    spec = checkpoint.spec()
     with torch.device("meta"):
         model = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)

@@ -1,0 +1,121 @@
+"""Get a checkpoint's files: from a folder as it lies, or from the hub or its cache, each when it is wanted."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from trtower.errors import CheckpointError
+from trtower_export.recipes import all_recipes
+
+HUB_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+_KNOWN = "openai/clip-vit-large-patch14-336"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of one checkpoint, in ``folder``. On the hub (``repo``) they are there once they were fetched."""
+
+    folder: Path
+    repo: str | None = None
+    revision: str | None = None
+    offline: bool = False
+
+    def fetch(self, *patterns: str) -> None:
+        """Have the files that match lie in ``folder``; those that the repository has not are passed over.
+
+        A pattern without a slash means the top folder alone. Raises CheckpointError.
+        """
+        if self.repo is not None:
+            _snapshot(self.repo, self.revision, patterns, offline=self.offline)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON object; None where there is no such file."""
+        path = self.folder / name
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as err:
+            raise CheckpointError(f"{path} is not JSON: {first_line(err)}") from err
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} holds a {type(data).__name__}; an object is expected.")
+        return data
+
+    def inner(self, name: str) -> "Files":
+        """Give a folder inside, with the configs that are in it."""
+        self.fetch(f"{name}/*.json")
+        return InnerFiles(folder=self.folder / name, repo=self.repo, revision=self.revision, offline=self.offline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerFiles(Files):
+    """The files of a folder inside a checkpoint."""
+
+    def fetch(self, *patterns: str) -> None:
+        """Have the files that match lie in this inner folder."""
+        super().fetch(*(f"{self.folder.name}/{pattern}" for pattern in patterns))
+
+
+def download(repo: str, revision: str | None) -> Files:
+    """Find a repository on the hub, or in its cache where the hub cannot be reached, and fetch its configs.
+
+    Raises CheckpointError where it can be found in neither.
+    """
+    if repo.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{repo} is not a folder. Name a folder with a model, an OpenCLIP file, or a hub id such as {_KNOWN}."
+        )
+    unreachable = None
+    try:
+        # Asked first, because snapshot_download has no time limit for a hub that accepts and never answers.
+        revision = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except HFValidationError as err:
+        raise CheckpointError(f"{repo} is neither a folder nor a hub id such as {_KNOWN}.") from err
+    except HfHubHTTPError as err:
+        raise CheckpointError(f"the hub refused {repo}: {first_line(err)}") from err
+    except Exception as err:  # noqa: BLE001 - the hub's transport, and so its errors, changed twice between releases
+        unreachable = err
+    try:
+        folder = _snapshot(repo, revision, ("*.json",), offline=unreachable is not None)
+    except CheckpointError:
+        if unreachable is None:
+            raise
+        recipes = ", ".join(recipe.checkpoint for recipe in all_recipes())
+        raise CheckpointError(
+            f"{repo} is not a folder here, and the hub could not be reached ({first_line(unreachable)}). Two ways "
+            "out: download it elsewhere and name its folder, or rehearse one that has a recipe: --random-weights with "
+            f"{recipes}."
+        ) from unreachable
+    if unreachable:
+        logger.warning("the hub could not be reached (%s): %s is taken from its cache", unreachable, repo)
+    return Files(folder=folder, repo=repo, revision=revision, offline=unreachable is not None)
+
+
+def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], *, offline: bool) -> Path:
+    top_alone = not any("/" in pattern for pattern in patterns)
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"] if top_alone else None,
+            etag_timeout=HUB_TIMEOUT_S,
+            local_files_only=offline,
+        )
+    except OSError as err:
+        raise CheckpointError(f"{repo} could not be downloaded: {first_line(err)}") from err
+    return Path(folder)
+
+
+def first_line(err: BaseException) -> str:
+    """Put an error of another library on one line."""
+    lines = str(err).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(err).__name__

@@ -1,0 +1,98 @@
+"""Read an OpenCLIP ViT as the `CLIPVisionModel` that it is: another config, other names, q, k and v in one tensor.
+
+Names and defaults are those of open_clip's `CLIPVisionCfg` and `VisionTransformer`.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtower.errors import CheckpointError
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PATCH_EMBEDDING = "conv1.weight"
+HEAD_WIDTH = 64
+
+_READ = {"width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size"}
+_INERT = {"patch_dropout", "pos_embed_type", "pool_type", "output_tokens", "final_ln_after_pool"}
+_INERT |= {"attentional_pool", "attn_pooler_queries", "attn_pooler_heads"}
+"""Settings of `vision_cfg` that are of training, of what the weights hold anyway, or of the pooling at the end.
+Any other makes it another architecture than CLIP's."""
+
+_RENAMES = (
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_pre\.", "pre_layrnorm."),
+    (r"^ln_post\.", "post_layernorm."),
+    (r"^transformer\.resblocks\.", "encoder.layers."),
+    (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+_FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)$")
+
+
+def vision_config(written: dict[str, Any]) -> dict[str, Any]:
+    """Turn an open_clip_config.json into a `CLIPVisionConfig`; raise CheckpointError where it is no plain ViT."""
+    model = written.get("model_cfg", written)
+    vision = model.get("vision_cfg")
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{CONFIG} has no model_cfg.vision_cfg, so it describes no vision tower.")
+    other = sorted(name for name, value in vision.items() if value and name not in _READ | _INERT)
+    if other or not isinstance(vision.get("layers", 12), int):
+        reason = f"{other[0]}={vision[other[0]]!r}" if other else f"layers={vision['layers']!r}, a ResNet"
+        raise CheckpointError(
+            f"{CONFIG} asks for {reason}, which a CLIP tower of transformers has not: "
+            "export the checkpoint's conversion to transformers, where there is one."
+        )
+    width = vision.get("width", 768)
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "hidden_size": width,
+        "image_size": vision.get("image_size", 224),
+        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": width // vision.get("head_width", HEAD_WIDTH),
+        "num_hidden_layers": vision.get("layers", 12),
+        "patch_size": vision.get("patch_size", 16),
+        "projection_dim": model.get("embed_dim", 512),
+    }
+
+
+def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | None:
+    """Turn OpenCLIP's preprocess_cfg into a preprocessor_config.json; None where it has none."""
+    config = written.get("preprocess_cfg")
+    if config is None:
+        return None
+    square = {"height": image_size, "width": image_size}
+    squashed = config.get("resize_mode", "shortest") == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_center_crop": not squashed,
+        "size": square if squashed else {"shortest_edge": image_size},
+        "crop_size": square,
+        "resample": {"bilinear": 2, "bicubic": 3}[config.get("interpolation", "bicubic")],
+        "image_mean": config["mean"],
+        "image_std": config["std"],
+    }
+
+
+def translate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename OpenCLIP's tensors, counted from ``visual.``, and take q, k and v apart; the projection is left out."""
+    translated: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if fused := _FUSED.match(name):
+            layer = fused[1].replace("transformer.resblocks", "encoder.layers")
+            for projection, part in zip("qkv", torch.chunk(tensor, 3), strict=True):
+                translated[f"{layer}.self_attn.{projection}_proj.{fused[2]}"] = part
+        elif name != "proj":
+            for pattern, replacement in _RENAMES:
+                name = re.sub(pattern, replacement, name)
+            translated[name] = tensor
+    return translated

@@ -1,0 +1,169 @@
+"""Find a tower's tensors in a checkpoint of any size, and read those and no others.
+
+A LLaVA checkpoint holds tens of gigabytes of language model around half a gigabyte of tower. Names are known
+before any tensor is read, from the shards' index or headers; the tower lies where its patch embedding lies. On the
+hub only the shards that hold it are downloaded.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trtower.errors import CheckpointError
+from trtower_export.files import Files, first_line
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+PICKLES = "pytorch_model*.bin"
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Every tensor of a checkpoint by its name, with the file that holds it; none is read yet."""
+
+    files: Files
+    shards: Mapping[str, str]
+    allow_pickle: bool = False
+
+    def root(self, patch_embedding: str) -> str | None:
+        """Find what the names of a tower begin with; None where there is none, CheckpointError where there are two."""
+        found = sorted(
+            name.removesuffix(patch_embedding)
+            for name in self.shards
+            if name == patch_embedding or name.endswith(f".{patch_embedding}")
+        )
+        if len(found) > 1:
+            names = " and ".join(f"{root}{patch_embedding}" for root in found)
+            raise CheckpointError(
+                f"{self.files.folder} holds {len(found)} towers: {names}. Leave one of them in a copy, or export the "
+                "folder that one came from."
+            )
+        return found[0] if found else None
+
+    def select(self, root: str) -> "Tensors":
+        """Keep the tensors under ``root``, and have the shards that hold them here and whole."""
+        shards = {name: shard for name, shard in self.shards.items() if name.startswith(root)}
+        needed = sorted(set(shards.values()))
+        if not self.allow_pickle and not needed[0].endswith(".safetensors"):
+            raise _pickle_refused(self.files.folder, needed[0])
+        self.files.fetch(*needed)
+        for shard in needed:
+            path = self.files.folder / shard
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: the index names it as the shard of the tower's tensors.")
+            held = _names(path)
+            absent = sorted(name for name, where in shards.items() if where == shard and name not in held)
+            if absent:
+                raise CheckpointError(f"{path} does not hold {absent[0]}, which the index says it does.")
+        return Tensors(files=self.files, shards=shards, allow_pickle=self.allow_pickle)
+
+    def read(self) -> dict[str, Tensor]:
+        """Read these tensors, as they are written; those of safetensors are mapped and not copied.
+
+        Raises CheckpointError where one is quantised: its numbers are not the weights.
+        """
+        tensors: dict[str, Tensor] = {}
+        for shard in sorted(set(self.shards.values())):
+            tensors |= _read(self.files.folder / shard, [name for name, where in self.shards.items() if where == shard])
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"{self.files.folder}: {name} is {tensor.dtype}, so this tower is quantised: export the checkpoint "
+                    "that it was quantised from."
+                )
+        return tensors
+
+
+def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
+    """List the tensors of a folder, which may be none; raise CheckpointError where only their code could be run.
+
+    The index of pickled shards is JSON and is read; the pickles themselves only where they are allowed.
+    """
+    files.fetch(SAFETENSORS)
+    if not (files.folder / SAFETENSORS).is_file():
+        for index in (f"{SAFETENSORS}.index.json", f"{PICKLE}.index.json"):
+            data = files.read_json(index)
+            if data is not None:
+                return Tensors(files=files, shards=_shards(files.folder / index, data), allow_pickle=allow_pickle)
+        files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
+    found = [files.folder / SAFETENSORS]
+    if not found[0].is_file():
+        found = sorted(files.folder.glob("*.safetensors")) or sorted(files.folder.glob(PICKLES))
+    return list_tensors(files, found, allow_pickle=allow_pickle)
+
+
+def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> Tensors:
+    """List the tensors of these files, which lie in the folder of ``files``."""
+    shards: dict[str, str] = {}
+    for path in paths:
+        if path.suffix != ".safetensors" and not allow_pickle:
+            raise _pickle_refused(files.folder, path.name)
+        for name in _names(path):
+            if name in shards:
+                raise CheckpointError(
+                    f"{path} and {shards[name]} beside it both hold {name}, and no index says which is meant."
+                )
+            shards[name] = path.name
+    return Tensors(files=files, shards=shards, allow_pickle=allow_pickle)
+
+
+def _shards(path: Path, index: dict[str, object]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map: the shard of every tensor is expected there.")
+    suffix = ".bin" if path.name.startswith(PICKLE) else ".safetensors"
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if not shard.endswith(suffix) or Path(shard).name != shard:
+            raise CheckpointError(f"{path} names {shard!r} as a shard: only {suffix} files beside it are read.")
+    return {str(name): str(shard) for name, shard in weight_map.items()}
+
+
+def _names(path: Path) -> set[str]:
+    if path.suffix != ".safetensors":
+        return set(_unpickle(path))
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError) as err:
+        raise _unreadable(path, err) from err
+
+
+def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        tensors = _unpickle(path)
+        return {name: tensors[name] for name in names}
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as err:
+        raise _unreadable(path, err) from err
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Map a pickled state dict, with PyTorch's own unpickler, which builds tensors and nothing else."""
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
+        raise _unreadable(path, err) from err
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a state dict is expected.")
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def _pickle_refused(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds its weights only as a pickle ({name}), which may run code when it is read. "
+        "Convert it to safetensors, or pass --allow-pickle if you trust its author."
+    )
+
+
+def _unreadable(path: Path, err: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path} could not be read, it may be cut short: {first_line(err)}.")

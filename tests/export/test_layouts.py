@@ -1,0 +1,410 @@
+"""Every way in which people hold a tower is recognised, and gives the layer that its model reads, with its weights."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
+from trtower.bundle import Bundle
+from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.layer_codes import LAST as LAST_STATE
+from trtower_export.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.truncate import truncate
+
+LAST = NUM_LAYERS + 1
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+QWEN = {"model_type": "qwen2", "num_key_value_heads": 1} | TEXT
+GEMMA = {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 16} | TEXT
+LLAMA = {"model_type": "llama"} | TEXT
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    """Find the vision model in a model of transformers."""
+    for name in ("model.vision_tower", "vision_tower", "model.vision_model", "vision_model"):
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            continue
+    raise AssertionError(type(model))
+
+
+def states(model: nn.Module, inner: Any) -> dict[str, torch.Tensor]:
+    """Give a small tower's state dict under the names that a larger model has for the same tower."""
+    mine = {name.removeprefix("vision_model."): tensor for name, tensor in model.state_dict().items()}
+    return {name: mine[name.removeprefix("vision_model.")] for name in inner.state_dict()}
+
+
+def save_composite(kind: str, family: str, folder: Path, **options: Any) -> nn.Module:
+    """Write a small model of transformers with a small tower in it; give the tower as it was drawn."""
+    vision = make_model(family)
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(vision_config=vision.config.to_dict(), **options)
+    name = {"CLIP": "CLIPModel", "Siglip": "SiglipModel", "Siglip2": "Siglip2Model"}
+    model = getattr(transformers, name.get(kind, f"{kind}ForConditionalGeneration"))(config)
+    inner = tower_of(model)
+    inner.load_state_dict(states(vision, inner))
+    model.save_pretrained(folder)
+    return vision
+
+
+def assert_same_tower(checkpoint: Checkpoint, vision: nn.Module, layers: tuple[int, ...]) -> None:
+    """Compare what the cut tower of a checkpoint gives with the states of the tower that was put in, exactly."""
+    spec = checkpoint.spec()
+    assert spec.layers == layers
+    pixel_values = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        found = truncate(checkpoint.load_model(spec), checkpoint.family, spec)(pixel_values)
+        expected = checkpoint.family.read_states(vision, pixel_values)
+    assert torch.equal(found, torch.cat([expected[layer] for layer in layers], dim=-1))
+
+
+COMPOSITES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...], str]] = {
+    # class, tower, options of the config, hidden states read, tokens kept
+    "llava": ("Llava", "clip", {"text_config": LLAMA}, (3,), "patch"),
+    "llava-layer": ("Llava", "clip", {"text_config": LLAMA, "vision_feature_layer": 1}, (1,), "patch"),
+    "llava-layers": ("Llava", "clip", {"text_config": LLAMA, "vision_feature_layer": [-1, 1]}, (4, 1), "patch"),
+    "llava-full": (
+        "Llava",
+        "clip",
+        {"text_config": LLAMA, "vision_feature_select_strategy": "full"},
+        (3,),
+        "cls_patch",
+    ),
+    "llava-next": ("LlavaNext", "clip", {"text_config": LLAMA, "image_grid_pinpoints": [[84, 84]]}, (3,), "patch"),
+    "vipllava": ("VipLlava", "clip", {"text_config": LLAMA, "vision_feature_layers": [-2, -4, 1]}, (3, 1, 1), "patch"),
+    "llava-onevision": (
+        "LlavaOnevision",
+        "siglip",
+        {"text_config": QWEN, "image_grid_pinpoints": [[84, 84]]},
+        (4,),
+        "cls_patch",
+    ),
+    "paligemma": ("PaliGemma", "siglip", {"text_config": GEMMA, "projection_dim": 32}, (LAST,), "cls_patch"),
+    "internvl": ("InternVL", "internvl_vision", {"text_config": QWEN}, (LAST,), "patch"),
+    "internvl-layer": (
+        "InternVL",
+        "internvl_vision",
+        {"text_config": QWEN, "vision_feature_layer": -2},
+        (3,),
+        "patch",
+    ),
+    "clip": ("CLIP", "clip", {"text_config": TEXT}, (3,), "patch"),
+    "siglip": ("Siglip", "siglip", {"text_config": TEXT}, (3,), "patch"),
+    "siglip2": ("Siglip2", "siglip2", {"text_config": TEXT}, (3,), "patch"),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_model_of_transformers_gives_the_layer_it_reads(name: str, tmp_path: Path) -> None:
+    kind, family, options, layers, feature = COMPOSITES[name]
+    vision = save_composite(kind, family, tmp_path, **options)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.spec().select_feature == feature
+    assert_same_tower(checkpoint, vision, layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vision_model_alone_is_read_whole(name: str, tmp_path: Path) -> None:
+    vision = make_model(name)
+    vision.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert_same_tower(checkpoint, vision, (NUM_LAYERS - 1,))
+    assert_same_tower(replace(checkpoint, layout=replace(checkpoint.layout, select_layer=LAST_STATE)), vision, (LAST,))
+
+
+@pytest.mark.parametrize(
+    "root", ["vision_tower.vision_model.", "model.vision_tower.", "vision_tower.", "model.vision_tower.vision_model."]
+)
+def test_every_release_of_transformers_has_its_own_prefix(root: str, tmp_path: Path) -> None:
+    vision = save_composite("Llava", "clip", tmp_path, text_config=LLAMA)
+    path = next(tmp_path.glob("*.safetensors"))
+    tensors = {
+        re.sub(r"^.*?vision_tower\.(vision_model\.)?", root, name): tensor for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert_same_tower(open_checkpoint(str(tmp_path)), vision, (3,))
+
+
+def test_a_layer_that_is_asked_for_goes_before_the_checkpoints(tmp_path: Path) -> None:
+    save_composite("Llava", "clip", tmp_path, text_config=LLAMA)
+    spec = open_checkpoint(str(tmp_path)).spec([1, 2], "cls_patch")
+    assert (spec.layers, spec.select_feature) == ((1, 2), "cls_patch")
+
+
+def test_strategy_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
+    save_composite("Llava", "siglip", tmp_path, text_config=LLAMA)
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"strategy='default' drops the first token.*--select-feature cls_patch"):
+        checkpoint.spec()
+    assert checkpoint.spec(select_feature="cls_patch").num_tokens == 9
+
+
+def test_model_that_does_not_say_its_layer_is_asked_for_one(llava: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(llava(mm_vision_select_layer="-")))
+    with pytest.raises(CheckpointError, match="does not say which layer of its tower it reads: --select-layer"):
+        checkpoint.spec()
+    assert checkpoint.spec(-2).layers == (3,)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+JUNK = {"lm_head.weight": torch.ones(64, 32), "model.mm_projector.0.weight": torch.ones(32, 64)}
+
+
+@pytest.fixture
+def llava(tmp_path: Path, checkpoints: dict[str, Path]) -> Callable[..., Path]:
+    """Write an original LLaVA folder whose tower is the small CLIP, in its shards or only named."""
+
+    def write(*, inside: bool = True, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
+        folder = tmp_path / "llava"
+        folder.mkdir()
+        model = make_model("clip")
+        if tensors is None:
+            root = "model.vision_tower.vision_tower.vision_model."
+            tensors = {root + name.removeprefix("vision_model."): t * 2 for name, t in model.state_dict().items()}
+        shards = {"model-1-of-2.safetensors": JUNK, "model-2-of-2.safetensors": tensors if inside else {}}
+        for name, held in shards.items():
+            save_file(held, folder / name)
+        weight_map = {name: shard for shard, held in shards.items() for name in held}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        written = {
+            "model_type": "llava_llama",
+            "mm_vision_tower": str(checkpoints["clip"]),
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+        }
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in {**written, **config}.items() if v != "-"}))
+        return folder
+
+    return write
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+def test_original_llava_gives_the_tower_in_its_shards(llava: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(llava()))
+    assert checkpoint.layout.root == "model.vision_tower.vision_tower.vision_model."
+    assert_same_tower(checkpoint, doubled(make_model("clip")), (3,))
+
+
+def test_original_llava_without_a_tower_inside_gives_the_one_it_names(llava: Callable[..., Path]) -> None:
+    assert_same_tower(open_checkpoint(str(llava(inside=False))), make_model("clip"), (3,))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama", "llava_mistral", "llava_qwen"])
+def test_original_llava_is_told_from_transformers_own(llava: Callable[..., Path], model_type: str) -> None:
+    assert open_checkpoint(str(llava(model_type=model_type))).layout.kind == "LLaVA checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("layer", "feature", "layers", "kept"),
+    [
+        (-2, "cls_patch", (3,), "cls_patch"),
+        ([-1, 1], "patch", (4, 1), "patch"),
+        (0, "slicefour_patch", (1, 2, 3, 4), "patch"),
+        (-204, "patch", (4, 3), "patch"),
+        (-1, "-", (4,), "patch"),
+    ],
+)
+def test_original_llava_says_its_layers_in_every_code(
+    llava: Callable[..., Path], layer: Any, feature: str, layers: tuple[int, ...], kept: str
+) -> None:
+    folder = llava(mm_vision_select_layer=layer, mm_vision_select_feature=feature)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.spec().select_feature == kept
+    assert_same_tower(checkpoint, doubled(make_model("clip")), layers)
+
+
+def test_named_tower_with_a_recipe_needs_no_hub(llava: Callable[..., Path]) -> None:
+    folder = llava(inside=False, mm_vision_tower="openai/clip-vit-base-patch32")
+    checkpoint = open_checkpoint(str(folder), random_weights=True)
+    assert checkpoint.config.hidden_size == 768
+    assert checkpoint.spec().layers == (11,)
+
+
+@pytest.mark.parametrize("named", [None, "-", 3])
+def test_llava_config_without_a_tower_names_the_field(llava: Callable[..., Path], named: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is a LLaVA config without a tower: mm_vision_tower is"):
+        open_checkpoint(str(llava(mm_vision_tower=named)))
+
+
+def test_llava_that_trained_its_tower_and_lacks_it_is_refused(llava: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"was trained.*unfreeze_mm_vision_tower"):
+        open_checkpoint(str(llava(inside=False, unfreeze_mm_vision_tower=True)))
+
+
+def test_next_that_trained_its_tower_and_lacks_it_is_refused(llava: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"was trained.*mm_tunable_parts"):
+        open_checkpoint(str(llava(inside=False, mm_tunable_parts="mm_vision_tower,mm_mlp_adapter")))
+
+
+def test_llava_adapter_is_to_be_merged_first(llava: Callable[..., Path]) -> None:
+    folder = llava(inside=False)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+        open_checkpoint(str(folder))
+
+
+def test_llava_with_a_projector_alone_gives_the_tower_it_names(llava: Callable[..., Path]) -> None:
+    folder = llava(inside=False)
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "mm_projector.bin").write_bytes(b"a pickle that nobody opens")
+    assert_same_tower(open_checkpoint(str(folder)), make_model("clip"), (3,))
+
+
+def test_named_tower_that_is_not_here_names_the_field(llava: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json names mm_vision_tower '/nowhere/clip': .*is not a folder"):
+        open_checkpoint(str(llava(mm_vision_tower="/nowhere/clip")))
+
+
+def test_open_clip_tower_of_next_is_sent_elsewhere(llava: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="Export the OpenCLIP file itself"):
+        open_checkpoint(str(llava(mm_vision_tower="open_clip_hub:ViT-H-14")))
+
+
+@pytest.mark.parametrize("layer", ["sliceseven", 1.5, [], True, "slicefour"])
+def test_layer_code_that_is_none_leaves_no_bundle(llava: Callable[..., Path], tmp_path: Path, layer: Any) -> None:
+    folder = llava(mm_vision_select_layer=layer)
+    with pytest.raises(ConfigError, match="select_layer"):
+        export_tower(str(folder), tmp_path / "out" / "b", ExportOptions(flavour="none", check=False))
+    assert not (tmp_path / "out").exists()
+
+
+def test_next_saves_its_siglip_without_the_layer_it_drops(llava: Callable[..., Path], tmp_path: Path) -> None:
+    vision = make_model("siglip")
+    vision.save_pretrained(tmp_path / "siglip")
+    kept = {
+        f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}": tensor
+        for name, tensor in vision.state_dict().items()
+        if f"layers.{NUM_LAYERS - 1}." not in name and "head." not in name
+    }
+    folder = llava(tensors=kept, mm_vision_tower=str(tmp_path / "siglip"), mm_vision_select_layer=-2)
+    checkpoint = open_checkpoint(str(folder))
+    assert_same_tower(checkpoint, vision, (NUM_LAYERS - 1,))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors"):
+        checkpoint.load_model(checkpoint.spec(-1))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors"):
+        checkpoint.load_model()
+
+
+@pytest.fixture
+def vila(tmp_path: Path) -> Callable[..., Path]:
+    def write(family: str = "siglip", **config: Any) -> Path:
+        folder = tmp_path / "vila"
+        make_model(family).save_pretrained(folder / "vision_tower")
+        save_file(JUNK, folder / "model.safetensors")
+        written = {
+            "model_type": "llava_llama",
+            "vision_tower_cfg": "somewhere/else",
+            "mm_vision_tower": "somewhere/else",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "cls_patch",
+        }
+        (folder / "config.json").write_text(json.dumps({**written, **config}))
+        return folder
+
+    return write
+
+
+def test_vila_gives_the_tower_in_its_folder(vila: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(vila()))
+    assert checkpoint.layout.kind == "VILA checkpoint"
+    assert checkpoint.spec().select_feature == "cls_patch"
+    assert_same_tower(checkpoint, make_model("siglip"), (3,))
+
+
+def test_vila_with_clip_reads_patches(vila: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(vila("clip", mm_vision_select_feature="patch", mm_vision_select_layer=0)))
+    assert checkpoint.spec().select_feature == "patch"
+    assert_same_tower(checkpoint, make_model("clip"), (0,))
+
+
+def test_vila_with_patch_on_siglip_would_drop_a_patch(vila: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="mm_vision_select_feature='patch' drops the first token"):
+        open_checkpoint(str(vila(mm_vision_select_feature="patch"))).spec()
+
+
+def test_vilas_resized_positions_are_kept_as_they_are(vila: Callable[..., Path]) -> None:
+    """VILA's own resizing leaves zeros at some positions; they are the model's, and are not interpolated again."""
+    folder = vila()
+    path = folder / "vision_tower" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("position_embedding.weight"))
+    resized = torch.randn(16, tensors[name].shape[1])
+    resized[[0, 15]] = 0
+    save_file({**tensors, name: resized}, path, metadata={"format": "pt"})
+    edit(folder / "vision_tower", image_size=56)
+    checkpoint = open_checkpoint(str(folder))
+    tower = truncate(checkpoint.load_model(), checkpoint.family, checkpoint.spec())
+    assert any(torch.equal(parameter, resized) for parameter in tower.parameters())
+    assert checkpoint.spec().num_tokens == 16
+
+
+def test_vila_without_its_tower_folder_says_where_it_should_be(vila: Callable[..., Path]) -> None:
+    folder = vila()
+    shutil.rmtree(folder / "vision_tower")
+    with pytest.raises(CheckpointError, match=r"vision_tower/config\.json is missing"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "2-D RoPE.*dinov3_vit has RoPE"),
+        ({"model_type": "qwen2_vl"}, "2-D RoPE"),
+        ({"model_type": "intern_vit_6b", "auto_map": {"AutoModel": "a.B"}}, "own: its conversion that ends in -hf"),
+        ({"model_type": "siglip2_vision_model", "num_patches": 250}, "makes no square grid"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_nearest_that_can(
+    tmp_path: Path, config: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(str(tmp_path))
+
+
+def test_two_towers_under_one_name_are_both_named(llava: Callable[..., Path]) -> None:
+    model = make_model("clip").state_dict()
+    names = {name.removeprefix("vision_model."): tensor for name, tensor in model.items()}
+    both = {f"{root}.{n}": t.clone() for root in ("model.vision_tower", "vision_tower") for n, t in names.items()}
+    with pytest.raises(CheckpointError, match=r"holds 2 towers: model\.vision_tower\.emb\S+ and vision_tower\.emb"):
+        open_checkpoint(str(llava(tensors=both)))
+
+
+def test_bundle_of_a_llava_folder_is_checked_against_its_own_tower(llava: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = export_tower(str(llava(mm_vision_select_layer=-212 + 10)), tmp_path / "b", ExportOptions(flavour="none"))
+    assert bundle.manifest.spec.layers == (2, 3)
+    assert bundle.manifest.certificate
+    assert bundle.manifest.certificate.passed
+    assert Bundle.open(tmp_path / "b").manifest.source.checkpoint.endswith("llava")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"not a safetensors file"])
+def test_broken_shard_is_named_and_leaves_no_bundle(llava: Callable[..., Path], tmp_path: Path, content: bytes) -> None:
+    folder = llava()
+    (folder / "model-2-of-2.safetensors").write_bytes(content)
+    with pytest.raises(TrtowerError, match=r"model-2-of-2\.safetensors") as caught:
+        export_tower(str(folder), tmp_path / "out" / "b", ExportOptions(flavour="none", check=False))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
