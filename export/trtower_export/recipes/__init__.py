@@ -18,30 +18,46 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One TOML. ``config`` is the vision config and ``preprocessor`` the preprocessor_config.json of the checkpoint."""
+    """One TOML. ``config`` is the vision config and ``preprocessor`` the preprocessor_config.json of the checkpoint.
+
+    ``image_size`` is the size the tower is used at, where that is not its config's. A model whose tower has a recipe
+    of its own names it as ``tower``, and says only what differs.
+    """
 
     name: str
     checkpoint: str
-    select_layer: int
+    select_layer: int | str | list[int]
     select_feature: str
     batch: BatchProfile
     config: dict[str, Any]
     preprocessor: dict[str, Any]
+    image_size: int | None = None
+
+
+RECIPES = resources.files(__name__)
 
 
 def all_recipes() -> list[Recipe]:
     """Read every recipe, sorted by name."""
-    folder = resources.files(__name__)
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return [_parse(file.name.removesuffix(".toml"), file.read_text(encoding="utf-8")) for file in files]
+    names = (file.name.removesuffix(".toml") for file in RECIPES.iterdir() if file.name.endswith(".toml"))
+    return [_parse(name) for name in sorted(names)]
 
 
 def find_recipe(checkpoint: str) -> Recipe | None:
-    """Find the recipe of a hub id, or of the recipe's own name."""
-    return next((r for r in all_recipes() if checkpoint in (r.checkpoint, r.name)), None)
+    """Find the recipe of a hub id, which is named as the checkpoint is there, or of the recipe's own name."""
+    recipes = {recipe.name: recipe for recipe in all_recipes()}
+    found = recipes.get(checkpoint.rpartition("/")[2])
+    return found if found and checkpoint in (found.checkpoint, found.name) else None
 
 
-def _parse(name: str, text: str) -> Recipe:
-    data = tomllib.loads(text)
+def _parse(name: str) -> Recipe:
+    data = _read(name)
+    if "tower" in data:
+        data = _read(data.pop("tower")) | data
     low, opt, high = data.pop("batch")
     return Recipe(name=name, batch=BatchProfile(min=low, opt=opt, max=high), **data)
+
+
+def _read(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    return data
