@@ -14,7 +14,8 @@ from trtower.errors import (
     MissingExtraError,
     TrtowerError,
 )
-from trtower.tower import CLIPVisionTower, VisionTower, build_vision_tower
+from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
+from trtower.tower import VisionTower
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "Bundle",
     "BundleError",
     "CLIPVisionTower",
+    "CLIPVisionTowerDynamicS2",
+    "CLIPVisionTowerS2",
     "CheckpointError",
     "ConfigError",
     "InputError",

@@ -1,6 +1,6 @@
-"""The surface that model code touches: LLaVA's vision tower, with a bundle inside.
+"""The surface that model code touches: a vision tower with a bundle inside.
 
-Shapes: B images, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
+Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
 """
 
 import json
@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -18,9 +18,10 @@ from torch import nn
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
+from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
+from trtower.pick import Pick
 from trtower.runners import Runner
 from trtower.runners.choose import choose
-from trtower.spec import normalise_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ class VisionTower(nn.Module):
     parameter is an empty anchor that tells callers the device and dtype, and its state dict is empty. Casting
     it (`.half()`, `.to(dtype)`) leaves the engine as it was exported; `.to(device)` opens the bundle there.
 
+    `select_layer` and `select_feature` pick among the hidden states that the bundle holds, with any code of
+    layer_codes.py; without them everything is read, in the bundle's order. LLaVA's `num_patches` never counts the
+    CLS token; with `count_cls` it does under `cls_patch`, as LLaVA-NeXT's.
+
     `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
     CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
     """
@@ -42,24 +47,26 @@ class VisionTower(nn.Module):
         self,
         bundle: str | os.PathLike[str],
         *,
+        select_layer: LayerCode | None = None,
         select_feature: str | None = None,
         backend: str = "auto",
         device: str | torch.device | None = None,
         check_finite: bool | None = None,
+        count_cls: bool = False,
     ) -> None:
         super().__init__()
         self.bundle = Bundle.open(bundle)
         self.spec = self.bundle.manifest.spec
         self.vision_tower_name = str(bundle)
-        self._select_layer: int | Sequence[int] = (
-            self.spec.layers[0] if len(self.spec.layers) == 1 else list(self.spec.layers)
-        )
-        self.select_feature = self.spec.select_feature if select_feature is None else select_feature
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
-        self.check_finite = check_finite
+        self.check_finite, self.count_cls = check_finite, count_cls
         self._backend, self._asked_device = backend, device
-        self.spec.first_token(self.select_feature)
+        held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
+        self.select(
+            select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
+            self.spec.select_feature if select_feature is None else select_feature,
+        )
         self._runner: Runner | None = None
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = self._make_anchor(torch.device("cpu"))
@@ -70,14 +77,25 @@ class VisionTower(nn.Module):
         backend: str = "auto",
         device: str | torch.device | None = None,
         *,
+        select_layer: LayerCode | None = None,
+        select_feature: str | None = None,
         check_finite: bool | None = None,
+        count_cls: bool = False,
     ) -> "VisionTower":
         """Open a bundle and make it ready to run.
 
         `backend`: "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda" or "onnxruntime-cpu". `device`: where it
-        must run; None leaves that to the backend. Raises BundleError and BackendError.
+        must run; None leaves that to the backend. Raises BundleError, BackendError and ConfigError.
         """
-        tower = VisionTower(bundle, backend=backend, device=device, check_finite=check_finite)
+        tower = VisionTower(
+            bundle,
+            select_layer=select_layer,
+            select_feature=select_feature,
+            backend=backend,
+            device=device,
+            check_finite=check_finite,
+            count_cls=count_cls,
+        )
         tower.load_model()
         return tower
 
@@ -97,32 +115,49 @@ class VisionTower(nn.Module):
         self._open(_device_from_map(device_map) or self._asked_device)
 
     @torch.no_grad()
-    def forward(self, images: "torch.Tensor | list[torch.Tensor]") -> "torch.Tensor | list[torch.Tensor]":
+    def forward(
+        self, images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]"
+    ) -> "torch.Tensor | list[torch.Tensor]":
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
-        A list of (3, S, S) gives a list of (1, N, D) in the same order, run together as batches. Images of any
-        device and floating dtype are taken; features come on the tower's device in the dtype of the images.
-        Raises InputError.
+        Tiles (B, T, 3, S, S) give (B, T, N, D). A list of (3, S, S), tiles (T, 3, S, S), or both, gives a list of
+        (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
+        floating dtype are taken; features come on the tower's device, each in the dtype of its images. Raises
+        InputError.
         """
         runner = self._runner
         if runner is None:
             raise BackendError(f"{self.vision_tower_name} is not loaded: call load_model() first.")
-        if isinstance(images, (list, tuple)):
-            return self._forward_list(runner, images)
-        self._check(images, "images", batched=True)
-        features = self._run(runner, images.to(runner.device, runner.dtype).contiguous())
-        return features.to(images.dtype)
-
-    def _forward_list(self, runner: Runner, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if not isinstance(images, (list, tuple)):
+            self._check(images, "images", in_list=False)
+            (features,) = self._encode(runner, [images])
+            return features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
         if not images:
             raise InputError("images is an empty list; at least one image is expected.")
         for index, image in enumerate(images):
-            self._check(image, f"images[{index}]", batched=False)
-        pixel_values = torch.empty((len(images), *images[0].shape), dtype=runner.dtype, device=runner.device)
-        for row, image in zip(pixel_values, images, strict=True):
-            row.copy_(image)
-        features = self._run(runner, pixel_values)
-        return [features[i : i + 1].to(image.dtype) for i, image in enumerate(images)]
+            self._check(image, f"images[{index}]", in_list=True)
+        return self._encode(runner, images)
+
+    def _encode(self, runner: Runner, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run images (..., 3, S, S) of one or several ranks together, and give (T, N, D) for the T in each."""
+        if len(images) == 1:
+            image = images[0]
+            pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
+            return [self._run(runner, pixel_values.view(-1, *image.shape[-3:])).to(image.dtype)]
+        counts = [image.shape[:-3].numel() for image in images]
+        features = self._run(runner, self._pack(runner, images, sum(counts))).split(counts)
+        return [part.to(image.dtype) for part, image in zip(features, images, strict=True)]
+
+    def _pack(self, runner: Runner, images: Iterable[torch.Tensor], total: int) -> torch.Tensor:
+        """Copy images (3, S, S) and (T, 3, S, S), ``total`` in all, into one batch where the engine reads it."""
+        side = self.spec.image_size
+        pixel_values = torch.empty((total, 3, side, side), dtype=runner.dtype, device=runner.device)
+        start = 0
+        for image in images:
+            stop = start + image.shape[:-3].numel()
+            pixel_values[start:stop] = image
+            start = stop
+        return pixel_values
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D)."""
@@ -138,30 +173,35 @@ class VisionTower(nn.Module):
         return self.feature_select(hidden_states)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """Drop the prefix tokens unless `cls_patch` keeps them: (B, P + N, D) -> (B, N, D).
+        """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
 
         Takes all tokens as a tensor, or as LLaVA does an output with `hidden_states` of the full tower.
         """
-        tokens = image_forward_outs
-        if not isinstance(tokens, torch.Tensor):
-            tokens = torch.cat([image_forward_outs.hidden_states[layer] for layer in self.spec.layers], dim=-1)
-        selected: torch.Tensor = tokens[:, self.spec.first_token(self.select_feature) :]
-        return selected
+        return self._pick.cut(image_forward_outs)
 
-    def _check(self, images: torch.Tensor, name: str, *, batched: bool) -> None:
+    def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
         if not isinstance(images, torch.Tensor):
             raise InputError(f"{name} is a {type(images).__name__}; a torch.Tensor or a list of them is expected.")
-        size, batch = self.spec.image_size, self.bundle.manifest.batch
-        expected = (3, size, size)
-        if tuple(images.shape[-3:]) != expected or images.ndim != 3 + batched or 0 in images.shape:
-            takes = f"({batch.min} to {batch.max}, 3, {size}, {size})" if batched else f"{expected} in a list"
-            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {takes}.")
+        if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
+            expected = self._expectation(in_list=in_list)
+            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
         if not images.is_floating_point():
             raise InputError(
                 f"{name} has dtype {images.dtype}; floating-point pixel_values are expected, as image_processor makes."
             )
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels.")
+
+    def _fits(self, shape: torch.Size) -> bool:
+        """Whether one image may be (C, H, W)."""
+        return shape == (3, self.spec.image_size, self.spec.image_size)
+
+    def _expectation(self, *, in_list: bool) -> str:
+        """Say which shapes are taken."""
+        image, batch = f"3, {self.spec.image_size}, {self.spec.image_size}", self.bundle.manifest.batch
+        if in_list:
+            return f"({image}) or tiles (T, {image}) in a list"
+        return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> None:
         self._runner = choose(self.bundle, self._backend, device)
@@ -199,26 +239,52 @@ class VisionTower(nn.Module):
         """Take nothing, and report weights that were meant for the tower: the engine cannot take them in."""
         unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
+    def select(self, select_layer: LayerCode, select_feature: str) -> None:
+        """Pick layers and tokens out of what the bundle holds; raise ConfigError naming what it lacks."""
+        spec = self.spec
+        layers, tokens = read_layer_code(select_layer, select_feature, spec.num_layers)
+        if not set(layers) <= set(spec.layers):
+            plain = select_feature in FEATURES
+            command = self._export_command(select_layer if plain else layers, spec.image_size)
+            raise ConfigError(
+                f"select_layer={select_layer}{'' if plain else f' under {select_feature}'} is hidden state "
+                f"{', '.join(self._names(layers))} of {spec.num_layers} layers; {self.bundle.path} holds "
+                f"{', '.join(self._names(spec.layers))}. Export it: {command}"
+            )
+        self._select_layer, self._select_feature = select_layer, select_feature
+        self._pick = Pick(spec, layers, spec.first_token(tokens))
+
+    def _names(self, layers: Sequence[int]) -> list[str]:
+        return [name_layer(layer, self.spec.num_layers) for layer in layers]
+
+    def _export_command(self, select_layer: LayerCode, image_size: int) -> str:
+        """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
+        manifest, source = self.bundle.manifest, self.bundle.manifest.source
+        layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
+        command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
+        command += ["--select-feature", self.spec.select_feature]
+        command += ["--image-size", str(image_size), "--precision", manifest.precision]
+        command += ["--random-weights"] if source.random_weights else []
+        size = "" if image_size == self.spec.image_size else f"-{image_size}"
+        return shlex.join([*command, "--out", f"{self.bundle.path}{size}-layer{layers}"])
+
     @property
-    def select_layer(self) -> int | Sequence[int]:
-        """The layer code that is read; setting it to another layer than the bundle holds raises ConfigError."""
+    def select_layer(self) -> LayerCode:
+        """The layer code that is read. Setting it reads it with the feature there is; `select` sets both at once."""
         return self._select_layer
 
     @select_layer.setter
-    def select_layer(self, select_layer: int | Sequence[int]) -> None:
-        layers = normalise_layers(select_layer, self.spec.num_layers)
-        if layers != self.spec.layers:
-            message = (
-                f"select_layer={select_layer} is hidden state {_join(layers)} of {self.spec.num_layers} layers; "
-                f"{self.bundle.path} holds {_join(self.spec.layers)}."
-            )
-            if isinstance(select_layer, int):
-                source = self.bundle.manifest.source
-                command = ["trtower", "export", source.checkpoint, "--select-layer", str(select_layer)]
-                command += ["--random-weights"] if source.random_weights else []
-                message += f" Export it: {shlex.join([*command, '--out', f'{self.bundle.path}-layer{select_layer}'])}"
-            raise ConfigError(message)
-        self._select_layer = select_layer
+    def select_layer(self, select_layer: LayerCode) -> None:
+        self.select(select_layer, self._select_feature)
+
+    @property
+    def select_feature(self) -> str:
+        """The feature code as it was given. Setting it reads the layer code anew, which a slice shifts or replaces."""
+        return self._select_feature
+
+    @select_feature.setter
+    def select_feature(self, select_feature: str) -> None:
+        self.select(self._select_layer, select_feature)
 
     @property
     def backend(self) -> str:
@@ -250,8 +316,8 @@ class VisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D: the width of a feature, over all layers that are read."""
-        return self.spec.hidden_size
+        """D: the width of a feature, over all layers that are picked."""
+        return self._pick.hidden_size
 
     @property
     def image_size(self) -> int:
@@ -265,54 +331,14 @@ class VisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N: the square of the side, whether or not the CLS token is kept."""
-        return self.spec.num_patches
+        """N: the square of the side, whether or not the CLS token is kept; with `count_cls`, every token that is."""
+        return self._pick.num_tokens if self.count_cls else self.spec.num_patches
 
     def extra_repr(self) -> str:
         """Tell what `print(model)` should show of this module."""
-        return f"{self.vision_tower_name}, backend={self.backend!r}, layers={self.spec.layers}, {self.select_feature!r}"
-
-
-class CLIPVisionTower(VisionTower):
-    """LLaVA's class, with its signature and semantics; ``vision_tower`` is the path of a bundle.
-
-    ``args`` is the model's config: `mm_vision_select_layer` must be what the bundle holds, and
-    `mm_vision_select_feature` defaults to "patch". LLaVA-NeXT passes the same as `vision_tower_cfg`.
-    """
-
-    def __init__(
-        self,
-        vision_tower: str | os.PathLike[str],
-        args: Any = None,
-        delay_load: bool = False,
-        *,
-        vision_tower_cfg: Any = None,
-        backend: str = "auto",
-        device: str | torch.device | None = None,
-        check_finite: bool | None = None,
-    ) -> None:
-        args = vision_tower_cfg if args is None else args
-        if not hasattr(args, "mm_vision_select_layer"):
-            raise ConfigError(
-                "args has no mm_vision_select_layer. Without a LLaVA config: trtower.VisionTower.load(…)."
-            )
-        if getattr(args, "s2", False):
-            raise ConfigError("s2=True asks for the multi-scale tower, which trtower does not have: set s2 to False.")
-        feature = getattr(args, "mm_vision_select_feature", "patch")
-        super().__init__(
-            vision_tower, select_feature=feature, backend=backend, device=device, check_finite=check_finite
+        return (
+            f"{self.vision_tower_name}, backend={self.backend!r}, layers={self._pick.layers}, {self.select_feature!r}"
         )
-        self.select_layer = args.mm_vision_select_layer
-        if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
-            self.load_model()
-
-
-def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
-    """Build the tower that a LLaVA config names in `mm_vision_tower` or `vision_tower`, as LLaVA's function does."""
-    path = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-    if path is None:
-        raise ConfigError("the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path.")
-    return CLIPVisionTower(path, args=vision_tower_cfg, **kwargs)
 
 
 class TowerConfig(SimpleNamespace):
@@ -321,10 +347,6 @@ class TowerConfig(SimpleNamespace):
     def to_dict(self) -> dict[str, Any]:
         """Give the config as config.json has it."""
         return dict(vars(self))
-
-
-def _join(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:

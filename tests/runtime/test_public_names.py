@@ -8,6 +8,8 @@ def test_public_names_are_these() -> None:
         "Bundle",
         "BundleError",
         "CLIPVisionTower",
+        "CLIPVisionTowerDynamicS2",
+        "CLIPVisionTowerS2",
         "CheckpointError",
         "ConfigError",
         "InputError",

@@ -60,17 +60,66 @@ def test_list_gives_a_list_in_order(tower: VisionTower, eager: Callable) -> None
         assert torch.allclose(answer, eager(image[None]), atol=FP32_TOLERANCE)
 
 
-def test_list_runs_as_batches(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+@pytest.fixture
+def sizes(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the engine took."""
+    calls: list[int] = []
     run = tower._runner.run
 
     def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        sizes.append(len(pixel_values))
+        calls.append(len(pixel_values))
         run(pixel_values, hidden_states)
 
     monkeypatch.setattr(tower._runner, "run", count)
+    return calls
+
+
+def test_list_runs_as_batches(tower: VisionTower, sizes: list[int]) -> None:
     tower(list(images(MAX + 2)))
     assert sizes == [MAX, 2]
+
+
+def test_tiles_keep_their_places(tower: VisionTower, eager: Callable, sizes: list[int]) -> None:
+    tiles = images(6).unflatten(0, (2, 3))
+    features = tower(tiles)
+    assert sizes == [MAX, 2]
+    assert features.shape == (2, 3, PATCHES, WIDTH)
+    for row, row_tiles in zip(features, tiles, strict=True):
+        assert torch.allclose(row, eager(row_tiles), atol=FP32_TOLERANCE)
+    # A view whose tiles lie apart in memory.
+    assert torch.equal(tower(tiles.transpose(0, 1)), features.transpose(0, 1))
+    assert torch.equal(tower(tiles.transpose(0, 1).double()), features.transpose(0, 1).double())
+
+
+def test_list_of_images_and_tiles_comes_back_as_it_went_in(
+    tower: VisionTower, eager: Callable, sizes: list[int]
+) -> None:
+    pixels = images(7)
+    mixed = [pixels[:3], pixels[3], pixels[4:6].double(), pixels[6:7].half()]
+    answers = tower(mixed)
+    assert sizes == [MAX, 3]
+    assert [tuple(a.shape) for a in answers] == [(t, PATCHES, WIDTH) for t in (3, 1, 2, 1)]
+    assert [a.dtype for a in answers] == [torch.float32, torch.float32, torch.float64, torch.float16]
+    tolerances = [FP32_TOLERANCE] * 3 + [5e-3]  # half a unit of FP16 at 8, the largest feature
+    for answer, tiles, tolerance in zip(answers, mixed, tolerances, strict=True):
+        assert torch.allclose(answer, eager(tiles.view(-1, 3, SIZE, SIZE)), atol=tolerance)
+
+
+def test_tiles_alone_in_a_list_stay_a_list(tower: VisionTower) -> None:
+    tiles = images(3)
+    (answer,) = tower([tiles])
+    assert torch.equal(answer, tower(tiles))
+    (answer,) = tower((tiles[0],))
+    assert torch.equal(answer, tower(tiles[:1]))
+
+
+def test_pixels_in_place_are_not_copied(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(tower._runner, "run", lambda pixel_values, _: seen.append(pixel_values.data_ptr()))
+    tiles = images(4).unflatten(0, (2, 2))
+    for batch in (tiles[0], tiles):
+        tower(batch)
+        assert seen.pop() == batch.data_ptr()
 
 
 def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Callable) -> None:
@@ -185,13 +234,6 @@ def test_positive_code_of_the_same_layer_is_taken(fp32_bundle: Path) -> None:
     assert CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=3), delay_load=True).select_layer == 3
 
 
-def test_layer_that_the_bundle_lacks_names_both_and_the_command(fp32_bundle: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"-1 is hidden state 4 .* holds 3\. .*trtower export .* --select-layer -1 --out"
-    ):
-        CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=-1))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -222,8 +264,9 @@ def test_builder_reads_either_name(fp32_bundle: Path) -> None:
 def test_builder_refuses_what_it_cannot_build(fp32_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither mm_vision_tower nor vision_tower"):
         build_vision_tower(config())
-    with pytest.raises(ConfigError, match="s2"):
-        CLIPVisionTower(fp32_bundle, config(s2=True), delay_load=True)
+    for flag, name in (("s2", "CLIPVisionTowerS2"), ("dynamic_s2", "CLIPVisionTowerDynamicS2")):
+        with pytest.raises(ConfigError, match=rf"several scales; .* trtower\.{name}, or trtower\.build_vision_tower"):
+            CLIPVisionTower(fp32_bundle, config(**{flag: True}), delay_load=True)
     with pytest.raises(BundleError, match="is not a bundle"):
         build_vision_tower(config(mm_vision_tower=str(tmp_path)))
 
@@ -275,15 +318,6 @@ def test_weights_meant_for_the_tower_are_not_swallowed(fp32_bundle: Path) -> Non
     assert model.load_state_dict(weights, strict=False).unexpected_keys == list(weights)
 
 
-def test_feature_and_layer_may_be_changed_to_what_the_bundle_holds(fp32_bundle: Path) -> None:
-    tower = VisionTower.load(fp32_bundle)
-    tower.select_feature = "cls_patch"
-    assert tower(images(1)).shape == (1, PATCHES + 1, WIDTH)
-    tower.select_layer = 3
-    with pytest.raises(ConfigError, match="holds 3"):
-        tower.select_layer = -1
-
-
 def test_casts_and_modes_return_the_tower(fp32_bundle: Path) -> None:
     tower = VisionTower.load(fp32_bundle)
     assert tower.half() is tower.eval() is tower.requires_grad_(requires_grad=False) is tower
@@ -319,11 +353,16 @@ def test_backend_says_what_runs(tower: VisionTower) -> None:
         (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine takes \(1 to 4, 3, 42, 42\)"),
         (torch.zeros(3, 42, 42), r"this engine takes \(1 to 4, 3, 42, 42\)"),
         (torch.zeros(0, 3, 42, 42), r"shape \(0, 3, 42, 42\)"),
-        (torch.zeros(1, 1, 3, 42, 42), "shape"),
+        (torch.zeros(1, 1, 1, 3, 42, 42), r"shape \(1, 1, 1, 3, 42, 42\)"),
+        (torch.zeros(2, 0, 3, 42, 42), r"shape \(2, 0, 3, 42, 42\); .* or tiles \(B, T, 3, 42, 42\)"),
         (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), r"dtype torch\.uint8; floating-point"),
         (torch.zeros(1, 3, 42, 42, device="meta"), "meta device"),
         ([], "images is an empty list"),
-        ([torch.zeros(3, 42, 42), torch.zeros(1, 3, 42, 42)], r"images\[1\] has shape \(1, 3, 42, 42\)"),
+        ([torch.zeros(3, 42, 42), torch.zeros(1, 2, 3, 42, 42)], r"images\[1\] has shape \(1, 2, 3, 42, 42\)"),
+        ([torch.zeros(0, 3, 42, 42)], r"images\[0\] has shape \(0, 3, 42, 42\); .* tiles \(T, 3, 42, 42\) in a list"),
+        ([torch.zeros(3, 42, 42), torch.zeros(2, 3, 42, 41)], r"images\[1\] has shape \(2, 3, 42, 41\)"),
+        ([torch.zeros(3, 42, 42), torch.zeros(42, 42)], r"images\[1\] has shape \(42, 42\)"),
+        ([torch.zeros(2, 3, 42, 42), torch.zeros(3, 42, 42, dtype=torch.int64)], r"images\[1\] has dtype torch\.int64"),
         ([torch.zeros(3, 42, 42), "a.png"], r"images\[1\] is a str"),
         ("a.png", "images is a str"),
         (torch.full((1, 3, 42, 42), float("nan")), "5292 values that are NaN or infinite"),

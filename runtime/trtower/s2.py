@@ -1,0 +1,126 @@
+"""S2: images at several scales turned into tiles of the engine's size, and the tiles' features into one grid.
+
+Around the engine the arithmetic is that of `forward` in s2wrapper (github.com/bfshi/scaling_on_scales, core.py):
+pixels are resized bicubically and features averaged over areas, both in FP32, and rounded to the dtype of the images.
+Where s2wrapper calls the tower once a scale, the tiles of all scales are given here at once, to be run together.
+
+Shapes: B images, H pixels a side, S pixels a tile's side, K tiles of an image over all scales and n along a side in
+one, P prefix tokens, N patches of a tile and p along its side, M patches of an image, D features a token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from trtower.errors import ConfigError
+
+DEFAULT_SCALES = "336,672,1008"
+"""LLaVA's, where a config has no `s2_scales`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """The sizes at which an image is read, in ascending order, cut into tiles of one size.
+
+    The features of every scale are brought to the grid of ``sizes[output_index]``.
+    """
+
+    sizes: tuple[int, ...]
+    tile_size: int
+    output_index: int = 0
+
+    def __post_init__(self) -> None:
+        if any(size % self.tile_size for size in self.sizes):
+            raise ConfigError(
+                f"s2_scales={_join(self.sizes)} cannot be cut into tiles of {self.tile_size} pixels: "
+                f"multiples of {self.tile_size} are expected."
+            )
+        if not -len(self.sizes) <= self.output_index < len(self.sizes):
+            raise ConfigError(
+                f"s2_resize_output_to_scale_idx={self.output_index} is none of s2_scales={_join(self.sizes)}: "
+                f"{-len(self.sizes)} to {len(self.sizes) - 1} are."
+            )
+
+    @classmethod
+    def from_config(cls, args: Any) -> "Scales":
+        """Read a model's `s2_scales`, and VILA's `s2_max_split_size` and `s2_resize_output_to_scale_idx`.
+
+        Defaults are LLaVA's: its three scales, tiles of the smallest, the grid of the smallest.
+        """
+        sizes = _read_sizes(_get(args, "s2_scales", DEFAULT_SCALES))
+        tile_size = _get(args, "s2_max_split_size", sizes[0])
+        output_index = _get(args, "s2_resize_output_to_scale_idx", 0)
+        if type(tile_size) is not int or tile_size < 1:
+            raise ConfigError(f"s2_max_split_size={tile_size!r} is no size in pixels: a number such as {sizes[0]} is.")
+        if type(output_index) is not int:
+            raise ConfigError(f"s2_resize_output_to_scale_idx={output_index!r} is no index: a number such as 0 is.")
+        return cls(sizes=sizes, tile_size=tile_size, output_index=output_index)
+
+    @property
+    def num_tiles(self) -> int:
+        """K: the tiles that one image makes, over all scales."""
+        return sum((size // self.tile_size) ** 2 for size in self.sizes)
+
+    def tiles(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Cut (B, 3, H, H) into K times (B, 3, S, S): scale by scale, row by row, from left to right."""
+        for size in self.sizes:
+            resized = images
+            if images.shape[-1] != size:
+                resized = functional.interpolate(images.float(), size=size, mode="bicubic").to(images.dtype)
+            for row in resized.split(self.tile_size, dim=2):
+                yield from row.split(self.tile_size, dim=3)
+
+    def merge(self, features: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+        """Merge what `tiles` became: (K * B, P + N, D) -> (B, P + M, D * scales).
+
+        Prefix tokens are averaged over the tiles of a scale, and concatenated over the scales as the patches are.
+        """
+        splits = [size // self.tile_size for size in self.sizes]
+        batch = len(features) // self.num_tiles
+        side = round((features.shape[1] - num_prefix_tokens) ** 0.5)
+        parts = features.split([n * n * batch for n in splits])
+        grids = [_grid(part[:, num_prefix_tokens:], n, side) for n, part in zip(splits, parts, strict=True)]
+        patches = torch.cat([_resize(grid, splits[self.output_index] * side) for grid in grids], dim=-1)
+        if not num_prefix_tokens:
+            return patches
+        means = [part[:, :num_prefix_tokens].unflatten(0, (-1, batch)).mean(dim=0) for part in parts]  # (B, P, D) each
+        return torch.cat([torch.cat(means, dim=-1), patches], dim=1)
+
+
+def _grid(tiles: torch.Tensor, n: int, side: int) -> torch.Tensor:
+    """Lay the patches of n x n tiles out as the image had them: (n * n * B, N, D) -> (B, D, n * p, n * p)."""
+    grid: torch.Tensor = tiles.unflatten(1, (side, side)).unflatten(0, (n, n, -1))  # (n, n, B, p, p, D)
+    return grid.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _resize(grid: torch.Tensor, side: int) -> torch.Tensor:
+    """Average a grid of features over areas, unless it has this side: (B, D, h, h) -> (B, side * side, D)."""
+    if grid.shape[-1] != side:
+        grid = functional.interpolate(grid.float(), size=side, mode="area").to(grid.dtype)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _get(args: Any, name: str, default: Any) -> Any:
+    value = getattr(args, name, None)
+    return default if value is None else value
+
+
+def _read_sizes(written: Any) -> tuple[int, ...]:
+    """Read "336,672,1008" or a list of numbers, in ascending order."""
+    parts = written.split(",") if isinstance(written, str) else written
+    try:
+        sizes = sorted(int(part) if isinstance(part, str) else part for part in parts)
+    except (TypeError, ValueError):
+        sizes = []
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise ConfigError(
+            f"s2_scales={written!r} are no sizes in pixels: {DEFAULT_SCALES!r} are, or a list of numbers."
+        )
+    return tuple(sizes)
+
+
+def _join(sizes: tuple[int, ...]) -> str:
+    return ",".join(map(str, sizes))
