@@ -5,12 +5,17 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 import typer
 from PIL import Image
 
 from trtower import cli
+from trtower_export.families import FAMILIES
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.recipes import all_recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,10 +48,24 @@ def test_command_is_understood(line: str) -> None:
 def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clip_bundle, BUNDLE)
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     names = {"image": Image.new("RGB", (60, 50))}
     exec(code, names)  # noqa: S102 - the README's own example
     assert names["features"].shape == (1, 9, 64)
+
+
+def test_layers_are_picked_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4, image_size=42, patch_size=14
+    )
+    transformers.CLIPVisionModel(config).save_pretrained("deep")
+    options = ExportOptions(select_layer=(-2, -5, -8, -11, 6), flavour="none", check=False)
+    export_tower("deep", Path("engines/vip-llava-7b-hf"), options)
+    _, code = blocks("python")
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 - the README's own example
+    assert names["tower"].hidden_size == 2 * 64
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#h][^)]*)\)|`((?:export|runtime)/[\w/.]+)`", README))
@@ -55,9 +74,16 @@ def test_file_that_is_named_exists(path: tuple[str, str]) -> None:
 
 
 def test_recipe_for_every_tower_that_is_listed() -> None:
-    listed = re.search(r"CLIP ViT-L/14-336, ViT-L/14, ViT-B/32, ViT-B/16.*DINOv2 S/14, B/14, L/14", README, re.DOTALL)
-    assert listed
-    assert len(list((ROOT / "export/trtower_export/recipes").glob("*.toml"))) == 7
+    section = README.partition("### Recipes")[2].partition("\n## ")[0]
+    listed = {name for line in section.splitlines() if line.startswith("- ") for name in re.findall(r"`(\S+)`", line)}
+    assert listed == {recipe.name for recipe in all_recipes()}
+
+
+def test_family_for_every_row_that_is_listed() -> None:
+    section = README.partition("## What goes in")[2].partition("###")[0]
+    for family in FAMILIES:
+        assert f"`{family.name}`" in section
+        assert f"`{family.model_class}`" in section
 
 
 def test_no_word_of_the_machine_it_was_written_on() -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from trtower.bundle import Bundle
+from trtower.layer_codes import parse_layer_code
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
 
@@ -30,12 +31,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, Hugging Face folder, or a recipe's name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
+    ],
     out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: engines/NAME.")] = None,
     select_layer: Annotated[
-        int | None, typer.Option(help="Hidden state to read. Default: the recipe's, else -2.")
+        str | None,
+        typer.Option(
+            help="Hidden states to read: -2, or several as in --select-layer=-2,-5,6, or last_hidden_state. "
+            "Default: what the checkpoint says, else -2."
+        ),
     ] = None,
-    select_feature: Annotated[str | None, typer.Option(help="patch or cls_patch, unless the model says.")] = None,
+    select_feature: Annotated[
+        str | None, typer.Option(help="patch, cls_patch, or LLaVA-NeXT's slices. Default: what the checkpoint says.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side; positions are interpolated. Default: the checkpoint's.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32 (twice the size).")] = "fp16",
     batch: BatchOption = None,
     flavour: FlavourOption = "auto",
@@ -56,12 +68,13 @@ def export(
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
-        from trtower_export.checkpoint import Trust
+        from trtower_export.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
 
     options = ExportOptions(
-        select_layer=select_layer,
+        select_layer=None if select_layer is None else parse_layer_code(select_layer),
         select_feature=select_feature,
+        image_size=image_size,
         precision=precision,
         batch=_profile(batch),
         flavour=flavour,
@@ -110,7 +123,8 @@ def check(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
-        from trtower_export.checkpoint import Trust, open_checkpoint
+        from trtower_export.checkpoint import open_checkpoint
+        from trtower_export.layouts import Trust
         from trtower_export.photographs import load_photographs
         from trtower_export.pipeline import check_bundle
 

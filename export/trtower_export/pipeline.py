@@ -29,10 +29,14 @@ from trtower.bundle import (
     write_manifest,
 )
 from trtower.errors import BuildError, BundleError, ConfigError
+from trtower.inspection import describe_cut
+from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Manifest, Source
-from trtower.spec import PRECISIONS, BatchProfile, TowerSpec
-from trtower_export.checkpoint import Checkpoint, Trust, open_checkpoint
+from trtower.spec import PRECISIONS, BatchProfile
+from trtower_export.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
+from trtower_export.layouts import Trust
 from trtower_export.onnx_graph import write_onnx
 from trtower_export.parity import Comparison, certify
 from trtower_export.photographs import Photographs, load_photographs
@@ -41,7 +45,6 @@ from trtower_export.progress import LoggedProgress, Progress
 from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
 ENGINES = Path("engines")
-DEFAULT_LAYER = -2
 DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
 
 CHECK_PHOTOGRAPHS = 2
@@ -50,10 +53,11 @@ CHECK_PHOTOGRAPHS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a checkpoint. None takes the recipe's value, or the default where there is no recipe."""
+    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default."""
 
-    select_layer: int | None = None
+    select_layer: LayerCode | None = None
     select_feature: str | None = None
+    image_size: int | None = None
     precision: str = "fp16"
     batch: BatchProfile | None = None
     flavour: str = "auto"
@@ -77,7 +81,7 @@ def export_tower(
 ) -> Bundle:
     """Export a checkpoint into a bundle, which exists whole or not at all.
 
-    ``source``: a hub id, a Hugging Face folder, or a recipe's name. ``out`` is engines/NAME unless given. The
+    ``source``: a hub id, a folder, an OpenCLIP file, or a recipe's name. ``out`` is engines/NAME unless given. The
     bundle's certificate says whether the check passed. Raises ConfigError and BundleError before any work, and
     CheckpointError and BuildError in the course of it.
     """
@@ -87,28 +91,35 @@ def export_tower(
     checkpoint = open_checkpoint(
         source, random_weights=options.random_weights, revision=options.revision, trust=options.trust
     )
-    spec, batch = _plan_tower(checkpoint, options)
+    spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
+    batch = options.batch or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH)
     input_, output = spec.input(options.precision), spec.output(options.precision)
     out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
     refuse_existing(out, overwrite=options.overwrite)
-    preprocessor = fit_preprocessor(checkpoint, progress)
-    progress.say(f"{spec.family} tower, {spec.depth} of {spec.num_layers} layers, {options.precision}; {choice}")
+    preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
+    progress.say(checkpoint.describe())
+    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.precision}; {choice}")
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
         with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
-            tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
+            model = checkpoint.load_model(spec)
+            full = measure_module(model, checkpoint.family, spec.image_size)
+            tower = truncate(model, checkpoint.family, spec)
+            del model  # its dead layers with it
             weights = weights_sha256(tower)
         _check_space(tower, options.precision, folder, plans=target is not None)
         with progress.step("Trace to ONNX"):
             write_onnx(tower, input_, output, batch, folder / GRAPH)
         release(tower)
-        checkpoint.config.to_json_file(folder / CONFIG, use_diff=False)
+        checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
         (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             schema=SCHEMA,
             name=out.name,
             trtower=trtower.__version__,
             spec=spec,
+            full=full,
+            cut=measure_graph(folder / GRAPH),
             source=Source(
                 checkpoint=checkpoint.source,
                 revision=checkpoint.revision,
@@ -124,6 +135,7 @@ def export_tower(
             versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
             certificate=None,
         )
+        progress.say(describe_cut(manifest.full, manifest.cut, manifest.precision))
         if target:
             with progress.step(f"Build the {target.flavour} plan") as step:
                 entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step)
@@ -152,19 +164,6 @@ def check_bundle(
     certificate = certify(bundle, checkpoint, photographs, backend=backend, progress=progress, compare=compare)
     with disk_errors(bundle.path), locked(bundle.path):
         return bundle.add_certificate(certificate)
-
-
-def _plan_tower(checkpoint: Checkpoint, options: ExportOptions) -> tuple[TowerSpec, BatchProfile]:
-    """Settle layer, feature and batch: the option, else the recipe, else the default."""
-    recipe = checkpoint.recipe
-    layer, feature, batch = options.select_layer, options.select_feature, options.batch
-    if layer is None:
-        layer = recipe.select_layer if recipe else DEFAULT_LAYER
-    if feature is None:
-        feature = recipe.select_feature if recipe else "patch"
-    if batch is None:
-        batch = recipe.batch if recipe else DEFAULT_BATCH
-    return checkpoint.spec(layer, feature), batch
 
 
 def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:

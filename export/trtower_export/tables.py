@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from trtower.inspection import describe_figure
 from trtower.manifest import Bound, Certificate, Figures
 
 COLUMNS = ("cos mean", "cos min", "rel error", "max error", "NaN/inf")
@@ -15,8 +16,8 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     for column in (*COLUMNS, "PyTorch's"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in certificate.images:
-        table.add_row(row.name, *_cells(row.bundle), _number(row.torch.relative_error))
-    table.add_row("all", *_cells(certificate.bundle), _number(certificate.torch.relative_error), style="bold")
+        table.add_row(row.name, *_cells(row.bundle), describe_figure(row.torch.relative_error))
+    table.add_row("all", *_cells(certificate.bundle), describe_figure(certificate.torch.relative_error), style="bold")
     console.print(table)
     for bound in certificate.bounds:
         console.print(f"  {_bound(bound)}", highlight=False)
@@ -36,10 +37,10 @@ def _what_ran(certificate: Certificate) -> str:
 
 def _cells(figures: Figures) -> tuple[str, ...]:
     return (
-        _number(figures.token_cosine_mean),
-        _number(figures.token_cosine_min),
-        _number(figures.relative_error),
-        _number(figures.max_abs_error),
+        describe_figure(figures.token_cosine_mean),
+        describe_figure(figures.token_cosine_min),
+        describe_figure(figures.relative_error),
+        describe_figure(figures.max_abs_error),
         str(figures.non_finite),
     )
 
@@ -47,10 +48,4 @@ def _cells(figures: Figures) -> tuple[str, ...]:
 def _bound(bound: Bound) -> str:
     sign = ">=" if bound.figure == "token_cosine_min" else "<="
     verdict = "holds" if bound.holds else "MISSED"
-    return f"{verdict:<7}{bound.figure} {_number(bound.measured)} {sign} {bound.limit:g}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"
+    return f"{verdict:<7}{bound.figure} {describe_figure(bound.measured)} {sign} {bound.limit:g}"

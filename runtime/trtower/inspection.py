@@ -4,10 +4,13 @@ import dataclasses
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.manifest import Manifest
+from trtower.manifest import Extent, Manifest
 from trtower.runners.choose import Candidate, candidates
+from trtower.spec import TowerSpec
 
 MB = 1_000_000
+ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+"""Bytes of one parameter."""
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -26,7 +29,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     data = dataclasses.asdict(manifest)
     return {
         "path": str(bundle.path),
-        **{key: data[key] for key in ("name", "schema", "trtower", "spec", "source", "precision", "input", "output")},
+        **{key: data[key] for key in ("name", "schema", "trtower", "spec", "full", "cut", "source")},
+        **{key: data[key] for key in ("precision", "input", "output")},
         "batch": data["batch"],
         "hidden_size": manifest.spec.hidden_size,
         "num_patches": manifest.spec.num_patches,
@@ -64,12 +68,12 @@ def _changed_files(manifest: Manifest, altered: list[str]) -> list[str]:
 def as_text(found: dict[str, Any]) -> str:
     """Put a description into words."""
     spec, source, batch = found["spec"], found["source"], found["batch"]
-    states = ", ".join(map(str, spec["layers"]))
     weights = "RANDOM WEIGHTS: a rehearsal, its features mean nothing" if source["random_weights"] else "pretrained"
     lines = [
         f"{found['name']}: {spec['family']} tower from {source['checkpoint']}",
         f"  weights      {weights} (sha256 {source['weights_sha256'][:12]}…)",
-        f"  reads        hidden state {states} of {spec['num_layers']} layers, {spec['select_feature']} tokens",
+        f"  reads        {TowerSpec(**spec).reading}",
+        f"  cut          {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
         f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {batch['opt']}",
         f"  features     {found['num_patches']} patches of {found['hidden_size']}",
         f"  on disk      {found['size'] / MB:.0f} MB, made by trtower {found['trtower']}",
@@ -91,6 +95,24 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_cut(full: Extent, cut: Extent, precision: str) -> str:
+    """Say in one line what is left of a tower, and how much that is in this precision."""
+    size = ITEM_SIZE[precision] / MB
+    return (
+        f"{cut.layers} of {full.layers} layers, "
+        f"{cut.parameters / 1e6:.1f} of {full.parameters / 1e6:.1f} M parameters "
+        f"({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB), "
+        f"{cut.flop / 1e9:.1f} of {full.flop / 1e9:.1f} GFLOP an image"
+    )
+
+
+def describe_figure(value: float | None) -> str:
+    """Write one of a certificate's figures: six places of a cosine, three digits of an error."""
+    if value is None:
+        return "not finite"
+    return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"
+
+
 def _certificate(found: dict[str, Any]) -> str:
     """Say in one line what a certificate proves, and what it does not."""
     certificate = found["certificate"]
@@ -103,17 +125,13 @@ def _certificate(found: dict[str, Any]) -> str:
     what = "the plan was run" if certificate["ran"] == "plan" else "the ONNX graph was run"
     text = (
         f"{verdict} on {certificate['date']}, {len(certificate['images'])} images: {what} on {certificate['backend']}; "
-        f"token cosine {_number(figures['token_cosine_min'])} at least, "
-        f"relative error {_number(figures['relative_error'])}"
+        f"token cosine {describe_figure(figures['token_cosine_min'])} at least, "
+        f"relative error {describe_figure(figures['relative_error'])}"
     )
     not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in certificate["files"]]
     if not_run:
         text += f"; built but NOT run: {', '.join(not_run)}"
     return text
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.6g}"
 
 
 def _shape(tensor: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
 from trtower.spec import PRECISIONS, BatchProfile, TensorSpec, TowerSpec
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever a key is added, removed or changes its meaning."""
 
 T = TypeVar("T")
@@ -32,6 +32,18 @@ class Source:
     revision: str | None
     weights_sha256: str
     random_weights: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extent:
+    """What a tower is and what it costs; ``flop`` are those of one image, two for a multiply-add.
+
+    How each is counted stands in `trtower_export.cost`.
+    """
+
+    layers: int
+    parameters: int
+    flop: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,12 +129,14 @@ class Certificate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of tower.json."""
+    """All of tower.json. ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph."""
 
     schema: int
     name: str
     trtower: str
     spec: TowerSpec
+    full: Extent
+    cut: Extent
     source: Source
     precision: str
     input: TensorSpec
@@ -142,6 +156,11 @@ class Manifest:
         ):
             if found != expected:
                 raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
+        if (self.cut.layers, self.full.layers) != (self.spec.depth, self.spec.num_layers):
+            raise ConfigError(
+                f"{self.cut.layers} of {self.full.layers} layers are counted; the spec reads {self.spec.depth} of "
+                f"{self.spec.num_layers}."
+            )
         for plan in self.plans:
             if plan.flavour not in FLAVOURS:
                 raise ConfigError(f"{plan.file} is of flavour {plan.flavour!r}: {' and '.join(FLAVOURS)} are known.")
@@ -160,10 +179,13 @@ class Manifest:
         schema = data.get("schema") if isinstance(data, dict) else None
         if type(schema) is not int or schema < 1:
             raise BundleError("tower.json has no schema number, so it is not a bundle's manifest.")
-        if schema > SCHEMA:
+        if schema < SCHEMA:
             raise BundleError(
-                f"tower.json has schema {schema}; this trtower reads up to {SCHEMA}: install a newer trtower."
+                f"tower.json has schema {schema}, of an older trtower; this one reads {SCHEMA}: export it again, with "
+                "--overwrite."
             )
+        if schema > SCHEMA:
+            raise BundleError(f"tower.json has schema {schema}; this trtower reads {SCHEMA}: install a newer trtower.")
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:

@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle import MANIFEST, Bundle
 from trtower.errors import BuildError, BundleError, ConfigError
+from trtower.image_processor import ImageProcessor
+from trtower.manifest import SCHEMA
 from trtower_export import pipeline
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress
@@ -140,7 +143,7 @@ def test_file_limit_is_told_like_a_full_disk(clip: Path, tmp_path: Path) -> None
 
 def test_manifest_holds_what_was_asked_for(clip_bundle: Path) -> None:
     manifest = json.loads((clip_bundle / MANIFEST).read_text())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == SCHEMA
     assert manifest["batch"] == {"min": BATCH.min, "opt": BATCH.opt, "max": BATCH.max}
     assert manifest["input"] == {
         "name": "pixel_values",
@@ -166,18 +169,54 @@ def test_manifest_holds_what_was_asked_for(clip_bundle: Path) -> None:
     ],
 )
 def test_preprocessor_is_fitted_to_the_engine(written: dict[str, object], fitted: dict[str, object]) -> None:
-    checkpoint = replace(open_checkpoint("dinov2-small", random_weights=True), preprocessor=written)
-    assert fit_preprocessor(checkpoint, LoggedProgress()) == {**fitted, "do_resize": True}
+    assert fit_preprocessor(prepared(written), 518, LoggedProgress()) == {**fitted, "do_resize": True}
+
+
+def prepared(written: dict[str, object]) -> Checkpoint:
+    checkpoint = open_checkpoint("dinov2-small", random_weights=True)
+    return replace(checkpoint, layout=replace(checkpoint.layout, preprocessor=written))
 
 
 def test_preprocessor_that_fits_is_left_as_it_was_written() -> None:
     checkpoint = open_checkpoint("clip-vit-large-patch14-336", random_weights=True)
-    assert fit_preprocessor(checkpoint, LoggedProgress()) is checkpoint.preprocessor
+    assert fit_preprocessor(checkpoint, 336, LoggedProgress()) is checkpoint.layout.preprocessor
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "LlavaNextImageProcessor",
+        "LlavaOnevisionImageProcessorFast",
+        "GotOcr2ImageProcessorFast",
+        "Siglip2ImageProcessorFast",
+        "DINOv3ViTImageProcessorFast",
+        "Gemma3ImageProcessor",
+    ],
+)
+def test_processor_of_many_tiles_makes_one(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    written = transformers_processor(kind)
+    with caplog.at_level("INFO"):
+        fitted = fit_preprocessor(prepared(written), 56, LoggedProgress())
+    assert f"{kind.removesuffix('Fast')} does more than one tile needs" in caplog.text
+    photograph = Image.effect_mandelbrot((80, 80), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    pixel_values = ImageProcessor(fitted).preprocess(photograph, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 56, 56)
+    assert fitted["image_mean"] == written["image_mean"]
+
+
+def transformers_processor(kind: str) -> dict[str, object]:
+    """Give what such a processor writes that concerns the pixels, and one key that it has of its own."""
+    size = {"height": 56, "width": 56}
+    if kind.startswith("LlavaNext"):
+        size = {"shortest_edge": 56}
+    written = {"image_processor_type": kind, "size": size, "do_resize": True, "resample": 3, "do_pad": True}
+    written |= {"image_grid_pinpoints": [[56, 112]], "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+    return written | ({"crop_size": {"height": 56, "width": 56}} if kind.startswith("LlavaNext") else {})
 
 
 def test_preprocessor_that_is_only_assumed_is_said(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        fit_preprocessor(open_checkpoint(str(clip)), LoggedProgress())
+        fit_preprocessor(open_checkpoint(str(clip)), IMAGE_SIZE, LoggedProgress())
     assert "no preprocessor_config.json in the checkpoint" in caplog.text
 
 

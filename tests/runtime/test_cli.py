@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from trtower.bundle import Bundle
 from trtower.cli import run
+from trtower.inspection import as_text, inspect_bundle
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,10 @@ from trtower.cli import run
         (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
         (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9' is not one"),
         (["export", "CLIP", "--precision", "bf16", "--compute-capability", "7.5"], 2, "bf16 needs compute capability"),
-        (["export", "CLIP", "--select-feature", "cls", "--no-check"], 2, "patch and cls_patch are known"),
+        (["export", "CLIP", "--select-feature", "cls", "--no-check"], 2, "patch, cls_patch, slicefour_patch"),
+        (["export", "CLIP", "--select-layer", "sliceseven", "--no-check"], 2, "'sliceseven' is no layer code"),
+        (["export", "CLIP", "--select-layer=-2,x", "--no-check"], 2, "'x' is no layer code"),
+        (["export", "CLIP", "--image-size", "7", "--no-check"], 2, "smaller than one patch of 14"),
         (["build", "nowhere"], 1, "nowhere is not a bundle"),
         (["check", "BUNDLE", "--images", "nowhere"], 1, "nowhere"),
         (["check", "BUNDLE", "--backend", "tensorrt-rtx"], 1, "tensorrt-rtx: no GPU here"),
@@ -78,10 +83,30 @@ def test_inspect_tells_what_runs_and_why_the_rest_does_not(
         assert part in text
 
 
+def test_export_and_inspect_say_what_was_cut_in_the_same_words(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--precision", "fp32", "--flavour", "none", "--no-check"]
+    assert run(["export", str(checkpoints["clip"]), "--out", str(tmp_path / "b"), *arguments]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "GFLOP" in line]
+    assert said == "  3 of 4 layers, 0.1 of 0.2 M parameters (1 of 1 MB), 0.0 of 0.0 GFLOP an image"
+    assert run(["inspect", str(tmp_path / "b")]) == 0
+    assert f"\n  cut          {said.strip()}\n" in capsys.readouterr().out
+
+
+def test_inspect_names_the_state_that_stands_in_no_list(clip_bundle: Path) -> None:
+    found = inspect_bundle(Bundle.open(clip_bundle))
+    found["spec"]["layers"] = (3, 5)
+    assert "\n  reads        hidden state 3, last_hidden_state of 4 layers, patch tokens\n" in as_text(found)
+
+
 def test_inspect_says_the_same_as_json(clip_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(clip_bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["spec"]["layers"] == [3]
+    assert (found["full"]["layers"], found["cut"]["layers"]) == (4, 3)
+    for figure in ("parameters", "flop"):
+        assert 0.5 < found["cut"][figure] / found["full"][figure] < 0.9
     assert {row["backend"]: row["runs"] for row in found["backends"]}["onnxruntime-cpu"]
     assert all(row["runs"] or row["obstacle"] for row in found["backends"])
 

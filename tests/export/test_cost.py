@@ -1,0 +1,261 @@
+"""What is said of a cut is true: full towers are counted in PyTorch, cut ones in the file, and the two agree."""
+
+import gc
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.conftest import BATCH, IMAGE_SIZE, MODELS, NUM_LAYERS, PATCH_SIZE, make_model
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.errors import BuildError, ConfigError
+from trtower.manifest import Extent
+from trtower.spec import BatchProfile, TowerSpec
+from trtower_export import pipeline
+from trtower_export.cost import measure_graph, measure_module, run_weightless
+from trtower_export.families import FAMILIES, Family, family_of
+from trtower_export.onnx_graph import write_onnx
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.truncate import TruncatedTower, truncate
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+CLIP_L = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu"}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+CLIP_L_336 = transformers.CLIPVisionConfig(**CLIP_L, image_size=336)
+CLIP_L_224 = transformers.CLIPVisionConfig(**CLIP_L, image_size=224)
+SIGLIP_384 = transformers.SiglipVisionConfig(**SO400M, image_size=384, patch_size=14)
+DINOV2_L_518 = transformers.Dinov2Config(**LARGE, image_size=518)
+
+TOWERS = [
+    pytest.param(CLIP_L_336, -2, 577, 23, 366.0, id="clip-l-336"),
+    pytest.param(CLIP_L_336, -1, 577, 24, 381.9, id="clip-l-336-whole"),
+    pytest.param(CLIP_L_224, -2, 257, 23, 155.3, id="clip-l-224"),
+    pytest.param(SIGLIP_384, -2, 729, 26, 641.8, id="siglip-so400m-384"),
+    pytest.param(DINOV2_L_518, -1, 1370, 24, 1013.6, id="dinov2-l-518-whole"),
+]
+"""Config, layer, tokens, layers, and the GFLOP of one image: 2 x multiply-add of matrix products, convolutions and
+attention."""
+
+TOLERANCE = 1e-3
+"""The table is rounded to a tenth of a GFLOP: 0.03 % of the least."""
+
+MORE = ("siglip", "siglip2", "aimv2", "aimv2-native")
+"""Full towers with more than layers: a head that pools, or positions that are computed for each image."""
+
+RESIZED = IMAGE_SIZE + PATCH_SIZE
+
+FILES = [*((family.name, "fp16") for family in FAMILIES), ("clip", "fp32"), ("dinov2", "fp32"), ("dinov3_vit", "fp32")]
+"""In FP16, opset 23, with an Attention node a layer; in FP32, opset 20, without."""
+
+
+def on_meta(config: Any) -> tuple[Any, Family]:
+    """Make a full-size model without weights."""
+    family = family_of(config.model_type)
+    with torch.device("meta"):
+        model = getattr(transformers, family.model_class)._from_config(config, attn_implementation="sdpa")
+    return model.eval(), family
+
+
+def hollow(module: nn.Module, dtype: torch.dtype) -> Any:
+    """Give a module on the meta device weights that take no memory: one number each, seen in the weight's shape."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            halves = torch.full((), 0.5, dtype=dtype).expand(parameter.shape)
+            setattr(part, name, nn.Parameter(halves, requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return module
+
+
+def count(tower: nn.Module, spec: TowerSpec) -> Extent:
+    """Count a cut tower in PyTorch, tables that were computed for its size among its parameters."""
+    _, flop = run_weightless(tower, lambda twin, pixel_values: twin(pixel_values), spec.image_size)
+    floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
+    return Extent(layers=spec.depth, parameters=sum(tensor.numel() for tensor in floats), flop=flop)
+
+
+def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch: BatchProfile = BATCH) -> Extent:
+    """Write a cut tower, and count it in the file."""
+    write_onnx(tower, spec.input(precision), spec.output(precision), batch, folder / GRAPH)
+    (folder / GRAPH_DATA).unlink()
+    return measure_graph(folder / GRAPH)
+
+
+def cut(model: Any, layer: int | str = -2, image_size: int = IMAGE_SIZE) -> tuple[TruncatedTower, TowerSpec]:
+    family = family_of(model.config.model_type)
+    spec = family.spec(model.config, layer, "patch", image_size)
+    return truncate(model, family, spec), spec
+
+
+@pytest.mark.parametrize(("config", "layer", "tokens", "layers", "gflop"), TOWERS)
+def test_cut_tower_costs_what_its_architecture_says(
+    config: Any, layer: int, tokens: int, layers: int, gflop: float
+) -> None:
+    model, family = on_meta(config)
+    spec = family.spec(config, layer, "patch")
+    counted = count(truncate(model, family, spec), spec)
+    assert (spec.num_tokens, counted.layers) == (tokens, layers)
+    assert counted.flop / 1e9 == pytest.approx(gflop, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("config", "extent"),
+    [
+        (CLIP_L_336, (24, 303_507_456, 381.9)),
+        (SIGLIP_384, (27, 428_225_600, 670.3)),  # 666.5 of the layers, and the pooling head
+        (DINOV2_L_518, (24, 304_368_640, 1013.6)),
+    ],
+    ids=["clip", "siglip", "dinov2"],
+)
+def test_full_tower_is_counted_with_every_layer(config: Any, extent: tuple[int, int, float]) -> None:
+    layers, parameters, gflop = extent
+    full = measure_module(*on_meta(config), config.image_size)
+    assert (full.layers, full.parameters) == (layers, parameters)
+    assert full.flop / 1e9 == pytest.approx(gflop, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_tower_of_every_family_is_counted(name: str) -> None:
+    model = make_model(name)
+    full = measure_module(model, family_of(model.config.model_type), IMAGE_SIZE)
+    whole = count(*cut(model, "last_hidden_state"))
+    assert full.layers == whole.layers == NUM_LAYERS
+    assert full.flop > whole.flop if name in MORE else full.flop == whole.flop
+
+
+def test_full_tower_is_counted_at_the_size_of_the_engine() -> None:
+    other, same = (measure_module(*on_meta(config), 224) for config in (CLIP_L_336, CLIP_L_224))
+    assert other.flop == same.flop
+    assert other.parameters - same.parameters == (24**2 - 16**2) * 1024  # position embeddings, as they were loaded
+
+
+def test_measuring_keeps_nothing_of_the_weights() -> None:
+    model = make_model("clip")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    measure_module(model, family_of(model.config.model_type), IMAGE_SIZE)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert {weight() for weight in weights} == {None}
+
+
+@pytest.mark.parametrize(("name", "precision"), FILES)
+def test_file_holds_and_costs_exactly_what_the_modules_do(name: str, precision: str, tmp_path: Path) -> None:
+    tower, spec = cut(make_model(name), image_size=IMAGE_SIZE if name == "aimv2" else RESIZED)
+    counted = count(tower, spec)
+    assert write(tower, spec, precision, tmp_path) == counted
+
+
+def test_equal_vectors_that_are_stored_once_count_each_time(tmp_path: Path) -> None:
+    model = make_model("clip")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # as transformers draws them
+            parameter.data.fill_(float("norm" in name and name.endswith("weight")))
+    tower, spec = cut(model)
+    counted = count(tower, spec)
+    assert write(tower, spec, "fp16", tmp_path) == counted
+    graph = onnx.load(tmp_path / GRAPH, load_external_data=False).graph
+    assert sum(prod(tensor.dims) for tensor in graph.initializer) < 0.998 * counted.parameters
+
+
+def test_batch_changes_nothing(tmp_path: Path) -> None:
+    one, many = (write(*cut(make_model("clip")), "fp16", tmp_path, BatchProfile(min=n, opt=n, max=n)) for n in (1, 8))
+    assert one == many
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_one_layer_too_many_is_seen_in_every_figure(precision: str, tmp_path: Path) -> None:
+    right, wrong = (write(*cut(make_model("clip"), layer), precision, tmp_path) for layer in (-2, -1))
+    tower, _ = cut(make_model("clip"))
+    assert wrong.layers == right.layers + 1
+    assert wrong.parameters == right.parameters + sum(p.numel() for p in tower.layers[0].parameters())
+    assert wrong.flop > right.flop
+
+
+def test_export_refuses_a_tower_that_was_cut_elsewhere(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "truncate", lambda model, *_: cut(model, -1)[0])
+    with pytest.raises(ConfigError, match="4 of 4 layers are counted; the spec reads 3 of 4"):
+        export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(flavour="none", check=False))
+
+
+def test_manifest_says_what_the_file_says(clip_bundle: Path) -> None:
+    bundle = Bundle.open(clip_bundle)
+    model = make_model("clip")
+    assert bundle.manifest.cut == measure_graph(bundle.path / GRAPH) == count(*cut(model))
+    assert bundle.manifest.full == measure_module(model, family_of(model.config.model_type), IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("body", "flop"),
+    [
+        ("y = Gemm <transA = 1, transB = 1> (a, b)", 2 * 5 * 7 * 4),
+        ("y = Conv (x, w)", 2 * (5 * 6 * 6) * (1 * 3 * 3)),
+        ("y = MatMul (x, v)", 2 * (6 * 8 * 2) * 8),
+        ("y = Attention <q_num_heads = 2, kv_num_heads = 1> (q, k, k)", 2 * 2 * (10 * 20) * 12),
+    ],
+)
+def test_operators_cost_two_for_a_multiply_add(body: str, flop: int, tmp_path: Path) -> None:
+    assert measure_graph(save(body, tmp_path)).flop == flop
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('y = Einsum <equation = "bchw,wo->bcho"> (x, v)', "the graph has Einsum .*, and it is not known what that"),
+        ("y = com.example.MatMul (x, v)", "the graph has MatMul .*, and it is not known"),
+        ("n = NonZero (x) y = MatMul (n, n)", "the graph has NonZero"),
+        ("r = Reshape (x, shape) y = MatMul (r, v)", "the shape of y is unknown"),
+    ],
+)
+def test_work_that_cannot_be_counted_is_not_passed_over(body: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=message):
+        measure_graph(save(body, tmp_path))
+
+
+def save(body: str, folder: Path) -> Path:
+    """Write a graph of these nodes, which read images x, queries q, keys k, and weights."""
+    weights = "float[5,1,3,3] w, float[8,2] v, float[4,5] a, float[7,4] b"
+    inputs = "float[batch,6,8,8] x, float[batch,10,20] q, float[batch,12,10] k, int64[2] shape"
+    text = (
+        f'<ir_version: 11, opset_import: ["": 23, "com.example": 1]> g ({inputs}, {weights}) => (float y) {{ {body} }}'
+    )
+    onnx.save(onnx.parser.parse_model(text), folder / GRAPH)
+    return folder / GRAPH
+
+
+@pytest.mark.parametrize(("config", "layer", "tokens", "layers", "gflop"), TOWERS)
+def test_file_of_two_full_size_layers_costs_what_the_modules_do(
+    config: Any, layer: int, tokens: int, layers: int, gflop: float, tmp_path: Path
+) -> None:
+    write_full_size(config, 2, "fp16", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize(("config", "layer", "tokens", "layers", "gflop"), TOWERS)
+def test_file_of_full_size_costs_what_its_architecture_says(
+    config: Any, layer: int, tokens: int, layers: int, gflop: float, precision: str, tmp_path: Path
+) -> None:
+    extent = write_full_size(config, layer, precision, tmp_path)
+    assert extent.layers == layers
+    assert extent.flop / 1e9 == pytest.approx(gflop, rel=TOLERANCE)
+
+
+def write_full_size(config: Any, layer: int, precision: str, folder: Path) -> Extent:
+    """Write a full-size tower of weights that take no memory; the file must agree with the modules."""
+    model, family = on_meta(config)
+    spec = family.spec(config, layer, "patch")
+    dtype = getattr(torch, spec.input(precision).dtype)
+    counted = count(truncate(model, family, spec), spec)
+    found = write(truncate(hollow(model, dtype), family, spec), spec, precision, folder)
+    assert found == counted
+    return found

@@ -1,0 +1,64 @@
+"""What tower.json says of the full tower and of the cut one, and of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtower.bundle import MANIFEST, Bundle
+from trtower.errors import BundleError
+from trtower.inspection import describe_cut
+from trtower.manifest import SCHEMA, Extent
+
+FULL = Extent(layers=24, parameters=303_507_456, flop=381_918_216_192)
+CUT = Extent(layers=23, parameters=290_909_184, flop=366_033_858_560)
+
+
+def edit(bundle: Path, **changes: Any) -> None:
+    data = json.loads((bundle / MANIFEST).read_text())
+    data = {key: value for key, value in {**data, **changes}.items() if value is not ...}
+    (bundle / MANIFEST).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("precision", "megabytes"), [("fp16", "582 of 607 MB"), ("bf16", "582 of 607 MB"), ("fp32", "1164 of 1214 MB")]
+)
+def test_cut_is_told_in_one_line(precision: str, megabytes: str) -> None:
+    assert describe_cut(FULL, CUT, precision) == (
+        f"23 of 24 layers, 290.9 of 303.5 M parameters ({megabytes}), 366.0 of 381.9 GFLOP an image"
+    )
+
+
+def test_older_schema_asks_for_another_export(spoilt: Path) -> None:
+    edit(spoilt, schema=SCHEMA - 1, full=..., cut=...)
+    with pytest.raises(BundleError) as failure:
+        Bundle.open(spoilt)
+    assert str(failure.value) == (
+        f"{spoilt}: tower.json has schema {SCHEMA - 1}, of an older trtower; this one reads {SCHEMA}: export it again, "
+        "with --overwrite."
+    )
+
+
+@pytest.mark.parametrize("key", ["full", "cut"])
+def test_manifest_without_its_figures_is_refused(spoilt: Path, key: str) -> None:
+    edit(spoilt, **{key: ...})
+    with pytest.raises(BundleError, match=f"missing {key}; unknown none"):
+        Bundle.open(spoilt)
+
+
+@pytest.mark.parametrize("key", ["layers", "parameters", "flop"])
+def test_figures_are_integers_and_none_may_be_null(spoilt: Path, key: str) -> None:
+    cut = json.loads((spoilt / MANIFEST).read_text())["cut"]
+    for wrong in (None, float(cut[key]), str(cut[key]), True):
+        edit(spoilt, cut={**cut, key: wrong})
+        with pytest.raises(BundleError, match=rf"tower\.json\.cut\.{key} is .*; int is expected"):
+            Bundle.open(spoilt)
+
+
+@pytest.mark.parametrize(("key", "counted"), [("full", "3 of 9"), ("cut", "9 of 4")])
+def test_layers_that_the_spec_does_not_read_are_refused(spoilt: Path, key: str, counted: str) -> None:
+    extent = json.loads((spoilt / MANIFEST).read_text())[key]
+    edit(spoilt, **{key: {**extent, "layers": 9}})
+    with pytest.raises(BundleError, match=f"contradicts itself: {counted} layers are counted; the spec reads 3 of 4"):
+        Bundle.open(spoilt)
