@@ -135,7 +135,7 @@ def export_tower(
             versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
             certificate=None,
         )
-        progress.say(describe_cut(manifest.full, manifest.cut, manifest.precision))
+        progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:
             with progress.step(f"Build the {target.flavour} plan") as step:
                 entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step)

@@ -73,7 +73,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['name']}: {spec['family']} tower from {source['checkpoint']}",
         f"  weights      {weights} (sha256 {source['weights_sha256'][:12]}…)",
         f"  reads        {TowerSpec(**spec).reading}",
-        f"  cut          {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
+        f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
         f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {batch['opt']}",
         f"  features     {found['num_patches']} patches of {found['hidden_size']}",
         f"  on disk      {found['size'] / MB:.0f} MB, made by trtower {found['trtower']}",

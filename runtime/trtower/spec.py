@@ -111,7 +111,8 @@ class TowerSpec:
     def reading(self) -> str:
         """Say what is read, in words."""
         states = ", ".join(name_layer(layer, self.num_layers) for layer in self.layers)
-        return f"hidden state {states} of {self.num_layers} layers, {self.select_feature} tokens"
+        several = "s" if len(self.layers) > 1 else ""
+        return f"hidden state{several} {states} of {self.num_layers} layers, {self.select_feature} tokens"
 
     def columns(self, layers: Sequence[int]) -> list[slice]:
         """Find hidden states among the concatenated ones, (B, P + N, D), in the order asked for."""

@@ -89,15 +89,15 @@ def test_export_and_inspect_say_what_was_cut_in_the_same_words(
     arguments = ["--precision", "fp32", "--flavour", "none", "--no-check"]
     assert run(["export", str(checkpoints["clip"]), "--out", str(tmp_path / "b"), *arguments]) == 0
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "GFLOP" in line]
-    assert said == "  3 of 4 layers, 0.1 of 0.2 M parameters (1 of 1 MB), 0.0 of 0.0 GFLOP an image"
+    assert said == "  keeps 3 of 4 layers, 0.1 of 0.2 M parameters (1 of 1 MB), 0.0 of 0.0 GFLOP an image"
     assert run(["inspect", str(tmp_path / "b")]) == 0
-    assert f"\n  cut          {said.strip()}\n" in capsys.readouterr().out
+    assert f"\n  {said.split()[0]:<12} {' '.join(said.split()[1:])}\n" in capsys.readouterr().out
 
 
 def test_inspect_names_the_state_that_stands_in_no_list(clip_bundle: Path) -> None:
     found = inspect_bundle(Bundle.open(clip_bundle))
     found["spec"]["layers"] = (3, 5)
-    assert "\n  reads        hidden state 3, last_hidden_state of 4 layers, patch tokens\n" in as_text(found)
+    assert "\n  reads        hidden states 3, last_hidden_state of 4 layers, patch tokens\n" in as_text(found)
 
 
 def test_inspect_says_the_same_as_json(clip_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
