@@ -143,10 +143,9 @@ def _says_trained(raw: dict[str, Any]) -> str | None:
 
 def _named_tower(files: Files, named: str, trust: Trust, *, weights: bool) -> Layout:
     """Open the tower that a LLaVA config names; what is known of it as a recipe needs no hub."""
-    recipe = find_recipe(named)
-    if recipe and not weights:
+    folder, recipe = Path(named).expanduser(), find_recipe(named)
+    if recipe and not weights and not folder.is_dir():
         return from_recipe(recipe)
-    folder = Path(named).expanduser()
     try:
         tower = Files(folder=folder) if folder.is_dir() else download(named, None)
     except CheckpointError as err:

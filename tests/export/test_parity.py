@@ -61,7 +61,8 @@ def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints:
     )
     assert honest.passed
     # The same graph, said to be the layer before: what a wrong index would ship.
-    lying = Bundle(bundle.path, replace(bundle.manifest, spec=replace(bundle.manifest.spec, layers=(3,))))
+    cut = replace(bundle.manifest.cut, layers=3)  # or the manifest would contradict itself
+    lying = Bundle(bundle.path, replace(bundle.manifest, spec=replace(bundle.manifest.spec, layers=(3,)), cut=cut))
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
     from trtower_export.truncate import truncate, weights_sha256
 
