@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from trtower.errors import CheckpointError
-from trtower.layer_codes import LayerCode
+from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
 from trtower_export.families import Family
 from trtower_export.files import Files, download
@@ -29,6 +29,9 @@ from trtower_export.truncate import truncate
 
 DEFAULT_LAYER = -2
 """LLaVA's, for a tower that says nothing of layers."""
+
+OF_TRAINING = ("mask_token", "position_ids")
+"""Tensors that only training reads, or that are computed."""
 
 RANDOM_SEED = 0
 
@@ -91,13 +94,26 @@ class Checkpoint:
             layer = recipe.select_layer if recipe else DEFAULT_LAYER
         if feature is None:
             feature = recipe.select_feature if recipe else "patch"
-        if select_feature is None and says.drops_first and not self.family.num_prefix_tokens(self.config):
+        prefix = self.family.num_prefix_tokens(self.config)
+        if select_feature is None and says.drops_first and prefix != 1:
+            first = f"one of {prefix} prefix tokens" if prefix else "a patch and no CLS token"
             raise CheckpointError(
-                f"{self.source}: {says.drops_first} drops the first token, in a {self.family.name} tower a patch and "
-                "no CLS token. --select-feature cls_patch keeps all patches."
+                f"{self.source}: {says.drops_first} drops the first token, in a {self.family.name} tower {first}. Say "
+                "what to keep: --select-feature cls_patch keeps every token, patch every patch."
             )
-        size = image_size or (recipe.image_size if recipe else None)
-        return self.family.spec(self.config, layer, feature, size)
+        if select_layer is None and says.select_layer is not None:
+            self._check_layer(layer, feature)
+        if image_size is None and recipe:
+            image_size = recipe.image_size
+        return self.family.spec(self.config, layer, feature, image_size)
+
+    def _check_layer(self, layer: LayerCode, feature: str) -> None:
+        try:
+            read_layer_code(layer, feature, self.config.num_hidden_layers)
+        except ConfigError as err:
+            raise CheckpointError(
+                f"{self.source}/config.json: {self.layout.said_as}={layer!r} cannot be read: {err}"
+            ) from err
 
     def config_at(self, image_size: int) -> Any:
         """Give the vision config for S pixels, which model code reads as `tower.config`."""
@@ -113,8 +129,15 @@ class Checkpoint:
         Every tensor must be there, or with ``spec`` every tensor that this cut reads: LLaVA-NeXT saves its SigLIP
         without the layer and the head that it drops.
         """
-        with quiet_transformers():
-            model = self._draw_weights() if self.random_weights else self._load_weights(spec)
+        try:
+            with quiet_transformers():
+                model = self._draw_weights() if self.random_weights else self._load_weights(spec)
+        except TrtowerError:
+            raise
+        except Exception as err:  # whatever transformers makes of a config that it has read
+            raise CheckpointError(
+                f"{self.source}: transformers could not make the tower: {' '.join(str(err).split())}"
+            ) from err
         return model.eval().requires_grad_(requires_grad=False)
 
     def _draw_weights(self) -> nn.Module:
@@ -137,7 +160,7 @@ class Checkpoint:
         )
         loaded: nn.Module = model
         self._refuse_mismatched(loaded, tensors, report["mismatched_keys"])
-        self._refuse_deeper(report["unexpected_keys"])
+        self._refuse_unknown(report["unexpected_keys"])
         self._refuse_missing(loaded, set(report["missing_keys"]), spec)
         return loaded
 
@@ -173,19 +196,28 @@ class Checkpoint:
             found = tuple(shapes[0] if shapes else tensors[name].shape)
             expected = tuple(model.get_parameter(name).shape)
             raise CheckpointError(
-                f"{self._folder}: {self.layout.root}{name} has shape {found}; {expected} is expected of a tower as its "
+                f"{self._folder}: {self._named(name)} has shape {found}; {expected} is expected of a tower as its "
                 "config describes it."
             )
 
-    def _refuse_deeper(self, unexpected: Any) -> None:
-        """Refuse weights of more layers than the config has, of which -2 would be another layer."""
+    def _refuse_unknown(self, unexpected: Any) -> None:
+        """Refuse weights that the config knows nothing of: of another tower, and of one layer more, -2 is another."""
         for name in sorted(unexpected):
             layer = re.search(r"layers?\.(\d+)\.", name)
             if layer and int(layer[1]) >= self.config.num_hidden_layers:
                 raise CheckpointError(
-                    f"{self._folder} holds {self.layout.root}{name}, but its config has num_hidden_layers="
+                    f"{self._folder} holds {self._named(name)}, but its config has num_hidden_layers="
                     f"{self.config.num_hidden_layers}: one of them is not this tower's."
                 )
+            if (layer or "embeddings." in name) and not name.endswith(OF_TRAINING):
+                raise CheckpointError(
+                    f"{self._folder} holds {self._named(name)}, which a {self.family.model_class} of its config has "
+                    "not: without it this is another tower. Is config.json the one that belongs to the weights?"
+                )
+
+    def _named(self, name: str) -> str:
+        """Give a tensor the name that it has in the checkpoint, as far as that is known."""
+        return name if self.layout.translate else f"{self.layout.root}{name.removeprefix('vision_model.')}"
 
     def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None) -> None:
         parameters = dict(model.named_parameters())
@@ -212,6 +244,8 @@ def open_checkpoint(
 
     Raises CheckpointError where it cannot be found, is no checkpoint, has no family, or wants more trust.
     """
+    if not source.strip():
+        raise CheckpointError("no checkpoint is named: a folder, an OpenCLIP file, a hub id or a recipe is expected.")
     trust = trust or Trust()
     recipe = find_recipe(source)
     local = Path(source).expanduser()

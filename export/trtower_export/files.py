@@ -43,7 +43,7 @@ class Files:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise CheckpointError(f"{path} is not JSON: {first_line(err)}") from err
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} holds a {type(data).__name__}; an object is expected.")

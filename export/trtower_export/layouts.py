@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from trtower.errors import CheckpointError
 from trtower.layer_codes import LAST, LayerCode
 from trtower_export import open_clip
-from trtower_export.families import FAMILIES, Family, family_of, refusal
-from trtower_export.files import Files, download
+from trtower_export.families import Family, family_of
+from trtower_export.families.base import square
+from trtower_export.files import Files, download, first_line
 from trtower_export.recipes import Recipe, find_recipe
+from trtower_export.vision_config import check_vision_config, read_vision_config
 from trtower_export.weights import Tensors, find_tensors, list_tensors
 
 VILA_TOWER = "vision_tower"
@@ -27,10 +28,20 @@ VILA_TOWER = "vision_tower"
 HF_FEATURES = {"default": "patch", "full": "cls_patch"}
 """transformers' `vision_feature_select_strategy`, in LLaVA's words."""
 
-VISION_TYPES = {model_type for family in FAMILIES for model_type in family.model_types}
+READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "aya_vision", "internvl")
+"""Model types that read the layer that their config's `vision_feature_layer` names."""
 
-READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "deepseek_vl", "blip-2", "fast_vlm")
-"""Model types that read `last_hidden_state`, whatever their config says (transformers 5.23, `get_image_features`)."""
+READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2")
+"""Model types that read `last_hidden_state` (transformers 5.23, `get_image_features`). All others are asked."""
+
+TRAINED = (
+    "unfreeze_mm_vision_tower",
+    "unfreeze_vision_tower",
+    "tune_vision_tower",
+    "mm_vision_tower_lr",
+    "vision_tower_lr",
+)
+"""Keys with which LLaVA and its forks say that the tower they name is not the tower they were trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +57,8 @@ class Layout:
     """What was recognised. ``tensors`` are the tower's, their names beginning with ``root``; None for a rehearsal.
 
     ``select_layer`` and ``select_feature`` are what the config says, None where it says nothing; a model that reads
-    a layer of its own choosing and does not say which has ``unsaid``. ``drops_first`` names the setting with which
-    eager code drops a tower's first token.
+    a layer of its own choosing and does not say which has ``unsaid``. ``said_as`` is the field of config.json that
+    names the layer, and ``drops_first`` the setting with which eager code drops a tower's first token.
     """
 
     kind: str
@@ -59,6 +70,7 @@ class Layout:
     translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     select_layer: LayerCode | None = None
     select_feature: str | None = None
+    said_as: str = "mm_vision_select_layer"
     unsaid: bool = False
     drops_first: str | None = None
 
@@ -75,15 +87,20 @@ def recognise(files: Files, trust: Trust, *, weights: bool) -> Layout:
     Raises CheckpointError naming the file or field that is wrong.
     """
     raw = files.read_json("config.json")
-    if raw is None and files.read_json(open_clip.CONFIG) is not None:
+    if (
+        not (raw and raw.get("model_type"))
+        and files.read_json(open_clip.CONFIG) is not None
+        and not _is_llava(raw or {})
+    ):
         return _open_clip(files, None, trust, weights=weights)
     if raw is None:
         raise CheckpointError(
             f"{files.folder} is no checkpoint: it has no config.json. A Hugging Face, LLaVA or VILA folder has one."
         )
-    if "vision_tower_cfg" in raw or (files.folder / VILA_TOWER / "config.json").is_file():
+    inner = "vision_config" not in raw and (files.folder / VILA_TOWER / "config.json").is_file()
+    if "vision_tower_cfg" in raw or inner:
         return _vila(files, raw, trust, weights=weights)
-    if "vision_config" not in raw and (_LLAVA_KEYS & raw.keys() or str(raw.get("model_type")).startswith("llava")):
+    if _is_llava(raw):
         return _original_llava(files, raw, trust, weights=weights)
     return _hugging_face(files, raw, trust, weights=weights)
 
@@ -94,6 +111,11 @@ def recognise_file(path: Path, trust: Trust, *, weights: bool) -> Layout:
 
 
 _LLAVA_KEYS = {"mm_vision_tower", "mm_vision_select_layer", "mm_hidden_size", "mm_projector_type"}
+
+
+def _is_llava(raw: dict[str, Any]) -> bool:
+    said = bool(_LLAVA_KEYS & raw.keys()) or str(raw.get("model_type")).startswith("llava")
+    return said and "vision_config" not in raw
 
 
 def _original_llava(files: Files, raw: dict[str, Any], trust: Trust, *, weights: bool) -> Layout:
@@ -109,9 +131,9 @@ def _original_llava(files: Files, raw: dict[str, Any], trust: Trust, *, weights:
             f"{files.folder}/config.json names mm_vision_tower {named!r}: LLaVA-NeXT counts OpenCLIP's layers without "
             "the embeddings. Export the OpenCLIP file itself, with --select-layer one higher where it is not negative."
         )
-    layout = _named_tower(files, named, trust, weights=False)
     if (files.folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{files.folder} is a LoRA adapter: merge it into its base model, and export that.")
+    layout = _named_tower(files, named, trust, weights=False)
     if weights:
         tensors = find_tensors(files, allow_pickle=trust.allow_pickle)
         root = tensors.root(layout.family.patch_embedding)
@@ -127,30 +149,42 @@ def _original_llava(files: Files, raw: dict[str, Any], trust: Trust, *, weights:
     return replace(
         layout,
         kind="LLaVA checkpoint",
-        preprocessor=_read_preprocessor(files) or layout.preprocessor,
+        preprocessor=layout.preprocessor or _read_preprocessor(files),  # LLaVA takes that of the tower it names
         select_layer=raw.get("mm_vision_select_layer"),
-        select_feature=raw.get("mm_vision_select_feature", "patch"),
-        unsaid="mm_vision_select_layer" not in raw,
+        select_feature=raw.get("mm_vision_select_feature"),
+        said_as="mm_vision_select_layer",
+        unsaid=raw.get("mm_vision_select_layer") is None,
+        drops_first=None,
     )
 
 
 def _says_trained(raw: dict[str, Any]) -> str | None:
-    """Find the key of LLaVA or LLaVA-NeXT that says that the tower it names is not the tower it was trained with."""
-    if raw.get("unfreeze_mm_vision_tower"):
-        return "unfreeze_mm_vision_tower"
-    return "mm_tunable_parts" if "mm_vision_tower" in str(raw.get("mm_tunable_parts")) else None
+    """Find the key that says that the tower was trained."""
+    if "mm_vision_tower" in str(raw.get("mm_tunable_parts")):
+        return "mm_tunable_parts"
+    return next((key for key in TRAINED if raw.get(key)), None)
 
 
 def _named_tower(files: Files, named: str, trust: Trust, *, weights: bool) -> Layout:
     """Open the tower that a LLaVA config names; what is known of it as a recipe needs no hub."""
     folder, recipe = Path(named).expanduser(), find_recipe(named)
-    if recipe and not weights and not folder.is_dir():
-        return from_recipe(recipe)
     try:
+        if recipe and not weights and not folder.is_dir():
+            return from_recipe(recipe)
         tower = Files(folder=folder) if folder.is_dir() else download(named, None)
-    except CheckpointError as err:
-        raise CheckpointError(f"{files.folder}/config.json names mm_vision_tower {named!r}: {err}") from err
-    return recognise(tower, trust, weights=weights)
+        return _recognise_tower(tower, trust, weights=weights)
+    except (CheckpointError, OSError) as err:
+        raise CheckpointError(
+            f"{files.folder}/config.json names mm_vision_tower {named!r}: {first_line(err)}. Edit mm_vision_tower "
+            "where the tower is elsewhere now."
+        ) from err
+
+
+def _recognise_tower(files: Files, trust: Trust, *, weights: bool) -> Layout:
+    """Tell what lies in a folder that must be a tower; one LLaVA checkpoint that names another could name itself."""
+    if _is_llava(files.read_json("config.json") or {}):
+        raise CheckpointError(f"{files.folder} is a LLaVA checkpoint itself, and no tower")
+    return recognise(files, trust, weights=weights)
 
 
 def _vila(files: Files, raw: dict[str, Any], trust: Trust, *, weights: bool) -> Layout:
@@ -174,30 +208,9 @@ def _vila(files: Files, raw: dict[str, Any], trust: Trust, *, weights: bool) -> 
 
 def _hugging_face(files: Files, raw: dict[str, Any], trust: Trust, *, weights: bool) -> Layout:
     """Read what transformers wrote: a vision model, or a larger one that has a `vision_config`."""
-    where = f"{files.folder}/config.json"
-    model_type = str(raw.get("model_type"))
-    if refusal(model_type):
-        family_of(model_type)  # raises with the reason, which no trust takes away
-    if "auto_map" in raw and not trust.remote_code:
-        raise CheckpointError(
-            f"{where} asks for code of its own (auto_map), which is not run unless you trust its author: "
-            "--trust-remote-code. A checkpoint of a standard class needs no auto_map: remove it from a copy."
-        )
-    config_class: Any = transformers.AutoConfig
-    options = {"trust_remote_code": trust.remote_code}
-    if "auto_map" not in raw and (model_type in VISION_TYPES or model_type not in transformers.CONFIG_MAPPING):
-        # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
-        config_class, options = getattr(transformers, family_of(model_type).model_class).config_class, {}
-    try:
-        config = config_class.from_pretrained(files.folder, **options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as err:
-        raise CheckpointError(f"{where} could not be read: {' '.join(str(err).split())}") from err
-    vision = getattr(config, "vision_config", config)
-    family = family_of(str(getattr(vision, "model_type", model_type)))
-    if reason := family.obstacle(vision):
-        raise CheckpointError(f"{where}: {reason}")
+    config, vision, family = read_vision_config(files, raw, remote_code=trust.remote_code)
     layout = Layout(
-        kind="vision model" if vision is config else f"{model_type} model",
+        kind="vision model" if vision is config else f"{config.model_type} model",
         config=vision,
         family=family,
         preprocessor=_read_preprocessor(files),
@@ -211,17 +224,18 @@ def _hugging_face(files: Files, raw: dict[str, Any], trust: Trust, *, weights: b
                 f"expected, with a tensor whose name ends in {family.patch_embedding}."
             )
         layout = replace(layout, tensors=tensors.select(root), root=root)
-    return layout if vision is config else _read_hf_layer(layout, config, where)
+    return layout if vision is config else _read_hf_layer(layout, config, f"{files.folder}/config.json")
 
 
 def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
     """Find which layer a model of transformers reads of its tower."""
-    if (
-        layout.config.model_type == f"{config.model_type}_vision_model"
-    ):  # CLIP and its like: they read none in particular
+    contrastive = layout.config.model_type == f"{config.model_type}_vision_model"  # CLIP and its like, which read none
+    if contrastive:
         return layout
-    # VipLlava's has an s in transformers 4.57.
-    layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    layer = None
+    if config.model_type in READS_LAYER:
+        # VipLlava's has an s in transformers 4.57.
+        layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     if config.model_type in READS_LAST or (config.model_type == "internvl" and layer == -1):
         layer = LAST
     strategy = getattr(config, "vision_feature_select_strategy", None)
@@ -234,6 +248,7 @@ def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
         layout,
         select_layer=list(layer) if isinstance(layer, tuple) else layer,
         select_feature=HF_FEATURES[strategy],
+        said_as="vision_feature_layer",
         unsaid=layer is None,
         drops_first=f"vision_feature_select_strategy={strategy!r}" if strategy == "default" else None,
     )
@@ -247,13 +262,21 @@ def _open_clip(files: Files, path: Path | None, trust: Trust, *, weights: bool) 
             f"{path} has no {open_clip.CONFIG} beside it: an OpenCLIP tower's heads and activation are written "
             "nowhere else. The checkpoint's repository has it."
         )
-    settings = open_clip.vision_config(written)
-    config = transformers.AutoConfig.for_model(**settings)
+    where = f"{files.folder}/{open_clip.CONFIG}"
+    try:
+        config = transformers.CLIPVisionConfig(**open_clip.vision_config(written))
+        preprocessor = open_clip.preprocessor(written, square(config.image_size))
+    except CheckpointError as err:
+        raise CheckpointError(f"{where} {err}") from err
+    except Exception as err:  # whatever comes of what the file holds
+        raise CheckpointError(f"{where} could not be read: {' '.join(str(err).split())}") from err
+    family = family_of(config.model_type)
+    check_vision_config(config, family, where)
     layout = Layout(
         kind="OpenCLIP checkpoint",
         config=config,
-        family=family_of(config.model_type),
-        preprocessor=open_clip.preprocessor(written, config.image_size),
+        family=family,
+        preprocessor=preprocessor,
         translate=open_clip.translate,
     )
     if not weights:
@@ -278,5 +301,9 @@ def _open_clip_weights(files: Files, path: Path | None) -> list[Path]:
 
 def _read_preprocessor(files: Files) -> dict[str, Any] | None:
     """Read how images are prepared, from where transformers 4 or 5 writes it."""
-    processor = files.read_json("processor_config.json") or {}
-    return files.read_json("preprocessor_config.json") or processor.get("image_processor")
+    written = files.read_json("preprocessor_config.json")
+    if written is None:
+        written = (files.read_json("processor_config.json") or {}).get("image_processor")
+    if written is not None and not isinstance(written, dict):
+        raise CheckpointError(f"{files.folder}/processor_config.json: image_processor={written!r} is no object.")
+    return written

@@ -38,25 +38,27 @@ _FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)$")
 
 
 def vision_config(written: dict[str, Any]) -> dict[str, Any]:
-    """Turn an open_clip_config.json into a `CLIPVisionConfig`; raise CheckpointError where it is no plain ViT."""
+    """Turn an open_clip_config.json into settings of `CLIPVisionConfig`.
+
+    Raises CheckpointError where it is no plain ViT, in words that go on from the file's name.
+    """
     model = written.get("model_cfg", written)
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
-        raise CheckpointError(f"{CONFIG} has no model_cfg.vision_cfg, so it describes no vision tower.")
+        raise CheckpointError("has no model_cfg.vision_cfg, so it describes no vision tower.")
     other = sorted(name for name, value in vision.items() if value and name not in _READ | _INERT)
     if other or not isinstance(vision.get("layers", 12), int):
         reason = f"{other[0]}={vision[other[0]]!r}" if other else f"layers={vision['layers']!r}, a ResNet"
         raise CheckpointError(
-            f"{CONFIG} asks for {reason}, which a CLIP tower of transformers has not: "
+            f"asks for {reason}, which a CLIP tower of transformers has not: "
             "export the checkpoint's conversion to transformers, where there is one."
         )
     width = vision.get("width", 768)
     return {
-        "model_type": "clip_vision_model",
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "hidden_size": width,
         "image_size": vision.get("image_size", 224),
-        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "intermediate_size": int(width * float(vision.get("mlp_ratio", 4.0))),
         "layer_norm_eps": 1e-5,
         "num_attention_heads": width // vision.get("head_width", HEAD_WIDTH),
         "num_hidden_layers": vision.get("layers", 12),
@@ -66,12 +68,15 @@ def vision_config(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | None:
-    """Turn OpenCLIP's preprocess_cfg into a preprocessor_config.json; None where it has none."""
+    """Turn OpenCLIP's preprocess_cfg into a preprocessor_config.json; None where it has none. Errors as above."""
     config = written.get("preprocess_cfg")
     if config is None:
         return None
     square = {"height": image_size, "width": image_size}
-    squashed = config.get("resize_mode", "shortest") == "squash"
+    mode = config.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise CheckpointError(f"has resize_mode={mode!r}, which no image processor here does: shortest and squash are.")
+    squashed = mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_center_crop": not squashed,
@@ -88,6 +93,8 @@ def translate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     translated: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if fused := _FUSED.match(name):
+            if not tensor.ndim or tensor.shape[0] % 3:
+                raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; q, k and v together are expected.")
             layer = fused[1].replace("transformer.resblocks", "encoder.layers")
             for projection, part in zip("qkv", torch.chunk(tensor, 3), strict=True):
                 translated[f"{layer}.self_attn.{projection}_proj.{fused[2]}"] = part

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from trtower.errors import CheckpointError
 from trtower.image_processor import ImageProcessor
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.progress import Progress
 
 ONE_TILE = {
     "LlavaImageProcessor": "CLIPImageProcessor",
-    "LlavaNextImageProcessor": "CLIPImageProcessor",
+    "LlavaNextImageProcessor": "SiglipImageProcessor",
     "LlavaOnevisionImageProcessor": "SiglipImageProcessor",
     "AyaVisionImageProcessor": "SiglipImageProcessor",
     "BlipImageProcessor": "SiglipImageProcessor",
@@ -18,7 +19,7 @@ ONE_TILE = {
     "GotOcr2ImageProcessor": "SiglipImageProcessor",
     "Siglip2ImageProcessor": "SiglipImageProcessor",
 }
-"""Processors that cut pictures into tiles, pad them or patch them, and the one that makes a single tile as they do."""
+"""Processors that cut pictures into tiles, pad them or patch them, and the one that makes a tile of a whole picture."""
 
 PIXELS = {"do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"}
 PIXELS |= {"rescale_factor", "do_normalize", "image_mean", "image_std"}
@@ -59,8 +60,15 @@ def _one_tile(written: dict[str, Any], size: int, progress: Progress) -> dict[st
     if kind not in ONE_TILE:
         return written
     tile = {name: value for name, value in written.items() if name in PIXELS}
+    absent = [name for name in ("resample", "image_mean", "image_std") if tile.get(name) is None]
+    if absent:
+        raise CheckpointError(
+            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: write it there, in a copy."
+        )
     tile["image_processor_type"] = ONE_TILE[kind]
     if ONE_TILE[kind] == "SiglipImageProcessor":
         tile |= {"do_center_crop": False, "crop_size": None, "size": {"height": size, "width": size}}
-    progress.say(f"{kind} does more than one tile needs: the bundle's image_processor makes one of {size} x {size}")
+    progress.say(
+        f"{kind}: the bundle's image_processor makes one {size} x {size} tile; tiling and padding stay with you"
+    )
     return tile

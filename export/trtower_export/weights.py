@@ -6,6 +6,7 @@ hub only the shards that hold it are downloaded.
 """
 
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trtower.errors import CheckpointError
+from trtower_export import open_clip
 from trtower_export.files import Files, first_line
 
 SAFETENSORS = "model.safetensors"
@@ -95,7 +97,10 @@ def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
         files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
     found = [files.folder / SAFETENSORS]
     if not found[0].is_file():
-        found = sorted(files.folder.glob("*.safetensors")) or sorted(files.folder.glob(PICKLES))
+        found = [path for path in sorted(files.folder.glob("*.safetensors")) if path.name not in open_clip.WEIGHTS]
+    if not found:
+        exact = files.folder / PICKLE
+        found = [exact] if exact.is_file() else sorted(files.folder.glob(PICKLES))
     return list_tensors(files, found, allow_pickle=allow_pickle)
 
 
@@ -149,13 +154,14 @@ def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Map a pickled state dict, with PyTorch's own unpickler, which builds tensors and nothing else."""
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
+        loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
         raise _unreadable(path, err) from err
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a state dict is expected.")
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def _pickle_refused(folder: Path, name: str) -> CheckpointError:

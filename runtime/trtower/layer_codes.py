@@ -7,6 +7,7 @@ reads it. It is written as index L + 1.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TypeAlias, TypeGuard
 
 from trtower.errors import ConfigError
@@ -83,7 +84,7 @@ def _normalise(code: object, num_layers: int) -> int:
         raise ConfigError(
             f"select_layer={code} is outside this tower: {num_layers} layers accept -{num_layers + 1} to {num_layers}."
         )
-    return code % (num_layers + 1)
+    return int(code % (num_layers + 1))
 
 
 def _slice_four(select_layer: LayerCode, num_layers: int) -> tuple[int, ...]:
@@ -99,4 +100,4 @@ def _slice_four(select_layer: LayerCode, num_layers: int) -> tuple[int, ...]:
 
 
 def _is_integer(code: object) -> TypeGuard[int]:
-    return isinstance(code, int) and not isinstance(code, bool)
+    return isinstance(code, Integral) and not isinstance(code, bool)  # numpy's too

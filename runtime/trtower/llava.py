@@ -155,8 +155,8 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
 
     `s2` and `dynamic_s2` of the config choose the class.
     """
-    path = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-    if path is None:
+    path = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)
+    if not isinstance(path, str | os.PathLike):
         raise ConfigError("the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path.")
     return _class_for(vision_tower_cfg)(path, args=vision_tower_cfg, **kwargs)
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from torch import nn
 
 from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
 from trtower.bundle import Bundle
-from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.errors import CheckpointError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.layouts import READS_LAST, TRAINED, _read_hf_layer, from_recipe
 from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.recipes import find_recipe
 from trtower_export.truncate import truncate
 
 LAST = NUM_LAYERS + 1
@@ -150,6 +153,95 @@ def test_strategy_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
     assert checkpoint.spec(select_feature="cls_patch").num_tokens == 9
 
 
+@pytest.mark.parametrize("model_type", READS_LAST)
+def test_model_that_reads_its_last_state_does_so_whatever_its_config_says(model_type: str) -> None:
+    config = SimpleNamespace(model_type=model_type, vision_feature_layer=-2)
+    read = _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json")
+    assert (read.select_layer, read.select_feature, read.unsaid) == ("last_hidden_state", "cls_patch", False)
+
+
+def test_model_that_reads_layers_of_its_own_is_not_taken_at_an_inherited_default() -> None:
+    config = SimpleNamespace(model_type="granite4_vision", vision_feature_layer=-2)
+    assert _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json").unsaid
+
+
+def test_registers_that_eager_code_keeps_are_asked_about(tmp_path: Path) -> None:
+    save_composite("Llava", "dinov2_with_registers", tmp_path, text_config=LLAMA)
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"drops the first token, in a \S+ tower one of 4 prefix tokens"):
+        checkpoint.spec()
+    assert checkpoint.spec(select_feature="patch").first_token("patch") == 4
+
+
+def test_folder_that_happens_to_be_called_vision_tower_is_not_the_models(tmp_path: Path) -> None:
+    vision = save_composite("Llava", "clip", tmp_path, text_config=LLAMA, vision_feature_layer=1)
+    make_model("clip-gelu").save_pretrained(tmp_path / "vision_tower")
+    assert_same_tower(open_checkpoint(str(tmp_path)), vision, (1,))
+
+
+def test_model_without_a_vision_config_is_not_given_a_default_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "hidden_size": 64}))
+    with pytest.raises(CheckpointError, match="has no vision_config"):
+        open_checkpoint(str(tmp_path), random_weights=True)
+
+
+@pytest.mark.parametrize("named", ["someone/kernels", "flash_attention_2"])
+def test_config_cannot_choose_the_code_of_its_attention(
+    checkpoints: dict[str, Path], tmp_path: Path, named: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
+    edit(folder, attn_implementation=named, _attn_implementation=named)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config._attn_implementation == "sdpa"
+    assert_same_tower(checkpoint, make_model("clip"), (3,))
+
+
+def test_config_cannot_choose_a_quantiser(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
+    edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert_same_tower(open_checkpoint(str(folder)), make_model("clip"), (3,))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (0, -1, "4", None, [4], 2.5)),
+        *(("num_attention_heads", value) for value in (0, -4, 3, "4")),
+        *(("hidden_size", value) for value in (0, 63, "64", None)),
+        *(("image_size", value) for value in (0, -14, None, "42", [42, 28], 10**6)),
+        *(("patch_size", value) for value in (0, None, [14, "x"])),
+        ("intermediate_size", -1),
+        ("hidden_act", "nope"),
+        ("layer_norm_eps", "small"),
+        ("layer_norm_eps", None),
+    ],
+)
+def test_garbage_in_a_config_is_one_line_that_names_the_folder(
+    checkpoints: dict[str, Path], tmp_path: Path, field: str, value: Any
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
+    edit(folder, **{field: value})
+    with pytest.raises(TrtowerError, match=rf"{re.escape(str(folder))}|--image-size") as caught:
+        open_checkpoint(str(folder)).spec()
+    assert "\n" not in str(caught.value)
+
+
+def test_size_written_as_a_pair_is_a_size(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
+    edit(folder, image_size=[42, 42], patch_size=[14, 14])
+    assert_same_tower(open_checkpoint(str(folder)), make_model("clip"), (3,))
+
+
+def test_preprocessor_in_a_processor_config_is_read(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": {"image_mean": [0.1, 0.1, 0.1]}}))
+    assert open_checkpoint(str(folder)).layout.preprocessor == {"image_mean": [0.1, 0.1, 0.1]}
+    path.write_text(json.dumps({"image_processor": 5}))
+    with pytest.raises(CheckpointError, match="image_processor=5 is no object"):
+        open_checkpoint(str(folder))
+
+
 def test_model_that_does_not_say_its_layer_is_asked_for_one(llava: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(str(llava(mm_vision_select_layer="-")))
     with pytest.raises(CheckpointError, match="does not say which layer of its tower it reads: --select-layer"):
@@ -257,6 +349,37 @@ def test_next_that_trained_its_tower_and_lacks_it_is_refused(llava: Callable[...
         open_checkpoint(str(llava(inside=False, mm_tunable_parts="mm_vision_tower,mm_mlp_adapter")))
 
 
+@pytest.mark.parametrize("key", TRAINED)
+def test_every_fork_says_in_its_own_way_that_its_tower_was_trained(llava: Callable[..., Path], key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"was trained \({key}\)"):
+        open_checkpoint(str(llava(inside=False, **{key: 2e-6})))
+
+
+def test_layer_that_is_null_is_asked_for(llava: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="does not say which layer"):
+        open_checkpoint(str(llava(mm_vision_select_layer=None))).spec()
+
+
+def test_images_are_prepared_as_the_named_tower_does(llava: Callable[..., Path], tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    make_model("clip").save_pretrained(named)
+    folder = llava(mm_vision_tower=str(named))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.0, 0.0, 0.0]}))
+    assert open_checkpoint(str(folder)).layout.preprocessor == {"image_mean": [0.0, 0.0, 0.0]}
+    (named / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    assert open_checkpoint(str(folder)).layout.preprocessor == {"image_mean": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_llava_that_names_itself_is_refused_on_one_line(
+    llava: Callable[..., Path], tmp_path: Path, inside: bool
+) -> None:
+    folder = llava(inside=inside, mm_vision_tower=str(tmp_path / "llava"))
+    with pytest.raises(CheckpointError, match="is a LLaVA checkpoint itself") as caught:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_llava_adapter_is_to_be_merged_first(llava: Callable[..., Path]) -> None:
     folder = llava(inside=False)
     (folder / "adapter_config.json").write_text("{}")
@@ -285,7 +408,7 @@ def test_open_clip_tower_of_next_is_sent_elsewhere(llava: Callable[..., Path]) -
 @pytest.mark.parametrize("layer", ["sliceseven", 1.5, [], True, "slicefour"])
 def test_layer_code_that_is_none_leaves_no_bundle(llava: Callable[..., Path], tmp_path: Path, layer: Any) -> None:
     folder = llava(mm_vision_select_layer=layer)
-    with pytest.raises(ConfigError, match="select_layer"):
+    with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_select_layer=.* cannot be read: "):
         export_tower(str(folder), tmp_path / "out" / "b", ExportOptions(flavour="none", check=False))
     assert not (tmp_path / "out").exists()
 
@@ -342,6 +465,12 @@ def test_vila_with_clip_reads_patches(vila: Callable[..., Path]) -> None:
 def test_vila_with_patch_on_siglip_would_drop_a_patch(vila: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match="mm_vision_select_feature='patch' drops the first token"):
         open_checkpoint(str(vila(mm_vision_select_feature="patch"))).spec()
+
+
+def test_vila_that_says_nothing_reads_what_vila_does(vila: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(vila("clip", mm_vision_select_layer=None, mm_vision_select_feature=None)))
+    assert checkpoint.spec().layers == (NUM_LAYERS - 1,)
+    assert checkpoint.spec().select_feature == "patch"
 
 
 def test_vilas_resized_positions_are_kept_as_they_are(vila: Callable[..., Path]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.layouts import Trust
+from trtower_export.open_clip import preprocessor
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.truncate import truncate
 
@@ -142,6 +143,60 @@ def test_other_architecture_is_named(tmp_path: Path, vision: dict[str, Any]) -> 
     file = write(tmp_path, draw(nn.GELU()), **vision)
     with pytest.raises(CheckpointError, match=next(iter(vision))):
         open_checkpoint(str(file))
+
+
+def test_repository_of_timm_has_a_config_of_its_own_beside(tmp_path: Path) -> None:
+    write(tmp_path, draw(nn.GELU()))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_small", "num_classes": 0}))
+    assert open_checkpoint(str(tmp_path)).layout.kind == "OpenCLIP checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        *(("vision_cfg", VISION | {"width": value}) for value in ("64", 0, None)),
+        *(("vision_cfg", VISION | {"head_width": value}) for value in (0, "x", None)),
+        ("vision_cfg", VISION | {"mlp_ratio": None}),
+        *(("vision_cfg", VISION | {"image_size": value}) for value in (None, "42", 0)),
+        ("vision_cfg", VISION | {"patch_size": None}),
+        ("vision_cfg", 5),
+        ("model_cfg", []),
+        ("preprocess_cfg", {}),
+        ("preprocess_cfg", 5),
+        ("preprocess_cfg", {"mean": [0.5], "std": [0.5], "interpolation": "random"}),
+        ("preprocess_cfg", {"mean": [0.5], "std": [0.5], "resize_mode": "longest"}),
+    ],
+)
+def test_garbage_in_the_config_is_one_line_that_names_it(tmp_path: Path, section: str, value: Any) -> None:
+    file = write(tmp_path, draw(nn.GELU()))
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    (config["model_cfg"] if section == "vision_cfg" else config)[section] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json") as caught:
+        open_checkpoint(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_fused_projection_of_another_shape_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, draw(nn.GELU()))
+    tensors = load_file(file)
+    name = "visual.transformer.resblocks.1.attn.in_proj_weight"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, file)
+    with pytest.raises(CheckpointError, match=r"attn\.in_proj_weight has shape \(191, 64\)"):
+        open_checkpoint(str(file)).load_model()
+
+
+def test_width_of_the_mlp_follows_its_ratio(tmp_path: Path) -> None:
+    assert open_checkpoint(str(write(tmp_path, draw(nn.GELU()), mlp_ratio=4.9231))).config.intermediate_size == 315
+
+
+@pytest.mark.parametrize(("written", "resample"), [("bilinear", 2), ("bicubic", 3)])
+def test_pixels_are_resized_as_the_config_says(tmp_path: Path, written: str, resample: int) -> None:
+    config = {"preprocess_cfg": {"mean": [0.5], "std": [0.5], "interpolation": written, "resize_mode": "shortest"}}
+    made = preprocessor(config, 56)
+    assert made
+    assert (made["resample"], made["do_center_crop"], made["size"]) == (resample, True, {"shortest_edge": 56})
 
 
 def test_res_net_is_no_vit(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle import MANIFEST, Bundle
-from trtower.errors import BuildError, BundleError, ConfigError
+from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower.manifest import SCHEMA
 from trtower_export import pipeline
@@ -197,11 +199,33 @@ def test_processor_of_many_tiles_makes_one(kind: str, caplog: pytest.LogCaptureF
     written = transformers_processor(kind)
     with caplog.at_level("INFO"):
         fitted = fit_preprocessor(prepared(written), 56, LoggedProgress())
-    assert f"{kind.removesuffix('Fast')} does more than one tile needs" in caplog.text
+    assert f"{kind.removesuffix('Fast')}: the bundle's image_processor makes one 56 x 56 tile" in caplog.text
     photograph = Image.effect_mandelbrot((80, 80), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     pixel_values = ImageProcessor(fitted).preprocess(photograph, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (1, 3, 56, 56)
     assert fitted["image_mean"] == written["image_mean"]
+
+
+def test_tile_of_a_whole_picture_is_that_of_llava_next() -> None:
+    name = (
+        "LlavaNextImageProcessorPil"
+        if hasattr(transformers, "LlavaNextImageProcessorPil")
+        else "LlavaNextImageProcessor"
+    )
+    theirs = getattr(transformers, name)(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 112]]
+    )
+    picture = Image.effect_mandelbrot((120, 60), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    expected = theirs(picture, return_tensors="pt")["pixel_values"][0, 0]
+    written = {**theirs.to_dict(), "image_processor_type": "LlavaNextImageProcessor"}
+    ours = ImageProcessor(fit_preprocessor(prepared(written), 56, LoggedProgress()))
+    assert torch.equal(ours.preprocess(picture, return_tensors="pt")["pixel_values"][0], expected)
+
+
+def test_processor_that_leaves_its_colours_to_a_default_is_refused() -> None:
+    written = {"image_processor_type": "GotOcr2ImageProcessor", "resample": 3}
+    with pytest.raises(CheckpointError, match="leaves image_mean to the defaults of GotOcr2ImageProcessor"):
+        fit_preprocessor(prepared(written), 56, LoggedProgress())
 
 
 def transformers_processor(kind: str) -> dict[str, object]:

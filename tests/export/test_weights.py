@@ -1,6 +1,7 @@
 """Only the tower's tensors are read, whatever lies around them, and what is wrong with them is named."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -77,6 +78,44 @@ def test_quantised_weights_are_not_taken_for_weights(rewrite: Callable[..., Path
     folder = rewrite(layers__2__mlp__fc1__weight=lambda tensor: tensor.to(dtype))
     with pytest.raises(CheckpointError, match=r"fc1\.weight is torch\.\w+, so this tower is quantised"):
         open_checkpoint(str(folder)).load_model()
+
+
+@pytest.mark.parametrize(
+    "extra", ["encoder.layers.1.self_attn.q_norm.weight", "embeddings.register_tokens", "encoder.layers.1.ls_1.gamma"]
+)
+def test_weights_that_the_config_knows_nothing_of_are_refused(clip: Path, extra: str) -> None:
+    path = clip / "model.safetensors"
+    save_file({**load_file(path), extra: torch.ones(64)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"holds {re.escape(extra)}, which a CLIPVisionModel of its config has not"
+    ):
+        open_checkpoint(str(clip)).load_model()
+
+
+def test_positions_that_are_only_counted_are_passed_over(clip: Path) -> None:
+    path = clip / "model.safetensors"
+    tensors = load_file(path)
+    root = next(name for name in tensors if "patch_embedding" in name).removesuffix("patch_embedding.weight")
+    save_file({**tensors, f"{root}position_ids": torch.arange(10)[None]}, path, metadata={"format": "pt"})
+    assert open_checkpoint(str(clip)).load_model()
+
+
+def test_pickle_beside_an_open_clip_file_is_the_models(clip: Path) -> None:
+    tensors = load_file(clip / "model.safetensors")
+    (clip / "model.safetensors").unlink()
+    save_file({"visual.conv1.weight": torch.zeros(2)}, clip / "open_clip_model.safetensors")
+    torch.save(tensors, clip / "pytorch_model.bin")
+    torch.save(tensors, clip / "pytorch_model.fp16.bin")
+    with pytest.raises(CheckpointError, match=r"pickle \(pytorch_model\.bin\)"):
+        open_checkpoint(str(clip))
+    assert open_checkpoint(str(clip), trust=Trust(allow_pickle=True)).load_model()
+
+
+def test_pickle_of_an_old_pytorch_is_read(clip: Path) -> None:
+    tensors = load_file(clip / "model.safetensors")
+    (clip / "model.safetensors").unlink()
+    torch.save(tensors, clip / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert open_checkpoint(str(clip), trust=Trust(allow_pickle=True)).load_model()
 
 
 def test_more_layers_than_the_config_has_are_refused(clip: Path) -> None:

@@ -1,0 +1,87 @@
+"""Read the vision config that transformers or OpenCLIP wrote, and check it before anything is built from it.
+
+A config.json may hold anything, and transformers raises whatever comes first, from a KeyError to a MemoryError; nor
+may it choose code: kernels and quantisers that it names are left out.
+"""
+
+from typing import Any
+
+import transformers
+from transformers.activations import ACT2FN
+
+from trtower.errors import CheckpointError
+from trtower_export.families import FAMILIES, Family, family_of, refusal
+from trtower_export.families.base import square
+from trtower_export.files import Files
+
+VISION_TYPES = {model_type for family in FAMILIES for model_type in family.model_types}
+
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_patches")
+LARGEST_IMAGE = 8192
+"""Pixels a side beyond which a config is a mistake: 342,225 patches of 14."""
+
+
+def read_vision_config(files: Files, raw: dict[str, Any], *, remote_code: bool) -> tuple[Any, Any, Family]:
+    """Give the whole config, the vision config in it or itself, and the tower's family; raise CheckpointError."""
+    where = f"{files.folder}/config.json"
+    model_type = str(raw.get("model_type"))
+    if refusal(model_type):
+        family_of(model_type)  # raises with the reason, which no trust takes away
+    if raw.get("auto_map") and not remote_code:
+        raise CheckpointError(
+            f"{where} asks for code of its own (auto_map), which is not run unless you trust its author: "
+            "--trust-remote-code. A checkpoint of a standard class needs no auto_map: remove it from a copy."
+        )
+    config_class: Any = transformers.AutoConfig
+    options = {"trust_remote_code": remote_code}
+    if not raw.get("auto_map") and (model_type in VISION_TYPES or model_type not in transformers.CONFIG_MAPPING):
+        # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
+        config_class, options = getattr(transformers, family_of(model_type).model_class).config_class, {}
+    try:
+        config = config_class.from_pretrained(files.folder, **options)
+    except Exception as err:  # whatever transformers makes of what the file holds
+        raise CheckpointError(f"{where} could not be read: {' '.join(str(err).split())}") from err
+    vision = getattr(config, "vision_config", config)
+    family = family_of(str(getattr(vision, "model_type", model_type)))
+    if vision is not config and not isinstance(raw.get("vision_config"), dict):
+        raise CheckpointError(
+            f"{where} has no vision_config: which {family.name} tower a {model_type} has is not said."
+        )
+    check_vision_config(vision, family, where)
+    return config, vision, family
+
+
+def check_vision_config(vision: Any, family: Family, where: str) -> None:
+    """Hold a vision config against what any tower must have, and take out what would choose code."""
+    vision._attn_implementation = "sdpa"
+    if getattr(vision, "quantization_config", None) is not None:
+        del vision.quantization_config  # tensors that are quantised are refused when they are read
+    for name in COUNTS:
+        value = getattr(vision, name, 1)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{where}: {name}={value!r} of the tower is no number of at least 1.")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise CheckpointError(
+            f"{where}: hidden_size={vision.hidden_size} is not a multiple of "
+            f"num_attention_heads={vision.num_attention_heads}."
+        )
+    for name in ("image_size", "patch_size"):
+        _check_side(vision, name, where)
+    if (activation := getattr(vision, "hidden_act", None)) not in (None, *ACT2FN):
+        raise CheckpointError(f"{where}: hidden_act={activation!r} is unknown to transformers.")
+    for name in ("layer_norm_eps", "rms_norm_eps"):
+        value = getattr(vision, name, 1e-6)
+        if type(value) is not float or not 0 <= value < 1:
+            raise CheckpointError(f"{where}: {name}={value!r} is no small number such as 1e-6.")
+    if reason := family.obstacle(vision):
+        raise CheckpointError(f"{where}: {reason}")
+
+
+def _check_side(vision: Any, name: str, where: str) -> None:
+    """Demand a size in pixels, as n or as (n, n); make it n for towers that know no pairs."""
+    value = getattr(vision, name, 1)
+    sides = value if isinstance(value, list | tuple) else [value]
+    if not sides or not all(type(side) is int and 1 <= side <= LARGEST_IMAGE for side in sides):
+        raise CheckpointError(f"{where}: {name}={value!r} of the tower is no size in pixels.")
+    if isinstance(value, list | tuple) and isinstance(getattr(type(vision)(), name), int) and square(value):
+        setattr(vision, name, square(value))
