@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def download(repo: str, revision: str | None) -> Files:
     """
     if repo.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{repo} is not a folder. Name a folder with a model, an OpenCLIP file, or a hub id such as {_KNOWN}."
+            f"{repo} is not a folder. Name a folder with a model, an OpenCLIP file, or a hub id such as {_KNOWN}; in a "
+            "check, --checkpoint says where the weights are now."
         )
     unreachable = None
     try:
@@ -88,11 +90,11 @@ def download(repo: str, revision: str | None) -> Files:
     except CheckpointError:
         if unreachable is None:
             raise
-        recipes = ", ".join(recipe.checkpoint for recipe in all_recipes())
+        recipes = ", ".join(get_close_matches(repo, {recipe.checkpoint for recipe in all_recipes()}, cutoff=0))
         raise CheckpointError(
             f"{repo} is not a folder here, and the hub could not be reached ({first_line(unreachable)}). Two ways "
-            "out: download it elsewhere and name its folder, or rehearse one that has a recipe: --random-weights with "
-            f"{recipes}."
+            "out: download it elsewhere and name its folder, or rehearse one that has a recipe, such as "
+            f"{recipes}, with --random-weights."
         ) from unreachable
     if unreachable:
         logger.warning("the hub could not be reached (%s): %s is taken from its cache", unreachable, repo)

@@ -64,7 +64,7 @@ def certify(
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model(spec)
         torch_tower = copy.deepcopy(truncate(model, checkpoint.family, spec))
-        _check_weights(torch_tower, manifest)
+        _check_weights(torch_tower, manifest, checkpoint.source)
         torch_tower.to(runner.device, runner.dtype)
     processor = ImageProcessor.from_file(bundle.verify(PREPROCESSOR))
     total = {"bundle": Sums(), "torch": Sums()}
@@ -194,11 +194,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _check_weights(tower: nn.Module, manifest: Manifest) -> None:
+def _check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
     if weights_sha256(tower) != manifest.source.weights_sha256:
         raise CheckpointError(
-            f"the weights at {manifest.source.checkpoint} are not the ones that {manifest.name} was exported from: "
-            "name that checkpoint with --checkpoint, or export again."
+            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
+            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
         )
 
 

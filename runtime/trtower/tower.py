@@ -205,6 +205,9 @@ class VisionTower(nn.Module):
 
     def _open(self, device: str | torch.device | None) -> None:
         self._runner = choose(self.bundle, self._backend, device)
+        certificate = self.bundle.manifest.certificate
+        if certificate is not None and not certificate.passed:
+            logger.warning("%s failed its check: `trtower inspect` says what was missed.", self.bundle.path)
         self._anchor = self._make_anchor(self._runner.device)
 
     def _make_anchor(self, device: torch.device) -> nn.Parameter:

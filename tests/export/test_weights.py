@@ -80,12 +80,20 @@ def test_quantised_weights_are_not_taken_for_weights(rewrite: Callable[..., Path
         open_checkpoint(str(folder)).load_model()
 
 
+def root_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Give what the names begin with: nothing in transformers 5, `vision_model.` before."""
+    name = next(name for name in tensors if name.endswith("embeddings.patch_embedding.weight"))
+    return name.removesuffix("embeddings.patch_embedding.weight")
+
+
 @pytest.mark.parametrize(
     "extra", ["encoder.layers.1.self_attn.q_norm.weight", "embeddings.register_tokens", "encoder.layers.1.ls_1.gamma"]
 )
 def test_weights_that_the_config_knows_nothing_of_are_refused(clip: Path, extra: str) -> None:
     path = clip / "model.safetensors"
-    save_file({**load_file(path), extra: torch.ones(64)}, path, metadata={"format": "pt"})
+    tensors = load_file(path)
+    extra = root_of(tensors) + extra
+    save_file({**tensors, extra: torch.ones(64)}, path, metadata={"format": "pt"})
     with pytest.raises(
         CheckpointError, match=rf"holds {re.escape(extra)}, which a CLIPVisionModel of its config has not"
     ):
@@ -95,8 +103,8 @@ def test_weights_that_the_config_knows_nothing_of_are_refused(clip: Path, extra:
 def test_positions_that_are_only_counted_are_passed_over(clip: Path) -> None:
     path = clip / "model.safetensors"
     tensors = load_file(path)
-    root = next(name for name in tensors if "patch_embedding" in name).removesuffix("patch_embedding.weight")
-    save_file({**tensors, f"{root}position_ids": torch.arange(10)[None]}, path, metadata={"format": "pt"})
+    ids = {f"{root_of(tensors)}embeddings.position_ids": torch.arange(10)[None]}
+    save_file({**tensors, **ids}, path, metadata={"format": "pt"})
     assert open_checkpoint(str(clip)).load_model()
 
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,12 @@ import transformers
 
 import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
+from trtower.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.parity import certify
+from trtower_export.photographs import load_photographs
+from trtower_export.progress import LoggedProgress
 
 SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4
 
@@ -211,6 +218,18 @@ def test_config_answers_before_loading(fp32_bundle: Path) -> None:
     tower.load_model()
     assert tower.is_loaded
     assert tower(images(1)).shape == (1, PATCHES, WIDTH)
+
+
+def test_bundle_that_failed_its_check_warns_when_it_is_loaded(
+    fp32_bundle: Path, tmp_path: Path, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = Bundle.open(shutil.copytree(fp32_bundle, tmp_path / "b"))
+    photographs = load_photographs(None, limit=1)
+    honest = certify(bundle, open_checkpoint(str(checkpoints["clip"])), photographs, progress=LoggedProgress())
+    VisionTower.load(bundle.add_certificate(honest).path)
+    assert "failed its check" not in caplog.text
+    VisionTower.load(bundle.add_certificate(replace(honest, passed=False)).path)
+    assert "failed its check" in caplog.text
 
 
 def test_second_load_does_nothing(fp32_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

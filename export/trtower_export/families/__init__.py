@@ -29,7 +29,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-FREE_SHAPES = "its 2-D RoPE takes pictures of any shape, an engine takes one: dinov3_vit has RoPE at a fixed size"
+FREE_SHAPES = "its 2-D RoPE takes pictures of any shape, an engine one; nearest is a model whose tower has one size"
 REFUSED = {
     "pixtral": FREE_SHAPES,
     "qwen2_vl": FREE_SHAPES,
