@@ -68,9 +68,13 @@ class Checkpoint:
     def describe(self) -> str:
         """Say what was recognised, and where in it the tower lies."""
         says = f"{self.layout.kind}, {self.family.name} tower"
-        if self.random_weights:
+        tensors = self.layout.tensors
+        if tensors is None:
             return f"{says} with random weights"
-        return f"{says} at {self.layout.root.rstrip('.')}" if self.layout.root else says
+        if self.layout.root:
+            says += f" at {self.layout.root.rstrip('.')}"
+        place = tensors.files.repo or str(tensors.files.folder.resolve())
+        return says if self.source.startswith(place) else f"{says} from {place}"
 
     def spec(
         self,

@@ -268,6 +268,7 @@ class VisionTower(nn.Module):
         command += ["--select-feature", self.spec.select_feature]
         command += ["--image-size", str(image_size), "--precision", manifest.precision]
         command += ["--random-weights"] if source.random_weights else []
+        command += ["--revision", source.revision] if source.revision else []
         size = "" if image_size == self.spec.image_size else f"-{image_size}"
         return shlex.join([*command, "--out", f"{self.bundle.path}{size}-layer{layers}"])
 

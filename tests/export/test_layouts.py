@@ -295,11 +295,17 @@ def doubled(model: nn.Module) -> nn.Module:
 def test_original_llava_gives_the_tower_in_its_shards(llava: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(str(llava()))
     assert checkpoint.layout.root == "model.vision_tower.vision_tower.vision_model."
+    assert checkpoint.describe() == "LLaVA checkpoint, clip tower at model.vision_tower.vision_tower.vision_model"
     assert_same_tower(checkpoint, doubled(make_model("clip")), (3,))
 
 
-def test_original_llava_without_a_tower_inside_gives_the_one_it_names(llava: Callable[..., Path]) -> None:
-    assert_same_tower(open_checkpoint(str(llava(inside=False))), make_model("clip"), (3,))
+def test_original_llava_without_a_tower_inside_gives_the_one_it_names(
+    llava: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    checkpoint = open_checkpoint(str(llava(inside=False)))
+    assert_same_tower(checkpoint, make_model("clip"), (3,))
+    assert checkpoint.describe().startswith("LLaVA checkpoint, clip tower")
+    assert checkpoint.describe().endswith(f"from {checkpoints['clip'].resolve()}")
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama", "llava_mistral", "llava_qwen"])
