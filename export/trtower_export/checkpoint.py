@@ -74,7 +74,7 @@ class Checkpoint:
         if self.layout.root:
             says += f" at {self.layout.root.rstrip('.')}"
         place = tensors.files.repo or str(tensors.files.folder.resolve())
-        return says if self.source.startswith(place) else f"{says} from {place}"
+        return says if place in (self.source, str(Path(self.source).parent)) else f"{says} from {place}"
 
     def spec(
         self,
