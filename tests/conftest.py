@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from trtower.spec import BatchProfile
+from trtower.tower import VisionTower
 from trtower_export.pipeline import ExportOptions, export_tower
 
 NUM_LAYERS = 4
@@ -110,3 +111,21 @@ def fp32_bundle(export: Callable[..., Path]) -> Path:
 def spoilt(clip_bundle: Path, tmp_path: Path) -> Path:
     """Give a copy of the CLIP bundle that a test may damage."""
     return Path(shutil.copytree(clip_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[VisionTower], list[int]]:
+    """Note how many images each call of a tower's engine takes."""
+
+    def watch(tower: VisionTower) -> list[int]:
+        calls: list[int] = []
+        run = tower._runner.run
+
+        def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+            calls.append(len(pixel_values))
+            run(pixel_values, hidden_states)
+
+        monkeypatch.setattr(tower._runner, "run", count)
+        return calls
+
+    return watch

@@ -22,7 +22,7 @@ from trtower.errors import CheckpointError, ConfigError, TrtowerError
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
 from trtower_export.families import Family
-from trtower_export.files import Files, download
+from trtower_export.files import Files, download, one_line
 from trtower_export.layouts import Layout, Trust, from_recipe, recognise, recognise_file
 from trtower_export.recipes import Recipe, find_recipe
 from trtower_export.truncate import truncate
@@ -139,9 +139,7 @@ class Checkpoint:
         except TrtowerError:
             raise
         except Exception as err:  # whatever transformers makes of a config that it has read
-            raise CheckpointError(
-                f"{self.source}: transformers could not make the tower: {' '.join(str(err).split())}"
-            ) from err
+            raise CheckpointError(f"{self.source}: transformers could not make the tower: {one_line(err)}") from err
         return model.eval().requires_grad_(requires_grad=False)
 
     def _draw_weights(self) -> nn.Module:
@@ -194,9 +192,8 @@ class Checkpoint:
 
     def _refuse_mismatched(self, model: nn.Module, tensors: dict[str, Tensor], mismatched: Any) -> None:
         for mismatch in mismatched:
-            name, *shapes = (
-                [mismatch] if isinstance(mismatch, str) else mismatch
-            )  # transformers 4.57 gives the name only
+            # transformers 4.57 gives the name only.
+            name, *shapes = [mismatch] if isinstance(mismatch, str) else mismatch
             found = tuple(shapes[0] if shapes else tensors[name].shape)
             expected = tuple(model.get_parameter(name).shape)
             raise CheckpointError(

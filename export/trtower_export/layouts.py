@@ -18,7 +18,7 @@ from trtower.layer_codes import LAST, LayerCode
 from trtower_export import open_clip
 from trtower_export.families import Family, family_of
 from trtower_export.families.base import square
-from trtower_export.files import Files, download, first_line
+from trtower_export.files import Files, download, first_line, one_line
 from trtower_export.recipes import Recipe, find_recipe
 from trtower_export.vision_config import check_vision_config, read_vision_config
 from trtower_export.weights import Tensors, find_tensors, list_tensors
@@ -87,11 +87,9 @@ def recognise(files: Files, trust: Trust, *, weights: bool) -> Layout:
     Raises CheckpointError naming the file or field that is wrong.
     """
     raw = files.read_json("config.json")
-    if (
-        not (raw and raw.get("model_type"))
-        and files.read_json(open_clip.CONFIG) is not None
-        and not _is_llava(raw or {})
-    ):
+    # timm's repositories have a config.json of their own beside OpenCLIP's, which names no model type.
+    foreign = raw is None or not (raw.get("model_type") or _is_llava(raw))
+    if foreign and files.read_json(open_clip.CONFIG) is not None:
         return _open_clip(files, None, trust, weights=weights)
     if raw is None:
         raise CheckpointError(
@@ -269,7 +267,7 @@ def _open_clip(files: Files, path: Path | None, trust: Trust, *, weights: bool) 
     except CheckpointError as err:
         raise CheckpointError(f"{where} {err}") from err
     except Exception as err:  # whatever comes of what the file holds
-        raise CheckpointError(f"{where} could not be read: {' '.join(str(err).split())}") from err
+        raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     family = family_of(config.model_type)
     check_vision_config(config, family, where)
     layout = Layout(

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from trtower.errors import CheckpointError
 from trtower_export.families import FAMILIES, Family, family_of, refusal
 from trtower_export.families.base import square
-from trtower_export.files import Files
+from trtower_export.files import Files, one_line
 
 VISION_TYPES = {model_type for family in FAMILIES for model_type in family.model_types}
 
@@ -40,7 +40,7 @@ def read_vision_config(files: Files, raw: dict[str, Any], *, remote_code: bool) 
     try:
         config = config_class.from_pretrained(files.folder, **options)
     except Exception as err:  # whatever transformers makes of what the file holds
-        raise CheckpointError(f"{where} could not be read: {' '.join(str(err).split())}") from err
+        raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     vision = getattr(config, "vision_config", config)
     family = family_of(str(getattr(vision, "model_type", model_type)))
     if vision is not config and not isinstance(raw.get("vision_config"), dict):

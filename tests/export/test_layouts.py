@@ -29,6 +29,9 @@ LAST = NUM_LAYERS + 1
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 QWEN = {"model_type": "qwen2", "num_key_value_heads": 1} | TEXT
 GEMMA = {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 16} | TEXT
+COHERE = {"model_type": "cohere2", "num_key_value_heads": 1, "eos_token_id": 2} | TEXT
+OPT = {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 32} | TEXT
+QFORMER = {"encoder_hidden_size": 64} | TEXT
 LLAMA = {"model_type": "llama"} | TEXT
 
 
@@ -94,6 +97,17 @@ COMPOSITES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...], str]] = {
         "cls_patch",
     ),
     "paligemma": ("PaliGemma", "siglip", {"text_config": GEMMA, "projection_dim": 32}, (LAST,), "cls_patch"),
+    "llava-next-video": (
+        "LlavaNextVideo",
+        "clip",
+        {"text_config": LLAMA, "image_grid_pinpoints": [[84, 84]]},
+        (3,),
+        "patch",
+    ),
+    "aya-vision": ("AyaVision", "siglip", {"text_config": COHERE}, (4,), "cls_patch"),
+    "cohere2-vision": ("Cohere2Vision", "siglip", {"text_config": COHERE}, (LAST,), "cls_patch"),
+    "gemma3": ("Gemma3", "siglip", {"text_config": GEMMA | {"model_type": "gemma3_text"}}, (LAST,), "cls_patch"),
+    "blip-2": ("Blip2", "eva_clip", {"text_config": OPT, "qformer_config": QFORMER}, (LAST,), "cls_patch"),
     "internvl": ("InternVL", "internvl_vision", {"text_config": QWEN}, (LAST,), "patch"),
     "internvl-layer": (
         "InternVL",

@@ -84,24 +84,6 @@ def siglip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tower(str(root / "checkpoint"), root / "bundle", options).path
 
 
-@pytest.fixture
-def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[VisionTower], list[int]]:
-    """Note how many tiles each call of a tower's engine takes."""
-
-    def watch(tower: VisionTower) -> list[int]:
-        calls: list[int] = []
-        run = tower._runner.run
-
-        def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-            calls.append(len(pixel_values))
-            run(pixel_values, hidden_states)
-
-        monkeypatch.setattr(tower._runner, "run", count)
-        return calls
-
-    return watch
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("scales", "index"),

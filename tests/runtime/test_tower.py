@@ -68,17 +68,9 @@ def test_list_gives_a_list_in_order(tower: VisionTower, eager: Callable) -> None
 
 
 @pytest.fixture
-def sizes(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def sizes(tower: VisionTower, count_calls: Callable[[VisionTower], list[int]]) -> list[int]:
     """How many images each call of the engine took."""
-    calls: list[int] = []
-    run = tower._runner.run
-
-    def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        calls.append(len(pixel_values))
-        run(pixel_values, hidden_states)
-
-    monkeypatch.setattr(tower._runner, "run", count)
-    return calls
+    return count_calls(tower)
 
 
 def test_list_runs_as_batches(tower: VisionTower, sizes: list[int]) -> None:
