@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from trtower.bundle import Bundle
+from trtower.bundle import PREPROCESSOR, Bundle
 from trtower.layer_codes import parse_layer_code
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
@@ -27,6 +27,9 @@ CapabilityOption = Annotated[
         "--compute-capability", help="GPU to build for, such as 8.9; repeat for several. Default: a portable plan."
     ),
 ]
+ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")]
+PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -48,7 +51,24 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(help="Pixels a side; positions are interpolated. Default: the checkpoint's.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32 (twice the size).")] = "fp16",
+    precision: Annotated[
+        str,
+        typer.Option(help="fp16; auto, which is fp16 and fp32 where that is not enough; bf16, fp32, fp8 or int8."),
+    ] = "fp16",
+    keep_fp32: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-fp32", help="Operations to keep in FP32, as `doctor` names them: 'layers.3.mlp,layers.*.norm1'."
+        ),
+    ] = None,
+    keep_fp16: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-fp16",
+            help="What fp8 or int8 leaves in FP16; '' is nothing. Default: of int8, what follows activations.",
+        ),
+    ] = None,
+    images: ImagesOption = None,
     batch: BatchOption = None,
     flavour: FlavourOption = "auto",
     compute_capability: CapabilityOption = None,
@@ -76,6 +96,9 @@ def export(
         select_feature=select_feature,
         image_size=image_size,
         precision=precision,
+        keep_fp32=_listed(keep_fp32 or ""),
+        keep_fp16=None if keep_fp16 is None else _listed(keep_fp16),
+        images=images,
         batch=_profile(batch),
         flavour=flavour,
         compute_capabilities=tuple(compute_capability or ()),
@@ -108,43 +131,120 @@ def build(
 
 def check(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")
-    ] = None,
+    images: ImagesOption = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, or the backend to run the bundle on.")] = "auto",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="auto, a backend to run the bundle on, or emulated-fp16: every rounding there could be.")
+    ] = "auto",
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Compare every hidden state, and name the first whose error jumps.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page with pictures; compares by layer, too.")
+    ] = None,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
     json_: JsonOption = False,
 ) -> int:
     """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
+        from trtower.image_processor import ImageProcessor
         from trtower_export.checkpoint import open_checkpoint
         from trtower_export.layouts import Trust
-        from trtower_export.photographs import load_photographs
+        from trtower_export.photographs import load_photographs, say_skipped
         from trtower_export.pipeline import check_bundle
+        from trtower_export.report import Report, make_folder
 
     source = opened.manifest.source
+    pages = None
+    if report:
+        make_folder(report)
+        pages = Report(opened.manifest.spec, ImageProcessor.from_file(opened.verify(PREPROCESSOR)))
     photographs = load_photographs(images)
-    for name in photographs.skipped:
-        progress.say(f"skipped {name}: not a readable image")
+    say_skipped(photographs, progress)
     found = open_checkpoint(
         checkpoint or source.checkpoint,
         random_weights=source.random_weights,
         revision=None if checkpoint else source.revision,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
-    checked = check_bundle(opened, found, photographs, progress, backend=backend)
+    checked = check_bundle(
+        opened,
+        found,
+        photographs,
+        progress,
+        backend=backend,
+        by_layer=by_layer or pages is not None,
+        see=pages.see if pages else None,
+    )
     certificate = checked.manifest.certificate
     assert certificate is not None  # noqa: S101 - check_bundle has just written it
+    if pages and report:
+        with progress.step("Draw the report"):
+            page = pages.write(report, checked)
+        progress.say(str(page))
     if json_:
         typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
         return 0 if certificate.passed else 1
     return _verdict(console, checked)
+
+
+def doctor(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
+    ],
+    images: ImagesOption = None,
+    select_layer: Annotated[str | None, typer.Option(help="As for export.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="As for export.")] = None,
+    error_images: Annotated[
+        int, typer.Option(min=1, help="On how many images each operation is rounded alone: half a run for each.")
+    ] = 1,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
+    every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Examine a rehearsal.")] = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+    json_: JsonOption = False,
+) -> int:
+    """Say what half precision costs in every operation of a tower, and where it overflows."""
+    console, progress = Console(), ConsoleProgress(Console(stderr=True))
+    with progress.step("Import PyTorch and transformers"):
+        from trtower.image_processor import ImageProcessor
+        from trtower_export.checkpoint import open_checkpoint
+        from trtower_export.doctor import examine
+        from trtower_export.layouts import Trust
+        from trtower_export.photographs import load_photographs, prepare, say_skipped
+        from trtower_export.preprocessor import fit_preprocessor
+        from trtower_export.report.heatmap import draw_heatmap
+        from trtower_export.tables import print_operations
+
+    photographs = load_photographs(images)
+    say_skipped(photographs, progress)
+    found = open_checkpoint(
+        checkpoint,
+        random_weights=random_weights,
+        revision=revision,
+        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
+    )
+    spec = found.spec(None if select_layer is None else parse_layer_code(select_layer), None, image_size)
+    processor = ImageProcessor(fit_preprocessor(found, spec.image_size, progress))
+    progress.say(found.describe())
+    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
+    operations = examine(found, spec, prepare(photographs, processor), progress, error_images=error_images)
+    if picture:
+        picture.write_bytes(draw_heatmap(operations))
+        progress.say(str(picture))
+    if json_:
+        rows = [{**dataclasses.asdict(operation), "headroom": operation.headroom} for operation in operations]
+        typer.echo(json.dumps({"images": [each.name for each in photographs.images], "operations": rows}, indent=2))
+    else:
+        print_operations(console, operations, every=every)
+    return 0
 
 
 def demo(
@@ -158,6 +258,10 @@ def demo(
 
 def _profile(batch: tuple[int, int, int] | None) -> BatchProfile | None:
     return BatchProfile(min=batch[0], opt=batch[1], max=batch[2]) if batch else None
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _verdict(console: Console, bundle: Bundle) -> int:

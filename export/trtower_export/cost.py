@@ -62,12 +62,13 @@ def measure_graph(path: Path) -> Extent:
     model = onnx.load_model(path, load_external_data=False)
     shapes, graph = _infer_shapes(model), model.graph
     reads = Counter(name for node in graph.node for name in node.input)
+    scales = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
     return Extent(
         layers=sum(node.op_type in ("Attention", "Softmax") for node in graph.node),
         parameters=sum(
             prod(tensor.dims) * (reads[tensor.name] if len(tensor.dims) == 1 else 1)
             for tensor in graph.initializer
-            if tensor.data_type in INPUT_DTYPES.values() and prod(tensor.dims) > 1
+            if tensor.data_type in WEIGHTS and prod(tensor.dims) > 1 and tensor.name not in scales
         ),
         flop=sum(_count(node, shapes) for node in graph.node),
     )
@@ -125,6 +126,9 @@ def _attention(node: onnx.NodeProto, shapes: _Shapes) -> int:
     return 2 * key[-2] * (prod(query) + prod(output))
 
 
+WEIGHTS = {*INPUT_DTYPES.values(), onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN}
+"""The types of weights."""
+
 WORK: dict[str, Callable[[onnx.NodeProto, _Shapes], int]] = {
     "Attention": _attention,
     "Conv": _conv,
@@ -134,8 +138,9 @@ WORK: dict[str, Callable[[onnx.NodeProto, _Shapes], int]] = {
 """The operators that carry the work, and their FLOP."""
 
 _MOVING = (
-    "Cast CastLike Concat Constant ConstantOfShape Expand Flatten Gather GatherElements GatherND Identity Pad Range "
-    "Reshape ScatterElements ScatterND Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where"
+    "Cast CastLike Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather GatherElements GatherND "
+    "Identity Pad QuantizeLinear Range Reshape ScatterElements ScatterND Shape Size Slice Split Squeeze Tile Transpose "
+    "Trilu Unsqueeze Where"
 )
 _ELEMENTWISE = (
     "Abs Add And Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish LeakyRelu "

@@ -1,44 +1,49 @@
-"""Run a BF16 graph where no kernel for it exists, so that it can be checked without a GPU.
+"""Run a half-precision graph in FP32 that rounds after every operation, so that it can be checked without a GPU.
 
-ONNX Runtime has no BF16 kernels for the CPU, so every operation is computed in FP32 and its result rounded to
-BF16, which is what a GPU that accumulates in FP32 does. The emulation says so in its name, serves `trtower check`
-alone, and is never chosen to serve a tower.
+ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each
+operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32; and where
+kernels differ the worst is taken: attention scores are rounded, and so are the sums of a LayerNorm (see
+`rounding.py`, which does the same to a traced tower). What the graph has in FP32 is left alone. The emulation says so
+in its name, serves `trtower check` alone, and is never chosen to serve a tower.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 
-EMULATED_BF16 = "emulated-bf16"
-"""The name by which `trtower check --backend` knows it."""
+EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}
+"""The names by which `trtower check --backend` knows it, and the precision that each is for."""
+
+HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
-def open_emulated(bundle: Bundle) -> "EmulatedBf16Runner":
-    """Open a BF16 bundle's graph in emulation."""
-    if bundle.manifest.precision != "bf16":
-        raise ConfigError(f"--backend {EMULATED_BF16} is for bf16; {bundle.path} is {bundle.manifest.precision}.")
-    return EmulatedBf16Runner(bundle)
+def require_precision(bundle: Bundle, backend: str) -> None:
+    """Raise ConfigError where ``backend`` emulates another precision than the bundle's."""
+    if EMULATED[backend] != bundle.manifest.precision:
+        raise ConfigError(
+            f"--backend {backend} is for {EMULATED[backend]}; {bundle.path} is {bundle.manifest.precision}."
+        )
 
 
-class EmulatedBf16Runner:
+class EmulatedRunner:
     """A Runner on the CPU, in FP32 between roundings."""
 
     def __init__(self, bundle: Bundle) -> None:
-        ort = import_extra("onnxruntime", extra="cpu", purpose="emulating BF16")
-        bundle.verify(GRAPH_DATA)
-        model = onnx.load_model(bundle.verify(GRAPH))
-        round_to_bf16(model.graph)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
+        precision = bundle.manifest.precision
+        self._session = open_session(load_graph(bundle, emulated=True))
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype = torch.bfloat16
-        self.name = f"onnxruntime {ort.__version__}, CPU, BF16 emulated"
+        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.name = f"onnxruntime {ort.__version__}, CPU, {precision.upper()} emulated"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """See Runner.run."""
@@ -46,13 +51,41 @@ class EmulatedBf16Runner:
         hidden_states.copy_(torch.from_numpy(found))
 
 
-def round_to_bf16(graph: onnx.GraphProto) -> None:
-    """Turn a BF16 graph into an FP32 one, in place, that rounds to BF16 after every node."""
+def load_graph(bundle: Bundle, *, emulated: bool) -> onnx.ModelProto:
+    """Read a bundle's graph with its weights, rounding after every operation where it is to be emulated."""
+    bundle.verify(GRAPH_DATA)
+    model = onnx.load_model(bundle.verify(GRAPH))
+    if emulated:
+        emulate(model, HALF[bundle.manifest.precision])
+    return model
+
+
+def open_session(model: onnx.ModelProto) -> Any:
+    """Open a graph with ONNX Runtime on the CPU, however large it is."""
+    ort = import_extra("onnxruntime", extra="cpu", purpose="running a graph")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    names, values = [], []
+    for tensor in model.graph.initializer:
+        if tensor.ByteSize() > 1024:  # beside the graph, which as one message could be 2 GB at most
+            array = numpy_helper.to_array(tensor)
+            names.append(tensor.name)
+            values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type))
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="in memory")
+    options.add_external_initializers(names, values)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def emulate(model: onnx.ModelProto, half: int) -> None:
+    """Turn a graph of ``half`` into an FP32 one, in place, that rounds to ``half`` after every operation of it."""
+    graph = model.graph
+    kinds = _kinds(model)
     for index, tensor in enumerate(graph.initializer):
-        if tensor.data_type == TensorProto.BFLOAT16:
-            values = numpy_helper.to_array(tensor).astype("float32")
+        if tensor.data_type == half:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
             graph.initializer[index].CopyFrom(numpy_helper.from_array(values, tensor.name))
-    integers = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT64}
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT
     del graph.value_info[:]
@@ -60,15 +93,76 @@ def round_to_bf16(graph: onnx.GraphProto) -> None:
     del graph.node[:]
     for node in nodes:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
                 attribute.i = TensorProto.FLOAT
-        roundings = []
-        if node.op_type == "Shape" or all(name in integers for name in node.input):
-            integers.update(node.output)
-        else:
-            for index, name in enumerate(node.output):
-                exact, rounded = f"{name}.exact", f"{name}.rounded"
-                node.output[index] = exact
-                roundings.append(helper.make_node("Cast", [exact], [rounded], to=TensorProto.BFLOAT16))
-                roundings.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
-        graph.node.extend([node, *roundings])
+        halves = [name for name in node.output if kinds.get(name) == half]
+        spelled_out = SPELLED_OUT.get(node.op_type) if halves else None
+        graph.node.extend(_rounded(spelled_out(node, half) if spelled_out else iter([node]), halves, half))
+
+
+def _kinds(model: onnx.ModelProto) -> dict[str, int]:
+    """Find the element type of every value."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    return kinds | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def _rounded(nodes: Iterator[NodeProto], names: list[str], half: int) -> Iterator[NodeProto]:
+    """Put the rounding of the values ``names`` behind the nodes that make them."""
+    for node in nodes:
+        made = [index for index, name in enumerate(node.output) if name in names]
+        exact = {index: f"{node.output[index]}.exact" for index in made}
+        rounded = {index: node.output[index] for index in made}
+        for index in made:
+            node.output[index] = exact[index]
+        yield node
+        for index in made:
+            yield from _round(exact[index], rounded[index], half)
+
+
+def _round(exact: str, rounded: str, half: int) -> Iterator[NodeProto]:
+    yield helper.make_node("Cast", [exact], [f"{rounded}.half"], to=half)
+    yield helper.make_node("Cast", [f"{rounded}.half"], [rounded], to=TensorProto.FLOAT)
+
+
+def _layer_norm(node: NodeProto, half: int) -> Iterator[NodeProto]:
+    (x, *affine), (y, *_), name = node.input, node.output, node.name
+    epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+    yield helper.make_node("Constant", [], [f"{name}.axes"], value_ints=[-1])
+    yield helper.make_node("Constant", [], [f"{name}.epsilon"], value_float=epsilon)
+    yield helper.make_node("Shape", [x], [f"{name}.size"], start=-1)
+    yield helper.make_node("Cast", [f"{name}.size"], [f"{name}.count"], to=TensorProto.FLOAT)
+    yield helper.make_node("ReduceSum", [x, f"{name}.axes"], [f"{name}.sum.exact"])
+    yield from _round(f"{name}.sum.exact", f"{name}.sum", half)
+    yield helper.make_node("Div", [f"{name}.sum", f"{name}.count"], [f"{name}.mean"])
+    yield helper.make_node("Sub", [x, f"{name}.mean"], [f"{name}.centred"])
+    yield helper.make_node("Mul", [f"{name}.centred"] * 2, [f"{name}.squares"])
+    yield helper.make_node("ReduceSum", [f"{name}.squares", f"{name}.axes"], [f"{name}.total.exact"])
+    yield from _round(f"{name}.total.exact", f"{name}.total", half)
+    yield helper.make_node("Div", [f"{name}.total", f"{name}.count"], [f"{name}.variance"])
+    yield helper.make_node("Add", [f"{name}.variance", f"{name}.epsilon"], [f"{name}.positive"])
+    yield helper.make_node("Sqrt", [f"{name}.positive"], [f"{name}.deviation"])
+    result = f"{name}.normed"
+    yield helper.make_node("Div", [f"{name}.centred", f"{name}.deviation"], [result])
+    for kind, weight in zip(("Mul", "Add"), affine, strict=False):
+        yield helper.make_node(kind, [result, weight], [f"{result}.{kind}"])
+        result = f"{result}.{kind}"
+    yield helper.make_node("Identity", [result], [y])
+
+
+def _attention(node: NodeProto, half: int) -> Iterator[NodeProto]:
+    query, key, value = node.input
+    name, scale = node.name, next(attribute.f for attribute in node.attribute if attribute.name == "scale")
+    yield helper.make_node("Constant", [], [f"{name}.scale"], value_float=scale)
+    yield helper.make_node("Mul", [query, f"{name}.scale"], [f"{name}.scaled.exact"])
+    yield from _round(f"{name}.scaled.exact", f"{name}.scaled", half)
+    yield helper.make_node("Transpose", [key], [f"{name}.keys"], perm=[0, 1, 3, 2])
+    yield helper.make_node("MatMul", [f"{name}.scaled", f"{name}.keys"], [f"{name}.scores.exact"])
+    yield from _round(f"{name}.scores.exact", f"{name}.scores", half)
+    yield helper.make_node("Softmax", [f"{name}.scores"], [f"{name}.shares.exact"], axis=-1)
+    yield from _round(f"{name}.shares.exact", f"{name}.shares", half)
+    yield helper.make_node("MatMul", [f"{name}.shares", value], [node.output[0]])
+
+
+SPELLED_OUT = {"Attention": _attention, "LayerNormalization": _layer_norm}
+"""Operators that hold more than their result, as kernels in half precision may hold it."""

@@ -39,6 +39,9 @@ PLAN_OVERHEAD_MIB = 24
 SIZE_TOLERANCE = 0.05
 """Slack around the weights' own size; another precision would be off by half."""
 
+NEEDS = {"bf16": 8.0, "fp8": 8.9}
+"""The first compute capability that has a format; for those before TensorRT refuses the graph."""
+
 STAGING = ".staging-"
 
 FOREIGN_SHARE = 0.01
@@ -74,6 +77,10 @@ def choose_target(flavour: str, compute_capabilities: tuple[str, ...], precision
             return None, reason
     module = load_flavour(flavour)
     _check_capabilities(flavour, module, compute_capabilities, precision)
+    if flavour == "tensorrt-rtx" and precision == "fp8" and not compute_capabilities:
+        # The portable form builds with FP8, and claims GPUs that have none.
+        compute_capabilities = tuple(c for c in _known(module) if float(c) >= NEEDS["fp8"])
+        reason += f", for compute capability {', '.join(compute_capabilities)}, which have fp8"
     return Target(flavour=flavour, compute_capabilities=tuple(sorted(set(compute_capabilities), key=float))), reason
 
 
@@ -98,16 +105,24 @@ def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[
             raise BackendError("flavour tensorrt builds on the GPU it runs on, and torch finds none here.")
         known = ["{}.{}".format(*torch.cuda.get_device_capability())]
     else:
-        names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-        known = [f"{name[:-1]}.{name[-1]}" for name in names]
+        known = _known(module)
     for capability in capabilities:
         if capability not in known:
             raise ConfigError(
                 f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for here: "
                 f"{', '.join(known)} are."
             )
-        if precision == "bf16" and float(capability) < 8.0:
-            raise ConfigError(f"bf16 needs compute capability 8.0 or later; {capability} was asked for: use fp16.")
+        if float(capability) < NEEDS.get(precision, 0.0):
+            raise ConfigError(
+                f"{precision} needs compute capability {NEEDS[precision]} or later; {capability} was asked for: "
+                "use fp16."
+            )
+
+
+def _known(module: "ModuleType") -> list[str]:
+    """List the compute capabilities that a TensorRT-RTX builds for."""
+    names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+    return [f"{name[:-1]}.{name[-1]}" for name in names]
 
 
 def add_plan(bundle: Bundle, flavour: str, compute_capabilities: tuple[str, ...], progress: Progress) -> Path:
@@ -124,7 +139,15 @@ def add_plan(bundle: Bundle, flavour: str, compute_capabilities: tuple[str, ...]
         bundle.verify(GRAPH_DATA)
         with TemporaryDirectory(prefix=STAGING, dir=bundle.path) as folder:
             with progress.step(f"Build the {target.flavour} plan") as step:
-                entry, plan = build_plan(graph, target, manifest.input, manifest.batch, Path(folder), step)
+                entry, plan = build_plan(
+                    graph,
+                    target,
+                    manifest.input,
+                    manifest.batch,
+                    Path(folder),
+                    step,
+                    mixed=manifest.is_mixed,
+                )
             added = bundle.add_plan(entry, plan)
     return bundle.path / added.manifest.plans[-1].file
 
@@ -136,12 +159,19 @@ def plan_name(target: Target, version: str) -> str:
 
 
 def build_plan(
-    graph: Path, target: Target, tensor: TensorSpec, batch: BatchProfile, folder: Path, step: Step
+    graph: Path,
+    target: Target,
+    tensor: TensorSpec,
+    batch: BatchProfile,
+    folder: Path,
+    step: Step,
+    *,
+    mixed: bool = False,
 ) -> tuple[PlanEntry, Path]:
     """Build ``graph`` into a plan under ``folder`` and return what it needs, and where it lies.
 
-    Raises BuildError with TensorRT's own words when it refuses, and when the plan is not of the precision that
-    the graph is in.
+    ``mixed``: the graph holds some weights in FP32, or in 8 bits. Raises BuildError with TensorRT's own words when
+    it refuses, and when the plan is not of the precision that the graph is in.
     """
     module = load_flavour(target.flavour)
     if target.flavour == "tensorrt":
@@ -163,7 +193,7 @@ def build_plan(
     with _collect_errors() as errors, _hold_interrupts(monitor):
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
-            _check_network(parsed[1], module, tensor.dtype)
+            _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
             if target.flavour == "tensorrt-rtx":
                 pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
                 config = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
@@ -182,7 +212,7 @@ def build_plan(
     return entry, path
 
 
-def _check_network(network: Any, module: Any, dtype: str) -> None:
+def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
     """Have the parsed network hold its weights in ``dtype``: strongly typed, TensorRT must keep them so."""
     wanted = {"float16": module.DataType.HALF, "bfloat16": module.DataType.BF16, "float32": module.DataType.FLOAT}[
         dtype
@@ -192,6 +222,8 @@ def _check_network(network: Any, module: Any, dtype: str) -> None:
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if layer.type == module.LayerType.CONSTANT and (tensor := layer.get_output(0)).dtype in values:
             values[tensor.dtype] += prod(tensor.shape)
+    if mixed:
+        values.pop(module.DataType.FLOAT)
     others = sum(values.values()) - values[wanted]
     if others > FOREIGN_SHARE * values[wanted]:
         raise BuildError(

@@ -1,19 +1,27 @@
-"""Trace a truncated tower to ONNX, with a dynamic batch and the precision written into the graph."""
+"""Write a traced tower as ONNX, with the precision in the graph and a name on every node.
 
+A node is named after the module that it comes from, and so are the hidden states that pass from layer to layer: a
+profile of the engine can be read, and `trtower check --by-layer` finds its way.
+"""
+
+import ast
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 import onnx_ir
 import torch
-from torch import nn
+from torch.export import ExportedProgram
 
 from trtower.bundle import GRAPH_DATA
 from trtower.errors import BuildError
-from trtower.spec import BatchProfile, TensorSpec
+from trtower.spec import TensorSpec
 
 OPSETS = {"float16": 23, "bfloat16": 23, "float32": 20}
 """Opset 23 gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision."""
@@ -25,35 +33,74 @@ INPUT_DTYPES = {
 }
 
 
-def write_onnx(tower: nn.Module, input_: TensorSpec, output: TensorSpec, batch: BatchProfile, path: Path) -> None:
-    """Cast ``tower`` in place to the input's dtype, trace it, and write ``path`` with its weights beside it.
+HIDDEN_STATE = "hidden_state."
+"""What the names of hidden states in the graph begin with; their index follows."""
+
+Quantise: TypeAlias = Callable[[onnx_ir.Model, Mapping[onnx_ir.Node, str]], None]
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def write_onnx(
+    program: ExportedProgram,
+    input_: TensorSpec,
+    output: TensorSpec,
+    path: Path,
+    *,
+    islands: bool = False,
+    quantise: Quantise | None = None,
+) -> None:
+    """Write a tower that `operations.trace` traced to ``path``, with its weights beside it.
 
     The same weights give the same bytes: names of source files, which PyTorch writes into every node, are
-    taken out. Raises BuildError where the graph is not what ``input_`` and ``output`` promise.
+    taken out. With ``islands`` it may hold weights in FP32 beside half precision; ``quantise`` is given the graph and
+    the module of every node, and may write 8 bits into it. Raises BuildError where the graph is not what ``input_``
+    and ``output`` promise.
     """
-    dtype: torch.dtype = getattr(torch, input_.dtype)
-    example = torch.zeros((2, *(int(size) for size in input_.shape[1:])), dtype=dtype)
-    # A batch of exactly 1 would be a constant to torch.export, so the dimension reaches to 2 at least.
-    dynamic_shapes = {input_.name: {0: torch.export.Dim("batch", min=1, max=max(batch.max, 2))}}
+    kinds = {INPUT_DTYPES[input_.dtype]} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
     with _quiet_exporter():
-        program = torch.onnx.export(
-            tower.to(dtype),
-            (example,),
+        written = torch.onnx.export(
+            program,
+            (),
             dynamo=True,
             opset_version=OPSETS[input_.dtype],
             input_names=[input_.name],
             output_names=[output.name],
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes={input_.name: {0: str(input_.shape[0])}},
             verbose=False,
         )
-        assert program is not None  # noqa: S101 - dynamo=True returns the program
-        _strip(program.model)
-        _lay_out(program.model)
-        program.save(path, external_data=True)
-        for value in program.model.graph.initializers.values():
+        assert written is not None  # noqa: S101 - dynamo=True returns the program
+        modules = _name(written.model)
+        if quantise:
+            quantise(written.model, modules)
+        _strip(written.model)
+        _lay_out(written.model)
+        written.save(path, external_data=True)
+        for value in written.model.graph.initializers.values():
             value.const_value = None  # the exporter's own cycles would keep the weights in memory
     path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # written for the owner alone
-    _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output)
+    _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output, kinds)
+
+
+def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
+    """Name every node after its module, and the hidden states after their index; give the modules."""
+    modules: dict[onnx_ir.Node, str] = {}
+    seen = Counter[str]()
+    states: dict[int, onnx_ir.Value] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        modules[node] = module
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        layer = re.match(r"layers\.(\d+)(\.|$)", module)
+        if layer or re.match(r"stem(\.|$)", module):
+            states[int(layer[1]) + 1 if layer else 0] = node.outputs[0]  # its last node is what it hands on
+    for index, value in states.items():
+        if not value.is_graph_output():
+            value.name = f"{HIDDEN_STATE}{index}"
+    return modules
 
 
 def _strip(model: onnx_ir.Model) -> None:
@@ -88,21 +135,21 @@ def _copied_when_written(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
     return onnx_ir.LazyTensor(row_major, dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
-def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSpec) -> None:
+def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSpec, kinds: Collection[int]) -> None:
     for found, expected in ((list(graph.input), input_), (list(graph.output), output)):
         shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in found]
-        kinds = [v.type.tensor_type.elem_type for v in found]
+        types = [v.type.tensor_type.elem_type for v in found]
         if (
             [v.name for v in found] != [expected.name]
             or shapes != [expected.shape]
-            or kinds != [INPUT_DTYPES[expected.dtype]]
+            or types != [INPUT_DTYPES[expected.dtype]]
         ):
             raise BuildError(
-                f"the traced graph has {[v.name for v in found]} of shape {shapes} and types {kinds}; "
+                f"the traced graph has {[v.name for v in found]} of shape {shapes} and types {types}; "
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
     for tensor in graph.initializer:
-        if tensor.data_type in INPUT_DTYPES.values() and tensor.data_type != INPUT_DTYPES[input_.dtype]:
+        if tensor.data_type in INPUT_DTYPES.values() and tensor.data_type not in kinds:
             raise BuildError(f"initialiser {tensor.name} is not {input_.dtype}: the tower was not cast as a whole.")
 
 

@@ -2,45 +2,43 @@
 
 The reference is transformers' own forward pass in FP32 with every layer in place, so a tower cut one layer off,
 or traced wrongly, cannot agree with it by construction. PyTorch in the bundle's own precision runs beside it:
-its error is what the eager tower that is being replaced makes, and the bundle is judged against that.
+its error is what the eager tower that is being replaced makes, and the bundle is judged against that. Engines have
+been wrong at one batch size only, so every batch of the profile is run, and one that goes through in pieces.
 """
 
 import copy
 import datetime
-import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from trtower.bundle import PREPROCESSOR, Bundle
+from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
 from trtower.errors import CheckpointError
 from trtower.image_processor import ImageProcessor
-from trtower.manifest import Bound, Certificate, Figures, ImageFigures, Manifest
-from trtower.runners import Runner
+from trtower.manifest import BatchFigures, Certificate, ImageFigures, Manifest
+from trtower.runners import Runner, run_batch
 from trtower.runners.choose import candidates, choose
+from trtower.spec import PRECISIONS, BatchProfile
+from trtower_export.bounds import judge
 from trtower_export.checkpoint import Checkpoint
-from trtower_export.emulation import EMULATED_BF16, open_emulated
-from trtower_export.photographs import Photographs
+from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
+from trtower_export.evidence import ImageEvidence
+from trtower_export.figures import Sums, total
+from trtower_export.layers import GraphStates, LayerSums
+from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images
 from trtower_export.progress import Progress
-from trtower_export.truncate import truncate, weights_sha256
+from trtower_export.quantisation import read_quantised, simulate_quantised
+from trtower_export.truncate import TruncatedTower, truncate, weights_sha256
 
-TOKEN_COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99}
-"""The worst token of any image. PyTorch's own FP16 and BF16 leave 0.99998 and 0.9990 on a pretrained ViT-S/14;
-a random ViT-B/32 cut one layer off leaves 0.983, with a relative error of 0.17."""
+DRAWN = "drawn"
+"""What bounds call the images that are no photographs."""
 
-RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Over all images: about five times what PyTorch's own FP16 (1.7e-3) and BF16 (1.3e-2) make on that ViT."""
-
-RATIO_TO_TORCH = 3.0
-"""The relative error over PyTorch's own in the same precision. ONNX Runtime's FP16 measured 0.36 (random
-ViT-L/14-336) and 1.16 (pretrained ViT-S/14). In FP32 PyTorch's own error is zero, and there is no ratio."""
-
-Comparison = Callable[[str, Tensor, Tensor, Tensor], None]
-"""Takes an image's name, its pixel_values (3, S, S), and its tokens (P + N, D) from PyTorch and the bundle, in FP32."""
+See = Callable[[ImageEvidence], None]
+"""Is shown what became of each image, such as for a report."""
 
 
 def certify(
@@ -49,149 +47,169 @@ def certify(
     photographs: Photographs,
     *,
     backend: str = "auto",
+    quick: bool = False,
+    by_layer: bool = False,
     progress: Progress,
-    compare: Comparison | None = None,
+    see: See | None = None,
 ) -> Certificate:
-    """Check ``bundle`` on ``photographs``; the result passes or not, and is not yet written anywhere.
+    """Check ``bundle`` on ``photographs`` and on drawn images; the result passes or not, and is written nowhere yet.
 
-    ``compare`` is given what each image was and what became of it, such as for a picture.
+    ``quick`` takes photographs alone, and the smallest batch. ``by_layer`` compares every hidden state on the way.
     Raises BackendError where nothing here can run the bundle, and CheckpointError where ``checkpoint`` has other
-    weights than the bundle.
+    weights than the bundle, or is not finite in FP32.
     """
     manifest = bundle.manifest
-    spec = manifest.spec
     runner = _open(bundle, backend)
+    states = GraphStates(bundle, emulated=isinstance(runner, EmulatedRunner)) if by_layer else None
     with progress.step("Load PyTorch's tower"):
-        model = checkpoint.load_model(spec)
-        torch_tower = copy.deepcopy(truncate(model, checkpoint.family, spec))
-        _check_weights(torch_tower, manifest, checkpoint.source)
-        torch_tower.to(runner.device, runner.dtype)
-    processor = ImageProcessor.from_file(bundle.verify(PREPROCESSOR))
-    total = {"bundle": Sums(), "torch": Sums()}
-    rows = []
-    with progress.step(f"Compare on {len(photographs.images)} images") as step, torch.no_grad():
-        for index, photograph in enumerate(photographs.images):
-            step.update(index / len(photographs.images), photograph.name)
-            pixel_values = processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"]
-            states = checkpoint.family.read_states(model, pixel_values)
-            reference = torch.cat([states[layer] for layer in spec.layers], dim=-1)
-            pixel_values = pixel_values.to(runner.device, runner.dtype)
-            batch = pixel_values.repeat(manifest.batch.min, 1, 1, 1)
-            features = torch.empty(
-                len(batch), spec.num_tokens, spec.hidden_size, dtype=runner.dtype, device=runner.device
-            )
-            runner.run(batch, features)
-            figures = {}
-            for name, found in (("bundle", features[:1]), ("torch", torch_tower(pixel_values))):
-                sums = Sums.of(found.float().cpu(), reference)
-                figures[name] = sums.figures()
-                total[name].add(sums)
-            rows.append(ImageFigures(name=photograph.name, **figures))
-            if compare:
-                compare(photograph.name, pixel_values[0].float().cpu(), reference[0], features[0].float().cpu())
-    bounds = judge(manifest.precision, total["bundle"].figures(), total["torch"].figures())
+        model = checkpoint.load_model(manifest.spec)
+        own_tower = copy.deepcopy(truncate(model, checkpoint.family, manifest.spec))
+        _check_weights(own_tower, manifest, checkpoint.source)
+        own_tower = _in_precision(own_tower, bundle).to(runner.device)
+    images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
+    batches = [manifest.batch.min] if quick else batches_of(manifest.batch)
+    towers = _Towers(bundle, checkpoint, model, own_tower, runner, states)
+    found = _Found(by_batch={batch: {} for batch in batches})
+    title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
+    with progress.step(title) as step, torch.no_grad():
+        for start in range(0, len(images), max(batches)):
+            step.update(start / len(images), f"from {images[start].name} on")
+            _compare(towers, images[start : start + max(batches)], found, see)
+    measured = {
+        kind: ([by_kind[kind].figures() for by_kind in found.by_batch.values()], own.figures())
+        for kind, own in found.own.items()
+    }
+    bounds = judge(manifest.precision, measured)
     plans = [plan.file for plan in manifest.plans]
+    depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
     return Certificate(
         passed=all(bound.holds for bound in bounds),
         ran="plan" if runner.files[0] in plans else "graph",
         backend=runner.name,
-        files={name: manifest.files[name].sha256 for name in runner.files},
+        executed=tuple(runner.files),
+        files={name: manifest.files[name].sha256 for name in depends},
         not_run=tuple(plan for plan in plans if plan not in runner.files),
         reference=f"{checkpoint.family.model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU",
-        images=tuple(rows),
+        images=tuple(found.images),
         images_sha256=photographs.sha256,
-        bundle=total["bundle"].figures(),
-        torch=total["torch"].figures(),
+        skipped=photographs.skipped,
+        batches=tuple(
+            BatchFigures(batch=batch, bundle=total(sums.values()).figures()) for batch, sums in found.by_batch.items()
+        ),
+        layers=found.layers.figures(),
+        bundle=total(sums for by_kind in found.by_batch.values() for sums in by_kind.values()).figures(),
+        torch=total(found.own.values()).figures(),
         bounds=bounds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        machine=_machine(runner.device),
+        gpu=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None,
+        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
+
+
+def batches_of(profile: BatchProfile) -> list[int]:
+    """List how many images are run at once: minimum, optimum, maximum, and one more, which takes two calls."""
+    return sorted({profile.min, profile.opt, profile.max, profile.max + 1})
+
+
+@dataclass(frozen=True)
+class _Towers:
+    """What is compared: the full model in FP32, the cut tower in the bundle's precision, and the bundle."""
+
+    bundle: Bundle
+    checkpoint: Checkpoint
+    model: nn.Module
+    own: TruncatedTower
+    runner: Runner
+    states: GraphStates | None
+
+    def reference(self, name: str, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Give every hidden state of the full model, in FP32."""
+        states = self.checkpoint.family.read_states(self.model, pixel_values)
+        if not all(states[layer].isfinite().all() for layer in self.bundle.manifest.spec.layers):
+            raise CheckpointError(
+                f"{self.checkpoint.source} is not finite in FP32 on {name} already, so nothing can be compared with "
+                f"it: trtower doctor {self.checkpoint.source} names the operation."
+            )
+        return states
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What was found so far; sums by the kind of the images, photographs or drawn."""
+
+    by_batch: dict[int, dict[str, Sums]]
+    own: dict[str, Sums] = field(default_factory=dict)
+    images: list[ImageFigures] = field(default_factory=list)
+    layers: LayerSums = field(default_factory=LayerSums)
+
+
+def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: See | None) -> None:
+    """Run ``images`` one by one through PyTorch, and in every size of batch through the bundle."""
+    manifest, runner = towers.bundle.manifest, towers.runner
+    processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
+    pixels = [processor.preprocess(image.image, return_tensors="pt")["pixel_values"] for image in images]
+    references, owns, own_sums = [], [], []
+    for image, pixel_values in zip(images, pixels, strict=True):
+        states = towers.reference(image.name, pixel_values)
+        references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
+        own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
+        owns.append(towers.own.read(own_states).float().cpu())
+        own_sums.append(Sums.of(owns[-1], references[-1]))
+        found.own.setdefault(_kind(image), Sums()).add(own_sums[-1])
+        if towers.states:
+            found.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
+    features: dict[int, Tensor] = {}
+    sums = [Sums() for _ in images]
+    for batch, by_kind in found.by_batch.items():
+        for start in range(0, len(images), batch):
+            members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
+            taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype)
+            for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
+                features.setdefault(member, row.float().cpu())
+                error = Sums.of(row[None].float().cpu(), references[member])
+                sums[member].add(error)
+                by_kind.setdefault(_kind(images[member]), Sums()).add(error)
+    for index, image in enumerate(images):
+        found.images.append(
+            ImageFigures(
+                name=image.name, kind=image.kind, bundle=sums[index].figures(), torch=own_sums[index].figures()
+            )
+        )
+        if see:
+            see(
+                ImageEvidence(
+                    name=image.name,
+                    kind=image.kind,
+                    pixel_values=pixels[index][0].to(runner.dtype).float(),
+                    reference=references[index][0],
+                    bundle=features[index],
+                    torch=owns[index][0],
+                )
+            )
+
+
+def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
+    """Bring PyTorch's tower into the precision of a bundle; 8 bits are simulated, with the bundle's own scales."""
+    manifest = bundle.manifest
+    if manifest.calibration is None:
+        return tower.to(getattr(torch, PRECISIONS[manifest.precision]))
+    return simulate_quantised(tower, manifest.precision, read_quantised(bundle))
+
+
+def _kind(image: Photograph) -> str:
+    return PHOTOGRAPH if image.kind == PHOTOGRAPH else DRAWN
 
 
 def _open(bundle: Bundle, backend: str) -> Runner:
     """Open what a tower would run on; a BF16 bundle that nothing here can run is checked in emulation."""
     stuck = all(candidate.obstacle for candidate in candidates(bundle))
-    if backend == EMULATED_BF16 or (backend == "auto" and bundle.manifest.precision == "bf16" and stuck):
-        return open_emulated(bundle)
+    if backend == "auto" and bundle.manifest.precision == "bf16" and stuck:
+        backend = "emulated-bf16"
+    if backend in EMULATED:
+        require_precision(bundle, backend)
+        return EmulatedRunner(bundle)
     return choose(bundle, backend)
-
-
-def judge(precision: str, bundle: Figures, own: Figures) -> tuple[Bound, ...]:
-    """Hold the figures over all images against the bounds of a precision. NaN in the bundle's holds nothing."""
-
-    def at_most(figure: str, limit: float, measured: float | None) -> Bound:
-        return Bound(figure=figure, limit=limit, measured=measured, holds=measured is not None and measured <= limit)
-
-    cosine = bundle.token_cosine_min
-    limit = TOKEN_COSINE_MIN[precision]
-    bounds = [
-        at_most("non_finite", 0.0, float(bundle.non_finite)),
-        Bound(figure="token_cosine_min", limit=limit, measured=cosine, holds=cosine is not None and cosine >= limit),
-        at_most("relative_error", RELATIVE_ERROR[precision], bundle.relative_error),
-    ]
-    if precision != "fp32":
-        bounds.append(
-            at_most("relative_error_over_torch", RATIO_TO_TORCH, _ratio(bundle.relative_error, own.relative_error))
-        )
-    return tuple(bounds)
-
-
-def _ratio(found: float | None, own: float | None) -> float | None:
-    """Divide two relative errors; where PyTorch's own half precision overflows, any finite error is better."""
-    if found is None:
-        return None
-    if found == 0.0 or own is None:
-        return 0.0
-    return found / own if own else None
-
-
-@dataclass
-class Sums:
-    """What the figures of one image, or of many, are made of, in FP64."""
-
-    squared_error: float = 0.0
-    squared_reference: float = 0.0
-    max_abs_error: float = 0.0
-    non_finite: int = 0
-    cosines: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, found: Tensor, reference: Tensor) -> "Sums":
-        """Compare tokens (..., D) with the reference's."""
-        x, ref = found.double(), reference.double()
-        error = x - ref
-        return cls(
-            squared_error=float(error.square().sum()),
-            squared_reference=float(ref.square().sum()),
-            max_abs_error=float(error.abs().max()),
-            non_finite=found.numel() - int(found.isfinite().sum()),
-            cosines=[torch.nn.functional.cosine_similarity(x, ref, dim=-1).flatten()],
-        )
-
-    def add(self, other: "Sums") -> None:
-        """Take another image in."""
-        self.squared_error += other.squared_error
-        self.squared_reference += other.squared_reference
-        # max() would drop a NaN that comes second
-        self.max_abs_error = float(torch.tensor([self.max_abs_error, other.max_abs_error], dtype=torch.double).max())
-        self.non_finite += other.non_finite
-        self.cosines += other.cosines
-
-    def figures(self) -> Figures:
-        """Make the figures of all that was taken in."""
-        cosines = torch.cat(self.cosines)
-        return Figures(
-            token_cosine_mean=_finite(float(cosines.mean())),
-            token_cosine_min=_finite(float(cosines.min())),
-            relative_error=_finite(math.sqrt(self.squared_error / self.squared_reference)),
-            max_abs_error=_finite(self.max_abs_error),
-            non_finite=self.non_finite,
-        )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
@@ -200,9 +218,3 @@ def _check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
             f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
             f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
         )
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, not run on a GPU"

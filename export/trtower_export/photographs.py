@@ -5,15 +5,19 @@ Real photographs, because noise excites none of the outlier channels that half p
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from trtower.errors import ConfigError, InputError
 from trtower.extras import import_extra
+from trtower.image_processor import ImageProcessor
+from trtower_export.progress import Progress
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -33,16 +37,24 @@ SHIPPED = (
     "brick.png",
 )
 
+SEED = 0
+SQUARES = 8
+"""Squares along one side of the drawn image of pure colours."""
+
 # What Pillow's decoders raise on a damaged file; a bomb is no OSError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
+PHOTOGRAPH = "photograph"
+
+
 @dataclass(frozen=True)
 class Photograph:
-    """One RGB image and the name of its file."""
+    """One RGB image and the name of its file; ``kind`` is another where it was drawn and not taken."""
 
     name: str
     image: Image.Image
+    kind: str = PHOTOGRAPH
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,35 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
     return Photographs(images, tuple(skipped), _digest(images))
 
 
+def prepare(photographs: Photographs, processor: ImageProcessor) -> list[Tensor]:
+    """Turn photographs into pixel_values, each (1, 3, S, S), in FP32."""
+    pixels = (processor.preprocess(each.image, return_tensors="pt")["pixel_values"] for each in photographs.images)
+    return [pixel_values.float() for pixel_values in pixels]
+
+
+def say_skipped(photographs: Photographs, progress: Progress) -> None:
+    """Say which files could not be read, and how many."""
+    if photographs.skipped:
+        progress.say(f"skipped {len(photographs.skipped)} that are no readable image: {_named(photographs.skipped)}")
+
+
+def draw_images(size: int) -> tuple[Photograph, ...]:
+    """Draw what no camera takes, S pixels a side: noise, one grey, all white, and squares of pure colours.
+
+    They reach what photographs do not: every token alike, and every pixel at its limit.
+    """
+    generator = np.random.default_rng(SEED)
+    noise = generator.integers(0, 256, (size, size, 3))
+    grey, white = np.full((size, size, 3), 128), np.full((size, size, 3), 255)
+    squares = (generator.integers(0, 2, (SQUARES, SQUARES, 3)) * 255).repeat(-(-size // SQUARES), 0)
+    squares = squares.repeat(-(-size // SQUARES), 1)[:size, :size]
+    drawn = {"noise": ("noise", noise), "grey": ("constant", grey)}
+    drawn |= {"white": ("saturated", white), "squares": ("saturated", squares)}
+    return tuple(
+        Photograph(name, Image.fromarray(pixels.astype(np.uint8)), kind) for name, (kind, pixels) in drawn.items()
+    )
+
+
 def _shipped() -> list[Path]:
     skimage = import_extra("skimage", extra="demo", purpose="the set of a dozen photographs")
     data = Path(skimage.__file__).parent / "data"
@@ -107,7 +148,7 @@ def _read(paths: Iterable[Path], skipped: list[str]) -> Iterable[Photograph]:
             yield Photograph(path.name, upright)
 
 
-def _named(names: list[str]) -> str:
+def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -1,13 +1,15 @@
 """From a checkpoint to a bundle: the whole story. A reader starts here.
 
-checkpoint -> truncate -> onnx_graph -> engine -> bundle -> parity
+checkpoint -> truncate -> precision -> onnx_graph -> engine -> bundle -> parity
 """
 
 import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxscript
@@ -29,21 +31,25 @@ from trtower.bundle import (
     write_manifest,
 )
 from trtower.errors import BuildError, BundleError, ConfigError
+from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
-from trtower.manifest import SCHEMA, Manifest, Source
-from trtower.spec import PRECISIONS, BatchProfile
+from trtower.manifest import SCHEMA, Calibration, Manifest, Source
+from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
 from trtower_export.layouts import Trust
 from trtower_export.onnx_graph import write_onnx
-from trtower_export.parity import Comparison, certify
-from trtower_export.photographs import Photographs, load_photographs
+from trtower_export.parity import certify
+from trtower_export.photographs import Photographs, load_photographs, prepare, say_skipped
+from trtower_export.precision import find_islands, left_in_half, trace_with_islands
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
+from trtower_export.quantisation import calibrate, write_quantised
 from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
+AUTO = "auto"
 ENGINES = Path("engines")
 DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
 
@@ -53,12 +59,20 @@ CHECK_PHOTOGRAPHS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default."""
+    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default.
+
+    ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
+    a folder; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8" are calibrated on
+    ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`.
+    """
 
     select_layer: LayerCode | None = None
     select_feature: str | None = None
     image_size: int | None = None
     precision: str = "fp16"
+    keep_fp32: tuple[str, ...] = ()
+    keep_fp16: tuple[str, ...] | None = None
+    images: Path | None = None
     batch: BatchProfile | None = None
     flavour: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
@@ -69,8 +83,14 @@ class ExportOptions:
     check: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
+        if self.precision not in (AUTO, *PRECISIONS):
+            raise ConfigError(f"precision {self.precision!r} is unknown: {AUTO}, {', '.join(PRECISIONS)} are known.")
+        if self.keep_fp32 and self.precision == "fp32":
+            raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
+        if self.keep_fp16 is not None and self.precision not in EIGHT_BIT:
+            raise ConfigError(
+                f"--keep-fp16 is for {' and '.join(EIGHT_BIT)}; precision {self.precision} was asked for."
+            )
 
 
 def export_tower(
@@ -86,19 +106,20 @@ def export_tower(
     CheckpointError and BuildError in the course of it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
-    target, choice = choose_target(options.flavour, options.compute_capabilities, options.precision)
-    photographs = load_photographs(None, limit=CHECK_PHOTOGRAPHS) if options.check else None
+    precision = "fp16" if options.precision == AUTO else options.precision
+    target, choice = choose_target(options.flavour, options.compute_capabilities, precision)
+    photographs = _photographs(options, progress)
     checkpoint = open_checkpoint(
         source, random_weights=options.random_weights, revision=options.revision, trust=options.trust
     )
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
     batch = options.batch or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH)
-    input_, output = spec.input(options.precision), spec.output(options.precision)
+    input_, output = spec.input(precision), spec.output(precision)
     out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
     refuse_existing(out, overwrite=options.overwrite)
     preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
     progress.say(checkpoint.describe())
-    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.precision}; {choice}")
+    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {precision}; {choice}")
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
         with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
@@ -107,10 +128,24 @@ def export_tower(
             tower = truncate(model, checkpoint.family, spec)
             del model  # its dead layers with it
             weights = weights_sha256(tower)
-        _check_space(tower, options.precision, folder, plans=target is not None)
-        with progress.step("Trace to ONNX"):
-            write_onnx(tower, input_, output, batch, folder / GRAPH)
+        _check_space(tower, precision, folder, plans=target is not None)
+        keep, quantise, calibration = options.keep_fp32, None, None
+        images = prepare(photographs, ImageProcessor(preprocessor)) if photographs else []
+        if options.precision == AUTO:
+            keep = find_islands(tower, spec, images, progress, always=keep)
+        with progress.step("Trace"):
+            program, kept = trace_with_islands(tower, spec, precision, batch, keep, spare=precision in EIGHT_BIT)
+        if precision in EIGHT_BIT and photographs:
+            with progress.step(f"Calibrate {precision} on {len(images)} images"):
+                leave = left_in_half(program, precision, options.keep_fp16).union(kept)
+                scales = calibrate(tower, precision, images, leave)
+            quantise = partial(write_quantised, precision=precision, scales=scales)
+            calibration = Calibration(layers=len(scales), images=len(images), images_sha256=photographs.sha256)
+        with progress.step("Write ONNX"):
+            write_onnx(program, input_, output, folder / GRAPH, islands=bool(kept), quantise=quantise)
         release(tower)
+        if options.precision == AUTO or kept:
+            progress.say(f"in FP32: {', '.join(kept) or 'nothing, FP16 holds the bounds as it is'}")
         checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
         (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -126,7 +161,9 @@ def export_tower(
                 weights_sha256=weights,
                 random_weights=checkpoint.random_weights,
             ),
-            precision=options.precision,
+            precision=precision,
+            keep_fp32=kept,
+            calibration=calibration,
             input=input_,
             output=output,
             batch=batch,
@@ -138,32 +175,42 @@ def export_tower(
         progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:
             with progress.step(f"Build the {target.flavour} plan") as step:
-                entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step)
+                entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step, mixed=manifest.is_mixed)
             manifest = replace(manifest, plans=(entry,), files={**manifest.files, entry.file: describe(plan)})
         write_manifest(folder, manifest)
 
     bundle = Bundle.open(out)
-    if photographs is None:
+    if not options.check or photographs is None:
         return bundle
     progress.say(f"{out} is complete; the check follows")
-    return check_bundle(bundle, checkpoint, photographs, progress)
+    return check_bundle(bundle, checkpoint, photographs, progress, quick=True)
 
 
 def check_bundle(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    photographs: Photographs,
-    progress: Progress,
-    *,
-    backend: str = "auto",
-    compare: Comparison | None = None,
+    bundle: Bundle, checkpoint: Checkpoint, photographs: Photographs, progress: Progress, **options: Any
 ) -> Bundle:
-    """Certify a bundle (see `certify`) and write the certificate into it, passed or not."""
+    """Certify a bundle (see `certify`, which takes ``options``) and write the certificate into it, passed or not."""
     if not os.access(bundle.path, os.W_OK):
         raise BundleError(f"{bundle.path} is read-only, and its certificate is written into it: check a copy of it.")
-    certificate = certify(bundle, checkpoint, photographs, backend=backend, progress=progress, compare=compare)
+    certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
     with disk_errors(bundle.path), locked(bundle.path):
         return bundle.add_certificate(certificate)
+
+
+def _photographs(options: ExportOptions, progress: Progress) -> Photographs | None:
+    """Load the images that a calibration, a search or the check needs: those that were named, else the demo's."""
+    calibrates = options.precision in EIGHT_BIT
+    if not options.check and not calibrates and options.precision != AUTO:
+        return None
+    limit = None if options.images or calibrates else CHECK_PHOTOGRAPHS
+    photographs = load_photographs(options.images, limit=limit)
+    say_skipped(photographs, progress)
+    if calibrates and options.images is None:
+        progress.say(
+            f"WARNING: {options.precision} is calibrated on {len(photographs.images)} photographs of the demo: name "
+            "some that are like those the tower will see, with --images"
+        )
+    return photographs
 
 
 def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:

@@ -1,12 +1,20 @@
 """Show a certificate as a table."""
 
+import math
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from trtower.inspection import describe_figure
-from trtower.manifest import Bound, Certificate, Figures
+from trtower.inspection import describe_figure, describe_run
+from trtower.manifest import Bound, Certificate, Figures, LayerFigures
+from trtower_export.doctor import OperationFigures
+from trtower_export.layers import first_jump
 
-COLUMNS = ("cos mean", "cos min", "rel error", "max error", "NaN/inf")
+WIDTH = 110
+"""Characters that the doctor's table wants, whatever is at the other end of a pipe."""
+
+COLUMNS = ("cos mean", "cos min", "p99.9", "rel error", "NaN/inf")
 
 
 def print_certificate(console: Console, certificate: Certificate, *, rehearsal: bool) -> None:
@@ -18,29 +26,102 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     for row in certificate.images:
         table.add_row(row.name, *_cells(row.bundle), describe_figure(row.torch.relative_error))
     table.add_row("all", *_cells(certificate.bundle), describe_figure(certificate.torch.relative_error), style="bold")
+    if len(certificate.batches) > 1:
+        for each in certificate.batches:
+            table.add_row(f"{each.batch} at once", *_cells(each.bundle), "")
     console.print(table)
+    if certificate.layers:
+        _print_layers(console, certificate.layers)
     for bound in certificate.bounds:
         console.print(f"  {_bound(bound)}", highlight=False)
     verdict = "passed" if certificate.passed else "FAILED"
     if rehearsal:
         verdict += " (a rehearsal, with random weights)"
-    console.print(f"{verdict}: {_what_ran(certificate)}", highlight=False, soft_wrap=True)
-
-
-def _what_ran(certificate: Certificate) -> str:
-    subject = "the plan was run" if certificate.ran == "plan" else "the ONNX graph was run"
-    text = f"{subject} on {certificate.backend}, against {certificate.reference}"
+    ran = describe_run(certificate.ran, certificate.backend, certificate.gpu)
+    not_run = ""
     if certificate.not_run:
-        text += f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU proves it"
-    return text
+        not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU proves it"
+    console.print(f"{verdict}: {ran}, against {certificate.reference}{not_run}", highlight=False, soft_wrap=True)
+
+
+def print_operations(console: Console, operations: Sequence[OperationFigures], *, every: bool) -> None:
+    """Print what the doctor found: every operation, or of the same one in all layers the worst of each figure.
+
+    Then what FP16 cannot hold, and what costs most.
+    """
+    table = Table(box=None, pad_edge=False)
+    for column in ("operation", "largest", "headroom", "overflow", "subnormal", "alone, FP16", "alone, BF16"):
+        table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
+    parts: dict[str, list[OperationFigures]] = {}
+    for operation in operations:
+        general = f"layers.*.{operation.part}" if operation.layer is not None else operation.name
+        parts.setdefault(operation.name if every else general, []).append(operation)
+    for name, same in parts.items():
+        largest = max(same, key=lambda each: each.largest)
+        table.add_row(
+            name,
+            _at(f"{largest.largest:.4g}", largest, same),
+            f"{largest.headroom:.3g}x",
+            str(sum(each.overflow for each in same)),
+            f"{max(each.subnormal for each in same):.2%}",
+            *(_worst(same, precision) for precision in ("fp16", "bf16")),
+            style="bold red" if any(each.overflow for each in same) else None,
+        )
+    console.print(table, width=max(console.width, WIDTH), crop=False)
+    overflowing = [operation.name for operation in operations if operation.overflow]
+    if overflowing:
+        console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)
+    else:
+        tightest = max(operations, key=lambda each: each.largest)
+        console.print(
+            f"nothing is beyond FP16's 65504; the tightest is {tightest.name}, with {tightest.headroom:.3g} times as "
+            "much room",
+            highlight=False,
+            soft_wrap=True,
+        )
+    costly = sorted(operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
+    says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
+    console.print(f"most of the error of FP16: {says}", highlight=False, soft_wrap=True)
+
+
+def _worst(same: Sequence[OperationFigures], precision: str) -> str:
+    worst = max(same, key=lambda each: _error(each, precision))
+    return _at(describe_figure(worst.error[precision]), worst, same)
+
+
+def _at(text: str, operation: OperationFigures, same: Sequence[OperationFigures]) -> str:
+    return f"{text} @{operation.layer}" if len(same) > 1 else text
+
+
+def _error(operation: OperationFigures, precision: str) -> float:
+    error = operation.error[precision]
+    return math.inf if error is None else error
+
+
+def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("hidden state", "cos min", "rel error", "PyTorch's", "worst image", "token"):
+        table.add_column(column, justify="left" if column == "worst image" else "right", no_wrap=True)
+    for layer in layers:
+        figures = (layer.bundle.token_cosine_min, layer.bundle.relative_error, layer.torch.relative_error)
+        table.add_row(str(layer.layer), *map(describe_figure, figures), layer.worst_image, str(layer.worst_token))
+    console.print(table)
+    jump = first_jump(layers)
+    if jump is None:
+        console.print("  no layer's error jumps: it adds up from layer to layer, as rounding does", highlight=False)
+    else:
+        console.print(
+            f"  the error jumps at hidden state {jump.layer}, worst in {jump.worst_image} at token {jump.worst_token}",
+            highlight=False,
+        )
 
 
 def _cells(figures: Figures) -> tuple[str, ...]:
     return (
         describe_figure(figures.token_cosine_mean),
         describe_figure(figures.token_cosine_min),
+        describe_figure(figures.token_error_p999),
         describe_figure(figures.relative_error),
-        describe_figure(figures.max_abs_error),
         str(figures.non_finite),
     )
 
@@ -48,4 +129,4 @@ def _cells(figures: Figures) -> tuple[str, ...]:
 def _bound(bound: Bound) -> str:
     sign = ">=" if bound.figure == "token_cosine_min" else "<="
     verdict = "holds" if bound.holds else "MISSED"
-    return f"{verdict:<7}{bound.figure} {describe_figure(bound.measured)} {sign} {bound.limit:g}"
+    return f"{verdict:<7}{bound.images:<11}{bound.figure} {describe_figure(bound.measured)} {sign} {bound.limit:g}"

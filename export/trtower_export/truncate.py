@@ -26,11 +26,19 @@ class TruncatedTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Run only what is read."""
-        states = [self.stem(pixel_values)]
+        return self.read(self.states(pixel_values))
+
+    def states(self, pixel_values: Tensor) -> list[Tensor]:
+        """Give hidden states 0 to the deepest that is read, each (B, P + N, width), and the final norm's if read."""
+        states: list[Tensor] = [self.stem(pixel_values)]
         for layer in self.layers:
             states.append(self._run_layer(layer, states[-1]))
         if self.final_norm is not None:
             states.append(self.final_norm(states[-1]))
+        return states
+
+    def read(self, states: list[Tensor]) -> Tensor:
+        """Concatenate the states that are read: (B, P + N, D)."""
         return torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
 
 

@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -70,6 +70,33 @@ class Bundle:
     def altered(self) -> list[str]:
         """List the files whose content is not what the manifest says. Reads them all."""
         return [name for name, entry in self.manifest.files.items() if describe(self.path / name) != entry]
+
+    def certificate_void(self, altered: Collection[str] = ()) -> list[str]:
+        """List the files that the certificate speaks of and that are others now; all that are ``altered`` are."""
+        certificate, files = self.manifest.certificate, self.manifest.files
+        if certificate is None:
+            return []
+        return [
+            name
+            for name, sha256 in certificate.files.items()
+            if name in altered or name not in files or files[name].sha256 != sha256
+        ]
+
+    def uncertified(self, executed: Iterable[str]) -> str | None:
+        """Say why the certificate does not vouch for the files that are ``executed`` here; None where it does."""
+        certificate = self.manifest.certificate
+        if certificate is None:
+            return "it has no certificate"
+        if self.manifest.source.random_weights:
+            return "it is a rehearsal, with random weights"
+        if not certificate.passed:
+            missed = ", ".join(dict.fromkeys(bound.figure for bound in certificate.bounds if not bound.holds))
+            return f"its check of {certificate.date} missed {missed}"
+        if void := self.certificate_void():
+            return f"its certificate is void, {', '.join(void)} changed since"
+        if other := sorted(set(executed) - set(certificate.executed)):
+            return f"{other[0]} runs here, and the check of {certificate.date} ran {certificate.executed[0]}"
+        return None
 
     def read(self, name: str) -> bytes:
         """Read a file whole, and compare what was read with its sha256 in the manifest."""

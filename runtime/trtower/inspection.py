@@ -1,16 +1,17 @@
 """Describe a bundle: what it is, which plans it has, what would run here and why the others would not."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.manifest import Extent, Manifest
+from trtower.manifest import Extent
 from trtower.runners.choose import Candidate, candidates
 from trtower.spec import TowerSpec
 
 MB = 1_000_000
-ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
-"""Bytes of one parameter."""
+ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp8": 1, "int8": 1}
+"""Bytes of one parameter, or of almost every one."""
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         **{key: data[key] for key in ("name", "schema", "trtower", "spec", "full", "cut", "source")},
-        **{key: data[key] for key in ("precision", "input", "output")},
+        **{key: data[key] for key in ("precision", "keep_fp32", "calibration", "input", "output")},
         "batch": data["batch"],
         "hidden_size": manifest.spec.hidden_size,
         "num_patches": manifest.spec.num_patches,
@@ -40,7 +41,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "backends": rows,
         "certificate": data["certificate"],
         "altered": altered,
-        "certificate_void": _changed_files(manifest, altered),
+        "certificate_void": bundle.certificate_void(altered),
     }
 
 
@@ -52,19 +53,6 @@ def _without_altered(candidate: Candidate, altered: list[str]) -> Candidate:
     return dataclasses.replace(candidate, obstacle=f"{', '.join(spoilt)} was altered: copy the bundle again")
 
 
-def _changed_files(manifest: Manifest, altered: list[str]) -> list[str]:
-    """List the files that a certificate speaks of and that are not the ones in the bundle any more."""
-    certificate = manifest.certificate
-    if certificate is None:
-        return []
-    entries = manifest.files
-    return [
-        name
-        for name, sha256 in certificate.files.items()
-        if name in altered or name not in entries or entries[name].sha256 != sha256
-    ]
-
-
 def as_text(found: dict[str, Any]) -> str:
     """Put a description into words."""
     spec, source, batch = found["spec"], found["source"], found["batch"]
@@ -74,6 +62,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"  weights      {weights} (sha256 {source['weights_sha256'][:12]}…)",
         f"  reads        {TowerSpec(**spec).reading}",
         f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
+        f"  precision    {describe_precision(found['precision'], found['keep_fp32'], found['calibration'])}",
         f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {batch['opt']}",
         f"  features     {found['num_patches']} patches of {found['hidden_size']}",
         f"  on disk      {found['size'] / MB:.0f} MB, made by trtower {found['trtower']}",
@@ -106,6 +95,22 @@ def describe_cut(full: Extent, cut: Extent, precision: str) -> str:
     )
 
 
+def describe_precision(precision: str, keep_fp32: Sequence[str], calibration: dict[str, Any] | None) -> str:
+    """Say in one line what is computed in what."""
+    says = [precision]
+    if calibration:
+        says.append(f"{calibration['layers']} linear layers, calibrated on {calibration['images']} images")
+    if keep_fp32:
+        says.append(f"in FP32 {', '.join(keep_fp32)}")
+    return ", ".join(says)
+
+
+def describe_run(ran: str, backend: str, gpu: str | None) -> str:
+    """Say what a check executed, and where."""
+    subject = "the plan was run" if ran == "plan" else "the ONNX graph was run"
+    return f"{subject} on {backend}, {gpu or 'not run on a GPU'}"
+
+
 def describe_figure(value: float | None) -> str:
     """Write one of a certificate's figures: six places of a cosine, three digits of an error."""
     if value is None:
@@ -122,13 +127,14 @@ def _certificate(found: dict[str, Any]) -> str:
         return f"void: {', '.join(found['certificate_void'])} changed since: trtower check {found['path']}"
     verdict = "passed" if certificate["passed"] else "FAILED"
     figures = certificate["bundle"]
-    what = "the plan was run" if certificate["ran"] == "plan" else "the ONNX graph was run"
+    batches = ", ".join(str(each["batch"]) for each in certificate["batches"])
     text = (
-        f"{verdict} on {certificate['date']}, {len(certificate['images'])} images: {what} on {certificate['backend']}; "
+        f"{verdict} on {certificate['date']}, {len(certificate['images'])} images, {batches} at once: "
+        f"{describe_run(certificate['ran'], certificate['backend'], certificate['gpu'])}; "
         f"token cosine {describe_figure(figures['token_cosine_min'])} at least, "
         f"relative error {describe_figure(figures['relative_error'])}"
     )
-    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in certificate["files"]]
+    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in certificate["executed"]]
     if not_run:
         text += f"; built but NOT run: {', '.join(not_run)}"
     return text

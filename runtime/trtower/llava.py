@@ -34,6 +34,7 @@ class CLIPVisionTower(VisionTower):
         device: str | torch.device | None = None,
         check_finite: bool | None = None,
         count_cls: bool = False,
+        require_certificate: bool = False,
     ) -> None:
         args = vision_tower_cfg if args is None else args
         if not hasattr(args, "mm_vision_select_layer"):
@@ -46,7 +47,14 @@ class CLIPVisionTower(VisionTower):
                 f"s2 or dynamic_s2 of the config asks for several scales; {type(self).__name__} does not read them so: "
                 f"take trtower.{asked.__name__}, or trtower.build_vision_tower, which chooses."
             )
-        super().__init__(vision_tower, backend=backend, device=device, check_finite=check_finite, count_cls=count_cls)
+        super().__init__(
+            vision_tower,
+            backend=backend,
+            device=device,
+            check_finite=check_finite,
+            count_cls=count_cls,
+            require_certificate=require_certificate,
+        )
         self.select(args.mm_vision_select_layer, getattr(args, "mm_vision_select_feature", "patch"))
         self._configure(args)
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
-from trtower.spec import PRECISIONS, BatchProfile, TensorSpec, TowerSpec
+from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised whenever a key is added, removed or changes its meaning."""
 
 T = TypeVar("T")
@@ -47,6 +47,15 @@ class Extent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How many linear layers are in 8 bits, and the images that their ranges were found on."""
+
+    layers: int
+    images: int
+    images_sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """One file of the bundle; ``size`` in bytes."""
 
@@ -73,12 +82,14 @@ class PlanEntry:
 class Figures:
     """How far features are from FP32 PyTorch.
 
-    ``token_cosine_*`` over the tokens; ``relative_error`` = ‖x - ref‖ / ‖ref‖; ``max_abs_error`` = max |x - ref|;
+    ``token_cosine_*`` over the tokens; ``token_error_p999`` is the 99.9th percentile over the tokens, and
+    ``relative_error`` is over all of them together, of ‖x - ref‖ / ‖ref‖; ``max_abs_error`` = max |x - ref|;
     ``non_finite`` counts values that are NaN or infinite. Where any is, the others may be NaN, written as null.
     """
 
     token_cosine_mean: float | None
     token_cosine_min: float | None
+    token_error_p999: float | None
     relative_error: float | None
     max_abs_error: float | None
     non_finite: int
@@ -86,18 +97,49 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFigures:
-    """The figures of one image: the bundle's, and those of PyTorch in the bundle's own precision."""
+    """The figures of one image over every batch it was in: the bundle's, and PyTorch's in the bundle's own precision.
+
+    ``kind`` is "photograph", or what was drawn in its place: "noise", "constant", "saturated".
+    """
 
     name: str
+    kind: str
     bundle: Figures
     torch: Figures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchFigures:
+    """The bundle's figures with ``batch`` images at once, over all images. Beyond the profile it ran in pieces."""
+
+    batch: int
+    bundle: Figures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerFigures:
+    """The figures of hidden state ``layer`` on its way to the one that is read, and where the bundle's are worst.
+
+    ``worst_token`` counts from 0, prefix tokens included.
+    """
+
+    layer: int
+    bundle: Figures
+    torch: Figures
+    worst_image: str
+    worst_token: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One thing the check demanded: ``figure`` is the limit's name, e.g. "token_cosine_min"."""
+    """One thing the check demanded: ``figure`` is the limit's name, e.g. "token_cosine_min".
+
+    ``images`` says of what: "photograph", or "drawn" for noise, constant and saturated images. ``measured`` is the
+    worst of every batch.
+    """
 
     figure: str
+    images: str
     limit: float
     measured: float | None
     holds: bool
@@ -107,29 +149,40 @@ class Bound:
 class Certificate:
     """The parity of this bundle with the uncut FP32 PyTorch tower.
 
-    ``ran`` is what was executed, "plan" or "graph", on ``backend``; ``files`` are the sha256 of what was
-    executed; ``not_run`` names the plans that were built but executed by nobody.
+    ``ran`` is what was executed, "plan" or "graph", on ``backend``; ``executed`` are its files, and ``files`` the
+    sha256 of everything that the result depends on, these among them: another in its place makes the certificate
+    void. ``not_run`` names the plans that were built but executed by nobody. ``gpu`` is its name, None where none
+    was used. ``layers`` is empty where nobody asked for them.
     """
 
     passed: bool
     ran: str
     backend: str
+    executed: tuple[str, ...]
     files: dict[str, str]
     not_run: tuple[str, ...]
     reference: str
     images: tuple[ImageFigures, ...]
     images_sha256: str
+    skipped: tuple[str, ...]
+    batches: tuple[BatchFigures, ...]
+    layers: tuple[LayerFigures, ...]
     bundle: Figures
     torch: Figures
     bounds: tuple[Bound, ...]
     versions: dict[str, str]
+    gpu: str | None
     machine: str
     date: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of tower.json. ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph."""
+    """All of tower.json.
+
+    ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
+    operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
+    """
 
     schema: int
     name: str
@@ -139,6 +192,8 @@ class Manifest:
     cut: Extent
     source: Source
     precision: str
+    keep_fp32: tuple[str, ...]
+    calibration: Calibration | None
     input: TensorSpec
     output: TensorSpec
     batch: BatchProfile
@@ -150,6 +205,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
+        if (self.precision in EIGHT_BIT) != (self.calibration is not None):
+            raise ConfigError(f"precision {self.precision} and calibration {self.calibration} contradict each other.")
         for found, expected in (
             (self.input, self.spec.input(self.precision)),
             (self.output, self.spec.output(self.precision)),
@@ -164,6 +221,11 @@ class Manifest:
         for plan in self.plans:
             if plan.flavour not in FLAVOURS:
                 raise ConfigError(f"{plan.file} is of flavour {plan.flavour!r}: {' and '.join(FLAVOURS)} are known.")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the graph holds weights of several precisions."""
+        return bool(self.keep_fp32 or self.calibration)
 
     def to_json(self) -> str:
         """Write the text of tower.json."""

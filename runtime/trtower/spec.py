@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from trtower.errors import ConfigError, InputError
 from trtower.layer_codes import FEATURES, name_layer
 
-PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""The precision of weights and activations, and the dtype by which torch and numpy know it."""
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8": "float16", "int8": "float16"}
+"""The precision of weights and activations, and the dtype by which torch and numpy know it; of the 8-bit ones, which
+are those of linear layers, the dtype of everything else."""
+
+EIGHT_BIT = ("fp8", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
-from trtower.errors import BackendError, ConfigError, InputError
+from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.pick import Pick
-from trtower.runners import Runner
+from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class VisionTower(nn.Module):
         device: str | torch.device | None = None,
         check_finite: bool | None = None,
         count_cls: bool = False,
+        require_certificate: bool = False,
     ) -> None:
         super().__init__()
         self.bundle = Bundle.open(bundle)
@@ -61,7 +62,7 @@ class VisionTower(nn.Module):
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self.check_finite, self.count_cls = check_finite, count_cls
-        self._backend, self._asked_device = backend, device
+        self._backend, self._asked_device, self._require_certificate = backend, device, require_certificate
         held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
         self.select(
             select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
@@ -81,11 +82,13 @@ class VisionTower(nn.Module):
         select_feature: str | None = None,
         check_finite: bool | None = None,
         count_cls: bool = False,
+        require_certificate: bool = False,
     ) -> "VisionTower":
         """Open a bundle and make it ready to run.
 
         `backend`: "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda" or "onnxruntime-cpu". `device`: where it
-        must run; None leaves that to the backend. Raises BundleError, BackendError and ConfigError.
+        must run; None leaves that to the backend. With `require_certificate` a bundle is refused whose check has not
+        passed, on these very files, for what runs here. Raises BundleError, BackendError and ConfigError.
         """
         tower = VisionTower(
             bundle,
@@ -95,6 +98,7 @@ class VisionTower(nn.Module):
             device=device,
             check_finite=check_finite,
             count_cls=count_cls,
+            require_certificate=require_certificate,
         )
         tower.load_model()
         return tower
@@ -161,16 +165,12 @@ class VisionTower(nn.Module):
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D)."""
-        batch = len(pixel_values)
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
         if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
-        shape = (batch, self.spec.num_tokens, self.spec.hidden_size)
-        hidden_states = torch.empty(shape, dtype=runner.dtype, device=runner.device)
-        for start, stop in self.bundle.manifest.batch.pieces(batch):
-            runner.run(pixel_values[start:stop], hidden_states[start:stop])
-        return self.feature_select(hidden_states)
+        manifest = self.bundle.manifest
+        return self.feature_select(run_batch(runner, manifest.batch, manifest.output, pixel_values))
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -204,7 +204,12 @@ class VisionTower(nn.Module):
         return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> None:
-        self._runner = choose(self.bundle, self._backend, device)
+        runner = choose(self.bundle, self._backend, device)
+        reason = self.bundle.uncertified(runner.files) if self._require_certificate else None
+        if reason:
+            path = self.bundle.path
+            raise BundleError(f"{path} is not certified: {reason}. trtower check {path} certifies what runs here.")
+        self._runner = runner
         certificate = self.bundle.manifest.certificate
         if certificate is not None and not certificate.passed:
             logger.warning("%s failed its check: `trtower inspect` says what was missed.", self.bundle.path)

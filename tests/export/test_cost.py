@@ -21,6 +21,7 @@ from trtower_export import pipeline
 from trtower_export.cost import measure_graph, measure_module, run_weightless
 from trtower_export.families import FAMILIES, Family, family_of
 from trtower_export.onnx_graph import write_onnx
+from trtower_export.operations import trace
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.truncate import TruncatedTower, truncate
 
@@ -82,7 +83,8 @@ def count(tower: nn.Module, spec: TowerSpec) -> Extent:
 
 def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch: BatchProfile = BATCH) -> Extent:
     """Write a cut tower, and count it in the file."""
-    write_onnx(tower, spec.input(precision), spec.output(precision), batch, folder / GRAPH)
+    program = trace(tower, spec.input(precision), batch)
+    write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
     (folder / GRAPH_DATA).unlink()
     return measure_graph(folder / GRAPH)
 

@@ -23,6 +23,7 @@ from trtower.spec import TensorSpec, TowerSpec
 from trtower_export.engine import Target, build_plan
 from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.onnx_graph import write_onnx
+from trtower_export.operations import trace
 from trtower_export.truncate import truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +84,8 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Writ
                 parameter.data.fill_(DEAD)
         tower = truncate(model, family, spec)
         folder = tmp_path_factory.mktemp(f"{name}-{precision}")
-        write_onnx(tower, spec.input(precision), spec.output(precision), BATCH, folder / GRAPH)
+        program = trace(tower, spec.input(precision), BATCH)
+        write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
         floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
         weights = np.sort(torch.cat([tensor.detach().float().flatten() for tensor in floats]).numpy())
         return Written(folder, spec, pixels, tuple(state.detach() for state in states), weights)
@@ -165,9 +167,12 @@ class Uncast(torch.nn.Module):
 
 def test_tower_that_is_not_cast_as_a_whole_is_refused(tmp_path: Path) -> None:
     shape = ("batch", 3, 4, 4)
-    tensors = (TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states"))
+    input_, output = (
+        TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states")
+    )
+    program = trace(Uncast(), input_, BATCH)
     with pytest.raises(BuildError, match="not float16: the tower was not cast as a whole"):
-        write_onnx(Uncast(), *tensors, BATCH, tmp_path / GRAPH)
+        write_onnx(program, input_, output, tmp_path / GRAPH)
 
 
 @pytest.mark.parametrize(

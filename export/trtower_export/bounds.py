@@ -1,0 +1,64 @@
+"""What a check demands of a precision, and why just that much."""
+
+from collections.abc import Mapping, Sequence
+
+from trtower.manifest import Bound, Figures
+
+TOKEN_COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "fp8": 0.9, "int8": 0.9}
+"""The worst token of any image. PyTorch's own FP16 and BF16 leave 0.99998 and 0.9990 on a pretrained ViT-S/14;
+a random ViT-B/32 cut one layer off leaves 0.983, with a relative error of 0.17."""
+
+TOKEN_ERROR_P999 = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1.5e-1, "fp8": 0.5, "int8": 0.5}
+"""All but one token in a thousand."""
+
+RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "fp8": 0.15, "int8": 0.15}
+"""Over all images: about five times what PyTorch's own FP16 (1.7e-3) and BF16 (1.3e-2) make on that ViT."""
+
+RATIO_TO_TORCH = 3.0
+"""The relative error over PyTorch's own in the same precision. ONNX Runtime's FP16 measured 0.36 (random
+ViT-L/14-336) and 1.16 (pretrained ViT-S/14). In FP32 PyTorch's own error is zero, and there is no ratio."""
+
+Measured = Mapping[str, tuple[Sequence[Figures], Figures]]
+"""By kind of images: the bundle's figures at every batch, and PyTorch's own in the bundle's precision."""
+
+
+def judge(precision: str, measured: Measured) -> tuple[Bound, ...]:
+    """Hold the worst figure of any batch against the bounds of a precision. NaN holds nothing."""
+    return tuple(bound for images, (found, own) in measured.items() for bound in _judge(precision, images, found, own))
+
+
+def _judge(precision: str, images: str, found: Sequence[Figures], own: Figures) -> list[Bound]:
+    def at_most(figure: str, limit: float, values: Sequence[float | None]) -> Bound:
+        worst = None if None in values else max(value for value in values if value is not None)
+        return Bound(
+            figure=figure, images=images, limit=limit, measured=worst, holds=worst is not None and worst <= limit
+        )
+
+    cosines = [figures.token_cosine_min for figures in found]
+    cosine = None if None in cosines else min(value for value in cosines if value is not None)
+    limit = TOKEN_COSINE_MIN[precision]
+    bounds = [
+        at_most("non_finite", 0.0, [float(figures.non_finite) for figures in found]),
+        Bound(
+            figure="token_cosine_min",
+            images=images,
+            limit=limit,
+            measured=cosine,
+            holds=cosine is not None and cosine >= limit,
+        ),
+        at_most("token_error_p999", TOKEN_ERROR_P999[precision], [figures.token_error_p999 for figures in found]),
+        at_most("relative_error", RELATIVE_ERROR[precision], [figures.relative_error for figures in found]),
+    ]
+    if precision != "fp32":
+        ratios = [_ratio(figures.relative_error, own.relative_error) for figures in found]
+        bounds.append(at_most("relative_error_over_torch", RATIO_TO_TORCH, ratios))
+    return bounds
+
+
+def _ratio(found: float | None, own: float | None) -> float | None:
+    """Divide two relative errors; where PyTorch's own half precision overflows, any finite error is better."""
+    if found is None:
+        return None
+    if found == 0.0 or own is None:
+        return 0.0
+    return found / own if own else None

@@ -1,0 +1,145 @@
+"""Find out of every operation of a tower how much room half precision leaves it, and what it costs there.
+
+The cut tower runs in FP32 over images; then each operation in turn is done in half precision while the rest stays
+exact, so that its error at the output is its own. What counts as half precision stands in `rounding.py`.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trtower.errors import CheckpointError
+from trtower.spec import BatchProfile, TowerSpec
+from trtower_export.checkpoint import Checkpoint
+from trtower_export.operations import Operation, Operations, trace
+from trtower_export.progress import Progress
+from trtower_export.rounding import Simulation, Values
+from trtower_export.truncate import truncate
+
+FP16 = torch.finfo(torch.float16)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationFigures:
+    """What the doctor found of one operation.
+
+    ``largest`` is the largest magnitude of all that it computes: its results, its products before a bias is added,
+    the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond 65504, weights among them, and
+    ``subnormal`` is the share of its non-zero results below FP16's smallest normal number, 6.1e-5. ``error`` is the
+    relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite.
+    """
+
+    name: str
+    layer: int | None
+    part: str
+    largest: float
+    overflow: int
+    subnormal: float
+    error: dict[str, float | None]
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger its numbers could be in FP16."""
+        return FP16.max / self.largest if self.largest else math.inf
+
+
+@dataclass
+class Extremes:
+    """The extremes of what operations compute, over any number of images."""
+
+    largest: dict[str, float] = field(default_factory=dict)
+    overflow: dict[str, int] = field(default_factory=dict)
+    small: dict[str, int] = field(default_factory=dict)
+    nonzero: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
+        """Take numbers in; raise CheckpointError where one of them is not finite."""
+        name = operation.name
+        largest = max(abs(float(extreme)) for extreme in numbers.aminmax())
+        if not math.isfinite(largest):  # NaN is both extremes, if any is
+            raise CheckpointError(
+                f"this tower is not finite in FP32 already: {name} is the first to compute "
+                f"{numbers.numel() - int(numbers.isfinite().sum())} values that are NaN or infinite. No precision "
+                "mends that: look at its weights."
+            )
+        self.largest[name] = max(largest, self.largest.get(name, 0.0))
+        if largest > FP16.max:
+            self.overflow[name] = self.overflow.get(name, 0) + int((numbers.abs() > FP16.max).sum())
+        if result:
+            nonzero = int(numbers.count_nonzero())
+            below = int((numbers.abs() < FP16.smallest_normal).count_nonzero())
+            self.nonzero[name] = self.nonzero.get(name, 0) + nonzero
+            self.small[name] = self.small.get(name, 0) + below - (numbers.numel() - nonzero)
+
+    def observe_weights(self, operations: Operations, weights: dict[str, Tensor]) -> None:
+        """Count the weights that FP16 cannot hold; weights are otherwise no result."""
+        for operation in operations:
+            for weight in (weights[name] for name in operation.weights if weights[name].is_floating_point()):
+                if beyond := int((weight.abs() > FP16.max).sum()):
+                    self.overflow[operation.name] = self.overflow.get(operation.name, 0) + beyond
+
+    def overflowing(self, operations: Operations) -> list[str]:
+        """List the operations that compute or read what FP16 cannot hold, in the order in which they run."""
+        return [name for name in operations.names if self.overflow.get(name)]
+
+
+def simulate(tower: nn.Module, spec: TowerSpec) -> Simulation:
+    """Make a simulation of a tower, which stays as it is."""
+    program = trace(copy.deepcopy(tower), spec.input("fp16"), BatchProfile(min=1, opt=1, max=2))
+    return Simulation(Operations(program, spelled_out=True), named_weights(tower))
+
+
+def named_weights(tower: nn.Module) -> dict[str, Tensor]:
+    """Give parameters and buffers by every name that they have."""
+    parameters = dict(tower.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(tower.named_buffers(remove_duplicate=False))}
+
+
+@torch.no_grad()
+def examine(
+    checkpoint: Checkpoint, spec: TowerSpec, images: Sequence[Tensor], progress: Progress, *, error_images: int = 1
+) -> tuple[OperationFigures, ...]:
+    """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the first ``error_images``.
+
+    Raises CheckpointError where the tower is not finite in FP32.
+    """
+    with progress.step("Load PyTorch's tower"):
+        tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
+        simulation = simulate(tower, spec)
+    operations, extremes = simulation.operations, Extremes()
+    extremes.observe_weights(operations, named_weights(tower))
+    with progress.step(f"Run in FP32 on {len(images)} images") as step:
+        for index, pixel_values in enumerate(images):
+            step.update(index / len(images), f"image {index + 1}")
+            simulation.run(pixel_values, observe=extremes.observe)
+    errors: dict[str, dict[str, float]] = {name: dict.fromkeys(DTYPES, 0.0) for name in operations.names}
+    measured = images[:error_images]
+    with progress.step(f"Round {len(operations)} operations one by one") as step:
+        for index, pixel_values in enumerate(measured):
+            kept: Values = {}
+            reference = simulation.run(pixel_values, keep=kept)
+            for place, operation in enumerate(operations):
+                step.update((index + place / len(operations)) / len(measured), operation.name)
+                for precision, dtype in DTYPES.items():
+                    found = simulation.rerun(kept, operation, dtype)
+                    error = float((found - reference).norm() / reference.norm())
+                    # of several images the worst; NaN stays
+                    worst = errors[operation.name][precision]
+                    errors[operation.name][precision] = error if not error <= worst else worst
+    return tuple(
+        OperationFigures(
+            name=operation.name,
+            layer=operation.layer,
+            part=operation.part,
+            largest=extremes.largest[operation.name],
+            overflow=extremes.overflow.get(operation.name, 0),
+            subnormal=extremes.small[operation.name] / max(extremes.nonzero[operation.name], 1),
+            error={p: e if math.isfinite(e) else None for p, e in errors[operation.name].items()},
+        )
+        for operation in operations
+    )

@@ -1,0 +1,81 @@
+"""Turn tokens and the reference's into the figures of a certificate, over one image or any number of them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trtower.manifest import Figures
+
+TAIL = 0.999
+"""The share of tokens that `token_error_p999` leaves below it."""
+
+
+@dataclass
+class Sums:
+    """What the figures of one image, or of many, are made of, in FP64."""
+
+    squared_error: float = 0.0
+    squared_reference: float = 0.0
+    max_abs_error: float = 0.0
+    non_finite: int = 0
+    cosines: list[Tensor] = field(default_factory=list)
+    token_errors: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, found: Tensor, reference: Tensor) -> "Sums":
+        """Compare tokens (..., D) with the reference's."""
+        x, ref = found.double(), reference.double()
+        error = x - ref
+        norms = ref.norm(dim=-1).clamp_min(torch.finfo(torch.double).tiny)
+        return cls(
+            squared_error=float(error.square().sum()),
+            squared_reference=float(ref.square().sum()),
+            max_abs_error=float(error.abs().max()),
+            non_finite=found.numel() - int(found.isfinite().sum()),
+            cosines=[torch.nn.functional.cosine_similarity(x, ref, dim=-1).flatten()],
+            token_errors=[(error.norm(dim=-1) / norms).flatten()],
+        )
+
+    def add(self, other: "Sums") -> None:
+        """Take another image in."""
+        self.squared_error += other.squared_error
+        self.squared_reference += other.squared_reference
+        # max() would drop a NaN that comes second
+        self.max_abs_error = float(torch.tensor([self.max_abs_error, other.max_abs_error], dtype=torch.double).max())
+        self.non_finite += other.non_finite
+        self.cosines += other.cosines
+        self.token_errors += other.token_errors
+
+    def figures(self) -> Figures:
+        """Make the figures of all that was taken in."""
+        cosines = torch.cat(self.cosines)
+        return Figures(
+            token_cosine_mean=_finite(float(cosines.mean())),
+            token_cosine_min=_finite(float(cosines.min())),
+            token_error_p999=_finite(_percentile(torch.cat(self.token_errors))),
+            relative_error=_finite(math.sqrt(self.squared_error / max(self.squared_reference, math.ulp(0.0)))),
+            max_abs_error=_finite(self.max_abs_error),
+            non_finite=self.non_finite,
+        )
+
+
+def total(parts: Iterable[Sums]) -> Sums:
+    """Add up what was found in several places."""
+    whole = Sums()
+    for part in parts:
+        whole.add(part)
+    return whole
+
+
+def _percentile(errors: Tensor) -> float:
+    """Give the smallest error that at most one token in a thousand exceeds; of fewer tokens, the worst."""
+    if errors.isnan().any():
+        return math.nan
+    return float(errors.sort().values[math.ceil(TAIL * len(errors)) - 1])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

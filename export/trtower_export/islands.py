@@ -1,0 +1,117 @@
+"""Write into a traced half-precision graph which of its operations stay in FP32, as explicit casts.
+
+A kept operation has its weights in FP32, computes in FP32 and hands FP32 on. Whoever adds, scales, norms or activates
+that computes in FP32 as well and rounds its own result, so a number too large for FP16 is held between the two and
+nowhere else; a matrix product that is not kept itself has its factors rounded, and stays on the kernels for half
+precision. Attention that is kept is spelled out, since half precision is all that its fused form has kernels for.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from trtower_export.operations import Operations, decompose_attention, is_cast, is_narrow
+from trtower_export.rounding import widened
+
+aten = torch.ops.aten
+
+
+def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[str, Tensor]) -> None:
+    """Retype ``program`` in place; ``weights`` are the tower's in FP32, by name. Attention in it is still fused."""
+    graph = program.graph_module.graph
+    spelled_out = Operations(program, spelled_out=True)
+    inside = [node for operation in spelled_out if operation.name in kept for node in operation.nodes]
+    decompose_attention(graph, {node.meta["attention"] for node in inside if "attention" in node.meta})
+    operations = Operations(program)
+    wide = widened(operations, kept)
+    narrow = next(node.meta["val"].dtype for node in operations.nodes if is_narrow(node))
+    handed_on: dict[fx.Node, fx.Node] = {}
+    """What an operation computed in FP32, and what of it others are given."""
+
+    for node in operations.nodes:
+        operation = operations.of.get(node)
+        if node.op == "placeholder":
+            name = operations.weights.get(node.name, "")
+            if is_narrow(node) and node in wide:
+                node.meta["val"] = node.meta["val"].float()
+                program.state_dict[name] = _like(program.state_dict[name], weights[name])
+            continue
+        for argument in node.all_input_nodes:
+            if argument in handed_on and (operation is None or operations.of.get(argument) is not operation):
+                node.replace_input_with(argument, handed_on[argument])
+        floats = [argument for argument in node.all_input_nodes if _is_float(argument)]
+        if node.op == "output":
+            (result,) = floats
+            if result.meta["val"].dtype != narrow:
+                with graph.inserting_before(node):
+                    node.replace_input_with(result, _cast(graph, result, narrow, like=result))
+                program.graph_signature.output_specs[0].arg.name = node.all_input_nodes[0].name
+            continue
+        if operation is not None or len({argument.meta["val"].dtype for argument in floats}) > 1:
+            # In FP32, or in half precision, or where model code itself has both, in FP32.
+            dtype = torch.float32 if node in wide or not is_narrow(node) else narrow
+            for argument in floats:
+                if argument.meta["val"].dtype != dtype and not is_cast(node):
+                    with graph.inserting_before(node):
+                        node.replace_input_with(argument, _cast(graph, argument, dtype, like=node))
+        if not floats:
+            continue
+        if is_cast(node) and is_narrow(node) and node in wide:  # model code's own way back from FP32
+            node.args = (node.args[0], torch.float32, *node.args[2:])
+        if node.target == aten.linear.default and node in wide:
+            node = _as_convolution(graph, node)
+        node.meta["val"] = _evaluate(node)
+        if operation is not None and node in wide and operation.name not in kept:
+            with graph.inserting_after(node):
+                handed_on[node] = _cast(graph, node, narrow, like=node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype, *, like: fx.Node) -> fx.Node:
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta = {**like.meta, "val": node.meta["val"].to(dtype)}
+    return cast
+
+
+def _evaluate(node: fx.Node) -> Any:
+    """Run one node on the fake tensors of its arguments."""
+    args = fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["val"])
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    new = new.detach().float()
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+def _as_convolution(graph: fx.Graph, linear: fx.Node) -> fx.Node:
+    """Have a linear layer be a convolution of width 1, (B, T, D) -> (B, D, T) and back.
+
+    TensorRT-RTX 1.7 refuses FP32 matrix products for Turing, and builds convolutions.
+    """
+    rows, weight, *bias = linear.args
+    with graph.inserting_before(linear):
+        columns = _call(graph, linear, aten.transpose.int, rows, 1, 2)
+        kernel = _call(graph, linear, aten.unsqueeze.default, weight, -1)
+        product = _call(graph, linear, aten.conv1d.default, columns, kernel, *bias)
+        result = _call(graph, linear, aten.transpose.int, product, 1, 2)
+    linear.replace_all_uses_with(result)
+    return result
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = dict(like.meta)
+    node.meta["val"] = _evaluate(node)
+    return node

@@ -1,0 +1,109 @@
+"""Compare every hidden state of a bundle's graph with PyTorch's, up to the one that is read.
+
+The states have names in the graph (see `onnx_graph.py`); a copy of it that also gives them is run on the CPU. A plan
+gives only what it was built to give, so this is of the graph, whatever else was run.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from onnx import helper
+from torch import Tensor
+
+from trtower.bundle import Bundle
+from trtower.errors import BundleError
+from trtower.manifest import Figures, LayerFigures
+from trtower_export.emulation import load_graph, open_session
+from trtower_export.figures import Sums
+from trtower_export.onnx_graph import HIDDEN_STATE
+
+JUMP = 3.0
+"""How many times the error of the layer before makes a jump. Rounding adds up: the error of a pretrained ViT-S/14
+grows by a tenth from layer to layer, and at most by half."""
+
+
+class GraphStates:
+    """A bundle's graph, giving every hidden state that it computes."""
+
+    def __init__(self, bundle: Bundle, *, emulated: bool) -> None:
+        manifest = bundle.manifest
+        model = load_graph(bundle, emulated=emulated)
+        made = {name for node in model.graph.node for name in node.output}
+        names = sorted((name for name in made if re.fullmatch(rf"{HIDDEN_STATE}\d+", name)), key=_index)
+        if not names:
+            raise BundleError(f"{bundle.path}: its graph names no hidden state: export it again, with --overwrite.")
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+        self._session = open_session(model)
+        self._input, self._least = manifest.input.name, manifest.batch.min
+        # A single state that is read bears the output's name.
+        read = manifest.spec.layers[0] if len(manifest.spec.layers) == 1 else None
+        self._names = {_index(name): name for name in names}
+        if read is not None:
+            self._names[read] = manifest.output.name
+        self._dtype = torch.float32 if emulated else getattr(torch, manifest.input.dtype)
+
+    def run(self, pixel_values: Tensor) -> dict[int, Tensor]:
+        """Run one image (1, 3, S, S), and give hidden states (1, P + N, width) by their index, in FP32."""
+        batch = pixel_values.repeat(self._least, 1, 1, 1).to(self._dtype)
+        found = self._session.run(list(self._names.values()), {self._input: batch.numpy()})
+        return {index: torch.from_numpy(values[:1]).float() for index, values in zip(self._names, found, strict=True)}
+
+
+def _index(name: str) -> int:
+    return int(name.removeprefix(HIDDEN_STATE))
+
+
+@dataclass
+class LayerSums:
+    """What the figures of every layer are made of, over any number of images."""
+
+    bundle: dict[int, Sums] = field(default_factory=dict)
+    torch: dict[int, Sums] = field(default_factory=dict)
+    worst: dict[int, tuple[float, str, int]] = field(default_factory=dict)
+
+    def add(self, name: str, reference: Sequence[Tensor], found: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
+        """Take an image in: its states from FP32 PyTorch, from the graph, and from PyTorch in half precision."""
+        for index, state in found.items():
+            place = min(index, len(own) - 1)  # last_hidden_state comes last
+            sums = Sums.of(state, reference[index])
+            self.bundle.setdefault(index, Sums()).add(sums)
+            self.torch.setdefault(index, Sums()).add(Sums.of(own[place].float().cpu(), reference[index]))
+            errors = sums.token_errors[0].nan_to_num(nan=float("inf"))
+            worst = float(errors.max())
+            if index not in self.worst or worst > self.worst[index][0]:
+                self.worst[index] = (worst, name, int(errors.argmax()))
+
+    def figures(self) -> tuple[LayerFigures, ...]:
+        """Make the figures of every layer, from the first on."""
+        return tuple(
+            LayerFigures(
+                layer=index,
+                bundle=self.bundle[index].figures(),
+                torch=self.torch[index].figures(),
+                worst_image=self.worst[index][1],
+                worst_token=self.worst[index][2],
+            )
+            for index in sorted(self.bundle)
+        )
+
+
+def first_jump(layers: Sequence[LayerFigures]) -> LayerFigures | None:
+    """Find the first layer whose error is out of proportion to the one before; None where the error only adds up.
+
+    Where PyTorch's own half precision jumps as much the layer is hard, and not the graph wrong: that is no jump.
+    """
+    for before, layer in pairwise(layers):
+        if _growth(before.bundle, layer.bundle) > JUMP * max(1.0, _growth(before.torch, layer.torch)):
+            return layer
+    return None
+
+
+def _growth(before: Figures, after: Figures) -> float:
+    if before.relative_error is None:
+        return 1.0
+    if after.relative_error is None:
+        return float("inf")
+    return after.relative_error / before.relative_error if before.relative_error else 1.0

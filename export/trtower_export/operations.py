@@ -1,0 +1,299 @@
+"""Take a truncated tower apart into its named operations: one traced graph that is measured, rounded and exported.
+
+What the doctor finds of an operation, what `--precision auto` keeps of it and what the ONNX file holds of it are the
+same nodes, so nothing has to be translated. A tower is traced in half precision, because that is where model code
+says what it wants in FP32 all the same (the mean square of an RMSNorm), and a name is the path of a module as the
+model has it: `layers.3.mlp.fc1`. What a module computes besides calling its children is named after it and what it
+is: `layers.3.residual2`, `layers.3.self_attn.scores`.
+"""
+
+import copy
+import difflib
+import operator
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from trtower.errors import BuildError, ConfigError
+from trtower.spec import BatchProfile, TensorSpec
+
+aten = torch.ops.aten
+
+_MOVING = (
+    "alias cat chunk clone contiguous detach dropout expand flatten full_like getitem lift_fresh_copy narrow ones_like "
+    "permute repeat reshape select slice split split_with_sizes squeeze stack sym_size t to _to_copy transpose "
+    "unbind unflatten unsqueeze view zeros_like"
+)
+MOVING = frozenset(_MOVING.split())
+"""What only moves numbers: it rounds nothing, and hands FP32 on as FP32."""
+
+FUSED = "scaled_dot_product_attention"
+
+PRODUCTS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "linear", "matmul", "mm", "scaled_dot_product_attention"})
+"""Matrix products and convolutions."""
+
+ACTIVATIONS = frozenset({"gelu", "relu", "sigmoid", "silu", "tanh"})
+
+CASTS = frozenset({"to", "_to_copy"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operation:
+    """One operation: its nodes in the traced graph, and the weights that it reads.
+
+    ``layer`` is None outside the layers; ``part`` is the name within the layer, and outside of them the whole name.
+    """
+
+    name: str
+    layer: int | None
+    part: str
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[str, ...]
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix product or a convolution, which fast kernels do in half precision."""
+        return any(opname(node) in PRODUCTS for node in self.nodes)
+
+
+def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile) -> ExportedProgram:
+    """Cast ``tower`` in place to the input's dtype and trace it, with a dynamic batch."""
+    dtype: torch.dtype = getattr(torch, input_.dtype)
+    example = torch.zeros((2, *(int(size) for size in input_.shape[1:])), dtype=dtype)
+    # A batch of exactly 1 would be a constant to torch.export, so the dimension reaches to 2 at least.
+    dynamic_shapes = {input_.name: {0: torch.export.Dim("batch", min=1, max=max(batch.max, 2))}}
+    program = torch.export.export(tower.to(dtype), (example,), dynamic_shapes=dynamic_shapes, strict=False)
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target == aten._assert_tensor_metadata.default:  # of the dtypes that islands change
+            graph.erase_node(node)
+    return program
+
+
+class Operations(Sequence[Operation]):
+    """The operations of a traced tower, in the order in which they run.
+
+    ``spelled_out`` looks at a copy of the graph in which attention is decomposed, so that `scores` and `context` are
+    operations; otherwise a fused attention is one.
+    """
+
+    def __init__(self, program: ExportedProgram, *, spelled_out: bool = False) -> None:
+        graph, signature = program.graph_module.graph, program.graph_signature
+        if spelled_out:
+            graph = copy.deepcopy(graph)
+            decompose_attention(graph)
+        self.graph = graph
+        self.nodes = tuple(graph.nodes)
+        self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        """The name of a weight by that of its placeholder."""
+        self._all = tuple(self._name(self._group()))
+        self.of = {node: operation for operation in self._all for node in operation.nodes}
+        """The operation of a node; those that only move numbers have none."""
+        self._reading: dict[str, list[Operation]] = {}
+        for operation in self._all:
+            for weight in operation.weights:
+                self._reading.setdefault(weight, []).append(operation)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._all[index]
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in the order in which the operations run."""
+        return [operation.name for operation in self._all]
+
+    def reading(self, weight: str) -> Sequence[Operation]:
+        """List the operations that compute with a weight."""
+        return self._reading.get(weight, ())
+
+    def follows_activation(self, operation: Operation) -> bool:
+        """Whether an operation is a product with what an activation function gives, gated or not."""
+        inputs = [source for node in operation.nodes for source in _sources(node.all_input_nodes[0])]
+        return operation.multiplies and any(opname(source) in ACTIVATIONS | {"mul"} for source in inputs)
+
+    def match(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Find the operations that patterns name, each a name, the path of a module around it, or either with `*`.
+
+        Raises ConfigError with the nearest names where a pattern matches nothing.
+        """
+        found: set[str] = set()
+        for pattern in patterns:
+            matched = {name for name in self.names if _matches(pattern, name)}
+            if not matched:
+                raise ConfigError(
+                    f"{pattern!r} is no operation of this tower; the nearest are {self._nearest(pattern)}."
+                )
+            found |= matched
+        return tuple(name for name in self.names if name in found)
+
+    def _nearest(self, pattern: str) -> str:
+        general = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in self.names))
+        choices = [*self.names, *general] if re.search(r"\.\d+\.", pattern) else [*general, *self.names]
+        return ", ".join(difflib.get_close_matches(pattern, choices, n=3, cutoff=0.0))
+
+    def _group(self) -> Iterator[tuple[str, str, list[fx.Node]]]:
+        """Give the nodes of each operation with the module's path, and a word where it is not the module's own."""
+        computing = [node for node in self.nodes if _computes(node)]
+        paths = {module_path(node) for node in computing}
+        compound = {path for path in paths if any(other.startswith(f"{path}.") for other in paths if path) or not path}
+        groups: dict[str, list[fx.Node]] = {}
+        residuals: set[fx.Node] = set()
+        last: list[fx.Node] = []
+        for node in computing:
+            path = module_path(node)
+            if path not in compound:
+                if path not in groups:
+                    groups[path] = []
+                    yield path, "", groups[path]
+                groups[path].append(node)
+                last = []
+                continue
+            word = node.meta.get("part", "")
+            if not word and opname(node) == "add" and self._is_residual(node, path, residuals):
+                residuals.add(node)
+                word = "residual"
+            if last and not word and module_path(last[-1]) == path:
+                last.append(node)
+                continue
+            if word and last and last[-1].meta.get("part") == word and module_path(last[-1]) == path:
+                last.append(node)
+                continue
+            group = [node]
+            last = [] if word == "residual" else group
+            yield path, word or "elementwise", group
+
+    def _is_residual(self, node: fx.Node, path: str, residuals: set[fx.Node]) -> bool:
+        """Whether a sum takes in what entered its module, or an earlier such sum."""
+        sources = [source for argument in node.all_input_nodes for source in _sources(argument)]
+        return any(
+            source in residuals or (_computes(source) and not module_path(source).startswith(path))
+            for source in sources
+        )
+
+    def _name(self, groups: Iterable[tuple[str, str, list[fx.Node]]]) -> Iterator[Operation]:
+        listed = list(groups)
+        words = []
+        for path, word, nodes in listed:
+            if word == "elementwise" and len(nodes) == 1:
+                word = "attention" if opname(nodes[0]) == FUSED else opname(nodes[0])
+            words.append((path, word))
+        times, seen = Counter(words), Counter[tuple[str, str]]()
+        weights = self._weights_by_node()
+        for (path, word), (_, _, nodes) in zip(words, listed, strict=True):
+            seen[path, word] += 1
+            number = str(seen[path, word]) if times[path, word] > 1 else ""
+            name = ".".join(filter(None, (path, word + number)))
+            inside = re.match(r"layers\.(\d+)\.(.+)", name)
+            read = [weight for node in nodes for weight in weights.get(node, ())]
+            yield Operation(
+                name=name,
+                layer=int(inside[1]) if inside else None,
+                part=inside[2] if inside else name,
+                nodes=tuple(nodes),
+                weights=tuple(dict.fromkeys(read)),
+            )
+
+    def _weights_by_node(self) -> dict[fx.Node, list[str]]:
+        """Say which weights a node computes with, through whatever moves them there."""
+        read: dict[fx.Node, list[str]] = {}
+        for placeholder in self.nodes:
+            if placeholder.op == "placeholder" and placeholder.name in self.weights:
+                for reader in _readers(placeholder):
+                    read.setdefault(reader, []).append(self.weights[placeholder.name])
+        return read
+
+
+def decompose_attention(graph: fx.Graph, which: Collection[str] | None = None) -> None:
+    """Spell attention out, in place: Q x K / sqrt(d), softmax, times V; only the nodes named in ``which``, if given.
+
+    Scaling comes first, so that products of large queries and keys are as small as they can be.
+    """
+    for node in list(graph.nodes):
+        if opname(node) != FUSED or (which is not None and node.name not in which):
+            continue
+        query, key, value = node.args[:3]
+        if len(node.args) > 3 or node.kwargs.keys() - {"scale"}:
+            raise BuildError(f"attention {node.name} has a mask or a dropout, which no tower here has.")
+        scale = node.kwargs.get("scale") or query.meta["val"].shape[-1] ** -0.5
+        with graph.inserting_before(node):
+            scaled = _insert(graph, node, "scores", aten.mul.Tensor, query, scale)
+            transposed = _insert(graph, node, "scores", aten.transpose.int, key, -2, -1)
+            scores = _insert(graph, node, "scores", aten.matmul.default, scaled, transposed)
+            shares = _insert(graph, node, "scores", aten.softmax.int, scores, -1)
+            context = _insert(graph, node, "context", aten.matmul.default, shares, value)
+            node.replace_all_uses_with(context)
+        graph.erase_node(node)
+
+
+def _insert(graph: fx.Graph, like: fx.Node, part: str, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "part": part, "attention": like.name}
+    values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in args]
+    node.meta["val"] = target(*values)
+    return node
+
+
+def module_path(node: fx.Node) -> str:
+    """Give the path of the module that a node was traced in, from the tower's root."""
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return paths[-1] if paths else ""
+
+
+def is_narrow(node: fx.Node) -> bool:
+    """Whether a node's value was traced in half precision."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node only changes the dtype."""
+    return node.op == "call_function" and opname(node) in CASTS
+
+
+def _computes(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if opname(node) in CASTS:  # model code that goes back from FP32 rounds
+        return is_narrow(node) and not is_narrow(node.all_input_nodes[0])
+    return opname(node) not in MOVING
+
+
+def _readers(value: fx.Node) -> dict[fx.Node, None]:
+    """Find what computes with a value, in order."""
+    readers: dict[fx.Node, None] = {}
+    for user in value.users:
+        readers |= {user: None} if _computes(user) else _readers(user)
+    return readers
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """Find where numbers come from that were only moved."""
+    if node.op != "call_function" or _computes(node):
+        yield node
+        return
+    for argument in node.all_input_nodes:
+        yield from _sources(argument)
+
+
+def opname(node: fx.Node) -> str:
+    """Give the name of what a node calls, such as "linear"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    return "getitem" if target is operator.getitem else str(getattr(target, "__name__", target))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    wanted, parts = pattern.strip().split("."), name.split(".")
+    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))

@@ -1,0 +1,215 @@
+"""Calibrate the linear layers of a tower for INT8 or FP8, and write them so into its ONNX graph.
+
+modelopt finds the ranges; the graph is written here, because it is then FP16 outside the linear layers and holds their
+weights in 8 bits. Norms, softmax, attention's own products, the patch embedding and residuals stay in half precision.
+Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which a third of
+the layers of a pretrained ViT-S/14 overflow.
+"""
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+import torch
+from onnx import numpy_helper
+from onnx_ir import DataType
+from torch import Tensor, nn
+
+from trtower.bundle import Bundle
+from trtower.errors import ConfigError
+from trtower.extras import import_extra
+from trtower_export.emulation import load_graph
+from trtower_export.truncate import TruncatedTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """An 8-bit format: the largest number it holds, its type in numpy and in ONNX, and modelopt's word for it.
+
+    ``per_channel``: whether every output of a layer has a weight scale of its own, or the whole layer one.
+    """
+
+    largest: float
+    numpy: Any
+    onnx: DataType
+    num_bits: int | tuple[int, int]
+    per_channel: bool
+
+
+FORMATS = {
+    "int8": Format(largest=127.0, numpy=np.int8, onnx=DataType.INT8, num_bits=8, per_channel=True),
+    "fp8": Format(
+        largest=448.0, numpy=ml_dtypes.float8_e4m3fn, onnx=DataType.FLOAT8E4M3FN, num_bits=(4, 3), per_channel=False
+    ),
+}
+
+INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
+"""What the names of a quantised layer's tensors end with, after its module's path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """What one step of a layer's numbers is: of its input, and of its weight, () or one for each output (O,)."""
+
+    input: float
+    weight: Tensor
+
+
+Quantisation = Mapping[str, Scales]
+"""The scales of every quantised layer, by its module's path in the tower."""
+
+
+@torch.no_grad()
+def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave: Collection[str]) -> Quantisation:
+    """Find the ranges of the linear layers of ``tower``, which stays as it is, on ``images``, each (1, 3, S, S).
+
+    The largest magnitude is the range; layers in ``leave`` are left out. Raises MissingExtraError without modelopt.
+    """
+    mtq = import_extra("modelopt.torch.quantization", extra="quant", purpose=f"calibrating {precision}")
+    form = FORMATS[precision]
+    quantised = copy.deepcopy(tower)
+    names = [name for name in linear_layers(tower) if name not in leave]
+    if not names:
+        raise ConfigError(f"--precision {precision} has nothing to do: every linear layer is kept out of it.")
+    axis = 0 if form.per_channel else None
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            *_enabled("input_quantizer", {"num_bits": form.num_bits, "axis": None}),
+            *_enabled("weight_quantizer", {"num_bits": form.num_bits, "axis": axis}),
+        ],
+        "algorithm": "max",
+    }
+
+    def run(model: nn.Module) -> None:
+        for pixel_values in images:
+            model(pixel_values)
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of the releases of transformers that modelopt has seen
+        mtq.quantize(quantised, config, run)
+    found: dict[str, Scales] = {}
+    for name in names:
+        layer: Any = quantised.get_submodule(name)
+        found[name] = Scales(
+            input=float(layer.input_quantizer.amax) / form.largest,
+            weight=layer.weight_quantizer.amax.float().flatten().squeeze() / form.largest,
+        )
+    return found
+
+
+def linear_layers(tower: nn.Module) -> list[str]:
+    """List the linear layers inside the transformer layers; the patch embedding, linear or not, is none of them."""
+    return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+
+
+def _enabled(quantizer: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"quantizer_name": f"*{quantizer}", "parent_class": "nn.Linear", "cfg": config, "enable": True}]
+
+
+def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quantisation) -> TruncatedTower:
+    """Have a copy of an FP32 ``tower`` round the inputs and weights of its quantised layers: PyTorch's own 8 bits."""
+    quantised, form = copy.deepcopy(tower), FORMATS[precision]
+    for name, scales in quantisation.items():
+        layer: Any = quantised.get_submodule(name)
+        weight = scales.weight.reshape(-1, *([1] if scales.weight.ndim else []))
+        layer.weight = nn.Parameter(_rounded(layer.weight.float(), weight, form), requires_grad=False)
+
+        def round_input(_: nn.Module, args: tuple[Tensor], scale: float = scales.input) -> tuple[Tensor]:
+            return (_rounded(args[0], torch.tensor(scale), form),)
+
+        layer.register_forward_pre_hook(round_input)
+    return quantised
+
+
+def _rounded(numbers: Tensor, scale: Tensor, form: Format) -> Tensor:
+    steps = (numbers / scale.to(numbers.device)).clamp(-form.largest, form.largest)
+    eight = steps.to(torch.float8_e4m3fn).float() if form.onnx == DataType.FLOAT8E4M3FN else steps.round()
+    return eight * scale.to(numbers.device)
+
+
+def write_quantised(
+    model: onnx_ir.Model, modules: Mapping[onnx_ir.Node, str], *, precision: str, scales: Quantisation
+) -> None:
+    """Put QuantizeLinear and DequantizeLinear around the inputs and weights of quantised layers, in place.
+
+    ``modules`` are the modules that nodes come from. Layers that read one tensor share its quantisation where they
+    share its scale, as queries, keys and values do.
+    """
+    form, graph = FORMATS[precision], model.graph
+    done: dict[tuple[onnx_ir.Value, float], onnx_ir.Value] = {}
+    for node in list(graph):
+        module = modules.get(node, "")
+        if node.op_type != "MatMul" or module not in scales:
+            continue
+        x, weight = node.inputs
+        assert x and weight and weight.const_value and weight.dtype  # noqa: S101, PT018 - of a linear layer
+        half = weight.dtype
+        scale = scales[module].input
+        if (x, scale) not in done:
+            step = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
+            wide = _insert(node, "Cast", [x], {"to": DataType.FLOAT}, DataType.FLOAT)
+            eight = _insert(node, "QuantizeLinear", [wide, step], {"output_dtype": form.onnx}, form.onnx)
+            back = _insert(node, "DequantizeLinear", [eight, step], {}, DataType.FLOAT)
+            done[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
+        node.replace_input_with(0, done[x, scale])
+        steps = scales[module].weight.numpy()
+        values = weight.const_value.numpy().astype(np.float32) / steps  # (I, O) by () or (O,)
+        values = (np.rint(values) if form.onnx == DataType.INT8 else values).clip(-form.largest, form.largest)
+        stored = _constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.numpy)), form.onnx)
+        step = _constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
+        axis = {"axis": 1} if form.per_channel else {}
+        back = _insert(node, "DequantizeLinear", [stored, step], axis, DataType.FLOAT)
+        node.replace_input_with(1, _insert(node, "Cast", [back], {"to": half}, half))
+        if not weight.uses():
+            del graph.initializers[str(weight.name)]
+
+
+def read_quantised(bundle: Bundle) -> Quantisation:
+    """Read the scales out of a bundle's graph."""
+    graph = load_graph(bundle, emulated=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    found = {}
+    for node in graph.node:
+        module, _, kind = node.name.rpartition("/")
+        if kind == "MatMul" and module + WEIGHT_SCALE in tensors:
+            (dequantised,) = (makers[name] for name in makers[node.input[0]].input)
+            found[module] = Scales(
+                input=float(numpy_helper.to_array(tensors[dequantised.input[1]])),
+                weight=torch.from_numpy(numpy_helper.to_array(tensors[module + WEIGHT_SCALE]).copy()),
+            )
+    return found
+
+
+def _constant(graph: onnx_ir.Graph, name: str, array: Any, dtype: DataType = DataType.FLOAT) -> onnx_ir.Value:
+    tensor = onnx_ir.Tensor(array, dtype=dtype, name=name)
+    value = onnx_ir.Value(
+        name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(dtype)
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _insert(
+    before: onnx_ir.Node,
+    kind: str,
+    inputs: list[onnx_ir.Value],
+    attributes: dict[str, Any],
+    dtype: DataType,
+) -> onnx_ir.Value:
+    """Put a node before another, named after what it reads; its result has the shape of that."""
+    graph = before.graph
+    assert graph is not None  # noqa: S101 - it was taken from one
+    node = onnx_ir.node(kind, inputs, attributes=attributes, name=f"{inputs[0].name}/{kind}")
+    graph.insert_before(before, node)
+    (result,) = node.outputs
+    result.dtype, result.shape = dtype, inputs[0].shape
+    return result

@@ -1,0 +1,219 @@
+"""Turn what a check sees, image by image, into one HTML page for a deployment review, and its pictures.
+
+The tokens of all images would not fit into memory: those of the best and the worst photographs are kept, and of
+every other image the cosines alone.
+
+Letters: S pixels a side, P prefix tokens, N patches, D features a token.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trtower.bundle import Bundle
+from trtower.errors import BundleError, InputError
+from trtower.extras import import_extra
+from trtower.image_processor import ImageProcessor
+from trtower.inspection import describe_figure
+from trtower.manifest import Certificate
+from trtower.spec import TowerSpec
+from trtower_export.evidence import ImageEvidence
+from trtower_export.layers import first_jump
+from trtower_export.photographs import PHOTOGRAPH
+from trtower_export.report.page import Picture, render
+from trtower_export.report.pca import PcaRow, draw_strips, token_distances, worst_tokens
+from trtower_export.report.plots import TokenDistances, draw_layers, draw_tokens
+
+PAGE = "report.html"
+LAYERS, TOKENS = "report-layers.png", "report-tokens.png"
+OURS = re.compile(r"report-(layers|tokens|(worst|best)-\d+)\.png")
+"""The pictures that an earlier report may have left; nothing else in the folder is touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A photograph that may come into the report: its patches (N, D), and 1 - cosine of all its tokens (P + N)."""
+
+    name: str
+    image: Image.Image
+    reference: Tensor
+    bundle: Tensor
+    distances: Tensor
+    worst: float
+
+
+class Report:
+    """Collects evidence with `see`, image by image, and writes the page at the end.
+
+    ``processor`` made the pixels, and says how to undo its normalisation; ``keep`` is how many of the best and of the
+    worst photographs are shown. Raises MissingExtraError where matplotlib or jinja2 is not installed.
+    """
+
+    def __init__(self, spec: TowerSpec, processor: ImageProcessor, *, keep: int = 3) -> None:
+        for module in ("matplotlib", "jinja2"):
+            import_extra(module, extra="report", purpose="a report")
+        self._spec, self._processor, self._keep = spec, processor, keep
+        self._worst: list[Shown] = []
+        self._best: list[Shown] = []
+        self._photographs: list[Tensor] = []  # 1 - cosine by image, of the bundle
+        self._drawn: list[Tensor] = []
+        self._torch: list[Tensor] = []  # of PyTorch in the bundle's precision, on the photographs
+
+    def see(self, evidence: ImageEvidence) -> None:
+        """Take in one image. Of its tensors none is kept but as `Shown`, where it is among the best or the worst."""
+        distances = token_distances(evidence.bundle, evidence.reference)
+        if evidence.kind != PHOTOGRAPH:
+            self._drawn.append(distances.float())
+            return
+        self._photographs.append(distances.float())
+        self._torch.append(token_distances(evidence.torch, evidence.reference).float())
+        worst = float(distances.nan_to_num(nan=torch.inf).max())
+        among_worst = len(self._worst) < self._keep or worst > self._worst[-1].worst
+        among_best = len(self._best) < self._keep or worst < self._best[-1].worst
+        if not (among_worst or among_best):
+            return
+        prefix = self._spec.num_prefix_tokens
+        shown = Shown(
+            name=evidence.name,
+            image=as_image(evidence.pixel_values, self._processor),
+            reference=evidence.reference[prefix:].clone(),
+            bundle=evidence.bundle[prefix:].clone(),
+            distances=distances,
+            worst=worst,
+        )
+        if among_worst:
+            self._worst = sorted([*self._worst, shown], key=lambda one: -one.worst)[: self._keep]
+        if among_best:
+            self._best = sorted([*self._best, shown], key=lambda one: one.worst)[: self._keep]
+
+    def write(self, folder: Path, bundle: Bundle) -> Path:
+        """Write the page and its pictures into ``folder``, in place of an earlier report's, and return the page's path.
+
+        Raises BundleError where there is no certificate yet, InputError where ``folder`` cannot be one.
+        """
+        certificate = bundle.manifest.certificate
+        if certificate is None:
+            raise BundleError(f"{bundle.path} has no certificate to report: trtower check {bundle.path} makes one.")
+        make_folder(folder)
+        pictures = self._pictures(certificate)
+        plots = {TOKENS: self._draw_tokens(certificate)} if self._photographs or self._drawn else {}
+        jump = first_jump(certificate.layers)
+        if certificate.layers:
+            plots[LAYERS] = draw_layers(
+                certificate.layers,
+                num_layers=self._spec.num_layers,
+                torch_label=f"PyTorch {bundle.manifest.precision.upper()}",
+                read=self._spec.layers,
+                limit=_limit(certificate, "relative_error", PHOTOGRAPH),
+                first_jump=jump.layer if jump else None,
+            )
+        page = render(
+            bundle.manifest,
+            certificate,
+            pictures=pictures,
+            layers=plots.get(LAYERS),
+            tokens=plots.get(TOKENS),
+            jump=jump,
+        )
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name):
+                path.unlink()
+        for name, png in [*plots.items(), *((picture.file, picture.png) for picture in pictures)]:
+            (folder / name).write_bytes(png)
+        (folder / PAGE).write_text(page, encoding="utf-8")
+        return folder / PAGE
+
+    def _pictures(self, certificate: Certificate) -> list[Picture]:
+        """Draw the worst photographs, the worst first, then those of the best that are not among them."""
+        names = [(f"worst-{place}", shown) for place, shown in enumerate(self._worst, 1)]
+        best = [shown for shown in self._best if not any(shown is other for other in self._worst)]
+        names += [(f"best-{place}", shown) for place, shown in enumerate(best, 1)]
+        if not names:
+            return []
+        rows = [
+            PcaRow(name=shown.name, image=shown.image, reference=shown.reference, bundle=shown.bundle, caption="")
+            for _, shown in names
+        ]
+        strips = draw_strips(rows, limit=_limit(certificate, "token_cosine_min", PHOTOGRAPH, distance=True) or 1e-3)
+        return [
+            Picture(
+                file=f"report-{name}.png",
+                group=name.partition("-")[0],
+                name=shown.name,
+                caption=describe_worst(shown.distances, self._spec),
+                png=png,
+            )
+            for (name, shown), png in zip(names, strips, strict=True)
+        ]
+
+    def _draw_tokens(self, certificate: Certificate) -> bytes:
+        series = []
+        for label, kind, distances in (
+            ("photographs", PHOTOGRAPH, self._photographs),
+            ("drawn images", "drawn", self._drawn),
+        ):
+            if distances:
+                limit = _limit(certificate, "token_cosine_min", kind, distance=True)
+                series.append(TokenDistances(label=label, values=torch.cat(distances).numpy(), limit=limit))
+        if self._torch:
+            own = torch.cat(self._torch).numpy()
+            series.append(TokenDistances(label="PyTorch's own, on the photographs", values=own))
+        return draw_tokens(series)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, or raise InputError; the command does so before the minutes that a check takes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise InputError(f"{folder} is a file, or lies in one; a report takes a folder: name another.") from err
+    except OSError as err:
+        raise InputError(f"{folder} cannot be made a folder for the report: {err.strerror}. Name another.") from err
+
+
+def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
+    """Say where the worst token of an image is and how far off; where that is no patch, the worst patch as well."""
+    prefix, side = spec.num_prefix_tokens, spec.num_patches_per_side
+    token = next(iter(worst_tokens(distances, 1)), None)
+    if token is None:
+        return "every token is equal"
+    patch = next(iter(worst_tokens(distances[prefix:], 1)), None)
+
+    def cosine(index: int) -> str:
+        distance = float(distances[index])
+        return describe_figure(1 - distance if math.isfinite(distance) else None)
+
+    place = "every patch is equal"
+    if patch is not None:
+        row, column = divmod(patch, side)
+        place = f"row {row}, column {column}, cosine {cosine(prefix + patch)}"
+    if token >= prefix:
+        return f"worst token: {place}"
+    return f"worst token: prefix token {token}, cosine {cosine(token)}; worst patch: {place}"
+
+
+def as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
+    """Undo the normalisation, to show what the tower was shown: (3, S, S) -> S x S."""
+    pixels = pixel_values.detach().float().cpu()
+    if processor.do_normalize:
+        mean, std = (
+            torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        pixels = pixels * std + mean
+    if processor.do_rescale:
+        pixels = pixels / processor.rescale_factor
+    return Image.fromarray(pixels.nan_to_num().round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _limit(certificate: Certificate, figure: str, images: str, *, distance: bool = False) -> float | None:
+    """Find the limit of a figure, as 1 - cosine where ``distance`` asks for it; None where nothing was demanded."""
+    for bound in certificate.bounds:
+        if bound.figure == figure and bound.images == images:
+            return 1 - bound.limit if distance else bound.limit
+    return None

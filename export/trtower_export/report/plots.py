@@ -1,0 +1,191 @@
+"""Draw the figures of a certificate: the error of each layer, and how far off the tokens are."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trtower.layer_codes import name_layer
+from trtower.manifest import LayerFigures
+from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, RED, RULE, new_figure, to_png
+
+DPI = 200
+WIDTH, HEIGHT = 1500, 640
+LEFT, RIGHT, BOTTOM, TOP = 0.085, 0.985, 0.155, 0.87
+"""Where the axes lie, as fractions of the figure."""
+
+EXACT = 1e-16
+"""Where a distance of zero is put on a log scale: FP64 resolves no smaller 1 - cosine."""
+
+HALF_A_TOKEN = 0.5
+"""Where the log axis of a histogram begins, so that one token has a height."""
+
+BINS_PER_DECADE = 8
+MAX_TICKS = 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDistances:
+    """1 - cosine of many tokens, NaN where one is not finite, and the ``limit`` of it, where there is one."""
+
+    label: str
+    values: npt.NDArray[Any]
+    limit: float | None = None
+
+
+def draw_layers(
+    layers: Sequence[LayerFigures],
+    *,
+    num_layers: int,
+    torch_label: str,
+    read: Sequence[int] = (),
+    limit: float | None = None,
+    first_jump: int | None = None,
+) -> bytes:
+    """Plot the relative error of each hidden state, the bundle's beside PyTorch's own half precision, as a PNG.
+
+    ``read`` are the states that leave the tower, which ``limit`` bounds; ``first_jump`` is the first state at which the
+    bundle leaves PyTorch's track.
+    """
+    figure, axes = _axes(purpose="the plot of the layers")
+    states = [figures.layer for figures in layers]
+    drawn = [] if limit is None else [limit]
+    for label, colour, marker, errors in (
+        (torch_label, ORANGE, "s", [figures.torch.relative_error for figures in layers]),
+        ("bundle", BLUE, "o", [figures.bundle.relative_error for figures in layers]),
+    ):
+        values = [_positive(error) for error in errors]
+        drawn += [value for value in values if value > 0]
+        style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6, "label": label}
+        axes.plot(states, values, **style)
+        broken = [state for state, error in zip(states, errors, strict=True) if not _is_finite(error)]
+        if broken:
+            top = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
+            heights = [0.97 if label == "bundle" else 0.91] * len(broken)
+            axes.plot(
+                broken, heights, marker="X", color=RED, markersize=7, mec=colour, **top, label=f"{label}: not finite"
+            )
+    axes.set(yscale="log", ylim=_frame(drawn), xlim=(min(states, default=0) - 0.5, max(states, default=0) + 0.5))
+    for index, state in enumerate(dict.fromkeys(read)):
+        axes.axvline(state, color=RULE, linewidth=7, zorder=0, label="" if index else "read by the model")
+    if limit is not None:
+        axes.axhline(limit, color=RED, linewidth=1, linestyle=(0, (5, 3)), label=f"its bound, {limit:g}")
+    if first_jump in states:
+        _mark_jump(axes, first_jump, layers[states.index(first_jump)])
+    every = -(-len(states) // MAX_TICKS) if states else 1
+    ticks = states[::every]
+    axes.set_xticks(ticks, [name_layer(s, num_layers).replace("last_hidden_state", "normed") for s in ticks])
+    axes.set_xlabel("hidden state (0 enters the first layer)")
+    axes.set_ylabel("relative error")
+    _legend(axes)
+    return to_png(figure)
+
+
+def draw_tokens(series: Sequence[TokenDistances]) -> bytes:
+    """Plot histograms of 1 - cosine over the tokens, both axes logarithmic, as a PNG.
+
+    The first series is filled, the others are outlines. Tokens that are not finite are counted in the legend.
+    """
+    figure, axes = _axes(purpose="the plot of the tokens")
+    finite = [np.maximum(one.values[np.isfinite(one.values)], EXACT) for one in series]
+    limits = sorted({one.limit for one in series if one.limit is not None})
+    edges = _edges(np.concatenate([*finite, np.array(limits, float)]))
+    for index, (one, values, colour) in enumerate(zip(series, finite, (BLUE, GREY, ORANGE), strict=False)):
+        broken = one.values.size - values.size
+        label = f"{one.label}: {one.values.size:,} tokens" + (f", {broken:,} NOT FINITE" if broken else "")
+        heights = np.maximum(np.histogram(values, edges)[0], HALF_A_TOKEN)
+        style = {"baseline": HALF_A_TOKEN, "color": colour, "linewidth": 1.3}
+        if index:
+            axes.stairs(heights, edges, label=label, **style)
+        else:
+            axes.stairs(heights, edges, label=label, fill=True, alpha=0.3, **style)
+            axes.stairs(heights, edges, **style)
+    for limit in limits:
+        name = ", ".join(one.label for one in series if one.limit == limit)
+        axes.axvline(limit, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
+        place = {"xy": (limit, 0.97), "xycoords": ("data", "axes fraction"), "xytext": (-5, 0)}
+        text = f"bound of\n{name}\n{limit:.1g}"
+        axes.annotate(
+            text, **place, textcoords="offset points", ha="right", va="top", fontsize=7, color=RED, linespacing=1.4
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=HALF_A_TOKEN)
+    axes.set_xlim(edges[0], edges[-1] * 1.3)  # a line on the last edge would lie on the frame
+    axes.set_xlabel("1 - token cosine (left is better)")
+    axes.set_ylabel("tokens")
+    _legend(axes)
+    return to_png(figure)
+
+
+def _axes(*, purpose: str) -> tuple[Any, Any]:
+    figure = new_figure(WIDTH, HEIGHT, dpi=DPI, purpose=purpose)
+    axes = figure.add_axes((LEFT, BOTTOM, RIGHT - LEFT, TOP - BOTTOM))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=GREY, labelsize=7, which="both", length=0, pad=4)
+    axes.grid(visible=True, which="major", color=RULE, linewidth=0.5)
+    axes.set_axisbelow(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=7.5, color=INK)
+    return figure, axes
+
+
+def _edges(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Cut whole decades into bins, from below the smallest value to above the largest."""
+    if not values.size:
+        return np.logspace(-8, 0, 8 * BINS_PER_DECADE + 1)
+    low, high = (round(math.log10(value), 9) for value in (values.min(), values.max()))
+    bottom, top = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+    return np.logspace(bottom, top, BINS_PER_DECADE * (top - bottom) + 1)
+
+
+def _legend(axes: Any) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=6, frameon=False, fontsize=7, labelcolor=INK,
+        handlelength=1.6, columnspacing=1.4, borderaxespad=0,
+    )  # fmt: skip
+
+
+def _mark_jump(axes: Any, state: int, figures: LayerFigures) -> None:
+    """Circle the first jump and say so beside it; it hangs from the top where the error is not finite."""
+    error = figures.bundle.relative_error
+    there = error is not None and math.isfinite(error) and error > 0
+    where = (
+        {"xy": (state, error), "xycoords": "data"}
+        if there
+        else {"xy": (state, 0.97), "xycoords": ("data", "axes fraction")}
+    )
+    if there:
+        axes.plot([state], [error], marker="o", markersize=11, fillstyle="none", color=RED, markeredgewidth=1.6)
+    left = state <= sum(axes.get_xlim()) / 2
+    axes.annotate(
+        f"first jump: state {state}", **where, xytext=(12 if left else -12, 12), textcoords="offset points",
+        ha="left" if left else "right", color=RED, fontsize=7.5, weight="bold",
+    )  # fmt: skip
+
+
+def _frame(values: Sequence[float]) -> tuple[float, float]:
+    """Give the ends of a log axis that shows these values with room around them, and a decade at least.
+
+    With less, an axis has no tick with a number, and noise looks like a mountain.
+    """
+    low, high = (min(values), max(values)) if values else (1e-4, 1e-3)
+    if high < 10 * low:
+        middle = math.sqrt(low * high)
+        low, high = middle / 3, middle * 3
+    return low / 1.6, high * 2.5
+
+
+def _is_finite(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
+
+
+def _positive(error: float | None) -> float:
+    """Give what a log scale can show, NaN for the rest: the line has a gap there."""
+    return error if error is not None and math.isfinite(error) and error > 0 else math.nan

@@ -1,0 +1,229 @@
+"""Run a traced tower in FP32 while some of its operations round to half precision.
+
+It is the model of half precision that the doctor measures with and `--precision auto` searches with: an operation
+multiplies and adds in FP32, as tensor cores do, and rounds each result. It is pessimistic where kernels may differ:
+a product is rounded before its bias is added, attention scores are rounded, and a LayerNorm sums its squares in half
+precision, though the graph asks for FP32 there (`stash_type`).
+
+An operation that is kept in FP32 hands on what it computed. Whoever adds, scales, norms or activates that computes in
+FP32 and rounds its own result; a matrix product rounds its factors first. That is what `islands.py` writes into the
+graph.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from trtower_export.operations import Operation, Operations, is_cast, is_narrow
+
+aten = torch.ops.aten
+
+
+class Observer(Protocol):
+    """Is given every number that an operation computes: its ``result``, and what stands between."""
+
+    def __call__(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
+        """Look at the numbers."""
+
+
+Values: TypeAlias = dict[fx.Node, Tensor]
+
+
+class Simulation:
+    """A traced tower with FP32 weights."""
+
+    def __init__(self, operations: Operations, weights: Mapping[str, Tensor]) -> None:
+        """``weights`` are parameters and buffers by name."""
+        self.operations = operations
+        self._weights = weights
+        self._last_use = {argument: node for node in operations.nodes for argument in node.all_input_nodes}
+        (self._output,) = (node for node in operations.nodes if node.op == "output")
+
+    def run(
+        self,
+        pixel_values: Tensor,
+        *,
+        rounded: Collection[str] = (),
+        dtype: torch.dtype = torch.float16,
+        observe: Observer | None = None,
+        keep: Values | None = None,
+    ) -> Tensor:
+        """Run (B, 3, S, S) to (B, P + N, D), rounding the results of the operations in ``rounded`` to ``dtype``.
+
+        ``keep`` is filled with every value but attention scores, for `rerun`.
+        """
+        values: Values = {}
+        rounded = frozenset(rounded)
+        wide = widened(self.operations, frozenset(self.operations.names) - rounded) if rounded else frozenset()
+        for node in self.operations.nodes:
+            if node.op == "output":
+                break
+            values[node] = self._value(node, values, pixel_values, rounded, wide, dtype, observe)
+            if keep is not None:
+                if not _holds_scores(node):
+                    keep[node] = values[node]
+                continue
+            for argument in node.all_input_nodes:
+                if self._last_use[argument] is node:
+                    values.pop(argument, None)
+        return self._result(values)
+
+    def rerun(self, kept: Values, operation: Operation, dtype: torch.dtype) -> Tensor:
+        """Run on from ``kept``, the values of an exact run, with ``operation`` alone in half precision."""
+        alone, values, dirty = frozenset({operation.name}), dict(kept), set[fx.Node]()
+        (pixel_values,) = (kept[node] for node in self.operations.nodes if self._is_input(node))
+        for node in self.operations.nodes:
+            if node.op == "output":
+                break
+            weight = node.op == "placeholder" and self.operations.weights.get(node.name) in operation.weights
+            inside = self.operations.of.get(node) is operation
+            if not weight and not inside and dirty.isdisjoint(node.all_input_nodes):
+                continue
+            dirty.add(node)
+            for argument in node.all_input_nodes:
+                self._restore(argument, values)
+            values[node] = self._value(node, values, pixel_values, alone, frozenset(), dtype, None)
+        return self._result(values)
+
+    def _restore(self, node: fx.Node, values: Values) -> None:
+        """Compute again what an exact run did not keep."""
+        if node not in values:
+            for argument in node.all_input_nodes:
+                self._restore(argument, values)
+            values[node] = _call(node, values)
+
+    def _value(
+        self,
+        node: fx.Node,
+        values: Values,
+        pixel_values: Tensor,
+        rounded: frozenset[str],
+        wide: frozenset[fx.Node],
+        dtype: torch.dtype,
+        observe: Observer | None,
+    ) -> Tensor:
+        if node.op == "placeholder":
+            return self._placeholder(node, pixel_values, rounded, dtype)
+        operation = self.operations.of.get(node)
+        if operation is None:
+            moved: Tensor = _call(node, values)
+            return moved
+        last = node is operation.nodes[-1]
+
+        def seen(numbers: Tensor, *, result: bool = False) -> None:
+            if observe:
+                observe(operation, numbers, result=result)
+
+        if operation.name in rounded and operation.multiplies and not wide.isdisjoint(node.all_input_nodes):
+            factors = wide.intersection(node.all_input_nodes)
+            values = values | {factor: values[factor].to(dtype).float() for factor in factors}
+        if not is_narrow(node) or operation.name not in rounded:
+            value: Tensor = _call(node, values, seen=seen)
+            seen(value, result=last)
+            return value
+        inside = node in wide  # computes in FP32, and rounds what leaves it
+
+        def round_(number: Tensor) -> Tensor:
+            seen(number)
+            return number if inside else number.to(dtype).float()
+
+        value = _call(node, values, seen=round_)
+        seen(value, result=last)
+        leaves = not inside or any(self.operations.of.get(user) is not operation for user in node.users)
+        return value.to(dtype).float() if leaves else value
+
+    def _placeholder(self, node: fx.Node, pixel_values: Tensor, rounded: frozenset[str], dtype: torch.dtype) -> Tensor:
+        if self._is_input(node):
+            return pixel_values
+        name = self.operations.weights[node.name]
+        value = self._weights[name]
+        if not value.is_floating_point() or not is_narrow(node):
+            return value
+        readers = self.operations.reading(name)
+        if readers and not any(reader.name in rounded for reader in readers):
+            return value
+        return value.to(dtype).float()
+
+    def _is_input(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.name not in self.operations.weights
+
+    def _result(self, values: Values) -> Tensor:
+        (result,) = self._output.all_input_nodes
+        return values[result]
+
+
+def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]:
+    """Find the nodes that compute in FP32 where ``kept`` stay in it: these, and who reads what they hand on.
+
+    Of those that only move numbers and of weights, the ones that hold FP32.
+    """
+    wide: set[fx.Node] = set()  # the value, as whoever is inside the same operation sees it, is FP32
+    leaving: set[fx.Node] = set()  # and as all others see it
+    for node in operations.nodes:
+        operation = operations.of.get(node)
+        if node.op == "placeholder":
+            readers = operations.reading(operations.weights.get(node.name, ""))
+            if readers and all(reader.name in kept for reader in readers):
+                wide.add(node)
+                leaving.add(node)
+        elif operation is None:
+            if not leaving.isdisjoint(node.all_input_nodes):
+                wide.add(node)
+                leaving.add(node)
+        else:
+            seen = [
+                argument in (wide if operations.of.get(argument) is operation else leaving)
+                for argument in node.all_input_nodes
+            ]
+            if operation.name in kept or (any(seen) and not operation.multiplies):
+                wide.add(node)
+            if operation.name in kept:
+                leaving.add(node)
+    return frozenset(wide)
+
+
+def _ignore(number: Tensor) -> Tensor:
+    return number
+
+
+def _call(node: fx.Node, values: Values, seen: Callable[[Tensor], Any] = _ignore) -> Any:
+    """Run one node in FP32; ``seen`` is given, and may round, what a half-precision kernel would hold meanwhile."""
+    if is_cast(node):
+        return values[node.all_input_nodes[0]]
+    args: Any = fx.node.map_arg(node.args, lambda argument: values[argument])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda argument: values[argument])
+
+    def between(number: Tensor) -> Tensor:
+        found = seen(number)
+        return number if found is None else found
+
+    if node.target == aten.linear.default and len(args) == 3:
+        return between(aten.linear.default(*args[:2])) + args[2]
+    if node.target == aten.layer_norm.default:
+        return _layer_norm(*args, between=between)
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+    between: Callable[[Tensor], Tensor],
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    count = torch.Size(shape).numel()
+    centred = x - between(x.sum(dims, keepdim=True)) / count
+    variance = between(centred.square().sum(dims, keepdim=True)) / count
+    y = centred * (variance + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _holds_scores(node: fx.Node) -> bool:
+    return node.meta.get("part") == "scores"
