@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest test-slow test-gpu test-matrix goals clean
+.PHONY: demo test lint types pytest test-slow test-gpu test-matrix goals precisions clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -37,6 +37,10 @@ test-matrix:
 # What the README's table was made with.
 goals: $(STAMP)
 	$(BIN)/python benchmarks/goals.py
+
+# Size and fidelity of every precision, side by side.
+precisions: $(STAMP)
+	$(BIN)/python benchmarks/precisions.py
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

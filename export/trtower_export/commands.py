@@ -240,7 +240,10 @@ def doctor(
         picture.write_bytes(draw_heatmap(operations))
         progress.say(str(picture))
     if json_:
-        rows = [{**dataclasses.asdict(operation), "headroom": operation.headroom} for operation in operations]
+        rows = [
+            {**dataclasses.asdict(operation), "headroom": operation.headroom if operation.largest else None}
+            for operation in operations
+        ]
         typer.echo(json.dumps({"images": [each.name for each in photographs.images], "operations": rows}, indent=2))
     else:
         print_operations(console, operations, every=every)

@@ -70,6 +70,7 @@ def write_onnx(
             verbose=False,
         )
         assert written is not None  # noqa: S101 - dynamo=True returns the program
+        _widen_norms(written.model)
         modules = _name(written.model)
         if quantise:
             quantise(written.model, modules)
@@ -80,6 +81,25 @@ def write_onnx(
             value.const_value = None  # the exporter's own cycles would keep the weights in memory
     path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # written for the owner alone
     _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output, kinds)
+
+
+def _widen_norms(model: onnx_ir.Model) -> None:
+    """Cast what an RMSNormalization with FP32 weights reads to FP32.
+
+    The exporter fuses the model's own cast into it. The result has the weights' type, and ONNX Runtime 1.32 and onnx
+    1.23 take it to have the input's.
+    """
+    for node in list(model.graph):
+        if node.op_type == "RMSNormalization":
+            x, scale = node.inputs
+            assert x and scale and scale.dtype  # noqa: S101, PT018 - both are required
+            if x.dtype != scale.dtype:
+                cast = onnx_ir.node(
+                    "Cast", [x], attributes={"to": scale.dtype}, metadata_props=dict(node.metadata_props)
+                )
+                cast.outputs[0].dtype, cast.outputs[0].shape = scale.dtype, x.shape
+                model.graph.insert_before(node, cast)
+                node.replace_input_with(0, cast.outputs[0])
 
 
 def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:

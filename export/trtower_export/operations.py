@@ -139,7 +139,7 @@ class Operations(Sequence[Operation]):
     def _nearest(self, pattern: str) -> str:
         general = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in self.names))
         choices = [*self.names, *general] if re.search(r"\.\d+\.", pattern) else [*general, *self.names]
-        return ", ".join(difflib.get_close_matches(pattern, choices, n=3, cutoff=0.0))
+        return ", ".join(difflib.get_close_matches(pattern, dict.fromkeys(choices), n=3, cutoff=0.0))
 
     def _group(self) -> Iterator[tuple[str, str, list[fx.Node]]]:
         """Give the nodes of each operation with the module's path, and a word where it is not the module's own."""

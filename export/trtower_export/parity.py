@@ -60,7 +60,8 @@ def certify(
     """
     manifest = bundle.manifest
     runner = _open(bundle, backend)
-    states = GraphStates(bundle, emulated=isinstance(runner, EmulatedRunner)) if by_layer else None
+    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # which has no kernels on the CPU
+    states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model(manifest.spec)
         own_tower = copy.deepcopy(truncate(model, checkpoint.family, manifest.spec))
@@ -164,7 +165,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: 
     for batch, by_kind in found.by_batch.items():
         for start in range(0, len(images), batch):
             members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
-            taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype)
+            taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
             for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
                 features.setdefault(member, row.float().cpu())
                 error = Sums.of(row[None].float().cpu(), references[member])

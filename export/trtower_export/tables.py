@@ -11,8 +11,8 @@ from trtower.manifest import Bound, Certificate, Figures, LayerFigures
 from trtower_export.doctor import OperationFigures
 from trtower_export.layers import first_jump
 
-WIDTH = 110
-"""Characters that the doctor's table wants, whatever is at the other end of a pipe."""
+WIDTH = 160
+"""Characters that the doctor's table may take, whatever is at the other end of a pipe: names are there whole."""
 
 COLUMNS = ("cos mean", "cos min", "p99.9", "rel error", "NaN/inf")
 
@@ -67,7 +67,7 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
             *(_worst(same, precision) for precision in ("fp16", "bf16")),
             style="bold red" if any(each.overflow for each in same) else None,
         )
-    console.print(table, width=max(console.width, WIDTH), crop=False)
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows
     overflowing = [operation.name for operation in operations if operation.overflow]
     if overflowing:
         console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)

@@ -117,6 +117,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         ),
         "precision": precision,
         "keep_fp32": (),
+        "calibration": None,
         "input": spec.input(precision),
         "output": spec.output(precision),
         "batch": BatchProfile(min=1, opt=4, max=8),

@@ -167,9 +167,7 @@ class Uncast(torch.nn.Module):
 
 def test_tower_that_is_not_cast_as_a_whole_is_refused(tmp_path: Path) -> None:
     shape = ("batch", 3, 4, 4)
-    input_, output = (
-        TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states")
-    )
+    input_, output = (TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states"))
     program = trace(Uncast(), input_, BATCH)
     with pytest.raises(BuildError, match="not float16: the tower was not cast as a whole"):
         write_onnx(program, input_, output, tmp_path / GRAPH)

@@ -12,6 +12,7 @@ from trtower.errors import BuildError
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.onnx_graph import write_onnx
+from trtower_export.operations import trace
 from trtower_export.truncate import truncate
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
@@ -51,8 +52,8 @@ def test_no_weight_of_a_dead_layer_is_in_the_file(checkpoints: dict[str, Path], 
 
 def test_graph_says_nothing_of_the_machine_that_made_it(export: Callable[..., Path]) -> None:
     content = (export("clip", flavour="none") / GRAPH).read_bytes()
-    for trace in (b"site-packages", b"trtower", b".py", b"/usr", b"/home", b"/tmp"):
-        assert trace not in content
+    for word in (b"site-packages", b"trtower", b".py", b"/usr", b"/home", b"/tmp"):
+        assert word not in content
 
 
 def test_tower_that_breaks_its_contract_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -61,4 +62,24 @@ def test_tower_that_breaks_its_contract_is_refused(checkpoints: dict[str, Path],
     tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
     wrong = TensorSpec(name="hidden_states", dtype="float16", shape=("batch", spec.num_tokens + 1, spec.hidden_size))
     with pytest.raises(BuildError, match="is expected"):
-        write_onnx(tower, spec.input("fp16"), wrong, BatchProfile(min=1, opt=1, max=2), tmp_path / GRAPH)
+        write_onnx(
+            trace(tower, spec.input("fp16"), BatchProfile(min=1, opt=1, max=2)),
+            spec.input("fp16"),
+            wrong,
+            tmp_path / GRAPH,
+        )
+
+
+def test_nodes_and_hidden_states_have_names(export: Callable[..., Path]) -> None:
+    graph = onnx.load(export("clip", flavour="none") / GRAPH, load_external_data=False).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    assert {"layers.2.mlp.fc1/MatMul", "layers.0.self_attn/Attention", "stem.0.patch_embedding/Conv"} <= set(names)
+    makers = {output: node.name for node in graph.node for output in node.output}
+    states = {name: maker for name, maker in makers.items() if name.startswith("hidden_state.")}
+    assert states == {
+        "hidden_state.0": "stem.1/LayerNormalization",
+        "hidden_state.1": "layers.0/Add_2",
+        "hidden_state.2": "layers.1/Add_2",
+    }
+    assert makers["hidden_states"] == "layers.2/Add_2"

@@ -283,3 +283,10 @@ def test_pattern_that_matches_nothing_is_answered_with_the_nearest_names(
     for name in nearest:
         assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_nearest_names_are_each_said_once() -> None:
+    """Outside the layers a name and its general form are the same."""
+    with pytest.raises(ConfigError) as caught:
+        operations("dinov3_vit").match(["final"])
+    assert str(caught.value).count("final_norm") == 1

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,21 +14,39 @@ import torch
 from onnx import numpy_helper
 
 from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
-from trtower.errors import CheckpointError, ConfigError
+from trtower.errors import BundleError, CheckpointError, ConfigError
+from trtower.llava import CLIPVisionTower
 from trtower.manifest import Certificate, Figures
+from trtower.runners import Runner
+from trtower.spec import BatchProfile
+from trtower.tower import VisionTower
+from trtower_export import parity
+from trtower_export.bounds import judge
 from trtower_export.checkpoint import open_checkpoint
-from trtower_export.emulation import EMULATED_BF16
-from trtower_export.parity import Sums, certify, judge
+from trtower_export.figures import Sums
+from trtower_export.layers import first_jump
+from trtower_export.parity import batches_of, certify
 from trtower_export.photographs import load_photographs
-from trtower_export.pipeline import check_bundle
+from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.progress import LoggedProgress
+
+FINE = {
+    "token_cosine_mean": 1.0,
+    "token_cosine_min": 1.0,
+    "token_error_p999": 2e-3,
+    "relative_error": 2e-3,
+    "max_abs_error": 0.0,
+    "non_finite": 0,
+}
+
+
+BAD = Figures(**FINE | {"non_finite": 1, "relative_error": None})
 
 
 def run_check(bundle: Path, checkpoint: Path, **options: object) -> Certificate:
     photographs = load_photographs(None, limit=2)
-    return certify(
-        Bundle.open(bundle), open_checkpoint(str(checkpoint)), photographs, progress=LoggedProgress(), **options
-    )
+    opened, settings = Bundle.open(bundle), {"quick": True, **options}
+    return certify(opened, open_checkpoint(str(checkpoint)), photographs, progress=LoggedProgress(), **settings)
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
@@ -38,7 +57,9 @@ def test_sound_bundle_passes(
     certificate = run_check(export(family, precision=precision, flavour="none"), checkpoints[family])
     assert certificate.passed, certificate.bounds
     assert certificate.ran == "graph"
-    assert set(certificate.files) == {GRAPH, GRAPH_DATA}
+    assert certificate.executed == (GRAPH, GRAPH_DATA)
+    assert certificate.gpu is None
+    assert set(certificate.files) == {GRAPH, GRAPH_DATA, "config.json", "preprocessor_config.json"}
     assert [image.name for image in certificate.images] == ["astronaut.png", "chelsea.png"]
 
 
@@ -57,7 +78,11 @@ def test_plan_that_was_not_run_is_named(clip_bundle: Path, checkpoints: dict[str
 def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
     bundle = Bundle.open(export("clip", flavour="none", select_layer=-1))
     honest = certify(
-        bundle, open_checkpoint(str(checkpoints["clip"])), load_photographs(None, limit=1), progress=LoggedProgress()
+        bundle,
+        open_checkpoint(str(checkpoints["clip"])),
+        load_photographs(None, limit=1),
+        quick=True,
+        progress=LoggedProgress(),
     )
     assert honest.passed
     # The same graph, said to be the layer before: what a wrong index would ship.
@@ -68,7 +93,7 @@ def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints:
 
     weights = weights_sha256(truncate(checkpoint.load_model(), checkpoint.family, lying.manifest.spec))
     lying.manifest = replace(lying.manifest, source=replace(lying.manifest.source, weights_sha256=weights))
-    certificate = certify(lying, checkpoint, load_photographs(None, limit=1), progress=LoggedProgress())
+    certificate = certify(lying, checkpoint, load_photographs(None, limit=1), quick=True, progress=LoggedProgress())
     assert not certificate.passed
     assert certificate.bundle.token_cosine_min < 0.95
 
@@ -83,8 +108,6 @@ def test_overflow_in_half_precision_fails(
         layers[1].mlp.fc1.weight.mul_(3e5)
         layers[1].mlp.fc2.weight.div_(3e5)
     model.save_pretrained(folder)
-    from trtower_export.pipeline import ExportOptions, export_tower
-
     bundle = export_tower(str(folder), tmp_path / "b", ExportOptions(flavour="none", check=False)).path
     certificate = run_check(bundle, folder)
     assert not certificate.passed
@@ -99,13 +122,7 @@ def test_damaged_weight_fails(spoilt: Path, checkpoints: dict[str, Path]) -> Non
     values = numpy_helper.to_array(tensor).copy()
     values[3] *= -1
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    (spoilt / GRAPH_DATA).unlink()
-    onnx.save_model(model, spoilt / GRAPH, save_as_external_data=True, location=GRAPH_DATA, size_threshold=1024)
-    manifest = json.loads((spoilt / MANIFEST).read_text())
-    for name in (GRAPH, GRAPH_DATA):
-        entry = describe(spoilt / name)
-        manifest["files"][name] = {"sha256": entry.sha256, "size": entry.size}
-    (spoilt / MANIFEST).write_text(json.dumps(manifest))
+    rewrite(spoilt, model)
     assert not run_check(spoilt, checkpoints["clip"]).passed
 
 
@@ -121,28 +138,26 @@ def test_other_weights_than_the_bundle_s_are_refused(
 
 def test_certificate_is_written_into_the_manifest(spoilt: Path, checkpoints: dict[str, Path]) -> None:
     opened, checkpoint = Bundle.open(spoilt), open_checkpoint(str(checkpoints["clip"]))
-    checked = check_bundle(opened, checkpoint, load_photographs(None, limit=1), LoggedProgress())
+    checked = check_bundle(opened, checkpoint, load_photographs(None, limit=1), LoggedProgress(), quick=True)
     certificate = Bundle.open(spoilt).manifest.certificate
     assert certificate == checked.manifest.certificate
     assert certificate.files[GRAPH] == opened.manifest.files[GRAPH].sha256
 
 
 def test_minimum_batch_of_the_profile_is_respected(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
-    from trtower.spec import BatchProfile
-
     bundle = export("clip", precision="fp32", flavour="none", batch=BatchProfile(min=3, opt=3, max=4))
     assert run_check(bundle, checkpoints["clip"]).passed
 
 
 def test_emulation_rounds_after_every_operation(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
     certificate = run_check(
-        export("clip", precision="bf16", flavour="none"), checkpoints["clip"], backend=EMULATED_BF16
+        export("clip", precision="bf16", flavour="none"), checkpoints["clip"], backend="emulated-bf16"
     )
     assert "emulated" in certificate.backend
     # FP32 arithmetic on rounded weights alone makes about half of PyTorch's own BF16 error.
     assert 0.8 < certificate.bundle.relative_error / certificate.torch.relative_error < 1.25
     with pytest.raises(ConfigError, match="is for bf16"):
-        run_check(export("clip", flavour="none"), checkpoints["clip"], backend=EMULATED_BF16)
+        run_check(export("clip", flavour="none"), checkpoints["clip"], backend="emulated-bf16")
 
 
 def test_figures_are_what_they_are_called() -> None:
@@ -171,26 +186,181 @@ def test_nan_in_any_image_is_not_lost(order: int) -> None:
     figures = parts[0].figures()
     assert figures.non_finite == 4
     assert figures.max_abs_error is figures.relative_error is figures.token_cosine_min is None
-    assert not any(bound.holds for bound in judge("fp16", figures, figures))
+    assert not any(bound.holds for bound in judge("fp16", {"photograph": ([figures], figures)}))
 
 
 def test_bundle_is_not_blamed_for_what_pytorch_does_worse() -> None:
-    fine = Figures(token_cosine_mean=1.0, token_cosine_min=1.0, relative_error=2e-3, max_abs_error=0.0, non_finite=0)
+    fine = Figures(**FINE)
     exact = replace(fine, relative_error=0.0)
     overflown = replace(fine, relative_error=None, token_cosine_min=None, non_finite=7)
     for bundle, own in ((fine, overflown), (exact, fine), (exact, exact)):
-        assert all(bound.holds for bound in judge("fp16", bundle, own))
-    assert not all(bound.holds for bound in judge("fp16", overflown, overflown))
+        assert all(bound.holds for bound in judge("fp16", {"photograph": ([bundle], own)}))
+    assert not all(bound.holds for bound in judge("fp16", {"photograph": ([overflown], overflown)}))
 
 
 def test_each_bound_can_fail_alone() -> None:
-    own = Figures(token_cosine_mean=1.0, token_cosine_min=1.0, relative_error=2e-3, max_abs_error=0.0, non_finite=0)
-    assert all(bound.holds for bound in judge("fp16", own, own))
+    own = Figures(**FINE)
+    assert all(bound.holds for bound in judge("fp16", {"photograph": ([own], own)}))
     for change, figure in (
         ({"token_cosine_min": 0.998}, "token_cosine_min"),
+        ({"token_error_p999": 4e-2}, "token_error_p999"),
         ({"relative_error": 1.1e-2}, "relative_error"),
         ({"relative_error": 7e-3}, "relative_error_over_torch"),
         ({"non_finite": 1}, "non_finite"),
     ):
-        missed = {bound.figure for bound in judge("fp16", replace(own, **change), own) if not bound.holds}
+        missed = {
+            bound.figure
+            for bound in judge("fp16", {"photograph": ([own, replace(own, **change)], own)})
+            if not bound.holds
+        }
         assert figure in missed
+
+
+class Spoilt:
+    """A runner that spoils what another gives, where it is told to."""
+
+    def __init__(self, runner: Runner, spoils: Callable[[torch.Tensor], bool]) -> None:
+        self.name, self.files, self.device, self.dtype = runner.name, runner.files, runner.device, runner.dtype
+        self._runner, self._spoils = runner, spoils
+
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        self._runner.run(pixel_values, hidden_states)
+        if self._spoils(pixel_values):
+            hidden_states[-1] = hidden_states[-1].flip(0)
+
+
+def check_spoilt(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, checkpoint: Path, spoils: Callable[[torch.Tensor], bool]
+) -> Certificate:
+    choose = parity.choose
+    monkeypatch.setattr(parity, "choose", lambda *arguments: Spoilt(choose(*arguments), spoils))
+    return run_check(bundle, checkpoint, quick=False)
+
+
+def test_every_batch_of_the_profile_is_run_and_one_in_pieces(clip_bundle: Path, checkpoints: dict[str, Path]) -> None:
+    certificate = run_check(clip_bundle, checkpoints["clip"], quick=False)
+    assert certificate.passed
+    assert [each.batch for each in certificate.batches] == [1, 2, 4, 5]
+    assert batches_of(BatchProfile(min=3, opt=3, max=3)) == [3, 4]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_engine_that_is_wrong_at_one_batch_size_fails(
+    monkeypatch: pytest.MonkeyPatch, clip_bundle: Path, checkpoints: dict[str, Path], batch: int
+) -> None:
+    certificate = check_spoilt(monkeypatch, clip_bundle, checkpoints["clip"], lambda images: len(images) == batch)
+    assert not certificate.passed
+    wrong = [each.batch for each in certificate.batches if each.bundle.relative_error > 0.01]
+    assert batch in wrong
+    assert set(wrong) <= {batch, 5}  # of which pieces may be of that size
+
+
+def test_bundle_that_is_wrong_on_drawn_images_alone_fails_as_such(
+    monkeypatch: pytest.MonkeyPatch, clip_bundle: Path, checkpoints: dict[str, Path]
+) -> None:
+    def saturated(images: torch.Tensor) -> bool:
+        return len(images) == 1 and bool((images == images[0, 0, 0, 0]).sum() > images[0, 0].numel() - 1)
+
+    certificate = check_spoilt(monkeypatch, clip_bundle, checkpoints["clip"], saturated)
+    assert [image.kind for image in certificate.images[-4:]] == ["noise", "constant", "saturated", "saturated"]
+    assert {bound.images for bound in certificate.bounds if not bound.holds} == {"drawn"}
+
+
+def test_percentile_is_what_one_token_in_a_thousand_exceeds() -> None:
+    reference = torch.ones(1, 2000, 2)
+    found = reference.clone()
+    found[0, :2] = 3.0
+    assert Sums.of(found, reference).figures().token_error_p999 == 0.0
+    found[0, :3] = 3.0
+    assert Sums.of(found, reference).figures().token_error_p999 == pytest.approx(2.0)
+
+
+def test_sound_bundle_jumps_at_no_layer(clip_bundle: Path, checkpoints: dict[str, Path]) -> None:
+    layers = run_check(clip_bundle, checkpoints["clip"], by_layer=True).layers
+    assert [layer.layer for layer in layers] == [0, 1, 2, 3]
+    assert first_jump(layers) is None
+    assert all(0 < layer.bundle.relative_error < 3e-3 for layer in layers)
+
+
+@pytest.mark.parametrize("damaged", [0, 2])
+def test_layer_with_a_damaged_weight_is_named(spoilt: Path, checkpoints: dict[str, Path], damaged: int) -> None:
+    model = onnx.load(spoilt / GRAPH)
+    node = next(node for node in model.graph.node if node.name == f"layers.{damaged}.mlp.fc1/MatMul")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    values = numpy_helper.to_array(tensor).copy()
+    values[3] *= -1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    rewrite(spoilt, model)
+    certificate = run_check(spoilt, checkpoints["clip"], by_layer=True)
+    jump = first_jump(certificate.layers)
+    assert jump is not None
+    assert jump.layer == damaged + 1
+    assert jump.worst_image in {image.name for image in certificate.images}
+    assert 0 <= jump.worst_token < 10
+
+
+def test_certificate_is_void_with_anything_that_it_depends_on(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    bundle = check_bundle(
+        Bundle.open(spoilt), checkpoint, load_photographs(None, limit=1), LoggedProgress(), quick=True
+    )
+    executed = (GRAPH, GRAPH_DATA)
+    assert bundle.uncertified(executed) is None
+    assert (
+        bundle.uncertified(("plans/x.plan",)) == f"plans/x.plan runs here, and the check of {today(bundle)} ran {GRAPH}"
+    )
+    for name in (GRAPH, GRAPH_DATA, "config.json", "preprocessor_config.json"):
+        files = {**bundle.manifest.files, name: replace(bundle.manifest.files[name], sha256="0" * 64)}
+        other = Bundle(bundle.path, replace(bundle.manifest, files=files))
+        assert other.uncertified(executed) == f"its certificate is void, {name} changed since"
+    failed = replace(bundle.manifest.certificate, passed=False, bounds=judge("fp16", {"photograph": ([BAD], BAD)}))
+    other = Bundle(bundle.path, replace(bundle.manifest, certificate=failed))
+    assert "missed non_finite" in str(other.uncertified(executed))
+    assert (
+        Bundle(bundle.path, replace(bundle.manifest, certificate=None)).uncertified(executed) == "it has no certificate"
+    )
+    source = replace(bundle.manifest.source, random_weights=True)
+    assert "rehearsal" in str(Bundle(bundle.path, replace(bundle.manifest, source=source)).uncertified(executed))
+
+
+def test_required_certificate_is_demanded_at_load(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(BundleError, match=r"is not certified: it has no certificate. trtower check"):
+        VisionTower.load(spoilt, require_certificate=True)
+    args = SimpleNamespace(mm_vision_select_layer=-2)
+    with pytest.raises(BundleError, match="is not certified"):
+        CLIPVisionTower(spoilt, args, require_certificate=True)
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    check_bundle(Bundle.open(spoilt), checkpoint, load_photographs(None, limit=1), LoggedProgress(), quick=True)
+    assert VisionTower.load(spoilt, require_certificate=True).is_loaded
+    assert CLIPVisionTower(spoilt, args, require_certificate=True).is_loaded
+
+
+def test_checkpoint_that_is_not_finite_is_sent_to_the_doctor(
+    spoilt: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = open_checkpoint(str(checkpoints["clip"])).load_model()
+    layers = getattr(model, "vision_model", model).encoder.layers
+    with torch.no_grad():
+        layers[1].mlp.fc1.weight.fill_(1e38)
+    model.save_pretrained(tmp_path / "sick")
+    options = ExportOptions(flavour="none", check=False)
+    bundle = export_tower(str(tmp_path / "sick"), tmp_path / "b", options)
+    with pytest.raises(CheckpointError, match=r"not finite in FP32 on astronaut.png already.*trtower doctor"):
+        run_check(bundle.path, tmp_path / "sick")
+
+
+def rewrite(folder: Path, model: onnx.ModelProto) -> None:
+    """Write another graph into a bundle, with the hashes made to fit."""
+    (folder / GRAPH_DATA).unlink()
+    onnx.save_model(model, folder / GRAPH, save_as_external_data=True, location=GRAPH_DATA, size_threshold=1024)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in (GRAPH, GRAPH_DATA):
+        entry = describe(folder / name)
+        manifest["files"][name] = {"sha256": entry.sha256, "size": entry.size}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def today(bundle: Bundle) -> str:
+    certificate = bundle.manifest.certificate
+    assert certificate
+    return certificate.date

@@ -21,7 +21,11 @@ from trtower_export import bounds
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["no-such-command"], 2, "No such command"),
         (["export", "./nowhere", "--no-check"], 1, "./nowhere is not a folder"),
-        (["export", "CLIP", "--precision", "int3"], 2, "precision 'int3' is unknown: auto, fp16, bf16, fp32 are known"),
+        (
+            ["export", "CLIP", "--precision", "int3"],
+            2,
+            "precision 'int3' is unknown: auto, fp16, bf16, fp32, fp8, int8 are known",
+        ),
         (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
         (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
         (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9' is not one"),

@@ -1,0 +1,69 @@
+"""What the tests of the check share: a check in one call, engines that are wrong here and there, damaged graphs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
+from trtower.manifest import Certificate
+from trtower.runners import Runner
+from trtower_export import parity
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.parity import certify
+from trtower_export.photographs import load_photographs
+from trtower_export.progress import LoggedProgress
+
+
+def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: object) -> Certificate:
+    """Certify a bundle; nothing is written into it."""
+    found = load_photographs(None, limit=photographs)
+    opened = open_checkpoint(str(checkpoint))
+    return certify(Bundle.open(bundle), opened, found, progress=LoggedProgress(), **options)
+
+
+Run = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class Wrapped:
+    """A runner around another, which is told what it was given and what it made of it."""
+
+    def __init__(self, runner: Runner, after: Run) -> None:
+        self.name, self.files, self.device, self.dtype = runner.name, runner.files, runner.device, runner.dtype
+        self._runner, self._after = runner, after
+
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        assert pixel_values.is_contiguous()
+        self._runner.run(pixel_values, hidden_states)
+        self._after(pixel_values, hidden_states)
+
+
+def wrap_runner(monkeypatch: pytest.MonkeyPatch, after: Run) -> None:
+    """Have the check run its bundles on a wrapped runner; ``after`` sees each call, and may spoil its result."""
+    choose = parity.choose
+    monkeypatch.setattr(parity, "choose", lambda *arguments: Wrapped(choose(*arguments), after))
+
+
+def damage(bundle: Path, node: str) -> None:
+    """Turn the sign of one row of a node's weight, with the hashes made to fit: only arithmetic can find it."""
+    model = onnx.load(bundle / GRAPH)
+    (product,) = (each for each in model.graph.node if each.name == node)
+    (tensor,) = (each for each in model.graph.initializer if each.name == product.input[1])
+    values = numpy_helper.to_array(tensor).copy()
+    values[3] *= -1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    (bundle / GRAPH_DATA).unlink()
+    onnx.save_model(model, bundle / GRAPH, save_as_external_data=True, location=GRAPH_DATA, size_threshold=1024)
+    make_hashes_fit(bundle, GRAPH, GRAPH_DATA)
+
+
+def make_hashes_fit(bundle: Path, *names: str) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    for name in names:
+        entry = describe(bundle / name)
+        manifest["files"][name] = {"sha256": entry.sha256, "size": entry.size}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))

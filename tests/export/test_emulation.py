@@ -1,0 +1,221 @@
+"""Half precision is emulated at its worst: what any kernel may round is rounded, and what the graph has in FP32 is not.
+
+The checkpoints are made so that PyTorch in FP16 and ONNX Runtime hold them well, or the sums exactly.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+from tests.conftest import BATCH
+from tests.export.checking import Wrapped, check
+from trtower.bundle import GRAPH, Bundle
+from trtower.errors import BundleError, ConfigError
+from trtower_export import parity
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.emulation import EMULATED, HALF, EmulatedRunner, emulate, load_graph
+from trtower_export.pipeline import ExportOptions, export_tower
+
+LARGE = 64.0
+"""States of this size: their squares add up to 64 x 64**2 = 262144 and more. A power of two loses nothing else."""
+
+HUGE = 200.0
+"""Queries and keys of this size: scores of 200 x 200 x 16 / 4 = 160000, all alike, so that their softmax is exact."""
+
+Change = Callable[[Any], None]
+
+
+def enlarge_states(vision: Any) -> None:
+    """Make every hidden state LARGE times as large; norms make of it what they made before."""
+    scaled = [vision.pre_layrnorm]
+    for layer in vision.encoder.layers:
+        scaled += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for module in scaled:
+        module.weight.mul_(LARGE)
+        module.bias.mul_(LARGE)
+
+
+def enlarge_scores(vision: Any) -> None:
+    """Have one layer attend to every token alike, with huge scores."""
+    attention = vision.encoder.layers[1].self_attn
+    for module in (attention.q_proj, attention.k_proj):
+        module.weight.zero_()
+        module.bias.fill_(HUGE)
+
+
+@pytest.fixture
+def changed(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[Change], Path]:
+    def get(change: Change) -> Path:
+        folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "changed"))
+        model = open_checkpoint(str(folder)).load_model()
+        with torch.no_grad():
+            change(getattr(model, "vision_model", model))
+        model.save_pretrained(folder)
+        return folder
+
+    return get
+
+
+def export_changed(checkpoint: Path, out: Path, *keep_fp32: str) -> Path:
+    options = ExportOptions(flavour="none", check=False, batch=BATCH, keep_fp32=keep_fp32)
+    return export_tower(str(checkpoint), out, options).path
+
+
+def test_layer_norm_whose_squares_overflow_fails_in_emulation_alone(
+    changed: Callable[[Change], Path], tmp_path: Path
+) -> None:
+    checkpoint = changed(enlarge_states)
+    bundle = export_changed(checkpoint, tmp_path / "b")
+    assert check(bundle, checkpoint, quick=True).passed
+    emulated = check(bundle, checkpoint, quick=True, backend="emulated-fp16", by_layer=True)
+    assert not emulated.passed
+    assert emulated.layers[0].bundle.relative_error < 1e-3 < 0.1 < emulated.layers[1].bundle.relative_error
+
+
+def test_attention_scores_beyond_fp16_fail_in_emulation(changed: Callable[[Change], Path], tmp_path: Path) -> None:
+    checkpoint = changed(enlarge_scores)
+    bundle = export_changed(checkpoint, tmp_path / "b")
+    emulated = check(bundle, checkpoint, quick=True, backend="emulated-fp16", by_layer=True)
+    assert not emulated.passed
+    assert emulated.bundle.non_finite == 2 * 10 * 64
+    assert emulated.torch.non_finite == 0
+    assert [layer.bundle.non_finite > 0 for layer in emulated.layers] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (enlarge_states, ("layers.*.layer_norm1", "layers.*.layer_norm2")),
+        (enlarge_scores, ("layers.1.self_attn.scores",)),
+    ],
+)
+def test_what_is_kept_in_fp32_is_not_rounded(
+    changed: Callable[[Change], Path], tmp_path: Path, change: Change, kept: tuple[str, ...]
+) -> None:
+    checkpoint = changed(change)
+    bundle = export_changed(checkpoint, tmp_path / "b", *kept)
+    emulated = check(bundle, checkpoint, quick=True, backend="emulated-fp16")
+    assert emulated.passed, emulated.bounds
+    # and what is not kept still is, once more often than PyTorch does
+    assert 0.8 < emulated.bundle.relative_error / emulated.torch.relative_error < 1.5
+
+
+def test_emulation_of_fp16_rounds_after_every_operation(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    bundle = export("clip", flavour="none")
+    certificate = check(bundle, checkpoints["clip"], quick=True, backend="emulated-fp16")
+    assert certificate.passed
+    assert certificate.backend == f"onnxruntime {onnxruntime.__version__}, CPU, FP16 emulated"
+    assert (certificate.ran, certificate.gpu) == ("graph", None)
+    assert 0.8 < certificate.bundle.relative_error / certificate.torch.relative_error < 1.5
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("emulated-fp16", "fp32"), ("emulated-bf16", "fp16")])
+def test_emulation_of_another_precision_than_the_bundle_s_is_refused(
+    export: Callable[..., Path], checkpoints: dict[str, Path], backend: str, precision: str
+) -> None:
+    bundle = export("clip", precision=precision, flavour="none")
+    with pytest.raises(ConfigError, match=f"--backend {backend} is for {EMULATED[backend]}; .* is {precision}"):
+        check(bundle, checkpoints["clip"], quick=True, backend=backend)
+
+
+def test_emulation_is_never_chosen_where_kernels_are(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+    assert "emulated" not in check(export("clip", flavour="none"), checkpoints["clip"], quick=True).backend
+
+
+def test_weights_are_verified_before_they_are_emulated(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    data = (spoilt / f"{GRAPH}.data").read_bytes()
+    (spoilt / f"{GRAPH}.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"):
+        EmulatedRunner(Bundle.open(spoilt))
+
+
+def test_graph_without_half_precision_is_left_as_it_is(export: Callable[..., Path]) -> None:
+    bundle = Bundle.open(export("clip", precision="fp32", flavour="none"))
+    before, after = load_graph(bundle, emulated=False).graph, load_graph(bundle, emulated=False)
+    emulate(after, TensorProto.FLOAT16)
+    for field in ("node", "initializer", "input", "output"):
+        assert list(getattr(after.graph, field)) == list(getattr(before, field)), field
+
+
+def parse(body: str, inputs: str, outputs: str = "float16[n, m] y") -> onnx.ModelProto:
+    text = f'<ir_version: 11, opset_import: ["": 23]> g ({inputs}) => ({outputs}) {{ {body} }}'
+    model = onnx.parser.parse_model(text)
+    for index, node in enumerate(model.graph.node):
+        node.name = f"node-{index}"
+    return model
+
+
+def run(model: onnx.ModelProto, **inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, inputs)
+    return np.asarray(found)
+
+
+def emulated(model: onnx.ModelProto, half: int = TensorProto.FLOAT16) -> onnx.ModelProto:
+    emulate(model, half)
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_results_in_half_precision_are_rounded_and_those_in_fp32_are_not() -> None:
+    x = np.array([[1.0, 60000.0]], np.float32)
+    twice = run(
+        emulated(parse("z = Add (x, x) y = Mul (z, half)", "float16[n, m] x, float16[1] half")),
+        x=x,
+        half=np.float32([0.5]),
+    )
+    assert twice.tolist() == [[1.0, np.inf]]
+    body = "w = Cast <to = 1> (x) z = Add (w, w) v = Mul (z, half) y = Cast <to = 10> (v)"
+    model = emulated(parse(body, "float16[n, m] x, float[1] half"))
+    assert run(model, x=x, half=np.float32([0.5])).tolist() == [[1.0, 60000.0]]
+    third = run(model, x=np.float32([[1.0, 2.0]]), half=np.float32([1 / 3]))
+    assert third.tolist() == [[float(np.float16(2 / 3)), float(np.float16(4 / 3))]]
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "fits"), [(10.0, "fp16", True), (20.0, "fp16", False), (20.0, "bf16", True)]
+)
+def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
+    size: float, precision: str, fits: bool
+) -> None:
+    """Of 256 numbers +-10 the squares add up to 25600, of +-20 to 102400, which is infinite in FP16."""
+    half = HALF[precision]
+    word = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    inputs = f"{word}[n, m] x, {word}[m] one, {word}[m] bias"
+    model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, f"{word}[n, m] y"), half)
+    row = np.tile(np.float32([size, -size]), (1, 128))
+    found = run(model, x=row, one=np.ones(256, np.float32), bias=np.full(256, 0.5, np.float32))
+    assert found.tolist() == [[1.5, -0.5] * 128 if fits else [0.5] * 256]
+
+
+def test_attention_is_spelled_out_with_its_own_scale() -> None:
+    shape = "float16[b, 2, t, 8]"
+    model = parse("y = Attention <scale = 0.25> (q, k, v)", f"{shape} q, {shape} k, {shape} v", f"{shape} y")
+    kinds = [node.op_type for node in emulated(model).graph.node]
+    assert "Attention" not in kinds
+    assert kinds.count("MatMul") == 2
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8)).astype(np.float16).astype(np.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, (q, k, v)), scale=0.25)
+    assert np.abs(run(model, q=q, k=k, v=v) - expected.numpy()).max() < 2e-3  # a few roundings of numbers of about 1
+
+
+def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
+    export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan gives no hidden states, and the CPU, where the graph is run for them, has no kernels for BF16."""
+    bundle = export("clip", precision="bf16", flavour="none")
+    plan = Wrapped(EmulatedRunner(Bundle.open(bundle)), lambda *_: None)
+    monkeypatch.setattr(parity, "_open", lambda *_: plan)
+    certificate = check(bundle, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
+    assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3]

@@ -1,0 +1,225 @@
+"""Where a graph goes wrong is named: the first hidden state whose error is out of proportion to the one before."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tests.export import made_up
+from tests.export.checking import check, damage
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.errors import BundleError
+from trtower.image_processor import ImageProcessor
+from trtower.layer_codes import LAST
+from trtower.manifest import LayerFigures
+from trtower_export import parity, pipeline
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.layers import LayerSums, first_jump
+from trtower_export.onnx_graph import HIDDEN_STATE
+from trtower_export.photographs import load_photographs
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.truncate import TruncatedTower, truncate
+
+if TYPE_CHECKING:
+    from trtower_export.evidence import ImageEvidence
+
+SMALL = 1e-2
+"""Relative error that FP16 and BF16 stay below in these towers, where a wrong row makes 0.1 and a swapped layer 0.5."""
+
+
+@pytest.mark.parametrize("family", ["clip", "dinov2"])
+@pytest.mark.parametrize(
+    ("precision", "select_layer", "layers"),
+    [
+        ("fp32", -2, [0, 1, 2, 3]),
+        ("fp16", -2, [0, 1, 2, 3]),
+        ("bf16", -2, [0, 1, 2, 3]),
+        ("fp16", (-2, 0, 1), [0, 1, 2, 3]),
+        ("fp16", -4, [0, 1]),
+    ],
+)
+def test_sound_graph_jumps_nowhere(
+    export: Callable[..., Path],
+    checkpoints: dict[str, Path],
+    family: str,
+    precision: str,
+    select_layer: int | tuple[int, ...],
+    layers: list[int],
+) -> None:
+    bundle = export(family, precision=precision, select_layer=select_layer, flavour="none")
+    certificate = check(bundle, checkpoints[family], quick=True, by_layer=True)
+    assert [layer.layer for layer in certificate.layers] == layers
+    assert first_jump(certificate.layers) is None
+    assert all(0 < layer.bundle.relative_error < SMALL for layer in certificate.layers)
+    assert all((layer.torch.relative_error == 0) == (precision == "fp32") for layer in certificate.layers)
+
+
+def test_last_hidden_state_is_compared_after_the_last_layer(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    certificate = check(
+        export("dinov2", select_layer=LAST, flavour="none"), checkpoints["dinov2"], quick=True, by_layer=True
+    )
+    assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3, 4, 5]
+    assert first_jump(certificate.layers) is None
+    assert all(layer.torch.relative_error < SMALL for layer in certificate.layers)
+
+
+def test_no_layer_is_compared_unless_that_is_asked_for(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
+    assert check(fp32_bundle, checkpoints["clip"], photographs=1, quick=True).layers == ()
+
+
+def states_of_graph(bundle: Path, layer: int) -> list[torch.Tensor]:
+    """Give one hidden state of the first two photographs, as ONNX Runtime computes it."""
+    model = onnx.load(bundle / GRAPH)
+    model.graph.output.append(onnx.ValueInfoProto(name=f"{HIDDEN_STATE}{layer}"))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [
+        torch.from_numpy(session.run([f"{HIDDEN_STATE}{layer}"], {"pixel_values": pixels.half().numpy()})[0][0]).float()
+        for pixels in pixel_values(bundle)
+    ]
+
+
+def pixel_values(bundle: Path) -> list[torch.Tensor]:
+    processor = ImageProcessor.from_file(bundle / "preprocessor_config.json")
+    photographs = load_photographs(None, limit=2).images
+    return [processor.preprocess(each.image, return_tensors="pt")["pixel_values"] for each in photographs]
+
+
+@torch.no_grad()
+def states_of_transformers(checkpoint: Path, bundle: Path, layer: int) -> list[torch.Tensor]:
+    opened = open_checkpoint(str(checkpoint))
+    model = opened.load_model()
+    return [opened.family.read_states(model, pixels)[layer][0] for pixels in pixel_values(bundle)]
+
+
+def worst_of(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> tuple[str, int]:
+    """Find the photograph and the token with the largest relative error."""
+    errors = torch.stack([(x - ref).norm(dim=-1) / ref.norm(dim=-1) for x, ref in zip(found, reference, strict=True)])
+    image, token = divmod(int(errors.argmax()), errors.shape[1])
+    return ("astronaut.png", "chelsea.png")[image], token
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("part", ["mlp.fc1", "self_attn.out_proj"])
+def test_layer_with_a_damaged_weight_is_named_with_its_worst_image_and_token(
+    spoilt: Path, checkpoints: dict[str, Path], damaged: int, part: str
+) -> None:
+    damage(spoilt, f"layers.{damaged}.{part}/MatMul")
+    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True)
+    jump = first_jump(certificate.layers)
+    assert jump is not None
+    assert jump.layer == damaged + 1
+    assert jump.torch.relative_error < SMALL < jump.bundle.relative_error
+    assert all(layer.bundle.relative_error < SMALL for layer in certificate.layers[: damaged + 1])
+    found = states_of_graph(spoilt, jump.layer)
+    reference = states_of_transformers(checkpoints["clip"], spoilt, jump.layer)
+    assert (jump.worst_image, jump.worst_token) == worst_of(found, reference)
+
+
+def test_layer_that_is_read_is_named_as_well(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    """It bears the output's name in the graph."""
+    damage(spoilt, "layers.2.mlp.fc1/MatMul")
+    seen: list[ImageEvidence] = []
+    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, see=seen.append)
+    jump = first_jump(certificate.layers)
+    assert jump is not None
+    assert jump.layer == 3
+    expected = worst_of([each.bundle for each in seen], [each.reference for each in seen])
+    assert (jump.worst_image, jump.worst_token) == expected
+
+
+def test_states_are_held_against_transformers_own_and_not_against_the_cut_tower_s(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tower whose second and third layer change places has the same weights, and the same error in the graph."""
+
+    def swap(*arguments: object) -> TruncatedTower:
+        tower = truncate(*arguments)
+        tower.layers = torch.nn.ModuleList([tower.layers[0], tower.layers[2], tower.layers[1]])
+        return tower
+
+    monkeypatch.setattr(pipeline, "truncate", swap)
+    monkeypatch.setattr(parity, "truncate", swap)
+    options = ExportOptions(flavour="none", check=False, precision="fp32")
+    bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options).path
+    layers = check(bundle, checkpoints["clip"], quick=True, by_layer=True).layers
+    for which in ("bundle", "torch"):
+        errors = [getattr(layer, which).relative_error for layer in layers]
+        assert max(errors[:2]) < SMALL < 0.1 < min(errors[2:])
+
+
+def test_graph_without_names_for_its_states_asks_for_another_export(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    model = onnx.load(spoilt / GRAPH, load_external_data=False)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name.replace(HIDDEN_STATE, "state-") for name in names]
+    onnx.save(model, spoilt / GRAPH)
+    from tests.export.checking import make_hashes_fit
+
+    make_hashes_fit(spoilt, GRAPH, GRAPH_DATA)
+    with pytest.raises(BundleError, match="its graph names no hidden state: export it again, with --overwrite"):
+        check(spoilt, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
+    assert check(spoilt, checkpoints["clip"], photographs=1, quick=True).passed
+    assert Bundle.open(spoilt).manifest.certificate is None
+
+
+def test_worst_token_is_of_the_worst_image_whichever_comes_first() -> None:
+    reference = torch.ones(1, 4, 8)
+    images = {"b.png": (2, 0.5), "a.png": (3, 0.25), "c.png": (0, 0.125)}
+    for order in (list(images), list(images)[::-1]):
+        sums = LayerSums()
+        for name in order:
+            token, error = images[name]
+            found = reference.clone()
+            found[0, token] += error
+            sums.add(name, [reference, reference], {0: reference, 1: found}, [reference, reference])
+        first, second = sums.figures()
+        assert (second.worst_image, second.worst_token) == ("b.png", 2)
+        assert first.bundle.relative_error == second.torch.relative_error == 0.0
+        assert second.bundle.token_cosine_min == pytest.approx(1.0)  # the errors are along the tokens
+        squares = sum(error**2 for _, error in images.values())
+        assert second.bundle.relative_error == pytest.approx((squares / (4 * len(images))) ** 0.5)
+
+
+def test_token_that_is_not_finite_is_the_worst() -> None:
+    reference, sums = torch.ones(1, 4, 8), LayerSums()
+    for name, token, value in (("a.png", 1, 9.0), ("b.png", 3, float("nan")), ("c.png", 0, 99.0)):
+        found = reference.clone()
+        found[0, token, 5] = value
+        sums.add(name, [reference], {0: found}, [reference])
+    (layer,) = sums.figures()
+    assert (layer.worst_image, layer.worst_token) == ("b.png", 3)
+    assert layer.bundle.non_finite == 1
+
+
+def with_torch(layers: Sequence[LayerFigures], errors: Sequence[float]) -> list[LayerFigures]:
+    return [
+        replace(layer, torch=made_up.figures(relative_error=error)) for layer, error in zip(layers, errors, strict=True)
+    ]
+
+
+def test_error_that_adds_up_is_no_jump_and_three_times_as_much_is_one() -> None:
+    assert first_jump(made_up.layers([1e-4, 2.9e-4, 8e-4, 2e-3])) is None
+    jump = first_jump(with_torch(made_up.layers([1e-4, 1.1e-4, 3.5e-4, 1e-1]), [1e-4, 1e-4, 1e-4, 1e-4]))
+    assert jump is not None
+    assert jump.layer == 2  # the first, and not the largest
+
+
+def test_layer_that_is_hard_for_pytorch_too_is_no_jump() -> None:
+    layers = made_up.layers([1e-4, 1e-3, 1e-3, 1e-3])
+    assert first_jump(with_torch(layers, [1e-4, 1e-3, 1e-3, 1e-3])) is None
+    assert first_jump(with_torch(layers, [1e-4, 2e-4, 1e-3, 1e-3])) == with_torch(layers, [1e-4, 2e-4, 1e-3, 1e-3])[1]
+
+
+def test_layer_that_is_no_longer_finite_is_a_jump_once() -> None:
+    layers = with_torch(made_up.layers([1e-4, 1e-4, None, None]), [1e-4] * 4)
+    jump = first_jump(layers)
+    assert jump is not None
+    assert jump.layer == 2
+    assert first_jump(layers[2:]) is None

@@ -1,0 +1,87 @@
+"""FP8 and INT8: 8 bits in the linear layers, and nowhere else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.errors import ConfigError, MissingExtraError
+from trtower_export import quantisation
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.cost import measure_graph
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.quantisation import read_quantised
+from trtower_export.truncate import truncate
+
+pytest.importorskip("modelopt")
+KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize("precision", KINDS)
+def test_eight_bit_bundle_passes_its_own_bounds(
+    export: Callable[..., Path], checkpoints: dict[str, Path], tmp_path: Path, precision: str
+) -> None:
+    bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(precision=precision, keep_fp16=()))
+    manifest, certificate = bundle.manifest, bundle.manifest.certificate
+    assert certificate.passed, certificate.bounds
+    # PyTorch's simulation, with the graph's own scales, is what ONNX Runtime computes.
+    assert certificate.bundle.relative_error == pytest.approx(certificate.torch.relative_error, rel=0.2)
+    assert certificate.torch.relative_error > 5e-3
+    assert (manifest.calibration.layers, manifest.calibration.images) == (18, 12)
+    graph = onnx.load(bundle.path / GRAPH, load_external_data=False).graph
+    eight = {tensor.name for tensor in graph.initializer if tensor.data_type == KINDS[precision]}
+    assert eight == {f"layers.{layer}.{name}.weight_8bit" for layer in range(3) for name in LINEAR}
+    plain = Bundle.open(export("clip", flavour="none"))
+    assert manifest.files[GRAPH_DATA].size < 0.75 * plain.manifest.files[GRAPH_DATA].size
+    assert measure_graph(bundle.path / GRAPH) == plain.manifest.cut
+    assert sum(node.op_type == "Attention" for node in graph.node) == 3
+    # queries, keys and values read one tensor: it is quantised once
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 3 * 4
+
+
+def test_int8_leaves_what_follows_an_activation_in_half_precision(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = ExportOptions(precision="int8", flavour="none", check=False)
+    bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
+    assert bundle.manifest.calibration.layers == 15
+    assert not any(name.endswith("fc2") for name in read_quantised(bundle))
+
+
+def test_scales_are_the_largest_magnitudes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = ExportOptions(precision="int8", flavour="none", check=False, keep_fp16=("layers.0", "layers.2"))
+    bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
+    scales = read_quantised(bundle)
+    assert set(scales) == {f"layers.1.{name}" for name in LINEAR}
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    tower = truncate(checkpoint.load_model(), checkpoint.family, bundle.manifest.spec)
+    for name, found in scales.items():
+        weight = tower.get_submodule(name).weight
+        assert torch.allclose(found.weight * 127, weight.abs().amax(1), rtol=1e-5)
+
+
+def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ExportOptions(precision="fp8", check=False)
+    bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
+    assert min(map(float, bundle.manifest.plans[0].compute_capabilities)) == 8.9
+    with pytest.raises(ConfigError, match=r"fp8 needs compute capability 8\.9 or later; 8\.6 was asked for"):
+        export_tower(
+            str(checkpoints["clip"]), tmp_path / "c", ExportOptions(precision="fp8", compute_capabilities=("8.6",))
+        )
+
+
+def test_calibration_without_the_extra_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(module: str, *, extra: str, purpose: str) -> None:
+        raise MissingExtraError(f"{purpose} needs the package modelopt: pip install 'trtower[{extra}]'")
+
+    monkeypatch.setattr(quantisation, "import_extra", missing)
+    with pytest.raises(MissingExtraError, match=r"calibrating int8 needs .*trtower\[quant\]"):
+        export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(precision="int8", flavour="none"))
+    assert not (tmp_path / "b").exists()
