@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.export import made_up
-from tests.export.checking import check, damage
+from tests.export.checking import check, damage, make_hashes_fit
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError
 from trtower.image_processor import ImageProcessor
@@ -160,8 +160,6 @@ def test_graph_without_names_for_its_states_asks_for_another_export(spoilt: Path
         for names in (node.input, node.output):
             names[:] = [name.replace(HIDDEN_STATE, "state-") for name in names]
     onnx.save(model, spoilt / GRAPH)
-    from tests.export.checking import make_hashes_fit
-
     make_hashes_fit(spoilt, GRAPH, GRAPH_DATA)
     with pytest.raises(BundleError, match="its graph names no hidden state: export it again, with --overwrite"):
         check(spoilt, checkpoints["clip"], photographs=1, quick=True, by_layer=True)

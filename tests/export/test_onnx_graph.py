@@ -1,17 +1,21 @@
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import transformers
 from onnx import TensorProto, numpy_helper
 
 from tests.conftest import NUM_LAYERS
 from trtower.bundle import GRAPH
 from trtower.errors import BuildError
+from trtower.layer_codes import LAST
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.checkpoint import open_checkpoint
-from trtower_export.onnx_graph import write_onnx
+from trtower_export.onnx_graph import HIDDEN_STATE, write_onnx
 from trtower_export.operations import trace
 from trtower_export.truncate import truncate
 
@@ -50,10 +54,13 @@ def test_no_weight_of_a_dead_layer_is_in_the_file(checkpoints: dict[str, Path], 
     assert [found(layer) for layer in range(NUM_LAYERS)] == [6, 6, 6, 0]
 
 
-def test_graph_says_nothing_of_the_machine_that_made_it(export: Callable[..., Path]) -> None:
-    content = (export("clip", flavour="none") / GRAPH).read_bytes()
-    for word in (b"site-packages", b"trtower", b".py", b"/usr", b"/home", b"/tmp"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_says_nothing_of_the_machine_that_made_it(export: Callable[..., Path], family: str) -> None:
+    content = (export(family, flavour="none") / GRAPH).read_bytes()
+    for word in (b"site-packages", b"trtower", b"transformers", b".py", b"/usr", b"/home", b"/tmp"):
         assert word not in content
+    for folder in (Path(transformers.__file__).parent, Path(__file__).parents[2], Path(sys.prefix)):
+        assert bytes(folder) not in content
 
 
 def test_tower_that_breaks_its_contract_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -83,3 +90,33 @@ def test_nodes_and_hidden_states_have_names(export: Callable[..., Path]) -> None
         "hidden_state.2": "layers.1/Add_2",
     }
     assert makers["hidden_states"] == "layers.2/Add_2"
+
+
+@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_node_says_its_module_and_its_operator(export: Callable[..., Path], family: str, precision: str) -> None:
+    graph = onnx.load(export(family, precision=precision, flavour="none") / GRAPH, load_external_data=False).graph
+    for node in graph.node:
+        assert re.fullmatch(rf"[\w.]*/{node.op_type}(_\d+)?", node.name)
+    for layer in range(NUM_LAYERS - 1):
+        assert f"layers.{layer}.mlp.fc1/MatMul" in {node.name for node in graph.node}
+    assert not any(node.name.startswith(f"layers.{NUM_LAYERS - 1}") for node in graph.node)
+
+
+@pytest.mark.parametrize(
+    ("select_layer", "named", "output"),
+    [(-2, 3, "layers.2/"), (-4, 1, "layers.0/"), ((-2, 0), 4, "/Concat"), (LAST, 5, "final_norm/")],
+)
+def test_hidden_state_bears_its_index_where_it_is_not_the_output(
+    export: Callable[..., Path], select_layer: int | str | tuple[int, ...], named: int, output: str
+) -> None:
+    bundle = export("dinov2", select_layer=select_layer, flavour="none")
+    graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
+    makers = {name: node.name for node in graph.node for name in node.output}
+    states = [name for name in makers if name.startswith(HIDDEN_STATE)]
+    assert states == [f"hidden_state.{index}" for index in range(named)]
+    assert [makers[name].partition("/")[0] for name in states] == ["stem", *(f"layers.{k}" for k in range(named - 1))]
+    assert makers["hidden_states"].startswith(output)
+    for index in range(len({name for name in makers.values() if re.search(r"layers\.\d+\.norm1/", name)})):
+        (norm,) = (node for node in graph.node if node.name == f"layers.{index}.norm1/LayerNormalization")
+        assert norm.input[0] == f"hidden_state.{index}"

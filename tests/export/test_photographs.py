@@ -6,7 +6,16 @@ import pytest
 from PIL import Image
 
 from trtower.errors import ConfigError, InputError, MissingExtraError
-from trtower_export.photographs import SHIPPED, load_photographs
+from trtower.image_processor import ImageProcessor
+from trtower_export.photographs import (
+    PHOTOGRAPH,
+    SHIPPED,
+    draw_images,
+    load_photographs,
+    prepare,
+    say_skipped,
+)
+from trtower_export.progress import LoggedProgress
 
 
 def save(path: Path, colour: tuple[int, ...], mode: str = "RGB") -> None:
@@ -90,3 +99,55 @@ def test_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(MissingExtraError, match=r"trtower\[demo\]"):
         load_photographs(None)
+
+
+@pytest.mark.parametrize("size", [14, 42, 336])
+def test_drawn_images_are_what_their_kind_says(size: int) -> None:
+    drawn = {image.name: image for image in draw_images(size)}
+    pixels = {name: np.asarray(image.image) for name, image in drawn.items()}
+    assert {name: image.kind for name, image in drawn.items()} == {
+        "noise": "noise",
+        "grey": "constant",
+        "white": "saturated",
+        "squares": "saturated",
+    }
+    assert {(image.image.mode, image.image.size) for image in drawn.values()} == {("RGB", (size, size))}
+    assert set(np.unique(pixels["grey"])) == {128}
+    assert set(np.unique(pixels["white"])) == {255}
+    assert set(np.unique(pixels["squares"])) == {0, 255}
+    assert len(np.unique(pixels["squares"].reshape(-1, 3), axis=0)) == 8  # every pure colour
+    assert pixels["noise"].std() == pytest.approx(73.9, rel=0.1)  # of a uniform byte
+
+
+def test_drawn_images_are_the_same_each_time() -> None:
+    for one, other in zip(draw_images(28), draw_images(28), strict=True):
+        assert one.image.tobytes() == other.image.tobytes()
+
+
+def test_what_is_read_from_a_file_is_a_photograph(folder: Path) -> None:
+    assert {photograph.kind for photograph in load_photographs(folder).images} == {PHOTOGRAPH}
+
+
+def test_photographs_are_prepared_one_by_one_in_fp32(folder: Path) -> None:
+    processor = ImageProcessor({"size": 14, "crop_size": 14})
+    photographs = load_photographs(folder)
+    prepared = prepare(photographs, processor)
+    assert [(tuple(pixels.shape), str(pixels.dtype)) for pixels in prepared] == [((1, 3, 14, 14), "torch.float32")] * 3
+    for photograph, pixels in zip(photographs.images, prepared, strict=True):
+        assert np.array_equal(processor(photograph.image, return_tensors="np")["pixel_values"], pixels.numpy())
+
+
+@pytest.mark.parametrize(
+    ("damaged", "named"), [(1, "0.png"), (3, "0.png, 1.png, 2.png"), (5, "0.png, 1.png, 2.png and 2 more")]
+)
+def test_skipped_files_are_counted_and_the_first_three_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: int, named: str
+) -> None:
+    save(tmp_path / "fine.png", (9, 9, 9))
+    with caplog.at_level("INFO", logger="trtower_export"):
+        say_skipped(load_photographs(tmp_path), LoggedProgress())
+        assert "skipped" not in caplog.text
+        for index in range(damaged):
+            (tmp_path / f"{index}.png").write_bytes(b"")
+        say_skipped(load_photographs(tmp_path), LoggedProgress())
+    assert f"skipped {damaged} that are no readable image: {named}\n" in caplog.text

@@ -82,6 +82,19 @@ def test_several_layers_are_concatenated_in_order(name: str) -> None:
     assert torch.equal(found, torch.cat([expected[k] for k in (NUM_LAYERS - 1, 0, NUM_LAYERS + 1, 1)], dim=-1))
 
 
+@pytest.mark.parametrize("layer", [0, 2, LAST])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_states_on_the_way_are_transformers_own(name: str, layer: int | str) -> None:
+    model, family = load(name)
+    tower = truncate(model, family, family.spec(model.config, layer, "patch"))
+    found = tower.states(pixels(IMAGE_SIZE))
+    expected = states(name)[: len(found)]
+    assert len(found) == len(tower.layers) + 1 + (tower.final_norm is not None)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(tower.read(found), tower(pixels(IMAGE_SIZE)))
+
+
 @pytest.mark.parametrize(("name", "image_size"), RESIZES)
 @torch.no_grad()
 def test_another_image_size_equals_transformers_exactly(name: str, image_size: int) -> None:

@@ -1,0 +1,210 @@
+"""A certificate vouches for the files that were checked, and for what was run; whoever requires one gets no less."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from tests.export.checking import make_hashes_fit
+from trtower import CLIPVisionTower, VisionTower, build_vision_tower
+from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Bundle, describe, write_manifest
+from trtower.cli import run
+from trtower.errors import BundleError
+from trtower.inspection import inspect_bundle
+from trtower.manifest import Certificate, Manifest, PlanEntry
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.photographs import load_photographs
+from trtower_export.pipeline import check_bundle
+from trtower_export.progress import LoggedProgress
+
+DEPENDS = (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
+
+
+@pytest.fixture(scope="module")
+def passed(fp32_bundle: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a bundle whose check has passed; it must not be changed."""
+    folder = Path(shutil.copytree(fp32_bundle, tmp_path_factory.mktemp("certified") / "bundle"))
+    photographs = load_photographs(None, limit=1)
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    checked = check_bundle(Bundle.open(folder), checkpoint, photographs, LoggedProgress(), quick=True)
+    assert checked.manifest.certificate
+    assert checked.manifest.certificate.passed
+    return folder
+
+
+@pytest.fixture
+def certified(passed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(passed, tmp_path / "certified"))
+
+
+def change_manifest(folder: Path, **changes: Any) -> Manifest:
+    manifest = replace(Bundle.open(folder).manifest, **changes)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def change_certificate(folder: Path, **changes: Any) -> Certificate:
+    certificate = Bundle.open(folder).manifest.certificate
+    assert certificate
+    changed = change_manifest(folder, certificate=replace(certificate, **changes)).certificate
+    assert changed
+    return changed
+
+
+def change_file(folder: Path, name: str) -> None:
+    """Change a file's bytes, and nothing of what they mean."""
+    if name == GRAPH:
+        model = onnx.load(folder / name, load_external_data=False)
+        model.producer_version += "x"
+        (folder / name).write_bytes(model.SerializeToString())
+    else:
+        with (folder / name).open("ab") as stream:
+            stream.write(b"\n")
+
+
+def load(folder: Path) -> VisionTower:
+    return VisionTower.load(folder, require_certificate=True)
+
+
+def refusal(folder: Path) -> str:
+    """Give the reason why a bundle is refused where a certificate is required, and only there."""
+    assert VisionTower.load(folder).is_loaded
+    with pytest.raises(BundleError) as failure:
+        load(folder)
+    message = str(failure.value)
+    head, tail = f"{folder} is not certified: ", f". trtower check {folder} certifies what runs here."
+    assert message.startswith(head)
+    assert message.endswith(tail)
+    assert "\n" not in message
+    return message[len(head) : -len(tail)]
+
+
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert run(["inspect", str(folder)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  certificate  "))
+    return line.removeprefix("  certificate  ")
+
+
+def test_bundle_that_passed_loads(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = load(certified)
+    assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 64)
+    assert inspected(certified, capsys).startswith("passed on ")
+    assert inspect_bundle(Bundle.open(certified))["certificate_void"] == []
+
+
+def test_bundle_without_certificate_is_refused(fp32_bundle: Path) -> None:
+    assert refusal(fp32_bundle) == "it has no certificate"
+
+
+def test_bundle_that_failed_is_refused_with_what_it_missed(certified: Path) -> None:
+    certificate = Bundle.open(certified).manifest.certificate
+    assert certificate
+    bounds = tuple(
+        replace(bound, holds=bound.figure not in ("token_cosine_min", "token_error_p999"))
+        for bound in certificate.bounds
+    )
+    drawn = tuple(replace(bound, images="drawn") for bound in bounds)
+    change_certificate(certified, passed=False, bounds=(*bounds, *drawn))
+    assert refusal(certified) == f"its check of {certificate.date} missed token_cosine_min, token_error_p999"
+
+
+def test_rehearsal_is_refused(certified: Path) -> None:
+    manifest = Bundle.open(certified).manifest
+    change_manifest(certified, source=replace(manifest.source, random_weights=True))
+    assert refusal(certified) == "it is a rehearsal, with random weights"
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_other_file_in_the_place_of_one_that_was_checked_makes_the_certificate_void(
+    certified: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest vouches for it, as after another export into the same folder."""
+    change_file(certified, name)
+    make_hashes_fit(certified, name)
+    assert refusal(certified) == f"its certificate is void, {name} changed since"
+    assert inspected(certified, capsys) == f"void: {name} changed since: trtower check {certified}"
+    assert inspect_bundle(Bundle.open(certified))["certificate_void"] == [name]
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_altered_file_makes_the_certificate_void(
+    certified: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing vouches for it any more, so it is not even loaded."""
+    content = bytearray((certified / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (certified / name).write_bytes(content)
+    assert inspected(certified, capsys) == f"void: {name} changed since: trtower check {certified}"
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        load(certified)
+
+
+def test_file_that_is_gone_from_the_manifest_makes_the_certificate_void(certified: Path) -> None:
+    certificate = Bundle.open(certified).manifest.certificate
+    assert certificate
+    change_certificate(certified, files={**certificate.files, "plans/gone.plan": "0" * 64})
+    assert refusal(certified) == "its certificate is void, plans/gone.plan changed since"
+
+
+def add_plan(folder: Path) -> str:
+    """Put a plan into a bundle that nobody here can run."""
+    name = "plans/other.plan"
+    (folder / "plans").mkdir()
+    (folder / name).write_bytes(b"a plan")
+    plan = PlanEntry(file=name, flavour="tensorrt-rtx", version="0", platform="none", compute_capabilities=())
+    files = {**Bundle.open(folder).manifest.files, name: describe(folder / name)}
+    change_manifest(folder, files=files, plans=(plan,))
+    return name
+
+
+def test_check_of_a_plan_says_nothing_of_the_graph(certified: Path) -> None:
+    plan = add_plan(certified)
+    certificate = change_certificate(certified, ran="plan", executed=(plan,))
+    assert refusal(certified) == f"{GRAPH} runs here, and the check of {certificate.date} ran {plan}"
+
+
+def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = add_plan(certified)
+    bundle = Bundle.open(certified)
+    assert bundle.manifest.certificate
+    date = bundle.manifest.certificate.date
+    assert bundle.uncertified((plan,)) == f"{plan} runs here, and the check of {date} ran {GRAPH}"
+    assert load(certified).is_loaded  # on the graph
+    assert f"built but NOT run: {plan}" in inspected(certified, capsys)
+
+
+@pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])
+def test_llava_s_tower_takes_the_requirement(
+    certified: Path, fp32_bundle: Path, make: Callable[..., CLIPVisionTower]
+) -> None:
+    def config(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(mm_vision_tower=str(path), mm_vision_select_layer=-2)
+
+    assert make(str(certified), config(certified), require_certificate=True).is_loaded
+    assert make(str(fp32_bundle), config(fp32_bundle)).is_loaded
+    with pytest.raises(BundleError, match="is not certified: it has no certificate"):
+        make(str(fp32_bundle), config(fp32_bundle), require_certificate=True)
+
+
+def test_requirement_holds_where_loading_is_put_off(fp32_bundle: Path) -> None:
+    args = SimpleNamespace(mm_vision_select_layer=-2)
+    tower = CLIPVisionTower(str(fp32_bundle), args, delay_load=True, require_certificate=True)
+    with pytest.raises(BundleError, match="is not certified: it has no certificate"):
+        tower.load_model()
+    assert not tower.is_loaded
+
+
+def test_certificate_of_another_schema_is_refused_as_a_whole(certified: Path) -> None:
+    manifest = json.loads((certified / MANIFEST).read_text())
+    del manifest["certificate"]["executed"]
+    (certified / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"tower\.json\.certificate has other keys than schema \d: missing executed"):
+        load(certified)
