@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.conftest import MODELS, NUM_LAYERS
 from tests.export.small_towers import cut, operations
 from trtower.errors import BuildError, ConfigError
-from trtower.spec import BatchProfile
+from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.doctor import named_weights
 from trtower_export.operations import FUSED, Operations, decompose_attention, opname, trace
 
@@ -20,6 +20,9 @@ BATCH = BatchProfile(min=1, opt=1, max=2)
 
 NORMED = {name for name in MODELS if name.startswith(("siglip", "dinov", "aimv2", "eva"))} | {"internvl_vision-normed"}
 """Towers with a final norm before `last_hidden_state`."""
+
+RMS_NORMED = {"aimv2", "aimv2-native", "internvl_vision-rms"}
+"""Towers that leave half precision for a mean square, and come back."""
 
 FC = ["mlp.fc1", "mlp.activation_fn", "mlp.fc2"]
 GATED = ["gate_proj", "act_fn", "up_proj", "mul", "down_proj"]
@@ -148,12 +151,16 @@ def test_every_computing_node_belongs_to_exactly_one_operation(name: str) -> Non
     found = operations(name)
     owned = [node for operation in found for node in operation.nodes]
     assert len(owned) == len(set(owned)) == len(found.of)
-    computing = [node for node in found.nodes if opname(node) in ROUNDING and node.op == "call_function"]
-    assert set(computing) <= set(owned)
-    for node in set(owned) - set(computing):  # model code that goes back from FP32, as an RMSNorm does
-        assert opname(node) == "to"
-        assert node.meta["val"].dtype == torch.float16
-        assert node.all_input_nodes[0].meta["val"].dtype == torch.float32
+    computing = {node for node in found.nodes if node.op == "call_function" and opname(node) in ROUNDING}
+    back = {  # model code that goes back from FP32, as an RMSNorm does
+        node
+        for node in found.nodes
+        if opname(node) == "to"
+        and node.meta["val"].dtype == torch.float16
+        and node.all_input_nodes[0].meta["val"].dtype == torch.float32
+    }
+    assert set(owned) == computing | back
+    assert bool(back) == (name in RMS_NORMED)
     assert all(found.of[node] is operation for operation in found for node in operation.nodes)
 
 
@@ -194,15 +201,32 @@ def test_attention_that_is_spelled_out_computes_the_same(name: str) -> None:
     torch.testing.assert_close(found, tower(pixel_values), rtol=1e-5, atol=1e-5)  # FP32's own roundings
 
 
+class Attending(torch.nn.Module):
+    def __init__(self, **options: float) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*[pixel_values] * 3, **self.options)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+def test_attention_is_scaled_as_it_says_or_by_the_root_of_its_width(options: dict[str, float]) -> None:
+    tensor = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, 14, 14))
+    program = trace(Attending(**options), tensor, BATCH)
+    decompose_attention(program.graph_module.graph)
+    program.graph_module.recompile()
+    pixel_values = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(program.module()(pixel_values), Attending(**options)(pixel_values))
+
+
 def test_attention_with_a_mask_is_refused() -> None:
     class Masked(torch.nn.Module):
         def forward(self, pixel_values: Tensor) -> Tensor:
             mask = pixel_values.new_zeros(14, 14)
             return torch.nn.functional.scaled_dot_product_attention(pixel_values, pixel_values, pixel_values, mask)
 
-    _, spec = cut("clip")
-    tensor = spec.input("fp16")
-    tensor = type(tensor)(name=tensor.name, dtype=tensor.dtype, shape=("batch", 3, 14, 14))
+    tensor = TensorSpec(name="pixel_values", dtype="float16", shape=("batch", 3, 14, 14))
     with pytest.raises(BuildError, match="has a mask or a dropout"):
         Operations(trace(Masked(), tensor, BATCH), spelled_out=True)
 
