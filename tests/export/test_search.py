@@ -1,0 +1,127 @@
+"""The search keeps what the bounds ask for, and nothing that could be left out, whatever is wrong with a tower."""
+
+import copy
+from collections.abc import Callable, Collection
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import BATCH, IMAGE_SIZE
+from tests.export.small_towers import cut
+from trtower.spec import TowerSpec
+from trtower_export.bounds import judge
+from trtower_export.doctor import Extremes, simulate
+from trtower_export.figures import Sums
+from trtower_export.precision import find_islands, trace_with_islands
+from trtower_export.progress import LoggedProgress
+from trtower_export.rounding import Simulation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GENERATOR = torch.Generator().manual_seed(5)
+IMAGES = [torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=GENERATOR) for _ in range(3)]
+
+
+def overflow_projections(tower: nn.Module) -> None:
+    """Multiply two products by 2**17, which the layer scales behind them take back exactly."""
+    first, second = tower.layers[1], tower.layers[3]
+    for linear, scale in ((first.attention.o_proj, first.layer_scale1), (second.mlp.fc2, second.layer_scale2)):
+        linear.weight.mul_(2.0**17)
+        linear.bias.mul_(2.0**17)
+        scale.lambda1.div_(2.0**17)
+
+
+def overflow_unit(tower: nn.Module) -> None:
+    """Have one unit of an MLP at -80000, where its activation is exactly 0."""
+    tower.layers[2].mlp.fc1.bias[3] = -8e4
+
+
+def overflow_squares(tower: nn.Module) -> None:
+    """Have one channel of the residual stream at 400 between two layers, beside which the others are seen still."""
+    tower.layers[0].mlp.fc2.bias[5] = 400.0
+    tower.layers[1].mlp.fc2.bias[5] = -400.0
+    for norm in (tower.layers[1].layer_norm1, tower.layers[1].layer_norm2):
+        norm.weight.mul_(50)
+        norm.weight[5] = 0.0
+
+
+def lose_digits(tower: nn.Module) -> None:
+    """Lift the residual stream by 900 between two layers: nothing overflows, and FP16 is left with steps of 0.5."""
+    tower.layers[0].mlp.fc2.bias.add_(900.0)
+    tower.layers[1].mlp.fc2.bias.sub_(900.0)
+
+
+FAULTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
+    "projections": ("dinov2", overflow_projections, {"layers.1.attention.o_proj", "layers.3.mlp.fc2"}),
+    "unit": ("clip", overflow_unit, {"layers.2.mlp.fc1"}),
+    "squares": ("clip", overflow_squares, {"layers.1.layer_norm1", "layers.1.layer_norm2"}),
+    "digits": ("clip", lose_digits, {"layers.0.residual2", "layers.1.residual1"}),
+}
+"""What is done to which tower, and what must be kept. Of lost digits, others besides."""
+
+
+@cache
+@torch.no_grad()
+def spoil(fault: str) -> tuple[nn.Module, TowerSpec]:
+    name, change, _ = FAULTS[fault]
+    tower, spec = cut(name)
+    spoilt = copy.deepcopy(tower)
+    change(spoilt)
+    return spoilt, spec
+
+
+@cache
+def simulated(fault: str) -> Simulation:
+    return simulate(*spoil(fault))
+
+
+def search(tower: nn.Module, spec: TowerSpec, **options: object) -> tuple[str, ...]:
+    return find_islands(tower, spec, IMAGES, LoggedProgress(), **options)
+
+
+@torch.no_grad()
+def holds(fault: str, kept: Collection[str]) -> bool:
+    """Judge a simulation by the bounds of the check."""
+    tower, names = spoil(fault)[0], set(simulated(fault).operations.names)
+    half, found, own = copy.deepcopy(tower).half(), Sums(), Sums()
+    for pixel_values in IMAGES:
+        reference = tower(pixel_values)
+        output = simulated(fault).run(pixel_values.half().float(), rounded=names - set(kept))
+        found.add(Sums.of(output.half().float(), reference))
+        own.add(Sums.of(half(pixel_values.half()).float(), reference))
+    return all(bound.holds for bound in judge("fp16", {"photograph": ([found.figures()], own.figures())}))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_kept_is_the_fault_and_nothing_of_it_can_be_left_out(fault: str) -> None:
+    kept, must = search(*spoil(fault)), FAULTS[fault][2]
+    assert must <= set(kept) if fault == "digits" else set(kept) == must
+    assert list(kept) == [name for name in simulated(fault).operations.names if name in kept]
+    assert holds(fault, kept)
+    for name in kept:
+        assert not holds(fault, set(kept) - {name}), name
+
+
+@torch.no_grad()
+def test_digits_are_lost_where_nothing_overflows() -> None:
+    extremes = Extremes()
+    for pixel_values in IMAGES:
+        simulated("digits").run(pixel_values, observe=extremes.observe)
+    assert extremes.overflowing(simulated("digits").operations) == []
+    assert not holds("digits", ())
+
+
+def test_what_is_kept_by_hand_stays_beside_what_is_found_and_is_not_searched_for() -> None:
+    layer = simulated("projections").operations.match(["layers.1"])
+    kept = search(*spoil("projections"), always=["layers.1", "stem.add"])
+    assert kept == ("stem.add", *layer, "layers.3.mlp.fc2")
+
+
+def test_tower_is_spared_where_something_is_kept_and_cast_where_nothing_is() -> None:
+    tower, spec = copy.deepcopy(cut("clip")[0]), cut("clip")[1]
+    trace_with_islands(tower, spec, "fp16", BATCH, ["stem.1"])
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
+    trace_with_islands(tower, spec, "fp16", BATCH, ())
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float16}
