@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from trtower.bundle import PREPROCESSOR, Bundle
+from trtower.errors import InputError
 from trtower.layer_codes import parse_layer_code
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
@@ -223,6 +224,8 @@ def doctor(
         from trtower_export.report.heatmap import draw_heatmap
         from trtower_export.tables import print_operations
 
+    if picture and (picture.is_dir() or not picture.parent.is_dir()):
+        raise InputError(f"{picture} cannot be written: a file in a folder that exists is expected of --picture.")
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
     found = open_checkpoint(

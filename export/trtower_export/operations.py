@@ -74,6 +74,7 @@ def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile) -> Exported
     for node in list(graph.nodes):
         if node.target == aten._assert_tensor_metadata.default:  # of the dtypes that islands change
             graph.erase_node(node)
+    program.graph_module.recompile()
     return program
 
 

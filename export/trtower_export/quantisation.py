@@ -2,8 +2,8 @@
 
 modelopt finds the ranges; the graph is written here, because it is then FP16 outside the linear layers and holds their
 weights in 8 bits. Norms, softmax, attention's own products, the patch embedding and residuals stay in half precision.
-Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which a third of
-the layers of a pretrained ViT-S/14 overflow.
+Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which sums of
+a third of the layers of a pretrained ViT-S/14 would overflow (computed, not run).
 """
 
 import contextlib
@@ -82,8 +82,8 @@ def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave:
     config = {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
-            *_enabled("input_quantizer", {"num_bits": form.num_bits, "axis": None}),
-            *_enabled("weight_quantizer", {"num_bits": form.num_bits, "axis": axis}),
+            _enabled("input_quantizer", {"num_bits": form.num_bits, "axis": None}),
+            _enabled("weight_quantizer", {"num_bits": form.num_bits, "axis": axis}),
         ],
         "algorithm": "max",
     }
@@ -110,8 +110,8 @@ def linear_layers(tower: nn.Module) -> list[str]:
     return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
 
 
-def _enabled(quantizer: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"quantizer_name": f"*{quantizer}", "parent_class": "nn.Linear", "cfg": config, "enable": True}]
+def _enabled(quantizer: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {"quantizer_name": f"*{quantizer}", "parent_class": "nn.Linear", "cfg": config, "enable": True}
 
 
 def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quantisation) -> TruncatedTower:

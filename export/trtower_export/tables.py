@@ -100,6 +100,7 @@ def _error(operation: OperationFigures, precision: str) -> float:
 
 def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
     table = Table(box=None, pad_edge=False)
+    console.print("the ONNX graph, on the CPU, layer by layer", highlight=False)
     for column in ("hidden state", "cos min", "rel error", "PyTorch's", "worst image", "token"):
         table.add_column(column, justify="left" if column == "worst image" else "right", no_wrap=True)
     for layer in layers:

@@ -346,6 +346,15 @@ def test_picture_is_a_png(hot: Path, photographs: Path, tmp_path: Path, capsys: 
     assert str(tmp_path / "p.png") in capsys.readouterr().err
 
 
+def test_picture_that_cannot_be_written_is_refused_before_the_examination(
+    hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path / "nowhere" / "p.png", tmp_path):
+        assert doctor(hot, "--images", photographs, "--picture", place) == 1
+        assert "Run in FP32" not in (said := capsys.readouterr().err)
+        assert f"error: {place} cannot be written" in said.splitlines()[-1]
+
+
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]

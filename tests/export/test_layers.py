@@ -161,7 +161,7 @@ def test_graph_without_names_for_its_states_asks_for_another_export(spoilt: Path
             names[:] = [name.replace(HIDDEN_STATE, "state-") for name in names]
     onnx.save(model, spoilt / GRAPH)
     make_hashes_fit(spoilt, GRAPH, GRAPH_DATA)
-    with pytest.raises(BundleError, match="its graph names no hidden state: export it again, with --overwrite"):
+    with pytest.raises(BundleError, match="its graph names no hidden state 0: export it again, with --overwrite"):
         check(spoilt, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
     assert check(spoilt, checkpoints["clip"], photographs=1, quick=True).passed
     assert Bundle.open(spoilt).manifest.certificate is None
@@ -220,4 +220,38 @@ def test_layer_that_is_no_longer_finite_is_a_jump_once() -> None:
     jump = first_jump(layers)
     assert jump is not None
     assert jump.layer == 2
-    assert first_jump(layers[2:]) is None
+    assert first_jump(layers[2:]) == layers[2]  # a stem that is not finite
+
+
+def test_stem_that_is_wrong_is_named_and_one_that_rounds_is_not() -> None:
+    damaged = with_torch(made_up.layers([1e-1, 1e-1, 1e-1, 1e-1]), [5e-4] * 4)
+    assert first_jump(damaged) == damaged[0]
+    assert first_jump(with_torch(made_up.layers([4e-3, 8e-3, 9e-3, 1e-2]), [4e-3, 8e-3, 9e-3, 1e-2])) is None  # BF16
+    # PyTorch's simulation of 8 bits has an FP32 stem
+    assert first_jump(with_torch(made_up.layers([6e-4, 5e-2, 6e-2, 7e-2]), [0.0, 5e-2, 6e-2, 7e-2])) is None
+
+
+def test_jump_from_an_error_of_zero_is_one() -> None:
+    layers = with_torch(made_up.layers([0.0, 0.0, 1e-2, 1e-2]), [0.0] * 4)
+    assert first_jump(layers) == layers[2]
+    assert first_jump(with_torch(made_up.layers([0.0, 3e-7, 4e-7, 5e-7]), [0.0] * 4)) is None
+
+
+def test_damaged_stem_is_named_in_a_graph(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    damage(spoilt, "stem.0.patch_embedding/Conv")
+    jump = first_jump(check(spoilt, checkpoints["clip"], quick=True, by_layer=True).layers)
+    assert jump is not None
+    assert jump.layer == 0
+
+
+def test_state_that_no_layer_has_touched_is_compared(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+    certificate = check(export("clip", select_layer=0, flavour="none"), checkpoints["clip"], quick=True, by_layer=True)
+    assert [layer.layer for layer in certificate.layers] == [0]
+
+
+def test_emulated_layers_are_given_the_pixels_that_the_bundle_is_given(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    bundle = export("clip", precision="bf16", flavour="none")
+    certificate = check(bundle, checkpoints["clip"], quick=True, by_layer=True, backend="emulated-bf16")
+    assert certificate.layers[-1].bundle.relative_error == pytest.approx(certificate.bundle.relative_error, rel=1e-6)

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,18 +13,13 @@ import torch
 from onnx import numpy_helper
 
 from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
-from trtower.errors import BundleError, CheckpointError, ConfigError
-from trtower.llava import CLIPVisionTower
+from trtower.errors import CheckpointError, ConfigError
 from trtower.manifest import Certificate, Figures
-from trtower.runners import Runner
 from trtower.spec import BatchProfile
-from trtower.tower import VisionTower
-from trtower_export import parity
 from trtower_export.bounds import judge
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.figures import Sums
-from trtower_export.layers import first_jump
-from trtower_export.parity import batches_of, certify
+from trtower_export.parity import certify
 from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.progress import LoggedProgress
@@ -38,9 +32,6 @@ FINE = {
     "max_abs_error": 0.0,
     "non_finite": 0,
 }
-
-
-BAD = Figures(**FINE | {"non_finite": 1, "relative_error": None})
 
 
 def run_check(bundle: Path, checkpoint: Path, **options: object) -> Certificate:
@@ -216,139 +207,6 @@ def test_each_bound_can_fail_alone() -> None:
         assert figure in missed
 
 
-class Spoilt:
-    """A runner that spoils what another gives, where it is told to."""
-
-    def __init__(self, runner: Runner, spoils: Callable[[torch.Tensor], bool]) -> None:
-        self.name, self.files, self.device, self.dtype = runner.name, runner.files, runner.device, runner.dtype
-        self._runner, self._spoils = runner, spoils
-
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        self._runner.run(pixel_values, hidden_states)
-        if self._spoils(pixel_values):
-            hidden_states[-1] = hidden_states[-1].flip(0)
-
-
-def check_spoilt(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, checkpoint: Path, spoils: Callable[[torch.Tensor], bool]
-) -> Certificate:
-    choose = parity.choose
-    monkeypatch.setattr(parity, "choose", lambda *arguments: Spoilt(choose(*arguments), spoils))
-    return run_check(bundle, checkpoint, quick=False)
-
-
-def test_every_batch_of_the_profile_is_run_and_one_in_pieces(clip_bundle: Path, checkpoints: dict[str, Path]) -> None:
-    certificate = run_check(clip_bundle, checkpoints["clip"], quick=False)
-    assert certificate.passed
-    assert [each.batch for each in certificate.batches] == [1, 2, 4, 5]
-    assert batches_of(BatchProfile(min=3, opt=3, max=3)) == [3, 4]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 4])
-def test_engine_that_is_wrong_at_one_batch_size_fails(
-    monkeypatch: pytest.MonkeyPatch, clip_bundle: Path, checkpoints: dict[str, Path], batch: int
-) -> None:
-    certificate = check_spoilt(monkeypatch, clip_bundle, checkpoints["clip"], lambda images: len(images) == batch)
-    assert not certificate.passed
-    wrong = [each.batch for each in certificate.batches if each.bundle.relative_error > 0.01]
-    assert batch in wrong
-    assert set(wrong) <= {batch, 5}  # of which pieces may be of that size
-
-
-def test_bundle_that_is_wrong_on_drawn_images_alone_fails_as_such(
-    monkeypatch: pytest.MonkeyPatch, clip_bundle: Path, checkpoints: dict[str, Path]
-) -> None:
-    def saturated(images: torch.Tensor) -> bool:
-        return len(images) == 1 and bool((images == images[0, 0, 0, 0]).sum() > images[0, 0].numel() - 1)
-
-    certificate = check_spoilt(monkeypatch, clip_bundle, checkpoints["clip"], saturated)
-    assert [image.kind for image in certificate.images[-4:]] == ["noise", "constant", "saturated", "saturated"]
-    assert {bound.images for bound in certificate.bounds if not bound.holds} == {"drawn"}
-
-
-def test_percentile_is_what_one_token_in_a_thousand_exceeds() -> None:
-    reference = torch.ones(1, 2000, 2)
-    found = reference.clone()
-    found[0, :2] = 3.0
-    assert Sums.of(found, reference).figures().token_error_p999 == 0.0
-    found[0, :3] = 3.0
-    assert Sums.of(found, reference).figures().token_error_p999 == pytest.approx(2.0)
-
-
-def test_sound_bundle_jumps_at_no_layer(clip_bundle: Path, checkpoints: dict[str, Path]) -> None:
-    layers = run_check(clip_bundle, checkpoints["clip"], by_layer=True).layers
-    assert [layer.layer for layer in layers] == [0, 1, 2, 3]
-    assert first_jump(layers) is None
-    assert all(0 < layer.bundle.relative_error < 3e-3 for layer in layers)
-
-
-@pytest.mark.parametrize("damaged", [0, 2])
-def test_layer_with_a_damaged_weight_is_named(spoilt: Path, checkpoints: dict[str, Path], damaged: int) -> None:
-    model = onnx.load(spoilt / GRAPH)
-    node = next(node for node in model.graph.node if node.name == f"layers.{damaged}.mlp.fc1/MatMul")
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
-    values = numpy_helper.to_array(tensor).copy()
-    values[3] *= -1
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    rewrite(spoilt, model)
-    certificate = run_check(spoilt, checkpoints["clip"], by_layer=True)
-    jump = first_jump(certificate.layers)
-    assert jump is not None
-    assert jump.layer == damaged + 1
-    assert jump.worst_image in {image.name for image in certificate.images}
-    assert 0 <= jump.worst_token < 10
-
-
-def test_certificate_is_void_with_anything_that_it_depends_on(spoilt: Path, checkpoints: dict[str, Path]) -> None:
-    checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    bundle = check_bundle(
-        Bundle.open(spoilt), checkpoint, load_photographs(None, limit=1), LoggedProgress(), quick=True
-    )
-    executed = (GRAPH, GRAPH_DATA)
-    assert bundle.uncertified(executed) is None
-    assert (
-        bundle.uncertified(("plans/x.plan",)) == f"plans/x.plan runs here, and the check of {today(bundle)} ran {GRAPH}"
-    )
-    for name in (GRAPH, GRAPH_DATA, "config.json", "preprocessor_config.json"):
-        files = {**bundle.manifest.files, name: replace(bundle.manifest.files[name], sha256="0" * 64)}
-        other = Bundle(bundle.path, replace(bundle.manifest, files=files))
-        assert other.uncertified(executed) == f"its certificate is void, {name} changed since"
-    failed = replace(bundle.manifest.certificate, passed=False, bounds=judge("fp16", {"photograph": ([BAD], BAD)}))
-    other = Bundle(bundle.path, replace(bundle.manifest, certificate=failed))
-    assert "missed non_finite" in str(other.uncertified(executed))
-    assert (
-        Bundle(bundle.path, replace(bundle.manifest, certificate=None)).uncertified(executed) == "it has no certificate"
-    )
-    source = replace(bundle.manifest.source, random_weights=True)
-    assert "rehearsal" in str(Bundle(bundle.path, replace(bundle.manifest, source=source)).uncertified(executed))
-
-
-def test_required_certificate_is_demanded_at_load(spoilt: Path, checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(BundleError, match=r"is not certified: it has no certificate. trtower check"):
-        VisionTower.load(spoilt, require_certificate=True)
-    args = SimpleNamespace(mm_vision_select_layer=-2)
-    with pytest.raises(BundleError, match="is not certified"):
-        CLIPVisionTower(spoilt, args, require_certificate=True)
-    checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    check_bundle(Bundle.open(spoilt), checkpoint, load_photographs(None, limit=1), LoggedProgress(), quick=True)
-    assert VisionTower.load(spoilt, require_certificate=True).is_loaded
-    assert CLIPVisionTower(spoilt, args, require_certificate=True).is_loaded
-
-
-def test_checkpoint_that_is_not_finite_is_sent_to_the_doctor(
-    spoilt: Path, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    model = open_checkpoint(str(checkpoints["clip"])).load_model()
-    layers = getattr(model, "vision_model", model).encoder.layers
-    with torch.no_grad():
-        layers[1].mlp.fc1.weight.fill_(1e38)
-    model.save_pretrained(tmp_path / "sick")
-    options = ExportOptions(flavour="none", check=False)
-    bundle = export_tower(str(tmp_path / "sick"), tmp_path / "b", options)
-    with pytest.raises(CheckpointError, match=r"not finite in FP32 on astronaut.png already.*trtower doctor"):
-        run_check(bundle.path, tmp_path / "sick")
-
-
 def rewrite(folder: Path, model: onnx.ModelProto) -> None:
     """Write another graph into a bundle, with the hashes made to fit."""
     (folder / GRAPH_DATA).unlink()
@@ -358,9 +216,3 @@ def rewrite(folder: Path, model: onnx.ModelProto) -> None:
         entry = describe(folder / name)
         manifest["files"][name] = {"sha256": entry.sha256, "size": entry.size}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def today(bundle: Bundle) -> str:
-    certificate = bundle.manifest.certificate
-    assert certificate
-    return certificate.date
