@@ -7,6 +7,7 @@ is the best case.
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from trtower.bundle import GRAPH_DATA
 from trtower.spec import BatchProfile
@@ -16,15 +17,24 @@ from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.progress import LoggedProgress
 
+CHOICES: dict[str, dict[str, Any]] = {
+    "fp16": {},
+    "bf16": {"precision": "bf16"},
+    "fp8": {"precision": "fp8"},
+    "int8": {"precision": "int8"},
+    "int8, all": {"precision": "int8", "keep_fp16": ()},
+}
+"""By default INT8 leaves what follows an activation in FP16."""
+
 LIMIT = int(sys.argv[1]) if len(sys.argv) > 1 else None
 
 with TemporaryDirectory() as folder:
     with quiet_transformers():
         source = str(write_checkpoint(Path(folder, "vit-s")))
     print("precision  graph MB  plan MB  cosine, mean  worst    relative error  PyTorch's own  checked on")
-    for precision in ("fp16", "bf16", "fp8", "int8"):
-        options = ExportOptions(precision=precision, batch=BatchProfile(min=1, opt=4, max=8), check=False)
-        bundle = export_tower(source, Path(folder, precision), options)
+    for name, choice in CHOICES.items():
+        options = ExportOptions(**choice, batch=BatchProfile(min=1, opt=4, max=8), check=False)
+        bundle = export_tower(source, Path(folder, name), options)
         photographs = load_photographs(None, limit=LIMIT)
         bundle = check_bundle(bundle, open_checkpoint(source), photographs, LoggedProgress(), quick=True)
         manifest, certificate = bundle.manifest, bundle.manifest.certificate
@@ -32,7 +42,7 @@ with TemporaryDirectory() as folder:
         graph, plan = (manifest.files[name].size / 1e6 for name in (GRAPH_DATA, manifest.plans[0].file))
         found = certificate.bundle
         print(
-            f"{precision:<9}  {graph:8.1f}  {plan:7.1f}  {found.token_cosine_mean:12.6f}  {found.token_cosine_min:.5f}"
+            f"{name:<9}  {graph:8.1f}  {plan:7.1f}  {found.token_cosine_mean:12.6f}  {found.token_cosine_min:.5f}"
             f"  {found.relative_error:14.2e}  {certificate.torch.relative_error:13.2e}  {certificate.backend}",
             flush=True,
         )

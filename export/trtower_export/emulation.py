@@ -1,10 +1,10 @@
 """Run a half-precision graph in FP32 that rounds after every operation, so that it can be checked without a GPU.
 
 ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each
-operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32; and where
-kernels differ the worst is taken: attention scores are rounded, and so are the sums of a LayerNorm (see
-`rounding.py`, which does the same to a traced tower). What the graph has in FP32 is left alone. The emulation says so
-in its name, serves `trtower check` alone, and is never chosen to serve a tower.
+operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32. In FP16, which
+overflows, the worst is taken where kernels differ: attention scores are rounded, and so are the sums of a LayerNorm
+(see `rounding.py`, which does the same to a traced tower). What the graph has in FP32 is left alone. The emulation says
+so in its name, serves `trtower check` alone, and is never chosen to serve a tower.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def emulate(model: onnx.ModelProto, half: int) -> None:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
                 attribute.i = TensorProto.FLOAT
         halves = [name for name in node.output if kinds.get(name) == half]
-        spelled_out = SPELLED_OUT.get(node.op_type) if halves else None
+        spelled_out = SPELLED_OUT.get(node.op_type) if halves and half == TensorProto.FLOAT16 else None
         graph.node.extend(_rounded(spelled_out(node, half) if spelled_out else iter([node]), halves, half))
 
 
@@ -165,4 +165,4 @@ def _attention(node: NodeProto, half: int) -> Iterator[NodeProto]:
 
 
 SPELLED_OUT = {"Attention": _attention, "LayerNormalization": _layer_norm}
-"""Operators that hold more than their result, as kernels in half precision may hold it."""
+"""Operators that hold more than their result, which kernels for FP16 may hold in FP16."""

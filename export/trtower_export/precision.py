@@ -100,8 +100,8 @@ def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[st
     """Say which operations of a traced tower an 8-bit precision leaves in half precision.
 
     None leaves what the format does badly: INT8 has one step for all of a tensor, and behind an activation a few
-    numbers are far larger than the rest. On a pretrained ViT-S/14 leaving these layers out took the relative error
-    of INT8 from 0.18 to 0.07; FP8 gains little by it.
+    numbers are far larger than the rest. On a pretrained ViT-S/14 leaving these layers out takes the relative error
+    of INT8 from 0.16 to 0.08 (`make precisions`).
     """
     operations = Operations(program)
     if patterns is not None:

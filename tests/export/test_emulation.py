@@ -1,4 +1,4 @@
-"""Half precision is emulated at its worst: what any kernel may round is rounded, and what the graph has in FP32 is not.
+"""Half precision is emulated, FP16 at its worst: what a kernel may round is rounded, what the graph has in FP32 is not.
 
 The checkpoints are made so that PyTorch in FP16 and ONNX Runtime hold them well, or the sums exactly.
 """
@@ -219,3 +219,12 @@ def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
     monkeypatch.setattr(parity, "_open", lambda *_: plan)
     certificate = check(bundle, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
     assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3]
+
+
+def test_bf16_which_does_not_overflow_is_rounded_at_its_results_alone(export: Callable[..., Path]) -> None:
+    def kinds(precision: str) -> set[str]:
+        bundle = Bundle.open(export("clip", precision=precision, flavour="none"))
+        return {node.op_type for node in load_graph(bundle, emulated=True).graph.node}
+
+    assert {"Attention", "LayerNormalization"} <= kinds("bf16")
+    assert kinds("fp16").isdisjoint({"Attention", "LayerNormalization"})
