@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.conftest import IMAGE_SIZE, make_model
@@ -13,6 +14,26 @@ from trtower_export.families import family_of
 from trtower_export.operations import Operations
 from trtower_export.rounding import Simulation
 from trtower_export.truncate import truncate
+
+OLD_DINOV2 = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.scores": "attention.attention.scores",
+    "attention.context": "attention.attention.context",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.activation_fn": "mlp.activation",
+}
+"""What transformers 4.57 calls the parts of a DINOv2 layer, by their names in 5.x."""
+
+IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
+
+
+def dinov2(name: str) -> str:
+    """Give an operation of a DINOv2 tower the name that it has in the installed transformers."""
+    head, dot, part = name.partition(".attention.") if ".attention." in name else name.partition(".mlp.")
+    part = f"{dot.strip('.')}.{part}"
+    return f"{head}.{OLD_DINOV2[part]}" if IS_OLD and part in OLD_DINOV2 else name
 
 
 @cache

@@ -79,6 +79,7 @@ def hooked(tower: nn.Module, images: Sequence[Tensor]) -> dict[str, float]:
     largest: dict[str, float] = {}
 
     def look(name: str, result: object) -> None:
+        result = result[0] if isinstance(result, tuple) else result  # a layer's, in transformers 4.57
         if isinstance(result, Tensor):
             largest[name] = max(largest.get(name, 0.0), float(result.abs().max()))
 

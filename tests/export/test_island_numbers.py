@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from tests.conftest import MODELS, NUM_LAYERS
-from tests.export.small_towers import cut, exact, operations, pixels, relative_error, simulation
+from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
 from trtower.bundle import GRAPH
 from trtower.spec import BatchProfile
 from trtower_export.cost import measure_graph
@@ -35,8 +35,9 @@ AGREE = 0.5
 """What separates a graph from its simulation, over the error of either. Numbers near the middle of two halves go
 the other way now and then: 0.0 to 0.36 was measured, and 1.0 is what two kinds of rounding make."""
 
-KEPT = 2e-5
-"""Where everything is in FP32 only the output is rounded, and seldom the other way: 1.5e-5 was measured."""
+KEPT = 5e-5
+"""Where everything is in FP32 only the output is rounded, and seldom the other way: by half an ULP of 5e-4 more or less
+for one value in a hundred. Up to 3.0e-5 was measured; rounding one operation alone makes 1e-4 and more."""
 
 SPREAD = (0.6, 1.5)
 """An error over that of the simulation, where roundings are many and fall differently: 0.83 to 1.15 was measured."""
@@ -120,7 +121,7 @@ def islands_of(name: str) -> dict[str, tuple[str, ...]]:
     found = operations(name)
     parts = [operation.part for operation in found if operation.layer == 1]
     patterns = {
-        "linear": ["layers.1." + next(part for part in reversed(parts) if part.endswith(("fc2", "down_proj")))],
+        "linear": ["layers.1." + next(part for part in reversed(parts) if part.endswith(("fc2", "down_proj", "weights_out")))],
         "norms": [f"layers.*.{parts[0]}"],
         "scores": ["layers.1." + next(part for part in parts if part.endswith("scores"))],
         "context": ["layers.1." + next(part for part in parts if part.endswith("context"))],
@@ -211,10 +212,10 @@ def test_fp32_weights_are_the_kept_ones_bit_for_bit_and_copies_of_small_ones(wri
 def test_weights_of_readers_of_fp32_are_the_rounded_ones(write: Write) -> None:
     """The layer scale behind a kept projection computes in FP32, with the lambda that FP16 has of it."""
     weights = named_weights(cut("dinov2")[0])
-    path = write("dinov2", ["layers.1.attention.o_proj"])
+    path = write("dinov2", [dinov2("layers.1.attention.o_proj")])
     wide = {as_bytes(array) for array in initialisers(path, TensorProto.FLOAT)}
     scale = weights["layers.1.layer_scale1.lambda1"]
-    kept = {as_bytes(weights[f"layers.1.attention.o_proj.{kind}"]) for kind in ("weight", "bias")}
+    kept = {as_bytes(weights[f"{dinov2('layers.1.attention.o_proj')}.{kind}"]) for kind in ("weight", "bias")}
     assert wide == kept | {as_bytes(scale.half().float())}
     assert as_bytes(scale) not in wide
 
@@ -241,12 +242,12 @@ def test_no_weight_but_the_kept_is_retyped_and_the_tower_is_left_alone() -> None
 
 
 def test_attention_is_spelled_out_in_the_layer_that_is_kept_and_fused_in_the_others(write: Write) -> None:
-    path = write("dinov2", ["layers.0.attention.context", "layers.2.attention.scores"])
+    path = write("clip", ["layers.0.self_attn.context", "layers.2.self_attn.scores"])
     graph = onnx.load(path, load_external_data=False).graph
     fused = [node.name for node in graph.node if node.op_type == "Attention"]
-    assert fused == [f"layers.{layer}.attention/Attention" for layer in range(NUM_LAYERS) if layer not in (0, 2)]
+    assert fused == [f"layers.{layer}.self_attn/Attention" for layer in range(NUM_LAYERS) if layer not in (0, 2)]
     assert [node.name for node in graph.node if node.op_type == "Softmax"] == [
-        f"layers.{layer}.attention/Softmax" for layer in (0, 2)
+        f"layers.{layer}.self_attn/Softmax" for layer in (0, 2)
     ]
 
 

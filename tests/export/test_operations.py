@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import MODELS, NUM_LAYERS
-from tests.export.small_towers import cut, operations
+from tests.export.small_towers import IS_OLD, OLD_DINOV2, cut, operations
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.doctor import named_weights
@@ -36,13 +36,20 @@ CLIP = [
 ]
 
 
-def dinov2(mlp: list[str]) -> list[str]:
+def dinov2(mlp: list[str], *, old: bool = IS_OLD) -> list[str]:
     attention = [f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "scores", "context", "o_proj")]
+    if old:
+        attention = [OLD_DINOV2[part] for part in (*attention[1:3], attention[0], *attention[3:])]
+        mlp = ["mlp.weights_in", "mlp.elementwise", "mlp.weights_out"] if len(mlp) > 3 else [*map(renamed, mlp)]
     return ["norm1", *attention, "layer_scale1", "residual1", "norm2", *mlp, "layer_scale2", "residual2"]
 
 
+def renamed(part: str) -> str:
+    return OLD_DINOV2.get(part, part)
+
+
 def dinov3(mlp: list[str]) -> list[str]:
-    parts = dinov2([f"mlp.{part}" for part in mlp])
+    parts = dinov2([f"mlp.{part}" for part in mlp], old=False)
     parts.insert(parts.index("attention.scores"), "attention.elementwise")  # the rotation of queries and keys
     return [f"layer.{part}" for part in parts]
 
@@ -169,15 +176,16 @@ def test_an_operation_knows_whether_it_multiplies_matrices(name: str) -> None:
     for operation in operations(name):
         last = operation.name.rpartition(".")[2]
         product = last.endswith(("_proj", "scores", "context", "qkv", "fc1", "fc2", "projection", "projection_layer"))
+        product |= last in ("query", "key", "value", "dense", "weights_in", "weights_out")  # of transformers 4.57
         assert operation.multiplies == (product or "patch_embed" in last)
 
 
 def test_attention_is_one_operation_until_it_is_spelled_out() -> None:
-    tower, spec = cut("dinov2")
+    tower, spec = cut("clip")
     program = trace(copy.deepcopy(tower), spec.input("fp16"), BATCH)
     fused = Operations(program)
-    assert [name for name in fused.names if "attention.attention" in name] == [
-        f"layers.{layer}.attention.attention" for layer in range(NUM_LAYERS)
+    assert [name for name in fused.names if name.endswith(".attention")] == [
+        f"layers.{layer}.self_attn.attention" for layer in range(NUM_LAYERS)
     ]
     assert not [name for name in fused.names if name.endswith(("scores", "context"))]
     Operations(program, spelled_out=True)  # looks at a copy

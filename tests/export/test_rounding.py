@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import MODELS
-from tests.export.small_towers import cut, exact, operations, pixels, relative_error, simulation
+from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
 from trtower_export.doctor import simulate
 from trtower_export.operations import Operation
 from trtower_export.rounding import Simulation, widened
@@ -29,9 +29,9 @@ ADD_UP = (0.8, 1.2)
 IMAGES = 4
 
 
-FLIPS = 0.2
+FLIPS = 0.3
 """What may separate two computations that round alike, over what rounding costs at all. FP32 adds up in another order,
-so a number near the middle of two halves is rounded the other way now and then: 0.01 to 0.14 was measured, and 0.5 is
+so a number near the middle of two halves is rounded the other way now and then: 0.01 to 0.22 was measured, and 0.5 is
 what one rounding makes that is left out."""
 
 
@@ -131,7 +131,7 @@ SAME_ALONE = [
     ("dinov2", "stem.patch_embeddings.projection"),  # pixels are given in half precision
     ("dinov2", "layers.1.layer_scale1"),
     ("dinov2", "layers.1.residual2"),
-    ("dinov2", "layers.1.mlp.activation_fn"),
+    ("dinov2", dinov2("layers.1.mlp.activation_fn")),
     ("dinov2", "stem.add"),
     ("internvl_vision", "layers.1.mul1"),
     ("aimv2", "layers.2.ffn.mul"),
@@ -150,8 +150,8 @@ def test_rerun_is_a_run_that_rounds_one_operation(name: str, operation: str) -> 
     ("operation", "factor"),
     [
         ("layers.1.mlp.fc1", "layers.1.norm2"),
-        ("layers.1.mlp.fc2", "layers.1.mlp.activation_fn"),
-        ("layers.1.attention.o_proj", "layers.1.attention.context"),
+        ("layers.1.mlp.fc2", dinov2("layers.1.mlp.activation_fn")),
+        (dinov2("layers.1.attention.o_proj"), dinov2("layers.1.attention.context")),
     ],
 )
 def test_rerun_of_a_product_leaves_its_factors_exact_that_a_run_rounds(operation: str, factor: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.conftest import BATCH, IMAGE_SIZE
-from tests.export.small_towers import cut
+from tests.export.small_towers import cut, dinov2
 from trtower.spec import TowerSpec
 from trtower_export.bounds import judge
 from trtower_export.doctor import Extremes, simulate
@@ -27,7 +27,8 @@ IMAGES = [torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=GENERATOR) for _ i
 def overflow_projections(tower: nn.Module) -> None:
     """Multiply two products by 2**17, which the layer scales behind them take back exactly."""
     first, second = tower.layers[1], tower.layers[3]
-    for linear, scale in ((first.attention.o_proj, first.layer_scale1), (second.mlp.fc2, second.layer_scale2)):
+    projection = tower.get_submodule(dinov2("layers.1.attention.o_proj"))
+    for linear, scale in ((projection, first.layer_scale1), (second.mlp.fc2, second.layer_scale2)):
         linear.weight.mul_(2.0**17)
         linear.bias.mul_(2.0**17)
         scale.lambda1.div_(2.0**17)
@@ -54,7 +55,7 @@ def lose_digits(tower: nn.Module) -> None:
 
 
 FAULTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
-    "projections": ("dinov2", overflow_projections, {"layers.1.attention.o_proj", "layers.3.mlp.fc2"}),
+    "projections": ("dinov2", overflow_projections, {dinov2("layers.1.attention.o_proj"), "layers.3.mlp.fc2"}),
     "unit": ("clip", overflow_unit, {"layers.2.mlp.fc1"}),
     "squares": ("clip", overflow_squares, {"layers.1.layer_norm1", "layers.1.layer_norm2"}),
     "digits": ("clip", lose_digits, {"layers.0.residual2", "layers.1.residual1"}),
