@@ -202,7 +202,10 @@ def doctor(
     select_layer: Annotated[str | None, typer.Option(help="As for export.")] = None,
     image_size: Annotated[int | None, typer.Option(help="As for export.")] = None,
     error_images: Annotated[
-        int, typer.Option(min=1, help="On how many images each operation is rounded alone: half a run for each.")
+        int,
+        typer.Option(
+            min=0, help="On how many images each operation is rounded alone: half a run for each. 0 leaves it out."
+        ),
     ] = 1,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
     every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,

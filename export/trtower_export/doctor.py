@@ -31,7 +31,8 @@ class OperationFigures:
     ``largest`` is the largest magnitude of all that it computes: its results, its products before a bias is added,
     the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond 65504, weights among them, and
     ``subnormal`` is the share of its non-zero results below FP16's smallest normal number, 6.1e-5. ``error`` is the
-    relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite.
+    relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite. It is
+    empty where that was not measured.
     """
 
     name: str
@@ -106,6 +107,7 @@ def examine(
 ) -> tuple[OperationFigures, ...]:
     """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the first ``error_images``.
 
+    The errors are what takes long: half a run for every operation, precision and image. 0 leaves them out.
     Raises CheckpointError where the tower is not finite in FP32.
     """
     with progress.step("Load PyTorch's tower"):
@@ -117,20 +119,8 @@ def examine(
         for index, pixel_values in enumerate(images):
             step.update(index / len(images), f"image {index + 1}")
             simulation.run(pixel_values, observe=extremes.observe)
-    errors: dict[str, dict[str, float]] = {name: dict.fromkeys(DTYPES, 0.0) for name in operations.names}
     measured = images[:error_images]
-    with progress.step(f"Round {len(operations)} operations one by one") as step:
-        for index, pixel_values in enumerate(measured):
-            kept: Values = {}
-            reference = simulation.run(pixel_values, keep=kept)
-            for place, operation in enumerate(operations):
-                step.update((index + place / len(operations)) / len(measured), operation.name)
-                for precision, dtype in DTYPES.items():
-                    found = simulation.rerun(kept, operation, dtype)
-                    error = float((found - reference).norm() / reference.norm())
-                    # of several images the worst; NaN stays
-                    worst = errors[operation.name][precision]
-                    errors[operation.name][precision] = error if not error <= worst else worst
+    errors = _round_one_by_one(simulation, measured, progress) if measured else {}
     return tuple(
         OperationFigures(
             name=operation.name,
@@ -139,7 +129,27 @@ def examine(
             largest=extremes.largest[operation.name],
             overflow=extremes.overflow.get(operation.name, 0),
             subnormal=extremes.small[operation.name] / max(extremes.nonzero[operation.name], 1),
-            error={p: e if math.isfinite(e) else None for p, e in errors[operation.name].items()},
+            error={p: e if math.isfinite(e) else None for p, e in errors.get(operation.name, {}).items()},
         )
         for operation in operations
     )
+
+
+def _round_one_by_one(
+    simulation: Simulation, images: Sequence[Tensor], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Find the relative error that each operation alone causes in each precision; of several images the worst."""
+    operations = simulation.operations
+    errors: dict[str, dict[str, float]] = {name: dict.fromkeys(DTYPES, 0.0) for name in operations.names}
+    with progress.step(f"Round {len(operations)} operations one by one") as step:
+        for index, pixel_values in enumerate(images):
+            kept: Values = {}
+            reference = simulation.run(pixel_values, keep=kept)
+            for place, operation in enumerate(operations):
+                step.update((index + place / len(operations)) / len(images), operation.name)
+                for precision, dtype in DTYPES.items():
+                    found = simulation.rerun(kept, operation, dtype)
+                    error = float((found - reference).norm() / reference.norm())
+                    worst = errors[operation.name][precision]
+                    errors[operation.name][precision] = error if not error <= worst else worst  # NaN stays
+    return errors

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from trtower.inspection import describe_figure, describe_run
 from trtower.manifest import Bound, Certificate, Figures, LayerFigures
-from trtower_export.doctor import OperationFigures
+from trtower_export.doctor import DTYPES, OperationFigures
 from trtower_export.layers import first_jump
 
 WIDTH = 160
@@ -50,7 +50,9 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
     Then what FP16 cannot hold, and what costs most.
     """
     table = Table(box=None, pad_edge=False)
-    for column in ("operation", "largest", "headroom", "overflow", "subnormal", "alone, FP16", "alone, BF16"):
+    measured = [precision for precision in DTYPES if any(precision in each.error for each in operations)]
+    alone = [f"alone, {precision.upper()}" for precision in measured]
+    for column in ("operation", "largest", "headroom", "overflow", "subnormal", *alone):
         table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
     parts: dict[str, list[OperationFigures]] = {}
     for operation in operations:
@@ -64,7 +66,7 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
             f"{largest.headroom:.3g}x",
             str(sum(each.overflow for each in same)),
             f"{max(each.subnormal for each in same):.2%}",
-            *(_worst(same, precision) for precision in ("fp16", "bf16")),
+            *(_worst(same, precision) for precision in measured),
             style="bold red" if any(each.overflow for each in same) else None,
         )
     Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows
@@ -79,6 +81,8 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
             highlight=False,
             soft_wrap=True,
         )
+    if "fp16" not in measured:
+        return
     costly = sorted(operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
     says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
     console.print(f"most of the error of FP16: {says}", highlight=False, soft_wrap=True)

@@ -338,6 +338,20 @@ def test_table_of_every_operation_lists_each(
     assert "nothing is beyond FP16's 65504; the tightest is " in out
 
 
+def test_errors_that_are_not_wanted_are_neither_measured_nor_shown(
+    hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = ("--picture", tmp_path / "p.png")
+    assert doctor(hot, "--images", photographs, "--error-images", "0", *picture) == 0
+    said = capsys.readouterr()
+    assert "one by one" not in said.err
+    assert "alone" not in said.out
+    assert "most of the error" not in said.out
+    assert f"beyond FP16's 65504: {HOT}\n" in said.out
+    assert doctor(hot, "--images", photographs, "--error-images", "0", "--json") == 0
+    assert all(row["error"] == {} for row in strict(capsys.readouterr().out)["operations"])
+
+
 def test_picture_is_a_png(hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert doctor(hot, "--images", photographs, "--picture", tmp_path / "p.png") == 0
