@@ -5,6 +5,8 @@ multiplies and adds in FP32, as tensor cores do, and rounds each result. It is p
 a product is rounded before its bias is added, attention scores are rounded, and a LayerNorm sums its squares in half
 precision, though the graph asks for FP32 there (`stash_type`).
 
+Attention that is exact runs in one piece, several times as fast as spelled out; the two differ by FP32's rounding.
+
 An operation that is kept in FP32 hands on what it computed. Whoever adds, scales, norms or activates that computes in
 FP32 and rounds its own result; a matrix product rounds its factors first. That is what `islands.py` writes into the
 graph.
@@ -57,10 +59,16 @@ class Simulation:
         values: Values = {}
         rounded = frozenset(rounded)
         wide = widened(self.operations, frozenset(self.operations.names) - rounded) if rounded else frozenset()
+        fused = self._fused(rounded) if observe is None else frozenset()
         for node in self.operations.nodes:
             if node.op == "output":
                 break
-            values[node] = self._value(node, values, pixel_values, rounded, wide, dtype, observe)
+            if node in fused:
+                if _holds_scores(node):
+                    continue
+                values[node] = _attend(node, values)
+            else:
+                values[node] = self._value(node, values, pixel_values, rounded, wide, dtype, observe)
             if keep is not None:
                 if not _holds_scores(node):
                     keep[node] = values[node]
@@ -74,6 +82,7 @@ class Simulation:
         """Run on from ``kept``, the values of an exact run, with ``operation`` alone in half precision."""
         alone, values, dirty = frozenset({operation.name}), dict(kept), set[fx.Node]()
         (pixel_values,) = (kept[node] for node in self.operations.nodes if self._is_input(node))
+        fused = self._fused(alone)
         for node in self.operations.nodes:
             if node.op == "output":
                 break
@@ -82,10 +91,21 @@ class Simulation:
             if not weight and not inside and dirty.isdisjoint(node.all_input_nodes):
                 continue
             dirty.add(node)
+            if node in fused:
+                if not _holds_scores(node):
+                    values[node] = _attend(node, values)
+                continue
             for argument in node.all_input_nodes:
                 self._restore(argument, values)
             values[node] = self._value(node, values, pixel_values, alone, frozenset(), dtype, None)
         return self._result(values)
+
+    def _fused(self, rounded: frozenset[str]) -> frozenset[fx.Node]:
+        """Find the nodes of every attention in which nothing is rounded."""
+        parts = [node for node in self.operations.nodes if "attention" in node.meta]
+        of = self.operations.of
+        rounds = {node.meta["attention"] for node in parts if node in of and of[node].name in rounded}
+        return frozenset(node for node in parts if node.meta["attention"] not in rounds)
 
     def _restore(self, node: fx.Node, values: Values) -> None:
         """Compute again what an exact run did not keep."""
@@ -205,6 +225,15 @@ def _call(node: fx.Node, values: Values, seen: Callable[[Tensor], Any] = _ignore
         return _layer_norm(*args, between=between)
     target: Any = node.target
     return target(*args, **kwargs)
+
+
+def _attend(context: fx.Node, values: Values) -> Tensor:
+    """Compute an attention that `decompose_attention` spelled out, from its queries, keys and values."""
+    shares, value = context.all_input_nodes
+    scaled, transposed = shares.all_input_nodes[0].all_input_nodes
+    (query,), (key,), scale = scaled.all_input_nodes, transposed.all_input_nodes, scaled.args[1]
+    attended: Tensor = aten.scaled_dot_product_attention(values[query], values[key], values[value], scale=scale)
+    return attended
 
 
 def _layer_norm(

@@ -191,6 +191,17 @@ def test_scores_are_computed_again_and_not_kept() -> None:
     assert [node for node in operations("clip").nodes if node.meta.get("part") == "scores"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "dinov3_vit", "internvl_vision"])
+def test_attention_in_one_piece_differs_from_the_spelled_out_by_the_rounding_of_fp32(name: str) -> None:
+    simulated, looked = simulation(name), []
+    in_one_piece = simulated.run(pixels())
+    spelled_out = simulated.run(pixels(), observe=lambda operation, *_, **__: looked.append(operation.part))
+    assert any(part.endswith("scores") for part in looked)
+    assert not torch.equal(in_one_piece, spelled_out)
+    assert torch.allclose(in_one_piece, spelled_out, rtol=1e-4, atol=1e-5)
+
+
 def heat(module: str, number: float = 1e5) -> Simulation:
     """Have one number of every token so large behind a module of CLIP's, which FP32 carries to the output."""
     tower, spec = cut("clip")
@@ -256,7 +267,7 @@ def test_kept_operation_is_not_rounded_and_its_reader_rounds_once() -> None:
     """Of one residual that rounds among kept operations nothing but its own sum is rounded."""
     name = "layers.2.residual1"
     kept: dict[torch.fx.Node, Tensor] = {}
-    simulation("clip").run(pixels(), keep=kept)
+    simulation("clip").run(pixels(), observe=lambda *_, **__: None, keep=kept)  # attention as below
     (operation,) = (each for each in operations("clip") if each.name == name)
     (node,) = operation.nodes
     seen: list[Tensor] = []
