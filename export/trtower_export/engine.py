@@ -103,19 +103,20 @@ def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[
     if flavour == "tensorrt":
         if not torch.cuda.is_available():
             raise BackendError("flavour tensorrt builds on the GPU it runs on, and torch finds none here.")
-        known = ["{}.{}".format(*torch.cuda.get_device_capability())]
+        known = built = ["{}.{}".format(*torch.cuda.get_device_capability())]
     else:
-        known = _known(module)
+        known, built = _known(module), [*capabilities]
     for capability in capabilities:
         if capability not in known:
             raise ConfigError(
                 f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for here: "
                 f"{', '.join(known)} are."
             )
+    for capability in built:
         if float(capability) < NEEDS.get(precision, 0.0):
             raise ConfigError(
-                f"{precision} needs compute capability {NEEDS[precision]} or later; {capability} was asked for: "
-                "use fp16."
+                f"{precision} needs compute capability {NEEDS[precision]} or later, and this plan would be for "
+                f"{capability}: use fp16."
             )
 
 

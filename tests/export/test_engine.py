@@ -145,7 +145,7 @@ def test_unknown_compute_capability_lists_the_known() -> None:
 
 
 def test_bf16_for_turing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later; 7\.5 was asked for: use fp16"):
+    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* for 7\.5: use fp16"):
         choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
     assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
 
@@ -165,6 +165,18 @@ def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="builds on the GPU it runs on"):
         choose_target("tensorrt", (), "fp16")
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("bf16", (7, 5)), ("fp8", (8, 6))])
+def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(engine, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine.torch.cuda, "get_device_capability", lambda *_: capability)
+    with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
+        choose_target("tensorrt", (), precision)
+    assert choose_target("tensorrt", (), "fp16")[0]
 
 
 def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
     options = ExportOptions(precision="fp8", check=False)
     bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
     assert min(map(float, bundle.manifest.plans[0].compute_capabilities)) == 8.9
-    with pytest.raises(ConfigError, match=r"fp8 needs compute capability 8\.9 or later; 8\.6 was asked for"):
+    with pytest.raises(ConfigError, match=r"fp8 needs compute capability 8\.9 or later, .* for 8\.6"):
         export_tower(
             str(checkpoints["clip"]), tmp_path / "c", ExportOptions(precision="fp8", compute_capabilities=("8.6",))
         )
