@@ -39,6 +39,8 @@ HIDDEN_STATE = "hidden_state."
 Quantise: TypeAlias = Callable[[onnx_ir.Model, Mapping[onnx_ir.Node, str]], None]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""Where the exporter writes the modules of a node; what it writes where there is none, as of the batch's size."""
 
 
 def write_onnx(
@@ -109,7 +111,7 @@ def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
     states: dict[int, onnx_ir.Value] = {}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
-        module = scopes[-2] if len(scopes) > 1 else ""
+        module = scopes[-2] if len(scopes) > 1 and scopes[-2] != NO_MODULE else ""
         modules[node] = module
         name = f"{module}/{node.op_type}"
         seen[name] += 1
