@@ -46,12 +46,15 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 """Small towers by family and variant: the class in transformers, and its config."""
 
 
-def make_model(name: str) -> torch.nn.Module:
-    """Draw a small tower whose every layer matters: default initialisation leaves residuals almost untouched."""
+def make_model(name: str, **changes: object) -> torch.nn.Module:
+    """Draw a small tower whose every layer matters: default initialisation leaves residuals almost untouched.
+
+    ``changes`` are fields of its config.
+    """
     torch.manual_seed(7)
     class_name, options = MODELS[name]
     model_class = getattr(transformers, class_name)
-    model: torch.nn.Module = model_class(model_class.config_class(**options))
+    model: torch.nn.Module = model_class(model_class.config_class(**options | changes))
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]

@@ -2,6 +2,8 @@
 
 The search judges simulations by the very bounds of the check, and ends with a set of which none can be left out.
 That is the smallest by inclusion; another set of fewer operations may exist, but nobody would look at all of them.
+What does not fit FP16 is kept in FP32 and not in BF16, which rounds eight times coarser than FP16 and which Turing
+does not have; an operation or two in FP32 cost little.
 """
 
 import copy

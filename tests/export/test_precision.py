@@ -14,6 +14,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.doctor import examine
+from trtower_export.engine import add_plan
 from trtower_export.photographs import load_photographs, prepare
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.preprocessor import fit_preprocessor
@@ -50,9 +51,9 @@ FAULTS: dict[str, tuple[str, Callable[[nn.Module], str]]] = {
 }
 
 
-def plant(fault: str, folder: Path) -> tuple[str, str]:
+def plant(fault: str, folder: Path, **config: object) -> tuple[str, str]:
     family, change = FAULTS[fault]
-    model = make_model(family)
+    model = make_model(family, **config)
     pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(pixels).last_hidden_state
@@ -84,6 +85,31 @@ def test_planted_fault_is_found_named_and_mended(fault: str, tmp_path: Path) -> 
     assert certificate.torch.relative_error is None  # PyTorch's own FP16 overflows
     assert mended.manifest.plans
     assert f"fp16, in FP32 {name}" in as_text(inspect_bundle(mended))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_island_adds_less_than_two_percent_to_graph_and_plans_of_a_deep_tower(fault: str, tmp_path: Path) -> None:
+    """FP32 doubles the weights of one operation, of which the largest is a third of its layer, and adds its kernels.
+
+    These take 0.7 MB, whatever the tower: it is 640 wide, so that they do not count.
+    """
+    wide = {"mlp_ratio": 4} if FAULTS[fault][0] == "dinov2" else {"intermediate_size": 2560}
+    size = {"num_hidden_layers": 24, "hidden_size": 640, "num_attention_heads": 10}
+    checkpoint, name = plant(fault, tmp_path / "hot", **size, **wide)
+    sizes: list[list[int]] = []
+    for keep in ((), (name,)):
+        options = ExportOptions(batch=BATCH, flavour="none", check=False, keep_fp32=keep, overwrite=True)
+        bundle = export_tower(checkpoint, tmp_path / "b", options)
+        for targets in ((), ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")):
+            add_plan(Bundle.open(bundle.path), "tensorrt-rtx", targets, LoggedProgress())
+        files = Bundle.open(bundle.path).manifest.files
+        assert len(files) == 6
+        plans = [entry.size for name, entry in sorted(files.items()) if name.startswith("plans/")]
+        sizes.append([files[GRAPH].size + files[GRAPH_DATA].size, *plans])
+    grown = [kept / plain for plain, kept in zip(*sizes, strict=True)]
+    assert min(grown) > 1.0
+    assert max(grown) < 1.02
 
 
 def test_norm_whose_squares_overflow_is_kept_for_kernels_that_sum_in_half_precision(tmp_path: Path) -> None:
