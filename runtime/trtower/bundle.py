@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -67,9 +67,10 @@ class Bundle:
             self._compare(name, _sha256(stream))
         return path
 
-    def altered(self) -> list[str]:
-        """List the files whose content is not what the manifest says. Reads them all."""
-        return [name for name, entry in self.manifest.files.items() if describe(self.path / name) != entry]
+    def altered(self, names: Collection[str] | None = None) -> list[str]:
+        """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all."""
+        files = self.manifest.files.items()
+        return [n for n, entry in files if (names is None or n in names) and describe(self.path / n) != entry]
 
     def certificate_void(self, altered: Collection[str] = ()) -> list[str]:
         """List the files that the certificate speaks of and that are others now; all that are ``altered`` are."""
@@ -82,8 +83,11 @@ class Bundle:
             if name in altered or name not in files or files[name].sha256 != sha256
         ]
 
-    def uncertified(self, executed: Iterable[str]) -> str | None:
-        """Say why the certificate does not vouch for the files that are ``executed`` here; None where it does."""
+    def uncertified(self, executed: Collection[str]) -> str | None:
+        """Say why the certificate does not vouch for the files that are ``executed`` here; None where it does.
+
+        Reads what it speaks of besides: whoever executes a file has compared what he read of it.
+        """
         certificate = self.manifest.certificate
         if certificate is None:
             return "it has no certificate"
@@ -92,7 +96,7 @@ class Bundle:
         if not certificate.passed:
             missed = ", ".join(dict.fromkeys(bound.figure for bound in certificate.bounds if not bound.holds))
             return f"its check of {certificate.date} missed {missed}"
-        if void := self.certificate_void():
+        if void := self.certificate_void(self.altered(certificate.files.keys() - set(executed))):
             return f"its certificate is void, {', '.join(void)} changed since"
         if other := sorted(set(executed) - set(certificate.executed)):
             return f"{other[0]} runs here, and the check of {certificate.date} ran {certificate.executed[0]}"

@@ -181,6 +181,16 @@ def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pyte
     assert f"built but NOT run: {plan}" in inspected(certified, capsys)
 
 
+def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it(certified: Path) -> None:
+    plan = add_plan(certified)
+    change_certificate(certified, ran="plan", executed=(plan,))
+    assert Bundle.open(certified).uncertified((plan,)) is None
+    content = bytearray((certified / GRAPH_DATA).read_bytes())
+    content[-1] ^= 1
+    (certified / GRAPH_DATA).write_bytes(content)
+    assert Bundle.open(certified).uncertified((plan,)) == f"its certificate is void, {GRAPH_DATA} changed since"
+
+
 @pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])
 def test_llava_s_tower_takes_the_requirement(
     certified: Path, fp32_bundle: Path, make: Callable[..., CLIPVisionTower]
