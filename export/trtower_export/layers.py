@@ -102,22 +102,24 @@ class LayerSums:
 
 
 def first_jump(layers: Sequence[LayerFigures]) -> LayerFigures | None:
-    """Find the first layer whose error is out of proportion to the one before; None where the error only adds up.
+    """Find the first layer whose error is out of proportion to the one before; None where there is none.
 
-    Where PyTorch's own half precision jumps as much the layer is hard, and not the graph wrong: that is no jump.
+    Where PyTorch's own half precision jumps as much the layer is hard, and not the graph wrong: that is no jump, as
+    long as it is finite.
     """
     if layers and _error(layers[0].bundle) > JUMP * max(ROUNDING, _error(layers[0].torch)):
         return layers[0]
-    for before, layer in pairwise(layers):
-        if _growth(before.bundle, layer.bundle) > JUMP * max(1.0, _growth(before.torch, layer.torch)):
-            return layer
-    return None
+    jumps = (
+        layer
+        for before, layer in pairwise([*layers[:1], *layers])
+        if layer.bundle.relative_error is None
+        or _growth(before.bundle, layer.bundle) > JUMP * max(1.0, _growth(before.torch, layer.torch))
+    )
+    return next(jumps, None)
 
 
 def _growth(before: Figures, after: Figures) -> float:
-    if before.relative_error is None:
-        return 1.0
-    return _error(after) / _error(before)
+    return 1.0 if before.relative_error is None else _error(after) / _error(before)
 
 
 def _error(figures: Figures) -> float:

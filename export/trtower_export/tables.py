@@ -113,12 +113,11 @@ def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
     console.print(table)
     jump = first_jump(layers)
     if jump is None:
-        console.print("  no layer's error jumps: it adds up from layer to layer, as rounding does", highlight=False)
+        console.print("  no layer's error jumps out of proportion to PyTorch's own", highlight=False)
     else:
-        console.print(
-            f"  the error jumps at hidden state {jump.layer}, worst in {jump.worst_image} at token {jump.worst_token}",
-            highlight=False,
-        )
+        too = "; PyTorch's own is not finite there, either" if jump.torch.relative_error is None else ""
+        where = f"worst in {jump.worst_image} at token {jump.worst_token}{too}"
+        console.print(f"  the error jumps at hidden state {jump.layer}, {where}", highlight=False, soft_wrap=True)
 
 
 def _cells(figures: Figures) -> tuple[str, ...]:

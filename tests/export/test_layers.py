@@ -221,6 +221,9 @@ def test_layer_that_is_no_longer_finite_is_a_jump_once() -> None:
     assert jump is not None
     assert jump.layer == 2
     assert first_jump(layers[2:]) == layers[2]  # a stem that is not finite
+    hard = with_torch(layers, [1e-4, 1e-4, None, None])
+    assert first_jump(hard) == hard[2]  # PyTorch's own is not finite, either
+    assert first_jump(hard[2:]) == hard[2]
 
 
 def test_stem_that_is_wrong_is_named_and_one_that_rounds_is_not() -> None:

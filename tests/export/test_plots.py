@@ -179,6 +179,13 @@ def test_panel_of_errors_is_left_out_where_none_was_measured() -> None:
     assert draw_heatmap(measured, precision="bf16") == draw_heatmap(bare)
 
 
+def test_operation_whose_error_was_not_measured_adds_a_word_to_the_legend() -> None:
+    whole = tower(3, 7)
+    partly = [replace(whole[0], error={}), *whole[1:]]
+    legend = [pixels(draw_heatmap(operations))[-heatmap.LEGEND :] for operations in (whole, partly)]
+    assert (legend[0] != legend[1]).any()
+
+
 @pytest.mark.parametrize(("layers", "parts"), [(24, 14), (12, 16), (4, 3), (1, 1), (0, 0)])
 def test_towers_of_any_shape_are_drawn(layers: int, parts: int) -> None:
     height, _, _ = pixels(draw_heatmap(tower(layers, parts), title="t" * 90)).shape

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tests.export import made_up
 from trtower.bundle import Bundle
@@ -20,7 +20,7 @@ from trtower.errors import BundleError, InputError, MissingExtraError
 from trtower.image_processor import ImageProcessor
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.evidence import ImageEvidence
-from trtower_export.report import Report, as_image, describe_worst, make_folder
+from trtower_export.report import Report, as_image, describe_worst, make_folder, pca
 from trtower_export.report.plots import draw_layers
 
 pytest.importorskip("matplotlib")
@@ -195,6 +195,24 @@ def test_photograph_that_is_not_finite_is_the_worst(tmp_path: Path, five: list[I
     assert "d.png worst token: row 1, column 1, cosine not finite" in page.text
 
 
+def test_bundle_that_is_finite_nowhere_has_no_worst_patch_and_no_histogram(tmp_path: Path) -> None:
+    broken = replace(made_up.evidence("a.png"), bundle=torch.full_like(made_up.evidence().bundle, torch.nan))
+    page = write(tmp_path, broken, bounds=made_up.bounds(None))
+    assert "a.png no token is finite" in page.text
+    assert "No token of the bundle is finite" in page.text
+    assert len(page.images()) == 1
+    with Image.open(io.BytesIO(page.images()[0])) as strip:
+        photograph = np.asarray(strip)[:, : strip.height]
+    assert not (photograph == ImageColor.getrgb(pca.WORST)).all(-1).any()
+
+
+def test_verdict_names_three_of_many_missed_bounds(tmp_path: Path) -> None:
+    missed = [replace(bound, holds=False) for bound in made_up.bounds()]
+    page = write(tmp_path, made_up.evidence(), bounds=missed)
+    assert "6 of 6 bounds missed" in page.text
+    assert "demanded; and 3 more, below." in page.text
+
+
 def test_no_photograph_is_shown_twice(tmp_path: Path, five: list[ImageEvidence]) -> None:
     three = write(tmp_path, *five[:3])
     assert re.findall(r"<figcaption><b>(.*?)</b>", three.html) == ["c.png", "b.png", "a.png"]
@@ -267,6 +285,7 @@ def test_layers_that_were_not_compared_are_said_to_be_missing(tmp_path: Path) ->
 
 def test_layers_that_are_not_finite_are_written(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(), layers=made_up.layers((1e-3, 1e-3, None)))
+    assert "Hidden state 2 is the first that is not finite, and PyTorch's own is not, either" in page.text
     assert next(row for row in page.rows if row[0] == "2")[1:3] == ["not finite", "not finite"]
 
 

@@ -101,7 +101,8 @@ class Report:
             raise BundleError(f"{bundle.path} has no certificate to report: trtower check {bundle.path} makes one.")
         make_folder(folder)
         pictures = self._pictures(certificate)
-        plots = {TOKENS: self._draw_tokens(certificate)} if self._photographs or self._drawn else {}
+        found = [*self._photographs, *self._drawn]
+        plots = {TOKENS: self._draw_tokens(certificate)} if any(each.isfinite().any() for each in found) else {}
         jump = first_jump(certificate.layers)
         if certificate.layers:
             plots[LAYERS] = draw_layers(
@@ -182,6 +183,8 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
     token = next(iter(worst_tokens(distances, 1)), None)
     if token is None:
         return "every token is equal"
+    if not distances.isfinite().any():
+        return "no token is finite"
     patch = next(iter(worst_tokens(distances[prefix:], 1)), None)
 
     def cosine(index: int) -> str:

@@ -130,7 +130,8 @@ def draw_heatmap(operations: Sequence[OperationFigures], *, precision: str = "fp
             _cost(operations, precision),
             labelled=False,
         )
-    _draw_legend(figure, left, width, height, measured=measured)
+    gaps = measured and not all(precision in operation.error for operation in operations)
+    _draw_legend(figure, left, width, height, gaps=gaps)
     return to_png(figure)
 
 
@@ -272,10 +273,10 @@ def _draw_bar(axes: Any, scale: _Scale) -> None:
         axes.text(1.5, 0, scale.line, fontsize=FONT, color=INK, weight="bold", va="center")
 
 
-def _draw_legend(figure: Any, left: int, width: int, height: int, *, measured: bool) -> None:
+def _draw_legend(figure: Any, left: int, width: int, height: int, *, gaps: bool) -> None:
     rectangle = import_extra("matplotlib.patches", extra="report", purpose=PURPOSE).Rectangle
     entries = [(ALARM[1], "✕", "beyond 65 504: infinite in FP16"), (BROKEN, "∞", "not finite")]
-    if measured:
+    if gaps:
         entries.append((UNMEASURED, "", "not measured"))
     x, y = left, 44
     for colour, sign, text in entries:

@@ -211,7 +211,8 @@ def _photograph(row: PcaRow, cell: int, mark: int) -> Pixels:
     side = isqrt(len(row.reference))
     panel = side * cell
     pixels: Pixels = np.array(ImageOps.fit(row.image.convert("RGB"), (panel, panel), Image.Resampling.LANCZOS))
-    patches = worst_tokens(token_distances(row.bundle, row.reference), mark)
+    distances = token_distances(row.bundle, row.reference)
+    patches = worst_tokens(distances, mark) if distances.isfinite().any() else []  # where none is finite, none is worst
     for place in reversed(range(len(patches))):  # the worst last, on top
         top, left = (index * cell for index in divmod(patches[place], side))
         _outline(pixels, top, left, cell, WORSE if place else WORST)
