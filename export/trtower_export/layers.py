@@ -43,12 +43,14 @@ class GraphStates:
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
         self._session = open_session(model)
         self._input, self._least = manifest.input.name, manifest.batch.min
-        # A single state that is read bears the output's name.
-        read = manifest.spec.layers[0] if len(manifest.spec.layers) == 1 else None
+        spec = manifest.spec
         self._names = {_index(name): name for name in names}
-        if read is not None:
+        expected = set(range(spec.depth + 1))
+        if len(spec.layers) == 1:  # a single state that is read bears the output's name
+            (read,) = spec.layers
             self._names[read] = manifest.output.name
-        if absent := set(range(manifest.spec.depth + 1)) - self._names.keys():
+            expected -= {read - 1} if read > spec.depth else set()  # last_hidden_state, without a norm, is that state
+        if absent := expected - self._names.keys():
             raise BundleError(
                 f"{bundle.path}: its graph names no hidden state {min(absent)}: export it again, with --overwrite."
             )

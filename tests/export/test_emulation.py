@@ -199,6 +199,16 @@ def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
     assert found.tolist() == [[1.5, -0.5] * 128 if fits else [0.5] * 256]
 
 
+@pytest.mark.parametrize(("mean", "fits"), [(200.0, True), (300.0, False)])
+def test_layer_norm_sums_its_numbers_in_half_precision(mean: float, fits: bool) -> None:
+    """Of 256 numbers of 300 the sum is 76800, which is infinite in FP16, though none of their squares around it is."""
+    inputs = "float16[n, m] x, float16[m] one, float16[m] bias"
+    model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, "float16[n, m] y"), HALF["fp16"])
+    row = np.tile(np.float32([mean + 1, mean - 1]), (1, 128))
+    found = run(model, x=row, one=np.ones(256, np.float32), bias=np.zeros(256, np.float32))
+    assert np.isfinite(found).all() == fits
+
+
 def test_attention_is_spelled_out_with_its_own_scale() -> None:
     shape = "float16[b, 2, t, 8]"
     model = parse("y = Attention <scale = 0.25> (q, k, v)", f"{shape} q, {shape} k, {shape} v", f"{shape} y")
