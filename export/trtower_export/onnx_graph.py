@@ -110,8 +110,12 @@ def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
     seen = Counter[str]()
     states: dict[int, onnx_ir.Value] = {}
     for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
-        module = scopes[-2] if len(scopes) > 1 and scopes[-2] != NO_MODULE else ""
+        if SCOPES in node.metadata_props:
+            module = ["", "", *ast.literal_eval(node.metadata_props[SCOPES])][-2]
+        else:  # the exporter made it of others: it belongs to where the first of its inputs comes from
+            makers = (value.producer() for value in node.inputs if value is not None)
+            module = next((modules[maker] for maker in makers if maker is not None), "")
+        module = "" if module == NO_MODULE else module
         modules[node] = module
         name = f"{module}/{node.op_type}"
         seen[name] += 1

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.conftest import BATCH, MODELS, make_model
 from tests.export import made_up
 from tests.export.checking import check, damage, make_hashes_fit
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
@@ -57,6 +58,19 @@ def test_sound_graph_jumps_nowhere(
     assert first_jump(certificate.layers) is None
     assert all(0 < layer.bundle.relative_error < SMALL for layer in certificate.layers)
     assert all((layer.torch.relative_error == 0) == (precision == "fp32") for layer in certificate.layers)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_state_of_every_family_is_found_in_its_graph(name: str, tmp_path: Path) -> None:
+    make_model(name).save_pretrained(tmp_path / "checkpoint")
+    options = ExportOptions(
+        select_layer=(-2, LAST), select_feature="cls_patch", batch=BATCH, flavour="none", check=False
+    )
+    bundle = export_tower(str(tmp_path / "checkpoint"), tmp_path / "bundle", options)
+    certificate = check(bundle.path, tmp_path / "checkpoint", photographs=1, quick=True, by_layer=True)
+    assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3, 4]
+    assert all(layer.bundle.relative_error < SMALL for layer in certificate.layers)
 
 
 @pytest.mark.parametrize("family", ["dinov2", "clip"])  # with and without a norm behind the last layer
