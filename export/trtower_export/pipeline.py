@@ -46,7 +46,7 @@ from trtower_export.photographs import Photographs, load_photographs, prepare, s
 from trtower_export.precision import find_islands, left_in_half, trace_with_islands
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
-from trtower_export.quantisation import calibrate, write_quantised
+from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
 AUTO = "auto"
@@ -102,12 +102,14 @@ def export_tower(
     """Export a checkpoint into a bundle, which exists whole or not at all.
 
     ``source``: a hub id, a folder, an OpenCLIP file, or a recipe's name. ``out`` is engines/NAME unless given. The
-    bundle's certificate says whether the check passed. Raises ConfigError and BundleError before any work, and
-    CheckpointError and BuildError in the course of it.
+    bundle's certificate says whether the check passed. Raises ConfigError, BundleError and MissingExtraError before any
+    work, and CheckpointError and BuildError in the course of it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     precision = "fp16" if options.precision == AUTO else options.precision
     target, choice = choose_target(options.flavour, options.compute_capabilities, precision)
+    if precision in EIGHT_BIT:
+        load_modelopt(precision)  # so that its absence is no surprise later
     photographs = _photographs(options, progress)
     checkpoint = open_checkpoint(
         source, random_weights=options.random_weights, revision=options.revision, trust=options.trust

@@ -66,14 +66,20 @@ Quantisation = Mapping[str, Scales]
 """The scales of every quantised layer, by its module's path in the tower."""
 
 
+def load_modelopt(precision: str) -> Any:
+    """Import modelopt's quantisation, or raise MissingExtraError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the releases of transformers that it has seen
+        return import_extra("modelopt.torch.quantization", extra="quant", purpose=f"calibrating {precision}")
+
+
 @torch.no_grad()
 def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave: Collection[str]) -> Quantisation:
     """Find the ranges of the linear layers of ``tower``, which stays as it is, on ``images``, each (1, 3, S, S).
 
     The largest magnitude is the range; layers in ``leave`` are left out. Raises MissingExtraError without modelopt.
     """
-    mtq = import_extra("modelopt.torch.quantization", extra="quant", purpose=f"calibrating {precision}")
-    form = FORMATS[precision]
+    mtq, form = load_modelopt(precision), FORMATS[precision]
     quantised = copy.deepcopy(tower)
     names = [name for name in linear_layers(tower) if name not in leave]
     if not names:
@@ -93,7 +99,7 @@ def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave:
             model(pixel_values)
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the releases of transformers that modelopt has seen
+        warnings.simplefilter("ignore")
         mtq.quantize(quantised, config, run)
     found: dict[str, Scales] = {}
     for name in names:

@@ -10,8 +10,8 @@ from trtower.runners.choose import Candidate, candidates
 from trtower.spec import TowerSpec
 
 MB = 1_000_000
-ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp8": 1, "int8": 1}
-"""Bytes of one parameter, or of almost every one."""
+ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+"""Bytes of almost every parameter. In 8 bits it depends on which layers are."""
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -86,11 +86,13 @@ def as_text(found: dict[str, Any]) -> str:
 
 def describe_cut(full: Extent, cut: Extent, precision: str) -> str:
     """Say in one line what is left of a tower, and how much that is in this precision."""
-    size = ITEM_SIZE[precision] / MB
+    megabytes = ""
+    if precision in ITEM_SIZE:
+        size = ITEM_SIZE[precision] / MB
+        megabytes = f" ({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
     return (
         f"{cut.layers} of {full.layers} layers, "
-        f"{cut.parameters / 1e6:.1f} of {full.parameters / 1e6:.1f} M parameters "
-        f"({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB), "
+        f"{cut.parameters / 1e6:.1f} of {full.parameters / 1e6:.1f} M parameters{megabytes}, "
         f"{cut.flop / 1e9:.1f} of {full.flop / 1e9:.1f} GFLOP an image"
     )
 

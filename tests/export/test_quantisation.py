@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError, MissingExtraError
-from trtower_export import quantisation
+from trtower_export import pipeline, quantisation
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.cost import measure_graph
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -82,6 +82,7 @@ def test_calibration_without_the_extra_says_so(
         raise MissingExtraError(f"{purpose} needs the package modelopt: pip install 'trtower[{extra}]'")
 
     monkeypatch.setattr(quantisation, "import_extra", missing)
+    monkeypatch.setattr(pipeline, "open_checkpoint", None)  # before any work
     with pytest.raises(MissingExtraError, match=r"calibrating int8 needs .*trtower\[quant\]"):
         export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(precision="int8", flavour="none"))
     assert not (tmp_path / "b").exists()

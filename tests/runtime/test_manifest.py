@@ -22,11 +22,17 @@ def edit(bundle: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "megabytes"), [("fp16", "582 of 607 MB"), ("bf16", "582 of 607 MB"), ("fp32", "1164 of 1214 MB")]
+    ("precision", "megabytes"),
+    [
+        ("fp16", " (582 of 607 MB)"),
+        ("bf16", " (582 of 607 MB)"),
+        ("fp32", " (1164 of 1214 MB)"),
+        ("int8", ""),  # which leaves some layers in FP16
+    ],
 )
 def test_cut_is_told_in_one_line(precision: str, megabytes: str) -> None:
     assert describe_cut(FULL, CUT, precision) == (
-        f"23 of 24 layers, 290.9 of 303.5 M parameters ({megabytes}), 366.0 of 381.9 GFLOP an image"
+        f"23 of 24 layers, 290.9 of 303.5 M parameters{megabytes}, 366.0 of 381.9 GFLOP an image"
     )
 
 
