@@ -1,10 +1,10 @@
 """Run a half-precision graph in FP32 that rounds after every operation, so that it can be checked without a GPU.
 
 ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each
-operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32. In FP16, which
-overflows, the worst is taken where kernels differ: attention scores are rounded, and so are the sums of a LayerNorm
-(see `rounding.py`, which does the same to a traced tower). What the graph has in FP32 is left alone. The emulation says
-so in its name, serves `trtower check` alone, and is never chosen to serve a tower.
+operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32. What the graph
+has in FP32 is left alone. In FP16, which overflows, the worst can be taken where kernels differ: attention scores are
+rounded, and so are the sums of a LayerNorm (see `rounding.py`, which does the same to a traced tower). The emulation
+says so in its name, serves `trtower check` alone, and is never chosen to serve a tower.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,13 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
+from trtower.spec import EIGHT_BIT
 
 EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}
 """The names by which `trtower check --backend` knows it, and the precision that each is for."""
 
-HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16} | dict.fromkeys(EIGHT_BIT, TensorProto.FLOAT16)
+"""The type of half precision in a bundle's graph, by its precision."""
 
 
 def require_precision(bundle: Bundle, backend: str) -> None:
@@ -36,10 +38,10 @@ def require_precision(bundle: Bundle, backend: str) -> None:
 class EmulatedRunner:
     """A Runner on the CPU, in FP32 between roundings."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, worst: bool) -> None:
         ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
         precision = bundle.manifest.precision
-        self._session = open_session(load_graph(bundle, emulated=True))
+        self._session = open_session(load_graph(bundle, emulated=True, worst=worst))
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
@@ -51,12 +53,12 @@ class EmulatedRunner:
         hidden_states.copy_(torch.from_numpy(found))
 
 
-def load_graph(bundle: Bundle, *, emulated: bool) -> onnx.ModelProto:
+def load_graph(bundle: Bundle, *, emulated: bool, worst: bool = True) -> onnx.ModelProto:
     """Read a bundle's graph with its weights, rounding after every operation where it is to be emulated."""
     bundle.verify(GRAPH_DATA)
     model = onnx.load_model(bundle.verify(GRAPH))
     if emulated:
-        emulate(model, HALF[bundle.manifest.precision])
+        emulate(model, HALF[bundle.manifest.precision], worst=worst)
     return model
 
 
@@ -78,8 +80,11 @@ def open_session(model: onnx.ModelProto) -> Any:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def emulate(model: onnx.ModelProto, half: int) -> None:
-    """Turn a graph of ``half`` into an FP32 one, in place, that rounds to ``half`` after every operation of it."""
+def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
+    """Turn a graph of ``half`` into an FP32 one, in place, that rounds to ``half`` after every operation of it.
+
+    ``worst`` also rounds what kernels for FP16 may round on the way.
+    """
     graph = model.graph
     kinds = _kinds(model)
     for index, tensor in enumerate(graph.initializer):
@@ -96,7 +101,7 @@ def emulate(model: onnx.ModelProto, half: int) -> None:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
                 attribute.i = TensorProto.FLOAT
         halves = [name for name in node.output if kinds.get(name) == half]
-        spelled_out = SPELLED_OUT.get(node.op_type) if halves and half == TensorProto.FLOAT16 else None
+        spelled_out = SPELLED_OUT.get(node.op_type) if worst and halves and half == TensorProto.FLOAT16 else None
         graph.node.extend(_rounded(spelled_out(node, half) if spelled_out else iter([node]), halves, half))
 
 

@@ -4,6 +4,9 @@ The reference is transformers' own forward pass in FP32 with every layer in plac
 or traced wrongly, cannot agree with it by construction. PyTorch in the bundle's own precision runs beside it:
 its error is what the eager tower that is being replaced makes, and the bundle is judged against that. Engines have
 been wrong at one batch size only, so every batch of the profile is run, and one that goes through in pieces.
+
+ONNX Runtime's kernels for the CPU compute FP16 in FP32 and leave out the roundings between them, so what overflows
+need not overflow there. Without a GPU the graph is therefore run once more, with every result rounded to its type.
 """
 
 import copy
@@ -69,17 +72,17 @@ def certify(
         own_tower = _in_precision(own_tower, bundle).to(runner.device)
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.batch)
-    towers = _Towers(bundle, checkpoint, model, own_tower, runner, states)
+    half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
+    typed = EmulatedRunner(bundle, worst=False) if half else None
+    towers = _Towers(bundle, checkpoint, model, own_tower, runner, typed, states)
     found = _Found(by_batch={batch: {} for batch in batches})
     title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
     with progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
             step.update(start / len(images), f"from {images[start].name} on")
             _compare(towers, images[start : start + max(batches)], found, see)
-    measured = {
-        kind: ([by_kind[kind].figures() for by_kind in found.by_batch.values()], own.figures())
-        for kind, own in found.own.items()
-    }
+    runs = [*found.by_batch.values(), *([found.as_typed] if typed else [])]
+    measured = {kind: ([by_kind[kind].figures() for by_kind in runs], own.figures()) for kind, own in found.own.items()}
     bounds = judge(manifest.precision, measured)
     plans = [plan.file for plan in manifest.plans]
     depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
@@ -97,6 +100,7 @@ def certify(
         batches=tuple(
             BatchFigures(batch=batch, bundle=total(sums.values()).figures()) for batch, sums in found.by_batch.items()
         ),
+        as_typed=total(found.as_typed.values()).figures() if typed else None,
         layers=found.layers.figures(),
         bundle=total(sums for by_kind in found.by_batch.values() for sums in by_kind.values()).figures(),
         torch=total(found.own.values()).figures(),
@@ -115,13 +119,17 @@ def batches_of(profile: BatchProfile) -> list[int]:
 
 @dataclass(frozen=True)
 class _Towers:
-    """What is compared: the full model in FP32, the cut tower in the bundle's precision, and the bundle."""
+    """What is compared: the full model in FP32, the cut tower in the bundle's precision, and the bundle.
+
+    ``typed`` is the bundle's graph with every result rounded to its type.
+    """
 
     bundle: Bundle
     checkpoint: Checkpoint
     model: nn.Module
     own: TruncatedTower
     runner: Runner
+    typed: EmulatedRunner | None
     states: GraphStates | None
 
     def reference(self, name: str, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -140,6 +148,7 @@ class _Found:
     """What was found so far; sums by the kind of the images, photographs or drawn."""
 
     by_batch: dict[int, dict[str, Sums]]
+    as_typed: dict[str, Sums] = field(default_factory=dict)
     own: dict[str, Sums] = field(default_factory=dict)
     images: list[ImageFigures] = field(default_factory=list)
     layers: LayerSums = field(default_factory=LayerSums)
@@ -158,6 +167,11 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: 
         owns.append(towers.own.read(own_states).float().cpu())
         own_sums.append(Sums.of(owns[-1], references[-1]))
         found.own.setdefault(_kind(image), Sums()).add(own_sums[-1])
+        if towers.typed:
+            batch = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
+            (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, batch)
+            error = Sums.of(row[None].float(), references[-1])
+            found.as_typed.setdefault(_kind(image), Sums()).add(error)
         if towers.states:
             found.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
@@ -209,7 +223,7 @@ def _open(bundle: Bundle, backend: str) -> Runner:
         backend = "emulated-bf16"
     if backend in EMULATED:
         require_precision(bundle, backend)
-        return EmulatedRunner(bundle)
+        return EmulatedRunner(bundle, worst=True)
     return choose(bundle, backend)
 
 

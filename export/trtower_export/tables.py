@@ -12,7 +12,7 @@ from trtower_export.doctor import DTYPES, OperationFigures
 from trtower_export.layers import first_jump
 
 WIDTH = 160
-"""Characters that the doctor's table may take, whatever is at the other end of a pipe: names are there whole."""
+"""Characters that a table may take, whatever is at the other end of a pipe: names and numbers are there whole."""
 
 COLUMNS = ("cos mean", "cos min", "p99.9", "rel error", "NaN/inf")
 
@@ -29,7 +29,9 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     if len(certificate.batches) > 1:
         for each in certificate.batches:
             table.add_row(f"{each.batch} at once", *_cells(each.bundle), "")
-    console.print(table)
+    if certificate.as_typed:
+        table.add_row("as typed", *_cells(certificate.as_typed), "")
+    _print_whole(console, table)
     if certificate.layers:
         _print_layers(console, certificate.layers)
     for bound in certificate.bounds:
@@ -40,8 +42,22 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     ran = describe_run(certificate.ran, certificate.backend, certificate.gpu)
     not_run = ""
     if certificate.not_run:
-        not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU proves it"
+        not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU does"
     console.print(f"{verdict}: {ran}, against {certificate.reference}{not_run}", highlight=False, soft_wrap=True)
+    if certificate.torch.relative_error is None and not certificate.passed:
+        console.print(
+            "PyTorch in the same precision is not finite, either: `trtower doctor` names the operation, and `trtower "
+            "export --precision auto` keeps it in FP32",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif certificate.as_typed and certificate.as_typed.non_finite:
+        console.print(
+            "rounded as the graph's types say it is not finite, though this machine's kernels hide that: `trtower "
+            "doctor` names the operation, and `trtower export --precision auto` keeps it in FP32",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_operations(console: Console, operations: Sequence[OperationFigures], *, every: bool) -> None:
@@ -69,7 +85,7 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
             *(_worst(same, precision) for precision in measured),
             style="bold red" if any(each.overflow for each in same) else None,
         )
-    Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows
+    _print_whole(console, table)
     overflowing = [operation.name for operation in operations if operation.overflow]
     if overflowing:
         console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)
@@ -86,6 +102,10 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
     costly = sorted(operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
     says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
     console.print(f"most of the error of FP16: {says}", highlight=False, soft_wrap=True)
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows
 
 
 def _worst(same: Sequence[OperationFigures], precision: str) -> str:
@@ -133,4 +153,7 @@ def _cells(figures: Figures) -> tuple[str, ...]:
 def _bound(bound: Bound) -> str:
     sign = ">=" if bound.figure == "token_cosine_min" else "<="
     verdict = "holds" if bound.holds else "MISSED"
-    return f"{verdict:<7}{bound.images:<11}{bound.figure} {describe_figure(bound.measured)} {sign} {bound.limit:g}"
+    counted = bound.figure == "non_finite" and bound.measured is not None
+    measured = f"{bound.measured:.0f}" if counted else describe_figure(bound.measured)
+    demanded = f"{sign} {bound.limit:g}" if bound.holds else f"where {sign} {bound.limit:g} is demanded"
+    return f"{verdict:<7}{bound.images:<11}{bound.figure} {measured} {demanded}"

@@ -14,7 +14,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised whenever a key is added, removed or changes its meaning."""
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Bound:
     """One thing the check demanded: ``figure`` is the limit's name, e.g. "token_cosine_min".
 
     ``images`` says of what: "photograph", or "drawn" for noise, constant and saturated images. ``measured`` is the
-    worst of every batch.
+    worst of every batch, and of ``as_typed``.
     """
 
     figure: str
@@ -152,7 +152,9 @@ class Certificate:
     ``ran`` is what was executed, "plan" or "graph", on ``backend``; ``executed`` are its files, and ``files`` the
     sha256 of everything that the result depends on, these among them: another in its place makes the certificate
     void. ``not_run`` names the plans that were built but executed by nobody. ``gpu`` is its name, None where none
-    was used. ``layers`` is empty where nobody asked for them.
+    was used. ``layers`` is empty where nobody asked for them. ``as_typed`` are the figures of the graph in FP32 with
+    every result rounded to its type, which kernels for the CPU leave out; None where the bundle ran on a GPU, in FP32,
+    or in such an emulation.
     """
 
     passed: bool
@@ -166,6 +168,7 @@ class Certificate:
     images_sha256: str
     skipped: tuple[str, ...]
     batches: tuple[BatchFigures, ...]
+    as_typed: Figures | None
     layers: tuple[LayerFigures, ...]
     bundle: Figures
     torch: Figures

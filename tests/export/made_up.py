@@ -84,6 +84,7 @@ def certificate(**changes: object) -> Certificate:
         "images_sha256": sha256("images"),
         "skipped": (),
         "batches": (BatchFigures(batch=1, bundle=figures()), BatchFigures(batch=8, bundle=figures())),
+        "as_typed": None,
         "layers": (),
         "bundle": figures(),
         "torch": figures(0.99999, 1.7e-3),

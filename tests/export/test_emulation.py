@@ -137,13 +137,13 @@ def test_weights_are_verified_before_they_are_emulated(spoilt: Path, checkpoints
     data = (spoilt / f"{GRAPH}.data").read_bytes()
     (spoilt / f"{GRAPH}.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"):
-        EmulatedRunner(Bundle.open(spoilt))
+        EmulatedRunner(Bundle.open(spoilt), worst=True)
 
 
 def test_graph_without_half_precision_is_left_as_it_is(export: Callable[..., Path]) -> None:
     bundle = Bundle.open(export("clip", precision="fp32", flavour="none"))
     before, after = load_graph(bundle, emulated=False).graph, load_graph(bundle, emulated=False)
-    emulate(after, TensorProto.FLOAT16)
+    emulate(after, TensorProto.FLOAT16, worst=True)
     for field in ("node", "initializer", "input", "output"):
         assert list(getattr(after.graph, field)) == list(getattr(before, field)), field
 
@@ -163,7 +163,7 @@ def run(model: onnx.ModelProto, **inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def emulated(model: onnx.ModelProto, half: int = TensorProto.FLOAT16) -> onnx.ModelProto:
-    emulate(model, half)
+    emulate(model, half, worst=True)
     onnx.checker.check_model(model)
     return model
 
@@ -225,7 +225,7 @@ def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
 ) -> None:
     """A plan gives no hidden states, and the CPU, where the graph is run for them, has no kernels for BF16."""
     bundle = export("clip", precision="bf16", flavour="none")
-    plan = Wrapped(EmulatedRunner(Bundle.open(bundle)), lambda *_: None)
+    plan = Wrapped(EmulatedRunner(Bundle.open(bundle), worst=True), lambda *_: None)
     monkeypatch.setattr(parity, "_open", lambda *_: plan)
     certificate = check(bundle, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
     assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3]

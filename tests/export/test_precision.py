@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.conftest import BATCH, make_model
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.cli import run
 from trtower.errors import BuildError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower.inspection import as_text, inspect_bundle
@@ -35,6 +36,15 @@ def scale_the_projection(model: nn.Module) -> str:
     return f"layers.{LAYER}.attention.{'o_proj' if hasattr(attention, 'o_proj') else 'output.dense'}"
 
 
+def scale_the_mlp(model: nn.Module) -> str:
+    """The same, with a product that overflows and weights that do not: kernels that compute in FP32 hide it."""
+    layer = model.encoder.layer[LAYER]
+    layer.mlp.fc2.weight.mul_(2.0**15)
+    layer.mlp.fc2.bias.mul_(2.0**15)
+    layer.layer_scale2.lambda1.div_(2.0**15)
+    return f"layers.{LAYER}.mlp.fc2"
+
+
 def drive_a_unit_off(model: nn.Module) -> str:
     """Have one unit of an MLP at -90000, where its activation is 0."""
     layer = getattr(model, "vision_model", model).encoder.layers[LAYER]
@@ -47,6 +57,7 @@ def drive_a_unit_off(model: nn.Module) -> str:
 
 FAULTS: dict[str, tuple[str, Callable[[nn.Module], str]]] = {
     "scaled projection": ("dinov2", scale_the_projection),
+    "scaled product": ("dinov2", scale_the_mlp),
     "dead unit": ("clip-gelu", drive_a_unit_off),
 }
 
@@ -58,7 +69,7 @@ def plant(fault: str, folder: Path, **config: object) -> tuple[str, str]:
     with torch.no_grad():
         before = model(pixels).last_hidden_state
         name = change(model)
-        if fault == "scaled projection":
+        if fault.startswith("scaled"):
             assert torch.equal(model(pixels).last_hidden_state, before)
     model.save_pretrained(folder)
     return str(folder), name
@@ -110,6 +121,19 @@ def test_island_adds_less_than_two_percent_to_graph_and_plans_of_a_deep_tower(fa
     grown = [kept / plain for plain, kept in zip(*sizes, strict=True)]
     assert min(grown) > 1.0
     assert max(grown) < 1.02
+
+
+def test_overflow_that_kernels_for_the_cpu_hide_fails_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _ = plant("scaled product", tmp_path / "hot")
+    options = ["--out", str(tmp_path / "plain"), "--flavour", "none"]
+    assert run(["export", checkpoint, *options]) == 1
+    certificate = Bundle.open(tmp_path / "plain").manifest.certificate
+    assert certificate.bundle.non_finite == 0
+    assert certificate.as_typed.non_finite > 0
+    assert {bound.figure for bound in certificate.bounds if not bound.holds} >= {"non_finite", "token_cosine_min"}
+    assert "PyTorch in the same precision is not finite, either" in capsys.readouterr().out
 
 
 def test_norm_whose_squares_overflow_is_kept_for_kernels_that_sum_in_half_precision(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_cut, describe_figure, describe_run
 from trtower.layer_codes import name_layer
 from trtower.manifest import Bound, Certificate, Figures, LayerFigures, Manifest
+from trtower.spec import EIGHT_BIT
 from trtower_export.photographs import PHOTOGRAPH
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -58,18 +59,20 @@ def render(
         c=certificate,
         precision=manifest.precision.upper(),
         own=f"PyTorch {manifest.precision.upper()}",
+        eight_bit=manifest.precision in EIGHT_BIT,
         run=describe_run(certificate.ran, certificate.backend, certificate.gpu),
         emulated="emulated" in certificate.backend,
         cut=describe_cut(manifest.full, manifest.cut, manifest.precision),
         columns=COLUMNS,
         bounds=[_bound(bound) for bound in certificate.bounds],
         overall=[
-            ("bundle", _cells(certificate.bundle)),
+            ("bundle, at every batch", _cells(certificate.bundle)),
             (f"PyTorch {manifest.precision.upper()}", _cells(certificate.torch)),
         ],
         batches=[
             (entry.batch, _batch_note(entry.batch, manifest), _cells(entry.bundle)) for entry in certificate.batches
         ],
+        as_typed=_cells(certificate.as_typed) if certificate.as_typed else None,
         images=[
             (image.name, image.kind, _cells(image.bundle), describe_figure(image.torch.relative_error))
             for image in certificate.images
