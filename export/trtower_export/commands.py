@@ -204,7 +204,7 @@ def doctor(
     error_images: Annotated[
         int,
         typer.Option(
-            min=0, help="On how many images each operation is rounded alone: half a run for each. 0 leaves it out."
+            min=0, help="On how many images, the hardest, each operation is rounded alone: half a run each. 0: none."
         ),
     ] = 1,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
@@ -227,8 +227,8 @@ def doctor(
         from trtower_export.report.heatmap import draw_heatmap
         from trtower_export.tables import print_operations
 
-    if picture and (picture.is_dir() or not picture.parent.is_dir()):
-        raise InputError(f"{picture} cannot be written: a file in a folder that exists is expected of --picture.")
+    if picture and (picture.is_dir() or not picture.parent.is_dir() or picture.suffix.lower() != ".png"):
+        raise InputError(f"{picture} cannot be written: a .png in a folder that exists is expected of --picture.")
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
     found = open_checkpoint(
@@ -241,18 +241,23 @@ def doctor(
     processor = ImageProcessor(fit_preprocessor(found, spec.image_size, progress))
     progress.say(found.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
-    operations = examine(found, spec, prepare(photographs, processor), progress, error_images=error_images)
+    diagnosis = examine(found, spec, prepare(photographs.images, processor), progress, error_images=error_images)
+    names = [each.name for each in photographs.images]
+    rounded_on = [names[place] for place in diagnosis.error_images]
     if picture:
-        picture.write_bytes(draw_heatmap(operations))
+        picture.write_bytes(draw_heatmap(diagnosis.operations))
         progress.say(str(picture))
     if json_:
         rows = [
             {**dataclasses.asdict(operation), "headroom": operation.headroom if operation.largest else None}
-            for operation in operations
+            for operation in diagnosis.operations
         ]
-        typer.echo(json.dumps({"images": [each.name for each in photographs.images], "operations": rows}, indent=2))
+        about = {"checkpoint": found.source, "image_size": spec.image_size, "layers": spec.layers}
+        read = {"images": names, "error_images": rounded_on, "skipped": photographs.skipped}
+        overflowing = [operation.name for operation in diagnosis.operations if operation.overflow]
+        typer.echo(json.dumps({**about, **read, "overflowing": overflowing, "operations": rows}, indent=2))
     else:
-        print_operations(console, operations, every=every)
+        print_operations(console, diagnosis.operations, every=every, images=len(names), rounded_on=rounded_on)
     return 0
 
 

@@ -6,6 +6,7 @@ exact, so that its error at the output is its own. What counts as half precision
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,14 +50,25 @@ class OperationFigures:
         return FP16.max / self.largest if self.largest else math.inf
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found: every operation in the order in which they run.
+
+    ``error_images`` are the places, among all images, of those on which each operation was rounded alone.
+    """
+
+    operations: tuple[OperationFigures, ...]
+    error_images: tuple[int, ...]
+
+
 @dataclass
 class Extremes:
     """The extremes of what operations compute, over any number of images."""
 
     largest: dict[str, float] = field(default_factory=dict)
-    overflow: dict[str, int] = field(default_factory=dict)
-    small: dict[str, int] = field(default_factory=dict)
-    nonzero: dict[str, int] = field(default_factory=dict)
+    overflow: Counter[str] = field(default_factory=Counter)
+    small: Counter[str] = field(default_factory=Counter)
+    nonzero: Counter[str] = field(default_factory=Counter)
 
     def observe(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
         """Take numbers in; raise CheckpointError where one of them is not finite."""
@@ -70,23 +82,34 @@ class Extremes:
             )
         self.largest[name] = max(largest, self.largest.get(name, 0.0))
         if largest > FP16.max:
-            self.overflow[name] = self.overflow.get(name, 0) + int((numbers.abs() > FP16.max).sum())
+            self.overflow[name] += int((numbers.abs() > FP16.max).sum())
         if result:
             nonzero = int(numbers.count_nonzero())
             below = int((numbers.abs() < FP16.smallest_normal).count_nonzero())
-            self.nonzero[name] = self.nonzero.get(name, 0) + nonzero
-            self.small[name] = self.small.get(name, 0) + below - (numbers.numel() - nonzero)
+            self.nonzero[name] += nonzero
+            self.small[name] += below - (numbers.numel() - nonzero)
 
     def observe_weights(self, operations: Operations, weights: dict[str, Tensor]) -> None:
         """Count the weights that FP16 cannot hold; weights are otherwise no result."""
         for operation in operations:
             for weight in (weights[name] for name in operation.weights if weights[name].is_floating_point()):
                 if beyond := int((weight.abs() > FP16.max).sum()):
-                    self.overflow[operation.name] = self.overflow.get(operation.name, 0) + beyond
+                    self.overflow[operation.name] += beyond
+
+    def add(self, other: "Extremes") -> None:
+        """Take in what was observed of another image."""
+        for name, largest in other.largest.items():
+            self.largest[name] = max(largest, self.largest.get(name, 0.0))
+        for mine, theirs in (
+            (self.overflow, other.overflow),
+            (self.small, other.small),
+            (self.nonzero, other.nonzero),
+        ):
+            mine.update(theirs)
 
     def overflowing(self, operations: Operations) -> list[str]:
         """List the operations that compute or read what FP16 cannot hold, in the order in which they run."""
-        return [name for name in operations.names if self.overflow.get(name)]
+        return [name for name in operations.names if self.overflow[name]]
 
 
 def simulate(tower: nn.Module, spec: TowerSpec) -> Simulation:
@@ -104,35 +127,41 @@ def named_weights(tower: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def examine(
     checkpoint: Checkpoint, spec: TowerSpec, images: Sequence[Tensor], progress: Progress, *, error_images: int = 1
-) -> tuple[OperationFigures, ...]:
-    """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the first ``error_images``.
+) -> Diagnosis:
+    """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the hardest ``error_images``.
 
-    The errors are what takes long: half a run for every operation, precision and image. 0 leaves them out.
+    The hardest are those in which most operations overflow, then those with the largest numbers. The errors are what
+    takes long: half a run for every operation, precision and image; 0 leaves them out.
+
     Raises CheckpointError where the tower is not finite in FP32.
     """
     with progress.step("Load PyTorch's tower"):
         tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
         simulation = simulate(tower, spec)
-    operations, extremes = simulation.operations, Extremes()
+    operations, extremes, hardness = simulation.operations, Extremes(), list[tuple[int, float]]()
     extremes.observe_weights(operations, named_weights(tower))
     with progress.step(f"Run in FP32 on {len(images)} images") as step:
         for index, pixel_values in enumerate(images):
             step.update(index / len(images), f"image {index + 1}")
-            simulation.run(pixel_values, observe=extremes.observe)
-    measured = images[:error_images]
-    errors = _round_one_by_one(simulation, measured, progress) if measured else {}
-    return tuple(
+            found = Extremes()
+            simulation.run(pixel_values, observe=found.observe)
+            hardness.append((len(found.overflow), max(found.largest.values())))
+            extremes.add(found)
+    hardest = sorted(range(len(images)), key=hardness.__getitem__, reverse=True)[:error_images]
+    errors = _round_one_by_one(simulation, [images[place] for place in hardest], progress) if hardest else {}
+    examined = tuple(
         OperationFigures(
             name=operation.name,
             layer=operation.layer,
             part=operation.part,
             largest=extremes.largest[operation.name],
-            overflow=extremes.overflow.get(operation.name, 0),
+            overflow=extremes.overflow[operation.name],
             subnormal=extremes.small[operation.name] / max(extremes.nonzero[operation.name], 1),
             error={p: e if math.isfinite(e) else None for p, e in errors.get(operation.name, {}).items()},
         )
         for operation in operations
     )
+    return Diagnosis(examined, tuple(hardest))
 
 
 def _round_one_by_one(
@@ -151,5 +180,5 @@ def _round_one_by_one(
                     found = simulation.rerun(kept, operation, dtype)
                     error = float((found - reference).norm() / reference.norm())
                     worst = errors[operation.name][precision]
-                    errors[operation.name][precision] = error if not error <= worst else worst  # NaN stays
+                    errors[operation.name][precision] = worst if worst >= error or math.isnan(worst) else error
     return errors

@@ -6,7 +6,7 @@ Real photographs, because noise excites none of the outlier channels that half p
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -69,6 +69,10 @@ class Photographs:
     skipped: tuple[str, ...]
     sha256: str
 
+    def first(self, count: int) -> "Photographs":
+        """Take the first ``count`` of them."""
+        return replace(self, images=self.images[:count], sha256=_digest(self.images[:count]))
+
 
 def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photographs:
     """Read the photographs of ``folder`` by name, or a dozen from scikit-image's wheel.
@@ -89,9 +93,9 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
     return Photographs(images, tuple(skipped), _digest(images))
 
 
-def prepare(photographs: Photographs, processor: ImageProcessor) -> list[Tensor]:
+def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> list[Tensor]:
     """Turn photographs into pixel_values, each (1, 3, S, S), in FP32."""
-    pixels = (processor.preprocess(each.image, return_tensors="pt")["pixel_values"] for each in photographs.images)
+    pixels = (processor.preprocess(each.image, return_tensors="pt")["pixel_values"] for each in photographs)
     return [pixel_values.float() for pixel_values in pixels]
 
 

@@ -41,8 +41,8 @@ from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
 from trtower_export.layouts import Trust
 from trtower_export.onnx_graph import write_onnx
-from trtower_export.parity import certify
-from trtower_export.photographs import Photographs, load_photographs, prepare, say_skipped
+from trtower_export.parity import DRAWN, certify
+from trtower_export.photographs import PHOTOGRAPH, Photographs, draw_images, load_photographs, prepare, say_skipped
 from trtower_export.precision import find_islands, left_in_half, trace_with_islands
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
@@ -62,8 +62,8 @@ class ExportOptions:
     """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default.
 
     ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
-    a folder; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8" are calibrated on
-    ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`.
+    a folder, and on drawn images; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8"
+    are calibrated on ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`.
     """
 
     select_layer: LayerCode | None = None
@@ -132,9 +132,10 @@ def export_tower(
             weights = weights_sha256(tower)
         _check_space(tower, precision, folder, plans=target is not None)
         keep, quantise, calibration = options.keep_fp32, None, None
-        images = prepare(photographs, ImageProcessor(preprocessor)) if photographs else []
+        images = prepare(photographs.images, ImageProcessor(preprocessor)) if photographs else []
         if options.precision == AUTO:
-            keep = find_islands(tower, spec, images, progress, always=keep)
+            drawn = prepare(draw_images(spec.image_size), ImageProcessor(preprocessor))
+            keep = find_islands(tower, spec, {PHOTOGRAPH: images, DRAWN: drawn}, progress, always=keep)
         with progress.step("Trace"):
             program, kept = trace_with_islands(tower, spec, precision, batch, keep, spare=precision in EIGHT_BIT)
         if precision in EIGHT_BIT and photographs:
@@ -185,7 +186,7 @@ def export_tower(
     if not options.check or photographs is None:
         return bundle
     progress.say(f"{out} is complete; the check follows")
-    return check_bundle(bundle, checkpoint, photographs, progress, quick=True)
+    return check_bundle(bundle, checkpoint, photographs.first(CHECK_PHOTOGRAPHS), progress, quick=True)
 
 
 def check_bundle(
@@ -202,10 +203,10 @@ def check_bundle(
 def _photographs(options: ExportOptions, progress: Progress) -> Photographs | None:
     """Load the images that a calibration, a search or the check needs: those that were named, else the demo's."""
     calibrates = options.precision in EIGHT_BIT
-    if not options.check and not calibrates and options.precision != AUTO:
+    needs_all = calibrates or options.precision == AUTO
+    if not options.check and not needs_all:
         return None
-    limit = None if options.images or calibrates else CHECK_PHOTOGRAPHS
-    photographs = load_photographs(options.images, limit=limit)
+    photographs = load_photographs(options.images, limit=None if needs_all else CHECK_PHOTOGRAPHS)
     say_skipped(photographs, progress)
     if calibrates and options.images is None:
         progress.say(

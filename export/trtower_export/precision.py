@@ -7,13 +7,15 @@ does not have; an operation or two in FP32 cost little.
 """
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from trtower.errors import BuildError
+from trtower.manifest import Bound
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.bounds import judge
 from trtower_export.doctor import Extremes, named_weights, simulate
@@ -23,34 +25,59 @@ from trtower_export.operations import Operations, trace
 from trtower_export.progress import Progress
 from trtower_export.rounding import Simulation, Values
 
+MONOTONOUS = ("non_finite", "token_cosine_min")
+"""Bounds that one image can miss for all."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    kind: str
+    pixel_values: Tensor
+    reference: Tensor
+
 
 @torch.no_grad()
 def find_islands(
-    tower: nn.Module, spec: TowerSpec, images: Sequence[Tensor], progress: Progress, *, always: Sequence[str] = ()
+    tower: nn.Module,
+    spec: TowerSpec,
+    images: Mapping[str, Sequence[Tensor]],
+    progress: Progress,
+    *,
+    always: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Find the fewest operations that must stay in FP32 for the bounds of FP16 to hold on ``images``, (1, 3, S, S).
+    """Find the fewest operations that must stay in FP32 for the bounds of FP16 to hold on ``images``.
 
-    ``always`` are patterns of operations that stay in it whatever is found. Raises BuildError where the bounds are
-    missed with every operation in FP32, as where the state that is read is itself too large for FP16.
+    These are (1, 3, S, S), by what bounds call them: "photograph", "drawn". ``always`` are patterns of operations that
+    stay in FP32 whatever is found. Raises BuildError where the bounds are missed with every operation in FP32, as
+    where the state that is read is itself too large for FP16.
     """
-    with progress.step("Run PyTorch in FP32 and FP16"):
+    cases: list[_Case] = []  # what missed a bound moves to the front, where it ends the next trial early
+    own = {kind: Sums() for kind in images}
+    with progress.step(f"Run PyTorch in FP32 and FP16 on {sum(map(len, images.values()))} images") as step:
         half = copy.deepcopy(tower).half()
-        references = [tower(pixel_values) for pixel_values in images]
-        own = Sums()
-        for pixel_values, reference in zip(images, references, strict=True):
-            own.add(Sums.of(half(pixel_values.half()).float(), reference))
+        for kind, pixel_values in ((kind, each) for kind, some in images.items() for each in some):
+            step.update(len(cases) / sum(map(len, images.values())), kind)
+            cases.append(_Case(kind, pixel_values, tower(pixel_values)))
+            own[kind].add(Sums.of(half(pixel_values.half()).float(), cases[-1].reference))
         del half
         simulation = simulate(tower, spec)
     names = simulation.operations.names
     fixed = set(simulation.operations.match(always))
 
+    def bounds(found: Mapping[str, Sums]) -> tuple[Bound, ...]:
+        return judge("fp16", {kind: ([sums.figures()], own[kind].figures()) for kind, sums in found.items()})
+
     def holds(kept: Collection[str]) -> bool:
         rounded = set(names) - set(kept) - fixed
-        found = Sums()
-        for pixel_values, reference in zip(images, references, strict=True):
-            output = simulation.run(pixel_values.half().float(), rounded=rounded)
-            found.add(Sums.of(output.half().float(), reference))
-        return all(bound.holds for bound in judge("fp16", {"photograph": ([found.figures()], own.figures())}))
+        found = {kind: Sums() for kind in images}
+        for index, case in enumerate(cases):
+            output = simulation.run(case.pixel_values.half().float(), rounded=rounded)
+            sums = Sums.of(output.half().float(), case.reference)
+            if not all(bound.holds for bound in bounds({case.kind: sums}) if bound.figure in MONOTONOUS):
+                cases.insert(0, cases.pop(index))
+                return False
+            found[case.kind].add(sums)
+        return all(bound.holds for bound in bounds(found))
 
     with progress.step("Search for what must stay in FP32") as step:
         step.update(0.0, "all in FP16")
@@ -58,8 +85,8 @@ def find_islands(
             return tuple(name for name in names if name in fixed)
         extremes = Extremes()
         extremes.observe_weights(simulation.operations, named_weights(tower))
-        for pixel_values in images:
-            simulation.run(pixel_values, observe=extremes.observe)
+        for case in cases:
+            simulation.run(case.pixel_values, observe=extremes.observe)
         kept = extremes.overflowing(simulation.operations)
         if not holds(kept):
             step.update(0.1, "what rounds worst")
@@ -68,7 +95,7 @@ def find_islands(
                     "the bounds of FP16 are missed with every operation in FP32: the hidden state that is read does "
                     "not fit. Export with --precision bf16, whose range is FP32's."
                 )
-            ranked = _worst_first(simulation, images[0], set(names) - set(kept))
+            ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
             kept += _shortest(ranked, lambda more: holds([*kept, *more]))
         for index, name in enumerate(list(kept)):
             step.update(0.2 + 0.8 * index / len(kept), f"without {name}")

@@ -60,15 +60,18 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
         )
 
 
-def print_operations(console: Console, operations: Sequence[OperationFigures], *, every: bool) -> None:
+def print_operations(
+    console: Console, operations: Sequence[OperationFigures], *, every: bool, images: int, rounded_on: Sequence[str]
+) -> None:
     """Print what the doctor found: every operation, or of the same one in all layers the worst of each figure.
 
-    Then what FP16 cannot hold, and what costs most.
+    Then what FP16 cannot hold, and what costs most. ``images`` were looked at, and on those in ``rounded_on`` each
+    operation was rounded alone.
     """
     table = Table(box=None, pad_edge=False)
     measured = [precision for precision in DTYPES if any(precision in each.error for each in operations)]
-    alone = [f"alone, {precision.upper()}" for precision in measured]
-    for column in ("operation", "largest", "headroom", "overflow", "subnormal", *alone):
+    heads = [f"alone, {precision.upper()}" for precision in measured]
+    for column in ("operation", "largest", "headroom", "overflow", "subnormal", *heads):
         table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
     parts: dict[str, list[OperationFigures]] = {}
     for operation in operations:
@@ -86,6 +89,13 @@ def print_operations(console: Console, operations: Sequence[OperationFigures], *
             style="bold red" if any(each.overflow for each in same) else None,
         )
     _print_whole(console, table)
+    alone = f"; alone: the error at the output when it alone rounds, on {', '.join(rounded_on)}" if rounded_on else ""
+    console.print(
+        f"largest: of all that it computes on {images} images, sums of squares included{'' if every else ', @layer'}; "
+        f"subnormal: results below 6.1e-05, where FP16 loses digits{alone}",
+        highlight=False,
+        soft_wrap=True,
+    )
     overflowing = [operation.name for operation in operations if operation.overflow]
     if overflowing:
         console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,7 @@ def opened(folder: Path) -> tuple[Checkpoint, TowerSpec]:
 
 def diagnose(folder: Path, images: Sequence[Tensor], **options: int) -> dict[str, OperationFigures]:
     found = examine(*opened(folder), images, LoggedProgress(), **options)
-    return {operation.name: operation for operation in found}
+    return {operation.name: operation for operation in found.operations}
 
 
 def hooked(tower: nn.Module, images: Sequence[Tensor]) -> dict[str, float]:
@@ -155,8 +156,8 @@ def test_every_operation_of_every_layer_is_reported_in_the_order_in_which_they_r
 ) -> None:
     found = examine(*opened(checkpoints["dinov2"]), drawn(1), LoggedProgress())
     names = [name for name in operations("dinov2").names if not name.startswith(("layers.3", "final_norm"))]
-    assert [operation.name for operation in found] == names  # state -2 is read
-    for operation in found:
+    assert [operation.name for operation in found.operations] == names  # state -2 is read
+    for operation in found.operations:
         assert operation.error.keys() == {"fp16", "bf16"}
         assert 0 < operation.error["fp16"] < operation.error["bf16"]
         assert operation.headroom == LIMIT / operation.largest
@@ -181,11 +182,29 @@ def test_error_is_the_relative_error_at_the_output_and_of_several_images_the_wor
             errors.append(float((found - reference).norm() / reference.norm()))
     low, high, worst = sorted(range(3), key=errors.__getitem__)
     images = [drawn(3)[index] for index in (low, worst, high)]
-    one, three = (diagnose(checkpoints["clip"], images, error_images=count)[HOT] for count in (1, 3))
-    assert one.error["fp16"] == pytest.approx(errors[low], rel=1e-6)
+    three = diagnose(checkpoints["clip"], images, error_images=3)[HOT]
     assert three.error["fp16"] == pytest.approx(errors[worst], rel=1e-6)
     assert errors[low] < 0.999 * errors[worst]
     assert errors[high] < 0.999 * errors[worst]
+
+
+@pytest.mark.parametrize("hardest", [0, 1, 2])
+@pytest.mark.parametrize("error_images", [1, 3])
+def test_error_is_measured_on_the_hardest_image_first_and_stays_not_finite(
+    tmp_path: Path, hardest: int, error_images: int
+) -> None:
+    """What the patch embedding makes of one image overflows, and the norm behind it takes that back."""
+    model = make_model("clip")
+    with torch.no_grad():
+        getattr(model, "vision_model", model).embeddings.patch_embedding.weight.mul_(2.0**7)
+    model.save_pretrained(tmp_path)
+    images = [pixel_values * (500 if place == hardest else 1) for place, pixel_values in enumerate(drawn(3))]
+    found = examine(*opened(tmp_path), images, LoggedProgress(), error_images=error_images)
+    assert found.error_images[0] == hardest
+    assert len(found.error_images) == error_images
+    (embedding,) = (each for each in found.operations if each.name == "stem.0.patch_embedding")
+    assert embedding.overflow
+    assert embedding.error["fp16"] is None
 
 
 def test_the_overflowing_operation_is_the_only_one_named_and_has_no_error_in_fp16(hot: Path) -> None:
@@ -289,9 +308,12 @@ def test_json_is_valid_and_complete(hot: Path, photographs: Path, capsys: pytest
     assert doctor(hot, "--images", photographs, "--json") == 0
     found = strict(capsys.readouterr().out)
     assert found["images"] == ["0.png", "1.png"]
+    assert found["overflowing"] == [HOT]
+    assert found["error_images"] in (["0.png"], ["1.png"])
+    assert (found["checkpoint"], found["image_size"], found["layers"]) == (str(hot), IMAGE_SIZE, [3])
     checkpoint, spec = opened(hot)
     processor = ImageProcessor(fit_preprocessor(checkpoint, spec.image_size, LoggedProgress()))
-    expected = diagnose(hot, prepare(load_photographs(photographs), processor))
+    expected = diagnose(hot, prepare(load_photographs(photographs).images, processor))
     assert [row["name"] for row in found["operations"]] == list(expected)
     for row in found["operations"]:
         operation = expected[row["name"]]
@@ -326,6 +348,8 @@ def test_table_has_a_row_for_each_part_and_names_what_overflows(
     assert "not finite" in rows["layers.*.mlp.fc1"]
     assert f"beyond FP16's 65504: {HOT}\n" in out
     assert f"most of the error of FP16: {HOT} (not finite), " in out
+    assert "largest: of all that it computes on 2 images" in out
+    assert re.search(r"on [01]\.png$", out, re.MULTILINE)
 
 
 def test_table_of_every_operation_lists_each(
@@ -364,7 +388,7 @@ def test_picture_is_a_png(hot: Path, photographs: Path, tmp_path: Path, capsys: 
 def test_picture_that_cannot_be_written_is_refused_before_the_examination(
     hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for place in (tmp_path / "nowhere" / "p.png", tmp_path):
+    for place in (tmp_path / "nowhere" / "p.png", tmp_path, tmp_path / "p.svg"):
         assert doctor(hot, "--images", photographs, "--picture", place) == 1
         assert "Run in FP32" not in (said := capsys.readouterr().err)
         assert f"error: {place} cannot be written" in said.splitlines()[-1]

@@ -131,7 +131,7 @@ def test_what_is_read_from_a_file_is_a_photograph(folder: Path) -> None:
 def test_photographs_are_prepared_one_by_one_in_fp32(folder: Path) -> None:
     processor = ImageProcessor({"size": 14, "crop_size": 14})
     photographs = load_photographs(folder)
-    prepared = prepare(photographs, processor)
+    prepared = prepare(photographs.images, processor)
     assert [(tuple(pixels.shape), str(pixels.dtype)) for pixels in prepared] == [((1, 3, 14, 14), "torch.float32")] * 3
     for photograph, pixels in zip(photographs.images, prepared, strict=True):
         assert np.array_equal(processor(photograph.image, return_tensors="np")["pixel_values"], pixels.numpy())

@@ -79,7 +79,7 @@ def simulated(fault: str) -> Simulation:
 
 
 def search(tower: nn.Module, spec: TowerSpec, **options: object) -> tuple[str, ...]:
-    return find_islands(tower, spec, IMAGES, LoggedProgress(), **options)
+    return find_islands(tower, spec, {"photograph": IMAGES}, LoggedProgress(), **options)
 
 
 @torch.no_grad()
@@ -118,6 +118,15 @@ def test_what_is_kept_by_hand_stays_beside_what_is_found_and_is_not_searched_for
     layer = simulated("projections").operations.match(["layers.1"])
     kept = search(*spoil("projections"), always=["layers.1", "stem.add"])
     assert kept == ("stem.add", *layer, "layers.3.mlp.fc2")
+
+
+@pytest.mark.parametrize("kind", ["photograph", "drawn"])
+def test_every_image_of_every_kind_is_searched(kind: str) -> None:
+    """The squares that the first norm sums up overflow in the last image alone."""
+    images = {"photograph": [*IMAGES], "drawn": [*IMAGES]}
+    assert find_islands(*cut("clip"), images, LoggedProgress()) == ()
+    images[kind].append(IMAGES[0] * 500)
+    assert find_islands(*cut("clip"), images, LoggedProgress()) == ("stem.1",)
 
 
 def test_tower_is_spared_where_something_is_kept_and_cast_where_nothing_is() -> None:
