@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
-from trtower.errors import CheckpointError
+from trtower.errors import BundleError, CheckpointError
 from trtower.image_processor import ImageProcessor
 from trtower.manifest import BatchFigures, Certificate, ImageFigures, Manifest
 from trtower.runners import Runner, run_batch
@@ -58,11 +58,13 @@ def certify(
     """Check ``bundle`` on ``photographs`` and on drawn images; the result passes or not, and is written nowhere yet.
 
     ``quick`` takes photographs alone, and the smallest batch. ``by_layer`` compares every hidden state on the way.
-    Raises BackendError where nothing here can run the bundle, and CheckpointError where ``checkpoint`` has other
-    weights than the bundle, or is not finite in FP32.
+    Raises BackendError where nothing here can run the bundle, BundleError where a file of it was altered, executed
+    here or not, and CheckpointError where ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
     """
     manifest = bundle.manifest
     runner = _open(bundle, backend)
+    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # which compared its own
+        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or build the plan again.")
     emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # which has no kernels on the CPU
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):

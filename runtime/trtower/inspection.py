@@ -126,7 +126,8 @@ def _certificate(found: dict[str, Any]) -> str:
     if certificate is None:
         return f"none: trtower check {found['path']} makes one"
     if found["certificate_void"]:
-        return f"void: {', '.join(found['certificate_void'])} changed since: trtower check {found['path']}"
+        next_step = "" if found["altered"] else f": trtower check {found['path']}"
+        return f"void: {', '.join(found['certificate_void'])} changed since{next_step}"
     verdict = "passed" if certificate["passed"] else "FAILED"
     figures = certificate["bundle"]
     batches = ", ".join(str(each["batch"]) for each in certificate["batches"])
@@ -136,7 +137,8 @@ def _certificate(found: dict[str, Any]) -> str:
         f"token cosine {describe_figure(figures['token_cosine_min'])} at least, "
         f"relative error {describe_figure(figures['relative_error'])}"
     )
-    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in certificate["executed"]]
+    seen = {*certificate["executed"], *found["altered"]}
+    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in seen]
     if not_run:
         text += f"; built but NOT run: {', '.join(not_run)}"
     return text

@@ -208,7 +208,9 @@ class VisionTower(nn.Module):
         reason = self.bundle.uncertified(runner.files) if self._require_certificate else None
         if reason:
             path = self.bundle.path
-            raise BundleError(f"{path} is not certified: {reason}. trtower check {path} certifies what runs here.")
+            rehearsal = self.bundle.manifest.source.random_weights
+            mend = "Export the checkpoint itself" if rehearsal else f"trtower check {path} certifies what runs here"
+            raise BundleError(f"{path} is not certified: {reason}. {mend}.")
         self._runner = runner
         certificate = self.bundle.manifest.certificate
         if certificate is not None and not certificate.passed:

@@ -15,7 +15,9 @@ from tests.conftest import BATCH
 from tests.export.checking import check, wrap_runner
 from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
 from trtower.cli import run
+from trtower.errors import BundleError
 from trtower.image_processor import ImageProcessor
+from trtower.inspection import as_text, inspect_bundle
 from trtower.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower_export import parity, pipeline
@@ -218,6 +220,16 @@ def pictures(folder: Path, *, readable: int, damaged: int = 0) -> Path:
 def checkable(export: Callable[..., Path], tmp_path: Path) -> Path:
     """Give a bundle in FP16, without a plan, that a certificate may be written into."""
     return Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "checked"))
+
+
+def test_plan_that_is_altered_is_not_said_to_be_built(spoilt: Path, clip: Path) -> None:
+    (plan,) = (spoilt / "plans").iterdir()
+    content = bytearray(plan.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.write_bytes(content)
+    with pytest.raises(BundleError, match=f"{plan.name} was altered: copy the bundle again, or build the plan again"):
+        check(spoilt, clip, quick=True)
+    assert "NOT run" not in as_text(inspect_bundle(Bundle.open(spoilt)))
 
 
 def test_skipped_images_are_named_and_counted(

