@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from trtower.manifest import Bound, Figures
+from trtower.manifest import Bound, Certificate, Figures
 
 TOKEN_COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "fp8": 0.9, "int8": 0.9}
 """The worst token of any image. On a pretrained ViT-S/14 and a dozen photographs PyTorch's own FP16 and BF16 leave
@@ -66,3 +66,15 @@ def _ratio(found: float | None, own: float) -> float | None:
     if found == 0.0:
         return 0.0
     return found / own if own else None
+
+
+def why_not_finite(certificate: Certificate) -> str:
+    """Say what a result that is not finite comes from, where that is known; "" where it is not, or there is none."""
+    typed = certificate.as_typed
+    if not certificate.bundle.non_finite and not (typed and typed.non_finite):
+        return ""
+    if certificate.torch.relative_error is None:
+        return "PyTorch in the same precision is not finite, either"
+    if certificate.bundle.non_finite:
+        return ""
+    return "rounded as the graph's types say it is not finite, though this machine's kernels hide that"

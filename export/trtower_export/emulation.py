@@ -27,6 +27,10 @@ HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16} | dict.fromke
 """The type of half precision in a bundle's graph, by its precision."""
 
 
+SMALL = 1024
+"""Bytes of a weight that stays inside a graph. As one message a graph could have 2 GB at most."""
+
+
 def require_precision(bundle: Bundle, backend: str) -> None:
     """Raise ConfigError where ``backend`` emulates another precision than the bundle's."""
     if EMULATED[backend] != bundle.manifest.precision:
@@ -69,7 +73,7 @@ def open_session(model: onnx.ModelProto) -> Any:
     options.log_severity_level = 3
     names, values = [], []
     for tensor in model.graph.initializer:
-        if tensor.ByteSize() > 1024:  # beside the graph, which as one message could be 2 GB at most
+        if tensor.ByteSize() > SMALL:  # beside the graph
             array = numpy_helper.to_array(tensor)
             names.append(tensor.name)
             values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type))
@@ -106,8 +110,20 @@ def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
 
 
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    """Find the element type of every value."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    """Find the element type of every value. Large weights stand in as inputs."""
+    graph = model.graph
+    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= SMALL]
+    large = [
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in graph.initializer
+        if tensor.ByteSize() > SMALL
+    ]
+    light = helper.make_model(
+        helper.make_graph(graph.node, graph.name, [*graph.input, *large], graph.output, small),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
     return kinds | {tensor.name: tensor.data_type for tensor in graph.initializer}
 

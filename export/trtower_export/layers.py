@@ -115,13 +115,19 @@ def first_jump(layers: Sequence[LayerFigures]) -> LayerFigures | None:
         layer
         for before, layer in pairwise([*layers[:1], *layers])
         if layer.bundle.relative_error is None
-        or _growth(before.bundle, layer.bundle) > JUMP * max(1.0, _growth(before.torch, layer.torch))
+        or _error(layer.bundle) / _error(before.bundle) > JUMP * max(1.0, _own_growth(before, layer))
     )
     return next(jumps, None)
 
 
-def _growth(before: Figures, after: Figures) -> float:
-    return 1.0 if before.relative_error is None else _error(after) / _error(before)
+def _own_growth(before: LayerFigures, layer: LayerFigures) -> float:
+    """How many times PyTorch's error grows, from the bundle's at least: of 8 bits PyTorch's stem is exact.
+
+    Where it overflows, and the bundle need not, it is no measure.
+    """
+    if before.torch.relative_error is None or layer.torch.relative_error is None:
+        return 1.0
+    return _error(layer.torch) / max(_error(before.torch), _error(before.bundle))
 
 
 def _error(figures: Figures) -> float:

@@ -18,7 +18,7 @@ from trtower.errors import BuildError
 from trtower.manifest import Bound
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.bounds import judge
-from trtower_export.doctor import Extremes, named_weights, simulate
+from trtower_export.doctor import FP16, Extremes, named_weights, simulate
 from trtower_export.figures import Sums
 from trtower_export.islands import keep_fp32
 from trtower_export.operations import Operations, trace
@@ -91,16 +91,11 @@ def find_islands(
         if not holds(kept):
             step.update(0.1, "what rounds worst")
             if not holds(names):
-                raise BuildError(
-                    "the bounds of FP16 are missed with every operation in FP32: the hidden state that is read does "
-                    "not fit. Export with --precision bf16, whose range is FP32's."
-                )
+                raise BuildError(f"the bounds of FP16 are missed with every operation in FP32: {_why(cases)}")
             ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
             kept += _shortest(ranked, lambda more: holds([*kept, *more]))
-        for index, name in enumerate(list(kept)):
-            step.update(0.2 + 0.8 * index / len(kept), f"without {name}")
-            if holds([other for other in kept if other != name]):
-                kept.remove(name)
+        step.update(0.2, f"which of {len(kept)} can go")
+        kept = _least(kept, holds)
     return tuple(name for name in names if name in fixed.union(kept))
 
 
@@ -140,6 +135,12 @@ def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[st
     }
 
 
+def _why(cases: Sequence[_Case]) -> str:
+    if any(float(case.reference.abs().max()) > FP16.max for case in cases):
+        return "the hidden state that is read does not fit. Export with --precision bf16, whose range is FP32's."
+    return "rounding pixels and features is too much for this tower already. Export with --precision fp32."
+
+
 def _worst_first(simulation: Simulation, pixel_values: Tensor, names: Collection[str]) -> list[str]:
     values: Values = {}
     reference = simulation.run(pixel_values, keep=values)
@@ -149,9 +150,21 @@ def _worst_first(simulation: Simulation, pixel_values: Tensor, names: Collection
 
 
 def _shortest(ranked: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
-    """Find the shortest beginning of ``ranked`` that holds, of which the whole does; more is taken never to hurt."""
+    """Find a beginning of ``ranked`` that holds, of which the whole does: the shortest, as far as more never hurts."""
     too_few, enough = 0, len(ranked)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if holds(ranked[:middle]) else (middle, enough)
     return ranked[:enough]
+
+
+def _least(kept: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
+    """Leave out whatever can be, until nothing more can: what must stay beside others need not without them."""
+    before: list[str] = []
+    while kept != before:
+        before = list(kept)
+        for name in before:
+            rest = [other for other in kept if other != name]
+            if holds(rest):
+                kept = rest
+    return kept

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from trtower.inspection import describe_figure, describe_run
 from trtower.manifest import Bound, Certificate, Figures, LayerFigures
+from trtower_export.bounds import why_not_finite
 from trtower_export.doctor import DTYPES, OperationFigures
 from trtower_export.layers import first_jump
 
@@ -44,20 +45,9 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     if certificate.not_run:
         not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU does"
     console.print(f"{verdict}: {ran}, against {certificate.reference}{not_run}", highlight=False, soft_wrap=True)
-    if certificate.torch.relative_error is None and not certificate.passed:
-        console.print(
-            "PyTorch in the same precision is not finite, either: `trtower doctor` names the operation, and `trtower "
-            "export --precision auto` keeps it in FP32",
-            highlight=False,
-            soft_wrap=True,
-        )
-    elif certificate.as_typed and certificate.as_typed.non_finite:
-        console.print(
-            "rounded as the graph's types say it is not finite, though this machine's kernels hide that: `trtower "
-            "doctor` names the operation, and `trtower export --precision auto` keeps it in FP32",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if why := why_not_finite(certificate):
+        mend = "`trtower doctor` names the operation, and `trtower export --keep-fp32`, or `--precision auto`, keeps it"
+        console.print(f"{why}: {mend} in FP32", highlight=False, soft_wrap=True)
 
 
 def print_operations(
@@ -145,7 +135,8 @@ def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
     if jump is None:
         console.print("  no layer's error jumps out of proportion to PyTorch's own", highlight=False)
     else:
-        too = "; PyTorch's own is not finite there, either" if jump.torch.relative_error is None else ""
+        lost = jump.bundle.relative_error is None and jump.torch.relative_error is None
+        too = "; PyTorch's own is not finite there, either" if lost else ""
         where = f"worst in {jump.worst_image} at token {jump.worst_token}{too}"
         console.print(f"  the error jumps at hidden state {jump.layer}, {where}", highlight=False, soft_wrap=True)
 

@@ -69,8 +69,14 @@ class Bundle:
 
     def altered(self, names: Collection[str] | None = None) -> list[str]:
         """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all."""
-        files = self.manifest.files.items()
-        return [n for n, entry in files if (names is None or n in names) and describe(self.path / n) != entry]
+        wanted = self.manifest.files.keys() if names is None else names
+        return [name for name in self.manifest.files if name in wanted and self._is_altered(name)]
+
+    def _is_altered(self, name: str) -> bool:
+        try:
+            return describe(self.path / name) != self.manifest.files[name]
+        except FileNotFoundError:  # since the bundle was opened
+            return True
 
     def certificate_void(self, altered: Collection[str] = ()) -> list[str]:
         """List the files that the certificate speaks of and that are others now; all that are ``altered`` are."""

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from tests.conftest import BATCH
 from tests.export.checking import Wrapped, check
-from trtower.bundle import GRAPH, Bundle
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower_export import parity
 from trtower_export.checkpoint import open_checkpoint
@@ -131,6 +131,22 @@ def test_emulation_of_another_precision_than_the_bundle_s_is_refused(
 
 def test_emulation_is_never_chosen_where_kernels_are(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
     assert "emulated" not in check(export("clip", flavour="none"), checkpoints["clip"], quick=True).backend
+
+
+def test_types_are_found_without_the_weights_which_may_be_larger_than_a_message(
+    export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    infer_shapes = onnx.shape_inference.infer_shapes
+
+    def spy(model: onnx.ModelProto, **options: object) -> onnx.ModelProto:
+        seen.append(model.ByteSize())
+        return infer_shapes(model, **options)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", spy)
+    bundle = export("clip", flavour="none")
+    EmulatedRunner(Bundle.open(bundle), worst=False)
+    assert 0 < max(seen) < (bundle / GRAPH_DATA).stat().st_size / 2
 
 
 def test_weights_are_verified_before_they_are_emulated(spoilt: Path, checkpoints: dict[str, Path]) -> None:

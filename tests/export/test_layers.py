@@ -248,6 +248,22 @@ def test_stem_that_is_wrong_is_named_and_one_that_rounds_is_not() -> None:
     assert first_jump(with_torch(made_up.layers([6e-4, 5e-2, 6e-2, 7e-2]), [0.0, 5e-2, 6e-2, 7e-2])) is None
 
 
+def test_wrong_first_layer_of_8_bits_is_named_though_pytorch_s_stem_is_exact() -> None:
+    sound = with_torch(made_up.layers([4e-4, 9e-3, 1e-2, 1e-2]), [0.0, 9e-3, 1e-2, 1e-2])
+    assert first_jump(sound) is None
+    wrong = with_torch(made_up.layers([4e-4, 0.97, 1.0, 1.0]), [0.0, 9e-3, 1e-2, 1e-2])
+    assert first_jump(wrong) == wrong[1]
+
+
+def test_wrong_layer_is_named_where_pytorch_s_own_overflows() -> None:
+    mended = with_torch(made_up.layers([1e-4, 2e-4, 3e-4, 4e-4]), [1e-4, 2e-4, None, None])
+    assert first_jump(mended) is None
+    for wrong in (2, 3):
+        errors = [2e-4 if layer < wrong else 0.8 for layer in range(4)]
+        layers = with_torch(made_up.layers(errors), [1e-4, 2e-4, None, None])
+        assert first_jump(layers) == layers[wrong]
+
+
 def test_jump_from_an_error_of_zero_is_one() -> None:
     layers = with_torch(made_up.layers([0.0, 0.0, 1e-2, 1e-2]), [0.0] * 4)
     assert first_jump(layers) == layers[2]

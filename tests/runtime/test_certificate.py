@@ -193,6 +193,12 @@ def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it
     assert Bundle.open(certified).uncertified((plan,)) == f"its certificate is void, {GRAPH_DATA} changed since"
 
 
+def test_file_that_vanished_since_voids_the_certificate(certified: Path) -> None:
+    bundle = Bundle.open(certified)
+    (certified / CONFIG).unlink()
+    assert bundle.uncertified((GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
+
+
 @pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])
 def test_llava_s_tower_takes_the_requirement(
     certified: Path, fp32_bundle: Path, make: Callable[..., CLIPVisionTower]

@@ -11,6 +11,7 @@ from trtower.inspection import describe_cut, describe_figure, describe_run
 from trtower.layer_codes import name_layer
 from trtower.manifest import Bound, Certificate, Figures, LayerFigures, Manifest
 from trtower.spec import EIGHT_BIT
+from trtower_export.bounds import why_not_finite
 from trtower_export.photographs import PHOTOGRAPH
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -60,6 +61,7 @@ def render(
         precision=manifest.precision.upper(),
         own=f"PyTorch {manifest.precision.upper()}",
         eight_bit=manifest.precision in EIGHT_BIT,
+        why=why_not_finite(certificate),
         run=describe_run(certificate.ran, certificate.backend, certificate.gpu),
         emulated="emulated" in certificate.backend,
         cut=describe_cut(manifest.full, manifest.cut, manifest.precision),
