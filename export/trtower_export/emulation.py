@@ -71,6 +71,7 @@ def open_session(model: onnx.ModelProto) -> Any:
     ort = import_extra("onnxruntime", extra="cpu", purpose="running a graph")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights, no faster here
     names, values = [], []
     for tensor in model.graph.initializer:
         if tensor.ByteSize() > SMALL:  # beside the graph
