@@ -168,6 +168,7 @@ def test_what_ran_where_is_said(tmp_path: Path) -> None:
     assert "not run" not in gpu.text
     emulated = write(tmp_path, made_up.evidence(), precision="bf16", backend="onnxruntime 1.32.0, CPU, BF16 emulated")
     assert "Emulation" in emulated.text
+    assert "sums of a LayerNorm" not in emulated.text  # which only FP16 takes to be rounded
 
 
 def test_figures_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
