@@ -53,10 +53,11 @@ def find_islands(
     """
     cases: list[_Case] = []  # what missed a bound moves to the front, where it ends the next trial early
     own = {kind: Sums() for kind in images}
-    with progress.step(f"Run PyTorch in FP32 and FP16 on {sum(map(len, images.values()))} images") as step:
+    count = sum(map(len, images.values()))
+    with progress.step(f"Run PyTorch in FP32 and FP16 on {count} images") as step:
         half = copy.deepcopy(tower).half()
         for kind, pixel_values in ((kind, each) for kind, some in images.items() for each in some):
-            step.update(len(cases) / sum(map(len, images.values())), kind)
+            step.update(len(cases) / count, kind)
             cases.append(_Case(kind, pixel_values, tower(pixel_values)))
             own[kind].add(Sums.of(half(pixel_values.half()).float(), cases[-1].reference))
         del half

@@ -5,7 +5,7 @@ multiplies and adds in FP32, as tensor cores do, and rounds each result. It is p
 a product is rounded before its bias is added, attention scores are rounded, and a LayerNorm sums its squares in half
 precision, though the graph asks for FP32 there (`stash_type`).
 
-Attention that is exact runs in one piece, several times as fast as spelled out; the two differ by FP32's rounding.
+Attention that is exact runs in one piece, which is faster than spelled out; the two differ by FP32's rounding.
 
 An operation that is kept in FP32 hands on what it computed. Whoever adds, scales, norms or activates that computes in
 FP32 and rounds its own result; a matrix product rounds its factors first. That is what `islands.py` writes into the
