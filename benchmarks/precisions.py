@@ -43,6 +43,6 @@ with TemporaryDirectory() as folder:
         found = certificate.bundle
         print(
             f"{name:<9}  {graph:8.1f}  {plan:7.1f}  {found.token_cosine_mean:12.6f}  {found.token_cosine_min:.5f}"
-            f"  {found.relative_error:14.2e}  {certificate.torch.relative_error:13.2e}  {certificate.backend}",
+            f"  {found.relative_error:14.2e}  {certificate.torch.relative_error:13.2e}  {certificate.runner}",
             flush=True,
         )

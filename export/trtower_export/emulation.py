@@ -46,6 +46,7 @@ class EmulatedRunner:
         ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
         precision = bundle.manifest.precision
         self._session = open_session(load_graph(bundle, emulated=True, worst=worst))
+        self.backend = f"emulated-{precision}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)

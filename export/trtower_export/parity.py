@@ -91,7 +91,8 @@ def certify(
     return Certificate(
         passed=all(bound.holds for bound in bounds),
         ran="plan" if runner.files[0] in plans else "graph",
-        backend=runner.name,
+        backend=runner.backend,
+        runner=runner.name,
         executed=tuple(runner.files),
         files={name: manifest.files[name].sha256 for name in depends},
         not_run=tuple(plan for plan in plans if plan not in runner.files),

@@ -173,7 +173,7 @@ def export_tower(
             files={name: describe(folder / name) for name in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
             plans=(),
             versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
-            certificate=None,
+            certificates=(),
         )
         progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:

@@ -40,7 +40,7 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     verdict = "passed" if certificate.passed else "FAILED"
     if rehearsal:
         verdict += " (a rehearsal, with random weights)"
-    ran = describe_run(certificate.ran, certificate.backend, certificate.gpu)
+    ran = describe_run(certificate.ran, certificate.runner, certificate.gpu)
     not_run = ""
     if certificate.not_run:
         not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU does"

@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -78,34 +78,37 @@ class Bundle:
         except FileNotFoundError:  # since the bundle was opened
             return True
 
-    def certificate_void(self, altered: Collection[str] = ()) -> list[str]:
-        """List the files that the certificate speaks of and that are others now; all that are ``altered`` are."""
-        certificate, files = self.manifest.certificate, self.manifest.files
-        if certificate is None:
-            return []
+    def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
+        """Find the certificate of what a backend executes, ``file`` among it; None where it was not checked."""
+        found = (each for each in self.manifest.certificates if each.backend == backend and file in each.executed)
+        return next(found, None)
+
+    def certificate_void(self, certificate: Certificate, altered: Collection[str] = ()) -> list[str]:
+        """List the files that a certificate speaks of and that are others now; all that are ``altered`` are."""
+        files = self.manifest.files
         return [
             name
             for name, sha256 in certificate.files.items()
             if name in altered or name not in files or files[name].sha256 != sha256
         ]
 
-    def uncertified(self, executed: Collection[str]) -> str | None:
-        """Say why the certificate does not vouch for the files that are ``executed`` here; None where it does.
+    def uncertified(self, backend: str, executed: Sequence[str]) -> str | None:
+        """Say why no certificate vouches for the files that a backend has ``executed`` here; None where one does.
 
         Reads what it speaks of besides: whoever executes a file has compared what he read of it.
         """
-        certificate = self.manifest.certificate
-        if certificate is None:
+        if not self.manifest.certificates:
             return "it has no certificate"
         if self.manifest.source.random_weights:
             return "it is a rehearsal, with random weights"
+        certificate = self.find_certificate(backend, executed[0])
+        if certificate is None:
+            checked = " and ".join(f"{each.executed[0]} on {each.backend}" for each in self.manifest.certificates)
+            return f"{executed[0]} on {backend} runs here, and what was checked is {checked}"
         if not certificate.passed:
-            missed = ", ".join(dict.fromkeys(bound.figure for bound in certificate.bounds if not bound.holds))
-            return f"its check of {certificate.date} missed {missed}"
-        if void := self.certificate_void(self.altered(certificate.files.keys() - set(executed))):
+            return f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
+        if void := self.certificate_void(certificate, self.altered(certificate.files.keys() - set(executed))):
             return f"its certificate is void, {', '.join(void)} changed since"
-        if other := sorted(set(executed) - set(certificate.executed)):
-            return f"{other[0]} runs here, and the check of {certificate.date} ran {certificate.executed[0]}"
         return None
 
     def read(self, name: str) -> bytes:
@@ -148,8 +151,14 @@ class Bundle:
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
-        """Write the certificate into the manifest. Call it under `locked`."""
-        return self._rewrite(replace(self._reread(), certificate=certificate))
+        """Write the certificate into the manifest, in the place of one for the same. Call it under `locked`."""
+        current = self._reread()
+        others = (
+            each
+            for each in current.certificates
+            if (each.backend, each.executed) != (certificate.backend, certificate.executed)
+        )
+        return self._rewrite(replace(current, certificates=(*others, certificate)))
 
     def _reread(self) -> Manifest:
         return Bundle.open(self.path).manifest

@@ -39,9 +39,11 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "size": sum(entry.size for entry in manifest.files.values()),
         "versions": data["versions"],
         "backends": rows,
-        "certificate": data["certificate"],
+        "certificates": [
+            {**each, "void": bundle.certificate_void(certificate, altered)}
+            for each, certificate in zip(data["certificates"], manifest.certificates, strict=True)
+        ],
         "altered": altered,
-        "certificate_void": bundle.certificate_void(altered),
     }
 
 
@@ -80,7 +82,11 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {row['obstacle'] or 'on ' + row['device']}"
         )
-    lines.append(f"  certificate  {_certificate(found)}")
+    lines += [f"  certificate  {_certificate(found, each)}" for each in found["certificates"]]
+    if not found["certificates"]:
+        lines.append(f"  certificate  none: trtower check {found['path']} makes one")
+    elif not_run := _not_run(found):
+        lines.append(f"  NOT run      {', '.join(not_run)}: built, and checked on no GPU")
     return "\n".join(lines)
 
 
@@ -120,28 +126,26 @@ def describe_figure(value: float | None) -> str:
     return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"
 
 
-def _certificate(found: dict[str, Any]) -> str:
-    """Say in one line what a certificate proves, and what it does not."""
-    certificate = found["certificate"]
-    if certificate is None:
-        return f"none: trtower check {found['path']} makes one"
-    if found["certificate_void"]:
-        next_step = "" if found["altered"] else f": trtower check {found['path']}"
-        return f"void: {', '.join(found['certificate_void'])} changed since{next_step}"
+def _certificate(found: dict[str, Any], certificate: dict[str, Any]) -> str:
+    """Say in one line what a certificate proves."""
+    if certificate["void"]:
+        next_step = "" if found["altered"] else f": trtower check {found['path']} --backend {certificate['backend']}"
+        return f"of {certificate['backend']} is void: {', '.join(certificate['void'])} changed since{next_step}"
     verdict = "passed" if certificate["passed"] else "FAILED"
     figures = certificate["bundle"]
     batches = ", ".join(str(each["batch"]) for each in certificate["batches"])
-    text = (
+    return (
         f"{verdict} on {certificate['date']}, {len(certificate['images'])} images, {batches} at once: "
-        f"{describe_run(certificate['ran'], certificate['backend'], certificate['gpu'])}; "
+        f"{describe_run(certificate['ran'], certificate['runner'], certificate['gpu'])}; "
         f"token cosine {describe_figure(figures['token_cosine_min'])} at least, "
         f"relative error {describe_figure(figures['relative_error'])}"
     )
-    seen = {*certificate["executed"], *found["altered"]}
-    not_run = [plan["file"] for plan in found["plans"] if plan["file"] not in seen]
-    if not_run:
-        text += f"; built but NOT run: {', '.join(not_run)}"
-    return text
+
+
+def _not_run(found: dict[str, Any]) -> list[str]:
+    """List the plans that no check has executed."""
+    seen = {*found["altered"], *(name for each in found["certificates"] for name in each["executed"])}
+    return [plan["file"] for plan in found["plans"] if plan["file"] not in seen]
 
 
 def _shape(tensor: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec
 
-SCHEMA = 4
+SCHEMA = 5
 """Raised whenever a key is added, removed or changes its meaning."""
 
 T = TypeVar("T")
@@ -147,19 +147,20 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The parity of this bundle with the uncut FP32 PyTorch tower.
+    """The parity with the uncut FP32 PyTorch tower of this bundle on one backend.
 
-    ``ran`` is what was executed, "plan" or "graph", on ``backend``; ``executed`` are its files, and ``files`` the
-    sha256 of everything that the result depends on, these among them: another in its place makes the certificate
-    void. ``not_run`` names the plans that were built but executed by nobody. ``gpu`` is its name, None where none
-    was used. ``layers`` is empty where nobody asked for them. ``as_typed`` are the figures of the graph in FP32 with
-    every result rounded to its type, which kernels for the CPU leave out; None where the bundle ran on a GPU, in FP32,
-    or in such an emulation.
+    ``ran`` is what was executed, "plan" or "graph", on ``backend``, in ``runner``'s words; ``executed`` are its files,
+    and ``files`` the sha256 of everything that the result depends on, these among them: another in its place makes the
+    certificate void. ``not_run`` names the plans that were built and not executed in this check. ``gpu`` is its name,
+    None where none was used. ``layers`` is empty where nobody asked for them. ``as_typed`` are the figures of the graph
+    in FP32 with every result rounded to its type, which kernels for the CPU leave out; None where the bundle ran on a
+    GPU, in FP32, or in such an emulation.
     """
 
     passed: bool
     ran: str
     backend: str
+    runner: str
     executed: tuple[str, ...]
     files: dict[str, str]
     not_run: tuple[str, ...]
@@ -178,6 +179,11 @@ class Certificate:
     machine: str
     date: str
 
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """The figures whose bounds do not hold."""
+        return tuple(dict.fromkeys(bound.figure for bound in self.bounds if not bound.holds))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -185,6 +191,7 @@ class Manifest:
 
     ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
     operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
+    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
     """
 
     schema: int
@@ -203,7 +210,7 @@ class Manifest:
     files: dict[str, FileEntry]
     plans: tuple[PlanEntry, ...]
     versions: dict[str, str]
-    certificate: Certificate | None
+    certificates: tuple[Certificate, ...]
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -229,6 +236,11 @@ class Manifest:
     def is_mixed(self) -> bool:
         """Whether the graph holds weights of several precisions."""
         return bool(self.keep_fp32 or self.calibration)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate of the last check."""
+        return self.certificates[-1] if self.certificates else None
 
     def to_json(self) -> str:
         """Write the text of tower.json."""

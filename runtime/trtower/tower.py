@@ -205,16 +205,19 @@ class VisionTower(nn.Module):
 
     def _open(self, device: str | torch.device | None) -> None:
         runner = choose(self.bundle, self._backend, device)
-        reason = self.bundle.uncertified(runner.files) if self._require_certificate else None
+        reason = self.bundle.uncertified(runner.backend, runner.files) if self._require_certificate else None
         if reason:
             path = self.bundle.path
             rehearsal = self.bundle.manifest.source.random_weights
-            mend = "Export the checkpoint itself" if rehearsal else f"trtower check {path} certifies what runs here"
+            check = f"trtower check {path} --backend {runner.backend}"
+            mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
             raise BundleError(f"{path} is not certified: {reason}. {mend}.")
         self._runner = runner
-        certificate = self.bundle.manifest.certificate
+        certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
         if certificate is not None and not certificate.passed:
-            logger.warning("%s failed its check: `trtower inspect` says what was missed.", self.bundle.path)
+            logger.warning(
+                "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
+            )
         self._anchor = self._make_anchor(self._runner.device)
 
     def _make_anchor(self, device: torch.device) -> nn.Parameter:

@@ -33,7 +33,8 @@ class Wrapped:
     """A runner around another, which is told what it was given and what it made of it."""
 
     def __init__(self, runner: Runner, after: Run) -> None:
-        self.name, self.files, self.device, self.dtype = runner.name, runner.files, runner.device, runner.dtype
+        self.backend, self.name, self.files = runner.backend, runner.name, runner.files
+        self.device, self.dtype = runner.device, runner.dtype
         self._runner, self._after = runner, after
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:

@@ -75,7 +75,8 @@ def certificate(**changes: object) -> Certificate:
     names = (*SIZES, PLAN)
     values = {
         "ran": "graph",
-        "backend": "onnxruntime 1.32.0, CPU",
+        "backend": "onnxruntime-cpu",
+        "runner": "onnxruntime 1.32.0, CPU",
         "executed": ("tower.onnx", "tower.onnx.data"),
         "files": {name: sha256(name) for name in names},
         "not_run": (PLAN,),
@@ -129,7 +130,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
             ),
         ),
         "versions": {"torch": "2.13.0", "onnx": "1.22.0"},
-        "certificate": certificate(**of_certificate),
+        "certificates": (certificate(**of_certificate),),
         **changes,
     }
     return Manifest(**values)

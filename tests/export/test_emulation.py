@@ -115,7 +115,7 @@ def test_emulation_of_fp16_rounds_after_every_operation(
     bundle = export("clip", flavour="none")
     certificate = check(bundle, checkpoints["clip"], quick=True, backend="emulated-fp16")
     assert certificate.passed
-    assert certificate.backend == f"onnxruntime {onnxruntime.__version__}, CPU, FP16 emulated"
+    assert certificate.runner == f"onnxruntime {onnxruntime.__version__}, CPU, FP16 emulated"
     assert (certificate.ran, certificate.gpu) == ("graph", None)
     assert 0.8 < certificate.bundle.relative_error / certificate.torch.relative_error < 1.5
 

@@ -160,13 +160,13 @@ def test_what_ran_where_is_said(tmp_path: Path) -> None:
         ran="plan",
         executed=(made_up.PLAN,),
         not_run=(),
-        backend="tensorrt 11",
+        runner="tensorrt 11",
         gpu="NVIDIA L4",
     )
     assert "a TensorRT plan, on tensorrt 11" in gpu.text
     assert "GPU NVIDIA L4" in gpu.text
     assert "not run" not in gpu.text
-    emulated = write(tmp_path, made_up.evidence(), precision="bf16", backend="onnxruntime 1.32.0, CPU, BF16 emulated")
+    emulated = write(tmp_path, made_up.evidence(), precision="bf16", backend="emulated-bf16")
     assert "Emulation" in emulated.text
     assert "sums of a LayerNorm" not in emulated.text  # which only FP16 takes to be rounded
 
@@ -387,7 +387,7 @@ def test_bundle_without_certificate_has_nothing_to_report(tmp_path: Path) -> Non
     bundle = made_up.bundle()
     with pytest.raises(BundleError, match="no certificate to report: trtower check"):
         Report(made_up.SPEC, made_up.PROCESSOR).write(
-            tmp_path, Bundle(bundle.path, replace(bundle.manifest, certificate=None))
+            tmp_path, Bundle(bundle.path, replace(bundle.manifest, certificates=()))
         )
 
 

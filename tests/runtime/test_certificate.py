@@ -44,6 +44,10 @@ def certified(passed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(passed, tmp_path / "certified"))
 
 
+BACKEND = "onnxruntime-cpu"
+PLAN_BACKEND = "tensorrt-rtx"
+
+
 def change_manifest(folder: Path, **changes: Any) -> Manifest:
     manifest = replace(Bundle.open(folder).manifest, **changes)
     write_manifest(folder, manifest)
@@ -53,7 +57,7 @@ def change_manifest(folder: Path, **changes: Any) -> Manifest:
 def change_certificate(folder: Path, **changes: Any) -> Certificate:
     certificate = Bundle.open(folder).manifest.certificate
     assert certificate
-    changed = change_manifest(folder, certificate=replace(certificate, **changes)).certificate
+    changed = change_manifest(folder, certificates=(replace(certificate, **changes),)).certificate
     assert changed
     return changed
 
@@ -80,7 +84,8 @@ def refusal(folder: Path) -> str:
         load(folder)
     message = str(failure.value)
     rehearsal = Bundle.open(folder).manifest.source.random_weights
-    mend = "Export the checkpoint itself" if rehearsal else f"trtower check {folder} certifies what runs here"
+    check = f"trtower check {folder} --backend {BACKEND} certifies what runs here"
+    mend = "Export the checkpoint itself" if rehearsal else check
     head, tail = f"{folder} is not certified: ", f". {mend}."
     assert message.startswith(head)
     assert message.endswith(tail)
@@ -99,7 +104,7 @@ def test_bundle_that_passed_loads(certified: Path, capsys: pytest.CaptureFixture
     tower = load(certified)
     assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 64)
     assert inspected(certified, capsys).startswith("passed on ")
-    assert inspect_bundle(Bundle.open(certified))["certificate_void"] == []
+    assert inspect_bundle(Bundle.open(certified))["certificates"][0]["void"] == []
 
 
 def test_bundle_without_certificate_is_refused(fp32_bundle: Path) -> None:
@@ -132,8 +137,10 @@ def test_other_file_in_the_place_of_one_that_was_checked_makes_the_certificate_v
     change_file(certified, name)
     make_hashes_fit(certified, name)
     assert refusal(certified) == f"its certificate is void, {name} changed since"
-    assert inspected(certified, capsys) == f"void: {name} changed since: trtower check {certified}"
-    assert inspect_bundle(Bundle.open(certified))["certificate_void"] == [name]
+    assert inspected(certified, capsys) == (
+        f"of {BACKEND} is void: {name} changed since: trtower check {certified} --backend {BACKEND}"
+    )
+    assert inspect_bundle(Bundle.open(certified))["certificates"][0]["void"] == [name]
 
 
 @pytest.mark.parametrize("name", DEPENDS)
@@ -144,7 +151,7 @@ def test_altered_file_makes_the_certificate_void(
     content = bytearray((certified / name).read_bytes())
     content[len(content) // 2] ^= 1
     (certified / name).write_bytes(content)
-    assert inspected(certified, capsys) == f"void: {name} changed since"  # a check would not mend it
+    assert inspected(certified, capsys) == f"of {BACKEND} is void: {name} changed since"  # a check would not mend it
     with pytest.raises(BundleError, match=f"{name} was altered"):
         load(certified)
 
@@ -169,34 +176,50 @@ def add_plan(folder: Path) -> str:
 
 def test_check_of_a_plan_says_nothing_of_the_graph(certified: Path) -> None:
     plan = add_plan(certified)
-    certificate = change_certificate(certified, ran="plan", executed=(plan,))
-    assert refusal(certified) == f"{GRAPH} runs here, and the check of {certificate.date} ran {plan}"
+    change_certificate(certified, ran="plan", backend=PLAN_BACKEND, executed=(plan,))
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} runs here, and what was checked is {plan} on {PLAN_BACKEND}"
+
+
+def test_check_of_one_backend_says_nothing_of_another(certified: Path) -> None:
+    checked = change_certificate(certified, backend="onnxruntime-cuda")
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} runs here, and what was checked is {GRAPH} on onnxruntime-cuda"
+    both = Bundle.open(certified).add_certificate(replace(checked, backend=BACKEND))
+    assert [each.backend for each in both.manifest.certificates] == ["onnxruntime-cuda", BACKEND]
+    assert load(certified).is_loaded
+
+
+def test_check_replaces_the_one_before_of_the_same_backend(certified: Path) -> None:
+    before = Bundle.open(certified).manifest.certificate
+    assert before
+    bundle = Bundle.open(certified).add_certificate(replace(before, date="2027-01-01"))
+    assert [each.date for each in bundle.manifest.certificates] == ["2027-01-01"]
 
 
 def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = add_plan(certified)
     bundle = Bundle.open(certified)
-    assert bundle.manifest.certificate
-    date = bundle.manifest.certificate.date
-    assert bundle.uncertified((plan,)) == f"{plan} runs here, and the check of {date} ran {GRAPH}"
+    reason = f"{plan} on {PLAN_BACKEND} runs here, and what was checked is {GRAPH} on {BACKEND}"
+    assert bundle.uncertified(PLAN_BACKEND, (plan,)) == reason
     assert load(certified).is_loaded  # on the graph
-    assert f"built but NOT run: {plan}" in inspected(certified, capsys)
+    assert run(["inspect", str(certified)]) == 0
+    assert f"NOT run      {plan}: built, and checked on no GPU" in capsys.readouterr().out
 
 
 def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it(certified: Path) -> None:
     plan = add_plan(certified)
-    change_certificate(certified, ran="plan", executed=(plan,))
-    assert Bundle.open(certified).uncertified((plan,)) is None
+    change_certificate(certified, ran="plan", backend=PLAN_BACKEND, executed=(plan,))
+    assert Bundle.open(certified).uncertified(PLAN_BACKEND, (plan,)) is None
     content = bytearray((certified / GRAPH_DATA).read_bytes())
     content[-1] ^= 1
     (certified / GRAPH_DATA).write_bytes(content)
-    assert Bundle.open(certified).uncertified((plan,)) == f"its certificate is void, {GRAPH_DATA} changed since"
+    reason = f"its certificate is void, {GRAPH_DATA} changed since"
+    assert Bundle.open(certified).uncertified(PLAN_BACKEND, (plan,)) == reason
 
 
 def test_file_that_vanished_since_voids_the_certificate(certified: Path) -> None:
     bundle = Bundle.open(certified)
     (certified / CONFIG).unlink()
-    assert bundle.uncertified((GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
+    assert bundle.uncertified(BACKEND, (GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
 
 
 @pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])
@@ -222,7 +245,9 @@ def test_requirement_holds_where_loading_is_put_off(fp32_bundle: Path) -> None:
 
 def test_certificate_of_another_schema_is_refused_as_a_whole(certified: Path) -> None:
     manifest = json.loads((certified / MANIFEST).read_text())
-    del manifest["certificate"]["executed"]
+    del manifest["certificates"][0]["executed"]
     (certified / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"tower\.json\.certificate has other keys than schema \d: missing executed"):
+    with pytest.raises(
+        BundleError, match=r"tower\.json\.certificates\[0\] has other keys than schema \d: missing executed"
+    ):
         load(certified)

@@ -156,11 +156,11 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
 ) -> None:
     assert run(["check", str(spoilt)]) == 0
     manifest = json.loads((spoilt / "tower.json").read_text())
-    manifest["certificate"]["files"]["tower.onnx"] = "0" * 64
+    manifest["certificates"][0]["files"]["tower.onnx"] = "0" * 64
     (spoilt / "tower.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert run(["inspect", str(spoilt)]) == 0
-    assert "certificate  void: tower.onnx changed since" in capsys.readouterr().out
+    assert "certificate  of onnxruntime-cpu is void: tower.onnx changed since" in capsys.readouterr().out
 
 
 def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:

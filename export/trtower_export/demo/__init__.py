@@ -88,7 +88,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     certificate = _print_certificate(console, bundle)
     picture = out / f"{PRETRAINED}.png"
     with progress.step("Draw the picture"):
-        draw_pca(rows, picture, bundle_label=f"bundle: {certificate.backend}")
+        draw_pca(rows, picture, bundle_label=f"bundle: {certificate.runner}")
     return bundle, picture
 
 

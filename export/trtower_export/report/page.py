@@ -62,7 +62,7 @@ def render(
         own=f"PyTorch {manifest.precision.upper()}",
         eight_bit=manifest.precision in EIGHT_BIT,
         why=why_not_finite(certificate),
-        run=describe_run(certificate.ran, certificate.backend, certificate.gpu),
+        run=describe_run(certificate.ran, certificate.runner, certificate.gpu),
         emulated="emulated" in certificate.backend,
         cut=describe_cut(manifest.full, manifest.cut, manifest.precision),
         columns=COLUMNS,

@@ -11,6 +11,10 @@ class Runner(Protocol):
     """An opened tower. It may be shared by threads."""
 
     @property
+    def backend(self) -> str:
+        """The name by which it is asked for, such as "tensorrt-rtx"."""
+
+    @property
     def name(self) -> str:
         """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
 

@@ -55,6 +55,7 @@ class OnnxRuntimeRunner:
         self._device_type, self._device_index = device.type, device.index or 0
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self._element_type = _ELEMENT_TYPES[self._input.dtype]
+        self.backend = f"onnxruntime-{device.type}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = device
         self.dtype = getattr(torch, self._input.dtype)

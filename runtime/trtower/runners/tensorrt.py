@@ -52,6 +52,7 @@ class TensorRTRunner:
         self._runtime, self._engine, self._context = runtime, engine, context
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self._lock = threading.Lock()
+        self.backend = plan.flavour
         self.files = (plan.file,)
         self.device = device
         self.dtype = getattr(torch, self._input.dtype)
