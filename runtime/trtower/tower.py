@@ -204,7 +204,7 @@ class VisionTower(nn.Module):
         return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> None:
-        runner = choose(self.bundle, self._backend, device)
+        runner = choose(self.bundle, self._backend, device, certified=self._require_certificate)
         reason = self.bundle.uncertified(runner.backend, runner.files) if self._require_certificate else None
         if reason:
             path = self.bundle.path

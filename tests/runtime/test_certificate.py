@@ -24,6 +24,8 @@ from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import check_bundle
 from trtower_export.progress import LoggedProgress
 
+BACKEND = "onnxruntime-cpu"
+PLAN_BACKEND = "tensorrt-rtx"
 DEPENDS = (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
 
 
@@ -33,7 +35,7 @@ def passed(fp32_bundle: Path, checkpoints: dict[str, Path], tmp_path_factory: py
     folder = Path(shutil.copytree(fp32_bundle, tmp_path_factory.mktemp("certified") / "bundle"))
     photographs = load_photographs(None, limit=1)
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    checked = check_bundle(Bundle.open(folder), checkpoint, photographs, LoggedProgress(), quick=True)
+    checked = check_bundle(Bundle.open(folder), checkpoint, photographs, LoggedProgress(), quick=True, backend=BACKEND)
     assert checked.manifest.certificate
     assert checked.manifest.certificate.passed
     return folder
@@ -42,10 +44,6 @@ def passed(fp32_bundle: Path, checkpoints: dict[str, Path], tmp_path_factory: py
 @pytest.fixture
 def certified(passed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(passed, tmp_path / "certified"))
-
-
-BACKEND = "onnxruntime-cpu"
-PLAN_BACKEND = "tensorrt-rtx"
 
 
 def change_manifest(folder: Path, **changes: Any) -> Manifest:
@@ -74,7 +72,7 @@ def change_file(folder: Path, name: str) -> None:
 
 
 def load(folder: Path) -> VisionTower:
-    return VisionTower.load(folder, require_certificate=True)
+    return VisionTower.load(folder, BACKEND, require_certificate=True)
 
 
 def refusal(folder: Path) -> str:

@@ -24,7 +24,7 @@ def test_auto_says_what_it_chose_and_why_not_better(clip_bundle: Path, caplog: p
         VisionTower.load(clip_bundle)
     (line,) = [record.getMessage() for record in caplog.records if "runs on" in record.getMessage()]
     for part in (
-        "onnxruntime",
+        "openvino",
         "CPU",
         "passed over tensorrt:",
         "tensorrt-rtx: no GPU here",
@@ -61,8 +61,8 @@ def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytes
 
 
 def test_unknown_backend_and_device_list_the_known(clip_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu are known"):
-        VisionTower.load(clip_bundle, backend="openvino")
+    with pytest.raises(ConfigError, match=r"auto, tensorrt, .*, openvino, onnxruntime-cpu are known"):
+        VisionTower.load(clip_bundle, backend="cuda")
     with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
         VisionTower.load(clip_bundle, device="tpu")
     with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
@@ -108,6 +108,15 @@ def test_damage_is_never_passed_over(spoilt: Path) -> None:
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
     with pytest.raises(BundleError, match="was altered"):
         VisionTower.load(spoilt, backend="auto")
+
+
+def test_cpu_can_be_asked_for_where_a_gpu_is(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = candidates(Bundle.open(clip_bundle), "cpu")
+    assert {each.obstacle for each in found if each.device.type == "cuda"} == {"device cpu was asked for"}
+    assert not next(each for each in found if each.backend == "onnxruntime-cpu").obstacle
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
     (spoilt / "tower.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert run(["inspect", str(spoilt)]) == 0
-    assert "certificate  of onnxruntime-cpu is void: tower.onnx changed since" in capsys.readouterr().out
+    assert "certificate  of openvino is void: tower.onnx changed since" in capsys.readouterr().out
 
 
 def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:

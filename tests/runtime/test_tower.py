@@ -218,11 +218,16 @@ def test_bundle_that_failed_its_check_warns_when_it_is_loaded(
     bundle = Bundle.open(shutil.copytree(fp32_bundle, tmp_path / "b"))
     photographs = load_photographs(None, limit=1)
     honest = certify(
-        bundle, open_checkpoint(str(checkpoints["clip"])), photographs, progress=LoggedProgress(), quick=True
+        bundle,
+        open_checkpoint(str(checkpoints["clip"])),
+        photographs,
+        progress=LoggedProgress(),
+        quick=True,
+        backend="onnxruntime-cpu",
     )
-    VisionTower.load(bundle.add_certificate(honest).path)
+    VisionTower.load(bundle.add_certificate(honest).path, "onnxruntime-cpu")
     assert "failed its check" not in caplog.text
-    VisionTower.load(bundle.add_certificate(replace(honest, passed=False)).path)
+    VisionTower.load(bundle.add_certificate(replace(honest, passed=False)).path, "onnxruntime-cpu")
     assert "failed its check" in caplog.text
 
 
@@ -354,7 +359,8 @@ def test_image_processor_makes_what_the_tower_takes(tower: VisionTower) -> None:
     assert tower(pixel_values).shape == (1, PATCHES, WIDTH)
 
 
-def test_backend_says_what_runs(tower: VisionTower) -> None:
+def test_backend_says_what_runs(fp32_bundle: Path) -> None:
+    tower = VisionTower.load(fp32_bundle, "onnxruntime-cpu")
     assert tower.backend.startswith("onnxruntime ")
     assert tower.backend.endswith(", CPU")
     assert tower.backend in repr(tower)

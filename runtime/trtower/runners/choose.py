@@ -13,14 +13,17 @@ import torch
 from trtower.bundle import GRAPH, Bundle
 from trtower.errors import BackendError, ConfigError
 from trtower.extras import import_extra
-from trtower.flavour import load_flavour
+from trtower.flavour import FLAVOURS, load_flavour
 from trtower.manifest import PlanEntry
 from trtower.runners import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
+from trtower.runners.openvino import ARITHMETIC, OpenVinoRunner, has_bf16
 from trtower.runners.tensorrt import TensorRTRunner
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-"""From the best to the last resort; `auto` takes the first that runs."""
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino", "onnxruntime-cpu")
+"""From the best to the last resort, by benchmarks/README.md; `auto` takes the first that runs and keeps the bounds."""
+
+CPU_BACKENDS = ("openvino-bf16", "openvino", "onnxruntime-cpu")
 
 PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
 """Plans are bound to the operating system and processor they were built for."""
@@ -33,12 +36,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run a bundle: a backend, the file it would run, and what stands against it, if anything."""
+    """One way to run a bundle: a backend, the file it would run, and what stands against it, if anything.
+
+    An ``obstacle`` makes it impossible. With a ``reservation`` it runs where it is named, and `auto` takes another;
+    where there is no other, it takes those that a check has failed, but none that is ``coarse``: that computes in less
+    than the bundle's precision.
+    """
 
     backend: str
     file: str | None
     device: torch.device
     obstacle: str | None
+    reservation: str | None = None
+    coarse: bool = False
     plan: PlanEntry | None = None
 
     def open(self, bundle: Bundle) -> Runner:
@@ -47,11 +57,15 @@ class Candidate:
             raise BackendError(f"{self.backend} cannot run {bundle.path}: {self.obstacle}")
         if self.plan:
             return TensorRTRunner(bundle, self.plan, self.device)
+        if self.backend in ARITHMETIC:
+            return OpenVinoRunner(bundle, self.backend)
         return OnnxRuntimeRunner(bundle, self.device)
 
 
-def choose(bundle: Bundle, backend: str = "auto", device: str | torch.device | None = None) -> Runner:
-    """Open ``backend``, or with "auto" the best that runs here.
+def choose(
+    bundle: Bundle, backend: str = "auto", device: str | torch.device | None = None, *, certified: bool = False
+) -> Runner:
+    """Open ``backend``, or with "auto" the best that runs here and keeps the bounds; ``certified`` prefers what does.
 
     `device` limits the choice: with "cuda" nothing runs on the CPU, and the other way round. Raises BackendError
     with every reason when nothing that was asked for can run; a file that fails its sha256 always raises.
@@ -62,46 +76,82 @@ def choose(bundle: Bundle, backend: str = "auto", device: str | torch.device | N
     if asked and (obstacle := _device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
     wanted = BACKENDS if backend == "auto" else (backend,)
-    passed_over: list[str] = []
-    for candidate in candidates(bundle, device, wanted):
+    found, passed_over = candidates(bundle, device, wanted, certified=certified), dict[Candidate, str]()
+    order = found
+    if backend == "auto":
+        passed_over = {each: each.reservation for each in found if each.reservation and not each.obstacle}
+        order = [each for each in found if each not in passed_over]
+        order += [each for each in passed_over if not each.coarse]
+    for candidate in order:
         try:
             runner = candidate.open(bundle)
         except BackendError as err:
-            passed_over.append(f"{candidate.backend}: {candidate.obstacle or err}")
+            passed_over[candidate] = candidate.obstacle or str(err)
             continue
+        passed_over.pop(candidate, None)
+        reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
         # Where a GPU is present, running without TensorRT is news; on a laptop it is not.
         level = logging.INFO if candidate.plan or not torch.cuda.is_available() else logging.WARNING
-        reasons = "; passed over " + "; ".join(passed_over) if passed_over else ""
-        logger.log(level, "%s runs on %s%s", bundle.path, runner.name, reasons)
+        logger.log(level, "%s runs on %s%s", bundle.path, runner.name, f"; passed over {reasons}" if reasons else "")
         return runner
-    raise BackendError(f"nothing that was asked for can run {bundle.path}: {'; '.join(passed_over)}")
+    reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
+    raise BackendError(f"nothing that was asked for can run {bundle.path}: {reasons}")
 
 
 def candidates(
-    bundle: Bundle, device: str | torch.device | None = None, backends: Sequence[str] = BACKENDS
+    bundle: Bundle,
+    device: str | torch.device | None = None,
+    backends: Sequence[str] = BACKENDS,
+    *,
+    certified: bool = False,
 ) -> list[Candidate]:
     """List every way to run ``bundle`` on this machine, the best first, without loading any of it."""
     asked = _parse_device(device)
     found: list[Candidate] = []
     for backend in backends:
-        kind = "cpu" if backend == "onnxruntime-cpu" else "cuda"
+        kind = "cpu" if backend in CPU_BACKENDS else "cuda"
         # Asking torch for its current device makes a CUDA context, which a tower on the CPU has no use for.
         target = asked or _default_device(kind)
         if target.type != kind:
             target = torch.device(kind)
         obstacle = f"device {asked} was asked for" if asked and asked.type != kind else _device_obstacle(target)
-        if backend.startswith("onnxruntime"):
-            obstacle = obstacle or _onnxruntime_obstacle(bundle, kind)
-            found.append(Candidate(backend=backend, file=GRAPH, device=target, obstacle=obstacle))
-            continue
-        plans = [plan for plan in bundle.manifest.plans if plan.flavour == backend]
-        for plan in plans:
-            reason = obstacle or _plan_obstacle(plan, target)
-            found.append(Candidate(backend=backend, file=plan.file, device=target, obstacle=reason, plan=plan))
-        if not plans:
-            reason = f"the bundle has no {backend} plan: trtower build {bundle.path} --flavour {backend}"
-            found.append(Candidate(backend=backend, file=None, device=target, obstacle=reason))
+        for file, reason, plan in _ways(bundle, backend, target, obstacle):
+            coarse = backend == "openvino-bf16" and bundle.manifest.precision != "bf16"
+            found.append(
+                Candidate(
+                    backend=backend,
+                    file=file,
+                    device=target,
+                    obstacle=reason,
+                    reservation=_reservation(bundle, backend, file, coarse=coarse, certified=certified),
+                    coarse=coarse,
+                    plan=plan,
+                )
+            )
     return found
+
+
+def _ways(
+    bundle: Bundle, backend: str, device: torch.device, missing: str | None
+) -> list[tuple[str | None, str | None, PlanEntry | None]]:
+    """List what a backend could execute of a bundle, and what stands against it; ``missing`` says what the device."""
+    if backend not in FLAVOURS:
+        look = _openvino_obstacle if backend in ARITHMETIC else _onnxruntime_obstacle
+        return [(GRAPH, missing or look(bundle, backend), None)]
+    plans = [plan for plan in bundle.manifest.plans if plan.flavour == backend]
+    lacks = f"the bundle has no {backend} plan: trtower build {bundle.path} --flavour {backend}"
+    return [(plan.file, missing or _plan_obstacle(plan, device), plan) for plan in plans] or [(None, lacks, None)]
+
+
+def _reservation(bundle: Bundle, backend: str, file: str | None, *, coarse: bool, certified: bool) -> str | None:
+    """Read what the bundle's certificates, by their hashes in the manifest, say of a candidate."""
+    certificate = bundle.find_certificate(backend, file)
+    if certificate is not None and not bundle.certificate_void(certificate):
+        return None if certificate.passed else f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
+    if not coarse and not certified:
+        return None
+    why = f"it computes in BF16, which is coarser than {bundle.manifest.precision}, and " if coarse else ""
+    return f"{why}no check vouches for it: trtower check {bundle.path} --backend {backend}"
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device | None:
@@ -153,9 +203,20 @@ def _plan_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
     return None
 
 
-def _onnxruntime_obstacle(bundle: Bundle, kind: str) -> str | None:
+def _openvino_obstacle(bundle: Bundle, backend: str) -> str | None:
     try:
-        ort = import_extra("onnxruntime", extra=kind, purpose=f"onnxruntime-{kind}")
+        ov = import_extra("openvino", extra="openvino", purpose=backend)
+    except (ImportError, OSError) as err:
+        return str(err)
+    if backend == "openvino-bf16" and not has_bf16(ov):
+        return "this processor has no BF16 products, as OpenVINO says: take openvino"
+    return None
+
+
+def _onnxruntime_obstacle(bundle: Bundle, backend: str) -> str | None:
+    kind = backend.removeprefix("onnxruntime-")
+    try:
+        ort = import_extra("onnxruntime", extra=kind, purpose=backend)
     except (ImportError, OSError) as err:
         return str(err)
     if PROVIDERS[kind] not in ort.get_available_providers():

@@ -1,0 +1,134 @@
+"""Run a bundle's graph with OpenVINO on the CPU, in FP32 or, where the processor has it, BF16.
+
+A graph in half precision says that every result is rounded to it. That is what a GPU does, and on a CPU it is only
+lost accuracy: here results stay in FP32 between the operations, and what `trtower check` runs "as typed" beside it is
+the graph as it was written. In BF16 the products are computed in BF16 (and summed in FP32), which OpenVINO decides.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.errors import BackendError, BundleError
+from trtower.extras import import_extra
+from trtower.runners.pool import Pool
+
+ARITHMETIC = {"openvino": "f32", "openvino-bf16": "bf16"}
+"""The backends, and OpenVINO's name for what each computes in."""
+
+TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""OpenVINO's names for a tensor's dtype."""
+
+PRODUCTS = ("Convolution", "MatMul")
+
+
+class OpenVinoRunner:
+    """One compiled model, whose threads are as many as torch has; calls take turns, since each uses all of them."""
+
+    def __init__(self, bundle: Bundle, backend: str) -> None:
+        ov = import_extra("openvino", extra="openvino", purpose=backend)
+        arithmetic = ARITHMETIC[backend]
+        half = TYPES[bundle.manifest.input.dtype]
+        core = ov.Core()
+        settings = {
+            "INFERENCE_PRECISION_HINT": arithmetic,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        with bundle.steady(GRAPH, GRAPH_DATA):
+            _check_locations(bundle)
+            try:
+                model = core.read_model(str(bundle.path / GRAPH))
+                if half != "f32":
+                    model = _widen(ov, model, half, keep_products=half == arithmetic)
+                _check_contract(model, bundle)
+                self._compiled = core.compile_model(model, "CPU", settings)
+            except RuntimeError as err:  # of whatever goes wrong in OpenVINO
+                words = " ".join(str(err).split())
+                raise BackendError(f"openvino {ov.__version__} could not load {bundle.path / GRAPH}: {words}") from err
+        self._requests = Pool(self._compiled.create_infer_request, 1)
+        self._ov, self._type = ov, getattr(ov.Type, half)
+        self.backend = backend
+        self.files = (GRAPH, GRAPH_DATA)
+        self.device = torch.device("cpu")
+        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {arithmetic.replace('f32', 'fp32').upper()}"
+
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """See Runner.run."""
+        with self._requests.lend() as request:
+            request.set_input_tensor(self._wrap(pixel_values))
+            request.set_output_tensor(self._wrap(hidden_states))
+            request.infer()
+
+    def _wrap(self, tensor: torch.Tensor) -> Any:
+        """See torch's memory as OpenVINO's tensor. numpy has no name for BF16, and two bytes are two bytes."""
+        cells = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        return self._ov.Tensor(cells.numpy(), self._ov.Shape(list(tensor.shape)), self._type)
+
+
+def has_bf16(ov: Any) -> bool:
+    """Ask OpenVINO whether this processor multiplies in BF16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
+    """Have ``model`` compute in FP32 between its inputs and outputs, which stay in ``half``.
+
+    ``keep_products`` leaves matrix products and convolutions with their weights in ``half``: as FP32 the weights would
+    take twice the memory, to be rounded again.
+    """
+    narrow, operators = getattr(ov.Type, half), ov.opset13
+    model.get_parameters()[0].set_element_type(ov.Type.f32)
+    for node in model.get_ops():
+        if node.get_type_name() == "Convert" and node.get_element_type() == narrow:
+            node.set_destination_type(ov.Type.f32)
+        if node.get_type_name() != "Constant" or node.get_element_type() != narrow:
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        if not keep_products or not {reader.get_node().get_type_name() for reader in readers} <= {*PRODUCTS}:
+            _insert(operators.convert(node, "f32"), readers)
+    for node in model.get_ops() if keep_products else []:
+        sources = [node.input_value(index).get_node() for index in range(node.get_input_size())]
+        if node.get_type_name() in PRODUCTS and any(source.get_type_name() == "Constant" for source in sources):
+            for index, source in enumerate(sources):
+                if source.get_type_name() != "Constant":
+                    _insert(operators.convert(node.input_value(index), half), [node.input(index)])
+            readers = list(node.output(0).get_target_inputs())
+            node.validate_and_infer_types()
+            _insert(operators.convert(node, "f32"), readers)
+    model.validate_nodes_and_infer_types()
+    ends = ov.preprocess.PrePostProcessor(model)
+    ends.input().tensor().set_element_type(narrow)
+    ends.output().tensor().set_element_type(narrow)
+    return ends.build()
+
+
+def _insert(node: Any, readers: list[Any]) -> None:
+    """Have ``readers`` read what ``node`` gives."""
+    for reader in readers:
+        reader.replace_source_output(node.output(0))
+
+
+def _check_locations(bundle: Bundle) -> None:
+    """Have the graph read the bundle's weights. OpenVINO itself keeps it from leaving the folder."""
+    graph = (bundle.path / GRAPH).read_bytes()
+    # As protobuf writes an entry of TensorProto.external_data: key, then value with its length.
+    for found in re.finditer(rb"\n\x08location\x12(.)", graph, re.DOTALL):
+        name = graph[found.end() : found.end() + found[1][0]].decode(errors="replace")
+        if name != GRAPH_DATA:
+            raise BundleError(f"{bundle.path / GRAPH} reads {name}, and nothing vouches for it: export it again.")
+
+
+def _check_contract(model: Any, bundle: Bundle) -> None:
+    """Have the graph take and give what the manifest says: outputs are written into memory sized by it."""
+    for found, spec in ((model.inputs, bundle.manifest.input), (model.outputs, bundle.manifest.output)):
+        shapes = [
+            (port.get_any_name(), tuple(-1 if size.is_dynamic else size.get_length() for size in port.partial_shape))
+            for port in found
+        ]
+        expected = (spec.name, tuple(-1 if size == "batch" else size for size in spec.shape))
+        if shapes != [expected]:
+            raise BundleError(f"{bundle.path}: {GRAPH} has {shapes}; tower.json says {(spec.name, spec.shape)}.")

@@ -1,0 +1,168 @@
+"""OpenVINO computes what the graph says, in FP32 or in BF16, on the memory of its caller."""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.export.checking import make_hashes_fit
+from trtower import Bundle, VisionTower
+from trtower.errors import BackendError, BundleError
+from trtower.runners import openvino as runner_module
+from trtower.runners.choose import candidates, choose
+from trtower.runners.openvino import OpenVinoRunner, has_bf16
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.emulation import EmulatedRunner
+
+openvino = pytest.importorskip("openvino")
+
+FP32_ERROR = 1e-5
+"""Relative, of two ways of summing in FP32, through four layers (4e-7 was seen)."""
+
+FP16_ERROR = 2e-3
+"""Relative: weights in FP16 on both sides, results rounded to it on one (7e-4 was seen)."""
+
+BF16_ERROR = 3e-2
+"""Relative: rounding to BF16 in two places (9e-3 was seen). A tower one layer off is wrong by more than 0.3."""
+
+with_bf16 = pytest.mark.skipif(not has_bf16(openvino), reason="this processor has no BF16 products")
+
+
+def draw(tower: VisionTower, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, tower.image_size, tower.image_size, generator=generator)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino-bf16", marks=with_bf16)])
+@pytest.mark.parametrize("family", ["clip", "dinov2"])
+def test_answers_are_those_of_pytorch(
+    export: Callable[..., Path], checkpoints: dict[str, Path], family: str, precision: str, backend: str
+) -> None:
+    tower = VisionTower.load(export(family, precision=precision, flavour="none"), backend)
+    images = draw(tower)
+    checkpoint = open_checkpoint(str(checkpoints[family]))
+    with torch.no_grad():
+        states = checkpoint.family.read_states(checkpoint.load_model(tower.spec), images)
+    expected = states[tower.spec.layers[0]][:, tower.spec.num_prefix_tokens :]
+    coarsest = BF16_ERROR if "bf16" in (precision, backend.removeprefix("openvino-")) else FP16_ERROR
+    assert error(tower(images), expected) <= (FP32_ERROR if (precision, backend) == ("fp32", "openvino") else coarsest)
+    assert tower.backend.endswith(", CPU, BF16" if "bf16" in backend else ", CPU, FP32")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_results_of_a_half_precision_graph_are_not_rounded_on_the_way(
+    export: Callable[..., Path], precision: str, checkpoints: dict[str, Path]
+) -> None:
+    """So it is nearer to FP32 PyTorch than the graph as it is typed; the weights are rounded in both."""
+    bundle = Bundle.open(export("clip", precision=precision, flavour="none"))
+    found, typed = choose(bundle, "openvino"), EmulatedRunner(bundle, worst=False)
+    checkpoint, spec = open_checkpoint(str(checkpoints["clip"])), bundle.manifest.spec
+    images = torch.randn(2, 3, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = checkpoint.family.read_states(checkpoint.load_model(spec), images)[spec.layers[0]]
+    errors = []
+    for runner in (found, typed):
+        features = torch.empty(2, spec.num_tokens, spec.hidden_size, dtype=runner.dtype)
+        runner.run(images.to(runner.dtype), features)
+        errors.append(error(features, expected))
+    assert errors[0] < 0.9 * errors[1], errors
+
+
+@with_bf16
+def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
+    export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FP32 they would take twice the memory."""
+    widened = []
+    widen = runner_module._widen
+    monkeypatch.setattr(
+        runner_module, "_widen", lambda *args, **rest: widened.append(widen(*args, **rest)) or widened[-1]
+    )
+    bundle = Bundle.open(export("clip", precision="bf16", flavour="none"))
+    for backend in ("openvino", "openvino-bf16"):
+        OpenVinoRunner(bundle, backend)
+    kinds = [
+        {
+            source.get_element_type().get_type_name()
+            for node in model.get_ops()
+            if node.get_type_name() in runner_module.PRODUCTS
+            for source in (node.input_value(1).get_node(),)
+            if source.get_type_name() == "Constant"
+        }
+        for model in widened
+    ]
+    assert kinds == [set(), {"bf16"}]  # in FP32 a conversion stands between
+
+
+def test_every_batch_of_the_profile_is_run_on_the_callers_memory(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle, "openvino")
+    images = draw(tower, 9).half()
+    one_by_one = torch.cat([tower(image[None]) for image in images])
+    assert error(tower(images), one_by_one) <= FP16_ERROR
+    runner, spec = tower._runner, tower.spec
+    around = torch.full((4, spec.num_tokens, spec.hidden_size), -1.0, dtype=torch.half)
+    runner.run(images[:2], around[1:3])
+    assert (around[[0, 3]] == -1).all()
+    assert error(around[1:3, spec.num_prefix_tokens :], one_by_one[:2]) <= FP16_ERROR
+
+
+def test_eight_threads_get_the_answers_of_one(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle, "openvino")
+    batches = [draw(tower, 1 + seed % 4, seed).half() for seed in range(8)]
+    expected = [tower(images) for images in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda index: tower(batches[index % 8]), range(200)))
+    assert all(torch.equal(features, expected[index % 8]) for index, features in enumerate(found))
+
+
+def test_graph_of_another_contract_is_refused(spoilt: Path) -> None:
+    import onnx
+
+    model = onnx.load(spoilt / "tower.onnx", load_external_data=False)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "something_else"
+    (spoilt / "tower.onnx").write_bytes(model.SerializeToString())
+    make_hashes_fit(spoilt, "tower.onnx")
+    with pytest.raises(BundleError, match=r"tower\.onnx has \[\('something_else'"):
+        VisionTower.load(spoilt, "openvino")
+
+
+def test_graph_that_openvino_cannot_read_is_an_error_on_one_line(spoilt: Path) -> None:
+    (spoilt / "tower.onnx").write_bytes(b"no graph")
+    make_hashes_fit(spoilt, "tower.onnx")
+    with pytest.raises(BackendError, match=r"openvino .* could not load .*tower\.onnx: .+") as failure:
+        VisionTower.load(spoilt, "openvino")
+    assert "\n" not in str(failure.value)
+
+
+def test_bundle_that_is_replaced_while_it_is_loaded_is_refused(
+    spoilt: Path, clip_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_it(*_: object) -> None:
+        shutil.copy(clip_bundle / "tower.onnx.data", spoilt / "again")
+        (spoilt / "again").replace(spoilt / "tower.onnx.data")
+
+    monkeypatch.setattr(runner_module, "_check_contract", replace_it)
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was replaced while it was loaded"):
+        VisionTower.load(spoilt, "openvino")
+
+
+def test_processor_without_bf16_says_so(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtower.runners.choose.has_bf16", lambda _: False)
+    with pytest.raises(BackendError, match="this processor has no BF16 products"):
+        VisionTower.load(clip_bundle, "openvino-bf16")
+    assert VisionTower.load(clip_bundle).backend.endswith("CPU, FP32")
+
+
+@with_bf16
+def test_auto_takes_bf16_for_a_bf16_bundle(export: Callable[..., Path]) -> None:
+    bundle = Bundle.open(export("clip", precision="bf16", flavour="none"))
+    assert choose(bundle).backend == "openvino-bf16"
+    assert not next(each for each in candidates(bundle) if each.backend == "openvino-bf16").coarse

@@ -1,0 +1,94 @@
+"""A thing is lent to one call at a time, and there are never more than the bound allows."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from trtower.errors import BackendError
+from trtower.runners.pool import Pool
+
+PATIENCE_S = 10
+
+
+def test_one_is_made_at_once_and_the_rest_on_demand() -> None:
+    made: list[int] = []
+    pool = Pool(lambda: made.append(len(made)) or made[-1], 3)
+    assert made == [0]
+    with pool.lend() as first:
+        assert first == 0
+        assert made == [0]
+        with pool.lend() as second:
+            assert second == 1
+    with pool.lend(), pool.lend():
+        assert made == [0, 1]
+
+
+def test_no_two_calls_hold_one_and_no_more_are_made_than_the_bound() -> None:
+    made: list[object] = []
+    held: set[int] = set()
+
+    def make() -> object:
+        made.append(object())
+        return made[-1]
+
+    pool = Pool(make, 3)
+
+    def use(_: int) -> None:
+        with pool.lend() as thing:
+            assert id(thing) not in held
+            held.add(id(thing))
+            time.sleep(1e-4)
+            held.remove(id(thing))
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(use, range(500)))
+    assert 1 <= len(made) <= 3
+
+
+def test_pool_that_cannot_grow_goes_on_with_what_it_has() -> None:
+    made, complaints = iter([1]), []
+
+    def make() -> int:
+        for thing in made:
+            return thing
+        raise BackendError("no memory")
+
+    pool = Pool(make, 4, complaints.append)
+    with ThreadPoolExecutor(1) as thread:
+        with pool.lend():
+            waiting = thread.submit(borrow, pool)
+            time.sleep(0.05)
+            assert not waiting.done()
+        assert waiting.result(PATIENCE_S) == 1
+    with pool.lend(), pytest.raises(BackendError, match="no memory"):
+        raise complaints.pop()
+    assert not complaints
+
+
+def test_first_one_that_cannot_be_made_is_an_error() -> None:
+    def make() -> int:
+        raise BackendError("no memory")
+
+    with pytest.raises(BackendError, match="no memory"):
+        Pool(make, 4)
+
+
+def borrow(pool: Pool[int]) -> int:
+    with pool.lend() as thing:
+        return thing
+
+
+def test_closing_waits_for_what_is_lent_and_refuses_the_next() -> None:
+    pool = Pool(int, 1)
+    with ThreadPoolExecutor(2) as threads:
+        with pool.lend():
+            closing = threads.submit(pool.close)
+            waiting = threads.submit(borrow, pool)
+            time.sleep(0.05)
+            assert not closing.done()
+        closing.result(PATIENCE_S)
+        with pytest.raises(BackendError, match="closed"):
+            waiting.result(PATIENCE_S)
+    with pytest.raises(BackendError, match="closed"), pool.lend():
+        pass
