@@ -18,6 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
+from trtower.runners import OnStart
 from trtower.spec import EIGHT_BIT
 
 EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}
@@ -45,17 +46,23 @@ class EmulatedRunner:
     def __init__(self, bundle: Bundle, *, worst: bool) -> None:
         ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
         precision = bundle.manifest.precision
-        self._session = open_session(load_graph(bundle, emulated=True, worst=worst))
+        self._session: Any = open_session(load_graph(bundle, emulated=True, worst=worst))
         self.backend = f"emulated-{precision}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
         self.name = f"onnxruntime {ort.__version__}, CPU, {precision.upper()} emulated"
 
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
+        if on_start:
+            on_start(None)
         (found,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
         hidden_states.copy_(torch.from_numpy(found))
+
+    def close(self) -> None:
+        """See Runner.close."""
+        self._session = None
 
 
 def load_graph(bundle: Bundle, *, emulated: bool, worst: bool = True) -> onnx.ModelProto:

@@ -15,12 +15,14 @@ from trtower.errors import (
     TrtowerError,
 )
 from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
+from trtower.observation import BatchReport
 from trtower.tower import VisionTower
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BatchReport",
     "BuildError",
     "Bundle",
     "BundleError",

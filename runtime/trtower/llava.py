@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trtower.errors import ConfigError
+from trtower.pick import export_command, name_layers
 from trtower.runners import Runner
 from trtower.s2 import Scales
 from trtower.tower import VisionTower
@@ -72,7 +73,8 @@ class _ScaledTower(CLIPVisionTower):
     def _configure(self, args: Any) -> None:
         self._scales = Scales.from_config(args)
         if self._scales.tile_size != self.spec.image_size:
-            command = self._export_command(self._names(self._pick.layers), self._scales.tile_size)
+            layers = name_layers(self.spec, self._pick.layers)
+            command = export_command(self.bundle, layers, self._scales.tile_size)
             raise ConfigError(
                 f"the scales {self.scales} are read in tiles of {self._scales.tile_size} pixels; {self.bundle.path} "
                 f"takes {self.spec.image_size}. Export it with that --image-size: {command}"

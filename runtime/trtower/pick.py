@@ -6,11 +6,15 @@ as one: a model that reads all of a bundle, or a run of it, pays no copy.
 Shapes: B images, P prefix tokens, N patches, D features a token (see spec.py).
 """
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from trtower.bundle import Bundle
+from trtower.errors import ConfigError
+from trtower.layer_codes import FEATURES, LayerCode, name_layer, read_layer_code
 from trtower.spec import TowerSpec
 
 
@@ -47,3 +51,36 @@ def _joined(columns: Sequence[slice]) -> list[slice]:
             column = slice(joined.pop().start, column.stop)
         joined.append(column)
     return joined
+
+
+def pick(bundle: Bundle, select_layer: LayerCode, select_feature: str) -> Pick:
+    """Read a model's codes into what is cut out of a bundle; raise ConfigError naming what it lacks."""
+    spec = bundle.manifest.spec
+    layers, tokens = read_layer_code(select_layer, select_feature, spec.num_layers)
+    if not set(layers) <= set(spec.layers):
+        plain = select_feature in FEATURES
+        command = export_command(bundle, select_layer if plain else layers, spec.image_size)
+        raise ConfigError(
+            f"select_layer={select_layer}{'' if plain else f' under {select_feature}'} is hidden state "
+            f"{', '.join(name_layers(spec, layers))} of {spec.num_layers} layers; {bundle.path} holds "
+            f"{', '.join(name_layers(spec, spec.layers))}. Export it: {command}"
+        )
+    return Pick(spec, layers, spec.first_token(tokens))
+
+
+def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
+    """Call hidden states what `--select-layer` does."""
+    return [name_layer(layer, spec.num_layers) for layer in layers]
+
+
+def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> str:
+    """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
+    manifest, source = bundle.manifest, bundle.manifest.source
+    layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
+    command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
+    command += ["--select-feature", manifest.spec.select_feature]
+    command += ["--image-size", str(image_size), "--precision", manifest.precision]
+    command += ["--random-weights"] if source.random_weights else []
+    command += ["--revision", source.revision] if source.revision else []
+    size = "" if image_size == manifest.spec.image_size else f"-{image_size}"
+    return shlex.join([*command, "--out", f"{bundle.path}{size}-layer{layers}"])

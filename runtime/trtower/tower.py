@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,8 +17,9 @@ from torch import nn
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
-from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
-from trtower.pick import Pick
+from trtower.layer_codes import LAST, LayerCode
+from trtower.observation import OnBatch, observed
+from trtower.pick import pick
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose
 
@@ -41,6 +41,9 @@ class VisionTower(nn.Module):
 
     `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
     CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
+
+    `on_batch` may be set to a callback that is told of every engine call (see observation.py), `nvtx` to True for an
+    NVTX range around each. A tower belongs to the process that loaded it: it is not pickled, and refuses after a fork.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class VisionTower(nn.Module):
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self.check_finite, self.count_cls = check_finite, count_cls
+        self.on_batch: OnBatch | None = None
+        self.nvtx = False
         self._backend, self._asked_device, self._require_certificate = backend, device, require_certificate
         held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
         self.select(
@@ -69,6 +74,7 @@ class VisionTower(nn.Module):
             self.spec.select_feature if select_feature is None else select_feature,
         )
         self._runner: Runner | None = None
+        self._process = os.getpid()
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = self._make_anchor(torch.device("cpu"))
 
@@ -118,24 +124,74 @@ class VisionTower(nn.Module):
             return
         self._open(_device_from_map(device_map) or self._asked_device)
 
+    def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
+        """Run the engine once on each number of images, so that no later call pays for what the first one does.
+
+        By default the profile's minimum, optimum and maximum. Returns the tower.
+        """
+        runner, manifest = self._loaded(), self.bundle.manifest
+        profile = manifest.batch
+        for batch in sorted({profile.min, profile.opt, profile.max}) if batches is None else batches:
+            shape = (batch, 3, self.spec.image_size, self.spec.image_size)
+            run_batch(runner, profile, manifest.output, torch.zeros(shape, dtype=runner.dtype, device=runner.device))
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+        return self
+
+    def close(self) -> None:
+        """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+    def __enter__(self: Self) -> Self:
+        """Give the tower, which is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the tower."""
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied."""
+        raise BackendError(
+            f"{self.vision_tower_name} cannot be pickled or copied: its engine belongs to this process. Hand over the "
+            "bundle's path, and load it where it is needed."
+        )
+
+    def _loaded(self) -> Runner:
+        """Give the runner, if there is one in this process."""
+        runner = self._runner
+        if runner is None:
+            raise BackendError(f"{self.vision_tower_name}: this tower is not loaded, or closed: call load_model().")
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"{self.vision_tower_name} was loaded in process {self._process}, and this is a fork of it, where no "
+                "backend runs: load it in each process, or start them with 'spawn'."
+            )
+        return runner
+
     @torch.no_grad()
     def forward(
-        self, images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]"
+        self,
+        images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]",
+        out: torch.Tensor | None = None,
     ) -> "torch.Tensor | list[torch.Tensor]":
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
         Tiles (B, T, 3, S, S) give (B, T, N, D). A list of (3, S, S), tiles (T, 3, S, S), or both, gives a list of
         (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
-        floating dtype are taken; features come on the tower's device, each in the dtype of its images. Raises
-        InputError.
+        floating dtype are taken; features come on the tower's device, each in the dtype of its images. With `out` the
+        features of a tensor are written there, and it is returned. Raises InputError.
         """
-        runner = self._runner
-        if runner is None:
-            raise BackendError(f"{self.vision_tower_name} is not loaded: call load_model() first.")
+        runner = self._loaded()
         if not isinstance(images, (list, tuple)):
             self._check(images, "images", in_list=False)
             (features,) = self._encode(runner, [images])
-            return features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
+            features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
+            return features if out is None else _write(features, out)
+        if out is not None:
+            raise InputError("out is for the features of one tensor, and images is a list.")
         if not images:
             raise InputError("images is an empty list; at least one image is expected.")
         for index, image in enumerate(images):
@@ -170,7 +226,8 @@ class VisionTower(nn.Module):
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
         manifest = self.bundle.manifest
-        return self.feature_select(run_batch(runner, manifest.batch, manifest.output, pixel_values))
+        run = observed(runner, self.on_batch, nvtx=self.nvtx) if self.on_batch or self.nvtx else None
+        return self.feature_select(run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run))
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -212,7 +269,8 @@ class VisionTower(nn.Module):
             check = f"trtower check {path} --backend {runner.backend}"
             mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
             raise BundleError(f"{path} is not certified: {reason}. {mend}.")
-        self._runner = runner
+        self.close()
+        self._runner, self._process = runner, os.getpid()
         certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
         if certificate is not None and not certificate.passed:
             logger.warning(
@@ -254,33 +312,8 @@ class VisionTower(nn.Module):
 
     def select(self, select_layer: LayerCode, select_feature: str) -> None:
         """Pick layers and tokens out of what the bundle holds; raise ConfigError naming what it lacks."""
-        spec = self.spec
-        layers, tokens = read_layer_code(select_layer, select_feature, spec.num_layers)
-        if not set(layers) <= set(spec.layers):
-            plain = select_feature in FEATURES
-            command = self._export_command(select_layer if plain else layers, spec.image_size)
-            raise ConfigError(
-                f"select_layer={select_layer}{'' if plain else f' under {select_feature}'} is hidden state "
-                f"{', '.join(self._names(layers))} of {spec.num_layers} layers; {self.bundle.path} holds "
-                f"{', '.join(self._names(spec.layers))}. Export it: {command}"
-            )
+        self._pick = pick(self.bundle, select_layer, select_feature)
         self._select_layer, self._select_feature = select_layer, select_feature
-        self._pick = Pick(spec, layers, spec.first_token(tokens))
-
-    def _names(self, layers: Sequence[int]) -> list[str]:
-        return [name_layer(layer, self.spec.num_layers) for layer in layers]
-
-    def _export_command(self, select_layer: LayerCode, image_size: int) -> str:
-        """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
-        manifest, source = self.bundle.manifest, self.bundle.manifest.source
-        layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
-        command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
-        command += ["--select-feature", self.spec.select_feature]
-        command += ["--image-size", str(image_size), "--precision", manifest.precision]
-        command += ["--random-weights"] if source.random_weights else []
-        command += ["--revision", source.revision] if source.revision else []
-        size = "" if image_size == self.spec.image_size else f"-{image_size}"
-        return shlex.join([*command, "--out", f"{self.bundle.path}{size}-layer{layers}"])
 
     @property
     def select_layer(self) -> LayerCode:
@@ -361,6 +394,14 @@ class TowerConfig(SimpleNamespace):
     def to_dict(self) -> dict[str, Any]:
         """Give the config as config.json has it."""
         return dict(vars(self))
+
+
+def _write(features: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Copy features to where the caller wants them."""
+    if not isinstance(out, torch.Tensor) or (out.shape, out.device) != (features.shape, features.device):
+        found = f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+        raise InputError(f"out is {found}; {tuple(features.shape)} on {features.device} is expected.")
+    return out.copy_(features)
 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:

@@ -4,6 +4,7 @@ import trtower
 def test_public_names_are_these() -> None:
     assert sorted(trtower.__all__) == [
         "BackendError",
+        "BatchReport",
         "BuildError",
         "Bundle",
         "BundleError",

@@ -9,6 +9,7 @@ import torch
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
+from trtower.runners import CLOSED, OnStart
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
@@ -43,7 +44,7 @@ class OnnxRuntimeRunner:
                 *FAST_FP16_FROM,
             )
         try:
-            self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
+            self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
             raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / GRAPH}: {err}") from err
         if provider not in self._session.get_providers():
@@ -61,18 +62,27 @@ class OnnxRuntimeRunner:
         self.dtype = getattr(torch, self._input.dtype)
         self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
 
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
-        binding = self._session.io_binding()
+        session = self._session
+        if session is None:
+            raise BackendError(CLOSED)
+        binding = session.io_binding()
         place = (self._device_type, self._device_index, self._element_type)
         binding.bind_input(self._input.name, *place, tuple(pixel_values.shape), pixel_values.data_ptr())
         binding.bind_output(self._output.name, *place, tuple(hidden_states.shape), hidden_states.data_ptr())
         if self._device_type == "cuda":
             # The session has a stream of its own: it starts once the caller's work is done, and ends before we return.
             torch.cuda.current_stream(self.device).synchronize()
-        self._session.run_with_iobinding(binding)
+        if on_start:
+            on_start(torch.cuda.current_stream(self.device) if self._device_type == "cuda" else None)
+        session.run_with_iobinding(binding)
         if self._device_type == "cuda":
             binding.synchronize_outputs()
+
+    def close(self) -> None:
+        """See Runner.close. A call in flight holds the session, which goes with the last of them."""
+        self._session = None
 
 
 def _check_contract(session: Any, bundle: Bundle) -> None:

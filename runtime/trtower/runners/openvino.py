@@ -13,6 +13,7 @@ import torch
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
+from trtower.runners import OnStart
 from trtower.runners.pool import Pool
 
 ARITHMETIC = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -44,7 +45,7 @@ class OpenVinoRunner:
                 if half != "f32":
                     model = _widen(ov, model, half, keep_products=half == arithmetic)
                 _check_contract(model, bundle)
-                self._compiled = core.compile_model(model, "CPU", settings)
+                self._compiled: Any = core.compile_model(model, "CPU", settings)
             except RuntimeError as err:  # of whatever goes wrong in OpenVINO
                 words = " ".join(str(err).split())
                 raise BackendError(f"openvino {ov.__version__} could not load {bundle.path / GRAPH}: {words}") from err
@@ -56,12 +57,19 @@ class OpenVinoRunner:
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
         self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {arithmetic.replace('f32', 'fp32').upper()}"
 
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
         with self._requests.lend() as request:
+            if on_start:
+                on_start(None)
             request.set_input_tensor(self._wrap(pixel_values))
             request.set_output_tensor(self._wrap(hidden_states))
             request.infer()
+
+    def close(self) -> None:
+        """See Runner.close."""
+        self._requests.close()
+        self._compiled = None
 
     def _wrap(self, tensor: torch.Tensor) -> Any:
         """See torch's memory as OpenVINO's tensor. numpy has no name for BF16, and two bytes are two bytes."""

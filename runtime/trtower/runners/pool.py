@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from trtower.errors import BackendError
+from trtower.runners import CLOSED
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Pool(Generic[T]):
             with self._change:
                 self._change.wait_for(lambda: self._idle or self._made < self._most or self._closed)
                 if self._closed:
-                    raise BackendError("this tower is closed: load it again with load_model().")
+                    raise BackendError(CLOSED)
                 if self._idle:
                     return self._idle.pop()
                 self._made += 1

@@ -10,6 +10,7 @@ from trtower.bundle import Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import load_flavour
 from trtower.manifest import PlanEntry
+from trtower.runners import CLOSED, OnStart
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class TensorRTRunner:
         major, minor = torch.cuda.get_device_capability(device)
         self.name = f"{plan.flavour} {module.__version__}, sm{major}{minor}"
 
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
         caller = torch.cuda.current_stream(self.device)
         stream = caller if caller.cuda_stream else self._own_stream
@@ -69,6 +70,8 @@ class TensorRTRunner:
             if stream is not caller:
                 stream.wait_stream(caller)
             stream.wait_event(self._last_call)
+            if on_start:
+                on_start(stream)
             self._enqueue(images, features, stream.cuda_stream)
             self._last_call.record(stream)
         if stream is not caller:
@@ -76,8 +79,16 @@ class TensorRTRunner:
         if features is not hidden_states:
             hidden_states.copy_(features)
 
+    def close(self) -> None:
+        """See Runner.close."""
+        with self._lock:
+            self._last_call.synchronize()
+            self._context = self._engine = self._runtime = None
+
     def _enqueue(self, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
         context = self._context
+        if context is None:
+            raise BackendError(CLOSED)
         accepted = (
             context.set_input_shape(self._input.name, tuple(images.shape))
             and context.set_tensor_address(self._input.name, images.data_ptr())

@@ -1,0 +1,90 @@
+"""Tell of every engine call how long it waited and ran, to whoever asked to be told. Nothing of it runs unasked."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtower.runners import Run, Runner
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """One engine call: how many images, on which backend, and the seconds it waited for its turn.
+
+    A batch beyond the profile is several calls, and each is reported.
+    """
+
+    batch: int
+    backend: str
+    queue_s: float
+    _ran: Callable[[], float]
+
+    @property
+    def run_s(self) -> float:
+        """The seconds the engine ran. On CUDA this waits until it has, so read it later than in the callback."""
+        return self._ran()
+
+
+OnBatch = Callable[[BatchReport], None]
+
+
+def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
+    """Give `runner.run`, with ``on_batch`` told of every call, and an NVTX range around each."""
+
+    def run(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        if nvtx:
+            torch.cuda.nvtx.range_push(f"trtower {runner.backend} batch {len(pixel_values)}")
+        try:
+            watch = _CudaWatch(runner.device) if runner.device.type == "cuda" else _Watch()
+            runner.run(pixel_values, hidden_states, watch.start)
+            ran = watch.stop()
+        finally:
+            if nvtx:
+                torch.cuda.nvtx.range_pop()
+        if on_batch:
+            on_batch(BatchReport(batch=len(pixel_values), backend=runner.backend, queue_s=watch.queue_s, _ran=ran))
+
+    return run
+
+
+class _Watch:
+    """Times a call that has ended when it returns."""
+
+    def __init__(self) -> None:
+        self._asked = time.perf_counter()
+
+    def start(self, stream: Any = None) -> None:
+        """Take note that the call has its turn."""
+        del stream
+        self._started = time.perf_counter()
+        self.queue_s = self._started - self._asked
+
+    def stop(self) -> Callable[[], float]:
+        """Take note that the call has returned; give what tells how long it ran."""
+        seconds = time.perf_counter() - self._started
+        return lambda: seconds
+
+
+class _CudaWatch(_Watch):
+    """Times a call that has only been queued when it returns, by two events in the streams it is queued in."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self, stream: Any = None) -> None:
+        super().start()
+        self._begin.record(stream)
+
+    def stop(self) -> Callable[[], float]:
+        self._end.record(torch.cuda.current_stream(self._device))
+
+        def ran() -> float:
+            self._end.synchronize()
+            return float(self._begin.elapsed_time(self._end)) / 1e3
+
+        return ran

@@ -1,0 +1,197 @@
+"""A tower is loaded, warmed, watched, closed, and belongs to one process."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trtower import BatchReport, CLIPVisionTower, VisionTower
+from trtower.errors import BackendError, InputError
+
+CPU = ("onnxruntime-cpu", "openvino")
+THREADS = 8
+CALLS = 10_000
+PATIENCE_S = 30
+
+
+@pytest.fixture(params=CPU)
+def tower(clip_bundle: Path, request: pytest.FixtureRequest) -> Iterator[VisionTower]:
+    with VisionTower.load(clip_bundle, request.param) as tower:
+        yield tower
+
+
+def draw(batch: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, 42, 42, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def test_closed_tower_says_so_and_can_be_loaded_again(tower: VisionTower) -> None:
+    before = tower(draw(2))
+    runner = tower._runner
+    tower.close()
+    tower.close()
+    assert not tower.is_loaded
+    assert tower.backend == "not loaded"
+    with pytest.raises(BackendError, match=r"not loaded, or closed: call load_model\(\)"):
+        tower(draw(2))
+    with pytest.raises(BackendError, match="closed"):
+        runner.run(draw(1), torch.empty(1, 10, 64).half())
+    tower.load_model()
+    assert torch.equal(tower(draw(2)), before)
+
+
+def test_block_closes_the_tower_whatever_happens_in_it(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle)
+    with pytest.raises(ZeroDivisionError), tower as entered:
+        raise ZeroDivisionError(entered.is_loaded)
+    assert not tower.is_loaded
+
+
+def test_closing_waits_for_the_call_in_flight(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle, "openvino")
+    in_flight, log = [], []
+
+    def on_start(_: object) -> None:
+        in_flight.append(True)
+        time.sleep(0.2)
+        log.append("ran")
+
+    features = torch.empty(1, 10, 64).half()
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(tower._runner.run, draw(1), features, on_start)
+        while not in_flight:
+            time.sleep(1e-3)
+        tower.close()
+        log.append("closed")
+        call.result(PATIENCE_S)
+    assert log == ["ran", "closed"]
+
+
+def test_warm_up_runs_what_the_profile_is_made_for(
+    tower: VisionTower, count_calls: Callable[[VisionTower], list[int]]
+) -> None:
+    calls = count_calls(tower)
+    assert tower.warmup() is tower
+    assert calls == [1, 2, 4]
+    calls.clear()
+    tower.warmup([3, 9])
+    assert calls == [3, 4, 4, 1]
+
+
+def test_warm_up_wants_a_tower_that_is_loaded(clip_bundle: Path) -> None:
+    args = SimpleNamespace(mm_vision_select_layer=-2)
+    with pytest.raises(BackendError, match=r"call load_model\(\)"):
+        CLIPVisionTower(clip_bundle, args, delay_load=True).warmup()
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_tower_is_neither_pickled_nor_copied(tower: VisionTower, how: Callable[[object], object]) -> None:
+    model = torch.nn.ModuleDict({"vision_tower": tower})
+    for thing in (tower, model) if how is not copy.copy else (tower,):
+        with pytest.raises(BackendError, match=r"cannot be pickled or copied.*Hand over the bundle's path"):
+            how(thing)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_is_refused_where_a_backend_would_hang(tower: VisionTower) -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def serve() -> None:
+        try:
+            tower(draw(1))
+        except BackendError as err:
+            answers.put(str(err))
+
+    child = context.Process(target=serve)
+    child.start()
+    assert f"was loaded in process {os.getpid()}, and this is a fork of it" in answers.get(timeout=PATIENCE_S)
+    child.join(PATIENCE_S)
+    assert tower(draw(1)).shape == (1, 9, 64)
+
+
+def test_callback_is_told_of_every_engine_call(tower: VisionTower) -> None:
+    reports: list[BatchReport] = []
+    tower.on_batch = reports.append
+    tower(draw(9))
+    assert [report.batch for report in reports] == [4, 4, 1]
+    assert {report.backend for report in reports} == {tower._runner.backend}
+    assert all(0 <= report.queue_s < PATIENCE_S and 0 < report.run_s < PATIENCE_S for report in reports)
+    tower.on_batch = None
+    tower(draw(1))
+    assert len(reports) == 3
+
+
+def test_wait_for_a_turn_is_told_apart_from_the_run(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle, "openvino")
+    reports: list[BatchReport] = []
+    tower.on_batch = reports.append
+    pool = tower._runner._requests
+    with ThreadPoolExecutor(1) as thread:
+        with pool.lend():
+            call = thread.submit(tower, draw(1))
+            time.sleep(0.2)
+        call.result(PATIENCE_S)
+    (report,) = reports
+    assert report.queue_s > 0.1 > report.run_s
+
+
+def test_ranges_are_opened_and_closed_around_each_call(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    tower(draw(1))
+    assert not said
+    tower.nvtx = True
+    tower(draw(5))
+    backend = tower._runner.backend
+    assert said == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
+
+
+def test_features_are_written_where_the_caller_wants_them(tower: VisionTower) -> None:
+    images = draw(2)
+    out = torch.full((2, 9, 64), -1.0)
+    assert tower(images, out=out) is out
+    assert torch.equal(out, tower(images).float())
+    tiles = torch.empty(1, 2, 9, 64)
+    assert torch.equal(tower(images[None], out=tiles)[0], out)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(2, 10, 64), r"out is \(2, 10, 64\) on cpu; \(2, 9, 64\) on cpu is expected"),
+        (torch.empty(2, 9, 64, device="meta"), r"out is \(2, 9, 64\) on meta"),
+        ([], "out is a list"),
+    ],
+)
+def test_out_of_another_shape_or_place_is_refused(tower: VisionTower, out: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tower(draw(2), out=out)
+    with pytest.raises(InputError, match="images is a list"):
+        tower([draw(1)[0]], out=torch.empty(1, 9, 64))
+
+
+def test_eight_threads_get_their_own_answers_in_ten_thousand_calls(tower: VisionTower, one_thread: None) -> None:
+    del one_thread
+    batches = [draw(1 + seed % 3, seed) for seed in range(THREADS)]
+    expected = [tower(images) for images in batches]
+    turns = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            equal = pool.map(
+                lambda call: torch.equal(tower(batches[call % THREADS]), expected[call % THREADS]), range(CALLS)
+            )
+            assert all(equal)
+    finally:
+        sys.setswitchinterval(turns)
