@@ -261,6 +261,62 @@ def doctor(
     return 0
 
 
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    batch: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Images at once, three sizes or fewer. Default: the profile's on a GPU, else its minimum."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Whom to race, by comma: eager, sdpa, compile, onnxruntime, … Default: all.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What the bundle runs on, as for VisionTower.load.")] = "auto",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Default: 100 on a GPU, 7 elsewhere.")] = None,
+    tiles: Annotated[int, typer.Option(min=0, help="Images in the list that LLaVA's tower loops over. 0: none.")] = 16,
+    json_: Annotated[Path | None, typer.Option("--json", help="File to write everything to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> int:
+    """Race a bundle against PyTorch and other runtimes, in turn in one run."""
+    console, progress = Console(), ConsoleProgress(Console(stderr=True))
+    opened = Bundle.open(bundle)
+    with progress.step("Import PyTorch and transformers"):
+        from trtower_export.bench.benchmark import BenchOptions, run_benchmark
+        from trtower_export.bench.entrants import AGAINST
+        from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
+        from trtower_export.checkpoint import open_checkpoint
+        from trtower_export.layouts import Trust
+
+    for path, suffix, option in ((json_, ".json", "--json"), (plot, ".png", "--plot")):
+        if path and (path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != suffix):
+            raise InputError(f"{path} cannot be written: a {suffix} in a folder that exists is expected of {option}.")
+    options = BenchOptions(
+        batches=batch,
+        against=AGAINST if against is None else _listed(against),
+        backend=backend,
+        rounds=rounds,
+        tiles=tiles,
+    )
+    source = opened.manifest.source
+    found = open_checkpoint(
+        checkpoint or source.checkpoint,
+        random_weights=source.random_weights,
+        revision=None if checkpoint else source.revision,
+        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
+    )
+    benchmark = run_benchmark(opened, found, options, progress)
+    print_benchmark(console, benchmark)
+    if json_:
+        json_.write_text(to_json(benchmark), encoding="utf-8")
+    if plot:
+        plot.write_bytes(draw_benchmark(benchmark))
+    return 0
+
+
 def demo(
     out: Annotated[Path, typer.Option(help="Where the bundles and the picture go.")] = Path("engines"),
 ) -> int:

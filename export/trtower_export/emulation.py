@@ -60,6 +60,9 @@ class EmulatedRunner:
         (found,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
         hidden_states.copy_(torch.from_numpy(found))
 
+    def keep(self) -> None:
+        """See Runner.keep. There is nothing."""
+
     def close(self) -> None:
         """See Runner.close."""
         self._session = None

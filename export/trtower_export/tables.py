@@ -32,7 +32,7 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
             table.add_row(f"{each.batch} at once", *_cells(each.bundle), "")
     if certificate.as_typed:
         table.add_row("as typed", *_cells(certificate.as_typed), "")
-    _print_whole(console, table)
+    print_whole(console, table)
     if certificate.layers:
         _print_layers(console, certificate.layers)
     for bound in certificate.bounds:
@@ -78,7 +78,7 @@ def print_operations(
             *(_worst(same, precision) for precision in measured),
             style="bold red" if any(each.overflow for each in same) else None,
         )
-    _print_whole(console, table)
+    print_whole(console, table)
     alone = f"; alone: the error at the output when it alone rounds, on {', '.join(rounded_on)}" if rounded_on else ""
     console.print(
         f"largest: of all that it computes on {images} images, sums of squares included{'' if every else ', @layer'}; "
@@ -104,7 +104,8 @@ def print_operations(
     console.print(f"most of the error of FP16: {says}", highlight=False, soft_wrap=True)
 
 
-def _print_whole(console: Console, table: Table) -> None:
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with every column whole, however narrow the console says it is."""
     Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows
 
 

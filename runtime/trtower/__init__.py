@@ -16,6 +16,7 @@ from trtower.errors import (
 )
 from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
 from trtower.observation import BatchReport
+from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "CLIPVisionTowerS2",
     "CheckpointError",
     "ConfigError",
+    "EngineOptions",
     "InputError",
     "MissingExtraError",
     "TrtowerError",

@@ -13,6 +13,7 @@ import torch
 from trtower.errors import ConfigError
 from trtower.pick import export_command, name_layers
 from trtower.runners import Runner
+from trtower.runners.tensorrt import EngineOptions
 from trtower.s2 import Scales
 from trtower.tower import VisionTower
 
@@ -36,6 +37,7 @@ class CLIPVisionTower(VisionTower):
         check_finite: bool | None = None,
         count_cls: bool = False,
         require_certificate: bool = False,
+        engine: EngineOptions | None = None,
     ) -> None:
         args = vision_tower_cfg if args is None else args
         if not hasattr(args, "mm_vision_select_layer"):
@@ -55,6 +57,7 @@ class CLIPVisionTower(VisionTower):
             check_finite=check_finite,
             count_cls=count_cls,
             require_certificate=require_certificate,
+            engine=engine,
         )
         self.select(args.mm_vision_select_layer, getattr(args, "mm_vision_select_feature", "patch"))
         self._configure(args)

@@ -22,6 +22,7 @@ from trtower.observation import OnBatch, observed
 from trtower.pick import pick
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose
+from trtower.runners.tensorrt import EngineOptions
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class VisionTower(nn.Module):
         check_finite: bool | None = None,
         count_cls: bool = False,
         require_certificate: bool = False,
+        engine: EngineOptions | None = None,
     ) -> None:
         super().__init__()
         self.bundle = Bundle.open(bundle)
@@ -67,7 +69,8 @@ class VisionTower(nn.Module):
         self.check_finite, self.count_cls = check_finite, count_cls
         self.on_batch: OnBatch | None = None
         self.nvtx = False
-        self._backend, self._asked_device, self._require_certificate = backend, device, require_certificate
+        self._backend, self._asked_device, self._engine = backend, device, engine
+        self._require_certificate = require_certificate
         held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
         self.select(
             select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
@@ -89,12 +92,13 @@ class VisionTower(nn.Module):
         check_finite: bool | None = None,
         count_cls: bool = False,
         require_certificate: bool = False,
+        engine: EngineOptions | None = None,
     ) -> "VisionTower":
         """Open a bundle and make it ready to run.
 
-        `backend`: "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda" or "onnxruntime-cpu". `device`: where it
-        must run; None leaves that to the backend. With `require_certificate` a bundle is refused whose check has not
-        passed, on these very files, for what runs here. Raises BundleError, BackendError and ConfigError.
+        `backend`: "auto", or one of BACKENDS in runners/choose.py. `device`: where it must run; None leaves that to the
+        backend. With `require_certificate` a bundle is refused whose check has not passed, on these very files, for
+        what runs here. `engine`: how a plan is run. Raises BundleError, BackendError and ConfigError.
         """
         tower = VisionTower(
             bundle,
@@ -105,6 +109,7 @@ class VisionTower(nn.Module):
             check_finite=check_finite,
             count_cls=count_cls,
             require_certificate=require_certificate,
+            engine=engine,
         )
         tower.load_model()
         return tower
@@ -136,6 +141,7 @@ class VisionTower(nn.Module):
             run_batch(runner, profile, manifest.output, torch.zeros(shape, dtype=runner.dtype, device=runner.device))
         if runner.device.type == "cuda":
             torch.cuda.synchronize(runner.device)
+        runner.keep()
         return self
 
     def close(self) -> None:
@@ -261,7 +267,8 @@ class VisionTower(nn.Module):
         return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> None:
-        runner = choose(self.bundle, self._backend, device, certified=self._require_certificate)
+        certified = self._require_certificate
+        runner = choose(self.bundle, self._backend, device, certified=certified, engine=self._engine)
         reason = self.bundle.uncertified(runner.backend, runner.files) if self._require_certificate else None
         if reason:
             path = self.bundle.path

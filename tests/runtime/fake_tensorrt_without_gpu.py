@@ -86,6 +86,41 @@ class FakeEvent:
     def record(self, stream: FakeStream) -> None:
         self.marker = FakeMarker(stream)
 
+    def synchronize(self) -> None:
+        if self.marker:
+            self.marker.reach()
+
+
+class FakeGraph:
+    """torch.cuda.CUDAGraph: what is launched by this thread between begin and end, to be run at every replay.
+
+    Copies that torch makes around a replay are done at once, and not in their stream: torch's memory is the host's.
+    """
+
+    fails = False
+
+    def __init__(self, cuda: "FakeCuda") -> None:
+        self._cuda = cuda
+        self.work: list[Callable[[], None]] = []
+        self.replays = 0
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local", "another thread's CUDA calls would end the capture"
+        assert self._cuda.current_stream().cuda_stream, "the default stream cannot be captured"
+        self._cuda.capturing.graph = self
+
+    def capture_end(self) -> None:
+        self._cuda.capturing.graph = None
+        if FakeGraph.fails:
+            raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
+        assert self.work, "nothing was captured"
+
+    def replay(self) -> None:
+        self._cuda.current_stream().synchronize()
+        for work in self.work:
+            work()
+        self.replays += 1
+
 
 class FakeCuda:
     """torch.cuda, as far as the runner needs it. ``finished`` are the streams whose engine calls are done, in order."""
@@ -96,6 +131,13 @@ class FakeCuda:
         self._streams: dict[int, FakeStream] = {}
         self._default = self.new_stream()
         self._here = threading.local()
+        self.capturing = threading.local()
+        self.graphs: list[FakeGraph] = []
+        self.held: list[object] = []
+
+    def new_graph(self) -> FakeGraph:
+        self.graphs.append(FakeGraph(self))
+        return self.graphs[-1]
 
     def new_stream(self, device: torch.device | None = None) -> FakeStream:
         del device
@@ -146,16 +188,17 @@ class FakeCuda:
 def fake_plan(
     input_: tuple[str, tuple[int, ...]],
     output: tuple[str, tuple[int, ...]],
-    batch: tuple[int, int],
+    profiles: tuple[tuple[int, int, int], ...],
     *,
     says: tuple[str, ...] = (),
-    out_of_memory: bool = False,
+    contexts: int = 1000,
 ) -> bytes:
-    """Serialise a fake engine: name and shape of an image and of its tokens, in a 16-bit type; batch from and to.
+    """Serialise a fake engine: name and shape of an image and of its tokens, in a 16-bit type; batches of its profiles.
 
-    ``says``: the severities at which TensorRT has something to tell while it loads the plan.
+    ``says``: the severities at which TensorRT has something to tell while it loads the plan. ``contexts``: how many
+    there is memory for.
     """
-    fields = {"input": input_, "output": output, "batch": batch, "says": says, "out_of_memory": out_of_memory}
+    fields = {"input": input_, "output": output, "profiles": profiles, "says": says, "contexts": contexts}
     return FAKE_PLAN_MAGIC + json.dumps(fields).encode()
 
 
@@ -169,6 +212,10 @@ class FakeTensorRT(ModuleType):
         self._fake_deserialized: list[bytes] = []
         self._fake_devices: list[torch.device] = []
         self._fake_enqueue_fails = False
+        self._fake_contexts: list[Any] = []
+        self._fake_configs: list[Any] = []
+        self._fake_ran: list[tuple[Any, int, int]] = []
+        self._fake_driver = b"fake driver 1"
         fake = self
 
         class ILogger:
@@ -195,7 +242,8 @@ class FakeTensorRT(ModuleType):
             def __init__(self, logger: ILogger, fields: dict[str, Any]) -> None:
                 self._fake_logger = logger
                 self._fake_input, self._fake_output = fields["input"], fields["output"]
-                self._fake_batch = fields["batch"]
+                self._fake_profiles, self._fake_profile = fields["profiles"], 0
+                self._fake_memory = 0
                 self._fake_shape: tuple[int, ...] | None = None
                 self._fake_addresses: dict[str, int] = {}
                 self._fake_caller: int | None = None
@@ -205,13 +253,22 @@ class FakeTensorRT(ModuleType):
                 assert self._fake_caller in (None, here), "two calls overlap on one context"
                 self._fake_caller = here
                 image_name, image = self._fake_input
-                least, most = self._fake_batch
+                least, _, most = self._fake_profiles[self._fake_profile]
                 if name != image_name or list(shape[1:]) != image or not least <= shape[0] <= most:
                     # The real one then keeps the shape of the call before.
                     self._fake_logger.log(ILogger.ERROR, f"{shape} does not satisfy any optimization profiles")
                     return False
                 self._fake_shape = tuple(shape)
                 return True
+
+            def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+                cuda.find_stream(stream_handle)
+                self._fake_profile = profile_index
+                return profile_index < len(self._fake_profiles)
+
+            def set_device_memory(self, memory: int, size: int) -> None:
+                assert size >= FAKE_DEVICE_MEMORY, "TensorRT needs more scratch memory than that"
+                self._fake_memory = memory
 
             def set_tensor_address(self, name: str, memory: int) -> bool:
                 self._fake_check_caller()
@@ -228,6 +285,7 @@ class FakeTensorRT(ModuleType):
                     self._fake_logger.log(ILogger.ERROR, "fake failure of an enqueue")
                     return False
                 assert self._fake_shape is not None, "no input shape was set"
+                assert self._fake_memory, "a context without memory of its own was given none"
                 shape, self._fake_shape = self._fake_shape, None
                 assert len(self._fake_addresses) == 2, f"addresses are set only for {list(self._fake_addresses)}"
                 stream = cuda.find_stream(stream_handle)
@@ -241,12 +299,61 @@ class FakeTensorRT(ModuleType):
                     for row, image in zip(hidden_states, images, strict=True):
                         row[:] = fake_answer(image, tokens)
                     cuda.finished.append(stream)
+                    fake._fake_ran.append((self, self._fake_profile, shape[0]))
 
-                stream.submit(work)
+                graph = getattr(cuda.capturing, "graph", None)
+                if graph:
+                    graph.work.append(work)
+                else:
+                    stream.submit(work)
                 return True
 
             def _fake_check_caller(self) -> None:
                 assert self._fake_caller == threading.get_ident(), "two calls overlap on one context"
+
+        class ExecutionContextAllocationStrategy(enum.IntEnum):
+            STATIC = 0
+            ON_PROFILE_CHANGE = 1
+            USER_MANAGED = 2
+
+        class CudaGraphStrategy(enum.IntEnum):
+            DISABLED = 0
+            WHOLE_GRAPH_CAPTURE = 1
+
+        class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
+            LAZY = 0
+            EAGER = 1
+            NONE = 2
+
+        class IRuntimeCache:
+            def __init__(self) -> None:
+                self._fake_kernels = b""
+
+            def deserialize(self, blob: bytes) -> bool:
+                if not blob.startswith(fake._fake_driver):
+                    return False
+                self._fake_kernels = blob
+                return True
+
+            def serialize(self) -> bytes:
+                return self._fake_kernels or fake._fake_driver + b" compiled here"
+
+        class IRuntimeConfig:
+            def __init__(self) -> None:
+                self._fake_strategy: object = ExecutionContextAllocationStrategy.STATIC
+                self._fake_cache: IRuntimeCache | None = None
+                self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+                self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+            def set_execution_context_allocation_strategy(self, strategy: object) -> None:
+                self._fake_strategy = strategy
+
+            def create_runtime_cache(self) -> IRuntimeCache:
+                return IRuntimeCache()
+
+            def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+                self._fake_cache = cache
+                return True
 
         class ICudaEngine:
             device_memory_size_v2 = FAKE_DEVICE_MEMORY
@@ -259,17 +366,27 @@ class FakeTensorRT(ModuleType):
                 return (-1, *shapes[name])
 
             def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-                assert profile_index == 0
                 image = dict([self._fake_fields["input"]])[name]
-                least, most = self._fake_fields["batch"]
-                return [(batch, *image) for batch in (least, most, most)]
+                return [(batch, *image) for batch in self._fake_fields["profiles"][profile_index]]
 
-            def create_execution_context(self) -> IExecutionContext | None:
+            @property
+            def num_optimization_profiles(self) -> int:
+                return len(self._fake_fields["profiles"])
+
+            def create_runtime_config(self) -> IRuntimeConfig:
+                fake._fake_configs.append(IRuntimeConfig())
+                return fake._fake_configs[-1]
+
+            def create_execution_context(self, strategy: object) -> IExecutionContext | None:
+                if isinstance(strategy, IRuntimeConfig):
+                    strategy = strategy._fake_strategy
+                assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
                 fake._fake_devices.append(cuda.current_device())
-                if self._fake_fields["out_of_memory"]:
+                if len(fake._fake_contexts) >= self._fake_fields["contexts"]:
                     self._fake_logger.log(ILogger.ERROR, "fake lack of memory")
                     return None
-                return IExecutionContext(self._fake_logger, self._fake_fields)
+                fake._fake_contexts.append(IExecutionContext(self._fake_logger, self._fake_fields))
+                return fake._fake_contexts[-1]
 
         class Runtime:
             def __init__(self, logger: ILogger) -> None:
@@ -288,12 +405,18 @@ class FakeTensorRT(ModuleType):
                     self._fake_logger.log(ILogger.Severity[severity], f"fake line at {severity}")
                 return ICudaEngine(self._fake_logger, fields)
 
-        self.ILogger, self.IExecutionContext, self.ICudaEngine, self.Runtime = (
+        for each in (
             ILogger,
             IExecutionContext,
             ICudaEngine,
+            IRuntimeConfig,
+            IRuntimeCache,
             Runtime,
-        )
+            ExecutionContextAllocationStrategy,
+            CudaGraphStrategy,
+            DynamicShapesKernelSpecializationStrategy,
+        ):
+            setattr(self, each.__name__, each)
 
 
 def _memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

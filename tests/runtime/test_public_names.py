@@ -13,6 +13,7 @@ def test_public_names_are_these() -> None:
         "CLIPVisionTowerS2",
         "CheckpointError",
         "ConfigError",
+        "EngineOptions",
         "InputError",
         "MissingExtraError",
         "TrtowerError",

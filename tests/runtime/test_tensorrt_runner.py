@@ -21,14 +21,16 @@ from tests.runtime.fake_tensorrt_without_gpu import (
     FAKE_VERSION,
     FakeCuda,
     FakeEvent,
+    FakeGraph,
+    FakeStream,
     FakeTensorRT,
     fake_answer,
     fake_plan,
 )
 from trtower.bundle import Bundle
-from trtower.errors import BackendError, BundleError
+from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.manifest import PlanEntry
-from trtower.runners.tensorrt import TensorRTRunner
+from trtower.runners.tensorrt import EngineOptions, TensorRTRunner
 
 DEVICE = torch.device("cuda", 1)
 PLAN = "plans/fake.plan"
@@ -39,10 +41,12 @@ CALLS = 10
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    for name in ("device", "current_stream", "get_device_capability"):
+    for name in ("device", "current_stream", "get_device_capability", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.new_graph)
+    monkeypatch.setattr("trtower.runners.slot.allocate", lambda size, device: torch.empty(64))
     # The host's memory is not aligned as a GPU's is; tests/gpu holds what becomes of a slice.
     monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
     return fake
@@ -73,19 +77,20 @@ def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tens
     input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
     if content is None:
         tensors = ((input_.name, input_.shape[1:]), (output.name, output.shape[1:]))
-        content = fake_plan(*tensors, (batch.min, batch.max), **options)
+        profiles = options.pop("profiles", ((batch.min, batch.opt, batch.max),))
+        content = fake_plan(*tensors, profiles, **options)
     staged = bundle.path / "staged.plan"
     staged.write_bytes(content)
     entry = PlanEntry(file=PLAN, flavour=flavour, version=FAKE_VERSION, platform="fake", compute_capabilities=())
     return bundle.add_plan(entry, staged)
 
 
-def open_plan(bundle: Bundle) -> TensorRTRunner:
-    return TensorRTRunner(bundle, fake_entry(bundle), DEVICE)
+def open_plan(bundle: Bundle, **options: Any) -> TensorRTRunner:
+    return TensorRTRunner(bundle, fake_entry(bundle), DEVICE, EngineOptions(**options))
 
 
 def fake_entry(bundle: Bundle) -> PlanEntry:
-    return next(plan for plan in bundle.manifest.plans if plan.platform == "fake")
+    return next(plan for plan in reversed(bundle.manifest.plans) if plan.platform == "fake")
 
 
 def draw_images(bundle: Bundle, batch: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +109,9 @@ def answers(bundle: Bundle, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack([fake_answer(image, tokens) for image in images.numpy()]))
 
 
-@pytest.mark.parametrize("name", ["Runtime", "ICudaEngine", "IExecutionContext", "ILogger"])
+@pytest.mark.parametrize(
+    "name", ["Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "ILogger"]
+)
 def test_fake_has_no_name_and_no_parameter_that_the_real_module_lacks(tensorrt: FakeTensorRT, name: str) -> None:
     real_module = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
     fake, real = getattr(tensorrt, name), getattr(real_module, name)
@@ -126,9 +133,10 @@ def test_fake_module_and_its_severities_are_the_real_ones(tensorrt: FakeTensorRT
 
 
 def real_parameters(method: Any) -> set[tuple[str, ...]]:
-    """Read from pybind11's docstring which parameters each overload demands."""
+    """Read from pybind11's docstring which parameters each overload demands, and which it takes."""
     overloads = re.findall(rf"{method.__name__}\(self: [\w.]+(.*)\) -> ", method.__doc__)
-    return {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
+    demanded = {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
+    return demanded | {tuple(re.findall(r", (\w+): ", overload)) for overload in overloads}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -146,7 +154,7 @@ def test_answers_of_every_image_land_in_its_own_row(
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_name_tells_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> None:
     runner_bundle = with_plan(Bundle.open(bundle.path), flavour=flavour)
-    runner = TensorRTRunner(runner_bundle, runner_bundle.manifest.plans[-1], DEVICE)
+    runner = TensorRTRunner(runner_bundle, runner_bundle.manifest.plans[-1], DEVICE, EngineOptions())
     assert runner.name == f"{flavour} {FAKE_VERSION}, sm89"
     assert runner.files == (runner_bundle.manifest.plans[-1].file,)
     assert (runner.device, runner.dtype) == (DEVICE, torch.half)
@@ -165,8 +173,8 @@ def test_plan_of_other_tensors_than_the_manifest_s_is_refused(bundle: Bundle) ->
     image, tokens = (input_.name, input_.shape[1:]), (output.name, output.shape[1:])
     wide = (output.name, (output.shape[1], 2 * int(output.shape[2])))
     for content, message in (
-        (fake_plan(image, wide, (batch.min, batch.max)), r"has hidden_states \(-1, 10, 128\)"),
-        (fake_plan(image, tokens, (batch.min, batch.max + 1)), "takes 1 to 5 images; tower.json says 1 to 4"),
+        (fake_plan(image, wide, ((batch.min, 2, batch.max),)), r"has hidden_states \(-1, 10, 128\)"),
+        (fake_plan(image, tokens, ((batch.min, 2, batch.max + 1),)), "takes 1 to 5 images; tower.json says 1 to 4"),
     ):
         with pytest.raises(BundleError, match=message):
             open_plan(with_plan(bundle, content=content))
@@ -191,8 +199,8 @@ def test_real_tensorrt_rtx_says_in_the_log_why_it_refuses(bundle: Bundle, caplog
 
 @pytest.mark.usefixtures("tensorrt")
 def test_context_without_memory_tells_how_much_it_needs(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=rf"plan: no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
-        open_plan(with_plan(bundle, out_of_memory=True))
+    with pytest.raises(BackendError, match=rf"no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+        open_plan(with_plan(bundle, contexts=0))
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -266,14 +274,238 @@ def test_default_stream_is_left_alone_and_still_waits_for_the_answer(
     assert default not in cuda.finished
 
 
-def test_second_stream_waits_for_the_call_of_the_first(bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda) -> None:
-    first, second = cuda.new_stream(), cuda.new_stream()
-    images, features = draw_images(bundle, 2), empty_features(bundle, 2)
-    for row, stream in enumerate((first, second)):
+def run_in(streams: list[FakeStream], runner: TensorRTRunner, bundle: Bundle, cuda: FakeCuda) -> None:
+    images, features = draw_images(bundle, 1), empty_features(bundle, 1)
+    cuda.held.append((images, features))  # the fake runs later than this returns
+    for stream in streams:
         with cuda.stream(stream):
-            runner.run(images[row : row + 1], features[row : row + 1])
+            runner.run(images, features)
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_second_stream_waits_for_the_call_of_the_first_where_they_share_memory(bundle: Bundle, cuda: FakeCuda) -> None:
+    first, second = cuda.new_stream(), cuda.new_stream()
+    run_in([first, second], open_plan(bundle, contexts=1), bundle, cuda)
     second.synchronize()
     assert cuda.finished == [first, second]
+
+
+def test_every_stream_has_memory_of_its_own_up_to_the_bound(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
+) -> None:
+    first, second, third = (cuda.new_stream() for _ in range(3))
+    runner = open_plan(bundle, contexts=2)
+    run_in([first, second, first, second, second], runner, bundle, cuda)
+    assert len(tensorrt._fake_contexts) == 2
+    second.synchronize()
+    assert cuda.finished == [second] * 3  # and waited for nobody
+    run_in([third], runner, bundle, cuda)
+    assert len(tensorrt._fake_contexts) == 2
+    third.synchronize()
+    assert cuda.finished == [second] * 3 + [first] * 2 + [third]  # the one that was idle for longest
+
+
+def test_tower_goes_on_with_the_contexts_that_there_is_memory_for(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = open_plan(with_plan(bundle, contexts=1), contexts=4)
+    streams = [cuda.new_stream() for _ in range(3)]
+    run_in(streams, runner, bundle, cuda)
+    assert len(tensorrt._fake_contexts) == 1
+    assert len([r for r in caplog.records if "no more callers at once than now" in r.getMessage()]) == 1
+    streams[-1].synchronize()
+    assert cuda.finished == streams
+
+
+def test_scratch_that_does_not_fit_is_an_error_at_first_and_fewer_contexts_later(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = open_plan(bundle)
+
+    def fail(size: int, device: torch.device) -> None:
+        raise torch.OutOfMemoryError(f"{size} bytes on {device}")
+
+    monkeypatch.setattr("trtower.runners.slot.allocate", fail)
+    run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
+    assert len(tensorrt._fake_contexts) == 1
+    with pytest.raises(BackendError, match=rf"no room for an execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+        open_plan(bundle)
+
+
+@pytest.mark.parametrize(("batch", "profile"), [(1, 0), (2, 1), (3, 2), (4, 2)])
+def test_call_takes_the_profile_that_was_tuned_nearest(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, batch: int, profile: int
+) -> None:
+    runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (1, 2, 4), (2, 4, 4))))
+    images, features = draw_images(bundle, batch), empty_features(bundle, batch)
+    for _ in range(2):
+        runner.run(images, features)
+    cuda.synchronize()
+    assert torch.equal(features, answers(bundle, images))
+    contexts = {id(context) for context, *_ in tensorrt._fake_ran}
+    assert [ran[1:] for ran in tensorrt._fake_ran] == [(profile, batch)] * 2
+    assert len(contexts) == 1
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_profiles_with_a_gap_refuse_what_falls_into_it(bundle: Bundle) -> None:
+    runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (3, 4, 4))))
+    with pytest.raises(BackendError, match="no profile of the plan takes 2 images"):
+        runner.run(draw_images(bundle, 2), empty_features(bundle, 2))
+
+
+def captured(bundle: Bundle, **options: Any) -> TensorRTRunner:
+    """Open a plan of the flavour whose graphs are captured here: TensorRT-RTX captures by itself."""
+    made = with_plan(bundle, flavour="tensorrt")
+    return open_plan(made, **options)
+
+
+def test_graph_answers_for_its_batch_wherever_images_and_features_lie(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
+) -> None:
+    runner = captured(bundle)
+    with cuda.stream(cuda.new_stream()):
+        for seed in range(4):
+            images, features = draw_images(bundle, 2, seed), empty_features(bundle, 2)
+            runner.run(images, features)
+            assert torch.equal(features, answers(bundle, images))
+    (graph,) = cuda.graphs
+    assert graph.replays == 4
+    assert {batch for _, _, batch in tensorrt._fake_ran} == {2}
+
+
+def test_batches_that_no_profile_names_are_launched(bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT) -> None:
+    runner = captured(bundle)  # of a profile 1 2 4
+    for batch in (3, 1, 3, 4, 2, 1, 3):
+        images, features = draw_images(bundle, batch), empty_features(bundle, batch)
+        runner.run(images, features)
+        cuda.synchronize()
+        assert torch.equal(features, answers(bundle, images))
+    assert [graph.replays for graph in cuda.graphs] == [2, 1, 1]
+    by_batch: dict[int, set[int]] = {}
+    for context, _, batch in tensorrt._fake_ran:
+        by_batch.setdefault(batch, set()).add(id(context))
+    assert len(set.union(*by_batch.values())) == 4  # what a graph has captured, no other call changes
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_capture_that_fails_is_said_once_and_calls_are_launched(
+    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    runner = captured(bundle)
+    for batch in (1, 2, 1):
+        images, features = draw_images(bundle, batch), empty_features(bundle, batch)
+        runner.run(images, features)
+        cuda.synchronize()
+        assert torch.equal(features, answers(bundle, images))
+    assert len(cuda.graphs) == 1
+    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
+    assert "legacy stream" in said
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_graphs_can_be_left_out(bundle: Bundle, cuda: FakeCuda) -> None:
+    runner = captured(bundle, cuda_graphs=False)
+    run_in([cuda.new_stream()], runner, bundle, cuda)
+    assert not cuda.graphs
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs", "kernels"),
+    [
+        ({}, "WHOLE_GRAPH_CAPTURE", "LAZY"),
+        ({"cuda_graphs": False, "kernel_specialization": "eager"}, "DISABLED", "EAGER"),
+        ({"kernel_specialization": "none"}, "WHOLE_GRAPH_CAPTURE", "NONE"),
+    ],
+)
+def test_tensorrt_rtx_is_told_what_it_decides_itself(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, options: dict[str, Any], graphs: str, kernels: str
+) -> None:
+    run_in([cuda.new_stream()], open_plan(bundle, **options), bundle, cuda)
+    (config,) = tensorrt._fake_configs
+    assert config.cuda_graph_strategy.name == graphs
+    assert config.dynamic_shapes_kernel_specialization_strategy.name == kernels
+    assert not cuda.graphs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": 0}, "contexts=0: 1 at least is expected"),
+        ({"kernel_specialization": "always"}, "'always' is unknown: lazy, eager, none are"),
+    ],
+)
+def test_option_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions(**options)
+
+
+def test_close_waits_for_the_gpu_and_refuses_the_next_call(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
+) -> None:
+    images, features = draw_images(bundle, 1), empty_features(bundle, 1)
+    with cuda.stream(cuda.new_stream()):
+        runner.run(images, features)
+        runner.close()
+        assert torch.equal(features, answers(bundle, images))
+        with pytest.raises(BackendError, match="closed"):
+            runner.run(images, features)
+
+
+def kept(bundle: Bundle) -> list[Path]:
+    return sorted((bundle.path.parent / f".{bundle.path.name}.runtime-cache").glob("*"))
+
+
+def test_kernels_that_one_process_compiled_are_given_to_the_next(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+    open_plan(bundle).close()
+    (path,) = kept(bundle)
+    assert path.read_bytes() == b"fake driver 1 compiled here"
+    open_plan(bundle).close()
+    assert kept(bundle) == [path]
+    assert tensorrt._fake_configs[-1]._fake_cache._fake_kernels == path.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["cut short", "altered", "another version", "another driver"])
+def test_kernels_that_are_of_no_use_are_thrown_away_and_it_is_said(
+    bundle: Bundle, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    open_plan(bundle).close()
+    (path,) = kept(bundle)
+    if fault == "cut short":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif fault == "altered":
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    elif fault == "another version":
+        path.rename(path.with_name(path.name.replace(FAKE_VERSION, "98.0")))
+    else:
+        tensorrt._fake_driver = b"fake driver 2"
+    open_plan(bundle).close()
+    assert "is thrown away, and kernels are compiled again: " in caplog.text
+    (now,) = kept(bundle)
+    assert now.read_bytes() == tensorrt._fake_driver + b" compiled here"
+
+
+def test_kernels_of_another_gpu_stay_for_it(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+    del tensorrt
+    open_plan(bundle).close()
+    (path,) = kept(bundle)
+    other = path.rename(path.with_name(path.name.replace("sm89", "sm120")))
+    open_plan(bundle).close()
+    assert kept(bundle) == sorted([path, other])
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_tower_runs_where_kernels_cannot_be_kept(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    (bundle.path.parent / f".{bundle.path.name}.runtime-cache").write_text("in the way")
+    open_plan(bundle).close()
+    assert "compiled kernels are not kept for the next process" in caplog.text
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_kernels_are_not_kept_where_that_is_not_wanted(bundle: Bundle) -> None:
+    open_plan(bundle, runtime_cache=False).close()
+    assert not kept(bundle)
 
 
 @pytest.mark.usefixtures("tensorrt")

@@ -46,6 +46,9 @@ class Runner(Protocol):
         CUDA the work comes after what the current stream holds; TensorRT only queues it there, ONNX Runtime waits.
         """
 
+    def keep(self) -> None:
+        """Keep what the backend has compiled so far for the next process, where it can."""
+
     def close(self) -> None:
         """Let calls in flight end, and free what this runner holds; a later `run` raises BackendError."""
 

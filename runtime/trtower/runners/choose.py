@@ -18,7 +18,7 @@ from trtower.manifest import PlanEntry
 from trtower.runners import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 from trtower.runners.openvino import ARITHMETIC, OpenVinoRunner, has_bf16
-from trtower.runners.tensorrt import TensorRTRunner
+from trtower.runners.tensorrt import EngineOptions, TensorRTRunner
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino", "onnxruntime-cpu")
 """From the best to the last resort, by benchmarks/README.md; `auto` takes the first that runs and keeps the bounds."""
@@ -51,19 +51,24 @@ class Candidate:
     coarse: bool = False
     plan: PlanEntry | None = None
 
-    def open(self, bundle: Bundle) -> Runner:
+    def open(self, bundle: Bundle, engine: EngineOptions) -> Runner:
         """Verify the files and load them; raise BackendError where the backend refuses."""
         if self.obstacle:
             raise BackendError(f"{self.backend} cannot run {bundle.path}: {self.obstacle}")
         if self.plan:
-            return TensorRTRunner(bundle, self.plan, self.device)
+            return TensorRTRunner(bundle, self.plan, self.device, engine)
         if self.backend in ARITHMETIC:
             return OpenVinoRunner(bundle, self.backend)
         return OnnxRuntimeRunner(bundle, self.device)
 
 
 def choose(
-    bundle: Bundle, backend: str = "auto", device: str | torch.device | None = None, *, certified: bool = False
+    bundle: Bundle,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    certified: bool = False,
+    engine: EngineOptions | None = None,
 ) -> Runner:
     """Open ``backend``, or with "auto" the best that runs here and keeps the bounds; ``certified`` prefers what does.
 
@@ -84,7 +89,7 @@ def choose(
         order += [each for each in passed_over if not each.coarse]
     for candidate in order:
         try:
-            runner = candidate.open(bundle)
+            runner = candidate.open(bundle, engine or EngineOptions())
         except BackendError as err:
             passed_over[candidate] = candidate.obstacle or str(err)
             continue

@@ -80,6 +80,9 @@ class OnnxRuntimeRunner:
         if self._device_type == "cuda":
             binding.synchronize_outputs()
 
+    def keep(self) -> None:
+        """See Runner.keep. There is nothing."""
+
     def close(self) -> None:
         """See Runner.close. A call in flight holds the session, which goes with the last of them."""
         self._session = None

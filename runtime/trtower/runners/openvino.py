@@ -66,6 +66,9 @@ class OpenVinoRunner:
             request.set_output_tensor(self._wrap(hidden_states))
             request.infer()
 
+    def keep(self) -> None:
+        """See Runner.keep. There is nothing."""
+
     def close(self) -> None:
         """See Runner.close."""
         self._requests.close()

@@ -34,9 +34,13 @@ class Pool(Generic[T]):
         self._change = threading.Condition()
 
     @contextmanager
-    def lend(self) -> Iterator[T]:
-        """Lend one for the length of the block: the one that was used last, for its memory is warm."""
-        thing = self._take()
+    def lend(self, prefer: Callable[[T], bool] | None = None) -> Iterator[T]:
+        """Lend one for the length of the block.
+
+        By default the one that was used last, for its memory is warm. With ``prefer`` one that it is true of; without
+        such a new one, within the bound; else the one that has been idle for longest.
+        """
+        thing = self._take(prefer)
         try:
             yield thing
         finally:
@@ -44,14 +48,17 @@ class Pool(Generic[T]):
                 self._idle.append(thing)
                 self._change.notify_all()
 
-    def _take(self) -> T:
+    def _take(self, prefer: Callable[[T], bool] | None) -> T:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._idle or self._made < self._most or self._closed)
                 if self._closed:
                     raise BackendError(CLOSED)
-                if self._idle:
-                    return self._idle.pop()
+                fitting = [thing for thing in self._idle if prefer is None or prefer(thing)]
+                if fitting or self._made == self._most:
+                    thing = fitting[-1] if fitting else self._idle[0]
+                    self._idle.remove(thing)
+                    return thing
                 self._made += 1
             try:
                 return self._make()
@@ -61,11 +68,11 @@ class Pool(Generic[T]):
                     self._most = self._made
                 self._complain(err)
 
-    def close(self) -> None:
-        """Wait until all are back, and let go of them. Who still waits for one gets a BackendError."""
+    def close(self) -> list[T]:
+        """Wait until all are back, let go of them and give them. Who still waits for one gets a BackendError."""
         with self._change:
             self._closed = True
             self._change.notify_all()
             self._change.wait_for(lambda: len(self._idle) == self._made)
-            self._idle.clear()
-            self._made = 0
+            things, self._idle, self._made = self._idle, [], 0
+        return things

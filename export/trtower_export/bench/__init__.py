@@ -1,0 +1,1 @@
+"""Race a bundle against what else could run its tower. `benchmark.py` tells the story."""

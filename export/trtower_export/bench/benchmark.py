@@ -1,0 +1,267 @@
+"""Race a bundle against what else could run its tower, and say what share of the hardware each uses.
+
+entrants -> cold (each alone: load, first answer, memory) -> race (in turn, in this process) -> ceiling -> goals
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtower.bundle import Bundle
+from trtower.errors import ConfigError, TrtowerError
+from trtower_export.bench.ceiling import measure_ceilings
+from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
+from trtower_export.bench.environment import describe_environment
+from trtower_export.bench.goals import Goal, judge_goals
+from trtower_export.checkpoint import Checkpoint
+from trtower_export.latency import race
+from trtower_export.progress import Progress
+
+ROUNDS = {"cpu": 7, "cuda": 100}
+"""How often each entrant runs, by the kind of device."""
+
+TILES = 16
+"""Images in the list: what AnyRes makes of about three pictures."""
+
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One entrant at one batch: seconds over ``rounds``, images a second, and what it is of two yardsticks.
+
+    ``share`` is the floor over the median, the floor being the cut tower's FLOP over what a large matrix product
+    reaches here in the same ``arithmetic``; None where that was not measured. ``times_llava`` is LLaVA's median over
+    this one's. ``error`` is ‖x - ref‖ / ‖ref‖ on this input, against the cut tower in FP32.
+    """
+
+    entrant: str
+    runs_on: str
+    arithmetic: str
+    batch: int
+    rounds: int
+    median_s: float
+    p99_s: float
+    images_per_s: float
+    share: float | None
+    times_llava: float | None
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cold:
+    """One entrant alone in a process of its own, at the smallest batch: seconds, and bytes at the peak.
+
+    ``load_s`` is from files to something that can be called, None where there are no files because weights are drawn;
+    ``first_s`` is the first call. On a GPU ``peak_bytes`` is what the device lost, elsewhere the resident set.
+    """
+
+    entrant: str
+    load_s: float | None
+    first_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListTiming:
+    """A list of images: LLaVA's loop and the bundle's batches, median seconds."""
+
+    images: int
+    rounds: int
+    llava_s: float
+    trtower_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Everything that was measured in one run. ``absent`` says of each entrant that could not run why not."""
+
+    bundle: dict[str, Any]
+    environment: dict[str, Any]
+    ceilings: dict[str, float]
+    timings: tuple[Timing, ...]
+    cold: tuple[Cold, ...]
+    tiles: ListTiming | None
+    absent: dict[str, str]
+    goals: tuple[Goal, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to race: ``batches`` (None: the profile's on a GPU, its minimum elsewhere), ``against`` whom, how often."""
+
+    batches: tuple[int, ...] | None = None
+    against: tuple[str, ...] = AGAINST
+    backend: str = "auto"
+    rounds: int | None = None
+    tiles: int = TILES
+
+    def __post_init__(self) -> None:
+        for name in self.against:
+            if name not in AGAINST:
+                raise ConfigError(f"--against {name} is unknown: {', '.join(AGAINST)} are known.")
+        if any(batch < 1 for batch in self.batches or ()):
+            raise ConfigError(f"--batch {' '.join(map(str, self.batches or ()))}: each is 1 at least.")
+
+
+def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
+    """Measure all of it. Raises BackendError where the bundle itself cannot run here."""
+    manifest = bundle.manifest
+    with progress.step("Load the towers"):
+        arena = Arena.open(bundle, checkpoint, options.backend)
+    tower = arena.tower
+    kind = arena.device.type
+    profile = manifest.batch
+    batches = options.batches or ((profile.min, profile.opt, profile.max) if kind == "cuda" else (profile.min,))
+    rounds = options.rounds or ROUNDS[kind]
+    entrants, absent = _enter_all(arena, options.against, progress)
+    cold = []
+    for entrant in entrants:
+        with progress.step(f"{entrant.name}, alone"):
+            cold.append(_run_cold(bundle, checkpoint, entrant, min(batches), absent))
+    with progress.step("Measure what the hardware can do"):
+        ceilings = measure_ceilings(arena.device, {entrant.arithmetic for entrant in entrants})
+    timings: list[Timing] = []
+    for batch in sorted(set(batches)):
+        with progress.step(f"Race at batch {batch}, {rounds} rounds"):
+            timings += _race(arena, entrants, batch, rounds, ceilings, absent)
+    tiles = None
+    if options.tiles:
+        with progress.step(f"Race over a list of {options.tiles} images"):
+            tiles = _race_over_a_list(arena, entrants, options.tiles, max(1, rounds // 4))
+    found_cold = tuple(each for each in cold if each)
+    return Benchmark(
+        bundle={
+            "path": str(bundle.path),
+            "name": manifest.name,
+            "precision": manifest.precision,
+            "random_weights": manifest.source.random_weights,
+            "flop_an_image": manifest.cut.flop,
+        },
+        environment=describe_environment(arena.device),
+        ceilings=ceilings,
+        timings=tuple(timings),
+        cold=found_cold,
+        tiles=tiles,
+        absent=absent,
+        goals=judge_goals(tower, timings, found_cold, tiles),
+    )
+
+
+def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[list[Entrant], dict[str, str]]:
+    entrants, absent = [enter(arena, TRTOWER), enter(arena, LLAVA)], {}
+    for name in names:
+        try:
+            entrants.append(enter(arena, name))
+        except TrtowerError as err:
+            absent[name] = str(err)
+            progress.say(f"{name} does not run: {err}")
+    return entrants, absent
+
+
+def _run_cold(
+    bundle: Bundle, checkpoint: Checkpoint, entrant: Entrant, batch: int, absent: dict[str, str]
+) -> Cold | None:
+    """Load and call an entrant once in a process of its own."""
+    source = [checkpoint.source, checkpoint.revision or "", "random" if checkpoint.random_weights else ""]
+    arguments = [str(bundle.path), *source, entrant.name, entrant.backend or "", str(batch)]
+    command = [sys.executable, "-m", "trtower_export.bench.cold", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        absent[f"{entrant.name}, alone"] = words[-1]
+        return None
+    return Cold(entrant=entrant.name, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def _race(
+    arena: Arena,
+    entrants: Sequence[Entrant],
+    batch: int,
+    rounds: int,
+    ceilings: dict[str, float],
+    absent: dict[str, str],
+) -> list[Timing]:
+    images = draw_images(arena, batch)
+    reference = arena.reference(images[:1])
+    running, errors = {}, {}
+    for entrant in entrants:
+        given = entrant.prepare(images)
+        try:
+            errors[entrant.name] = _error(entrant.call(given)[:1], reference)
+        except Exception as err:  # noqa: BLE001 - whatever a compiler or a full memory says, the others go on
+            absent[f"{entrant.name} at batch {batch}"] = " ".join(str(err).split())[:300] or type(err).__name__
+            continue
+        running[entrant.name] = (entrant, lambda entrant=entrant, given=given: entrant.call(given))
+    seconds = race({name: call for name, (_, call) in running.items()}, rounds=rounds)
+    llava = statistics.median(seconds[LLAVA]) if LLAVA in seconds else None
+    return [
+        _timing(entrant, batch, seconds[name], arena.bundle.manifest.cut.flop, ceilings, llava, errors[name])
+        for name, (entrant, _) in running.items()
+    ]
+
+
+def _timing(
+    entrant: Entrant,
+    batch: int,
+    seconds: list[float],
+    flop: int,
+    ceilings: dict[str, float],
+    llava: float | None,
+    error: float,
+) -> Timing:
+    median = statistics.median(seconds)
+    ceiling = ceilings.get(entrant.arithmetic)
+    return Timing(
+        entrant=entrant.name,
+        runs_on=entrant.runs_on,
+        arithmetic=entrant.arithmetic,
+        batch=batch,
+        rounds=len(seconds),
+        median_s=median,
+        p99_s=sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1],
+        images_per_s=batch / median,
+        share=batch * flop / ceiling / median if ceiling else None,
+        times_llava=llava / median if llava else None,
+        error=error,
+    )
+
+
+def _race_over_a_list(arena: Arena, entrants: Sequence[Entrant], count: int, rounds: int) -> ListTiming:
+    """Do what LLaVA's tower does with a list, one image after another, and what the bundle does."""
+    llava = next(entrant for entrant in entrants if entrant.name == LLAVA)
+    images = list(draw_images(arena, count))
+    one_by_one = [llava.prepare(image[None]) for image in images]
+    given = [image.to(arena.tower.dtype) for image in images]
+    seconds = race(
+        {
+            LLAVA: lambda: [llava.call(image) for image in one_by_one],
+            TRTOWER: lambda: arena.tower(given),
+        },
+        rounds=rounds,
+    )
+    return ListTiming(
+        images=count,
+        rounds=rounds,
+        llava_s=statistics.median(seconds[LLAVA]),
+        trtower_s=statistics.median(seconds[TRTOWER]),
+    )
+
+
+def draw_images(arena: Arena, batch: int) -> Tensor:
+    """Draw (B, 3, S, S) on the device, in FP32."""
+    side = arena.bundle.manifest.spec.image_size
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(SEED)).to(arena.device)
+
+
+def _error(found: Tensor, reference: Tensor) -> float:
+    found = found.float()
+    return float((found - reference).norm() / reference.norm())

@@ -1,0 +1,108 @@
+"""Show a benchmark as tables, as JSON, and as a plot."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trtower_export.bench.benchmark import Benchmark
+from trtower_export.bench.entrants import LLAVA
+from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, new_figure, to_png
+from trtower_export.tables import print_whole
+
+DPI = 200
+WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
+"""Pixels: the plot's width, the height of an entrant, and what title and axis take."""
+
+MB = 1e6
+
+
+def print_benchmark(console: Console, found: Benchmark) -> None:
+    """Print what raced at each batch, each alone, who could not run, and the goals."""
+    table = _table(
+        "entrant", "runs on", "in", right=("batch", "ms", "p99", "img/s", "of ceiling", "x LLaVA's", "error")
+    )
+    for each in found.timings:
+        table.add_row(
+            each.entrant,
+            each.runs_on,
+            each.arithmetic,
+            str(each.batch),
+            f"{each.median_s * 1e3:.1f}",
+            f"{each.p99_s * 1e3:.1f}",
+            f"{each.images_per_s:.2f}",
+            "" if each.share is None else f"{each.share:.0%}",
+            "" if each.times_llava is None else f"{each.times_llava:.2f}",
+            f"{each.error:.1e}",
+            style="bold" if each.entrant == "trtower" else "",
+        )
+    print_whole(console, table)
+    ceilings = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in found.ceilings.items())
+    flop = found.bundle["flop_an_image"] / 1e9
+    _say(console, f"{flop:.1f} GFLOP an image; a large product here: {ceilings or 'not measured'}")
+    alone = _table("alone", right=("load s", "first call s", "peak MB"))
+    for cold in found.cold:
+        load = "drawn" if cold.load_s is None else f"{cold.load_s:.2f}"
+        alone.add_row(cold.entrant, load, f"{cold.first_s:.2f}", f"{cold.peak_bytes / MB:.0f}")
+    print_whole(console, alone)
+    if found.tiles:
+        tiles = found.tiles
+        llava, ours = tiles.llava_s * 1e3, tiles.trtower_s * 1e3
+        _say(console, f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms")
+    for name, reason in found.absent.items():
+        _say(console, f"{name} did not run: {reason}")
+    for goal in found.goals:
+        verdict = "met" if goal.met else "MISSED" if goal.measured is not None else "not measured"
+        measured = goal.note if goal.measured is None else f"{goal.measured:.2f}"
+        _say(console, f"{verdict}: {goal.says}: {measured}")
+    where, versions = found.environment, found.environment["versions"]
+    hardware = where["gpu"]["name"] if "gpu" in where else where["processor"]
+    names = ", ".join(f"{name} {number}" for name, number in versions.items())
+    _say(console, f"{hardware}, {where['threads']} threads, {where['date']}; {names}")
+
+
+def to_json(found: Benchmark) -> str:
+    """Write all of it, with the environment it was measured in."""
+    return json.dumps(dataclasses.asdict(found), indent=2) + "\n"
+
+
+def draw_benchmark(found: Benchmark) -> bytes:
+    """Draw images a second, the entrants of each batch below one another, as a PNG."""
+    timings = list(reversed(found.timings))
+    height = MARGIN + ROW_HEIGHT * len(timings)
+    figure: Any = new_figure(WIDTH, height, dpi=DPI, purpose="the plot of a benchmark")
+    axes = figure.add_axes((0.3, 110 / height, 0.62, 1 - MARGIN / height))
+    colours = {"trtower": BLUE, LLAVA: ORANGE}
+    bars = axes.barh(
+        range(len(timings)),
+        [each.images_per_s for each in timings],
+        color=[colours.get(each.entrant, GREY) for each in timings],
+        height=0.7,
+    )
+    labels = [f"{each.images_per_s:.3g}" + ("" if each.share is None else f", {each.share:.0%}") for each in timings]
+    axes.bar_label(bars, labels, padding=4, fontsize=6, color=INK)
+    names = [f"{each.entrant} ({each.arithmetic}), batch {each.batch}" for each in timings]
+    axes.set_yticks(range(len(timings)), names, fontsize=6)
+    axes.tick_params(axis="x", labelsize=6)
+    axes.margins(x=0.15)
+    axes.set_xlabel("images a second, and the share of what a large product reaches here", fontsize=7, color=INK)
+    hardware = found.environment.get("gpu", {}).get("name") or found.environment["processor"]
+    axes.set_title(f"{found.bundle['name']}, {hardware}, {found.environment['date']}", fontsize=7, color=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return to_png(figure)
+
+
+def _table(*left: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

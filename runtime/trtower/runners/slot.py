@@ -1,0 +1,171 @@
+"""What one call of an engine needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from trtower.errors import BackendError
+from trtower.runners import OnStart
+
+logger = logging.getLogger(__name__)
+
+
+class Profile(NamedTuple):
+    """The batches that an engine was built for: at least, as tuned, at most."""
+
+    least: int
+    tuned: int
+    most: int
+
+
+class Slot:
+    """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come in.
+
+    Every profile has a context of its own, and so has every graph: what a graph has captured, no other call changes.
+    They share one piece of scratch memory, because no two of them run at once. It is torch's, which gives from its
+    cache what a program has freed. ``stream`` is the handle of the stream that used it last, None before any did.
+    """
+
+    def __init__(
+        self,
+        make_context: Callable[[], Any],
+        scratch_bytes: int,
+        profiles: Sequence[Profile],
+        names: tuple[str, str],
+        device: torch.device,
+        *,
+        capture: bool,
+    ) -> None:
+        self.stream: int | None = None
+        self._make_context, self._scratch_bytes, self._profiles, self._names = (
+            make_context,
+            scratch_bytes,
+            profiles,
+            names,
+        )
+        self._device, self._capture = device, capture
+        self._buckets = {batch for profile in profiles for batch in profile}
+        try:
+            self._scratch = allocate(scratch_bytes, device)
+        except torch.OutOfMemoryError as err:
+            raise BackendError(
+                f"no room for an execution context on {device}: it needs {scratch_bytes} bytes of GPU memory."
+            ) from err
+        self._last_call = torch.cuda.Event()
+        self._graphs: dict[int, Graph] = {}
+        self._contexts: dict[int, Any] = {}
+        self._open_context(0, torch.cuda.current_stream(device).cuda_stream)
+
+    def enqueue(
+        self, images: torch.Tensor, features: torch.Tensor, stream: Any, on_start: OnStart | None = None
+    ) -> None:
+        """Queue a call in ``stream``, after the slot's call before. Raises BackendError where TensorRT refuses."""
+        stream.wait_event(self._last_call)
+        if on_start:
+            on_start(stream)
+        graph = self._graph_for(images, features, stream)
+        if graph:
+            graph.replay(images, features, stream)
+        else:
+            self._launch(self._context_for(len(images), stream.cuda_stream), images, features, stream.cuda_stream)
+        self._last_call.record(stream)
+        self.stream = stream.cuda_stream
+
+    def close(self) -> None:
+        """Wait for the last call, and let go of everything."""
+        self._last_call.synchronize()
+        self._graphs.clear()
+        self._contexts.clear()
+        del self._scratch
+
+    def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
+        """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
+        batch = len(images)
+        if not self._capture or batch not in self._buckets:
+            return None
+        if batch not in self._graphs:
+            try:
+                self._graphs[batch] = self._capture_graph(images, features, stream)
+            except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
+                self._capture = False
+                logger.warning("CUDA graphs are left out, every call is launched: batch %d: %s", batch, err)
+                return None
+        return self._graphs[batch]
+
+    def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
+        context = self._new_context(self._profile_for(len(images)), stream.cuda_stream)
+        with torch.cuda.stream(stream):
+            given, made = torch.zeros_like(images), torch.empty_like(features)
+            self._launch(context, given, made, stream.cuda_stream)  # TensorRT wants a shape's first call uncaptured
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._launch(context, given, made, stream.cuda_stream)
+            finally:
+                graph.capture_end()
+        return Graph(graph, context, given, made)
+
+    def _context_for(self, batch: int, stream: int) -> Any:
+        index = self._profile_for(batch)
+        return self._contexts.get(index) or self._open_context(index, stream)
+
+    def _profile_for(self, batch: int) -> int:
+        """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
+        fitting = [index for index, each in enumerate(self._profiles) if each.least <= batch <= each.most]
+        if not fitting:
+            raise BackendError(f"no profile of the plan takes {batch} images: {self._profiles} are there.")
+        return min(
+            fitting,
+            key=lambda index: (
+                abs(self._profiles[index].tuned - batch),
+                self._profiles[index].most - self._profiles[index].least,
+            ),
+        )
+
+    def _open_context(self, profile: int, stream: int) -> Any:
+        self._contexts[profile] = self._new_context(profile, stream)
+        return self._contexts[profile]
+
+    def _new_context(self, profile: int, stream: int) -> Any:
+        context = self._make_context()
+        if context is None:
+            raise BackendError(
+                f"no execution context on {self._device}, for want of GPU memory beside {self._scratch_bytes} bytes of "
+                "scratch; TensorRT's reason is in the log."
+            )
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch_bytes)
+        if profile and not context.set_optimization_profile_async(profile, stream):
+            raise BackendError(f"profile {profile} of the plan could not be set; TensorRT's reason is in the log.")
+        return context
+
+    def _launch(self, context: Any, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
+        given, made = self._names
+        accepted = (
+            context.set_input_shape(given, tuple(images.shape))
+            and context.set_tensor_address(given, images.data_ptr())
+            and context.set_tensor_address(made, features.data_ptr())
+            and context.execute_async_v3(stream)
+        )
+        if not accepted:
+            raise BackendError(f"TensorRT could not run {tuple(images.shape)}; its reason is in the log.")
+
+
+class Graph:
+    """A captured call, with tensors of its own: it reads and writes no address that it was not captured with."""
+
+    def __init__(self, graph: Any, context: Any, given: torch.Tensor, made: torch.Tensor) -> None:
+        self._graph, self._context, self._given, self._made = graph, context, given, made
+
+    def replay(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> None:
+        """Run it on ``images``; two copies on the GPU are what it costs."""
+        with torch.cuda.stream(stream):
+            self._given.copy_(images)
+            self._graph.replay()
+            features.copy_(self._made)
+
+
+def allocate(size: int, device: torch.device) -> torch.Tensor:
+    """Take bytes of a GPU's memory, at an address that TensorRT's alignment is content with."""
+    return torch.empty(max(size, 1), dtype=torch.uint8, device=device)
