@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest test-slow test-gpu test-matrix goals precisions clean
+.PHONY: demo test lint types pytest test-slow test-gpu test-matrix bench bench-gpu goals precisions clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -37,6 +37,23 @@ test-matrix:
 # What the README's table was made with.
 goals: $(STAMP)
 	$(BIN)/python benchmarks/goals.py
+
+# ViT-L/14-336 against PyTorch and other runtimes, in FP16 and in BF16; results under benchmarks/results.
+BENCH_OUT ?= benchmarks/results
+BENCH_FLAVOUR ?= none
+BENCH_OPTIONS ?=
+bench: $(STAMP)
+	mkdir -p $(BENCH_OUT)
+	for precision in fp16 bf16; do \
+		$(BIN)/trtower export openai/clip-vit-large-patch14-336 --random-weights --precision $$precision \
+			--flavour $(BENCH_FLAVOUR) --no-check --overwrite --out engines/vit-l-$$precision && \
+		$(BIN)/trtower bench engines/vit-l-$$precision $(BENCH_OPTIONS) \
+			--json $(BENCH_OUT)/vit-l-$$precision.json --plot $(BENCH_OUT)/vit-l-$$precision.png || exit 1; \
+	done
+
+# The same where a GPU is, on a plan if one runs.
+bench-gpu:
+	$(MAKE) bench BENCH_FLAVOUR=auto BENCH_OPTIONS="--batch 1 8 32"
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

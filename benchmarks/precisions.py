@@ -33,7 +33,7 @@ with TemporaryDirectory() as folder:
         source = str(write_checkpoint(Path(folder, "vit-s")))
     print("precision  graph MB  plan MB  cosine, mean  worst    relative error  PyTorch's own  checked on")
     for name, choice in CHOICES.items():
-        options = ExportOptions(**choice, batch=BatchProfile(min=1, opt=4, max=8), check=False)
+        options = ExportOptions(**choice, profiles=(BatchProfile(min=1, opt=4, max=8),), check=False)
         bundle = export_tower(source, Path(folder, name), options)
         photographs = load_photographs(None, limit=LIMIT)
         bundle = check_bundle(bundle, open_checkpoint(source), photographs, LoggedProgress(), quick=True)

@@ -92,7 +92,7 @@ def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         key = (family, *sorted(options.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / f"tiny-{family}"
-            settings = ExportOptions(**{"batch": BATCH, "check": False, **options})
+            settings = ExportOptions(**{"profiles": (BATCH,), "check": False, **options})
             made[key] = export_tower(str(checkpoints[family]), out, settings).path
         return made[key]
 

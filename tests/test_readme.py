@@ -42,16 +42,19 @@ def test_make_target_exists(target: str) -> None:
 def test_command_is_understood(line: str) -> None:
     name, *arguments = shlex.split(line)[1:]
     command = typer.main.get_command(cli._app()).commands[name]
-    assert command.make_context(name, arguments)
+    assert command.make_context(name, cli.gather(arguments))
 
 
 def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clip_bundle, BUNDLE)
-    code, _ = blocks("python")
+    load, serve, _ = blocks("python")
     names = {"image": Image.new("RGB", (60, 50))}
-    exec(code, names)  # noqa: S102 - the README's own example
-    assert names["features"].shape == (1, 9, 64)
+    exec(load, names)  # noqa: S102 - the README's own example
+    features = names.pop("features")
+    assert features.shape == (1, 9, 64)
+    exec(serve, names)  # noqa: S102 - the README's own example
+    assert names["features"].equal(features)
 
 
 def test_layers_are_picked_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +65,7 @@ def test_layers_are_picked_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     transformers.CLIPVisionModel(config).save_pretrained("deep")
     options = ExportOptions(select_layer=(-2, -5, -8, -11, 6), flavour="none", check=False)
     export_tower("deep", Path("engines/vip-llava-7b-hf"), options)
-    _, code = blocks("python")
+    *_, code = blocks("python")
     names: dict[str, Any] = {}
     exec(code, names)  # noqa: S102 - the README's own example
     assert names["tower"].hidden_size == 2 * 64

@@ -9,14 +9,18 @@ import typer
 from rich.console import Console
 
 from trtower.bundle import PREPROCESSOR, Bundle
-from trtower.errors import InputError
+from trtower.errors import ConfigError, InputError
 from trtower.layer_codes import parse_layer_code
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
 
 BatchOption = Annotated[
-    tuple[int, int, int] | None,
-    typer.Option("--batch", metavar="MIN OPT MAX", help="Images per engine call: at least, as tuned, at most."),
+    list[str] | None,
+    typer.Option(
+        "--batch",
+        metavar="MIN OPT MAX",
+        help="Images per engine call: at least, as tuned, at most; repeat for several profiles.",
+    ),
 ]
 FlavourOption = Annotated[
     str,
@@ -100,7 +104,7 @@ def export(
         keep_fp32=_listed(keep_fp32 or ""),
         keep_fp16=None if keep_fp16 is None else _listed(keep_fp16),
         images=images,
-        batch=_profile(batch),
+        profiles=tuple(_profile(text) for text in batch or ()),
         flavour=flavour,
         compute_capabilities=tuple(compute_capability or ()),
         random_weights=random_weights,
@@ -264,8 +268,8 @@ def doctor(
 def bench(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     batch: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(help="Images at once, three sizes or fewer. Default: the profile's on a GPU, else its minimum."),
+        list[str] | None,
+        typer.Option("--batch", metavar="N …", help="Images at once. Default: the profile's; its minimum on a CPU."),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Whom to race, by comma: eager, sdpa, compile, onnxruntime, … Default: all.")
@@ -295,7 +299,7 @@ def bench(
         if path and (path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != suffix):
             raise InputError(f"{path} cannot be written: a {suffix} in a folder that exists is expected of {option}.")
     options = BenchOptions(
-        batches=batch,
+        batches=tuple(size for text in batch or () for size in _numbers(text)) or None,
         against=AGAINST if against is None else _listed(against),
         backend=backend,
         rounds=rounds,
@@ -326,8 +330,19 @@ def demo(
     return run_demo(out, Console())
 
 
-def _profile(batch: tuple[int, int, int] | None) -> BatchProfile | None:
-    return BatchProfile(min=batch[0], opt=batch[1], max=batch[2]) if batch else None
+def _numbers(text: str) -> list[int]:
+    """Read what `cli.gather` has made one argument of."""
+    try:
+        return [int(number) for number in text.replace(",", " ").split()]
+    except ValueError as err:
+        raise ConfigError(f"--batch {text}: numbers are expected.") from err
+
+
+def _profile(text: str) -> BatchProfile:
+    numbers = _numbers(text)
+    if len(numbers) != 3:
+        raise ConfigError(f"--batch {text}: three numbers are expected, such as 1 8 32.")
+    return BatchProfile(min=numbers[0], opt=numbers[1], max=numbers[2])
 
 
 def _listed(text: str) -> tuple[str, ...]:

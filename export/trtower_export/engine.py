@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -144,7 +144,7 @@ def add_plan(bundle: Bundle, flavour: str, compute_capabilities: tuple[str, ...]
                     graph,
                     target,
                     manifest.input,
-                    manifest.batch,
+                    manifest.profiles,
                     Path(folder),
                     step,
                     mixed=manifest.is_mixed,
@@ -163,7 +163,7 @@ def build_plan(
     graph: Path,
     target: Target,
     tensor: TensorSpec,
-    batch: BatchProfile,
+    profiles: Sequence[BatchProfile],
     folder: Path,
     step: Step,
     *,
@@ -187,10 +187,11 @@ def build_plan(
     )
     polygraphy = _import_polygraphy(target.flavour)
     monitor = _monitor(module, step)
-    profile = polygraphy.Profile().add(
-        tensor.name, *((n, *tensor.shape[1:]) for n in (batch.min, batch.opt, batch.max))
-    )
-    settings: dict[str, Any] = {"profiles": [profile], "progress_monitor": monitor}
+    ranges = [
+        polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
+        for each in profiles
+    ]
+    settings: dict[str, Any] = {"profiles": ranges, "progress_monitor": monitor}
     with _collect_errors() as errors, _hold_interrupts(monitor):
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)

@@ -25,7 +25,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.manifest import BatchFigures, Certificate, ImageFigures, Manifest
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import candidates, choose
-from trtower.spec import PRECISIONS, BatchProfile
+from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
 from trtower_export.bounds import judge
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
@@ -73,7 +73,7 @@ def certify(
         _check_weights(own_tower, manifest, checkpoint.source)
         own_tower = _in_precision(own_tower, bundle).to(runner.device)
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
-    batches = [manifest.batch.min] if quick else batches_of(manifest.batch)
+    batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
     half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
     typed = EmulatedRunner(bundle, worst=False) if half else None
     towers = _Towers(bundle, checkpoint, model, own_tower, runner, typed, states)
@@ -115,9 +115,9 @@ def certify(
     )
 
 
-def batches_of(profile: BatchProfile) -> list[int]:
-    """List how many images are run at once: minimum, optimum, maximum, and one more, which takes two calls."""
-    return sorted({profile.min, profile.opt, profile.max, profile.max + 1})
+def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
+    """List how many images are run at once: each minimum, optimum, maximum, and one more, which takes two calls."""
+    return [*sizes(profiles), cover(profiles).max + 1]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Calibration, Manifest, Source
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile
+from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
@@ -59,7 +59,7 @@ CHECK_PHOTOGRAPHS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default.
+    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default, as () does.
 
     ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
     a folder, and on drawn images; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8"
@@ -73,7 +73,7 @@ class ExportOptions:
     keep_fp32: tuple[str, ...] = ()
     keep_fp16: tuple[str, ...] | None = None
     images: Path | None = None
-    batch: BatchProfile | None = None
+    profiles: tuple[BatchProfile, ...] = ()
     flavour: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
     random_weights: bool = False
@@ -83,6 +83,8 @@ class ExportOptions:
     check: bool = True
 
     def __post_init__(self) -> None:
+        if self.profiles:
+            cover(self.profiles)
         if self.precision not in (AUTO, *PRECISIONS):
             raise ConfigError(f"precision {self.precision!r} is unknown: {AUTO}, {', '.join(PRECISIONS)} are known.")
         if self.keep_fp32 and self.precision == "fp32":
@@ -115,7 +117,8 @@ def export_tower(
         source, random_weights=options.random_weights, revision=options.revision, trust=options.trust
     )
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
-    batch = options.batch or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH)
+    profiles = options.profiles or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH,)
+    batch = cover(profiles)
     input_, output = spec.input(precision), spec.output(precision)
     out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
     refuse_existing(out, overwrite=options.overwrite)
@@ -169,7 +172,7 @@ def export_tower(
             calibration=calibration,
             input=input_,
             output=output,
-            batch=batch,
+            profiles=profiles,
             files={name: describe(folder / name) for name in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
             plans=(),
             versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
@@ -178,7 +181,9 @@ def export_tower(
         progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:
             with progress.step(f"Build the {target.flavour} plan") as step:
-                entry, plan = build_plan(folder / GRAPH, target, input_, batch, folder, step, mixed=manifest.is_mixed)
+                entry, plan = build_plan(
+                    folder / GRAPH, target, input_, profiles, folder, step, mixed=manifest.is_mixed
+                )
             manifest = replace(manifest, plans=(entry,), files={**manifest.files, entry.file: describe(plan)})
         write_manifest(folder, manifest)
 

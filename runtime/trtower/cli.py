@@ -3,8 +3,10 @@
 The export side registers its commands as entry points, so this module never imports it.
 """
 
+import itertools
 import json
 import logging
+import re
 import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +37,7 @@ def run(arguments: list[str]) -> int:
         import_extra("rich", extra="cli", purpose="the trtower command")
         command = typer.main.get_command(_app())
         result = command.main(
-            [a for a in arguments if a != "--debug"] or ["--help"], prog_name="trtower", standalone_mode=False
+            gather([a for a in arguments if a != "--debug"]) or ["--help"], prog_name="trtower", standalone_mode=False
         )
     except TrtowerError as err:
         if debug:
@@ -60,6 +62,19 @@ def run(arguments: list[str]) -> int:
     if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code
         return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
+
+
+def gather(arguments: list[str]) -> list[str]:
+    """Make one argument of the numbers after `--batch`, of which an option of typer takes one or a fixed few."""
+    gathered: list[str] = []
+    rest = list(arguments)
+    while rest:
+        gathered.append(rest.pop(0))
+        if gathered[-1] == "--batch":
+            numbers = list(itertools.takewhile(lambda each: re.fullmatch(r"-?\d+", each), rest))
+            gathered += [" ".join(numbers)] if numbers else []
+            del rest[: len(numbers)]
+    return gathered
 
 
 def _fail(message: str, code: int) -> int:

@@ -33,7 +33,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         **{key: data[key] for key in ("name", "schema", "trtower", "spec", "full", "cut", "source")},
         **{key: data[key] for key in ("precision", "keep_fp32", "calibration", "input", "output")},
-        "batch": data["batch"],
+        "batch": dataclasses.asdict(manifest.batch),
+        "profiles": data["profiles"],
         "hidden_size": manifest.spec.hidden_size,
         "num_patches": manifest.spec.num_patches,
         "plans": [{**plan, "size": manifest.files[plan["file"]].size} for plan in data["plans"]],
@@ -59,6 +60,7 @@ def _without_altered(candidate: Candidate, altered: list[str]) -> Candidate:
 def as_text(found: dict[str, Any]) -> str:
     """Put a description into words."""
     spec, source, batch = found["spec"], found["source"], found["batch"]
+    tuned = " and ".join(dict.fromkeys(str(profile["opt"]) for profile in found["profiles"]))
     weights = "RANDOM WEIGHTS: a rehearsal, its features mean nothing" if source["random_weights"] else "pretrained"
     lines = [
         f"{found['name']}: {spec['family']} tower from {source['checkpoint']}",
@@ -66,7 +68,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"  reads        {TowerSpec(**spec).reading}",
         f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
         f"  precision    {describe_precision(found['precision'], found['keep_fp32'], found['calibration'])}",
-        f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {batch['opt']}",
+        f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {tuned}",
         f"  features     {found['num_patches']} patches of {found['hidden_size']}",
         f"  on disk      {found['size'] / MB:.0f} MB, made by trtower {found['trtower']}",
         "  plans",

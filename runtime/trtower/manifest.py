@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec
+from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, cover
 
 SCHEMA = 5
 """Raised whenever a key is added, removed or changes its meaning."""
@@ -191,6 +191,7 @@ class Manifest:
 
     ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
     operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
+    ``profiles`` are what plans are tuned for; the graph takes any batch that they cover.
     ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
     """
 
@@ -206,7 +207,7 @@ class Manifest:
     calibration: Calibration | None
     input: TensorSpec
     output: TensorSpec
-    batch: BatchProfile
+    profiles: tuple[BatchProfile, ...]
     files: dict[str, FileEntry]
     plans: tuple[PlanEntry, ...]
     versions: dict[str, str]
@@ -223,6 +224,9 @@ class Manifest:
         ):
             if found != expected:
                 raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
+        if not self.profiles:
+            raise ConfigError("profiles is empty: one at least is expected.")
+        cover(self.profiles)
         if (self.cut.layers, self.full.layers) != (self.spec.depth, self.spec.num_layers):
             raise ConfigError(
                 f"{self.cut.layers} of {self.full.layers} layers are counted; the spec reads {self.spec.depth} of "
@@ -236,6 +240,11 @@ class Manifest:
     def is_mixed(self) -> bool:
         """Whether the graph holds weights of several precisions."""
         return bool(self.keep_fp32 or self.calibration)
+
+    @property
+    def batch(self) -> BatchProfile:
+        """What one call takes, over all profiles."""
+        return cover(self.profiles)
 
     @property
     def certificate(self) -> Certificate | None:

@@ -45,6 +45,23 @@ class BatchProfile:
             yield min(start, stop - self.min), stop
 
 
+def cover(profiles: Sequence[BatchProfile]) -> BatchProfile:
+    """Give what several profiles take together, tuned as the last; raise ConfigError where they leave a batch out."""
+    ordered = sorted(profiles, key=lambda profile: profile.min)
+    reached = ordered[0].max
+    for profile in ordered[1:]:
+        if profile.min > reached + 1:
+            each = ", ".join(f"{p.min} {p.opt} {p.max}" for p in profiles)
+            raise ConfigError(f"batch profiles {each} leave out {reached + 1} to {profile.min - 1} images.")
+        reached = max(reached, profile.max)
+    return BatchProfile(min=ordered[0].min, opt=profiles[-1].opt, max=reached)
+
+
+def sizes(profiles: Sequence[BatchProfile]) -> list[int]:
+    """List the batches that profiles name: least, as tuned, most."""
+    return sorted({size for profile in profiles for size in (profile.min, profile.opt, profile.max)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """One tensor of the graph: its name, dtype, and shape with the batch written as "batch"."""

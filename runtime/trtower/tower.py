@@ -23,6 +23,7 @@ from trtower.pick import pick
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose
 from trtower.runners.tensorrt import EngineOptions
+from trtower.spec import sizes
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +133,14 @@ class VisionTower(nn.Module):
     def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
         """Run the engine once on each number of images, so that no later call pays for what the first one does.
 
-        By default the profile's minimum, optimum and maximum. Returns the tower.
+        By default every profile's minimum, optimum and maximum. Returns the tower.
         """
         runner, manifest = self._loaded(), self.bundle.manifest
-        profile = manifest.batch
-        for batch in sorted({profile.min, profile.opt, profile.max}) if batches is None else batches:
+        for batch in sizes(manifest.profiles) if batches is None else batches:
             shape = (batch, 3, self.spec.image_size, self.spec.image_size)
-            run_batch(runner, profile, manifest.output, torch.zeros(shape, dtype=runner.dtype, device=runner.device))
+            run_batch(
+                runner, manifest.batch, manifest.output, torch.zeros(shape, dtype=runner.dtype, device=runner.device)
+            )
         if runner.device.type == "cuda":
             torch.cuda.synchronize(runner.device)
         runner.keep()

@@ -122,7 +122,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         "calibration": None,
         "input": spec.input(precision),
         "output": spec.output(precision),
-        "batch": BatchProfile(min=1, opt=4, max=8),
+        "profiles": (BatchProfile(min=1, opt=4, max=8),),
         "files": {name: FileEntry(sha256=sha256(name), size=size) for name, size in {**SIZES, PLAN: 45012345}.items()},
         "plans": (
             PlanEntry(

@@ -61,7 +61,11 @@ def test_minimum_optimum_maximum_and_one_more_are_checked(
 ) -> None:
     if isinstance(profile, tuple):
         profile = BatchProfile(min=profile[0], opt=profile[1], max=profile[2])
-    assert batches_of(profile) == batches
+    assert batches_of([profile]) == batches
+
+
+def test_every_profile_is_checked() -> None:
+    assert batches_of([BatchProfile(min=1, opt=1, max=1), BatchProfile(min=1, opt=8, max=32)]) == [1, 8, 32, 33]
 
 
 def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
@@ -278,7 +282,7 @@ def test_checkpoint_that_is_not_finite_in_fp32_is_sent_to_the_doctor_in_one_line
     infinite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = export_tower(
-        str(infinite), tmp_path / "b", ExportOptions(flavour="none", check=False, precision="fp32", batch=BATCH)
+        str(infinite), tmp_path / "b", ExportOptions(flavour="none", check=False, precision="fp32", profiles=(BATCH,))
     )
     folder = pictures(tmp_path / "pictures", readable=1)
     assert run(["check", str(bundle.path), "--images", str(folder)]) == 1

@@ -66,7 +66,7 @@ def changed(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[Change], 
 
 
 def export_changed(checkpoint: Path, out: Path, *keep_fp32: str) -> Path:
-    options = ExportOptions(flavour="none", check=False, batch=BATCH, keep_fp32=keep_fp32)
+    options = ExportOptions(flavour="none", check=False, profiles=(BATCH,), keep_fp32=keep_fp32)
     return export_tower(str(checkpoint), out, options).path
 
 

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from trtower.bundle import GRAPH, Bundle
 from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
+from trtower.spec import BatchProfile
 from trtower_export import engine
 from trtower_export.engine import Target, add_plan, build_plan, choose_target
 from trtower_export.progress import LoggedProgress
@@ -48,14 +49,16 @@ def test_plan_in_another_precision_is_refused() -> None:
 
 def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(fp32_bundle)
-    spec, batch = bundle.manifest.spec, bundle.manifest.batch
+    spec, profiles = bundle.manifest.spec, bundle.manifest.profiles
     with pytest.raises(BuildError, match="weights in float16"):
-        build_plan(fp32_bundle / GRAPH, Target(flavour="tensorrt-rtx"), spec.input("fp16"), batch, tmp_path, Recorder())
+        build_plan(
+            fp32_bundle / GRAPH, Target(flavour="tensorrt-rtx"), spec.input("fp16"), profiles, tmp_path, Recorder()
+        )
 
 
 def test_build_moves_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> None:
     manifest, recorder = Bundle.open(spoilt).manifest, Recorder()
-    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, recorder)
+    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, recorder)
     fractions = [fraction for fraction, _ in recorder.updates]
     assert len(fractions) > 50
     assert all(0 <= fraction <= 1 for fraction in fractions)
@@ -66,7 +69,7 @@ def test_build_moves_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> No
 def test_two_builds_give_the_same_bytes(spoilt: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(spoilt).manifest
     _, again = build_plan(
-        spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, Recorder()
+        spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder()
     )
     assert again.read_bytes() == (spoilt / manifest.plans[0].file).read_bytes()
 
@@ -79,7 +82,7 @@ def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
     manifest, out = Bundle.open(spoilt).manifest, tmp_path / "out"
     out.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, out, Impatient())
+        build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, out, Impatient())
     assert not any(out.rglob("*.plan"))
 
 
@@ -90,7 +93,7 @@ def test_refusal_comes_in_tensorrt_s_own_words(spoilt: Path, tmp_path: Path) -> 
     manifest = Bundle.open(spoilt).manifest
     with pytest.raises(BuildError, match=r"could not build tower\.onnx: .*NoSuchOperation"):
         build_plan(
-            tmp_path / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.batch, tmp_path, Recorder()
+            tmp_path / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder()
         )
 
 
@@ -188,3 +191,14 @@ def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.M
     assert "trtower[trt-rtx]" in reason
     with pytest.raises(MissingExtraError):
         choose_target("tensorrt-rtx", (), "fp16")
+
+
+def test_plan_of_several_profiles_is_built(export: Callable[..., Path]) -> None:
+    """That they are in it only a GPU can tell: tests/gpu."""
+    profiles = (BatchProfile(min=1, opt=1, max=1), BatchProfile(min=1, opt=4, max=8))
+    manifest = Bundle.open(export("clip", profiles=profiles)).manifest
+    assert manifest.profiles == profiles
+    assert manifest.batch == BatchProfile(min=1, opt=4, max=8)
+    (plan,) = manifest.plans
+    single = Bundle.open(export("clip")).manifest
+    assert manifest.files[plan.file].sha256 != single.files[single.plans[0].file].sha256

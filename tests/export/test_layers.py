@@ -65,7 +65,7 @@ def test_sound_graph_jumps_nowhere(
 def test_every_state_of_every_family_is_found_in_its_graph(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "checkpoint")
     options = ExportOptions(
-        select_layer=(-2, LAST), select_feature="cls_patch", batch=BATCH, flavour="none", check=False
+        select_layer=(-2, LAST), select_feature="cls_patch", profiles=(BATCH,), flavour="none", check=False
     )
     bundle = export_tower(str(tmp_path / "checkpoint"), tmp_path / "bundle", options)
     certificate = check(bundle.path, tmp_path / "checkpoint", photographs=1, quick=True, by_layer=True)

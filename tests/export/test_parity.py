@@ -136,7 +136,7 @@ def test_certificate_is_written_into_the_manifest(spoilt: Path, checkpoints: dic
 
 
 def test_minimum_batch_of_the_profile_is_respected(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
-    bundle = export("clip", precision="fp32", flavour="none", batch=BatchProfile(min=3, opt=3, max=4))
+    bundle = export("clip", precision="fp32", flavour="none", profiles=(BatchProfile(min=3, opt=3, max=4),))
     assert run_check(bundle, checkpoints["clip"]).passed
 
 

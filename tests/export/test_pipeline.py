@@ -146,7 +146,7 @@ def test_file_limit_is_told_like_a_full_disk(clip: Path, tmp_path: Path) -> None
 def test_manifest_holds_what_was_asked_for(clip_bundle: Path) -> None:
     manifest = json.loads((clip_bundle / MANIFEST).read_text())
     assert manifest["schema"] == SCHEMA
-    assert manifest["batch"] == {"min": BATCH.min, "opt": BATCH.opt, "max": BATCH.max}
+    assert manifest["profiles"] == [{"min": BATCH.min, "opt": BATCH.opt, "max": BATCH.max}]
     assert manifest["input"] == {
         "name": "pixel_values",
         "dtype": "float16",

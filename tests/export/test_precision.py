@@ -78,7 +78,7 @@ def plant(fault: str, folder: Path, **config: object) -> tuple[str, str]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found_named_and_mended(fault: str, tmp_path: Path) -> None:
     checkpoint, name = plant(fault, tmp_path / "hot")
-    plain = export_tower(checkpoint, tmp_path / "plain", ExportOptions(batch=BATCH, flavour="none"))
+    plain = export_tower(checkpoint, tmp_path / "plain", ExportOptions(profiles=(BATCH,), flavour="none"))
     assert not plain.manifest.certificate.passed
 
     opened = open_checkpoint(checkpoint)
@@ -88,7 +88,7 @@ def test_planted_fault_is_found_named_and_mended(fault: str, tmp_path: Path) -> 
     assert [each.name for each in found.operations if each.overflow] == [name]
     assert [each.name for each in found.operations if each.error["fp16"] is None] == [name]
 
-    mended = export_tower(checkpoint, tmp_path / "auto", ExportOptions(batch=BATCH, precision="auto"))
+    mended = export_tower(checkpoint, tmp_path / "auto", ExportOptions(profiles=(BATCH,), precision="auto"))
     assert mended.manifest.keep_fp32 == (name,)
     assert mended.manifest.precision == "fp16"
     certificate = mended.manifest.certificate
@@ -110,7 +110,7 @@ def test_island_adds_less_than_two_percent_to_graph_and_plans_of_a_deep_tower(fa
     checkpoint, name = plant(fault, tmp_path / "hot", **size, **wide)
     sizes: list[list[int]] = []
     for keep in ((), (name,)):
-        options = ExportOptions(batch=BATCH, flavour="none", check=False, keep_fp32=keep, overwrite=True)
+        options = ExportOptions(profiles=(BATCH,), flavour="none", check=False, keep_fp32=keep, overwrite=True)
         bundle = export_tower(checkpoint, tmp_path / "b", options)
         for targets in ((), ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")):
             add_plan(Bundle.open(bundle.path), "tensorrt-rtx", targets, LoggedProgress())

@@ -444,5 +444,5 @@ def test_photograph_is_shown_as_the_tower_saw_it(config: dict[str, object]) -> N
 
 
 def test_profile_is_told(tmp_path: Path) -> None:
-    page = write(tmp_path, made_up.evidence(), batch=BatchProfile(min=2, opt=3, max=5))
+    page = write(tmp_path, made_up.evidence(), profiles=(BatchProfile(min=2, opt=3, max=5),))
     assert "takes 2 to 5 images a call, and is tuned for 3" in page.text

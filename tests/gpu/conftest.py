@@ -24,7 +24,9 @@ from trtower_export.photographs import Photographs, load_photographs
 RTX_MATRIX = ("7.5", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities in NVIDIA's support matrices of TensorRT-RTX 1.0 to 1.5."""
 
-BATCH = ("1", "2", "4")
+BATCH = ("1", "1", "1", "--batch", "1", "2", "4")
+"""Two profiles."""
+
 PICTURES = 4
 PICTURE_SIDE = 96
 

@@ -124,7 +124,9 @@ def test_graph_cannot_read_a_file_that_nothing_vouches_for(spoilt: Path, backend
         {"precision": "fp64"},
         {"schema": 0},
         {"name": None},
-        {"batch": {"min": 2, "opt": 1, "max": 1}},
+        {"profiles": [{"min": 2, "opt": 1, "max": 1}]},
+        {"profiles": []},
+        {"profiles": [{"min": 1, "opt": 1, "max": 1}, {"min": 3, "opt": 3, "max": 4}]},
         {"precision": "bf16"},
     ],
 )

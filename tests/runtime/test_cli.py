@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trtower.bundle import Bundle
-from trtower.cli import run
+from trtower.cli import gather, run
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export import bounds
 
@@ -191,3 +191,24 @@ main()
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "error: interrupted"
     assert [path.name for path in tmp_path.iterdir()] == [".b.lock"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("export CLIP --batch 1 8 32 --out b", ["export", "CLIP", "--batch", "1 8 32", "--out", "b"]),
+        ("export --batch 1 1 1 --batch 1 8 32 CLIP", ["export", "--batch", "1 1 1", "--batch", "1 8 32", "CLIP"]),
+        ("bench b --batch 1", ["bench", "b", "--batch", "1"]),
+        ("bench b --batch", ["bench", "b", "--batch"]),
+        ("bench b --batch --json f", ["bench", "b", "--batch", "--json", "f"]),
+        ("inspect b", ["inspect", "b"]),
+    ],
+)
+def test_numbers_after_batch_are_one_argument(typed: str, read: list[str]) -> None:
+    assert gather(typed.split()) == read
+
+
+@pytest.mark.parametrize("numbers", ["1 2", "1 2 3 4", "1.5", "-1 1 1"])
+def test_profile_that_is_not_three_numbers_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", "CLIP", "--no-check", "--batch", *numbers.split()]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")

@@ -59,7 +59,7 @@ def model() -> torch.nn.Module:
 def bundle(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("deep")
     model.save_pretrained(root / "checkpoint")
-    options = ExportOptions(select_layer=HELD, precision="fp32", flavour="none", batch=BATCH, check=False)
+    options = ExportOptions(select_layer=HELD, precision="fp32", flavour="none", profiles=(BATCH,), check=False)
     return export_tower(str(root / "checkpoint"), root / "bundle", options).path
 
 

@@ -80,7 +80,7 @@ def siglip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformers.SiglipVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
     )
     model.save_pretrained(root / "checkpoint")
-    options = ExportOptions(precision="fp32", flavour="none", batch=BATCH, check=False)
+    options = ExportOptions(precision="fp32", flavour="none", profiles=(BATCH,), check=False)
     return export_tower(str(root / "checkpoint"), root / "bundle", options).path
 
 

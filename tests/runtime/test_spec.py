@@ -1,7 +1,7 @@
 import pytest
 
 from trtower.errors import ConfigError, InputError
-from trtower.spec import BatchProfile, TowerSpec
+from trtower.spec import BatchProfile, TowerSpec, cover, sizes
 
 
 def spec(**changes: object) -> TowerSpec:
@@ -77,3 +77,19 @@ def test_pieces_cover_every_image_within_the_profile(low: int, high: int) -> Non
 def test_batch_below_the_minimum_is_refused() -> None:
     with pytest.raises(InputError, match="takes 4 to 8"):
         list(BatchProfile(min=4, opt=4, max=8).pieces(3))
+
+
+def profiles(*numbers: tuple[int, int, int]) -> list[BatchProfile]:
+    return [BatchProfile(min=low, opt=tuned, max=high) for low, tuned, high in numbers]
+
+
+def test_several_profiles_take_what_any_of_them_takes() -> None:
+    assert cover(profiles((1, 1, 1), (1, 8, 32))) == BatchProfile(min=1, opt=8, max=32)
+    assert cover(profiles((9, 16, 32), (2, 4, 8))) == BatchProfile(min=2, opt=4, max=32)
+    assert cover(profiles((1, 8, 32), (2, 2, 4), (33, 40, 48))) == BatchProfile(min=1, opt=40, max=48)
+    assert sizes(profiles((1, 1, 1), (1, 8, 32))) == [1, 8, 32]
+
+
+def test_profiles_that_leave_a_batch_out_are_refused() -> None:
+    with pytest.raises(ConfigError, match="batch profiles 1 8 8, 10 16 32 leave out 9 to 9 images"):
+        cover(profiles((1, 8, 8), (10, 16, 32)))

@@ -128,7 +128,7 @@ def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Call
 
 def test_rest_below_the_minimum_is_still_right(export: Callable, eager: Callable) -> None:
     profile = trtower.spec.BatchProfile(min=3, opt=3, max=4)
-    tower = VisionTower.load(export("clip", precision="fp32", flavour="none", batch=profile))
+    tower = VisionTower.load(export("clip", precision="fp32", flavour="none", profiles=(profile,)))
     batch = images(5)
     assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
     with pytest.raises(InputError, match="batch 2; this engine takes 3 to 4"):
@@ -205,7 +205,7 @@ def test_config_answers_before_loading(fp32_bundle: Path) -> None:
     assert tower.cfg_only.patch_size == 14
     assert tower.vision_tower_name == str(fp32_bundle)
     assert (tower.select_layer, tower.select_feature) == (-2, "patch")
-    with pytest.raises(BackendError, match=r"call load_model\(\) first"):
+    with pytest.raises(BackendError, match=r"not loaded, or closed: call load_model\(\)"):
         tower(images(1))
     tower.load_model()
     assert tower.is_loaded

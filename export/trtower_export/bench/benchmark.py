@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError, TrtowerError
+from trtower.spec import sizes
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
@@ -60,8 +61,9 @@ class Timing:
 class Cold:
     """One entrant alone in a process of its own, at the smallest batch: seconds, and bytes at the peak.
 
-    ``load_s`` is from files to something that can be called, None where there are no files because weights are drawn;
-    ``first_s`` is the first call. On a GPU ``peak_bytes`` is what the device lost, elsewhere the resident set.
+    torch is imported before, and the backend is not. ``load_s`` is from files to something that can be called, None
+    where there are no files because weights are drawn; ``first_s`` is the first call. On a GPU ``peak_bytes`` is what
+    the device lost, elsewhere the resident set.
     """
 
     entrant: str
@@ -119,8 +121,7 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
         arena = Arena.open(bundle, checkpoint, options.backend)
     tower = arena.tower
     kind = arena.device.type
-    profile = manifest.batch
-    batches = options.batches or ((profile.min, profile.opt, profile.max) if kind == "cuda" else (profile.min,))
+    batches = options.batches or (tuple(sizes(manifest.profiles)) if kind == "cuda" else (manifest.batch.min,))
     rounds = options.rounds or ROUNDS[kind]
     entrants, absent = _enter_all(arena, options.against, progress)
     cold = []
@@ -170,11 +171,12 @@ def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[
 def _run_cold(
     bundle: Bundle, checkpoint: Checkpoint, entrant: Entrant, batch: int, absent: dict[str, str]
 ) -> Cold | None:
-    """Load and call an entrant once in a process of its own."""
+    """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
     source = [checkpoint.source, checkpoint.revision or "", "random" if checkpoint.random_weights else ""]
     arguments = [str(bundle.path), *source, entrant.name, entrant.backend or "", str(batch)]
     command = [sys.executable, "-m", "trtower_export.bench.cold", *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    for _ in range(2 if entrant.backend else 1):
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         absent[f"{entrant.name}, alone"] = words[-1]

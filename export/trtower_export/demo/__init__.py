@@ -65,7 +65,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
             folder.parent.mkdir(parents=True, exist_ok=True)
             with quiet_transformers(), TemporaryDirectory(dir=folder.parent) as temporary:
                 write_checkpoint(Path(temporary, PRETRAINED)).rename(folder)
-    options = ExportOptions(batch=BatchProfile(min=1, opt=4, max=8), overwrite=True, check=False)
+    options = ExportOptions(profiles=(BatchProfile(min=1, opt=4, max=8),), overwrite=True, check=False)
     bundle = export_tower(str(folder), out / PRETRAINED, options, progress)
     rows: list[PcaRow] = []
     prefix = bundle.manifest.spec.num_prefix_tokens
