@@ -132,7 +132,6 @@ def test_entrant_that_breaks_alone_is_named(
     absent: dict[str, str] = {}
     bundle, checkpoint = Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"]))
     entrant = enter(Arena.open(bundle, checkpoint), "eager")
-    monkeypatch.setenv("PYTHONPATH", "")
     gone = dataclasses.replace(checkpoint, source="nowhere/at-all")
     assert module._run_cold(bundle, gone, entrant, 1, absent) is None
     assert "CheckpointError" in absent["eager, alone"]

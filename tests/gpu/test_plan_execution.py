@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from trtower import BatchReport, EngineOptions
 from trtower.bundle import Bundle
 from trtower.manifest import Certificate
 from trtower.runners.choose import choose
@@ -189,6 +191,58 @@ def test_eight_threads_on_two_streams_get_the_answers_of_one(clip_tower: VisionT
     with ThreadPoolExecutor(THREADS) as pool:
         errors = list(pool.map(serve, range(THREADS)))
     assert max(errors) <= SAME_ANSWER, errors
+
+
+@pytest.mark.parametrize("options", [{"cuda_graphs": False}, {"contexts": 1}, {"kernel_specialization": "eager"}])
+def test_options_change_no_answer(clip_tower: VisionTower, flavour: str, options: dict[str, Any]) -> None:
+    with VisionTower.load(clip_tower.bundle.path, flavour, engine=EngineOptions(**options)) as other:
+        for batch in range(1, clip_tower.bundle.manifest.batch.max + 2):
+            images = draw_images(clip_tower, batch, seed=batch)
+            for _ in range(3):  # the first captures, or compiles
+                found = run(other, images)
+            assert error_of_worst_image(found, run(clip_tower, images)) <= SAME_ANSWER
+
+
+def test_streams_have_no_more_contexts_than_the_bound(clip_tower: VisionTower, flavour: str) -> None:
+    with VisionTower.load(clip_tower.bundle.path, flavour, engine=EngineOptions(contexts=2)) as tower:
+        images = draw_images(tower, 2)
+        expected = run(tower, images)
+        torch.cuda.synchronize()
+        for _ in range(8):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                features = run(tower, images)
+            torch.cuda.synchronize()
+            assert error_of_worst_image(features, expected) <= SAME_ANSWER
+        assert tower._runner._slots._made <= 2
+
+
+def test_run_time_is_told_by_the_gpu(clip_tower: VisionTower) -> None:
+    reports: list[BatchReport] = []
+    clip_tower.on_batch = reports.append
+    try:
+        run(clip_tower, draw_images(clip_tower, 2))
+    finally:
+        clip_tower.on_batch = None
+    (report,) = reports
+    assert 0 < report.run_s < 1
+
+
+def test_closed_tower_gives_its_memory_back(clip_tower: VisionTower, flavour: str) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    tower = VisionTower.load(clip_tower.bundle.path, flavour).warmup()
+    assert torch.cuda.memory_allocated() > before
+    tower.close()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_compiled_kernels_are_kept_beside_the_bundle(clip_tower: VisionTower, flavour: str) -> None:
+    if flavour != "tensorrt-rtx":
+        pytest.skip("TensorRT-RTX alone compiles while it runs")
+    path = clip_tower.bundle.path
+    VisionTower.load(path, flavour).warmup().close()
+    assert list((path.parent / f".{path.name}.runtime-cache").glob("*.cache"))
 
 
 def test_memory_is_flat_over_a_thousand_calls(clip_tower: VisionTower) -> None:

@@ -20,7 +20,6 @@ from tests.runtime.fake_tensorrt_without_gpu import (
     FAKE_DEVICE_MEMORY,
     FAKE_VERSION,
     FakeCuda,
-    FakeEvent,
     FakeGraph,
     FakeStream,
     FakeTensorRT,
@@ -36,20 +35,6 @@ DEVICE = torch.device("cuda", 1)
 PLAN = "plans/fake.plan"
 THREADS = 8
 CALLS = 10
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    fake = FakeCuda()
-    for name in ("device", "current_stream", "get_device_capability", "stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.new_graph)
-    monkeypatch.setattr("trtower.runners.slot.allocate", lambda size, device: torch.empty(64))
-    # The host's memory is not aligned as a GPU's is; tests/gpu holds what becomes of a slice.
-    monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
-    return fake
 
 
 @pytest.fixture

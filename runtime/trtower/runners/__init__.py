@@ -43,7 +43,7 @@ class Runner(Protocol):
         """Fill ``hidden_states`` (B, P + N, D) from ``pixel_values`` (B, 3, S, S).
 
         Both are contiguous, of this runner's dtype and on its device, and B is within the batch profile. On
-        CUDA the work comes after what the current stream holds; TensorRT only queues it there, ONNX Runtime waits.
+        CUDA the work is only queued, after what the current stream holds and before what it is given next.
         """
 
     def keep(self) -> None:

@@ -16,7 +16,7 @@ from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.manifest import PlanEntry
 from trtower.runners import Runner
-from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
+from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeCudaRunner, OnnxRuntimeRunner
 from trtower.runners.openvino import ARITHMETIC, OpenVinoRunner, has_bf16
 from trtower.runners.tensorrt import EngineOptions, TensorRTRunner
 
@@ -59,6 +59,8 @@ class Candidate:
             return TensorRTRunner(bundle, self.plan, self.device, engine)
         if self.backend in ARITHMETIC:
             return OpenVinoRunner(bundle, self.backend)
+        if self.backend == "onnxruntime-cuda":
+            return OnnxRuntimeCudaRunner(bundle, self.device, cuda_graphs=engine.cuda_graphs)
         return OnnxRuntimeRunner(bundle, self.device)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners import CLOSED, OnStart
+from trtower.spec import sizes
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
@@ -21,28 +23,26 @@ FAST_FP16_FROM = (1, 32)
 """ONNX Runtime whose FP16 attention on the CPU was seen to be fast: 1.23.2 took 51.8 s for an image of ViT-L/14-336
 that takes 1.32.0 1.1 s."""
 
+LAUNCH = -1
+"""ONNX Runtime's number for a run that is neither captured nor replayed (`gpu_graph_id`)."""
+
 logger = logging.getLogger(__name__)
 
 
 class OnnxRuntimeRunner:
-    """One session, which ONNX Runtime lets threads share; each call binds its own tensors."""
+    """One session on the CPU, which ONNX Runtime lets threads share; each call binds its own tensors."""
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, **settings: str) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
         # Both as buffers: what was hashed is what is loaded, and a graph that names another file finds none.
         graph, weights = bundle.read(GRAPH), bundle.map(GRAPH_DATA)
         provider = PROVIDERS[device.type]
-        settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_external_initializers_from_files_in_memory([GRAPH_DATA], [weights], [len(weights)])
-        if device.type == "cpu" and bundle.manifest.precision == "fp16" and _version(ort.__version__) < FAST_FP16_FROM:
-            logger.warning(
-                "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
-                "export with --precision fp32 for this machine",
-                ort.__version__,
-                *FAST_FP16_FROM,
-            )
+        if device.type == "cpu":
+            options.intra_op_num_threads = torch.get_num_threads()
+            _warn_of_slow_fp16(ort, bundle)
         try:
             self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
@@ -53,32 +53,28 @@ class OnnxRuntimeRunner:
                 f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
             )
         _check_contract(self._session, bundle)
-        self._device_type, self._device_index = device.type, device.index or 0
+        self._ort, self._place = ort, (device.type, device.index or 0, _ELEMENT_TYPES[bundle.manifest.input.dtype])
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
-        self._element_type = _ELEMENT_TYPES[self._input.dtype]
         self.backend = f"onnxruntime-{device.type}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = device
-        self.dtype = getattr(torch, self._input.dtype)
+        self.dtype: torch.dtype = getattr(torch, self._input.dtype)
         self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
+        if on_start:
+            on_start(None)
+        self._run(pixel_values, hidden_states, None)
+
+    def _run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, options: Any) -> None:
         session = self._session
         if session is None:
             raise BackendError(CLOSED)
         binding = session.io_binding()
-        place = (self._device_type, self._device_index, self._element_type)
-        binding.bind_input(self._input.name, *place, tuple(pixel_values.shape), pixel_values.data_ptr())
-        binding.bind_output(self._output.name, *place, tuple(hidden_states.shape), hidden_states.data_ptr())
-        if self._device_type == "cuda":
-            # The session has a stream of its own: it starts once the caller's work is done, and ends before we return.
-            torch.cuda.current_stream(self.device).synchronize()
-        if on_start:
-            on_start(torch.cuda.current_stream(self.device) if self._device_type == "cuda" else None)
-        session.run_with_iobinding(binding)
-        if self._device_type == "cuda":
-            binding.synchronize_outputs()
+        binding.bind_input(self._input.name, *self._place, tuple(pixel_values.shape), pixel_values.data_ptr())
+        binding.bind_output(self._output.name, *self._place, tuple(hidden_states.shape), hidden_states.data_ptr())
+        session.run_with_iobinding(binding, options)
 
     def keep(self) -> None:
         """See Runner.keep. There is nothing."""
@@ -86,6 +82,89 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         """See Runner.close. A call in flight holds the session, which goes with the last of them."""
         self._session = None
+
+
+class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
+    """One session on a GPU, in a stream of its own, which each call's stream waits for and is waited for by.
+
+    A session of ONNX Runtime has one stream for good, so calls take turns. The host waits for none of them. The
+    batches that the profiles name are captured as CUDA graphs, with tensors of their own, as ONNX Runtime wants it.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
+        self._stream = torch.cuda.Stream(device)
+        settings = {"device_id": str(device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        self._capture = cuda_graphs
+        try:
+            super().__init__(bundle, device, **settings, enable_cuda_graph=str(int(cuda_graphs)))
+        except BackendError as err:
+            if not cuda_graphs:
+                raise
+            super().__init__(bundle, device, **settings)  # raises where graphs were not the reason
+            self._launch_from_now_on(err)
+        self._buckets = frozenset(sizes(bundle.manifest.profiles))
+        self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._turn = threading.Lock()
+
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
+        """See Runner.run."""
+        caller = torch.cuda.current_stream(self.device)
+        with self._turn, torch.cuda.device(self.device):
+            self._stream.wait_stream(caller)
+            if on_start:
+                on_start(self._stream)
+            if not self._replay(pixel_values, hidden_states):
+                self._run(pixel_values, hidden_states, self._options(LAUNCH))
+            caller.wait_stream(self._stream)
+
+    def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+        """Run from a graph, captured now if this is the batch's first; False where it is to be launched."""
+        batch = len(pixel_values)
+        if not self._capture or batch not in self._buckets:
+            return False
+        with torch.cuda.stream(self._stream):
+            try:
+                if batch not in self._captured:
+                    self._captured[batch] = (torch.empty_like(pixel_values), torch.empty_like(hidden_states))
+                given, made = self._captured[batch]
+                given.copy_(pixel_values)
+                self._run(given, made, self._options(batch))
+            except BackendError:
+                raise
+            except Exception as err:  # noqa: BLE001 - ONNX Runtime's own classes, and torch's where memory is full
+                self._launch_from_now_on(err)
+                return False
+            hidden_states.copy_(made)
+        return True
+
+    def _launch_from_now_on(self, err: Exception) -> None:
+        self._capture = False
+        self._captured = {}
+        words = " ".join(str(err).split())
+        logger.warning("CUDA graphs are left out, and every call is launched: %s", words)
+
+    def _options(self, graph: int) -> Any:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+    def close(self) -> None:
+        """See Runner.close."""
+        with self._turn:
+            self._stream.synchronize()
+            self._captured = {}
+            super().close()
+
+
+def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
+    if bundle.manifest.precision == "fp16" and _version(ort.__version__) < FAST_FP16_FROM:
+        logger.warning(
+            "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
+            "export with --precision fp32 for this machine",
+            ort.__version__,
+            *FAST_FP16_FROM,
+        )
 
 
 def _check_contract(session: Any, bundle: Bundle) -> None:

@@ -25,12 +25,12 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a plan is run.
+    """How a bundle is run on a GPU: a plan, or where it says so the graph.
 
     ``contexts``: calls in flight at once, each with scratch memory of its own; more wait for their turn. They are made
     on demand, and as many as the GPU has room for.
-    ``cuda_graphs``: replay a captured graph for the batches that the profiles name (minimum, optimum, maximum);
-    TensorRT-RTX captures by itself, for any.
+    ``cuda_graphs``: replay a captured graph for the batches that the profiles name (minimum, optimum, maximum), with
+    TensorRT and with ONNX Runtime; TensorRT-RTX captures by itself, for any.
     ``kernel_specialization``, of TensorRT-RTX: compile kernels for each shape that comes ("lazy", in the background,
     or "eager", before it is served), or for none.
     ``runtime_cache``, of TensorRT-RTX: keep compiled kernels beside the bundle, for the next process.

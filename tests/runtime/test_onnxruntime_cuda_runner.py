@@ -1,0 +1,190 @@
+"""What the runner of ONNX Runtime on CUDA owes its callers, held without a GPU against fakes of a session and of CUDA.
+
+A fake session computes no tower: it fills the tokens of an image with its pixels, as the fake of TensorRT does.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from tests.runtime.fake_tensorrt_without_gpu import FakeCuda, fake_answer
+from trtower.bundle import Bundle
+from trtower.errors import BackendError
+from trtower.runners.onnxruntime import LAUNCH, OnnxRuntimeCudaRunner
+
+DEVICE = torch.device("cuda", 1)
+
+
+class FakeRunOptions:
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+
+    def add_run_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
+
+
+class FakeBinding:
+    """Keeps address and shape of what is bound."""
+
+    def __init__(self) -> None:
+        self.bound: list[tuple[int, tuple[int, ...]]] = []
+
+    def bind_input(self, name: str, kind: str, index: int, element: int, shape: tuple[int, ...], address: int) -> None:
+        assert (kind, index, element) == ("cuda", 1, 10), name
+        self.bound.append((address, shape))
+
+    bind_output = bind_input
+
+
+class FakeCudaSession:
+    """Runs in the stream that it was made with; a graph serves no other address and no other shape than its first."""
+
+    cuda: FakeCuda
+    cannot_capture = False
+    capture_fails = False
+
+    def __init__(self, graph: bytes, options: object, providers: list[tuple[str, dict[str, str]]]) -> None:
+        del options
+        ((self.provider, self.settings),) = providers
+        if self.cannot_capture and self.settings.get("enable_cuda_graph") == "1":
+            raise RuntimeError("not all nodes have been partitioned\nto the CUDA EP")
+        real = REAL_SESSION(graph, *FakeCudaSession.rest)
+        self.get_inputs, self.get_outputs = real.get_inputs, real.get_outputs
+        self.runs: list[int] = []
+        self.graphs: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+
+    def get_providers(self) -> list[str]:
+        return [self.provider, "CPUExecutionProvider"]
+
+    def io_binding(self) -> FakeBinding:
+        return FakeBinding()
+
+    def run_with_iobinding(self, binding: FakeBinding, options: FakeRunOptions) -> None:
+        assert options.entries["disable_synchronize_execution_providers"] == "1", "the host would wait for the GPU"
+        graph = int(options.entries["gpu_graph_id"])
+        if graph != LAUNCH and self.capture_fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if graph != LAUNCH:
+            assert self.graphs.setdefault(graph, binding.bound) == binding.bound, "a graph serves what it captured"
+        self.runs.append(graph)
+        (source, shape), (target, made) = binding.bound
+
+        def work() -> None:
+            for row, image in zip(memory(target, made), memory(source, shape), strict=True):
+                row[:] = fake_answer(image, made[1:])
+
+        stream = self.cuda.find_stream(int(self.settings["user_compute_stream"]))
+        stream.submit(work)
+        if graph != LAUNCH:
+            stream.synchronize()  # the copy out of the graph's memory is torch's, and done at once in the fake
+
+
+def memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    cells = (ctypes.c_uint16 * int(np.prod(shape))).from_address(address)
+    return np.ctypeslib.as_array(cells).reshape(shape)
+
+
+REAL_SESSION = onnxruntime.InferenceSession
+
+
+@pytest.fixture
+def bundle(clip_bundle: Path) -> Bundle:
+    return Bundle.open(clip_bundle)
+
+
+@pytest.fixture
+def session(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> type[FakeCudaSession]:
+    options = onnxruntime.SessionOptions()
+    weights = bundle.map("tower.onnx.data")
+    options.add_external_initializers_from_files_in_memory(["tower.onnx.data"], [weights], [len(weights)])
+    monkeypatch.setattr(FakeCudaSession, "cuda", cuda, raising=False)
+    monkeypatch.setattr(FakeCudaSession, "rest", (options,), raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeCudaSession)
+    monkeypatch.setattr(onnxruntime, "RunOptions", FakeRunOptions)
+    return FakeCudaSession
+
+
+def open_runner(bundle: Bundle, *, cuda_graphs: bool = True) -> OnnxRuntimeCudaRunner:
+    return OnnxRuntimeCudaRunner(bundle, DEVICE, cuda_graphs=cuda_graphs)
+
+
+def run(runner: OnnxRuntimeCudaRunner, bundle: Bundle, cuda: FakeCuda, batch: int, seed: int = 0) -> None:
+    """Run one batch in a stream of its own and hold the answers."""
+    spec = bundle.manifest.spec
+    images = torch.rand(batch, 3, 42, 42, generator=torch.Generator().manual_seed(seed)).half()
+    features = torch.full((batch, spec.num_tokens, spec.hidden_size), -1.0, dtype=torch.half)
+    stream = cuda.new_stream()
+    with cuda.stream(stream):
+        runner.run(images, features)
+    stream.synchronize()
+    tokens = (spec.num_tokens, spec.hidden_size)
+    assert torch.equal(features, torch.from_numpy(np.stack([fake_answer(image, tokens) for image in images.numpy()])))
+
+
+@pytest.mark.usefixtures("session")
+def test_answers_come_in_the_callers_stream_without_a_wait_of_the_host(bundle: Bundle, cuda: FakeCuda) -> None:
+    runner = open_runner(bundle, cuda_graphs=False)
+    for seed in range(3):
+        run(runner, bundle, cuda, batch=1 + seed, seed=seed)
+    assert runner._session.runs == [LAUNCH] * 3
+    assert runner._session.settings["device_id"] == "1"
+    assert "enable_cuda_graph" not in runner._session.settings or runner._session.settings["enable_cuda_graph"] == "0"
+
+
+@pytest.mark.usefixtures("session")
+def test_batches_of_the_profile_are_replayed_and_others_launched(bundle: Bundle, cuda: FakeCuda) -> None:
+    runner = open_runner(bundle)  # of a profile 1 2 4
+    for seed, batch in enumerate((1, 3, 2, 1, 4, 3, 2)):
+        run(runner, bundle, cuda, batch, seed)
+    assert runner._session.runs == [1, LAUNCH, 2, 1, 4, LAUNCH, 2]
+
+
+def test_graph_that_cannot_be_captured_is_said_once_and_calls_are_launched(
+    bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], caplog: pytest.LogCaptureFixture
+) -> None:
+    session.capture_fails = True
+    try:
+        runner = open_runner(bundle)
+        for batch in (1, 2, 1):
+            run(runner, bundle, cuda, batch)
+    finally:
+        session.capture_fails = False
+    assert runner._session.runs == [LAUNCH] * 3
+    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
+    assert "stream is capturing" in said
+
+
+def test_session_that_takes_no_graphs_is_opened_without(
+    bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], caplog: pytest.LogCaptureFixture
+) -> None:
+    session.cannot_capture = True
+    try:
+        runner = open_runner(bundle)
+        run(runner, bundle, cuda, 1)
+    finally:
+        session.cannot_capture = False
+    assert runner._session.runs == [LAUNCH]
+    assert "not all nodes have been partitioned to the CUDA EP" in caplog.text
+
+
+@pytest.mark.usefixtures("session")
+def test_provider_that_is_dropped_is_an_error_with_or_without_graphs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeCudaSession, "get_providers", lambda _: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="dropped CUDAExecutionProvider without an error"):
+        open_runner(bundle)
+
+
+@pytest.mark.usefixtures("session")
+def test_closed_runner_refuses(bundle: Bundle, cuda: FakeCuda) -> None:
+    runner = open_runner(bundle)
+    run(runner, bundle, cuda, 1)
+    runner.close()
+    with pytest.raises(BackendError, match="closed"):
+        run(runner, bundle, cuda, 1)
