@@ -66,6 +66,14 @@ def make_model(name: str, **changes: object) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache, and the plans that are stored there, out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run torch in one thread: small towers are done sooner than threads have found each other on a busy machine."""

@@ -32,6 +32,9 @@ CapabilityOption = Annotated[
         "--compute-capability", help="GPU to build for, such as 8.9; repeat for several. Default: a portable plan."
     ),
 ]
+StoreOption = Annotated[
+    bool, typer.Option("--store/--no-store", help="Keep plans in the user's cache, and take those that are there.")
+]
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")]
 PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")]
@@ -89,12 +92,14 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
+    store: StoreOption = True,
 ) -> int:
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
+        from trtower_export.store import default_store
 
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
@@ -106,6 +111,7 @@ def export(
         images=images,
         profiles=tuple(_profile(text) for text in batch or ()),
         flavour=flavour,
+        store=default_store() if store and flavour != "none" else None,
         compute_capabilities=tuple(compute_capability or ()),
         random_weights=random_weights,
         revision=revision,
@@ -124,12 +130,34 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: what this machine can do.")] = "auto",
     compute_capability: CapabilityOption = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option(help="GPU memory that a layer may use. Default: all of it.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 to 5: how long TensorRT looks for faster kernels. Default: TensorRT's, 3.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="tensorrt: for every GPU from Ampere on, and slower.")
+    ] = False,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Leave the weights out; they come from the graph at load. Needs a GPU.")
+    ] = False,
+    store: StoreOption = True,
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
+    from trtower.manifest import BuildSettings
     from trtower_export.engine import add_plan
+    from trtower_export.store import default_store
 
     progress = ConsoleProgress(Console(stderr=True))
-    built = add_plan(Bundle.open(bundle), flavour, tuple(compute_capability or ()), progress)
+    settings = BuildSettings(
+        workspace_mib=workspace_mib,
+        optimization_level=optimization_level,
+        hardware_compatible=hardware_compatible,
+        stripped=strip,
+    )
+    opened, kept = Bundle.open(bundle), default_store() if store else None
+    built = add_plan(opened, flavour, tuple(compute_capability or ()), progress, settings=settings, store=kept)
     typer.echo(built)
     return 0
 

@@ -3,33 +3,33 @@
 Neither torch models, nor transformers, nor onnx are needed here: `trtower build` runs where the tower is served.
 """
 
+import dataclasses
 import logging
+import re
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 import torch
 
 from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
-from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
+from trtower.errors import BuildError, ConfigError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
-from trtower.manifest import PlanEntry
+from trtower.manifest import BuildSettings, Manifest, PlanEntry
 from trtower.runners.choose import PLATFORM
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.progress import Progress, Step
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from trtower_export.store import PlanStore, Stored, put
+from trtower_export.targets import Target, choose_target
 
 MIB = 1 << 20
 
@@ -39,118 +39,75 @@ PLAN_OVERHEAD_MIB = 24
 SIZE_TOLERANCE = 0.05
 """Slack around the weights' own size; another precision would be off by half."""
 
-NEEDS = {"bf16": 8.0, "fp8": 8.9}
-"""The first compute capability that has a format; for those before TensorRT refuses the graph."""
-
 STAGING = ".staging-"
+
+WAIT_S = 60.0
+"""How long another process may write into the bundle before it is given up; that takes a second."""
 
 FOREIGN_SHARE = 0.01
 """Weights a network may hold in another floating type: the handful of scalars that the parser adds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a plan is built for. No compute capability: TensorRT-RTX's portable form, or the GPU that is here."""
-
-    flavour: str
-    compute_capabilities: tuple[str, ...] = ()
-
-
-def choose_target(flavour: str, compute_capabilities: tuple[str, ...], precision: str) -> tuple[Target | None, str]:
-    """Settle which TensorRT builds, and for which GPUs, before any work is done; also say it in words.
-
-    ``flavour`` "auto" takes the TensorRT of this machine's GPU, then TensorRT-RTX, which needs none; where neither
-    is installed there is no target, as with "none". Raises ConfigError and MissingExtraError.
-    """
-    if flavour not in ("auto", "none", *FLAVOURS):
-        raise ConfigError(f"flavour {flavour!r} is unknown: auto, none, {', '.join(FLAVOURS)} are known.")
-    if flavour == "none":
-        if compute_capabilities:
-            raise ConfigError("--compute-capability is for a plan, and --flavour none builds no plan.")
-        return None, "no plan, as asked: `trtower build` makes one where the tower is served"
-    reason = f"flavour {flavour}"
-    if flavour == "auto":
-        flavour, reason = _auto_flavour()
-        if flavour == "none":
-            if compute_capabilities:
-                raise MissingExtraError(f"--compute-capability is for a plan, and {reason}")
-            return None, reason
-    module = load_flavour(flavour)
-    _check_capabilities(flavour, module, compute_capabilities, precision)
-    if flavour == "tensorrt-rtx" and precision == "fp8" and not compute_capabilities:
-        # The portable form builds with FP8, and claims GPUs that have none.
-        compute_capabilities = tuple(c for c in _known(module) if float(c) >= NEEDS["fp8"])
-        reason += f", for compute capability {', '.join(compute_capabilities)}, which have fp8"
-    return Target(flavour=flavour, compute_capabilities=tuple(sorted(set(compute_capabilities), key=float))), reason
-
-
-def _auto_flavour() -> tuple[str, str]:
-    missing = []
-    for flavour in FLAVOURS:
-        try:
-            load_flavour(flavour)
-        except MissingExtraError as err:
-            missing.append(str(err))
-            continue
-        if flavour == "tensorrt" and not torch.cuda.is_available():
-            missing.append("flavour tensorrt builds on its GPU, and none is here")
-            continue
-        return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
-    return "none", "no plan is built, for want of a TensorRT: " + "; ".join(missing)
-
-
-def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[str, ...], precision: str) -> None:
-    if flavour == "tensorrt":
-        if not torch.cuda.is_available():
-            raise BackendError("flavour tensorrt builds on the GPU it runs on, and torch finds none here.")
-        known = built = ["{}.{}".format(*torch.cuda.get_device_capability())]
-    else:
-        known, built = _known(module), [*capabilities]
-    for capability in capabilities:
-        if capability not in known:
-            raise ConfigError(
-                f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for here: "
-                f"{', '.join(known)} are."
-            )
-    for capability in built:
-        if float(capability) < NEEDS.get(precision, 0.0):
-            raise ConfigError(
-                f"{precision} needs compute capability {NEEDS[precision]} or later, and this plan would be for "
-                f"{capability}: use fp16."
-            )
-
-
-def _known(module: "ModuleType") -> list[str]:
-    """List the compute capabilities that a TensorRT-RTX builds for."""
-    names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-    return [f"{name[:-1]}.{name[-1]}" for name in names]
-
-
-def add_plan(bundle: Bundle, flavour: str, compute_capabilities: tuple[str, ...], progress: Progress) -> Path:
-    """Build a plan for a bundle that exists, add it, and return its path."""
+def add_plan(
+    bundle: Bundle,
+    flavour: str,
+    compute_capabilities: tuple[str, ...],
+    progress: Progress,
+    *,
+    settings: BuildSettings | None = None,
+    store: Path | None = None,
+) -> Path:
+    """Add a plan to a bundle that exists, and return its path; it is built unless ``store`` has it already."""
     manifest = bundle.manifest
-    target, reason = choose_target(flavour, compute_capabilities, manifest.precision)
+    target, reason = choose_target(flavour, compute_capabilities, manifest.precision, settings)
     if target is None:
         raise ConfigError(f"there is nothing to build: {reason}")
     progress.say(reason)
-    with disk_errors(bundle.path), locked(bundle.path):
-        for leftover in bundle.path.glob(f"{STAGING}*"):  # of a build that was killed
-            shutil.rmtree(leftover)
+    with disk_errors(bundle.path):
         graph = bundle.verify(GRAPH)
         bundle.verify(GRAPH_DATA)
-        with TemporaryDirectory(prefix=STAGING, dir=bundle.path) as folder:
-            with progress.step(f"Build the {target.flavour} plan") as step:
-                entry, plan = build_plan(
-                    graph,
-                    target,
-                    manifest.input,
-                    manifest.profiles,
-                    Path(folder),
-                    step,
-                    mixed=manifest.is_mixed,
-                )
-            added = bundle.add_plan(entry, plan)
+        stored = obtain_plan(graph, target, manifest, progress, store) if store else None
+        with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
+            stored = stored or obtain_plan(graph, target, manifest, progress, folder)
+            plan, log = put(stored.plan, folder / "staged.plan"), put(stored.log, folder / "staged.log")
+            added = bundle.add_plan(stored.entry, plan, log)
     return bundle.path / added.manifest.plans[-1].file
+
+
+@contextmanager
+def _staging(bundle: Path) -> Iterator[Path]:
+    """Give a folder inside a bundle for the length of the block, in the place of what a killed build has left."""
+    for leftover in bundle.glob(f"{STAGING}*"):
+        shutil.rmtree(leftover)
+    with TemporaryDirectory(prefix=STAGING, dir=bundle) as folder:
+        yield Path(folder)
+
+
+def obtain_plan(graph: Path, target: Target, manifest: Manifest, progress: Progress, store: Path) -> Stored:
+    """Give the plan of ``graph``, which ``manifest`` describes: from the store, or built now and kept there."""
+    version = load_flavour(target.flavour).__version__
+    on_its_gpu = target.flavour == "tensorrt"
+    facts = {
+        "graph": manifest.files[GRAPH].sha256,
+        "weights": manifest.files[GRAPH_DATA].sha256,
+        "tensor": dataclasses.asdict(manifest.input),
+        "profiles": [dataclasses.asdict(profile) for profile in manifest.profiles],
+        "target": dataclasses.asdict(target),
+        "version": version,
+        "platform": PLATFORM,
+        "gpu": torch.cuda.get_device_name() if on_its_gpu else None,
+    }
+
+    def build(folder: Path) -> tuple[PlanEntry, Path, Path]:
+        with progress.step(f"Build the {target.flavour} plan") as step:
+            entry, plan = build_plan(
+                graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache
+            )
+        return entry, plan, folder / entry.log
+
+    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()) if on_its_gpu else ""
+    cache = store / f"{target.flavour}-{version}.{gpu}.timing" if on_its_gpu else None
+    return PlanStore(store).obtain(facts, build, progress)
 
 
 def plan_name(target: Target, version: str) -> str:
@@ -168,22 +125,22 @@ def build_plan(
     step: Step,
     *,
     mixed: bool = False,
+    cache: Path | None = None,
 ) -> tuple[PlanEntry, Path]:
-    """Build ``graph`` into a plan under ``folder`` and return what it needs, and where it lies.
+    """Build ``graph`` into a plan under ``folder`` and return what it needs, and where it lies; beside it is its log.
 
-    ``mixed``: the graph holds some weights in FP32, or in 8 bits. Raises BuildError with TensorRT's own words when
-    it refuses, and when the plan is not of the precision that the graph is in.
+    ``mixed``: the graph holds some weights in FP32, or in 8 bits. ``cache``: what TensorRT has timed on this GPU, read
+    and kept. Raises BuildError with TensorRT's own words when it refuses, and when the plan is not of the precision
+    that the graph is in.
     """
     module = load_flavour(target.flavour)
-    if target.flavour == "tensorrt":
-        here = "{}.{}".format(*torch.cuda.get_device_capability())
-        target = Target(flavour=target.flavour, compute_capabilities=(here,))
     entry = PlanEntry(
         file=plan_name(target, module.__version__),
         flavour=target.flavour,
         version=module.__version__,
         platform=PLATFORM,
         compute_capabilities=target.compute_capabilities,
+        settings=target.settings,
     )
     polygraphy = _import_polygraphy(target.flavour)
     monitor = _monitor(module, step)
@@ -191,8 +148,10 @@ def build_plan(
         polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
         for each in profiles
     ]
-    settings: dict[str, Any] = {"profiles": ranges, "progress_monitor": monitor}
-    with _collect_errors() as errors, _hold_interrupts(monitor):
+    settings: dict[str, Any] = {"profiles": ranges, "progress_monitor": monitor, **_settings(target.settings, module)}
+    path = folder / entry.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _keep_log(folder / entry.log) as errors, _hold_interrupts(monitor):
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
             _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
@@ -200,18 +159,35 @@ def build_plan(
                 pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
                 config = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
             else:
-                config = polygraphy.CreateConfig(**settings)
-            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config))
+                config = polygraphy.CreateConfig(load_timing_cache=str(cache) if cache else None, **settings)
+            save = str(cache) if cache else None
+            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=save))
         except polygraphy.PolygraphyException as err:
             monitor.raise_if_interrupted()
             words = "; ".join(dict.fromkeys(errors)) or str(err)
-            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
+            gpu = " (a plan without its weights is built where a GPU is)" if target.settings.stripped else ""
+            raise BuildError(
+                f"{target.flavour} {module.__version__} could not build {graph.name}{gpu}: {words}"
+            ) from err
     monitor.raise_if_interrupted()  # TensorRT-RTX 1.7 is asked to stop and finishes all the same
-    _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
-    path = folder / entry.file
-    path.parent.mkdir(exist_ok=True)
+    if not target.settings.stripped:
+        _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     path.write_bytes(content)
     return entry, path
+
+
+def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
+    """Put settings into Polygraphy's words, those that were asked for."""
+    found: dict[str, Any] = {}
+    if settings.workspace_mib is not None:
+        found["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: settings.workspace_mib * MIB}
+    if settings.optimization_level is not None:
+        found["builder_optimization_level"] = settings.optimization_level
+    if settings.hardware_compatible:
+        found["hardware_compatibility_level"] = module.HardwareCompatibilityLevel.AMPERE_PLUS
+    if settings.stripped:
+        found |= {"strip_plan": True, "refittable": True}
+    return found
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
@@ -334,19 +310,24 @@ def _import_polygraphy(flavour: str) -> Any:
 
 
 @contextmanager
-def _collect_errors() -> Iterator[list[str]]:
-    """Gather what TensorRT logs as an error, which it says nowhere else."""
+def _keep_log(path: Path) -> Iterator[list[str]]:
+    """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else."""
     errors: list[str] = []
 
-    class Collector(logging.Handler):
+    class Collector(logging.StreamHandler[TextIO]):
         def emit(self, record: logging.LogRecord) -> None:
-            errors.append(record.getMessage().strip().removeprefix("[E] "))
+            if record.levelno == logging.ERROR:
+                errors.append(record.getMessage().strip().removeprefix("[E] "))
+            super().emit(record)
 
-    collector = Collector(level=logging.ERROR)
-    collector.addFilter(lambda record: record.levelno == logging.ERROR)
-    polygraphy_log = logging.getLogger("Polygraphy")
-    polygraphy_log.addHandler(collector)
-    try:
-        yield errors
-    finally:
-        polygraphy_log.removeHandler(collector)
+    with path.open("w", encoding="utf-8") as stream:
+        collector = Collector(stream)
+        polygraphy_log = logging.getLogger("Polygraphy")
+        before = polygraphy_log.level
+        polygraphy_log.addHandler(collector)
+        polygraphy_log.setLevel(logging.INFO)
+        try:
+            yield errors
+        finally:
+            polygraphy_log.setLevel(before)
+            polygraphy_log.removeHandler(collector)

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -38,7 +39,7 @@ from trtower.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
-from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, build_plan, choose_target
+from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, obtain_plan
 from trtower_export.layouts import Trust
 from trtower_export.onnx_graph import write_onnx
 from trtower_export.parity import DRAWN, certify
@@ -47,6 +48,8 @@ from trtower_export.precision import find_islands, left_in_half, trace_with_isla
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
 from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
+from trtower_export.store import put
+from trtower_export.targets import Target, choose_target
 from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
 AUTO = "auto"
@@ -63,7 +66,8 @@ class ExportOptions:
 
     ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
     a folder, and on drawn images; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8"
-    are calibrated on ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`.
+    are calibrated on ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`. ``store``
+    is a folder of plans that were built before (see store.py).
     """
 
     select_layer: LayerCode | None = None
@@ -75,6 +79,7 @@ class ExportOptions:
     images: Path | None = None
     profiles: tuple[BatchProfile, ...] = ()
     flavour: str = "auto"
+    store: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
     random_weights: bool = False
     revision: str | None = None
@@ -180,11 +185,7 @@ def export_tower(
         )
         progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:
-            with progress.step(f"Build the {target.flavour} plan") as step:
-                entry, plan = build_plan(
-                    folder / GRAPH, target, input_, profiles, folder, step, mixed=manifest.is_mixed
-                )
-            manifest = replace(manifest, plans=(entry,), files={**manifest.files, entry.file: describe(plan)})
+            manifest = _add_first_plan(folder, target, manifest, progress, options.store)
         write_manifest(folder, manifest)
 
     bundle = Bundle.open(out)
@@ -219,6 +220,17 @@ def _photographs(options: ExportOptions, progress: Progress) -> Photographs | No
             "some that are like those the tower will see, with --images"
         )
     return photographs
+
+
+def _add_first_plan(
+    folder: Path, target: Target, manifest: Manifest, progress: Progress, store: Path | None
+) -> Manifest:
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        stored = obtain_plan(folder / GRAPH, target, manifest, progress, store or Path(temporary))
+        entry = stored.entry
+        plan, log = put(stored.plan, folder / entry.file), put(stored.log, folder / entry.log)
+    files = {**manifest.files, entry.file: describe(plan), entry.log: describe(log)}
+    return replace(manifest, plans=(entry,), files=files)
 
 
 def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:

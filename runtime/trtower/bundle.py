@@ -138,8 +138,10 @@ class Bundle:
             if _identity(self._check_present(name)) != identity:
                 raise BundleError(f"{self.path / name} was replaced while it was loaded: load the bundle again.")
 
-    def add_plan(self, plan: PlanEntry, staged: Path) -> "Bundle":
-        """Move a staged plan into the bundle; it supersedes one for the same target. Call it under `locked`.
+    def add_plan(self, plan: PlanEntry, staged: Path, log: Path | None = None) -> "Bundle":
+        """Move a staged plan, and the log of its build, into the bundle; it supersedes one for the same target.
+
+        Call it under `locked`.
 
         A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
         finds the old plan under the old manifest, or the new one under the new.
@@ -148,17 +150,20 @@ class Bundle:
         entry = describe(staged)
         if current.files.get(plan.file, entry) != entry:
             plan = replace(plan, file=f"{plan.file.removesuffix('.plan')}.{entry.sha256[:8]}.plan")
-        target = self.path / plan.file
-        target.parent.mkdir(exist_ok=True)
-        with staged.open("rb") as stream:
-            os.fsync(stream.fileno())
-        staged.replace(target)
-        superseded = {old.file for old in current.plans if replace(old, file="") == replace(plan, file="")}
+        (self.path / plan.file).parent.mkdir(exist_ok=True)
+        added = {plan.file: entry, **({plan.log: describe(log)} if log else {})}
+        for name, source in ((plan.file, staged), (plan.log, log)):
+            if source:
+                with source.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                source.replace(self.path / name)
+        gone = [old for old in current.plans if plan.replaces(old)]
+        superseded = {name for old in gone for name in (old.file, old.log)}
         files = {name: file for name, file in current.files.items() if name not in superseded}
-        plans = (*(old for old in current.plans if old.file not in superseded), plan)
-        bundle = self._rewrite(replace(current, plans=plans, files={**files, plan.file: entry}))
-        for name in superseded - {plan.file}:
-            (self.path / name).unlink()
+        plans = (*(old for old in current.plans if old not in gone), plan)
+        bundle = self._rewrite(replace(current, plans=plans, files={**files, **added}))
+        for name in superseded - added.keys():
+            (self.path / name).unlink(missing_ok=True)
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
@@ -231,13 +236,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Be the only writer of the bundle at ``target``; raise BundleError where another process is."""
+def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Be the only writer of the bundle at ``target``; raise BundleError where another process is, and remains."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_beside(target, "lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_s)
     except Timeout as err:
         raise BundleError(f"another process is writing {target}: wait for it, or name another folder.") from err
     try:

@@ -64,11 +64,32 @@ class FileEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How a plan was built; None is TensorRT's default.
+
+    ``workspace_mib`` of GPU memory a layer may use, ``optimization_level`` 0 to 5. ``hardware_compatible`` gives up
+    speed to run on every GPU from Ampere on. ``stripped`` leaves the weights out: they are refitted from the graph when
+    the plan is loaded.
+    """
+
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    hardware_compatible: bool = False
+    stripped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ConfigError(f"--workspace-mib {self.workspace_mib}: 1 at least is expected.")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise ConfigError(f"--optimization-level {self.optimization_level}: 0 to 5 is expected.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanEntry:
     """One plan and what it needs.
 
     ``version`` is the TensorRT that built it, which must be the one that runs it. An empty
-    ``compute_capabilities`` is TensorRT-RTX's portable form: every GPU from Ampere (8.0) on that it supports.
+    ``compute_capabilities`` is the portable form: every GPU from Ampere (8.0) on that this TensorRT supports.
     """
 
     file: str
@@ -76,6 +97,17 @@ class PlanEntry:
     version: str
     platform: str
     compute_capabilities: tuple[str, ...]
+    settings: BuildSettings = dataclasses.field(default_factory=BuildSettings)
+
+    @property
+    def log(self) -> str:
+        """The file with what TensorRT said while it built the plan."""
+        return f"{self.file.removesuffix('.plan')}.log"
+
+    def replaces(self, other: "PlanEntry") -> bool:
+        """Whether this plan is for the same GPUs and the same TensorRT as another."""
+        same = ("flavour", "version", "platform", "compute_capabilities")
+        return all(getattr(self, name) == getattr(other, name) for name in same)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ from onnx import numpy_helper
 from trtower.bundle import GRAPH, Bundle
 from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
 from trtower.spec import BatchProfile
-from trtower_export import engine
-from trtower_export.engine import Target, add_plan, build_plan, choose_target
+from trtower_export import engine, targets
+from trtower_export.engine import add_plan, build_plan
 from trtower_export.progress import LoggedProgress
+from trtower_export.targets import Target, choose_target
 
 
 class Recorder:
@@ -132,6 +133,7 @@ tensorrt_rtx.__version__ = "11.4.0"
 sys.modules["tensorrt"] = tensorrt_rtx  # a fake: data-centre TensorRT was never run
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (8, 9)
+torch.cuda.get_device_name = lambda *_: "Fake GPU"
 from trtower.cli import run
 sys.exit(run(["build", {str(bundle)!r}, "--flavour", "tensorrt", "--compute-capability", "8.9"]))
 """
@@ -164,8 +166,8 @@ def test_targets_without_a_plan_contradict_each_other() -> None:
 
 
 def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="builds on the GPU it runs on"):
         choose_target("tensorrt", (), "fp16")
 
@@ -174,9 +176,9 @@ def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
     monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(engine, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engine.torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
     with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
         choose_target("tensorrt", (), precision)
     assert choose_target("tensorrt", (), "fp16")[0]

@@ -20,10 +20,11 @@ from trtower.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower.spec import TensorSpec, TowerSpec
-from trtower_export.engine import Target, build_plan
+from trtower_export.engine import build_plan
 from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.onnx_graph import write_onnx
 from trtower_export.operations import trace
+from trtower_export.targets import Target
 from trtower_export.truncate import truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,7 +150,9 @@ def test_graph_builds_a_portable_plan(
 ) -> None:
     written = write(name, precision)
     tensor = written.spec.input(precision)
-    entry, plan = build_plan(written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, BATCH, tmp_path, Silent())
+    entry, plan = build_plan(
+        written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, [BATCH], tmp_path, Silent()
+    )
     assert entry.compute_capabilities == ()
     assert plan.stat().st_size > written.weights.size * torch.finfo(getattr(torch, tensor.dtype)).bits // 8
 

@@ -11,10 +11,11 @@ from tests.conftest import BATCH
 from tests.export.small_towers import cut
 from trtower.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
-from trtower_export.engine import Target, build_plan
+from trtower_export.engine import build_plan
 from trtower_export.onnx_graph import write_onnx
 from trtower_export.precision import trace_with_islands
 from trtower_export.progress import LoggedStep
+from trtower_export.targets import Target
 
 
 def write(name: str, patterns: Sequence[str], folder: Path) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ def test_pattern_that_matches_nothing_names_the_nearest(tmp_path: Path) -> None:
 def build(folder: Path, *capabilities: str) -> Path:
     spec = cut("clip")[1].input("fp16")
     target = Target(flavour="tensorrt-rtx", compute_capabilities=capabilities)
-    return build_plan(folder / GRAPH, target, spec, BATCH, folder, LoggedStep(), mixed=True)[1]
+    return build_plan(folder / GRAPH, target, spec, [BATCH], folder, LoggedStep(), mixed=True)[1]
 
 
 @pytest.mark.parametrize("capabilities", [(), ("7.5",), ("8.9", "12.0")])

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +216,8 @@ class FakeTensorRT(ModuleType):
         self._fake_configs: list[Any] = []
         self._fake_ran: list[tuple[Any, int, int]] = []
         self._fake_driver = b"fake driver 1"
+        self._fake_refitted: list[str] = []
+        self._fake_refits = True
         fake = self
 
         class ILogger:
@@ -388,11 +390,35 @@ class FakeTensorRT(ModuleType):
                 fake._fake_contexts.append(IExecutionContext(self._fake_logger, self._fake_fields))
                 return fake._fake_contexts[-1]
 
+        class Refitter:
+            def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+                assert isinstance(logger, ILogger)
+                self._fake_engine = engine
+
+            def refit_cuda_engine(self) -> bool:
+                return bool(fake._fake_refitted)
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+                assert isinstance(logger, ILogger)
+                self._fake_refitter = refitter
+
+            @property
+            def num_errors(self) -> int:
+                return 0 if fake._fake_refits else 1
+
+            def get_error(self, index: int) -> Any:
+                return SimpleNamespace(desc=lambda: f"fake refusal {index} of weights")
+
+            def refit_from_file(self, model: str) -> bool:
+                fake._fake_refitted.append(model)
+                return fake._fake_refits
+
         class Runtime:
             def __init__(self, logger: ILogger) -> None:
                 assert isinstance(logger, ILogger), f"{logger!r} is no ILogger"
                 assert getattr(logger, "_fake_initialised", False), "ILogger.__init__ was not called"
-                self._fake_logger = logger
+                self._fake_logger = self.logger = logger
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
                 fake._fake_deserialized.append(serialized_engine)
@@ -411,6 +437,8 @@ class FakeTensorRT(ModuleType):
             ICudaEngine,
             IRuntimeConfig,
             IRuntimeCache,
+            OnnxParserRefitter,
+            Refitter,
             Runtime,
             ExecutionContextAllocationStrategy,
             CudaGraphStrategy,

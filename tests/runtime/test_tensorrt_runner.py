@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.runtime.fake_tensorrt_without_gpu import (
 )
 from trtower.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError
-from trtower.manifest import PlanEntry
+from trtower.manifest import BuildSettings, PlanEntry
 from trtower.runners.tensorrt import EngineOptions, TensorRTRunner
 
 DEVICE = torch.device("cuda", 1)
@@ -95,7 +96,11 @@ def answers(bundle: Bundle, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "ILogger"]
+    "name",
+    [
+        *("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "ILogger"),
+        *("Refitter", "OnnxParserRefitter"),
+    ],
 )
 def test_fake_has_no_name_and_no_parameter_that_the_real_module_lacks(tensorrt: FakeTensorRT, name: str) -> None:
     real_module = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
@@ -436,6 +441,35 @@ def test_close_waits_for_the_gpu_and_refuses_the_next_call(
         assert torch.equal(features, answers(bundle, images))
         with pytest.raises(BackendError, match="closed"):
             runner.run(images, features)
+
+
+def stripped(bundle: Bundle) -> Bundle:
+    made = with_plan(bundle)
+    plans = (*made.manifest.plans[:-1], replace(made.manifest.plans[-1], settings=BuildSettings(stripped=True)))
+    return Bundle(made.path, replace(made.manifest, plans=plans))
+
+
+def test_plan_without_weights_is_given_those_of_the_graph(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+    open_plan(bundle)
+    assert not tensorrt._fake_refitted
+    open_plan(stripped(bundle))
+    assert tensorrt._fake_refitted == [str(bundle.path / "tower.onnx")]
+
+
+def test_plan_that_takes_no_weights_names_the_way_out(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+    tensorrt._fake_refits = False
+    with pytest.raises(BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it whole"):
+        BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it whole: trtower"
+    ):
+        open_plan(stripped(bundle))
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_plan_is_not_given_weights_that_were_altered(bundle: Bundle) -> None:
+    weights = bundle.path / "tower.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"):
+        open_plan(stripped(bundle))
 
 
 def kept(bundle: Bundle) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trtower.bundle import Bundle
+from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.flavour import load_flavour
 from trtower.manifest import PlanEntry
@@ -84,6 +84,8 @@ class TensorRTRunner:
                     f"TensorRT's reason is in the log. Build one here: trtower build {bundle.path}"
                 )
             self._runtime, self._engine = runtime, engine
+            if plan.settings.stripped:
+                _refit(module, engine, runtime.logger, bundle, plan)
             self._profiles = _read_profiles(engine, bundle, plan)
             self._cache = self._open_cache(f"sm{major}{minor}")
             self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
@@ -155,6 +157,19 @@ class TensorRTRunner:
         if self._cache:
             config.set_runtime_cache(self._cache.read_into(config.create_runtime_cache()))
         return config
+
+
+def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) -> None:
+    """Give an engine that was built without its weights those of the bundle's graph."""
+    with bundle.steady(GRAPH, GRAPH_DATA):
+        refitter = module.Refitter(engine, log)
+        parser = module.OnnxParserRefitter(refitter, log)
+        if not (parser.refit_from_file(str(bundle.path / GRAPH)) and refitter.refit_cuda_engine()):
+            reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+            raise BackendError(
+                f"{plan.file} was built without its weights, and could not be given those of {GRAPH}: "
+                f"{reasons or 'the reason is in the log'}. Build it whole: trtower build {bundle.path}"
+            )
 
 
 def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profile, ...]:

@@ -1,0 +1,125 @@
+"""Build a plan once on a machine: the same graph, TensorRT, target and settings give the plan that is there already.
+
+The store is keyed on content and knows no bundle's name. A lock, which the system drops with the process that holds it,
+has others wait for a plan that is being built, and take it. What is in the store is compared with its sha256 before it
+is given out; it is linked into the bundle where both are on one disk.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trtower.bundle import describe, disk_errors
+from trtower.errors import BuildError
+from trtower.extras import import_extra
+from trtower.manifest import BuildSettings, PlanEntry
+from trtower_export.progress import Progress
+
+PLAN, LOG, ENTRY = "plan", "log", "entry.json"
+
+Build = Callable[[Path], tuple[PlanEntry, Path, Path]]
+"""Builds a plan under a folder; gives what it needs, and where it and its log lie."""
+
+
+def default_store() -> Path:
+    """Give the store of this user."""
+    platformdirs = import_extra("platformdirs", extra="trt-rtx", purpose="the store of plans")
+    path: Path = platformdirs.user_cache_path("trtower") / "plans"
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A plan in the store, and the log of its build."""
+
+    entry: PlanEntry
+    plan: Path
+    log: Path
+
+
+class PlanStore:
+    """A folder of plans. Where it is only for the time of one build, nothing is found in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def obtain(self, facts: Mapping[str, Any], build: Build, progress: Progress) -> Stored:
+        """Give the plan of which all ``facts`` are true: the one that is there, or built now. Raises BuildError."""
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        place = self.folder / key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise BuildError(
+                f"{self.folder} keeps plans that were built, and cannot be written: {err.strerror}. Build with "
+                "--no-store, or mend it."
+            ) from err
+        lock = FileLock(self.folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress.say(f"another process builds this very plan: waiting for it ({place})")
+            lock.acquire()
+        try:
+            stored = self._read(place, progress)
+            return stored or self._build(place, build)
+        finally:
+            lock.release()
+
+    def _read(self, place: Path, progress: Progress) -> Stored | None:
+        """Read what was built before, if it is what was written then."""
+        if not place.is_dir():
+            return None
+        try:
+            written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
+            data = written["entry"]
+            settings = BuildSettings(**data.pop("settings"))
+            entry = PlanEntry(**data | {"compute_capabilities": tuple(data["compute_capabilities"])}, settings=settings)
+            intact = dataclasses.asdict(describe(place / PLAN)) == written["plan"] and (place / LOG).is_file()
+        except (OSError, ValueError, KeyError, TypeError):
+            intact = False
+        if not intact:
+            progress.say(f"{place} was cut short or altered: it is thrown away, and the plan is built again")
+            shutil.rmtree(place)
+            return None
+        progress.say(f"the plan was built here on {written['date']} already: {place}")
+        return Stored(entry=entry, plan=place / PLAN, log=place / LOG)
+
+    def _build(self, place: Path, build: Build) -> Stored:
+        staging = place.with_suffix(".staging")
+        shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
+        with disk_errors(staging):
+            try:
+                staging.mkdir()
+                entry, plan, log = build(staging)
+                plan.replace(staging / PLAN)
+                log.replace(staging / LOG)
+                written = {
+                    "entry": dataclasses.asdict(entry),
+                    "plan": dataclasses.asdict(describe(staging / PLAN)),
+                    "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                }
+                (staging / ENTRY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+                staging.rename(place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        return Stored(entry=entry, plan=place / PLAN, log=place / LOG)
+
+
+def put(stored: Path, target: Path) -> Path:
+    """Link a file of the store to where a bundle wants it, or copy it to another disk; give its path there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(stored, target)
+    except OSError:
+        shutil.copyfile(stored, target)
+    return target

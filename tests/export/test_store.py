@@ -1,0 +1,300 @@
+"""A plan is built once on a machine, whoever wants it, and nothing that is wrong with the store gets into a bundle."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from trtower import Bundle
+from trtower.bundle import MANIFEST
+from trtower.errors import BuildError, ConfigError
+from trtower.manifest import BuildSettings
+from trtower_export import engine
+from trtower_export.engine import add_plan
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.progress import LoggedProgress, LoggedStep
+from trtower_export.targets import choose_target
+
+BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"
+PATIENCE_S = 60
+
+
+class Recorder(LoggedProgress):
+    """Keeps what was said, and which steps were taken."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[LoggedStep]:
+        self.steps.append(title)
+        yield LoggedStep()
+
+
+@pytest.fixture
+def bare(export: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Give copies of a bundle that has no plan."""
+    return lambda name: Path(shutil.copytree(export("clip", flavour="none"), tmp_path / name))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def build(bundle: Path, store: Path | None, **options: object) -> Recorder:
+    recorder = Recorder()
+    options = {"compute_capabilities": (), **options}
+    add_plan(Bundle.open(bundle), "tensorrt-rtx", progress=recorder, store=store, **options)
+    return recorder
+
+
+def plans(store: Path) -> list[Path]:
+    return sorted(path for path in store.iterdir() if path.is_dir())
+
+
+def test_same_graph_is_built_once_whatever_the_bundle_is_called(bare: Callable[[str], Path], store: Path) -> None:
+    first, second = bare("a"), bare("b")
+    assert build(first, store).steps == ["Build the tensorrt-rtx plan"]
+    recorder = build(second, store)
+    assert recorder.steps == []
+    assert any("was built here on" in said for said in recorder.said)
+    one, other = (Bundle.open(path) for path in (first, second))
+    assert one.manifest.plans == other.manifest.plans
+    (plan,) = one.manifest.plans
+    assert one.read(plan.file) == other.read(plan.file)
+    assert len(plans(store)) == 1
+
+
+@pytest.mark.parametrize("difference", ["capabilities", "settings", "graph", "version"])
+def test_what_differs_is_built_anew(
+    bare: Callable[[str], Path],
+    export: Callable[..., Path],
+    store: Path,
+    difference: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build(bare("a"), store)
+    other, options = bare("b"), {}
+    if difference == "capabilities":
+        options = {"compute_capabilities": ("8.9",)}
+    elif difference == "settings":
+        options = {"settings": BuildSettings(optimization_level=1)}
+    elif difference == "graph":
+        other = Path(shutil.copytree(export("dinov2", flavour="none"), other.with_name("c")))
+    else:
+        monkeypatch.setattr(engine.load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
+    assert build(other, store, **options).steps
+    assert len(plans(store)) == 2
+
+
+def test_log_of_the_build_is_kept_with_the_plan(bare: Callable[[str], Path], store: Path) -> None:
+    for name in ("a", "b"):
+        bundle = bare(name)
+        build(bundle, store)
+        opened = Bundle.open(bundle)
+        (plan,) = opened.manifest.plans
+        log = opened.read(plan.log).decode()
+        assert plan.log.endswith(".any.log")
+        assert "Profile 0" in log
+        assert "Finished engine building" in log
+
+
+@pytest.mark.parametrize("damage", ["plan", "entry.json", "log"])
+def test_store_that_was_damaged_is_thrown_away_and_it_is_said(
+    bare: Callable[[str], Path], store: Path, damage: str
+) -> None:
+    build(bare("a"), store)
+    (place,) = plans(store)
+    victim = place / damage
+    content = victim.read_bytes()
+    victim.unlink()  # it is linked into the bundle
+    if damage != "log":
+        victim.write_bytes(content[:-9] + b"!")
+    recorder = build(bare("b"), store)
+    assert recorder.steps == ["Build the tensorrt-rtx plan"]
+    assert any("was cut short or altered: it is thrown away" in said for said in recorder.said)
+    assert (place / damage).stat().st_size > 0
+
+
+def test_plan_that_a_bundle_loses_stays_in_the_store(bare: Callable[[str], Path], store: Path) -> None:
+    bundle = bare("a")
+    build(bundle, store)
+    shutil.rmtree(bundle)
+    assert build(bare("b"), store).steps == []
+
+
+def test_two_processes_build_once(bare: Callable[[str], Path], store: Path) -> None:
+    del store
+    folders = [bare("a"), bare("b"), bare("c")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD, str(folder), "--compute-capability", "8.6"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for folder in folders
+    ]
+    said = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert sum("Build the tensorrt-rtx plan" in each for each in said) == 1
+    assert sum("was built here on" in each for each in said) == 2
+
+
+def test_two_processes_add_to_one_bundle(bare: Callable[[str], Path], store: Path) -> None:
+    del store
+    bundle = bare("a")
+    running = [
+        subprocess.Popen([sys.executable, "-c", BUILD, str(bundle), "--compute-capability", capability])
+        for capability in ("8.9", "12.0")
+    ]
+    assert [process.wait(PATIENCE_S) for process in running] == [0, 0]
+    capabilities = {plan.compute_capabilities for plan in Bundle.open(bundle).manifest.plans}
+    assert capabilities == {("8.9",), ("12.0",)}
+    assert not Bundle.open(bundle).altered()
+
+
+def test_lock_of_a_process_that_died_holds_nobody(bare: Callable[[str], Path], store: Path) -> None:
+    build(bare("a"), store)
+    (lock,) = store.glob("*.lock")
+    shutil.rmtree(lock.with_suffix(""))
+    staging = lock.with_suffix(".staging")
+    staging.mkdir()
+    (staging / "half").write_text("of a build that was killed")
+    hold = f"from filelock import FileLock; FileLock({str(lock)!r}).acquire(); print('held', flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(PATIENCE_S)
+    assert lock.exists()
+    assert build(bare("b"), store).steps == ["Build the tensorrt-rtx plan"]
+    assert not staging.exists()
+
+
+def test_who_waits_for_another_process_says_so(bare: Callable[[str], Path], store: Path) -> None:
+    build(bare("a"), store)
+    (path,) = store.glob("*.lock")
+    recorder = Recorder()
+    lock = FileLock(path, thread_local=False)
+    lock.acquire()
+
+    def say(message: str) -> None:
+        recorder.said.append(message)
+        if "waiting for it" in message:
+            lock.release()
+
+    recorder.say = say  # type: ignore[method-assign]
+    start = time.monotonic()
+    add_plan(Bundle.open(bare("b")), "tensorrt-rtx", (), recorder, store=store)
+    assert any("another process builds this very plan" in said for said in recorder.said)
+    assert time.monotonic() - start < PATIENCE_S
+
+
+def test_store_that_cannot_be_written_names_the_way_out(bare: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BuildError, match=r"cannot be written: .* Build with --no-store"):
+        build(bare("a"), tmp_path / "file" / "store")
+    assert build(bare("b"), None).steps
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)  # noqa: S607
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)  # noqa: S607
+
+
+def test_disk_that_fills_during_a_build_leaves_bundle_and_store_as_they_were(
+    bare: Callable[[str], Path], small_disk: Path
+) -> None:
+    bundle = bare("a")
+    before = (bundle / MANIFEST).read_bytes()
+    with pytest.raises(BuildError, match="the disk filled up while"):
+        build(bundle, small_disk / "store")
+    assert (bundle / MANIFEST).read_bytes() == before
+    assert not plans(small_disk / "store")
+    on_small_disk = Path(shutil.copytree(bundle, small_disk / "b"))
+    with pytest.raises(BuildError, match="the disk filled up while"):
+        build(on_small_disk, bundle.parent / "store")
+    assert (on_small_disk / MANIFEST).read_bytes() == before
+    assert not Bundle.open(on_small_disk).altered()
+    assert {path.name for path in on_small_disk.iterdir()} <= {*(p.name for p in bundle.iterdir()), "plans"}
+
+
+def test_export_takes_what_is_in_the_store(checkpoints: dict[str, Path], tmp_path: Path, store: Path) -> None:
+    options = ExportOptions(check=False, store=store)
+    recorders = [Recorder(), Recorder()]
+    for name, recorder in zip(("a", "b"), recorders, strict=True):
+        export_tower(str(checkpoints["clip"]), tmp_path / name, options, recorder)
+    assert ["Build the tensorrt-rtx plan" in recorder.steps for recorder in recorders] == [True, False]
+    manifests = [Bundle.open(tmp_path / name).manifest for name in ("a", "b")]
+    assert manifests[0].files == manifests[1].files
+    assert manifests[0].plans[0].log in manifests[0].files
+
+
+def test_plan_with_other_settings_takes_the_place_of_the_first(bare: Callable[[str], Path], store: Path) -> None:
+    bundle = bare("a")
+    build(bundle, store)
+    build(bundle, store, settings=BuildSettings(workspace_mib=512, optimization_level=2))
+    opened = Bundle.open(bundle)
+    (plan,) = opened.manifest.plans
+    assert plan.settings == BuildSettings(workspace_mib=512, optimization_level=2)
+    assert {path.name for path in (bundle / "plans").iterdir()} == {Path(plan.file).name, Path(plan.log).name}
+    assert not opened.altered()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workspace_mib": 0}, "--workspace-mib 0: 1 at least"),
+        ({"optimization_level": 6}, "--optimization-level 6: 0 to 5"),
+    ],
+)
+def test_setting_that_cannot_be_is_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildSettings(**settings)
+
+
+def test_hardware_compatible_is_for_the_flavour_that_has_it() -> None:
+    with pytest.raises(ConfigError, match="--hardware-compatible is for flavour tensorrt"):
+        choose_target("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
+
+
+def test_plan_without_weights_cannot_be_built_without_a_gpu(bare: Callable[[str], Path], store: Path) -> None:
+    """Or it can: then it is without them. What TensorRT says is in the error."""
+    bundle = bare("a")
+    try:
+        build(bundle, store, settings=BuildSettings(stripped=True))
+    except BuildError as err:
+        assert "a plan without its weights is built where a GPU is" in str(err)  # noqa: PT017
+        assert not plans(store)
+    else:
+        manifest = Bundle.open(bundle).manifest
+        (plan,) = manifest.plans
+        assert plan.settings.stripped
+
+
+def test_entry_of_the_store_says_what_was_built(bare: Callable[[str], Path], store: Path) -> None:
+    build(bare("a"), store)
+    (place,) = plans(store)
+    written = json.loads((place / "entry.json").read_text())
+    assert written["entry"]["flavour"] == "tensorrt-rtx"
+    assert written["plan"]["size"] == (place / "plan").stat().st_size
