@@ -32,7 +32,7 @@ Build = Callable[[Path], tuple[PlanEntry, Path, Path]]
 
 def default_store() -> Path:
     """Give the store of this user."""
-    platformdirs = import_extra("platformdirs", extra="trt-rtx", purpose="the store of plans")
+    platformdirs = import_extra("platformdirs", extra="cli", purpose="the store of plans")
     path: Path = platformdirs.user_cache_path("trtower") / "plans"
     return path
 

@@ -109,11 +109,12 @@ def _app() -> "typer.Typer":
     @app.command()
     def inspect(
         bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
+        why: Annotated[bool, typer.Option("--why", help="Say what every plan needs, and what of it is met.")] = False,
         json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Say what a bundle is, what of it would run here, and why the rest would not."""
         found = inspect_bundle(Bundle.open(bundle))
-        print(json.dumps(found, indent=2) if json_ else as_text(found))  # noqa: T201
+        print(json.dumps(found, indent=2) if json_ else as_text(found, why=why))  # noqa: T201
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
         app.command(point.name)(point.load())

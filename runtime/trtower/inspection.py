@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.manifest import Extent
-from trtower.runners.choose import Candidate, candidates
+from trtower.manifest import Extent, PlanEntry
+from trtower.runners.choose import Candidate, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 
 MB = 1_000_000
@@ -37,7 +37,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "profiles": data["profiles"],
         "hidden_size": manifest.spec.hidden_size,
         "num_patches": manifest.spec.num_patches,
-        "plans": [{**plan, "size": manifest.files[plan["file"]].size} for plan in data["plans"]],
+        "plans": [
+            {**each, "size": manifest.files[plan.file].size, "verdicts": _plan_verdicts(bundle, plan, altered)}
+            for each, plan in zip(data["plans"], manifest.plans, strict=True)
+        ],
         "size": sum(entry.size for entry in manifest.files.values()),
         "versions": data["versions"],
         "backends": rows,
@@ -49,16 +52,32 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def _plan_verdicts(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> dict[str, str | None]:
+    """Say of everything that a plan needs why it is not met here; None where it is."""
+    spoilt = [name for name in _files_of(plan) if name in altered]
+    return {
+        **plan_verdicts(plan, default_device("cuda")),
+        "certificate": bundle.uncertified(plan.flavour, [plan.file]),
+        "sha256": f"{', '.join(spoilt)} was altered: copy the bundle again" if spoilt else None,
+    }
+
+
+def _files_of(plan: PlanEntry | None) -> list[str]:
+    """List what is read to run a plan, or the graph."""
+    if plan is None:
+        return [GRAPH, GRAPH_DATA]
+    return [plan.file, GRAPH, GRAPH_DATA] if plan.settings.stripped else [plan.file]
+
+
 def _without_altered(candidate: Candidate, altered: list[str]) -> Candidate:
-    needs = [GRAPH, GRAPH_DATA] if candidate.plan is None else [candidate.plan.file]
-    spoilt = [name for name in needs if name in altered]
+    spoilt = [name for name in _files_of(candidate.plan) if name in altered]
     if candidate.obstacle or not spoilt:
         return candidate
     return dataclasses.replace(candidate, obstacle=f"{', '.join(spoilt)} was altered: copy the bundle again")
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """Put a description into words."""
+def as_text(found: dict[str, Any], *, why: bool = False) -> str:
+    """Put a description into words; with ``why``, what each plan needs and whether it is met here."""
     spec, source, batch = found["spec"], found["source"], found["batch"]
     tuned = " and ".join(dict.fromkeys(str(profile["opt"]) for profile in found["profiles"]))
     weights = "RANDOM WEIGHTS: a rehearsal, its features mean nothing" if source["random_weights"] else "pretrained"
@@ -76,6 +95,8 @@ def as_text(found: dict[str, Any]) -> str:
     for plan in found["plans"]:
         gpus = ", ".join(plan["compute_capabilities"]) or "any from 8.0 on that TensorRT-RTX supports"
         lines.append(f"    {plan['file']} ({plan['size'] / MB:.0f} MB) for compute capability {gpus}")
+        if why:
+            lines += [f"      {what:<18} {obstacle or 'met'}" for what, obstacle in plan["verdicts"].items()]
     if not found["plans"]:
         lines.append(f"    none: trtower build {found['path']}")
     if found["altered"]:

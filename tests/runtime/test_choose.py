@@ -81,6 +81,7 @@ def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: py
 
     monkeypatch.setattr(choosing, "load_flavour", broken)
     monkeypatch.setattr(choosing, "_device_obstacle", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert VisionTower.load(clip_bundle, "onnxruntime-cpu").is_loaded
     (plan,) = [c for c in candidates(Bundle.open(clip_bundle)) if c.backend == "tensorrt-rtx"]
     assert plan.obstacle == "libtensorrt_rtx.so.1: cannot open shared object file"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trtower.bundle import Bundle
 from trtower.cli import gather, run
@@ -212,3 +213,44 @@ def test_numbers_after_batch_are_one_argument(typed: str, read: list[str]) -> No
 def test_profile_that_is_not_three_numbers_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "CLIP", "--no-check", "--batch", *numbers.split()]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_inspect_says_why_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_why, without = [], []
+    for arguments, lines in ((["--why"], with_why), ([], without)):
+        assert run(["inspect", str(spoilt), *arguments]) == 0
+        lines += capsys.readouterr().out.splitlines()
+    added = [line.strip() for line in with_why if line not in without]
+    names = ["flavour", "version", "platform", "compute capability", "certificate", "sha256"]
+    assert [line[:18].strip() for line in added] == names
+    assert added[1].endswith(" met")
+    assert added[4].endswith("it has no certificate")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
+def test_verdicts_of_a_plan_are_each_their_own(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((spoilt / "tower.json").read_text())
+    plan = manifest["plans"][0]
+    plan |= {"version": "1.0.0", "platform": "windows-amd64"}
+    (spoilt / "tower.json").write_text(json.dumps(manifest))
+    content = (spoilt / plan["file"]).read_bytes()
+    (spoilt / plan["file"]).write_bytes(content[:-1] + b"!")
+    assert run(["inspect", str(spoilt), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    verdicts = found["verdicts"]
+    assert verdicts["flavour"] is None
+    assert verdicts["version"].startswith("was built by tensorrt-rtx 1.0.0, ")
+    assert verdicts["platform"].startswith("was built for windows-amd64, this is ")
+    assert verdicts["compute capability"].startswith("no GPU here")
+    assert verdicts["sha256"] == f"{plan['file']} was altered: copy the bundle again"
+
+
+def test_plan_without_weights_wants_the_graph_too(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((spoilt / "tower.json").read_text())
+    manifest["plans"][0]["settings"]["stripped"] = True
+    (spoilt / "tower.json").write_text(json.dumps(manifest))
+    weights = spoilt / "tower.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert run(["inspect", str(spoilt), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    assert found["verdicts"]["sha256"] == "tower.onnx.data was altered: copy the bundle again"

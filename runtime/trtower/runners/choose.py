@@ -118,7 +118,7 @@ def candidates(
     for backend in backends:
         kind = "cpu" if backend in CPU_BACKENDS else "cuda"
         # Asking torch for its current device makes a CUDA context, which a tower on the CPU has no use for.
-        target = asked or _default_device(kind)
+        target = asked or default_device(kind)
         if target.type != kind:
             target = torch.device(kind)
         obstacle = f"device {asked} was asked for" if asked and asked.type != kind else _device_obstacle(target)
@@ -171,11 +171,12 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
     if asked.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {str(asked)!r} has no backend: cpu, cuda and cuda:INDEX have.")
     if asked.type == "cuda" and asked.index is None:
-        return _default_device("cuda")
+        return default_device("cuda")
     return torch.device("cpu") if asked.type == "cpu" else asked
 
 
-def _default_device(kind: str) -> torch.device:
+def default_device(kind: str) -> torch.device:
+    """Give the CPU, or torch's current GPU; the first where there is none."""
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
@@ -193,20 +194,35 @@ def _device_obstacle(device: torch.device) -> str | None:
 
 
 def _plan_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
+    for what, obstacle in plan_verdicts(plan, device).items():
+        if obstacle:
+            return obstacle if what == "flavour" else f"{plan.file} {obstacle}"
+    return None
+
+
+def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:
+    """Hold everything that a plan needs against this machine; None where it is met. Nothing is deserialised."""
+    found: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
     try:
         version: str = load_flavour(plan.flavour).__version__
+        if plan.version != version:
+            found["version"] = f"was built by {plan.flavour} {plan.version}, {version} is installed"
     except (ImportError, OSError) as err:  # not installed, or installed and broken
-        return str(err)
-    if plan.version != version:
-        return f"{plan.file} was built by {plan.flavour} {plan.version}, {version} is installed"
+        found["flavour"] = str(err)
+        found["version"] = f"was built by {plan.flavour} {plan.version}, none is installed"
     if plan.platform != PLATFORM:
-        return f"{plan.file} was built for {plan.platform}, this is {PLATFORM}"
+        found["platform"] = f"was built for {plan.platform}, this is {PLATFORM}"
+    found["compute capability"] = _device_obstacle(device) or _capability_obstacle(plan, device)
+    return found
+
+
+def _capability_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     here = "{}.{}".format(*capability)
     if not plan.compute_capabilities and capability < PORTABLE_FROM:
-        return f"{plan.file} needs compute capability {'{}.{}'.format(*PORTABLE_FROM)} or later; this GPU has {here}"
+        return f"needs compute capability {'{}.{}'.format(*PORTABLE_FROM)} or later; this GPU has {here}"
     if plan.compute_capabilities and here not in plan.compute_capabilities:
-        return f"{plan.file} needs compute capability {' or '.join(plan.compute_capabilities)}; this GPU has {here}"
+        return f"needs compute capability {' or '.join(plan.compute_capabilities)}; this GPU has {here}"
     return None
 
 
