@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest test-slow test-gpu test-matrix bench bench-gpu goals precisions clean
+.PHONY: demo test lint types pytest test-slow test-gpu test-matrix bench bench-gpu cpu-choices goals precisions clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -54,6 +54,10 @@ bench: $(STAMP)
 # The same where a GPU is, on a plan if one runs.
 bench-gpu:
 	$(MAKE) bench BENCH_FLAVOUR=auto BENCH_OPTIONS="--batch 1 8 32"
+
+# What ONNX Runtime and OpenVINO may be told on a CPU, and what of it is fastest.
+cpu-choices: $(STAMP)
+	$(BIN)/python benchmarks/cpu_choices.py
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

@@ -131,9 +131,8 @@ def test_entrant_that_breaks_alone_is_named(
 ) -> None:
     absent: dict[str, str] = {}
     bundle, checkpoint = Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"]))
-    entrant = enter(Arena.open(bundle, checkpoint), "eager")
     gone = dataclasses.replace(checkpoint, source="nowhere/at-all")
-    assert module._run_cold(bundle, gone, entrant, 1, absent) is None
+    assert module._run_cold(bundle, gone, "eager", None, 1, absent) is None
     assert "CheckpointError" in absent["eager, alone"]
 
 
@@ -205,10 +204,9 @@ def timing(entrant: str, batch: int, median_s: float, share: float | None = None
     )
 
 
-def tower(backend: str, device: str) -> Any:
+def yardstick() -> Any:
     family, image_size, patch_size, num_layers = YARDSTICK
-    spec = SimpleNamespace(family=family, image_size=image_size, patch_size=patch_size, num_layers=num_layers)
-    return SimpleNamespace(spec=spec, backend=backend, device=torch.device(device))
+    return SimpleNamespace(family=family, image_size=image_size, patch_size=patch_size, num_layers=num_layers)
 
 
 def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
@@ -219,7 +217,7 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
     ]
     cold = (Cold(entrant="trtower", load_s=1.5, first_s=0.6, peak_bytes=1),)
     tiles = ListTiming(images=16, rounds=1, llava_s=2.9, trtower_s=1.0)
-    goals = judge_goals(tower("tensorrt 11.4, sm90", "cuda"), timings, cold, tiles)
+    goals = judge_goals(yardstick(), "tensorrt", timings, cold, tiles)
     assert [(goal.met, goal.measured) for goal in goals] == [
         (True, 1.5),
         (False, 1.49),
@@ -236,7 +234,7 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
 def test_goals_of_a_plan_are_not_judged_on_another_backend() -> None:
     timings = [timing("trtower", 1, 1.0), timing("sdpa", 1, 9.0), timing("llava", 1, 4.0)]
     cold = (Cold(entrant="trtower", load_s=1.0, first_s=0.5, peak_bytes=1),)
-    goals = judge_goals(tower("openvino 2026.4.1, CPU, BF16", "cpu"), timings, cold, None)
+    goals = judge_goals(yardstick(), "openvino-bf16", timings, cold, None)
     assert [goal.measured for goal in goals] == [None] * 8 + [4.0, 1.5]
     assert all(goal.note for goal in goals[:8])
     assert [goal.met for goal in goals[8:]] == [True, True]

@@ -1,8 +1,9 @@
 """Race a bundle against what else could run its tower, and say what share of the hardware each uses.
 
-entrants -> cold (each alone: load, first answer, memory) -> race (in turn, in this process) -> ceiling -> goals
+entrants -> ceiling -> race (in turn, in this process) -> cold (each alone: load, first answer, memory) -> goals
 """
 
+import gc
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError, TrtowerError
-from trtower.spec import sizes
+from trtower.spec import cover, sizes
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
@@ -117,17 +118,52 @@ class BenchOptions:
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
     """Measure all of it. Raises BackendError where the bundle itself cannot run here."""
     manifest = bundle.manifest
+    raced = _race_all(bundle, checkpoint, options, progress)
+    gc.collect()  # of the towers, whose memory and threads would be in the way of those that load alone
+    cold, absent = [], dict(raced.absent)
+    batch = min(timing.batch for timing in raced.timings)
+    for name, backend in raced.entrants:
+        with progress.step(f"{name}, alone"):
+            found = _run_cold(bundle, checkpoint, name, backend, batch, absent)
+        cold += [found] if found else []
+    return Benchmark(
+        bundle={
+            "path": str(bundle.path),
+            "name": manifest.name,
+            "precision": manifest.precision,
+            "random_weights": manifest.source.random_weights,
+            "flop_an_image": manifest.cut.flop,
+        },
+        environment=describe_environment(raced.device),
+        ceilings=raced.ceilings,
+        timings=raced.timings,
+        cold=tuple(cold),
+        tiles=raced.tiles,
+        absent=absent,
+        goals=judge_goals(manifest.spec, raced.entrants[0][1] or "", raced.timings, cold, raced.tiles),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Raced:
+    """What the race has left behind. ``entrants`` are who ran, with trtower's name for the backend of each."""
+
+    device: torch.device
+    entrants: tuple[tuple[str, str | None], ...]
+    ceilings: dict[str, float]
+    timings: tuple[Timing, ...]
+    tiles: ListTiming | None
+    absent: dict[str, str]
+
+
+def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> _Raced:
+    profiles = bundle.manifest.profiles
     with progress.step("Load the towers"):
         arena = Arena.open(bundle, checkpoint, options.backend)
-    tower = arena.tower
     kind = arena.device.type
-    batches = options.batches or (tuple(sizes(manifest.profiles)) if kind == "cuda" else (manifest.batch.min,))
+    batches = options.batches or (tuple(sizes(profiles)) if kind == "cuda" else (cover(profiles).min,))
     rounds = options.rounds or ROUNDS[kind]
     entrants, absent = _enter_all(arena, options.against, progress)
-    cold = []
-    for entrant in entrants:
-        with progress.step(f"{entrant.name}, alone"):
-            cold.append(_run_cold(bundle, checkpoint, entrant, min(batches), absent))
     with progress.step("Measure what the hardware can do"):
         ceilings = measure_ceilings(arena.device, {entrant.arithmetic for entrant in entrants})
     timings: list[Timing] = []
@@ -138,22 +174,13 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
     if options.tiles:
         with progress.step(f"Race over a list of {options.tiles} images"):
             tiles = _race_over_a_list(arena, entrants, options.tiles, max(1, rounds // 4))
-    found_cold = tuple(each for each in cold if each)
-    return Benchmark(
-        bundle={
-            "path": str(bundle.path),
-            "name": manifest.name,
-            "precision": manifest.precision,
-            "random_weights": manifest.source.random_weights,
-            "flop_an_image": manifest.cut.flop,
-        },
-        environment=describe_environment(arena.device),
+    return _Raced(
+        device=arena.device,
+        entrants=tuple((entrant.name, entrant.backend) for entrant in entrants),
         ceilings=ceilings,
         timings=tuple(timings),
-        cold=found_cold,
         tiles=tiles,
         absent=absent,
-        goals=judge_goals(tower, timings, found_cold, tiles),
     )
 
 
@@ -169,19 +196,19 @@ def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[
 
 
 def _run_cold(
-    bundle: Bundle, checkpoint: Checkpoint, entrant: Entrant, batch: int, absent: dict[str, str]
+    bundle: Bundle, checkpoint: Checkpoint, name: str, backend: str | None, batch: int, absent: dict[str, str]
 ) -> Cold | None:
     """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
     source = [checkpoint.source, checkpoint.revision or "", "random" if checkpoint.random_weights else ""]
-    arguments = [str(bundle.path), *source, entrant.name, entrant.backend or "", str(batch)]
+    arguments = [str(bundle.path), *source, name, backend or "", str(batch)]
     command = [sys.executable, "-m", "trtower_export.bench.cold", *arguments]
-    for _ in range(2 if entrant.backend else 1):
+    for _ in range(2 if backend else 1):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        absent[f"{entrant.name}, alone"] = words[-1]
+        absent[f"{name}, alone"] = words[-1]
         return None
-    return Cold(entrant=entrant.name, **json.loads(done.stdout.splitlines()[-1]))
+    return Cold(entrant=name, **json.loads(done.stdout.splitlines()[-1]))
 
 
 def _race(

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trtower import VisionTower
+from trtower.flavour import FLAVOURS
+from trtower.runners.choose import CPU_BACKENDS
+from trtower.spec import TowerSpec
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 
 if TYPE_CHECKING:
@@ -37,16 +39,19 @@ class Goal:
 
 
 def judge_goals(
-    tower: VisionTower,
+    spec: TowerSpec,
+    backend: str,
     timings: "Sequence[Timing]",
     cold: "Sequence[Cold]",
     tiles: "ListTiming | None",
 ) -> tuple[Goal, ...]:
-    """Judge every goal; those that this machine cannot decide are named as not measured. Of other towers, none."""
-    spec = tower.spec
+    """Judge every goal by what ran on ``backend``; what this machine cannot decide is named as not measured.
+
+    Of another tower than the yardstick there is none.
+    """
     if (spec.family, spec.image_size, spec.patch_size, spec.num_layers) != YARDSTICK:
         return ()
-    on_plan = "tensorrt" in tower.backend
+    on_plan = backend in FLAVOURS
     medians = {(each.entrant, each.batch): each.median_s for each in timings}
     shares = {each.batch: each.share for each in timings if each.entrant == TRTOWER}
     first = next((each for each in cold if each.entrant == TRTOWER), None)
@@ -74,7 +79,7 @@ def judge_goals(
     goals.append(at_least(f"{SHARE:.0%} of what a product reaches, batch {largest}", SHARE, share, WANTS_PLAN))
     loop = tiles.llava_s / tiles.trtower_s if tiles else None
     goals.append(at_least(f"{OVER_LOOP} times LLaVA's loop over a list", OVER_LOOP, loop, "--tiles 0 left it out"))
-    if tower.device.type == "cpu":
+    if backend in CPU_BACKENDS:
         says = f"{OVER_LLAVA} times as fast as LLaVA's FP32 tower on a CPU, batch 1"
         goals.append(at_least(says, OVER_LLAVA, over(LLAVA, 1), "batch 1 was not raced"))
     seconds = first.load_s + first.first_s if first and first.load_s is not None else None
