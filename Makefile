@@ -4,6 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest test-slow test-gpu test-matrix bench bench-gpu cpu-choices goals precisions clean
 
@@ -26,9 +27,10 @@ pytest: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# Everything in tests/gpu, where a GPU is; elsewhere it says why each was skipped.
+# Everything in tests/gpu, where a GPU is; elsewhere it says why each was skipped. The results are left as a file.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python -m pytest tests/gpu --junit-xml=$(BENCH_OUT)/test-gpu.xml
 
 # The oldest transformers that is supported, in an environment of its own.
 test-matrix:
@@ -39,7 +41,6 @@ goals: $(STAMP)
 	$(BIN)/python benchmarks/goals.py
 
 # ViT-L/14-336 against PyTorch and other runtimes, in FP16 and in BF16; results under benchmarks/results.
-BENCH_OUT ?= benchmarks/results
 BENCH_FLAVOUR ?= none
 BENCH_OPTIONS ?=
 bench: $(STAMP)

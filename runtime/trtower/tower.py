@@ -147,7 +147,12 @@ class VisionTower(nn.Module):
         return self
 
     def close(self) -> None:
-        """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing."""
+        """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing.
+
+        In a fork it does nothing either: threads that a backend would wait for are in the process that loaded it.
+        """
+        if os.getpid() != self._process:
+            return
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()

@@ -107,6 +107,7 @@ def test_fork_is_refused_where_a_backend_would_hang(tower: VisionTower) -> None:
     answers = context.Queue()
 
     def serve() -> None:
+        tower.close()
         try:
             tower(draw(1))
         except BackendError as err:

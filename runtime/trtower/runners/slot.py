@@ -20,6 +20,19 @@ class Profile(NamedTuple):
     most: int
 
 
+class Capturing:
+    """Whether an engine's calls are captured as CUDA graphs: until the first capture that fails, of whichever slot."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self.wanted = wanted
+
+    def give_up(self, batch: int, err: Exception) -> None:
+        """Say once that every call is launched from now on."""
+        if self.wanted:
+            logger.warning("CUDA graphs are left out, every call is launched: batch %d: %s", batch, err)
+        self.wanted = False
+
+
 class Slot:
     """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come in.
 
@@ -35,8 +48,7 @@ class Slot:
         profiles: Sequence[Profile],
         names: tuple[str, str],
         device: torch.device,
-        *,
-        capture: bool,
+        capturing: Capturing,
     ) -> None:
         self.stream: int | None = None
         self._make_context, self._scratch_bytes, self._profiles, self._names = (
@@ -45,7 +57,7 @@ class Slot:
             profiles,
             names,
         )
-        self._device, self._capture = device, capture
+        self._device, self._capturing = device, capturing
         self._buckets = {batch for profile in profiles for batch in profile}
         try:
             self._scratch = allocate(scratch_bytes, device)
@@ -83,14 +95,13 @@ class Slot:
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
         """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
         batch = len(images)
-        if not self._capture or batch not in self._buckets:
+        if not self._capturing.wanted or batch not in self._buckets:
             return None
         if batch not in self._graphs:
             try:
                 self._graphs[batch] = self._capture_graph(images, features, stream)
             except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
-                self._capture = False
-                logger.warning("CUDA graphs are left out, every call is launched: batch %d: %s", batch, err)
+                self._capturing.give_up(batch, err)
                 return None
         return self._graphs[batch]
 

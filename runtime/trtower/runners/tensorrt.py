@@ -13,7 +13,7 @@ from trtower.manifest import PlanEntry
 from trtower.runners import OnStart
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
-from trtower.runners.slot import Profile, Slot
+from trtower.runners.slot import Capturing, Profile, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class TensorRTRunner:
             self._profiles = _read_profiles(engine, bundle, plan)
             self._cache = self._open_cache(f"sm{major}{minor}")
             self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
+            self._capturing = Capturing(wanted=options.cuda_graphs and self._config is None)
             self._own_stream = torch.cuda.Stream(device)
             self._slots = Pool(self._make_slot, options.contexts)
 
@@ -129,7 +130,7 @@ class TensorRTRunner:
                 self._profiles,
                 (manifest.input.name, manifest.output.name),
                 self.device,
-                capture=self._options.cuda_graphs and self._config is None,
+                self._capturing,
             )
 
     def _make_context(self) -> Any:
