@@ -227,7 +227,7 @@ def checkable(export: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_plan_that_is_altered_is_not_said_to_be_built(spoilt: Path, clip: Path) -> None:
-    (plan,) = (spoilt / "plans").iterdir()
+    (plan,) = (spoilt / "plans").glob("*.plan")
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)

@@ -57,7 +57,7 @@ def test_missing_file_is_named(spoilt: Path) -> None:
 
 
 def test_plan_cut_short_is_refused(spoilt: Path) -> None:
-    plan = next((spoilt / "plans").iterdir())
+    plan = next((spoilt / "plans").glob("*.plan"))
     with plan.open("r+b") as stream:
         stream.truncate(plan.stat().st_size - 1)
     with pytest.raises(BundleError, match=r"\.plan has \d+ bytes"):
@@ -71,7 +71,7 @@ def test_flipped_byte_in_the_weights_is_found_before_they_are_run(spoilt: Path) 
 
 
 def test_flipped_byte_in_a_plan_is_found(spoilt: Path) -> None:
-    plan = next((spoilt / "plans").iterdir())
+    plan = next((spoilt / "plans").glob("*.plan"))
     flip(plan)
     with pytest.raises(BundleError, match="was altered"):
         Bundle.open(spoilt).read(f"plans/{plan.name}")
