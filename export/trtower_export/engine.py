@@ -311,23 +311,30 @@ def _import_polygraphy(flavour: str) -> Any:
 
 @contextmanager
 def _keep_log(path: Path) -> Iterator[list[str]]:
-    """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else."""
+    """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else.
+
+    To everybody else Polygraphy says no more than it would have.
+    """
     errors: list[str] = []
+    polygraphy_log = logging.getLogger("Polygraphy")
+    level, loud = polygraphy_log.level, polygraphy_log.getEffectiveLevel()
 
     class Collector(logging.StreamHandler[TextIO]):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno == logging.ERROR:
                 errors.append(record.getMessage().strip().removeprefix("[E] "))
             super().emit(record)
+            if record.levelno >= loud and polygraphy_log.parent:
+                polygraphy_log.parent.callHandlers(record)
 
     with path.open("w", encoding="utf-8") as stream:
         collector = Collector(stream)
-        polygraphy_log = logging.getLogger("Polygraphy")
-        before = polygraphy_log.level
         polygraphy_log.addHandler(collector)
-        polygraphy_log.setLevel(logging.INFO)
+        polygraphy_log.setLevel(min(loud, logging.INFO))
+        polygraphy_log.propagate = False
         try:
             yield errors
         finally:
-            polygraphy_log.setLevel(before)
+            polygraphy_log.propagate = True
+            polygraphy_log.setLevel(level)
             polygraphy_log.removeHandler(collector)

@@ -152,6 +152,13 @@ def test_two_processes_build_once(bare: Callable[[str], Path], store: Path) -> N
     assert [process.returncode for process in running] == [0, 0, 0], said
     assert sum("Build the tensorrt-rtx plan" in each for each in said) == 1
     assert sum("was built here on" in each for each in said) == 2
+    assert not any("[I]" in each for each in said)  # which is in the log of the build
+
+
+def test_log_of_a_build_is_shown_where_it_is_asked_for(bare: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", BUILD.replace("'build'", "'--verbose', 'build'"), str(bare("a")), "--no-store"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "Finished engine building" in done.stderr
 
 
 def test_two_processes_add_to_one_bundle(bare: Callable[[str], Path], store: Path) -> None:
