@@ -5,6 +5,7 @@ manifest that is half understood would load a tower that is half the one that wa
 """
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Mapping
@@ -273,7 +274,7 @@ class Manifest:
         """Whether the graph holds weights of several precisions."""
         return bool(self.keep_fp32 or self.calibration)
 
-    @property
+    @functools.cached_property
     def batch(self) -> BatchProfile:
         """What one call takes, over all profiles."""
         return cover(self.profiles)

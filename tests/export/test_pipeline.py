@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,18 +103,6 @@ def test_killed_export_leaves_no_bundle_and_the_next_succeeds(clip: Path, tmp_pa
     subprocess.run(command, check=True, capture_output=True)
     assert Bundle.open(out)
     assert not (tmp_path / ".b.staging").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 1 MiB: the graph fits, the plan, which has kernels beside the weights, does not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)  # noqa: S607
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)  # noqa: S607
 
 
 def test_disk_that_fills_during_export_leaves_nothing(

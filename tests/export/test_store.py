@@ -218,17 +218,6 @@ def test_store_that_cannot_be_written_names_the_way_out(bare: Callable[[str], Pa
     assert build(bare("b"), None).steps
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)  # noqa: S607
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)  # noqa: S607
-
-
 def test_disk_that_fills_during_a_build_leaves_bundle_and_store_as_they_were(
     bare: Callable[[str], Path], small_disk: Path
 ) -> None:

@@ -218,6 +218,7 @@ class FakeTensorRT(ModuleType):
         self._fake_driver = b"fake driver 1"
         self._fake_refitted: list[str] = []
         self._fake_refits = True
+        self._fake_takes_cache = True
         fake = self
 
         class ILogger:
@@ -355,7 +356,7 @@ class FakeTensorRT(ModuleType):
 
             def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
                 self._fake_cache = cache
-                return True
+                return fake._fake_takes_cache
 
         class ICudaEngine:
             device_memory_size_v2 = FAKE_DEVICE_MEMORY

@@ -520,6 +520,15 @@ def test_tower_runs_where_kernels_cannot_be_kept(bundle: Bundle, caplog: pytest.
     assert "compiled kernels are not kept for the next process" in caplog.text
 
 
+def test_runtime_that_takes_no_cache_says_so(
+    bundle: Bundle, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorrt._fake_takes_cache = False
+    open_plan(bundle).close()
+    assert "takes no runtime cache: kernels are compiled in every process" in caplog.text
+    assert not kept(bundle)
+
+
 @pytest.mark.usefixtures("tensorrt")
 def test_kernels_are_not_kept_where_that_is_not_wanted(bundle: Bundle) -> None:
     open_plan(bundle, runtime_cache=False).close()

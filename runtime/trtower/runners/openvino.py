@@ -2,7 +2,7 @@
 
 A graph in half precision says that every result is rounded to it. That is what a GPU does, and on a CPU it is only
 lost accuracy: here results stay in FP32 between the operations, and what `trtower check` runs "as typed" beside it is
-the graph as it was written. In BF16 the products are computed in BF16 (and summed in FP32), which OpenVINO decides.
+the graph as it was written. In BF16 OpenVINO computes products in BF16, and decides what else.
 """
 
 import re

@@ -155,8 +155,9 @@ class TensorRTRunner:
         config.dynamic_shapes_kernel_specialization_strategy = getattr(
             module.DynamicShapesKernelSpecializationStrategy, options.kernel_specialization.upper()
         )
-        if self._cache:
-            config.set_runtime_cache(self._cache.read_into(config.create_runtime_cache()))
+        if self._cache and not config.set_runtime_cache(self._cache.read_into(config.create_runtime_cache())):
+            logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
+            self._cache = None
         return config
 
 
