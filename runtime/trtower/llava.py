@@ -135,7 +135,9 @@ class CLIPVisionTowerS2(_ScaledTower):
         """The largest scale."""
         return self._scales.sizes[-1]
 
-    def _encode(self, runner: Runner, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _encode(
+        self, runner: Runner, images: Sequence[torch.Tensor], out: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Run images (..., 3, H, H) of one or several ranks at all scales, and give (B, M, D) for the B in each."""
         scales = self._scales
         batches = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
@@ -144,6 +146,11 @@ class CLIPVisionTowerS2(_ScaledTower):
         features = self._run(runner, self._pack(runner, tiles, sum(counts))).split(counts)  # (K * B, P + N, D) each
         prefix = self.spec.num_prefix_tokens - self._pick.first_token
         return [scales.merge(part.to(batch.dtype), prefix) for part, batch in zip(features, batches, strict=True)]
+
+    @property
+    def _tokens_of_an_image(self) -> int:
+        prefix = self.spec.num_prefix_tokens - self._pick.first_token
+        return prefix + self._scales.count_patches(self.spec.num_patches_per_side)
 
     def _fits(self, shape: torch.Size) -> bool:
         return shape[0] == 3 and shape[1] == shape[2]

@@ -19,13 +19,17 @@ from trtower.spec import TowerSpec
 
 
 class Pick:
-    """Hidden states ``layers`` of a tower, in their order, and of each the tokens from ``first_token`` on."""
+    """Hidden states ``layers`` of a tower, in their order, and of each the tokens from ``first_token`` on.
+
+    It is ``whole`` where that is all a bundle holds, as it holds it.
+    """
 
     def __init__(self, spec: TowerSpec, layers: tuple[int, ...], first_token: int) -> None:
         self.layers, self.first_token = layers, first_token
         self.hidden_size = spec.width * len(layers)
         self.num_tokens = spec.num_tokens - first_token
         self._columns = _joined(spec.columns(layers))
+        self.whole = not first_token and self._columns == _joined(spec.columns(spec.layers))
         self._num_layers = spec.num_layers
 
     def cut(self, image_forward_outs: Any) -> torch.Tensor:

@@ -73,6 +73,10 @@ class Scales:
             for row in resized.split(self.tile_size, dim=2):
                 yield from row.split(self.tile_size, dim=3)
 
+    def count_patches(self, side: int) -> int:
+        """M: the patches of an image after `merge`, where a tile has this many along a side."""
+        return (self.sizes[self.output_index] // self.tile_size * side) ** 2
+
     def merge(self, features: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
         """Merge what `tiles` became: (K * B, P + N, D) -> (B, P + M, D * scales).
 

@@ -195,14 +195,19 @@ class VisionTower(nn.Module):
         Tiles (B, T, 3, S, S) give (B, T, N, D). A list of (3, S, S), tiles (T, 3, S, S), or both, gives a list of
         (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
         floating dtype are taken; features come on the tower's device, each in the dtype of its images. With `out` the
-        features of a tensor are written there, and it is returned. Raises InputError.
+        features of a tensor are written there, in its dtype, and it is returned; the engine itself writes there where
+        `out` is contiguous and of the tower's dtype, and every token and layer is picked. Raises InputError.
         """
         runner = self._loaded()
         if not isinstance(images, (list, tuple)):
             self._check(images, "images", in_list=False)
-            (features,) = self._encode(runner, [images])
+            if out is not None:
+                _check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
+            (features,) = self._encode(runner, [images], out)
             features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
-            return features if out is None else _write(features, out)
+            if out is None:
+                return features
+            return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
         if out is not None:
             raise InputError("out is for the features of one tensor, and images is a list.")
         if not images:
@@ -211,12 +216,18 @@ class VisionTower(nn.Module):
             self._check(image, f"images[{index}]", in_list=True)
         return self._encode(runner, images)
 
-    def _encode(self, runner: Runner, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run images (..., 3, S, S) of one or several ranks together, and give (T, N, D) for the T in each."""
+    def _encode(
+        self, runner: Runner, images: Sequence[torch.Tensor], out: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Run images (..., 3, S, S) of one or several ranks together, and give (T, N, D) for the T in each.
+
+        For ``out`` they are in the engine's dtype, and already there if they can be.
+        """
         if len(images) == 1:
             image = images[0]
             pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
-            return [self._run(runner, pixel_values.view(-1, *image.shape[-3:])).to(image.dtype)]
+            features = self._run(runner, pixel_values.view(-1, *image.shape[-3:]), out)
+            return [features.to(image.dtype) if out is None else features]
         counts = [image.shape[:-3].numel() for image in images]
         features = self._run(runner, self._pack(runner, images, sum(counts))).split(counts)
         return [part.to(image.dtype) for part, image in zip(features, images, strict=True)]
@@ -232,15 +243,19 @@ class VisionTower(nn.Module):
             start = stop
         return pixel_values
 
-    def _run(self, runner: Runner, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D)."""
+    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
         if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
         manifest = self.bundle.manifest
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if self.on_batch or self.nvtx else None
-        return self.feature_select(run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run))
+        tokens = None
+        if out is not None and self._pick.whole and _can_fill(runner, out, pixel_values):
+            tokens = out.view(-1, *out.shape[-2:])
+        output = run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=tokens)
+        return self.feature_select(output)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -261,6 +276,11 @@ class VisionTower(nn.Module):
             )
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels.")
+
+    @property
+    def _tokens_of_an_image(self) -> int:
+        """The tokens of one image among the features."""
+        return self._pick.num_tokens
 
     def _fits(self, shape: torch.Size) -> bool:
         """Whether one image may be (C, H, W)."""
@@ -410,12 +430,18 @@ class TowerConfig(SimpleNamespace):
         return dict(vars(self))
 
 
-def _write(features: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Copy features to where the caller wants them."""
-    if not isinstance(out, torch.Tensor) or (out.shape, out.device) != (features.shape, features.device):
+def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(out, torch.Tensor) or (tuple(out.shape), out.device) != (shape, device):
         found = f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        raise InputError(f"out is {found}; {tuple(features.shape)} on {features.device} is expected.")
-    return out.copy_(features)
+        raise InputError(f"out is {found}; {shape} on {device} is expected.")
+    if not out.is_floating_point():
+        raise InputError(f"out has dtype {out.dtype}; features are floating-point numbers.")
+
+
+def _can_fill(runner: Runner, out: torch.Tensor, pixel_values: torch.Tensor) -> bool:
+    """Whether the engine may write into ``out``, and does not read there."""
+    apart = out.untyped_storage().data_ptr() != pixel_values.untyped_storage().data_ptr()
+    return out.dtype == runner.dtype and out.is_contiguous() and apart
 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:

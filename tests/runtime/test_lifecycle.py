@@ -167,9 +167,52 @@ def test_features_are_written_where_the_caller_wants_them(tower: VisionTower) ->
     assert torch.equal(tower(images[None], out=tiles)[0], out)
 
 
+def test_engine_writes_into_out_itself_where_everything_is_picked(
+    tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, run, places = draw(6), tower._runner.run, list[int]()
+    expected = tower(images)
+
+    def watch(pixel_values: torch.Tensor, hidden_states: torch.Tensor, *rest: object) -> None:
+        places.append(hidden_states.data_ptr())
+        run(pixel_values, hidden_states, *rest)
+
+    monkeypatch.setattr(tower._runner, "run", watch)
+    tower.select_feature = "cls_patch"
+    whole = torch.empty(6, 10, 64).half()
+    assert tower(images, out=whole) is whole
+    assert places == [whole.data_ptr(), whole[4].data_ptr()]  # two calls, as the profile ends at 4
+    assert torch.equal(whole[:, 1:], expected)
+    assert torch.equal(tower(images[None], out=torch.empty_like(whole)[None])[0], whole)
+    strided, wider = torch.empty(6, 64, 10).half().mT, torch.empty(6, 10, 64)
+    tower.select_feature = "patch"
+    fewer = torch.empty(6, 9, 64).half()
+    for out, feature in ((strided, "cls_patch"), (wider, "cls_patch"), (fewer, "patch")):
+        places.clear()
+        tower.select_feature = feature
+        tower(images, out=out)
+        assert out.data_ptr() not in places
+        assert torch.equal(out.half(), whole if feature == "cls_patch" else expected)
+
+
+def test_out_may_lie_where_the_images_do(tower: VisionTower) -> None:
+    tower.select_feature = "cls_patch"
+    images = draw(2)
+    expected = tower(images)
+    out = images.flatten()[: expected.numel()].view(expected.shape)
+    assert torch.equal(tower(images, out=out), expected)
+
+
+def test_out_is_not_rounded_to_the_dtype_of_the_images(tower: VisionTower) -> None:
+    images = draw(2).bfloat16()
+    exact = tower(images.half())
+    assert torch.equal(tower(images, out=torch.empty_like(exact)), exact)
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [
+        (torch.empty(2, 9, 64).int(), "out has dtype torch.int32"),
         (torch.empty(2, 10, 64), r"out is \(2, 10, 64\) on cpu; \(2, 9, 64\) on cpu is expected"),
         (torch.empty(2, 9, 64, device="meta"), r"out is \(2, 9, 64\) on meta"),
         ([], "out is a list"),

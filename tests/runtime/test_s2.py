@@ -104,10 +104,14 @@ def test_features_are_those_of_the_eager_scales(
     args = config(scales, s2_max_split_size=S, s2_resize_output_to_scale_idx=index)
     sizes = [int(size) for size in scales.split(",")]
     pixels = images(batch, max(sizes))
-    features = CLIPVisionTowerS2(fp32_bundle, args)(pixels)
+    tower = CLIPVisionTowerS2(fp32_bundle, args)
+    features = tower(pixels)
     expected = read_scale_by_scale(eager, pixels, sizes, index)
     assert features.shape == (batch, N * (sizes[index] // S) ** 2, WIDTH * len(sizes))
     assert torch.allclose(features, expected, atol=FP32_TOLERANCE)
+    out = torch.empty_like(features)
+    assert torch.equal(tower(pixels, out=out), features)
+    assert torch.equal(out, features)
 
 
 @pytest.mark.parametrize("side", [30, 42, 100, 200])
