@@ -280,6 +280,32 @@ def test_second_stream_waits_for_the_call_of_the_first_where_they_share_memory(b
     assert cuda.finished == [first, second]
 
 
+@pytest.mark.usefixtures("tensorrt")
+def test_first_call_waits_for_the_stream_whose_memory_the_slot_was_given(bundle: Bundle, cuda: FakeCuda) -> None:
+    maker, first, done = cuda.current_stream(), cuda.new_stream(), list[str]()
+    maker.submit(lambda: done.append("whoever had the memory before is through with it"))
+    run_in([first], open_plan(bundle, contexts=1), bundle, cuda)
+    first.synchronize()
+    assert done
+
+
+def test_call_that_fails_half_way_still_keeps_the_next_from_its_memory(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
+) -> None:
+    runner, first, second, queued = open_plan(bundle, contexts=1), cuda.new_stream(), cuda.new_stream(), list[str]()
+    tensorrt._fake_enqueue_fails = True
+    with cuda.stream(first), pytest.raises(BackendError):
+        runner.run(
+            draw_images(bundle, 1),
+            empty_features(bundle, 1),
+            lambda stream: stream.submit(lambda: queued.append("what was queued before it failed")),
+        )
+    tensorrt._fake_enqueue_fails = False
+    run_in([second], runner, bundle, cuda)
+    second.synchronize()
+    assert queued
+
+
 def test_every_stream_has_memory_of_its_own_up_to_the_bound(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
 ) -> None:

@@ -65,29 +65,34 @@ class Slot:
             raise BackendError(
                 f"no room for an execution context on {device}: it needs {scratch_bytes} bytes of GPU memory."
             ) from err
-        self._last_call = torch.cuda.Event()
         self._graphs: dict[int, Graph] = {}
         self._contexts: dict[int, Any] = {}
-        self._open_context(0, torch.cuda.current_stream(device).cuda_stream)
+        here = torch.cuda.current_stream(device)
+        self._open_context(0, here.cuda_stream)
+        # Torch gives memory that this stream may still be using to this stream alone; calls come in others.
+        self._last_use = torch.cuda.Event()
+        self._last_use.record(here)
 
     def enqueue(
         self, images: torch.Tensor, features: torch.Tensor, stream: Any, on_start: OnStart | None = None
     ) -> None:
         """Queue a call in ``stream``, after the slot's call before. Raises BackendError where TensorRT refuses."""
-        stream.wait_event(self._last_call)
-        if on_start:
-            on_start(stream)
-        graph = self._graph_for(images, features, stream)
-        if graph:
-            graph.replay(images, features, stream)
-        else:
-            self._launch(self._context_for(len(images), stream.cuda_stream), images, features, stream.cuda_stream)
-        self._last_call.record(stream)
-        self.stream = stream.cuda_stream
+        stream.wait_event(self._last_use)
+        try:
+            if on_start:
+                on_start(stream)
+            graph = self._graph_for(images, features, stream)
+            if graph:
+                graph.replay(images, features, stream)
+            else:
+                self._launch(self._context_for(len(images), stream.cuda_stream), images, features, stream.cuda_stream)
+        finally:
+            self._last_use.record(stream)
+            self.stream = stream.cuda_stream
 
     def close(self) -> None:
         """Wait for the last call, and let go of everything."""
-        self._last_call.synchronize()
+        self._last_use.synchronize()
         self._graphs.clear()
         self._contexts.clear()
         del self._scratch
