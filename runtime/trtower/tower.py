@@ -182,6 +182,11 @@ class VisionTower(nn.Module):
                 f"{self.vision_tower_name} was loaded in process {self._process}, and this is a fork of it, where no "
                 "backend runs: load it in each process, or start them with 'spawn'."
             )
+        if runner.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                f"{self.vision_tower_name} cannot run while a CUDA graph is captured around it, for its calls share "
+                "memory that the graph knows nothing of: capture what comes before and after it."
+            )
         return runner
 
     @torch.no_grad()

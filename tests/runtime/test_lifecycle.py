@@ -158,6 +158,17 @@ def test_ranges_are_opened_and_closed_around_each_call(tower: VisionTower, monke
     assert said == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
 
 
+def test_capture_of_a_cuda_graph_around_the_tower_is_refused(
+    tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    tower(draw(1))  # a CUDA graph says nothing of what runs on the CPU
+    monkeypatch.setattr(tower, "_runner", SimpleNamespace(device=torch.device("cuda", 0)))
+    with pytest.raises(BackendError, match="cannot run while a CUDA graph is captured around it"):
+        tower(draw(1))
+    monkeypatch.undo()
+
+
 def test_features_are_written_where_the_caller_wants_them(tower: VisionTower) -> None:
     images = draw(2)
     out = torch.full((2, 9, 64), -1.0)
