@@ -92,22 +92,31 @@ class Bundle:
             if name in altered or name not in files or files[name].sha256 != sha256
         ]
 
-    def uncertified(self, backend: str, executed: Sequence[str]) -> str | None:
-        """Say why no certificate vouches for the files that a backend has ``executed`` here; None where one does.
-
-        Reads what it speaks of besides: whoever executes a file has compared what he read of it.
-        """
+    def uncertifiable(self) -> str | None:
+        """Say why no certificate can vouch for this bundle, whatever runs it; None where one may."""
         if not self.manifest.certificates:
             return "it has no certificate"
         if self.manifest.source.random_weights:
             return "it is a rehearsal, with random weights"
+        return None
+
+    def uncertified(self, backend: str, executed: Sequence[str], altered: Collection[str] | None = None) -> str | None:
+        """Say why no certificate vouches for the files that a backend executes; None where one does.
+
+        ``altered`` are the bundle's altered files. Without them what the certificate speaks of is read, but for
+        ``executed``: whoever has executed a file has compared what he read of it.
+        """
+        if reason := self.uncertifiable():
+            return reason
         certificate = self.find_certificate(backend, executed[0])
         if certificate is None:
             checked = " and ".join(f"{each.executed[0]} on {each.backend}" for each in self.manifest.certificates)
-            return f"{executed[0]} on {backend} runs here, and what was checked is {checked}"
+            return f"{executed[0]} on {backend} was not checked, {checked} was"
         if not certificate.passed:
             return f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
-        if void := self.certificate_void(certificate, self.altered(certificate.files.keys() - set(executed))):
+        if altered is None:
+            altered = self.altered(certificate.files.keys() - set(executed))
+        if void := self.certificate_void(certificate, altered):
             return f"its certificate is void, {', '.join(void)} changed since"
         return None
 
@@ -141,12 +150,17 @@ class Bundle:
     def add_plan(self, plan: PlanEntry, staged: Path, log: Path | None = None) -> "Bundle":
         """Move a staged plan, and the log of its build, into the bundle; it supersedes one for the same target.
 
-        Call it under `locked`.
+        Call it under `locked`. Raises BundleError where the bundle has another graph by now.
 
         A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
         finds the old plan under the old manifest, or the new one under the new.
         """
         current = self._reread()
+        for name in (GRAPH, GRAPH_DATA):
+            if current.files.get(name) != self.manifest.files[name]:
+                raise BundleError(f"{self.path} was exported again meanwhile, and the plan is of what it was before.")
+        if not (self.path / plan.file).parent.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{(self.path / plan.file).parent} leads out of the bundle: refused.")
         entry = describe(staged)
         if current.files.get(plan.file, entry) != entry:
             plan = replace(plan, file=f"{plan.file.removesuffix('.plan')}.{entry.sha256[:8]}.plan")

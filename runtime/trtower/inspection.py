@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.manifest import Extent, PlanEntry
+from trtower.manifest import BuildSettings, Extent, PlanEntry
 from trtower.runners.choose import Candidate, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 
@@ -57,7 +57,7 @@ def _plan_verdicts(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> dict[
     spoilt = [name for name in _files_of(plan) if name in altered]
     return {
         **plan_verdicts(plan, default_device("cuda")),
-        "certificate": bundle.uncertified(plan.flavour, [plan.file]),
+        "certificate": bundle.uncertified(plan.flavour, [plan.file], altered),
         "sha256": f"{', '.join(spoilt)} was altered: copy the bundle again" if spoilt else None,
     }
 
@@ -93,8 +93,9 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
         "  plans",
     ]
     for plan in found["plans"]:
-        gpus = ", ".join(plan["compute_capabilities"]) or "any from 8.0 on that TensorRT-RTX supports"
-        lines.append(f"    {plan['file']} ({plan['size'] / MB:.0f} MB) for compute capability {gpus}")
+        gpus = ", ".join(plan["compute_capabilities"]) or f"any from 8.0 on that {plan['flavour']} supports"
+        settings = describe_settings(BuildSettings(**plan["settings"]))
+        lines.append(f"    {plan['file']} ({plan['size'] / MB:.0f} MB) for compute capability {gpus}, built {settings}")
         if why:
             lines += [f"      {what:<18} {obstacle or 'met'}" for what, obstacle in plan["verdicts"].items()]
     if not found["plans"]:
@@ -136,6 +137,18 @@ def describe_precision(precision: str, keep_fp32: Sequence[str], calibration: di
     if keep_fp32:
         says.append(f"in FP32 {', '.join(keep_fp32)}")
     return ", ".join(says)
+
+
+def describe_settings(settings: BuildSettings) -> str:
+    """Say in a few words how a plan was built."""
+    says = []
+    if settings.optimization_level is not None:
+        says.append(f"at optimization level {settings.optimization_level}")
+    if settings.workspace_mib is not None:
+        says.append(f"with {settings.workspace_mib} MiB of workspace")
+    says += ["hardware-compatible"] if settings.hardware_compatible else []
+    says += ["without its weights"] if settings.stripped else []
+    return ", ".join(says) or "with TensorRT's own settings"
 
 
 def describe_run(ran: str, backend: str, gpu: str | None) -> str:

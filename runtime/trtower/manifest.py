@@ -64,6 +64,10 @@ class FileEntry:
     size: int
 
 
+MOST_WORKSPACE_MIB = 1 << 24
+"""16 TiB, more than any GPU has."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildSettings:
     """How a plan was built; None is TensorRT's default.
@@ -79,8 +83,8 @@ class BuildSettings:
     stripped: bool = False
 
     def __post_init__(self) -> None:
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ConfigError(f"--workspace-mib {self.workspace_mib}: 1 at least is expected.")
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= MOST_WORKSPACE_MIB:
+            raise ConfigError(f"--workspace-mib {self.workspace_mib}: 1 to {MOST_WORKSPACE_MIB} is expected.")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise ConfigError(f"--optimization-level {self.optimization_level}: 0 to 5 is expected.")
 
@@ -212,6 +216,12 @@ class Certificate:
     machine: str
     date: str
 
+    def __post_init__(self) -> None:
+        if not self.executed or not set(self.executed) <= self.files.keys():
+            raise ConfigError(f"a certificate of {self.backend} executed {self.executed}, of {[*self.files]}.")
+        if not self.bounds or self.passed != all(bound.holds for bound in self.bounds):
+            raise ConfigError(f"a certificate of {self.backend} says passed={self.passed}, and its bounds do not.")
+
     @property
     def missed(self) -> tuple[str, ...]:
         """The figures whose bounds do not hold."""
@@ -265,6 +275,9 @@ class Manifest:
                 f"{self.cut.layers} of {self.full.layers} layers are counted; the spec reads {self.spec.depth} of "
                 f"{self.spec.num_layers}."
             )
+        checked = [(each.backend, each.executed) for each in self.certificates]
+        if len(set(checked)) < len(checked):
+            raise ConfigError("certificates has two of the same files on the same backend.")
         for plan in self.plans:
             if plan.flavour not in FLAVOURS:
                 raise ConfigError(f"{plan.file} is of flavour {plan.flavour!r}: {' and '.join(FLAVOURS)} are known.")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class BatchReport:
     batch: int
     backend: str
     queue_s: float
-    _ran: Callable[[], float]
+    _ran: Callable[[], float] = field(repr=False)
 
     @property
     def run_s(self) -> float:
@@ -44,7 +44,7 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
         finally:
             if nvtx:
                 torch.cuda.nvtx.range_pop()
-        if on_batch:
+        if on_batch is not None:
             on_batch(BatchReport(batch=len(pixel_values), backend=runner.backend, queue_s=watch.queue_s, _ran=ran))
 
     return run

@@ -17,6 +17,10 @@ are those of linear layers, the dtype of everything else."""
 EIGHT_BIT = ("fp8", "int8")
 
 
+MOST_IMAGES = 65536
+"""In one call: beyond any GPU's memory, and within what TensorRT counts with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
     """How many images one engine call takes: at least, as tuned, at most (TensorRT's min, opt, max)."""
@@ -31,6 +35,8 @@ class BatchProfile:
                 f"batch profile {self.min} {self.opt} {self.max} is out of order: "
                 "1 <= MIN <= OPT <= MAX is expected, such as 1 8 32."
             )
+        if self.max > MOST_IMAGES:
+            raise ConfigError(f"batch profile {self.min} {self.opt} {self.max}: {MOST_IMAGES} images are the most.")
 
     def pieces(self, batch: int) -> Iterator[tuple[int, int]]:
         """Cut ``batch`` images into ranges that one engine call takes each.
@@ -46,7 +52,13 @@ class BatchProfile:
 
 
 def cover(profiles: Sequence[BatchProfile]) -> BatchProfile:
-    """Give what several profiles take together, tuned as the last; raise ConfigError where they leave a batch out."""
+    """Give what several profiles take together, tuned as the last.
+
+    Raises ConfigError where they leave a batch out, and where two are the same.
+    """
+    for index, profile in enumerate(profiles):
+        if profile in profiles[:index]:
+            raise ConfigError(f"batch profile {profile.min} {profile.opt} {profile.max} is named twice.")
     ordered = sorted(profiles, key=lambda profile: profile.min)
     reached = ordered[0].max
     for profile in ordered[1:]:

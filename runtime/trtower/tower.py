@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -21,7 +23,8 @@ from trtower.layer_codes import LAST, LayerCode
 from trtower.observation import OnBatch, observed
 from trtower.pick import pick
 from trtower.runners import Runner, run_batch
-from trtower.runners.choose import choose
+from trtower.runners.choose import choose, parse_device
+from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import sizes
 
@@ -44,8 +47,9 @@ class VisionTower(nn.Module):
     `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
     CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
 
-    `on_batch` may be set to a callback that is told of every engine call (see observation.py), `nvtx` to True for an
-    NVTX range around each. A tower belongs to the process that loaded it: it is not pickled, and refuses after a fork.
+    `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
+    raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
+    is not pickled, and refuses after a fork. Threads may share it, and close or move it while others call it.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class VisionTower(nn.Module):
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self.check_finite, self.count_cls = check_finite, count_cls
         self.on_batch: OnBatch | None = None
-        self.nvtx = False
+        self._nvtx = False
         self._backend, self._asked_device, self._engine = backend, device, engine
         self._require_certificate = require_certificate
         held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
@@ -77,8 +81,9 @@ class VisionTower(nn.Module):
             select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
             self.spec.select_feature if select_feature is None else select_feature,
         )
-        self._runner: Runner | None = None
-        self._process = os.getpid()
+        self._holder = Holder(self.vision_tower_name)
+        self._loading = threading.RLock()
+        weakref.finalize(self, self._holder.replace, None)
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = self._make_anchor(torch.device("cpu"))
 
@@ -120,42 +125,50 @@ class VisionTower(nn.Module):
         """Whether `load_model` was called."""
         return self._runner is not None
 
+    @property
+    def _runner(self) -> Runner | None:
+        return self._holder.runner
+
     def load_model(self, device_map: Any = None) -> None:
         """Verify the bundle's files and load them; a second call does nothing.
 
         `device_map`: a device, or Hugging Face's {"": device}; None and "auto" keep the device given before.
         """
-        if self.is_loaded:
-            logger.info("%s is already loaded, `load_model` called again, skipping.", self.vision_tower_name)
-            return
-        self._open(_device_from_map(device_map) or self._asked_device)
+        refuse_fork()
+        asked = _device_from_map(device_map)
+        with self._loading:
+            if self._runner is None:
+                self._open(asked or self._asked_device)
+            elif asked is not None and parse_device(asked) != self.device:
+                raise BackendError(
+                    f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it."
+                )
+            else:
+                logger.info("%s is already loaded, `load_model` called again, skipping.", self.vision_tower_name)
 
     def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
         """Run the engine once on each number of images, so that no later call pays for what the first one does.
 
-        By default every profile's minimum, optimum and maximum. Returns the tower.
+        By default every profile's minimum, optimum and maximum. On a GPU that holds for calls in the current stream:
+        warm up in each stream that will serve. Returns the tower.
         """
-        runner, manifest = self._loaded(), self.bundle.manifest
-        for batch in sizes(manifest.profiles) if batches is None else batches:
-            shape = (batch, 3, self.spec.image_size, self.spec.image_size)
-            run_batch(
-                runner, manifest.batch, manifest.output, torch.zeros(shape, dtype=runner.dtype, device=runner.device)
-            )
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
-        runner.keep()
+        manifest, side = self.bundle.manifest, self.spec.image_size
+        with self._holder.lend() as runner:
+            for batch in sizes(manifest.profiles) if batches is None else batches:
+                pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
+                run_batch(runner, manifest.batch, manifest.output, pixel_values)
+            if runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)
+            runner.keep()
         return self
 
     def close(self) -> None:
         """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing.
 
         In a fork it does nothing either: threads that a backend would wait for are in the process that loaded it.
+        A tower that nobody holds any more, or that is open when Python ends, is closed then.
         """
-        if os.getpid() != self._process:
-            return
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.close()
+        self._holder.replace(None)
 
     def __enter__(self: Self) -> Self:
         """Give the tower, which is closed at the end of the block."""
@@ -172,23 +185,6 @@ class VisionTower(nn.Module):
             "bundle's path, and load it where it is needed."
         )
 
-    def _loaded(self) -> Runner:
-        """Give the runner, if there is one in this process."""
-        runner = self._runner
-        if runner is None:
-            raise BackendError(f"{self.vision_tower_name}: this tower is not loaded, or closed: call load_model().")
-        if os.getpid() != self._process:
-            raise BackendError(
-                f"{self.vision_tower_name} was loaded in process {self._process}, and this is a fork of it, where no "
-                "backend runs: load it in each process, or start them with 'spawn'."
-            )
-        if runner.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendError(
-                f"{self.vision_tower_name} cannot run while a CUDA graph is captured around it, for its calls share "
-                "memory that the graph knows nothing of: capture what comes before and after it."
-            )
-        return runner
-
     @torch.no_grad()
     def forward(
         self,
@@ -203,23 +199,26 @@ class VisionTower(nn.Module):
         features of a tensor are written there, in its dtype, and it is returned; the engine itself writes there where
         `out` is contiguous and of the tower's dtype, and every token and layer is picked. Raises InputError.
         """
-        runner = self._loaded()
-        if not isinstance(images, (list, tuple)):
-            self._check(images, "images", in_list=False)
+        with self._holder.lend() as runner:
+            if not isinstance(images, (list, tuple)):
+                return self._encode_tensor(runner, images, out)
             if out is not None:
-                _check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
-            (features,) = self._encode(runner, [images], out)
-            features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
-            if out is None:
-                return features
-            return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
+                raise InputError("out is for the features of one tensor, and images is a list.")
+            if not images:
+                raise InputError("images is an empty list; at least one image is expected.")
+            for index, image in enumerate(images):
+                self._check(image, f"images[{index}]", in_list=True)
+            return self._encode(runner, images)
+
+    def _encode_tensor(self, runner: Runner, images: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        self._check(images, "images", in_list=False)
         if out is not None:
-            raise InputError("out is for the features of one tensor, and images is a list.")
-        if not images:
-            raise InputError("images is an empty list; at least one image is expected.")
-        for index, image in enumerate(images):
-            self._check(image, f"images[{index}]", in_list=True)
-        return self._encode(runner, images)
+            _check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
+        (features,) = self._encode(runner, [images], out)
+        features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
+        if out is None:
+            return features
+        return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
 
     def _encode(
         self, runner: Runner, images: Sequence[torch.Tensor], out: torch.Tensor | None = None
@@ -255,7 +254,8 @@ class VisionTower(nn.Module):
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
         manifest = self.bundle.manifest
-        run = observed(runner, self.on_batch, nvtx=self.nvtx) if self.on_batch or self.nvtx else None
+        watched = self.on_batch is not None or self.nvtx
+        run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
         tokens = None
         if out is not None and self._pick.whole and _can_fill(runner, out, pixel_values):
             tokens = out.view(-1, *out.shape[-2:])
@@ -299,23 +299,29 @@ class VisionTower(nn.Module):
         return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> None:
+        """Open the bundle on a device, and only then close what was open before."""
+        refuse_fork()
+        if self._require_certificate and (reason := self.bundle.uncertifiable()):
+            raise self._not_certified(reason, self._backend)
         certified = self._require_certificate
         runner = choose(self.bundle, self._backend, device, certified=certified, engine=self._engine)
-        reason = self.bundle.uncertified(runner.backend, runner.files) if self._require_certificate else None
-        if reason:
-            path = self.bundle.path
-            rehearsal = self.bundle.manifest.source.random_weights
-            check = f"trtower check {path} --backend {runner.backend}"
-            mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
-            raise BundleError(f"{path} is not certified: {reason}. {mend}.")
-        self.close()
-        self._runner, self._process = runner, os.getpid()
+        if certified and (reason := self.bundle.uncertified(runner.backend, runner.files)):
+            runner.close()
+            raise self._not_certified(reason, runner.backend)
+        self._holder.replace(runner)
         certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
-        if certificate is not None and not certificate.passed:
+        if certificate and not certificate.passed and not self.bundle.certificate_void(certificate):
             logger.warning(
                 "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
             )
-        self._anchor = self._make_anchor(self._runner.device)
+        self._anchor = self._make_anchor(runner.device)
+
+    def _not_certified(self, reason: str, backend: str) -> BundleError:
+        path = self.bundle.path
+        check = f"trtower check {path} --backend {backend}"
+        rehearsal = self.bundle.manifest.source.random_weights
+        mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
+        return BundleError(f"{path} is not certified: {reason}. {mend}.")
 
     def _make_anchor(self, device: torch.device) -> nn.Parameter:
         return nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
@@ -323,12 +329,13 @@ class VisionTower(nn.Module):
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)`, called here or on the model around this tower."""
         before = self._anchor.device
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._anchor.device
-        if after != before:
-            self._asked_device = after
-            if self.is_loaded:
-                self._open(after)
+        after = fn(torch.empty_like(self._anchor)).device
+        with self._loading:
+            if after != before and self.is_loaded:
+                self._open(after)  # raises before anything has moved
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if after != before and after.type != "meta":
+                self._asked_device = after
         if self._anchor.dtype != self.dtype:
             self._anchor.data = self._anchor.data.to(self.dtype)
         return self
@@ -375,9 +382,19 @@ class VisionTower(nn.Module):
     @property
     def backend(self) -> str:
         """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
-        if self._runner is None:
-            return "not loaded"
-        return self._runner.name
+        runner = self._runner
+        return "not loaded" if runner is None else runner.name
+
+    @property
+    def nvtx(self) -> bool:
+        """Whether there is an NVTX range around each engine call. Setting it wants a torch with CUDA."""
+        return self._nvtx
+
+    @nvtx.setter
+    def nvtx(self, nvtx: bool) -> None:
+        if nvtx and torch.version.cuda is None:
+            raise BackendError("nvtx: this torch is built without CUDA, and has no NVTX.")
+        self._nvtx = nvtx
 
     @property
     def dummy_feature(self) -> torch.Tensor:
@@ -393,7 +410,8 @@ class VisionTower(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tower runs; before loading, where it was moved to."""
-        return self._runner.device if self._runner else self._anchor.device
+        runner = self._runner
+        return self._anchor.device if runner is None else runner.device
 
     @property
     def config(self) -> "TowerConfig":

@@ -42,7 +42,12 @@ class FakeStream:
         self._work: deque[Callable[[], None]] = deque()
 
     def submit(self, work: Callable[[], None]) -> None:
-        self._work.append(work)
+        graph = self._cuda.capturing.get(self.cuda_stream)
+        if graph:
+            assert graph.thread == threading.get_ident(), "another call's work became part of a graph"
+            graph.work.append(work)
+        else:
+            self._work.append(work)
 
     def wait_event(self, event: "FakeEvent") -> None:
         # As in CUDA, a later record() does not move what was waited for, and an event never recorded is no wait.
@@ -50,6 +55,8 @@ class FakeStream:
             self.submit(marker.reach)
 
     def wait_stream(self, stream: "FakeStream") -> None:
+        capturing = self._cuda.capturing.keys() & {self.cuda_stream, stream.cuda_stream}
+        assert not capturing, "a capture may depend on nothing that was queued outside of it"
         self.submit(FakeMarker(stream).reach)
 
     def synchronize(self) -> None:
@@ -92,25 +99,32 @@ class FakeEvent:
 
 
 class FakeGraph:
-    """torch.cuda.CUDAGraph: what is launched by this thread between begin and end, to be run at every replay.
+    """torch.cuda.CUDAGraph: what is queued in the stream between begin and end, to be run at every replay.
 
     Copies that torch makes around a replay are done at once, and not in their stream: torch's memory is the host's.
     """
 
     fails = False
+    lasts_s = 0.0
 
     def __init__(self, cuda: "FakeCuda") -> None:
         self._cuda = cuda
         self.work: list[Callable[[], None]] = []
         self.replays = 0
+        self.thread = 0
 
     def capture_begin(self, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local", "another thread's CUDA calls would end the capture"
-        assert self._cuda.current_stream().cuda_stream, "the default stream cannot be captured"
-        self._cuda.capturing.graph = self
+        stream = self._cuda.current_stream().cuda_stream
+        assert stream, "the default stream cannot be captured"
+        assert stream not in self._cuda.capturing, "two captures in one stream"
+        self.thread = threading.get_ident()
+        self._cuda.capturing[stream] = self
+        time.sleep(FakeGraph.lasts_s)
 
     def capture_end(self) -> None:
-        self._cuda.capturing.graph = None
+        time.sleep(FakeGraph.lasts_s)
+        del self._cuda.capturing[self._cuda.current_stream().cuda_stream]
         if FakeGraph.fails:
             raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
         assert self.work, "nothing was captured"
@@ -128,10 +142,10 @@ class FakeCuda:
     def __init__(self) -> None:
         self.gpu = threading.RLock()
         self.finished: list[FakeStream] = []
+        self.capturing: dict[int, FakeGraph] = {}
         self._streams: dict[int, FakeStream] = {}
         self._default = self.new_stream()
         self._here = threading.local()
-        self.capturing = threading.local()
         self.graphs: list[FakeGraph] = []
         self.held: list[object] = []
 
@@ -139,8 +153,8 @@ class FakeCuda:
         self.graphs.append(FakeGraph(self))
         return self.graphs[-1]
 
-    def new_stream(self, device: torch.device | None = None) -> FakeStream:
-        del device
+    def new_stream(self, device: torch.device | None = None, priority: int = 0) -> FakeStream:
+        del device, priority
         stream = FakeStream(self, handle=len(self._streams))
         self._streams[stream.cuda_stream] = stream
         return stream
@@ -304,11 +318,7 @@ class FakeTensorRT(ModuleType):
                     cuda.finished.append(stream)
                     fake._fake_ran.append((self, self._fake_profile, shape[0]))
 
-                graph = getattr(cuda.capturing, "graph", None)
-                if graph:
-                    graph.work.append(work)
-                else:
-                    stream.submit(work)
+                stream.submit(work)
                 return True
 
             def _fake_check_caller(self) -> None:

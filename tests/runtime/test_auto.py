@@ -4,16 +4,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.export import made_up
-from trtower import Bundle, VisionTower
-from trtower.bundle import locked
+from trtower import Bundle, EngineOptions, VisionTower
+from trtower.bundle import describe, locked
 from trtower.errors import BackendError
+from trtower.extras import import_extra
 from trtower.runners import choose as choosing
-from trtower.runners.choose import candidates, choose
+from trtower.runners.choose import Candidate, candidates, choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
 
@@ -100,3 +102,58 @@ def test_says_everything_that_stood_against_it(
         choose(bundle)
     for backend in ("tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino", "onnxruntime-cpu"):
         assert str(failure.value).count(f"{backend}: ") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot load the CPU plugin"), AttributeError("no attribute 'Core'")])
+def test_goes_on_where_openvino_is_broken(
+    bundle: Bundle, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(
+        choosing, "import_extra", lambda *a, **k: fail() if a[0] == "openvino" else import_extra(*a, **k)
+    )
+    with caplog.at_level(logging.INFO):
+        assert choose(bundle).backend == "onnxruntime-cpu"
+    assert f"the installed openvino is broken: {error}" in caplog.text
+    with pytest.raises(BackendError, match="the installed openvino is broken"):
+        choose(bundle, "openvino")
+
+
+def test_named_backend_takes_the_plan_that_is_certified_where_that_is_required(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, files = [], dict(bundle.manifest.files)
+    for name in ("plans/first.plan", "plans/second.plan"):
+        (bundle.path / name).write_bytes(name.encode())
+        files[name] = describe(bundle.path / name)
+        plans.append(replace(bundle.manifest.plans[0], file=name))
+    checked = {name: files[name].sha256 for name in ("tower.onnx", "tower.onnx.data", "plans/second.plan")}
+    bounds = tuple(replace(bound, holds=True) for bound in made_up.bounds())
+    certificate = made_up.certificate(
+        backend="tensorrt-rtx", executed=("plans/second.plan",), files=checked, bounds=bounds, passed=True
+    )
+    manifest = replace(bundle.manifest, plans=tuple(plans), files=files, certificates=(certificate,))
+    opened: list[str | None] = []
+    monkeypatch.setattr(choosing, "_device_obstacle", lambda _: None)
+    monkeypatch.setattr(choosing, "_capability_obstacle", lambda *_: None)
+    monkeypatch.setattr(
+        choosing.Candidate, "open", lambda each, *_: opened.append(each.file) or SimpleNamespace(name="")
+    )
+    for certified in (False, True):
+        choose(Bundle(bundle.path, manifest), "tensorrt-rtx", "cuda:0", certified=certified)
+    assert opened == ["plans/first.plan", "plans/second.plan"]
+
+
+def test_engine_options_arrive_at_the_runner(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, arrived = EngineOptions(cuda_graphs=False, contexts=2), []
+    monkeypatch.setattr(choosing, "TensorRTRunner", lambda *a: arrived.append(a[3]))
+    monkeypatch.setattr(choosing, "OnnxRuntimeCudaRunner", lambda *_, cuda_graphs: arrived.append(cuda_graphs))
+    monkeypatch.setattr("trtower.tower.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle))
+    (plan,) = bundle.manifest.plans
+    cuda = Candidate(backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), obstacle=None)
+    replace(cuda, backend="tensorrt-rtx", plan=plan).open(bundle, engine)
+    cuda.open(bundle, engine)
+    VisionTower.load(bundle.path, engine=engine)
+    assert arrived == [engine, False, engine]

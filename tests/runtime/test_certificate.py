@@ -19,6 +19,7 @@ from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import inspect_bundle
 from trtower.manifest import Certificate, Manifest, PlanEntry
+from trtower.runners.onnxruntime import OnnxRuntimeRunner
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import check_bundle
@@ -172,18 +173,59 @@ def add_plan(folder: Path) -> str:
     return name
 
 
+def certify_plan(folder: Path, plan: str) -> None:
+    """Have the certificate speak of a plan."""
+    manifest = Bundle.open(folder).manifest
+    files = {**manifest.certificate.files, plan: manifest.files[plan].sha256}
+    change_certificate(folder, ran="plan", backend=PLAN_BACKEND, executed=(plan,), files=files)
+
+
 def test_check_of_a_plan_says_nothing_of_the_graph(certified: Path) -> None:
     plan = add_plan(certified)
-    change_certificate(certified, ran="plan", backend=PLAN_BACKEND, executed=(plan,))
-    assert refusal(certified) == f"{GRAPH} on {BACKEND} runs here, and what was checked is {plan} on {PLAN_BACKEND}"
+    certify_plan(certified, plan)
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, {plan} on {PLAN_BACKEND} was"
 
 
 def test_check_of_one_backend_says_nothing_of_another(certified: Path) -> None:
     checked = change_certificate(certified, backend="onnxruntime-cuda")
-    assert refusal(certified) == f"{GRAPH} on {BACKEND} runs here, and what was checked is {GRAPH} on onnxruntime-cuda"
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, {GRAPH} on onnxruntime-cuda was"
     both = Bundle.open(certified).add_certificate(replace(checked, backend=BACKEND))
     assert [each.backend for each in both.manifest.certificates] == ["onnxruntime-cuda", BACKEND]
     assert load(certified).is_loaded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"executed": ()}, "executed"),
+        ({"executed": ("tower.plan",)}, "executed"),
+        ({"files": {}}, "executed"),
+        ({"passed": False}, "says passed=False, and its bounds do not"),
+        ({"bounds": ()}, "says passed=True, and its bounds do not"),
+    ],
+)
+def test_certificate_that_contradicts_itself_is_refused(
+    certified: Path, changes: dict[str, object], message: str
+) -> None:
+    text = (certified / MANIFEST).read_text()
+    data = json.loads(text)
+    data["certificates"][0] |= changes
+    (certified / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(certified)
+    data = json.loads(text)
+    data["certificates"] *= 2
+    (certified / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="two of the same files on the same backend"):
+        Bundle.open(certified)
+
+
+def test_refused_runner_is_closed(certified: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_certificate(certified, backend="onnxruntime-cuda")
+    closed: list[object] = []
+    monkeypatch.setattr(OnnxRuntimeRunner, "close", lambda runner: closed.append(runner))
+    refusal(certified)
+    assert len(closed) == 1
 
 
 def test_check_replaces_the_one_before_of_the_same_backend(certified: Path) -> None:
@@ -196,7 +238,7 @@ def test_check_replaces_the_one_before_of_the_same_backend(certified: Path) -> N
 def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = add_plan(certified)
     bundle = Bundle.open(certified)
-    reason = f"{plan} on {PLAN_BACKEND} runs here, and what was checked is {GRAPH} on {BACKEND}"
+    reason = f"{plan} on {PLAN_BACKEND} was not checked, {GRAPH} on {BACKEND} was"
     assert bundle.uncertified(PLAN_BACKEND, (plan,)) == reason
     assert load(certified).is_loaded  # on the graph
     assert run(["inspect", str(certified)]) == 0
@@ -205,7 +247,7 @@ def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pyte
 
 def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it(certified: Path) -> None:
     plan = add_plan(certified)
-    change_certificate(certified, ran="plan", backend=PLAN_BACKEND, executed=(plan,))
+    certify_plan(certified, plan)
     assert Bundle.open(certified).uncertified(PLAN_BACKEND, (plan,)) is None
     content = bytearray((certified / GRAPH_DATA).read_bytes())
     content[-1] ^= 1

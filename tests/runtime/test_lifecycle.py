@@ -1,21 +1,26 @@
 """A tower is loaded, warmed, watched, closed, and belongs to one process."""
 
 import copy
-import multiprocessing
+import gc
 import os
 import pickle
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from trtower import BatchReport, CLIPVisionTower, VisionTower
-from trtower.errors import BackendError, InputError
+from trtower.errors import BackendError, ConfigError, InputError
+from trtower.runners import Runner
+from trtower.runners.choose import choose
 
 CPU = ("onnxruntime-cpu", "openvino")
 THREADS = 8
@@ -100,24 +105,127 @@ def test_tower_is_neither_pickled_nor_copied(tower: VisionTower, how: Callable[[
             how(thing)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_fork_is_refused_where_a_backend_would_hang(tower: VisionTower) -> None:
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-
-    def serve() -> None:
-        tower.close()
+FORK = """
+import gc, os, sys
+import torch
+from trtower import VisionTower
+from trtower.errors import BackendError
+path, backend = sys.argv[1:]
+tower, images = VisionTower.load(path, backend), torch.rand(3, 3, 42, 42).half()
+tower(images)
+if not os.fork():
+    for attempt in (
+        lambda: tower(images), tower.warmup, tower.load_model, lambda: tower.to("meta"),
+        lambda: VisionTower.load(path, backend),
+    ):
         try:
-            tower(draw(1))
+            print(f"goes on: {attempt()}")
         except BackendError as err:
-            answers.put(str(err))
+            print(err)
+    tower.close()
+    del tower
+    gc.collect()
+    sys.stdout.flush()
+    os._exit(0)  # as multiprocessing ends a fork; ONNX Runtime's own destructors hang in one, with or without trtower
+print("child ends with", os.wait()[1])
+print("parent goes on", tuple(tower(images).shape))
+"""
 
-    child = context.Process(target=serve)
-    child.start()
-    assert f"was loaded in process {os.getpid()}, and this is a fork of it" in answers.get(timeout=PATIENCE_S)
-    child.join(PATIENCE_S)
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("backend", CPU)
+def test_fork_refuses_what_would_hang_there(clip_bundle: Path, backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(clip_bundle), backend],
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE_S,
+    )
+    assert not done.returncode, done.stderr
+    *refused, child, parent = done.stdout.splitlines()
+    for line in refused[:2]:
+        assert "and this is a fork of it, where no backend runs: start processes with 'spawn'" in line
+    for line in refused[2:]:
+        assert "had a tower loaded when it forked this one" in line
+    assert (len(refused), child, parent) == (5, "child ends with 0", "parent goes on (3, 9, 64)")
+
+
+def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: VisionTower, one_thread: None) -> None:
+    del one_thread
+    images = draw(9)
+    expected, stop = tower(images), threading.Event()
+
+    def serve() -> int:
+        calls = 0
+        while not stop.is_set():
+            assert torch.equal(tower(images), expected)
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(4) as threads:
+        served = [threads.submit(serve) for _ in range(4)]
+        for _ in range(5):
+            tower._open(torch.device("cpu"))
+        stop.set()
+        assert all(each.result(PATIENCE_S) for each in served)
+
+
+def test_call_of_several_pieces_ends_before_the_tower_closes(tower: VisionTower) -> None:
+    images, begun = draw(9), threading.Event()
+    expected = tower(images)
+    tower.on_batch = lambda _: (begun.set(), time.sleep(0.05))
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(tower, images)
+        assert begun.wait(PATIENCE_S)
+        tower.close()
+        assert torch.equal(call.result(0), expected)
+
+
+def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def watch(*args: Any, **kwargs: Any) -> Runner:
+        opened.append(choose(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr("trtower.tower.choose", watch)
+    tower = CLIPVisionTower(clip_bundle, SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: (tower.load_model(), tower(draw(1))), range(4)))
+    assert len(opened) == 1
+
+
+def test_tower_is_not_closed_by_a_call_of_its_own(tower: VisionTower) -> None:
+    tower.on_batch = lambda _: tower.close()
+    with pytest.raises(BackendError, match="is not closed or moved inside a call of its own"):
+        tower(draw(1))
+    tower.on_batch = None
     assert tower(draw(1)).shape == (1, 9, 64)
+
+
+def test_tower_that_nobody_holds_is_closed(clip_bundle: Path) -> None:
+    tower = VisionTower.load(clip_bundle, "openvino")
+    runner = tower._runner
+    del tower
+    gc.collect()
+    with pytest.raises(BackendError, match="closed"):
+        runner.run(draw(1), torch.empty(1, 10, 64).half())
+
+
+def test_move_that_fails_leaves_the_tower_where_it_is_every_time(tower: VisionTower) -> None:
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'meta' has no backend"):
+            tower.to("meta")
+        assert tower.device == torch.device("cpu")
+    assert tower.to("cpu")(draw(1)).shape == (1, 9, 64)
+    tower.close()
+    tower.load_model()
+
+
+def test_tower_that_is_loaded_is_not_loaded_elsewhere_in_silence(tower: VisionTower) -> None:
+    tower.load_model("cpu")
+    with pytest.raises(BackendError, match=r"is loaded on cpu: \.to\('cuda:3'\) moves it"):
+        tower.load_model("cuda:3")
 
 
 def test_callback_is_told_of_every_engine_call(tower: VisionTower) -> None:
@@ -148,6 +256,7 @@ def test_wait_for_a_turn_is_told_apart_from_the_run(clip_bundle: Path) -> None:
 
 def test_ranges_are_opened_and_closed_around_each_call(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
     tower(draw(1))
@@ -158,12 +267,30 @@ def test_ranges_are_opened_and_closed_around_each_call(tower: VisionTower, monke
     assert said == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
 
 
+def test_ranges_are_refused_where_torch_has_none(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BackendError, match="built without CUDA, and has no NVTX"):
+        tower.nvtx = True
+    tower.nvtx = False
+    assert tower(draw(1)).shape == (1, 9, 64)
+
+
+def test_callback_that_counts_as_nothing_is_still_called(tower: VisionTower) -> None:
+    class Reports(list[BatchReport]):
+        def __call__(self, report: BatchReport) -> None:
+            self.append(report)
+
+    tower.on_batch = Reports()
+    tower(draw(1))
+    assert len(tower.on_batch) == 1
+
+
 def test_capture_of_a_cuda_graph_around_the_tower_is_refused(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     tower(draw(1))  # a CUDA graph says nothing of what runs on the CPU
-    monkeypatch.setattr(tower, "_runner", SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(tower._holder, "runner", SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(BackendError, match="cannot run while a CUDA graph is captured around it"):
         tower(draw(1))
     monkeypatch.undo()

@@ -4,6 +4,8 @@ A fake session computes no tower: it fills the tokens of an image with its pixel
 """
 
 import ctypes
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ class FakeCudaSession:
         real = REAL_SESSION(graph, *FakeCudaSession.rest)
         self.get_inputs, self.get_outputs = real.get_inputs, real.get_outputs
         self.runs: list[int] = []
+        self.threads: set[int] = set()
+        self.spoilt = False
         self.graphs: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
 
     def get_providers(self) -> list[str]:
@@ -67,7 +71,11 @@ class FakeCudaSession:
     def run_with_iobinding(self, binding: FakeBinding, options: FakeRunOptions) -> None:
         assert options.entries["disable_synchronize_execution_providers"] == "1", "the host would wait for the GPU"
         graph = int(options.entries["gpu_graph_id"])
+        assert self.cuda.current_device() == DEVICE
+        self.threads.add(threading.get_ident())
+        assert not self.spoilt, "the stream is left in a capture that failed"
         if graph != LAUNCH and self.capture_fails:
+            self.spoilt = True
             raise RuntimeError("operation not permitted when stream is capturing")
         if graph != LAUNCH:
             assert self.graphs.setdefault(graph, binding.bound) == binding.bound, "a graph serves what it captured"
@@ -179,6 +187,40 @@ def test_provider_that_is_dropped_is_an_error_with_or_without_graphs(
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda _: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match="dropped CUDAExecutionProvider without an error"):
         open_runner(bundle)
+
+
+@pytest.mark.usefixtures("session")
+def test_threads_take_turns_in_the_one_thread_that_has_the_graphs(bundle: Bundle, cuda: FakeCuda) -> None:
+    runner = open_runner(bundle)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda seed: run(runner, bundle, cuda, 1 + seed % 4, seed), range(32)))
+    assert len(runner._session.threads) == 1
+    assert sorted(runner._session.runs) == sorted([LAUNCH, 1, 2, 4] * 8)
+
+
+@pytest.mark.usefixtures("session")
+def test_images_are_those_that_the_callers_stream_holds_by_then(bundle: Bundle, cuda: FakeCuda) -> None:
+    spec = bundle.manifest.spec
+    images, late = (torch.rand(3, 3, 42, 42).half() for _ in range(2))
+    features = torch.empty(3, spec.num_tokens, spec.hidden_size).half()
+    stream, runner = cuda.new_stream(), open_runner(bundle)
+    expected = [fake_answer(image, (spec.num_tokens, spec.hidden_size)) for image in late.numpy()]
+    stream.submit(lambda: images.copy_(late))
+    with cuda.stream(stream):
+        runner.run(images, features)
+    stream.synchronize()
+    assert torch.equal(features, torch.from_numpy(np.stack(expected)))
+
+
+@pytest.mark.usefixtures("session")
+def test_close_waits_for_the_gpu(bundle: Bundle, cuda: FakeCuda) -> None:
+    spec = bundle.manifest.spec
+    images, features = torch.rand(3, 3, 42, 42).half(), torch.zeros(3, spec.num_tokens, spec.hidden_size).half()
+    runner = open_runner(bundle)
+    runner.run(images, features)
+    assert not features.any()
+    runner.close()
+    assert features.any()
 
 
 @pytest.mark.usefixtures("session")

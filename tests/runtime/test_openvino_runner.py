@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.export.checking import make_hashes_fit
 from trtower import Bundle, VisionTower
+from trtower.bundle import GRAPH, GRAPH_DATA, describe, write_manifest
 from trtower.errors import BackendError, BundleError
 from trtower.runners import openvino as runner_module
 from trtower.runners.choose import candidates, choose
@@ -166,3 +168,19 @@ def test_auto_takes_bf16_for_a_bf16_bundle(export: Callable[..., Path]) -> None:
     bundle = Bundle.open(export("clip", precision="bf16", flavour="none"))
     assert choose(bundle).backend == "openvino-bf16"
     assert not next(each for each in candidates(bundle) if each.backend == "openvino-bf16").coarse
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_graph_that_reads_weights_from_elsewhere_is_refused(spoilt: Path, *, turned: bool) -> None:
+    """However protobuf has written it: value before key is as good."""
+    bundle = Bundle.open(spoilt)
+    entry, name = b"\n\x08location\x12\x0ftower.onnx.data", b"\x12\x0ftower.onnx.dat2"
+    graph = (spoilt / GRAPH).read_bytes()
+    assert entry in graph
+    elsewhere = name + entry[:10] if turned else entry[:10] + name
+    (spoilt / GRAPH).write_bytes(graph.replace(entry, elsewhere, 1))
+    shutil.copy(spoilt / GRAPH_DATA, spoilt / "tower.onnx.dat2")
+    files = {**bundle.manifest.files, GRAPH: describe(spoilt / GRAPH)}
+    write_manifest(spoilt, replace(bundle.manifest, files=files, certificates=()))
+    with pytest.raises(BundleError, match=r"reads weights that are not in tower\.onnx\.data, and nothing vouches"):
+        VisionTower.load(spoilt, "openvino")

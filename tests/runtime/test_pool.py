@@ -1,5 +1,6 @@
 """A thing is lent to one call at a time, and there are never more than the bound allows."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,3 +93,45 @@ def test_closing_waits_for_what_is_lent_and_refuses_the_next() -> None:
             waiting.result(PATIENCE_S)
     with pytest.raises(BackendError, match="closed"), pool.lend():
         pass
+
+
+@pytest.mark.parametrize("error", [BackendError("no room"), MemoryError("std::bad_alloc")])
+def test_pool_closes_while_one_cannot_be_made(error: Exception) -> None:
+    trying, go_on = threading.Event(), threading.Event()
+
+    def make() -> object:
+        if not made:
+            made.append(object())
+            return made[0]
+        trying.set()
+        go_on.wait(PATIENCE_S)
+        raise error
+
+    made: list[object] = []
+    pool = Pool(make, 2)
+    with ThreadPoolExecutor(2) as threads:
+        with pool.lend():
+            waiting = threads.submit(lambda: pool.lend().__enter__())
+            assert trying.wait(PATIENCE_S)
+        closing = threads.submit(pool.close)
+        go_on.set()
+        assert closing.result(PATIENCE_S) == made
+        assert isinstance(waiting.exception(PATIENCE_S), type(error))
+
+
+def test_error_that_is_no_want_of_room_leaves_the_bound_as_it_is() -> None:
+    errors = [MemoryError("once")]
+    made: list[object] = []
+
+    def make() -> object:
+        if made and errors:
+            raise errors.pop()
+        made.append(object())
+        return made[-1]
+
+    pool = Pool(make, 2)
+    with pool.lend():
+        with pytest.raises(MemoryError), pool.lend():
+            pass
+        with pool.lend():
+            assert len(made) == 2

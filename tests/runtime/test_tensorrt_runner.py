@@ -6,8 +6,11 @@ no GPU to show a fact, the fact is held on it too.
 
 import inspect
 import logging
+import os
 import re
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +33,16 @@ from tests.runtime.fake_tensorrt_without_gpu import (
 from trtower.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.manifest import BuildSettings, PlanEntry
+from trtower.runners.runtime_cache import RuntimeCache
+from trtower.runners.slot import Slot
 from trtower.runners.tensorrt import EngineOptions, TensorRTRunner
 
 DEVICE = torch.device("cuda", 1)
 PLAN = "plans/fake.plan"
 THREADS = 8
 CALLS = 10
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 @pytest.fixture
@@ -264,6 +271,31 @@ def test_default_stream_is_left_alone_and_still_waits_for_the_answer(
     assert default not in cuda.finished
 
 
+def test_images_are_those_that_the_default_stream_holds_by_then(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
+) -> None:
+    images, features, late = draw_images(bundle, 1), empty_features(bundle, 1), draw_images(bundle, 1, seed=1)
+    default = cuda.current_stream()
+    default.submit(lambda: images.copy_(late))
+    runner.run(images, features)
+    default.synchronize()
+    assert torch.equal(features, answers(bundle, late))
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_tensors_that_tensorrt_cannot_take_where_they_lie_go_through_others(
+    bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1 << 62)
+    images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+    seen: list[int] = []
+    monkeypatch.setattr(Slot, "enqueue", lambda _, given, made, *__: seen.extend((given.data_ptr(), made.data_ptr())))
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)
+    runner.run(images, features)
+    assert not {images.data_ptr(), features.data_ptr()} & set(seen)
+    assert (features == 1).all()
+
+
 def run_in(streams: list[FakeStream], runner: TensorRTRunner, bundle: Bundle, cuda: FakeCuda) -> None:
     images, features = draw_images(bundle, 1), empty_features(bundle, 1)
     cuda.held.append((images, features))  # the fake runs later than this returns
@@ -319,6 +351,21 @@ def test_every_stream_has_memory_of_its_own_up_to_the_bound(
     assert len(tensorrt._fake_contexts) == 2
     third.synchronize()
     assert cuda.finished == [second] * 3 + [first] * 2 + [third]  # the one that was idle for longest
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_slot_that_has_no_room_for_every_profile_is_not_made(
+    bundle: Bundle, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (2, 2, 4)), contexts=3))
+    first, second = cuda.new_stream(), cuda.new_stream()
+    for stream, batch in ((first, 1), (first, 2), (second, 1), (second, 2), (second, 2)):
+        images, features = draw_images(bundle, batch), empty_features(bundle, batch)
+        with cuda.stream(stream):
+            runner.run(images, features)
+        stream.synchronize()
+        assert torch.equal(features, answers(bundle, images))
+    assert "no more callers at once than now" in caplog.text
 
 
 def test_tower_goes_on_with_the_contexts_that_there_is_memory_for(
@@ -419,6 +466,47 @@ def test_capture_that_fails_is_said_once_and_calls_are_launched(
     assert len(cuda.graphs) == 1  # whatever slot is used
     (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
     assert "legacy stream" in said
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_graph_that_was_captured_is_replayed_after_another_capture_has_failed(
+    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, stream = captured(bundle), cuda.new_stream()
+    with cuda.stream(stream):
+        runner.run(draw_images(bundle, 1), empty_features(bundle, 1))
+        monkeypatch.setattr(FakeGraph, "fails", True)
+        for batch in (2, 1):
+            images, features = draw_images(bundle, batch), empty_features(bundle, batch)
+            runner.run(images, features)
+            stream.synchronize()
+            assert torch.equal(features, answers(bundle, images))
+    assert [graph.replays for graph in cuda.graphs] == [2, 0]
+
+
+@pytest.mark.usefixtures("tensorrt")
+@pytest.mark.parametrize("own", [True, False])
+def test_threads_that_share_a_stream_capture_nothing_of_each_other(
+    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, *, own: bool
+) -> None:
+    """In torch's default stream, where calls share the runner's own, and in one stream of the callers'."""
+    monkeypatch.setattr(FakeGraph, "lasts_s", 0.02)
+    runner, stream = captured(bundle), cuda.new_stream() if own else cuda.current_stream()
+    start = threading.Barrier(THREADS)
+
+    def serve(thread: int) -> None:
+        images, features = draw_images(bundle, 2, thread), empty_features(bundle, 2)
+        with cuda.stream(stream):
+            start.wait()
+            time.sleep(thread / 200)
+            for _ in range(3):
+                runner.run(images, features)
+            stream.synchronize()
+        assert torch.equal(features, answers(bundle, images))
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(serve, range(THREADS)))
+    assert 1 <= len(cuda.graphs) <= 4  # one for each slot
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -593,3 +681,53 @@ def test_altered_plan_never_reaches_tensorrt(bundle: Bundle, tensorrt: FakeTenso
     with pytest.raises(BundleError, match="plan was altered"):
         open_plan(bundle)
     assert tensorrt._fake_deserialized == []
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_cache_that_cannot_be_read_is_said_and_another_process_may_have_taken_it_away(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_plan(bundle).close()
+    (path,) = kept(bundle)
+    assert path.stat().st_mode & 0o444 == 0o444 & ~UMASK
+    path.rename(path.with_name("gone"))
+    path.symlink_to("nowhere")  # as between listing and reading
+    open_plan(bundle)
+    assert "thrown away" not in caplog.text
+
+    def deny(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    with caplog.at_level(logging.WARNING):
+        RuntimeCache(bundle.path, path.name[:16], FAKE_VERSION, "sm89").read_into(None)
+    assert "it cannot be read: Permission denied" in caplog.text
+
+
+def test_cache_that_tensorrt_does_not_give_is_said_and_the_engine_still_let_go(
+    bundle: Bundle, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = open_plan(bundle)
+    monkeypatch.setattr(type(tensorrt._fake_configs[-1]._fake_cache), "serialize", lambda _: None)
+    runner.close()
+    assert "compiled kernels are not kept for the next process: TensorRT-RTX gives none" in caplog.text
+    assert runner._engine is None
+    runner.keep()
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_slot_that_cannot_be_closed_keeps_no_other_open(
+    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, closed = open_plan(bundle, contexts=2), list[Slot]()
+    run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
+
+    def fail(slot: Slot) -> None:
+        closed.append(slot)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Slot, "close", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runner.close()
+    assert len(closed) == 2
+    assert runner._engine is None

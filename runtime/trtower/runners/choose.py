@@ -79,12 +79,12 @@ def choose(
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {backend!r} is unknown: auto, {', '.join(BACKENDS)} are known.")
-    asked = _parse_device(device)
+    asked = parse_device(device)
     if asked and (obstacle := _device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
     wanted = BACKENDS if backend == "auto" else (backend,)
     found, passed_over = candidates(bundle, device, wanted, certified=certified), dict[Candidate, str]()
-    order = found
+    order = sorted(found, key=lambda each: certified and each.reservation is not None)
     if backend == "auto":
         passed_over = {each: each.reservation for each in found if each.reservation and not each.obstacle}
         order = [each for each in found if each not in passed_over]
@@ -113,7 +113,7 @@ def candidates(
     certified: bool = False,
 ) -> list[Candidate]:
     """List every way to run ``bundle`` on this machine, the best first, without loading any of it."""
-    asked = _parse_device(device)
+    asked = parse_device(device)
     found: list[Candidate] = []
     for backend in backends:
         kind = "cpu" if backend in CPU_BACKENDS else "cuda"
@@ -161,7 +161,8 @@ def _reservation(bundle: Bundle, backend: str, file: str | None, *, coarse: bool
     return f"{why}no check vouches for it: trtower check {bundle.path} --backend {backend}"
 
 
-def _parse_device(device: str | torch.device | None) -> torch.device | None:
+def parse_device(device: str | torch.device | None) -> torch.device | None:
+    """Read a device as it may be asked for, None being none; raise ConfigError where no backend is for it."""
     if device is None:
         return None
     try:
@@ -229,10 +230,12 @@ def _capability_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
 def _openvino_obstacle(bundle: Bundle, backend: str) -> str | None:
     try:
         ov = import_extra("openvino", extra="openvino", purpose=backend)
-    except (ImportError, OSError) as err:
+        if backend == "openvino-bf16" and not has_bf16(ov):
+            return "this processor has no BF16 products, as OpenVINO says: take openvino"
+    except ImportError as err:
         return str(err)
-    if backend == "openvino-bf16" and not has_bf16(ov):
-        return "this processor has no BF16 products, as OpenVINO says: take openvino"
+    except Exception as err:  # noqa: BLE001 - whatever a broken installation raises
+        return f"the installed openvino is broken: {err}"
     return None
 
 
@@ -240,8 +243,10 @@ def _onnxruntime_obstacle(bundle: Bundle, backend: str) -> str | None:
     kind = backend.removeprefix("onnxruntime-")
     try:
         ort = import_extra("onnxruntime", extra=kind, purpose=backend)
-    except (ImportError, OSError) as err:
+    except ImportError as err:
         return str(err)
+    except Exception as err:  # noqa: BLE001 - whatever a broken installation raises
+        return f"the installed onnxruntime is broken: {err}"
     if PROVIDERS[kind] not in ort.get_available_providers():
         return (
             f"the installed onnxruntime has no {PROVIDERS[kind]}: pip uninstall onnxruntime, "

@@ -2,7 +2,7 @@
 
 import logging
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -86,35 +86,57 @@ class OnnxRuntimeRunner:
 class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
     """One session on a GPU, in a stream of its own, which each call's stream waits for and is waited for by.
 
-    A session of ONNX Runtime has one stream for good, so calls take turns. The host waits for none of them. The
-    batches that the profiles name are captured as CUDA graphs, with tensors of their own, as ONNX Runtime wants it.
+    A session of ONNX Runtime has one stream for good, and keeps its CUDA graphs by thread, so calls take turns in one
+    thread of the runner's own. The host waits for none of them on the GPU. The batches that the profiles name are
+    captured as CUDA graphs, with tensors of their own, as ONNX Runtime wants it.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
-        self._stream = torch.cuda.Stream(device)
-        settings = {"device_id": str(device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        self._bundle = bundle
+        self._buckets = frozenset(sizes(bundle.manifest.profiles))
+        self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._capture = cuda_graphs
         try:
-            super().__init__(bundle, device, **settings, enable_cuda_graph=str(int(cuda_graphs)))
+            self._open_session(device)
         except BackendError as err:
             if not cuda_graphs:
                 raise
-            super().__init__(bundle, device, **settings)  # raises where graphs were not the reason
-            self._launch_from_now_on(err)
-        self._buckets = frozenset(sizes(bundle.manifest.profiles))
-        self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._turn = threading.Lock()
+            self._capture = False
+            self._open_session(device)  # raises where graphs were not the reason
+            _say_launched(err)
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, f"trtower {self.backend}")
+
+    def _open_session(self, device: torch.device) -> None:
+        """Open the session, in a stream that no capture has touched."""
+        self._stream = torch.cuda.Stream(device)
+        settings = {"device_id": str(device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        graphs = {"enable_cuda_graph": "1"} if self._capture else {}
+        super().__init__(self._bundle, device, **settings, **graphs)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
-        caller = torch.cuda.current_stream(self.device)
-        with self._turn, torch.cuda.device(self.device):
+        thread, caller = self._thread, torch.cuda.current_stream(self.device)
+        if thread is None:
+            raise BackendError(CLOSED)
+        try:
+            turn = thread.submit(self._take_turn, pixel_values, hidden_states, caller, on_start)
+        except RuntimeError as err:  # it was shut down since
+            raise BackendError(CLOSED) from err
+        turn.result()
+
+    @torch.no_grad()
+    def _take_turn(
+        self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, caller: Any, on_start: OnStart | None
+    ) -> None:
+        with torch.cuda.device(self.device):
             self._stream.wait_stream(caller)
-            if on_start:
-                on_start(self._stream)
-            if not self._replay(pixel_values, hidden_states):
-                self._run(pixel_values, hidden_states, self._options(LAUNCH))
-            caller.wait_stream(self._stream)
+            try:
+                if on_start:
+                    on_start(self._stream)
+                if not self._replay(pixel_values, hidden_states):
+                    self._run(pixel_values, hidden_states, self._options(LAUNCH))
+            finally:
+                caller.wait_stream(self._stream)
 
     def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> bool:
         """Run from a graph, captured now if this is the batch's first; False where it is to be launched."""
@@ -128,8 +150,6 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
                 given, made = self._captured[batch]
                 given.copy_(pixel_values)
                 self._run(given, made, self._options(batch))
-            except BackendError:
-                raise
             except Exception as err:  # noqa: BLE001 - ONNX Runtime's own classes, and torch's where memory is full
                 self._launch_from_now_on(err)
                 return False
@@ -137,10 +157,12 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         return True
 
     def _launch_from_now_on(self, err: Exception) -> None:
-        self._capture = False
-        self._captured = {}
-        words = " ".join(str(err).split())
-        logger.warning("CUDA graphs are left out, and every call is launched: %s", words)
+        """Go on in a new session without graphs: the old one's stream may be left in the capture that failed."""
+        self._capture, self._captured = False, {}
+        before = self._stream
+        self._open_session(self.device)
+        self._stream.wait_stream(before)
+        _say_launched(err)
 
     def _options(self, graph: int) -> Any:
         options = self._ort.RunOptions()
@@ -150,10 +172,17 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
     def close(self) -> None:
         """See Runner.close."""
-        with self._turn:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown()
             self._stream.synchronize()
             self._captured = {}
             super().close()
+
+
+def _say_launched(err: Exception) -> None:
+    words = " ".join(str(err).split())
+    logger.warning("CUDA graphs are left out, and every call is launched: %s", words)
 
 
 def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:

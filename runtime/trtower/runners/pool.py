@@ -62,10 +62,14 @@ class Pool(Generic[T]):
                 self._made += 1
             try:
                 return self._make()
-            except BackendError as err:
+            except BaseException as err:
                 with self._change:
                     self._made -= 1
-                    self._most = self._made
+                    if isinstance(err, BackendError):
+                        self._most = self._made
+                    self._change.notify_all()
+                if not isinstance(err, BackendError):
+                    raise
                 self._complain(err)
 
     def close(self) -> list[T]:

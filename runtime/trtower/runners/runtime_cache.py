@@ -6,8 +6,8 @@ before TensorRT sees it, and TensorRT itself refuses what its driver does not ma
 
 import hashlib
 import logging
+import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,12 @@ class RuntimeCache:
         """Read one file; say why it is of no use."""
         if not path.name.startswith(self._own):
             return "it is of another version of TensorRT-RTX"
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another process has put a newer one in its place
+            return None
+        except OSError as err:
+            return f"it cannot be read: {err.strerror}"
         if hashlib.sha256(content).hexdigest()[:DIGITS] != path.name.removeprefix(self._own).removesuffix(".cache"):
             return "it was cut short or altered"
         if not self._handle.deserialize(content):
@@ -51,21 +56,23 @@ class RuntimeCache:
 
     def write(self) -> None:
         """Keep what was compiled so far, in the place of what was kept before."""
-        content = bytes(memoryview(self._handle.serialize()))
-        name = f"{self._own}{hashlib.sha256(content).hexdigest()[:DIGITS]}.cache"
-        if name == self._kept:
+        serialised = self._handle.serialize()
+        if serialised is None:
+            logger.warning("compiled kernels are not kept for the next process: TensorRT-RTX gives none")
             return
+        content = bytes(memoryview(serialised))
+        name = f"{self._own}{hashlib.sha256(content).hexdigest()[:DIGITS]}.cache"
+        if name == self._kept and (self._folder / name).exists():
+            return
+        staged = self._folder / f"{name}.{os.getpid()}.staging"
         try:
             self._folder.mkdir(exist_ok=True)
-            with NamedTemporaryFile(dir=self._folder, suffix=".staging", delete=False) as staged:
-                path = Path(staged.name)
-                try:
-                    staged.write(content)
-                    staged.flush()
-                    path.replace(self._folder / name)
-                except OSError:
-                    _remove(path)
-                    raise
+            try:
+                staged.write_bytes(content)
+                staged.replace(self._folder / name)
+            except OSError:
+                _remove(staged)
+                raise
         except OSError as err:
             logger.warning("compiled kernels are not kept for the next process: %s: %s", self._folder, err.strerror)
             return

@@ -1,6 +1,7 @@
 """What one call of an engine needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,15 +22,22 @@ class Profile(NamedTuple):
 
 
 class Capturing:
-    """Whether an engine's calls are captured as CUDA graphs: until the first capture that fails, of whichever slot."""
+    """What the slots of an engine share of CUDA graphs: whether to capture still, and where.
 
-    def __init__(self, *, wanted: bool) -> None:
+    One call at a time captures, in a stream that nobody else queues into: what another thread queued there meanwhile
+    would become part of the graph. After the first capture that fails there is no other.
+    """
+
+    def __init__(self, device: torch.device, *, wanted: bool) -> None:
         self.wanted = wanted
+        self.turn = threading.Lock()
+        # Few programs take streams of high priority, so that torch has not given this one to another, too.
+        self.stream: Any = torch.cuda.Stream(device, priority=-1) if wanted else None
 
     def give_up(self, batch: int, err: Exception) -> None:
-        """Say once that every call is launched from now on."""
+        """Say once that what has no graph yet is launched from now on."""
         if self.wanted:
-            logger.warning("CUDA graphs are left out, every call is launched: batch %d: %s", batch, err)
+            logger.warning("CUDA graphs are left out from now on, and calls are launched: batch %d: %s", batch, err)
         self.wanted = False
 
 
@@ -39,6 +47,7 @@ class Slot:
     Every profile has a context of its own, and so has every graph: what a graph has captured, no other call changes.
     They share one piece of scratch memory, because no two of them run at once. It is torch's, which gives from its
     cache what a program has freed. ``stream`` is the handle of the stream that used it last, None before any did.
+    Raises BackendError where there is no room for all of that.
     """
 
     def __init__(
@@ -65,10 +74,9 @@ class Slot:
             raise BackendError(
                 f"no room for an execution context on {device}: it needs {scratch_bytes} bytes of GPU memory."
             ) from err
-        self._graphs: dict[int, Graph] = {}
-        self._contexts: dict[int, Any] = {}
         here = torch.cuda.current_stream(device)
-        self._open_context(0, here.cuda_stream)
+        self._graphs: dict[int, Graph] = {}
+        self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(profiles))]
         # Torch gives memory that this stream may still be using to this stream alone; calls come in others.
         self._last_use = torch.cuda.Event()
         self._last_use.record(here)
@@ -85,7 +93,7 @@ class Slot:
             if graph:
                 graph.replay(images, features, stream)
             else:
-                self._launch(self._context_for(len(images), stream.cuda_stream), images, features, stream.cuda_stream)
+                self._launch(self._contexts[self._profile_for(len(images))], images, features, stream.cuda_stream)
         finally:
             self._last_use.record(stream)
             self.stream = stream.cuda_stream
@@ -100,32 +108,31 @@ class Slot:
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
         """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
         batch = len(images)
-        if not self._capturing.wanted or batch not in self._buckets:
-            return None
-        if batch not in self._graphs:
+        if self._capturing.wanted and batch in self._buckets and batch not in self._graphs:
             try:
                 self._graphs[batch] = self._capture_graph(images, features, stream)
             except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
                 self._capturing.give_up(batch, err)
-                return None
-        return self._graphs[batch]
+        return self._graphs.get(batch)
 
     def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
-        context = self._new_context(self._profile_for(len(images)), stream.cuda_stream)
-        with torch.cuda.stream(stream):
-            given, made = torch.zeros_like(images), torch.empty_like(features)
-            self._launch(context, given, made, stream.cuda_stream)  # TensorRT wants a shape's first call uncaptured
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
+        """Capture a call on tensors of its own, after what ``stream`` holds and before what it is given next."""
+        private = self._capturing.stream
+        with self._capturing.turn, torch.cuda.stream(private):
+            private.wait_stream(stream)
             try:
-                self._launch(context, given, made, stream.cuda_stream)
+                context = self._new_context(self._profile_for(len(images)), private.cuda_stream)
+                given, made = torch.zeros_like(images), torch.empty_like(features)
+                self._launch(context, given, made, private.cuda_stream)  # TensorRT wants a shape's first one uncaptured
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._launch(context, given, made, private.cuda_stream)
+                finally:
+                    graph.capture_end()
             finally:
-                graph.capture_end()
+                stream.wait_stream(private)
         return Graph(graph, context, given, made)
-
-    def _context_for(self, batch: int, stream: int) -> Any:
-        index = self._profile_for(batch)
-        return self._contexts.get(index) or self._open_context(index, stream)
 
     def _profile_for(self, batch: int) -> int:
         """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
@@ -139,10 +146,6 @@ class Slot:
                 self._profiles[index].most - self._profiles[index].least,
             ),
         )
-
-    def _open_context(self, profile: int, stream: int) -> Any:
-        self._contexts[profile] = self._new_context(profile, stream)
-        return self._contexts[profile]
 
     def _new_context(self, profile: int, stream: int) -> Any:
         context = self._make_context()

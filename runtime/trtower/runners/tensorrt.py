@@ -1,6 +1,7 @@
 """Run a plan with TensorRT, of either flavour, on torch's memory and in the stream of the caller."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ class TensorRTRunner:
             self._profiles = _read_profiles(engine, bundle, plan)
             self._cache = self._open_cache(f"sm{major}{minor}")
             self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
-            self._capturing = Capturing(wanted=options.cuda_graphs and self._config is None)
+            self._capturing = Capturing(device, wanted=options.cuda_graphs and self._config is None)
             self._own_stream = torch.cuda.Stream(device)
             self._slots = Pool(self._make_slot, options.contexts)
 
@@ -103,21 +104,28 @@ class TensorRTRunner:
         with self._slots.lend(lambda slot: slot.stream in fitting) as slot, torch.cuda.device(self.device):
             if stream is not caller:
                 stream.wait_stream(caller)
-            slot.enqueue(images, features, stream, on_start)
-        if stream is not caller:
-            caller.wait_stream(stream)
+            try:
+                slot.enqueue(images, features, stream, on_start)
+            finally:
+                if stream is not caller:
+                    caller.wait_stream(stream)
         if features is not hidden_states:
             hidden_states.copy_(features)
 
     def keep(self) -> None:
         """See Runner.keep."""
-        if self._cache:
-            self._cache.write()
+        cache = self._cache
+        if cache:
+            cache.write()
 
     def close(self) -> None:
         """See Runner.close."""
-        for slot in self._slots.close():
-            slot.close()
+        with ExitStack() as each:  # whatever one of them raises, the others follow
+            each.callback(self._let_go)
+            for slot in self._slots.close():
+                each.callback(slot.close)
+
+    def _let_go(self) -> None:
         self.keep()
         self._cache = self._config = self._engine = self._runtime = None
 
