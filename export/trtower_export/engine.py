@@ -5,6 +5,7 @@ Neither torch models, nor transformers, nor onnx are needed here: `trtower build
 
 import dataclasses
 import logging
+import os
 import re
 import shutil
 import signal
@@ -24,11 +25,12 @@ from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
 from trtower.errors import BuildError, ConfigError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
-from trtower.manifest import BuildSettings, Manifest, PlanEntry
+from trtower.inspection import describe_settings
+from trtower.manifest import BuildSettings, PlanEntry
 from trtower.runners.choose import PLATFORM
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.progress import Progress, Step
-from trtower_export.store import PlanStore, Stored, put
+from trtower_export.store import PlanStore, Stored
 from trtower_export.targets import Target, choose_target
 
 MIB = 1 << 20
@@ -63,14 +65,24 @@ def add_plan(
     if target is None:
         raise ConfigError(f"there is nothing to build: {reason}")
     progress.say(reason)
+    for folder in (bundle.path, bundle.path.parent):  # the lock lies beside the bundle
+        if not os.access(folder, os.W_OK):
+            raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
+    entry = describe_plan(target)
     with disk_errors(bundle.path):
-        graph = bundle.verify(GRAPH)
-        bundle.verify(GRAPH_DATA)
-        stored = obtain_plan(graph, target, manifest, progress, store) if store else None
+        for name in (GRAPH, GRAPH_DATA):
+            bundle.verify(name)
+        stored = obtain_plan(bundle, target, progress, store) if store else None
         with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
-            stored = stored or obtain_plan(graph, target, manifest, progress, folder)
-            plan, log = put(stored.plan, folder / "staged.plan"), put(stored.log, folder / "staged.log")
-            added = bundle.add_plan(stored.entry, plan, log)
+            staged = Stored(plan=folder / "staged.plan", log=folder / "staged.log")
+            if stored:
+                stored.copy_to(staged.plan, staged.log)
+            else:
+                staged = obtain_plan(bundle, target, progress, folder)
+            added = bundle.add_plan(entry, staged.plan, staged.log)
+    for old in manifest.plans:
+        if entry.replaces(old):
+            progress.say(f"it takes the place of the plan that was built {describe_settings(old.settings)}")
     return bundle.path / added.manifest.plans[-1].file
 
 
@@ -83,8 +95,12 @@ def _staging(bundle: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def obtain_plan(graph: Path, target: Target, manifest: Manifest, progress: Progress, store: Path) -> Stored:
-    """Give the plan of ``graph``, which ``manifest`` describes: from the store, or built now and kept there."""
+def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Stored:
+    """Give the plan of a bundle's graph: from the store, or built now and kept there.
+
+    Raises BundleError, and keeps nothing, where another graph takes its place while it is read.
+    """
+    manifest = bundle.manifest
     version = load_flavour(target.flavour).__version__
     on_its_gpu = target.flavour == "tensorrt"
     facts = {
@@ -97,17 +113,29 @@ def obtain_plan(graph: Path, target: Target, manifest: Manifest, progress: Progr
         "platform": PLATFORM,
         "gpu": torch.cuda.get_device_name() if on_its_gpu else None,
     }
-
-    def build(folder: Path) -> tuple[PlanEntry, Path, Path]:
-        with progress.step(f"Build the {target.flavour} plan") as step:
-            entry, plan = build_plan(
-                graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache
-            )
-        return entry, plan, folder / entry.log
-
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()) if on_its_gpu else ""
     cache = store / f"{target.flavour}-{version}.{gpu}.timing" if on_its_gpu else None
+
+    def build(folder: Path) -> tuple[Path, Path]:
+        graph, input_, mixed = bundle.path / GRAPH, manifest.input, manifest.is_mixed
+        with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
+            entry, plan = build_plan(graph, target, input_, manifest.profiles, folder, step, mixed=mixed, cache=cache)
+        return plan, folder / entry.log
+
     return PlanStore(store).obtain(facts, build, progress)
+
+
+def describe_plan(target: Target) -> PlanEntry:
+    """Say what a plan for ``target`` needs, built by the TensorRT that is installed."""
+    version = load_flavour(target.flavour).__version__
+    return PlanEntry(
+        file=plan_name(target, version),
+        flavour=target.flavour,
+        version=version,
+        platform=PLATFORM,
+        compute_capabilities=target.compute_capabilities,
+        settings=target.settings,
+    )
 
 
 def plan_name(target: Target, version: str) -> str:
@@ -134,14 +162,7 @@ def build_plan(
     that the graph is in.
     """
     module = load_flavour(target.flavour)
-    entry = PlanEntry(
-        file=plan_name(target, module.__version__),
-        flavour=target.flavour,
-        version=module.__version__,
-        platform=PLATFORM,
-        compute_capabilities=target.compute_capabilities,
-        settings=target.settings,
-    )
+    entry = describe_plan(target)
     polygraphy = _import_polygraphy(target.flavour)
     monitor = _monitor(module, step)
     ranges = [
@@ -165,10 +186,7 @@ def build_plan(
         except polygraphy.PolygraphyException as err:
             monitor.raise_if_interrupted()
             words = "; ".join(dict.fromkeys(errors)) or str(err)
-            gpu = " (a plan without its weights is built where a GPU is)" if target.settings.stripped else ""
-            raise BuildError(
-                f"{target.flavour} {module.__version__} could not build {graph.name}{gpu}: {words}"
-            ) from err
+            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
     monitor.raise_if_interrupted()  # TensorRT-RTX 1.7 is asked to stop and finishes all the same
     if not target.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
@@ -313,7 +331,7 @@ def _import_polygraphy(flavour: str) -> Any:
 def _keep_log(path: Path) -> Iterator[list[str]]:
     """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else.
 
-    To everybody else Polygraphy says no more than it would have.
+    To everybody else Polygraphy says no more than it would have, and of errors nothing: they are raised in one.
     """
     errors: list[str] = []
     polygraphy_log = logging.getLogger("Polygraphy")
@@ -324,7 +342,7 @@ def _keep_log(path: Path) -> Iterator[list[str]]:
             if record.levelno == logging.ERROR:
                 errors.append(record.getMessage().strip().removeprefix("[E] "))
             super().emit(record)
-            if record.levelno >= loud and polygraphy_log.parent:
+            if loud <= record.levelno < logging.ERROR and polygraphy_log.parent:
                 polygraphy_log.parent.callHandlers(record)
 
     with path.open("w", encoding="utf-8") as stream:

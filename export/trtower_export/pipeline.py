@@ -39,7 +39,7 @@ from trtower.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
-from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, obtain_plan
+from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, describe_plan, obtain_plan
 from trtower_export.layouts import Trust
 from trtower_export.onnx_graph import write_onnx
 from trtower_export.parity import DRAWN, certify
@@ -48,7 +48,6 @@ from trtower_export.precision import find_islands, left_in_half, trace_with_isla
 from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
 from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
-from trtower_export.store import put
 from trtower_export.targets import Target, choose_target
 from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
 
@@ -185,7 +184,7 @@ def export_tower(
         )
         progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
         if target:
-            manifest = _add_first_plan(folder, target, manifest, progress, options.store)
+            manifest = _add_first_plan(Bundle(folder, manifest), target, progress, options.store)
         write_manifest(folder, manifest)
 
     bundle = Bundle.open(out)
@@ -222,15 +221,14 @@ def _photographs(options: ExportOptions, progress: Progress) -> Photographs | No
     return photographs
 
 
-def _add_first_plan(
-    folder: Path, target: Target, manifest: Manifest, progress: Progress, store: Path | None
-) -> Manifest:
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        stored = obtain_plan(folder / GRAPH, target, manifest, progress, store or Path(temporary))
-        entry = stored.entry
-        plan, log = put(stored.plan, folder / entry.file), put(stored.log, folder / entry.log)
-    files = {**manifest.files, entry.file: describe(plan), entry.log: describe(log)}
-    return replace(manifest, plans=(entry,), files=files)
+def _add_first_plan(bundle: Bundle, target: Target, progress: Progress, store: Path | None) -> Manifest:
+    """Put a plan into a bundle that is not complete yet, and give its manifest with it."""
+    entry, manifest = describe_plan(target), bundle.manifest
+    with TemporaryDirectory(dir=bundle.path.parent) as temporary:
+        stored = obtain_plan(bundle, target, progress, store or Path(temporary))
+        stored.copy_to(bundle.path / entry.file, bundle.path / entry.log)
+    added = {name: describe(bundle.path / name) for name in (entry.file, entry.log)}
+    return replace(manifest, plans=(entry,), files={**manifest.files, **added})
 
 
 def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:

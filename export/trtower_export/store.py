@@ -2,18 +2,18 @@
 
 The store is keyed on content and knows no bundle's name. A lock, which the system drops with the process that holds it,
 has others wait for a plan that is being built, and take it. What is in the store is compared with its sha256 before it
-is given out; it is linked into the bundle where both are on one disk.
+is given out, and copied: a bundle that shared its files with others could be damaged through them.
 """
 
 import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -21,13 +21,12 @@ from filelock import FileLock, Timeout
 from trtower.bundle import describe, disk_errors
 from trtower.errors import BuildError
 from trtower.extras import import_extra
-from trtower.manifest import BuildSettings, PlanEntry
 from trtower_export.progress import Progress
 
 PLAN, LOG, ENTRY = "plan", "log", "entry.json"
 
-Build = Callable[[Path], tuple[PlanEntry, Path, Path]]
-"""Builds a plan under a folder; gives what it needs, and where it and its log lie."""
+Build = Callable[[Path], tuple[Path, Path]]
+"""Builds a plan under a folder; gives where it and its log lie."""
 
 
 def default_store() -> Path:
@@ -41,9 +40,14 @@ def default_store() -> Path:
 class Stored:
     """A plan in the store, and the log of its build."""
 
-    entry: PlanEntry
     plan: Path
     log: Path
+
+    def copy_to(self, plan: Path, log: Path) -> None:
+        """Put copies of both where a bundle wants them."""
+        for source, target in ((self.plan, plan), (self.log, log)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
 
 class PlanStore:
@@ -77,22 +81,20 @@ class PlanStore:
 
     def _read(self, place: Path, progress: Progress) -> Stored | None:
         """Read what was built before, if it is what was written then."""
-        if not place.is_dir():
+        if not place.exists():
             return None
+        stored = Stored(plan=place / PLAN, log=place / LOG)
         try:
             written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
-            data = written["entry"]
-            settings = BuildSettings(**data.pop("settings"))
-            entry = PlanEntry(**data | {"compute_capabilities": tuple(data["compute_capabilities"])}, settings=settings)
-            intact = dataclasses.asdict(describe(place / PLAN)) == written["plan"] and (place / LOG).is_file()
-        except (OSError, ValueError, KeyError, TypeError):
+            intact = [written[PLAN], written[LOG]] == _describe(stored)
+        except (OSError, ValueError, LookupError, TypeError):
             intact = False
         if not intact:
             progress.say(f"{place} was cut short or altered: it is thrown away, and the plan is built again")
-            shutil.rmtree(place)
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
             return None
         progress.say(f"the plan was built here on {written['date']} already: {place}")
-        return Stored(entry=entry, plan=place / PLAN, log=place / LOG)
+        return stored
 
     def _build(self, place: Path, build: Build) -> Stored:
         staging = place.with_suffix(".staging")
@@ -100,26 +102,19 @@ class PlanStore:
         with disk_errors(staging):
             try:
                 staging.mkdir()
-                entry, plan, log = build(staging)
-                plan.replace(staging / PLAN)
-                log.replace(staging / LOG)
-                written = {
-                    "entry": dataclasses.asdict(entry),
-                    "plan": dataclasses.asdict(describe(staging / PLAN)),
-                    "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-                }
+                staged = Stored(plan=staging / PLAN, log=staging / LOG)
+                with TemporaryDirectory(dir=staging) as folder:
+                    plan, log = build(Path(folder))
+                    plan.replace(staged.plan)
+                    log.replace(staged.log)
+                date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+                written = dict(zip((PLAN, LOG), _describe(staged), strict=True)) | {"date": date}
                 (staging / ENTRY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
                 staging.rename(place)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        return Stored(entry=entry, plan=place / PLAN, log=place / LOG)
+        return Stored(plan=place / PLAN, log=place / LOG)
 
 
-def put(stored: Path, target: Path) -> Path:
-    """Link a file of the store to where a bundle wants it, or copy it to another disk; give its path there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(stored, target)
-    except OSError:
-        shutil.copyfile(stored, target)
-    return target
+def _describe(stored: Stored) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(describe(path)) for path in (stored.plan, stored.log)]

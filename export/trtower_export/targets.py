@@ -61,6 +61,8 @@ def choose_target(
             "--hardware-compatible is for flavour tensorrt, for every GPU from Ampere on; TensorRT-RTX makes such a "
             "plan where no --compute-capability is named."
         )
+    if settings.stripped and not torch.cuda.is_available():
+        raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
     if flavour == "tensorrt" and not settings.hardware_compatible:
         compute_capabilities = ("{}.{}".format(*torch.cuda.get_device_capability()),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))

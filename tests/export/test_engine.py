@@ -142,6 +142,10 @@ sys.exit(run(["build", {str(bundle)!r}, "--flavour", "tensorrt", "--compute-capa
     (plan,) = Bundle.open(bundle).manifest.plans
     assert (plan.flavour, plan.compute_capabilities) == ("tensorrt", ("8.9",))
     assert plan.file.endswith(".sm89.plan")
+    store = Path(os.environ["XDG_CACHE_HOME"]) / "trtower" / "plans"
+    (timed,) = (path for path in store.iterdir() if path.suffix == ".timing")
+    assert timed.name == "tensorrt-11.4.0.Fake-GPU.timing"
+    assert timed.stat().st_size
 
 
 def test_unknown_compute_capability_lists_the_known() -> None:

@@ -1,6 +1,5 @@
 """A plan is built once on a machine, whoever wants it, and nothing that is wrong with the store gets into a bundle."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -8,17 +7,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
+from tests.export.checking import make_hashes_fit
 from trtower import Bundle
-from trtower.bundle import MANIFEST
-from trtower.errors import BuildError, ConfigError
+from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, write_manifest
+from trtower.cli import run
+from trtower.errors import BackendError, BuildError, BundleError, ConfigError
 from trtower.manifest import BuildSettings
-from trtower_export import engine
-from trtower_export.engine import add_plan
+from trtower.spec import BatchProfile
+from trtower_export import engine, targets
+from trtower_export.engine import add_plan, build_plan
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.progress import LoggedProgress, LoggedStep
 from trtower_export.targets import choose_target
@@ -78,7 +84,7 @@ def test_same_graph_is_built_once_whatever_the_bundle_is_called(bare: Callable[[
     assert len(plans(store)) == 1
 
 
-@pytest.mark.parametrize("difference", ["capabilities", "settings", "graph", "version"])
+@pytest.mark.parametrize("difference", ["capabilities", "settings", "graph", "weights", "profiles", "version"])
 def test_what_differs_is_built_anew(
     bare: Callable[[str], Path],
     export: Callable[..., Path],
@@ -94,6 +100,13 @@ def test_what_differs_is_built_anew(
         options = {"settings": BuildSettings(optimization_level=1)}
     elif difference == "graph":
         other = Path(shutil.copytree(export("dinov2", flavour="none"), other.with_name("c")))
+    elif difference == "weights":
+        with (other / GRAPH_DATA).open("r+b") as stream:
+            stream.write(b"\0\0")  # one number
+        make_hashes_fit(other, GRAPH_DATA)
+    elif difference == "profiles":
+        profiles = (BatchProfile(min=1, opt=1, max=1), *Bundle.open(other).manifest.profiles)
+        write_manifest(other, replace(Bundle.open(other).manifest, profiles=profiles))
     else:
         monkeypatch.setattr(engine.load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
     assert build(other, store, **options).steps
@@ -119,14 +132,114 @@ def test_store_that_was_damaged_is_thrown_away_and_it_is_said(
     build(bare("a"), store)
     (place,) = plans(store)
     victim = place / damage
-    content = victim.read_bytes()
-    victim.unlink()  # it is linked into the bundle
-    if damage != "log":
-        victim.write_bytes(content[:-9] + b"!")
+    victim.write_bytes(victim.read_bytes()[:-9] + b"!")
     recorder = build(bare("b"), store)
     assert recorder.steps == ["Build the tensorrt-rtx plan"]
     assert any("was cut short or altered: it is thrown away" in said for said in recorder.said)
     assert (place / damage).stat().st_size > 0
+
+
+@pytest.mark.parametrize("written", ["null", "[]", "{}", '{"plan": 1}', "\xff"])
+def test_entry_that_is_none_is_thrown_away(bare: Callable[[str], Path], store: Path, written: str) -> None:
+    build(bare("a"), store)
+    (place,) = plans(store)
+    (place / "entry.json").write_text(written, encoding="latin-1")
+    assert build(bare("b"), store).steps == ["Build the tensorrt-rtx plan"]
+    shutil.rmtree(place)
+    place.write_text("a file in its place")
+    assert build(bare("c"), store).steps == ["Build the tensorrt-rtx plan"]
+    assert build(bare("d"), store).steps == []
+
+
+def test_bundles_share_no_file_with_each_other_or_with_the_store(bare: Callable[[str], Path], store: Path) -> None:
+    for name in ("a", "b"):
+        build(bare(name), store)
+    (place,) = plans(store)
+    files = [*place.iterdir(), *(place.parent.parent / "a" / "plans").iterdir()]
+    assert {path.stat().st_nlink for path in files} == {1}
+    assert len(files) == 5
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_graph_that_is_replaced_while_it_is_built_gets_into_no_store_and_no_bundle(
+    bare: Callable[[str], Path],
+    export: Callable[..., Path],
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    kept: bool,
+) -> None:
+    bundle = bare("a")
+
+    def build_another(*args: Any, **options: Any) -> Any:
+        replace_bundle(bundle, export("clip", precision="bf16", flavour="none"))
+        return build_plan(*args, **options)
+
+    monkeypatch.setattr(
+        engine,
+        "build_plan",
+        lambda graph, target, tensor, *rest, **options: build_another(
+            graph, target, replace(tensor, dtype="bfloat16"), *rest, **options
+        ),
+    )
+    with pytest.raises(BundleError, match=r"tower\.onnx was replaced while it was loaded"):
+        build(bundle, store if kept else None)
+    assert not kept or not plans(store)
+    assert not Bundle.open(bundle).manifest.plans
+    assert not list(bundle.glob(".staging-*"))
+
+
+def test_plan_is_not_added_to_a_bundle_that_was_exported_again_meanwhile(
+    bare: Callable[[str], Path], export: Callable[..., Path], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, other = bare("a"), export("clip", precision="bf16", flavour="none")
+    obtain = engine.obtain_plan
+
+    def obtain_late(*args: Any) -> Any:
+        found = obtain(*args)
+        replace_bundle(bundle, other)
+        return found
+
+    monkeypatch.setattr(engine, "obtain_plan", obtain_late)
+    with pytest.raises(BundleError, match="was exported again meanwhile"):
+        build(bundle, store)
+    assert Bundle.open(bundle).manifest == Bundle.open(other).manifest
+
+
+def test_altered_graph_is_refused_though_its_plan_is_in_the_store(bare: Callable[[str], Path], store: Path) -> None:
+    build(bare("a"), store)
+    other = bare("b")
+    with (other / GRAPH_DATA).open("r+b") as stream:
+        stream.write(b"\1\1")
+    with pytest.raises(BundleError, match="altered|sha256"):
+        build(other, store)
+
+
+def replace_bundle(bundle: Path, other: Path) -> None:
+    """Put another bundle in a bundle's place, as an export does."""
+    shutil.rmtree(bundle)
+    shutil.copytree(other, bundle)
+
+
+def test_plans_folder_that_leads_out_of_the_bundle_is_refused(bare: Callable[[str], Path], store: Path) -> None:
+    bundle = bare("a")
+    outside = bundle.parent / "outside"
+    outside.mkdir()
+    (bundle / "plans").symlink_to(outside)
+    with pytest.raises(BundleError, match="plans leads out of the bundle: refused"):
+        build(bundle, store)
+    assert not any(outside.iterdir())
+    assert Bundle.open(bundle).manifest.plans == ()
+
+
+def test_bundle_that_cannot_be_written_is_refused_before_anything_is_built(
+    bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bare("a")
+    monkeypatch.setattr(engine.os, "access", lambda path, _: path != bundle)
+    with pytest.raises(BuildError, match=r"is read-only, and the plan of .* is written there"):
+        build(bundle, store)
+    assert not store.exists()
 
 
 def test_plan_that_a_bundle_loses_stays_in_the_store(bare: Callable[[str], Path], store: Path) -> None:
@@ -260,7 +373,8 @@ def test_plan_with_other_settings_takes_the_place_of_the_first(bare: Callable[[s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"workspace_mib": 0}, "--workspace-mib 0: 1 at least"),
+        ({"workspace_mib": 0}, "--workspace-mib 0: 1 to 16777216 is expected"),
+        ({"workspace_mib": 10**14}, "1 to 16777216 is expected"),
         ({"optimization_level": 6}, "--optimization-level 6: 0 to 5"),
     ],
 )
@@ -274,23 +388,57 @@ def test_hardware_compatible_is_for_the_flavour_that_has_it() -> None:
         choose_target("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
 
 
-def test_plan_without_weights_cannot_be_built_without_a_gpu(bare: Callable[[str], Path], store: Path) -> None:
-    """Or it can: then it is without them. What TensorRT says is in the error."""
+def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="--strip: TensorRT builds a plan without its weights where a GPU is"):
+        choose_target("tensorrt-rtx", (), "fp16", BuildSettings(stripped=True))
+
+
+def test_settings_reach_tensorrt() -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    made = engine._settings(
+        BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True), module
+    )
+    assert made == {
+        "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: 3 << 20},
+        "builder_optimization_level": 0,
+        "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS,
+        "strip_plan": True,
+        "refittable": True,
+    }
+    assert engine._settings(BuildSettings(), module) == {}
+
+
+def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "load_flavour", lambda _: SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    found = [
+        choose_target("tensorrt", (), "fp16", BuildSettings(hardware_compatible=compatible))[0]
+        for compatible in (True, False)
+    ]
+    assert [target.compute_capabilities for target in found if target] == [(), ("8.9",)]
+    with pytest.raises(ConfigError, match="--hardware-compatible is for flavour tensorrt, for every GPU"):
+        choose_target("tensorrt", ("8.9",), "fp16", BuildSettings(hardware_compatible=True))
+
+
+def test_plan_that_takes_the_place_of_another_says_so(
+    bare: Callable[[str], Path], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = bare("a")
-    try:
-        build(bundle, store, settings=BuildSettings(stripped=True))
-    except BuildError as err:
-        assert "a plan without its weights is built where a GPU is" in str(err)  # noqa: PT017
-        assert not plans(store)
-    else:
-        manifest = Bundle.open(bundle).manifest
-        (plan,) = manifest.plans
-        assert plan.settings.stripped
+    build(bundle, store, settings=BuildSettings(optimization_level=1))
+    said = build(bundle, store).said
+    assert said[-1] == "it takes the place of the plan that was built at optimization level 1"
+    assert run(["inspect", str(bundle)]) == 0
+    assert "built with TensorRT's own settings" in capsys.readouterr().out
 
 
-def test_entry_of_the_store_says_what_was_built(bare: Callable[[str], Path], store: Path) -> None:
-    build(bare("a"), store)
-    (place,) = plans(store)
-    written = json.loads((place / "entry.json").read_text())
-    assert written["entry"]["flavour"] == "tensorrt-rtx"
-    assert written["plan"]["size"] == (place / "plan").stat().st_size
+def test_failed_build_is_one_line_on_the_terminal(bare: Callable[[str], Path]) -> None:
+    bundle = bare("a")
+    graph = (bundle / GRAPH).read_bytes()
+    (bundle / GRAPH).write_bytes(graph.replace(b"LayerNormalization", b"LayerNormalizatioN"))
+    make_hashes_fit(bundle, GRAPH)
+    done = subprocess.run([sys.executable, "-c", BUILD, str(bundle), "--no-store"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "LayerNormalizatioN" in line] == [done.stderr.splitlines()[-1]]
+    assert done.stderr.splitlines()[-1].startswith("error: tensorrt-rtx")
