@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from trtower.bundle import PREPROCESSOR, Bundle
-from trtower.errors import ConfigError, InputError
+from trtower.errors import ConfigError
+from trtower.extras import import_extra
 from trtower.layer_codes import parse_layer_code
 from trtower.spec import BatchProfile
 from trtower_export.progress import ConsoleProgress
@@ -260,7 +261,7 @@ def doctor(
         from trtower_export.tables import print_operations
 
     if picture and (picture.is_dir() or not picture.parent.is_dir() or picture.suffix.lower() != ".png"):
-        raise InputError(f"{picture} cannot be written: a .png in a folder that exists is expected of --picture.")
+        raise ConfigError(f"{picture} cannot be written: a .png in a folder that exists is expected of --picture.")
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
     found = open_checkpoint(
@@ -316,6 +317,11 @@ def bench(
     """Race a bundle against PyTorch and other runtimes, in turn in one run."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
+    for path, suffix, option in ((json_, ".json", "--json"), (plot, ".png", "--plot")):
+        if path and (path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != suffix):
+            raise ConfigError(f"{path} cannot be written: a {suffix} in a folder that exists is expected of {option}.")
+    if plot:
+        import_extra("matplotlib", extra="report", purpose="--plot")
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
         from trtower_export.bench.entrants import AGAINST
@@ -323,9 +329,6 @@ def bench(
         from trtower_export.checkpoint import open_checkpoint
         from trtower_export.layouts import Trust
 
-    for path, suffix, option in ((json_, ".json", "--json"), (plot, ".png", "--plot")):
-        if path and (path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != suffix):
-            raise InputError(f"{path} cannot be written: a {suffix} in a folder that exists is expected of {option}.")
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in _numbers(text)) or None,
         against=AGAINST if against is None else _listed(against),

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -40,6 +40,9 @@ PLAN_OVERHEAD_MIB = 24
 
 SIZE_TOLERANCE = 0.05
 """Slack around the weights' own size; another precision would be off by half."""
+
+WAY = 2
+"""Raise it when the same graph, TensorRT and settings are built in another way: what a store has is older then."""
 
 STAGING = ".staging-"
 
@@ -111,6 +114,7 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
         "target": dataclasses.asdict(target),
         "version": version,
         "platform": PLATFORM,
+        "way": WAY,
         "gpu": torch.cuda.get_device_name() if on_its_gpu else None,
     }
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()) if on_its_gpu else ""
@@ -178,7 +182,8 @@ def build_plan(
             _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
             if target.flavour == "tensorrt-rtx":
                 pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
-                config = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
+                made = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
+                config = _in_full_fp32(made, module)
             else:
                 config = polygraphy.CreateConfig(load_timing_cache=str(cache) if cache else None, **settings)
             save = str(cache) if cache else None
@@ -192,6 +197,20 @@ def build_plan(
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     path.write_bytes(content)
     return entry, path
+
+
+def _in_full_fp32(create_config: Callable[[Any, Any], Any], module: Any) -> Callable[[Any, Any], Any]:
+    """Have FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared.
+
+    Polygraphy does so for data-centre TensorRT, and not for TensorRT-RTX.
+    """
+
+    def create(builder: Any, network: Any) -> Any:
+        config = create_config(builder, network)
+        config.clear_flag(module.BuilderFlag.TF32)
+        return config
+
+    return create
 
 
 def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:

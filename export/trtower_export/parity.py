@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
 from trtower.errors import BundleError, CheckpointError
 from trtower.image_processor import ImageProcessor
-from trtower.manifest import BatchFigures, Certificate, ImageFigures, Manifest
+from trtower.manifest import BatchFigures, Certificate, ImageFigures
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
@@ -35,7 +35,7 @@ from trtower_export.layers import GraphStates, LayerSums
 from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images
 from trtower_export.progress import Progress
 from trtower_export.quantisation import read_quantised, simulate_quantised
-from trtower_export.truncate import TruncatedTower, truncate, weights_sha256
+from trtower_export.truncate import TruncatedTower, check_weights, truncate
 
 DRAWN = "drawn"
 """What bounds call the images that are no photographs."""
@@ -70,7 +70,7 @@ def certify(
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model(manifest.spec)
         own_tower = copy.deepcopy(truncate(model, checkpoint.family, manifest.spec))
-        _check_weights(own_tower, manifest, checkpoint.source)
+        check_weights(own_tower, manifest, checkpoint.source)
         own_tower = _in_precision(own_tower, bundle).to(runner.device)
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
@@ -228,11 +228,3 @@ def _open(bundle: Bundle, backend: str) -> Runner:
         require_precision(bundle, backend)
         return EmulatedRunner(bundle, worst=True)
     return choose(bundle, backend)
-
-
-def _check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
-    if weights_sha256(tower) != manifest.source.weights_sha256:
-        raise CheckpointError(
-            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
-            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
-        )

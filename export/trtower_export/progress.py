@@ -1,6 +1,7 @@
 """Tell how an export is getting on: a live line on a terminal, one line per step elsewhere, the log otherwise."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LONG_S = 10.0
+"""After which a step is named where no bar moves."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +63,26 @@ class ConsoleProgress:
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Show a bar that moves while the step runs, and a line with its seconds once it ended well."""
+        """Show a bar that moves while the step runs, and a line with its seconds once it ended well.
+
+        Where there is no terminal for a bar, a step that takes long is named while it runs.
+        """
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
         start = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
         note = TextColumn("[dim]{task.fields[note]}")
-        with Bars(*columns, note, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
-            yield ConsoleStep(bars, title)
+        silent = not self._console.is_terminal
+        long = threading.Timer(LONG_S, self.say, [f"{title} …"])
+        long.daemon = True
+        if silent:
+            long.start()
+        try:
+            with Bars(*columns, note, console=self._console, transient=True, disable=silent) as bars:
+                yield ConsoleStep(bars, title)
+        finally:
+            long.cancel()
         self._console.print(f"  {title:<58} {time.perf_counter() - start:6.1f} s", highlight=False, markup=False)
 
     def say(self, message: str) -> None:

@@ -9,6 +9,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from trtower.errors import CheckpointError
+from trtower.manifest import Manifest
 from trtower.spec import TowerSpec
 from trtower_export.families import Family
 
@@ -70,3 +72,12 @@ def release(tower: nn.Module) -> None:
     """
     for parameter in tower.parameters():
         parameter.data = torch.empty(0)
+
+
+def check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
+    """Have a cut tower be of the weights that a bundle was made of; raise CheckpointError where it is not."""
+    if weights_sha256(tower) != manifest.source.weights_sha256:
+        raise CheckpointError(
+            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
+            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
+        )

@@ -37,8 +37,11 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
-        """Read the manifest; raise BundleError where it or a file it lists is missing, cut short or misplaced."""
+    def open(cls, path: str | os.PathLike[str], *, whole: bool = True) -> "Bundle":
+        """Read the manifest; raise BundleError where it or a file it lists is missing, cut short or misplaced.
+
+        Without ``whole`` a file may be missing or cut short: for whoever tells of it. The log of a build always may.
+        """
         folder = Path(path).expanduser()
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
@@ -56,8 +59,11 @@ class Bundle:
         except BundleError as err:
             raise BundleError(f"{folder}: {err}") from err
         bundle = cls(folder, manifest)
+        logs = {plan.log for plan in manifest.plans}
         for name in [*manifest.files, *(plan.file for plan in manifest.plans), GRAPH, CONFIG, PREPROCESSOR]:
-            bundle._check_present(name)
+            bundle._locate(name)
+            if whole and name not in logs:
+                bundle._check_present(name)
         return bundle
 
     def verify(self, name: str) -> Path:
@@ -197,11 +203,10 @@ class Bundle:
         write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
 
-    def _check_present(self, name: str) -> Path:
-        """Return the path of a listed file that lies inside the bundle in its full size."""
+    def _locate(self, name: str) -> Path:
+        """Return the path of a listed file, which is inside the bundle."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so nothing vouches for it.")
-        entry = self.manifest.files[name]
         path = self.path / name
         pure = PurePosixPath(name)
         if (
@@ -211,6 +216,11 @@ class Bundle:
             or not path.resolve().is_relative_to(self.path.resolve())
         ):
             raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle: refused.")
+        return path
+
+    def _check_present(self, name: str) -> Path:
+        """Return the path of a listed file that lies inside the bundle in its full size."""
+        path, entry = self._locate(name), self.manifest.files[name]
         if not path.is_file():
             raise BundleError(f"{path} is missing; {MANIFEST} lists it with {entry.size} bytes. Copy the bundle again.")
         if path.stat().st_size != entry.size:

@@ -113,7 +113,7 @@ def _app() -> "typer.Typer":
         json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Say what a bundle is, what of it would run here, and why the rest would not."""
-        found = inspect_bundle(Bundle.open(bundle))
+        found = inspect_bundle(Bundle.open(bundle, whole=False))
         print(json.dumps(found, indent=2) if json_ else as_text(found, why=why))  # noqa: T201
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):

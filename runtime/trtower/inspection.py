@@ -103,10 +103,14 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
     if found["altered"]:
         lines.append(f"  ALTERED      {', '.join(found['altered'])}: copy the bundle again")
     lines.append("  here")
+    plans = [plan["file"] for plan in found["plans"]]
+    several_plans = len(plans) > 1
     for row in found["backends"]:
         verdict = row["obstacle"] or f"on {row['device']}"
         if row["runs"] and row["reservation"]:
             verdict += f", and auto takes another: {row['reservation']}"
+        if several_plans and row["file"] in plans and not verdict.startswith(row["file"]):
+            verdict = f"{row['file']}: {verdict}"
         lines.append(f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {verdict}")
     lines += [f"  certificate  {_certificate(found, each)}" for each in found["certificates"]]
     if not found["certificates"]:

@@ -271,7 +271,9 @@ class VisionTower(nn.Module):
 
     def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
         if not isinstance(images, torch.Tensor):
-            raise InputError(f"{name} is a {type(images).__name__}; a torch.Tensor or a list of them is expected.")
+            raise InputError(
+                f"{name} is of type {type(images).__name__}; a torch.Tensor or a list of them is expected."
+            )
         if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
             raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
@@ -455,7 +457,9 @@ class TowerConfig(SimpleNamespace):
 
 def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(out, torch.Tensor) or (tuple(out.shape), out.device) != (shape, device):
-        found = f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+        found = (
+            f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"of type {type(out).__name__}"
+        )
         raise InputError(f"out is {found}; {shape} on {device} is expected.")
     if not out.is_floating_point():
         raise InputError(f"out has dtype {out.dtype}; features are floating-point numbers.")

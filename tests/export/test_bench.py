@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from trtower import Bundle, VisionTower
 from trtower.cli import run
-from trtower.errors import ConfigError
+from trtower.errors import BackendError, CheckpointError, ConfigError
+from trtower.runners.openvino import has_bf16
+from trtower.spec import BatchProfile
 from trtower_export.bench import benchmark as module
+from trtower_export.bench import entrants
 from trtower_export.bench.benchmark import Benchmark, BenchOptions, Cold, ListTiming, Timing, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
@@ -24,6 +29,7 @@ from trtower_export.bench.goals import YARDSTICK, judge_goals
 from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.latency import race
+from trtower_export.layouts import Trust
 from trtower_export.progress import LoggedProgress
 
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
@@ -66,11 +72,13 @@ def test_towers_compute_the_same(found: Benchmark) -> None:
     assert next(each.error for each in found.timings if each.entrant == "llava") < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in AGAINST if "compile" not in name and name != "cudagraph"])
+@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in AGAINST if name != "cudagraph")])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], name: str
 ) -> None:
     """Whatever the layers and the tokens."""
+    if name == "openvino-bf16" and not has_bf16(pytest.importorskip("openvino")):
+        pytest.skip("this processor has no BF16 products")
     folder = export("dinov2", select_layer=(1, -2), select_feature="cls_patch", flavour="none")
     arena = Arena.open(Bundle.open(folder), open_checkpoint(str(checkpoints["dinov2"])), "onnxruntime-cpu")
     if name == "onnxruntime":
@@ -102,8 +110,75 @@ def test_time_and_memory_of_one_alone_are_its_own(found: Benchmark) -> None:
 
 def test_list_is_raced_against_the_loop(found: Benchmark) -> None:
     assert found.tiles
-    assert (found.tiles.images, found.tiles.rounds) == (4, 1)
+    assert (found.tiles.images, found.tiles.rounds) == (4, 3)
     assert found.tiles.llava_s > 0 < found.tiles.trtower_s
+
+
+def test_both_read_the_whole_list(
+    clip_bundle: Path, checkpoints: dict[str, Path], count_calls: Callable[[VisionTower], list[int]]
+) -> None:
+    arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
+    ours, seen = count_calls(arena.tower), list[int]()
+    llava = enter(arena, "llava")
+    llava = dataclasses.replace(llava, call=lambda images: seen.append(len(images)))
+    found = module._race_over_a_list(arena, [enter(arena, "trtower"), llava], 6, 2, {})
+    assert found == dataclasses.replace(found, images=6, rounds=2)
+    assert ours == [4, 2] * 3  # a round that does not count, and two that do
+    assert seen == [1] * 18
+
+
+def test_list_that_cannot_be_run_is_named_and_the_rest_stays(
+    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room for\nso many")
+
+    arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
+    monkeypatch.setattr(module, "draw_images", fail)
+    absent: dict[str, str] = {}
+    entrants = [enter(arena, "trtower"), enter(arena, "llava")]
+    assert module._race_over_a_list(arena, entrants, 6, 1, absent) is None
+    assert module._race(arena, entrants, 2, 1, {}, absent) == []
+    assert absent == {"a list of 6": "no room for so many", "batch 2": "no room for so many"}
+
+
+def test_bundle_that_does_not_run_is_an_error(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+    folder = export("clip", flavour="none", profiles=(BatchProfile(min=2, opt=2, max=4),))
+    options = dataclasses.replace(OPTIONS, batches=(1,), against=(), rounds=1)
+    with pytest.raises(BackendError, match="did not run: images has batch 1; this engine takes 2 to 4 at once"):
+        run_benchmark(Bundle.open(folder), open_checkpoint(str(checkpoints["clip"])), options, LoggedProgress())
+
+
+def test_checkpoint_of_other_weights_is_refused(
+    clip_bundle: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoints["clip"], tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
+    save_file({**weights, name: 2 * weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="are not the ones that"):
+        run_benchmark(Bundle.open(clip_bundle), open_checkpoint(str(other)), OPTIONS, LoggedProgress())
+
+
+def test_what_a_checkpoint_is_trusted_with_reaches_those_that_run_alone(
+    clip_bundle: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    pickled = Path(shutil.copytree(checkpoints["clip"], tmp_path / "pickled"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(str(pickled), trust=Trust(allow_pickle=True))
+    absent: dict[str, str] = {}
+    assert module._run_cold(Bundle.open(clip_bundle), checkpoint, "sdpa", None, 1, absent), absent
+
+
+def test_half_precision_alone_does_not_keep_full_precision_beside_it(
+    clip_bundle: Path, checkpoints: dict[str, Path]
+) -> None:
+    arena = Arena.open_torch(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])), torch.device("cpu"))
+    arena.model.to(torch.bfloat16)
+    before = {id(parameter) for parameter in arena.model.parameters()}
+    assert {id(parameter) for parameter in entrants._shared(arena, arena.model, "bf16").parameters()} == before
+    assert not {id(parameter) for parameter in entrants._shared(arena, arena.model, "fp32").parameters()} & before
 
 
 def test_entrant_that_breaks_is_named_and_the_others_go_on(
@@ -155,6 +230,7 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
     [
         ({"against": ("eager", "tensorrt-llm")}, "--against tensorrt-llm is unknown: eager, sdpa, .* are known"),
         ({"batches": (1, 0)}, "--batch 1 0: each is 1 at least"),
+        ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager names one twice"),
     ],
 )
 def test_what_cannot_be_raced_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
@@ -182,6 +258,44 @@ def test_table_is_whole_on_a_narrow_console_and_names_who_did_not_run(found: Ben
     assert "MISSED" not in text  # the goals are another tower's
 
 
+def test_error_that_is_not_finite_is_none_in_json_and_words_in_the_table(found: Benchmark) -> None:
+    assert module._error(torch.full((1, 2), torch.inf), torch.ones(1, 2)) is None
+    assert module._error(torch.ones(1, 2), torch.ones(1, 2)) == 0.0
+    broken = dataclasses.replace(found, timings=(dataclasses.replace(found.timings[0], error=None),))
+    assert json.loads(to_json(broken))["timings"][0]["error"] is None
+    stream = io.StringIO()
+    print_benchmark(Console(file=stream, width=200), broken)
+    assert "not finite" in stream.getvalue()
+
+
+def test_table_says_what_it_is_of_and_whether_the_machine_was_busy(found: Benchmark) -> None:
+    even = tuple(dataclasses.replace(each, p99_s=1.4 * each.median_s) for each in found.timings)
+    uneven = (*even[:-1], dataclasses.replace(even[-1], p99_s=2.5 * even[-1].median_s))
+    texts = []
+    for timings in (even, uneven):
+        stream = io.StringIO()
+        print_benchmark(Console(file=stream, width=200), dataclasses.replace(found, timings=timings))
+        texts.append(stream.getvalue())
+    assert all(f"{found.bundle['path']}: fp16, not certified for what ran here" in text for text in texts)
+    assert ["this machine was busy" in text for text in texts] == [False, True]
+    assert f"{uneven[-1].entrant} took 2.5 times its median once" in texts[1]
+
+
+def test_longest_is_the_99th_percentile_of_a_few_and_not_of_many() -> None:
+    few, many = [1.0, 2.0, 9.0], [*(1.0 for _ in range(199)), 9.0]
+    entrant = SimpleNamespace(name="a", runs_on="", arithmetic="fp32")
+    made = [module._timing(entrant, 1, seconds, 1, {}, None, 0.0) for seconds in (few, many)]
+    assert [(each.median_s, each.p99_s) for each in made] == [(2.0, 9.0), (1.0, 1.0)]
+
+
+def test_ceiling_is_two_flop_a_product_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure_ceilings.__globals__["SIZE"], "cpu", 100)
+    monkeypatch.setitem(measure_ceilings.__globals__, "_best_s", lambda _, product: product())
+    monkeypatch.setitem(measure_ceilings.__globals__, "_torch_product", lambda *_: lambda: 0.5)
+    monkeypatch.setitem(measure_ceilings.__globals__, "_openvino_product", lambda _: [lambda: 0.25])
+    assert measure_ceilings(torch.device("cpu"), {"fp32"}) == {"fp32": 2 * 100**3 / 0.25}
+
+
 def test_plot_has_a_bar_for_each(found: Benchmark) -> None:
     one = dataclasses.replace(found, timings=found.timings[:1])
     heights = [Image.open(io.BytesIO(draw_benchmark(each))).height for each in (one, found)]
@@ -205,8 +319,8 @@ def timing(entrant: str, batch: int, median_s: float, share: float | None = None
 
 
 def yardstick() -> Any:
-    family, image_size, patch_size, num_layers = YARDSTICK
-    return SimpleNamespace(family=family, image_size=image_size, patch_size=patch_size, num_layers=num_layers)
+    family, image_size, patch_size, width, layers = YARDSTICK
+    return SimpleNamespace(family=family, image_size=image_size, patch_size=patch_size, width=width, layers=layers)
 
 
 def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
@@ -238,6 +352,29 @@ def test_goals_of_a_plan_are_not_judged_on_another_backend() -> None:
     assert [goal.measured for goal in goals] == [None] * 8 + [4.0, 1.5]
     assert all(goal.note for goal in goals[:8])
     assert [goal.met for goal in goals[8:]] == [True, True]
+
+
+def test_goal_that_was_not_measured_says_why() -> None:
+    timings = [timing("trtower", batch, 1.0) for batch in (1, 32)] + [timing("sdpa", 1, 2.0)]
+    tiles = ListTiming(images=15, rounds=3, llava_s=9.0, trtower_s=1.0)
+    notes = [goal.note for goal in judge_goals(yardstick(), "tensorrt-rtx", timings, (), tiles)]
+    assert notes == [
+        "",
+        "trtower and sdpa did not run at batch 8",
+        "sdpa did not run at batch 32",
+        "compile did not run at batch 1",
+        "trtower and compile did not run at batch 8",
+        "compile did not run at batch 32",
+        "its ceiling was not measured",
+        "no list of 16 was raced",
+        "it did not run alone",
+    ]
+
+
+@pytest.mark.parametrize("other", [{"layers": (1,)}, {"width": 768}, {"image_size": 224}])
+def test_goals_are_of_one_tower(other: dict[str, Any]) -> None:
+    spec = SimpleNamespace(**vars(yardstick()) | other)
+    assert judge_goals(spec, "openvino", [timing("trtower", 1, 1.0), timing("llava", 1, 9.0)], (), None) == ()
 
 
 def test_command_writes_what_it_is_asked_for(

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from trtower import VisionTower
 from trtower.bundle import Bundle
 from trtower.cli import gather, run
+from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export import bounds
+from trtower_export.engine import add_plan
+from trtower_export.progress import LoggedProgress
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,14 @@ from trtower_export import bounds
         ),
         (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
         (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
+        (["export", "CLIP", "--batch", "1", "1", "9999999999", "--no-check"], 2, "65536 images are the most"),
+        (
+            ["export", "CLIP", "--batch", "1", "1", "1", "--batch", "1", "1", "1", "--no-check"],
+            2,
+            "1 1 1 is named twice",
+        ),
+        (["build", "BUNDLE", "--workspace-mib", "99999999999999"], 2, "1 to 16777216 is expected"),
+        (["build", "BUNDLE", "--strip", "--flavour", "tensorrt-rtx"], 1, "--strip: TensorRT builds a plan without"),
         (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9' is not one"),
         (["export", "CLIP", "--precision", "bf16", "--compute-capability", "7.5"], 2, "bf16 needs compute capability"),
         (["export", "CLIP", "--select-feature", "cls", "--no-check"], 2, "patch, cls_patch, slicefour_patch"),
@@ -254,3 +266,36 @@ def test_plan_without_weights_wants_the_graph_too(spoilt: Path, capsys: pytest.C
     assert run(["inspect", str(spoilt), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["plans"]
     assert found["verdicts"]["sha256"] == "tower.onnx.data was altered: copy the bundle again"
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+def test_inspect_tells_of_a_plan_that_is_not_whole(
+    spoilt: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (plan,) = Bundle.open(spoilt).manifest.plans
+    (spoilt / plan.file).unlink()
+    if damage == "cut short":
+        (spoilt / plan.file).write_bytes(b"half")
+    with pytest.raises(BundleError, match=r"\.plan (has 4 bytes|is missing)"):
+        Bundle.open(spoilt)
+    assert run(["inspect", str(spoilt), "--why"]) == 0
+    told = capsys.readouterr().out
+    assert f"sha256             {plan.file} was altered: copy the bundle again" in told
+    assert f"ALTERED      {plan.file}" in told
+
+
+def test_inspect_names_the_plan_where_there_are_several(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("tells what happens where there is no GPU")
+    add_plan(Bundle.open(spoilt), "tensorrt-rtx", ("8.9",), LoggedProgress())
+    assert run(["inspect", str(spoilt)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    not  tensorrt-rtx ")]
+    plans = Bundle.open(spoilt).manifest.plans
+    assert [plan.file in line for plan, line in zip(plans, lines, strict=True)] == [True, True]
+
+
+def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> None:
+    (plan,) = Bundle.open(spoilt).manifest.plans
+    (spoilt / plan.log).unlink()
+    assert Bundle.open(spoilt).altered() == [plan.log]
+    assert VisionTower.load(spoilt).is_loaded

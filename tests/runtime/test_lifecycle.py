@@ -353,7 +353,7 @@ def test_out_is_not_rounded_to_the_dtype_of_the_images(tower: VisionTower) -> No
         (torch.empty(2, 9, 64).int(), "out has dtype torch.int32"),
         (torch.empty(2, 10, 64), r"out is \(2, 10, 64\) on cpu; \(2, 9, 64\) on cpu is expected"),
         (torch.empty(2, 9, 64, device="meta"), r"out is \(2, 9, 64\) on meta"),
-        ([], "out is a list"),
+        ([], "out is of type list"),
     ],
 )
 def test_out_of_another_shape_or_place_is_refused(tower: VisionTower, out: object, message: str) -> None:

@@ -3,6 +3,7 @@
 entrants -> ceiling -> race (in turn, in this process) -> cold (each alone: load, first answer, memory) -> goals
 """
 
+import dataclasses
 import gc
 import json
 import math
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from trtower.bundle import Bundle
-from trtower.errors import ConfigError, TrtowerError
+from trtower.errors import BackendError, ConfigError, TrtowerError
 from trtower.spec import cover, sizes
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
-from trtower_export.bench.goals import Goal, judge_goals
+from trtower_export.bench.goals import TILES, Goal, judge_goals
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.latency import race
 from trtower_export.progress import Progress
@@ -30,8 +31,8 @@ from trtower_export.progress import Progress
 ROUNDS = {"cpu": 7, "cuda": 100}
 """How often each entrant runs, by the kind of device."""
 
-TILES = 16
-"""Images in the list: what AnyRes makes of about three pictures."""
+LIST_ROUNDS = 3
+"""How often a list is run at the least, unless fewer rounds are asked for: a ratio of one run is none."""
 
 SEED = 0
 
@@ -42,7 +43,8 @@ class Timing:
 
     ``share`` is the floor over the median, the floor being the cut tower's FLOP over what a large matrix product
     reaches here in the same ``arithmetic``; None where that was not measured. ``times_llava`` is LLaVA's median over
-    this one's. ``error`` is ‖x - ref‖ / ‖ref‖ on this input, against the cut tower in FP32.
+    this one's. ``error`` is ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None where that is
+    not finite.
     """
 
     entrant: str
@@ -55,7 +57,7 @@ class Timing:
     images_per_s: float
     share: float | None
     times_llava: float | None
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +113,17 @@ class BenchOptions:
         for name in self.against:
             if name not in AGAINST:
                 raise ConfigError(f"--against {name} is unknown: {', '.join(AGAINST)} are known.")
+        if len(set(self.against)) < len(self.against):
+            raise ConfigError(f"--against {','.join(self.against)} names one twice.")
         if any(batch < 1 for batch in self.batches or ()):
             raise ConfigError(f"--batch {' '.join(map(str, self.batches or ()))}: each is 1 at least.")
 
 
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
-    """Measure all of it. Raises BackendError where the bundle itself cannot run here."""
+    """Measure all of it.
+
+    Raises BackendError where the bundle itself cannot run here, CheckpointError where the checkpoint is not its own.
+    """
     manifest = bundle.manifest
     raced = _race_all(bundle, checkpoint, options, progress)
     gc.collect()  # of the towers, whose memory and threads would be in the way of those that load alone
@@ -132,6 +139,8 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
             "name": manifest.name,
             "precision": manifest.precision,
             "random_weights": manifest.source.random_weights,
+            "weights_sha256": manifest.source.weights_sha256,
+            "certified": bundle.uncertified(raced.backend, raced.files) is None,
             "flop_an_image": manifest.cut.flop,
         },
         environment=describe_environment(raced.device),
@@ -140,15 +149,20 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
         cold=tuple(cold),
         tiles=raced.tiles,
         absent=absent,
-        goals=judge_goals(manifest.spec, raced.entrants[0][1] or "", raced.timings, cold, raced.tiles),
+        goals=judge_goals(manifest.spec, raced.backend, raced.timings, cold, raced.tiles),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Raced:
-    """What the race has left behind. ``entrants`` are who ran, with trtower's name for the backend of each."""
+    """What the race has left behind. ``entrants`` are who ran, with trtower's name for the backend of each.
+
+    ``backend`` and ``files`` are what the bundle ran on.
+    """
 
     device: torch.device
+    backend: str
+    files: tuple[str, ...]
     entrants: tuple[tuple[str, str | None], ...]
     ceilings: dict[str, float]
     timings: tuple[Timing, ...]
@@ -169,13 +183,24 @@ def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, pro
     timings: list[Timing] = []
     for batch in sorted(set(batches)):
         with progress.step(f"Race at batch {batch}, {rounds} rounds"):
-            timings += _race(arena, entrants, batch, rounds, ceilings, absent)
+            raced = _race(arena, entrants, batch, rounds, ceilings, absent)
+        timings += raced
+        if ours := next((each for each in raced if each.entrant == TRTOWER), None):
+            ratio = "" if ours.times_llava is None else f", {ours.times_llava:.2f} times as fast as LLaVA's way"
+            progress.say(f"trtower at batch {batch}: {ours.median_s * 1e3:.1f} ms{ratio}")
+    if not any(each.entrant == TRTOWER for each in timings):
+        raise BackendError(f"{bundle.path} did not run: " + "; ".join(absent.values()))
     tiles = None
     if options.tiles:
-        with progress.step(f"Race over a list of {options.tiles} images"):
-            tiles = _race_over_a_list(arena, entrants, options.tiles, max(1, rounds // 4))
+        often = max(min(rounds, LIST_ROUNDS), rounds // 4)
+        with progress.step(f"Race over a list of {options.tiles} images, {often} rounds"):
+            tiles = _race_over_a_list(arena, entrants, options.tiles, often, absent)
+    ran = arena.tower._runner
+    assert ran is not None  # noqa: S101 - it has just run
     return _Raced(
         device=arena.device,
+        backend=ran.backend,
+        files=ran.files,
         entrants=tuple((entrant.name, entrant.backend) for entrant in entrants),
         ceilings=ceilings,
         timings=tuple(timings),
@@ -199,9 +224,17 @@ def _run_cold(
     bundle: Bundle, checkpoint: Checkpoint, name: str, backend: str | None, batch: int, absent: dict[str, str]
 ) -> Cold | None:
     """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
-    source = [checkpoint.source, checkpoint.revision or "", "random" if checkpoint.random_weights else ""]
-    arguments = [str(bundle.path), *source, name, backend or "", str(batch)]
-    command = [sys.executable, "-m", "trtower_export.bench.cold", *arguments]
+    arguments = {
+        "bundle": str(bundle.path),
+        "name": name,
+        "backend": backend,
+        "batch": batch,
+        "checkpoint": checkpoint.source,
+        "revision": checkpoint.revision,
+        "random_weights": checkpoint.random_weights,
+        "trust": dataclasses.asdict(checkpoint.trust),
+    }
+    command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
     for _ in range(2 if backend else 1):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -219,15 +252,19 @@ def _race(
     ceilings: dict[str, float],
     absent: dict[str, str],
 ) -> list[Timing]:
-    images = draw_images(arena, batch)
-    reference = arena.reference(images[:1])
     running, errors = {}, {}
+    try:
+        images = draw_images(arena, batch)
+        reference = arena.reference(images[:1])
+    except RuntimeError as err:  # torch's, for want of memory
+        absent[f"batch {batch}"] = _words(err)
+        return []
     for entrant in entrants:
-        given = entrant.prepare(images)
         try:
+            given = entrant.prepare(images)
             errors[entrant.name] = _error(entrant.call(given)[:1], reference)
         except Exception as err:  # noqa: BLE001 - whatever a compiler or a full memory says, the others go on
-            absent[f"{entrant.name} at batch {batch}"] = " ".join(str(err).split())[:300] or type(err).__name__
+            absent[f"{entrant.name} at batch {batch}"] = _words(err)
             continue
         running[entrant.name] = (entrant, lambda entrant=entrant, given=given: entrant.call(given))
     seconds = race({name: call for name, (_, call) in running.items()}, rounds=rounds)
@@ -245,7 +282,7 @@ def _timing(
     flop: int,
     ceilings: dict[str, float],
     llava: float | None,
-    error: float,
+    error: float | None,
 ) -> Timing:
     median = statistics.median(seconds)
     ceiling = ceilings.get(entrant.arithmetic)
@@ -264,19 +301,25 @@ def _timing(
     )
 
 
-def _race_over_a_list(arena: Arena, entrants: Sequence[Entrant], count: int, rounds: int) -> ListTiming:
+def _race_over_a_list(
+    arena: Arena, entrants: Sequence[Entrant], count: int, rounds: int, absent: dict[str, str]
+) -> ListTiming | None:
     """Do what LLaVA's tower does with a list, one image after another, and what the bundle does."""
     llava = next(entrant for entrant in entrants if entrant.name == LLAVA)
-    images = list(draw_images(arena, count))
-    one_by_one = [llava.prepare(image[None]) for image in images]
-    given = [image.to(arena.tower.dtype) for image in images]
-    seconds = race(
-        {
-            LLAVA: lambda: [llava.call(image) for image in one_by_one],
-            TRTOWER: lambda: arena.tower(given),
-        },
-        rounds=rounds,
-    )
+    try:
+        images = list(draw_images(arena, count))
+        one_by_one = [llava.prepare(image[None]) for image in images]
+        given = [image.to(arena.tower.dtype) for image in images]
+        seconds = race(
+            {
+                LLAVA: lambda: [llava.call(image) for image in one_by_one],
+                TRTOWER: lambda: arena.tower(given),
+            },
+            rounds=rounds,
+        )
+    except Exception as err:  # noqa: BLE001 - what was measured before is not lost for a list that does not fit
+        absent[f"a list of {count}"] = _words(err)
+        return None
     return ListTiming(
         images=count,
         rounds=rounds,
@@ -285,12 +328,17 @@ def _race_over_a_list(arena: Arena, entrants: Sequence[Entrant], count: int, rou
     )
 
 
+def _words(err: Exception) -> str:
+    """Put an error into one line that is not too long for a table."""
+    return " ".join(str(err).split())[:300] or type(err).__name__
+
+
 def draw_images(arena: Arena, batch: int) -> Tensor:
     """Draw (B, 3, S, S) on the device, in FP32."""
     side = arena.bundle.manifest.spec.image_size
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(SEED)).to(arena.device)
 
 
-def _error(found: Tensor, reference: Tensor) -> float:
-    found = found.float()
-    return float((found - reference).norm() / reference.norm())
+def _error(found: Tensor, reference: Tensor) -> float | None:
+    error = float((found.float() - reference).norm() / reference.norm())
+    return error if math.isfinite(error) else None

@@ -1,6 +1,6 @@
 """Load one entrant and call it once, alone in this process, and print as JSON what that took.
 
-Run by the benchmark: python -m trtower_export.bench.cold BUNDLE CHECKPOINT REVISION RANDOM NAME BACKEND BATCH
+Run by the benchmark: python -m trtower_export.bench.cold JSON, which are the arguments of `main`.
 """
 
 import json
@@ -15,16 +15,26 @@ from trtower import Bundle, VisionTower
 KIB = 1024
 
 
-def main(bundle: str, checkpoint: str, revision: str, random: str, name: str, backend: str, batch: str) -> None:
-    """Measure, with everything imported that it needs."""
+def main(
+    bundle: str,
+    name: str,
+    backend: str | None,
+    batch: int,
+    checkpoint: str,
+    revision: str | None,
+    random_weights: bool,
+    trust: dict[str, bool],
+) -> None:
+    """Measure, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs."""
     opened = Bundle.open(bundle)
     side = opened.manifest.spec.image_size
-    images = torch.randn(int(batch), 3, side, side)
+    images = torch.randn(batch, 3, side, side)
     if not backend:
         from trtower_export.bench.entrants import Arena, enter
         from trtower_export.checkpoint import open_checkpoint
+        from trtower_export.layouts import Trust
 
-        found = open_checkpoint(checkpoint, revision=revision or None, random_weights=bool(random))
+        found = open_checkpoint(checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     start = time.perf_counter()
@@ -33,7 +43,10 @@ def main(bundle: str, checkpoint: str, revision: str, random: str, name: str, ba
         loaded = time.perf_counter()
         tower(images.to(tower.device, tower.dtype))
     else:
-        entrant = enter(Arena.open_torch(opened, found, device), name)
+        arena = Arena.open_torch(opened, found, device)
+        if name.endswith("-bf16"):
+            arena.model.to(torch.bfloat16)  # in its place: nobody who runs it so keeps the weights in FP32 beside it
+        entrant = enter(arena, name)
         given = entrant.prepare(images.to(device))
         loaded = time.perf_counter()
         entrant.call(given)
@@ -42,7 +55,7 @@ def main(bundle: str, checkpoint: str, revision: str, random: str, name: str, ba
         torch.cuda.synchronize()
         peak = free - torch.cuda.mem_get_info()[0]
     answered = time.perf_counter()
-    load_s = None if random and not backend else loaded - start
+    load_s = None if random_weights and not backend else loaded - start
     print(json.dumps({"load_s": load_s, "first_s": answered - loaded, "peak_bytes": peak}))  # noqa: T201
 
 
@@ -53,4 +66,4 @@ def _peak_resident_set() -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(**json.loads(sys.argv[1]))

@@ -13,7 +13,7 @@ from trtower.bundle import Bundle
 from trtower.errors import BackendError
 from trtower.spec import PRECISIONS
 from trtower_export.checkpoint import Checkpoint
-from trtower_export.truncate import TruncatedTower, truncate
+from trtower_export.truncate import TruncatedTower, check_weights, truncate
 
 TRTOWER, LLAVA = "trtower", "llava"
 
@@ -29,6 +29,9 @@ AGAINST = (
     "openvino-bf16",
 )
 """Whom a bundle is raced against besides LLaVA's tower. The bundle's own graph on another backend is one of them."""
+
+
+COMPILATIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,14 @@ class Arena:
 
     @classmethod
     def open(cls, bundle: Bundle, checkpoint: Checkpoint, backend: str = "auto") -> "Arena":
-        """Load all of it; raise BackendError where the bundle cannot run here."""
+        """Load all of it.
+
+        Raises BackendError where the bundle cannot run here, CheckpointError where it is not of these weights.
+        """
         ran = VisionTower.load(bundle.path, backend)
-        return replace(cls.open_torch(bundle, checkpoint, ran.device), ran=ran)
+        arena = cls.open_torch(bundle, checkpoint, ran.device)
+        check_weights(arena.cut, bundle.manifest, checkpoint.source)
+        return replace(arena, ran=ran)
 
     @classmethod
     def open_torch(cls, bundle: Bundle, checkpoint: Checkpoint, device: torch.device) -> "Arena":
@@ -109,6 +117,9 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
     tower = _cut_in(arena, precision, attention="eager" if kind == "eager" else "sdpa")
     if kind == "compile":
+        # One compilation for each batch, and none that is given up for eager without a word.
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         return _enter_torch(arena, name, precision, torch.compile(tower, mode="max-autotune", dynamic=False))
     if kind == "cudagraph":
         if arena.device.type != "cuda":
@@ -174,9 +185,9 @@ def _cut_in(arena: Arena, precision: str, *, attention: str) -> nn.Module:
 
 
 def _shared(arena: Arena, model: nn.Module, precision: str) -> Any:
-    """Copy a model in ``precision`` onto the device; as it is, FP32 on the CPU, it shares its weights with the copy."""
+    """Copy a model in ``precision`` onto the device; where it is that already, it shares its weights with the copy."""
     dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
-    if arena.device.type != "cpu" or dtype != torch.float32:
+    if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
         return copy.deepcopy(model).to(arena.device, dtype)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 

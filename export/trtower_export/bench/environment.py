@@ -21,6 +21,10 @@ PACKAGES = (
 )
 
 
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
+"""Of the environment, what changes speed."""
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Give processor, GPU, versions and date."""
     found: dict[str, Any] = {
@@ -29,6 +33,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores_of_this_process": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "threads": torch.get_num_threads(),
         "device": str(device),
         "versions": {name: number for name in PACKAGES if (number := _version(name))},
@@ -41,8 +48,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            "driver": _driver(),
         }
     return found
+
+
+def _driver() -> str | None:
+    """Give what the kernel says of NVIDIA's driver."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        return None
 
 
 def _version(name: str) -> str | None:

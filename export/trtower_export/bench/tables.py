@@ -18,9 +18,15 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 
 MB = 1e6
 
+UNEVEN = 1.5
+"""The longest run over the median, from where on something else was running beside."""
+
 
 def print_benchmark(console: Console, found: Benchmark) -> None:
     """Print what raced at each batch, each alone, who could not run, and the goals."""
+    weights = ", random weights" if found.bundle["random_weights"] else ""
+    certified = "certified here" if found.bundle["certified"] else "not certified for what ran here"
+    _say(console, f"{found.bundle['path']}: {found.bundle['precision']}{weights}, {certified}")
     table = _table(
         "entrant", "runs on", "in", right=("batch", "ms", "p99", "img/s", "of ceiling", "x LLaVA's", "error")
     )
@@ -35,7 +41,7 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
             f"{each.images_per_s:.2f}",
             "" if each.share is None else f"{each.share:.0%}",
             "" if each.times_llava is None else f"{each.times_llava:.2f}",
-            f"{each.error:.1e}",
+            "not finite" if each.error is None else f"{each.error:.1e}",
             style="bold" if each.entrant == "trtower" else "",
         )
     print_whole(console, table)
@@ -50,7 +56,18 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
     if found.tiles:
         tiles = found.tiles
         llava, ours = tiles.llava_s * 1e3, tiles.trtower_s * 1e3
-        _say(console, f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms")
+        _say(
+            console,
+            f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms, {llava / ours:.2f} times "
+            f"as fast (medians of {tiles.rounds})",
+        )
+    uneven = max(found.timings, key=lambda each: each.p99_s / each.median_s)
+    if uneven.p99_s > UNEVEN * uneven.median_s:
+        _say(
+            console,
+            f"this machine was busy: {uneven.entrant} took {uneven.p99_s / uneven.median_s:.1f} times its median once; "
+            "run it again on a quiet one",
+        )
     for name, reason in found.absent.items():
         _say(console, f"{name} did not run: {reason}")
     for goal in found.goals:
@@ -65,7 +82,7 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
 
 def to_json(found: Benchmark) -> str:
     """Write all of it, with the environment it was measured in."""
-    return json.dumps(dataclasses.asdict(found), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False) + "\n"
 
 
 def draw_benchmark(found: Benchmark) -> bytes:

@@ -81,7 +81,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
                 image=as_image(evidence.pixel_values, processor),
                 reference=evidence.reference[prefix:],
                 bundle=evidence.bundle[prefix:],
-                caption=f"token cosine {cosine.mean():.6f}, worst {cosine.min():.5f}",
+                caption=f"token cosine {cosine.mean():.6f}, worst {cosine.min():.6f}",
             )
         )
 
