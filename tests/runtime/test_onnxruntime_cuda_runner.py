@@ -141,6 +141,7 @@ def test_answers_come_in_the_callers_stream_without_a_wait_of_the_host(bundle: B
         run(runner, bundle, cuda, batch=1 + seed, seed=seed)
     assert runner._session.runs == [LAUNCH] * 3
     assert runner._session.settings["device_id"] == "1"
+    assert runner._session.settings["use_tf32"] == "0"
     assert "enable_cuda_graph" not in runner._session.settings or runner._session.settings["enable_cuda_graph"] == "0"
 
 

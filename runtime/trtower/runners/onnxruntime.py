@@ -109,7 +109,11 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
     def _open_session(self, device: torch.device) -> None:
         """Open the session, in a stream that no capture has touched."""
         self._stream = torch.cuda.Stream(device)
-        settings = {"device_id": str(device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        settings = {
+            "device_id": str(device.index),
+            "user_compute_stream": str(self._stream.cuda_stream),
+            "use_tf32": "0",  # which has FP16's ten bits, where a graph says FP32
+        }
         graphs = {"enable_cuda_graph": "1"} if self._capture else {}
         super().__init__(self._bundle, device, **settings, **graphs)
 
