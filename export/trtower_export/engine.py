@@ -68,7 +68,8 @@ def add_plan(
     if target is None:
         raise ConfigError(f"there is nothing to build: {reason}")
     progress.say(reason)
-    for folder in (bundle.path, bundle.path.parent):  # the lock lies beside the bundle
+    path = bundle.path.resolve()
+    for folder in (path, path.parent):  # the lock lies beside the bundle
         if not os.access(folder, os.W_OK):
             raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
     entry = describe_plan(target)
@@ -83,10 +84,12 @@ def add_plan(
             else:
                 staged = obtain_plan(bundle, target, progress, folder)
             added = bundle.add_plan(entry, staged.plan, staged.log)
+    built = added.manifest.plans[-1]
+    now = (built.settings, added.manifest.files[built.file])
     for old in manifest.plans:
-        if entry.replaces(old):
+        if built.replaces(old) and (old.settings, manifest.files[old.file]) != now:
             progress.say(f"it takes the place of the plan that was built {describe_settings(old.settings)}")
-    return bundle.path / added.manifest.plans[-1].file
+    return bundle.path / built.file
 
 
 @contextmanager

@@ -11,17 +11,30 @@ REST_S = 0.02
 """Between two competitors: the threads of one go on spinning for a while, on the cores of the next."""
 
 
-def race(competitors: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS) -> dict[str, list[float]]:
+def race(
+    competitors: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = ROUNDS,
+    drop: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[float]]:
     """Give the seconds of each competitor in every one of ``rounds``, after one call each that does not count.
 
-    On a GPU they are what CUDA events say; on a CPU, of the call.
+    On a GPU they are what CUDA events say; on a CPU, of the call. With ``drop``, who raises is out of the race, and it
+    is told so.
     """
     clock = _on_gpu if torch.cuda.is_available() else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(rounds + 1):
-        for name, call in competitors.items():
+        for name in [*seconds]:
             time.sleep(REST_S)
-            elapsed = clock(call)
+            try:
+                elapsed = clock(competitors[name])
+            except Exception as err:
+                if drop is None:
+                    raise
+                drop(name, err)
+                del seconds[name]
+                continue
             if turn:
                 seconds[name].append(elapsed)
     return seconds

@@ -83,7 +83,8 @@ class VisionTower(nn.Module):
         )
         self._holder = Holder(self.vision_tower_name)
         self._loading = threading.RLock()
-        weakref.finalize(self, self._holder.replace, None)
+        # Not at the end of Python, which would then wait for calls of threads that end with it.
+        weakref.finalize(self, self._holder.close).atexit = False
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = self._make_anchor(torch.device("cpu"))
 
@@ -136,15 +137,14 @@ class VisionTower(nn.Module):
         """
         refuse_fork()
         asked = _device_from_map(device_map)
-        with self._loading:
-            if self._runner is None:
-                self._open(asked or self._asked_device)
-            elif asked is not None and parse_device(asked) != self.device:
-                raise BackendError(
-                    f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it."
-                )
-            else:
-                logger.info("%s is already loaded, `load_model` called again, skipping.", self.vision_tower_name)
+        if not self.is_loaded:
+            with self._loading:
+                if not self.is_loaded:
+                    self._open(asked or self._asked_device)
+                    return
+        if asked is not None and parse_device(asked) != self.device:
+            raise BackendError(f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
+        logger.info("%s is already loaded, `load_model` called again, skipping.", self.vision_tower_name)
 
     def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
         """Run the engine once on each number of images, so that no later call pays for what the first one does.
@@ -158,7 +158,7 @@ class VisionTower(nn.Module):
                 pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
                 run_batch(runner, manifest.batch, manifest.output, pixel_values)
             if runner.device.type == "cuda":
-                torch.cuda.synchronize(runner.device)
+                torch.cuda.current_stream(runner.device).synchronize()
             runner.keep()
         return self
 
@@ -166,9 +166,9 @@ class VisionTower(nn.Module):
         """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing.
 
         In a fork it does nothing either: threads that a backend would wait for are in the process that loaded it.
-        A tower that nobody holds any more, or that is open when Python ends, is closed then.
+        A tower that nobody holds any more is closed.
         """
-        self._holder.replace(None)
+        self._holder.close()
 
     def __enter__(self: Self) -> Self:
         """Give the tower, which is closed at the end of the block."""
@@ -300,9 +300,10 @@ class VisionTower(nn.Module):
             return f"({image}) or tiles (T, {image}) in a list"
         return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
 
-    def _open(self, device: str | torch.device | None) -> None:
-        """Open the bundle on a device, and only then close what was open before."""
+    def _open(self, device: str | torch.device | None) -> Callable[[], None]:
+        """Open the bundle on a device; give what closes what was open before, once its calls have ended."""
         refuse_fork()
+        self._holder.refuse_own_call()
         if self._require_certificate and (reason := self.bundle.uncertifiable()):
             raise self._not_certified(reason, self._backend)
         certified = self._require_certificate
@@ -310,13 +311,14 @@ class VisionTower(nn.Module):
         if certified and (reason := self.bundle.uncertified(runner.backend, runner.files)):
             runner.close()
             raise self._not_certified(reason, runner.backend)
-        self._holder.replace(runner)
+        close = self._holder.swap(runner)
         certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
         if certificate and not certificate.passed and not self.bundle.certificate_void(certificate):
             logger.warning(
                 "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
             )
         self._anchor = self._make_anchor(runner.device)
+        return close
 
     def _not_certified(self, reason: str, backend: str) -> BundleError:
         path = self.bundle.path
@@ -332,12 +334,15 @@ class VisionTower(nn.Module):
         """Follow `.to(device)`, called here or on the model around this tower."""
         before = self._anchor.device
         after = fn(torch.empty_like(self._anchor)).device
-        with self._loading:
-            if after != before and self.is_loaded:
-                self._open(after)  # raises before anything has moved
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            if after != before and after.type != "meta":
-                self._asked_device = after
+        moves = after != before and self.is_loaded
+        if moves:
+            with self._loading:
+                close = self._open(after)  # raises before anything has moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if after != before and after.type != "meta":
+            self._asked_device = after
+        if moves:
+            close()
         if self._anchor.dtype != self.dtype:
             self._anchor.data = self._anchor.data.to(self.dtype)
         return self

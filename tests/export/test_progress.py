@@ -11,7 +11,7 @@ from trtower_export.progress import ConsoleProgress
 
 
 def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LONG_S", 0.05)
+    monkeypatch.setattr(progress, "LONG_S", 0.5)
     stream = io.StringIO()
     teller = ConsoleProgress(Console(file=stream, width=100))
     with teller.step("Think"):
@@ -22,5 +22,5 @@ def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest
         assert stream.getvalue() == "  Think …\n"
     with teller.step("Act"):
         pass
-    time.sleep(0.1)
+    time.sleep(0.7)
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["Think", "Think", "Act"]

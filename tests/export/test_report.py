@@ -400,7 +400,7 @@ def test_missing_package_is_named_before_anything_is_checked(monkeypatch: pytest
 
 
 def test_page_of_nothing_seen_is_written(tmp_path: Path) -> None:
-    page = write(tmp_path, images=(), batches=(), bounds=(), versions={})
+    page = write(tmp_path, images=(), batches=(), versions={})
     assert "There was no photograph to show" in page.text
     assert page.images() == []
     drawn = write(tmp_path, made_up.evidence(kind="constant"))

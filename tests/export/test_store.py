@@ -193,9 +193,12 @@ def test_graph_that_is_replaced_while_it_is_built_gets_into_no_store_and_no_bund
 
 
 def test_plan_is_not_added_to_a_bundle_that_was_exported_again_meanwhile(
-    bare: Callable[[str], Path], export: Callable[..., Path], store: Path, monkeypatch: pytest.MonkeyPatch
+    bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, other = bare("a"), export("clip", precision="bf16", flavour="none")
+    bundle, other = bare("a"), bare("other")
+    with (other / GRAPH_DATA).open("r+b") as stream:
+        stream.write(b"\0\0")  # the same graph, and one other number
+    make_hashes_fit(other, GRAPH_DATA)
     obtain = engine.obtain_plan
 
     def obtain_late(*args: Any) -> Any:
@@ -239,10 +242,15 @@ def test_bundle_that_cannot_be_written_is_refused_before_anything_is_built(
     bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = bare("a")
-    monkeypatch.setattr(engine.os, "access", lambda path, _: path != bundle)
-    with pytest.raises(BuildError, match=r"is read-only, and the plan of .* is written there"):
-        build(bundle, store)
+    for sealed in (bundle, bundle.parent):
+        monkeypatch.setattr(engine.os, "access", lambda path, _, sealed=sealed: path != sealed)
+        with pytest.raises(BuildError, match=r"is read-only, and the plan of .* is written there"):
+            build(bundle, store)
     assert not store.exists()
+    link = bundle.parent.parent / f"{bundle.parent.name}-link"
+    link.symlink_to(bundle)
+    monkeypatch.setattr(engine.os, "access", lambda path, _: path != link.parent)
+    assert build(link, store).steps
 
 
 def test_plan_that_a_bundle_loses_stays_in_the_store(bare: Callable[[str], Path], store: Path) -> None:
@@ -432,6 +440,7 @@ def test_plan_that_takes_the_place_of_another_says_so(
     build(bundle, store, settings=BuildSettings(optimization_level=1))
     said = build(bundle, store).said
     assert said[-1] == "it takes the place of the plan that was built at optimization level 1"
+    assert not any("takes the place" in each for each in build(bundle, store).said)
     assert run(["inspect", str(bundle)]) == 0
     assert "built with TensorRT's own settings" in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +147,7 @@ def test_fork_refuses_what_would_hang_there(clip_bundle: Path, backend: str) -> 
     for line in refused[:2]:
         assert "and this is a fork of it, where no backend runs: start processes with 'spawn'" in line
     for line in refused[2:]:
-        assert "had a tower loaded when it forked this one" in line
+        assert "has had a tower loaded before it forked this one" in line
     assert (len(refused), child, parent) == (5, "child ends with 0", "parent goes on (3, 9, 64)")
 
 
@@ -165,20 +166,21 @@ def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: Vis
     with ThreadPoolExecutor(4) as threads:
         served = [threads.submit(serve) for _ in range(4)]
         for _ in range(5):
-            tower._open(torch.device("cpu"))
+            tower._open(torch.device("cpu"))()
         stop.set()
         assert all(each.result(PATIENCE_S) for each in served)
 
 
 def test_call_of_several_pieces_ends_before_the_tower_closes(tower: VisionTower) -> None:
-    images, begun = draw(9), threading.Event()
+    images, begun, told = draw(9), threading.Event(), list[BatchReport]()
     expected = tower(images)
-    tower.on_batch = lambda _: (begun.set(), time.sleep(0.05))
+    tower.on_batch = lambda report: (begun.set(), time.sleep(0.05), told.append(report))
     with ThreadPoolExecutor(1) as thread:
         call = thread.submit(tower, images)
         assert begun.wait(PATIENCE_S)
         tower.close()
-        assert torch.equal(call.result(0), expected)
+        assert len(told) == 3
+        assert torch.equal(call.result(PATIENCE_S), expected)
 
 
 def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +203,49 @@ def test_tower_is_not_closed_by_a_call_of_its_own(tower: VisionTower) -> None:
         tower(draw(1))
     tower.on_batch = None
     assert tower(draw(1)).shape == (1, 9, 64)
+
+
+def test_tower_is_moved_and_loaded_while_a_callback_asks_for_both(
+    tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What closes the old engine waits for calls, and holds nothing meanwhile that a call may want."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def ask(_: BatchReport) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        tower.load_model()
+        tower.half()
+
+    tower.on_batch = ask
+    with ThreadPoolExecutor(2) as threads:
+        call = threads.submit(tower, draw(1))
+        assert begun.wait(PATIENCE_S)
+        with tower._loading:
+            close = tower._open(torch.device("cpu"))
+        moving = threads.submit(close)
+        go_on.set()
+        assert call.result(PATIENCE_S).shape == (1, 9, 64)
+        moving.result(PATIENCE_S)
+
+
+STUCK = """
+import sys, threading, time
+import torch
+from trtower import VisionTower
+tower, begun = VisionTower.load(*sys.argv[1:]), threading.Event()
+tower.on_batch = lambda _: (begun.set(), time.sleep(3600))
+threading.Thread(target=tower, args=(torch.rand(1, 3, 42, 42),), daemon=True).start()
+begun.wait()
+print("main ends")
+"""
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_python_ends_though_a_call_does_not(clip_bundle: Path, backend: str) -> None:
+    command = [sys.executable, "-c", STUCK, str(clip_bundle), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE_S)
+    assert (done.returncode, done.stdout) == (0, "main ends\n")
 
 
 def test_tower_that_nobody_holds_is_closed(clip_bundle: Path) -> None:
@@ -289,6 +334,7 @@ def test_capture_of_a_cuda_graph_around_the_tower_is_refused(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     tower(draw(1))  # a CUDA graph says nothing of what runs on the CPU
     monkeypatch.setattr(tower._holder, "runner", SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(BackendError, match="cannot run while a CUDA graph is captured around it"):

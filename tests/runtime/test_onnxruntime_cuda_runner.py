@@ -200,6 +200,50 @@ def test_threads_take_turns_in_the_one_thread_that_has_the_graphs(bundle: Bundle
 
 
 @pytest.mark.usefixtures("session")
+@pytest.mark.parametrize("first", [True, False])
+def test_graphs_serve_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
+    runner = open_runner(bundle)
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode):
+            run(runner, bundle, cuda, 2)
+            run(runner, bundle, cuda, 3)
+    assert runner._session.runs == [2, LAUNCH] * 3
+
+
+def test_session_that_cannot_be_opened_again_leaves_the_runner_closed(
+    bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = open_runner(bundle)
+    monkeypatch.setattr(session, "capture_fails", True)
+
+    def fail(*_: object, **__: object) -> None:
+        assert runner._session is None, "its memory may be what is missing"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(BackendError, match="out of memory"):
+        run(runner, bundle, cuda, 2)
+    for batch in (2, 3):
+        with pytest.raises(BackendError, match="closed"):
+            run(runner, bundle, cuda, batch)
+
+
+@pytest.mark.usefixtures("session")
+def test_callers_stream_waits_for_what_a_call_that_failed_has_queued(bundle: Bundle, cuda: FakeCuda) -> None:
+    spec, queued = bundle.manifest.spec, list[str]()
+    runner, stream = open_runner(bundle, cuda_graphs=False), cuda.new_stream()
+
+    def fail(own: Any) -> None:
+        own.submit(lambda: queued.append("before it failed"))
+        raise ZeroDivisionError
+
+    with cuda.stream(stream), pytest.raises(ZeroDivisionError):
+        runner.run(torch.rand(1, 3, 42, 42).half(), torch.empty(1, spec.num_tokens, spec.hidden_size).half(), fail)
+    stream.synchronize()
+    assert queued
+
+
+@pytest.mark.usefixtures("session")
 def test_images_are_those_that_the_callers_stream_holds_by_then(bundle: Bundle, cuda: FakeCuda) -> None:
     spec = bundle.manifest.spec
     images, late = (torch.rand(3, 3, 42, 42).half() for _ in range(2))

@@ -485,6 +485,60 @@ def test_graph_that_was_captured_is_replayed_after_another_capture_has_failed(
 
 
 @pytest.mark.usefixtures("tensorrt")
+@pytest.mark.parametrize("first", [True, False])
+def test_graph_serves_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
+    runner = captured(bundle)
+    for mode in (first, not first):
+        with torch.inference_mode(mode):
+            images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+            runner.run(images, features)
+            cuda.synchronize()
+            assert torch.equal(features, answers(bundle, images))
+    assert [graph.replays for graph in cuda.graphs] == [2]
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_capture_keeps_its_place_among_what_the_stream_holds(bundle: Bundle, cuda: FakeCuda) -> None:
+    """After what was queued before, whose memory it may use, and before what comes next."""
+    order, stream, runner = list[str](), cuda.new_stream(), captured(bundle)
+    private = runner._capturing.stream
+    with cuda.stream(stream):
+        stream.submit(lambda: order.append("before"))
+        images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+        graph = runner._slots._idle[0]._capture_graph(images, features, stream)
+        private_work = list(private._work)
+    assert private_work
+    private.synchronize()
+    assert order == ["before"]
+    private.submit(lambda: order.append("the capture's last"))
+    stream.wait_stream(private)
+    stream.synchronize()
+    assert order == ["before", "the capture's last"]
+    assert graph._made.data_ptr() != features.data_ptr()
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_nobody_captures_after_a_capture_has_failed(
+    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGraph, "lasts_s", 0.02)
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    runner, start = captured(bundle), threading.Barrier(4)
+
+    def serve(_: int) -> None:
+        with cuda.stream(cuda.new_stream()):
+            start.wait()
+            images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+            runner.run(images, features)
+            cuda.current_stream().synchronize()
+            assert torch.equal(features, answers(bundle, images))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(serve, range(4)))
+    assert len(cuda.graphs) == 1
+
+
+@pytest.mark.usefixtures("tensorrt")
 @pytest.mark.parametrize("own", [True, False])
 def test_threads_that_share_a_stream_capture_nothing_of_each_other(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, *, own: bool

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ from trtower_export.progress import Progress
 
 ROUNDS = {"cpu": 7, "cuda": 100}
 """How often each entrant runs, by the kind of device."""
+
+ALONE_S = 1800
+"""How long one alone may take: max-autotune of a large tower takes minutes."""
+
+COMPILATIONS = 64
 
 LIST_ROUNDS = 3
 """How often a list is run at the least, unless fewer rounds are asked for: a ratio of one run is none."""
@@ -182,7 +188,7 @@ def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, pro
         ceilings = measure_ceilings(arena.device, {entrant.arithmetic for entrant in entrants})
     timings: list[Timing] = []
     for batch in sorted(set(batches)):
-        with progress.step(f"Race at batch {batch}, {rounds} rounds"):
+        with progress.step(f"Race at batch {batch}, {rounds} rounds"), _every_compilation():
             raced = _race(arena, entrants, batch, rounds, ceilings, absent)
         timings += raced
         if ours := next((each for each in raced if each.entrant == TRTOWER), None):
@@ -235,13 +241,18 @@ def _run_cold(
         "trust": dataclasses.asdict(checkpoint.trust),
     }
     command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
-    for _ in range(2 if backend else 1):
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
+    try:
+        for _ in range(2 if backend else 1):
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=ALONE_S)
+    except subprocess.TimeoutExpired:
+        absent[f"{name}, alone"] = f"it had not answered after {ALONE_S} s"
+        return None
+    told = [line for line in done.stdout.splitlines() if line.startswith('{"load_s"')]
+    if done.returncode or not told:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         absent[f"{name}, alone"] = words[-1]
         return None
-    return Cold(entrant=name, **json.loads(done.stdout.splitlines()[-1]))
+    return Cold(entrant=name, **json.loads(told[-1]))
 
 
 def _race(
@@ -267,11 +278,16 @@ def _race(
             absent[f"{entrant.name} at batch {batch}"] = _words(err)
             continue
         running[entrant.name] = (entrant, lambda entrant=entrant, given=given: entrant.call(given))
-    seconds = race({name: call for name, (_, call) in running.items()}, rounds=rounds)
+
+    def drop(name: str, err: Exception) -> None:
+        absent[f"{name} at batch {batch}"] = _words(err)
+
+    seconds = race({name: call for name, (_, call) in running.items()}, rounds=rounds, drop=drop)
     llava = statistics.median(seconds[LLAVA]) if LLAVA in seconds else None
     return [
         _timing(entrant, batch, seconds[name], arena.bundle.manifest.cut.flop, ceilings, llava, errors[name])
         for name, (entrant, _) in running.items()
+        if name in seconds
     ]
 
 
@@ -331,6 +347,13 @@ def _race_over_a_list(
 def _words(err: Exception) -> str:
     """Put an error into one line that is not too long for a table."""
     return " ".join(str(err).split())[:300] or type(err).__name__
+
+
+def _every_compilation() -> AbstractContextManager[Any]:
+    """Have every batch compiled, and none given up for eager without a word."""
+    patch: Any = torch._dynamo.config.patch
+    context: AbstractContextManager[Any] = patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True)
+    return context
 
 
 def draw_images(arena: Arena, batch: int) -> Tensor:

@@ -31,9 +31,6 @@ AGAINST = (
 """Whom a bundle is raced against besides LLaVA's tower. The bundle's own graph on another backend is one of them."""
 
 
-COMPILATIONS = 64
-
-
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
     """Something that makes features of images. ``backend`` is trtower's name for it, None of PyTorch's."""
@@ -117,9 +114,6 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
     tower = _cut_in(arena, precision, attention="eager" if kind == "eager" else "sdpa")
     if kind == "compile":
-        # One compilation for each batch, and none that is given up for eager without a word.
-        torch._dynamo.config.recompile_limit = COMPILATIONS
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
         return _enter_torch(arena, name, precision, torch.compile(tower, mode="max-autotune", dynamic=False))
     if kind == "cudagraph":
         if arena.device.type != "cuda":

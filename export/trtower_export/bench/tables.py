@@ -65,8 +65,8 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
     if uneven.p99_s > UNEVEN * uneven.median_s:
         _say(
             console,
-            f"this machine was busy: {uneven.entrant} took {uneven.p99_s / uneven.median_s:.1f} times its median once; "
-            "run it again on a quiet one",
+            f"this machine was busy: {uneven.entrant} took up to {uneven.p99_s / uneven.median_s:.1f} times its "
+            "median; run it again on a quiet one",
         )
     for name, reason in found.absent.items():
         _say(console, f"{name} did not run: {reason}")

@@ -7,7 +7,7 @@ import torch
 
 from trtower.spec import BatchProfile, TensorSpec
 
-CLOSED = "this tower is closed: load_model() opens it again."
+CLOSED = "this tower is closed: close() and load_model() open it again."
 
 Run = Callable[[torch.Tensor, torch.Tensor], None]
 """Fills its second argument from its first, as Runner.run does."""

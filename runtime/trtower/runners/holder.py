@@ -4,7 +4,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,8 +21,8 @@ def refuse_fork() -> None:
     """Raise BackendError in a fork of a process that has opened a runner: its calls would hang, torch's own too."""
     if others := _opened_in - {os.getpid()}:
         raise BackendError(
-            f"process {max(others)} had a tower loaded when it forked this one, and neither torch's threads nor a "
-            "backend's live on here: start processes with 'spawn', or load towers after the fork alone."
+            f"process {max(others)} has had a tower loaded before it forked this one, and neither torch's threads nor "
+            "a backend's live on here: start processes with 'spawn', or load towers after the fork alone."
         )
 
 
@@ -58,7 +58,7 @@ class Holder:
             runner = self.runner
             if runner is None:
                 raise BackendError(f"{self.name}: this tower is not loaded, or closed: call load_model().")
-            if runner.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if _is_captured(runner.device):
                 raise BackendError(
                     f"{self.name} cannot run while a CUDA graph is captured around it, for its calls share memory that "
                     "the graph knows nothing of: capture what comes before and after it."
@@ -72,24 +72,44 @@ class Holder:
                 self._calls.remove(call)
                 self._change.notify_all()
 
-    def replace(self, runner: Runner | None) -> None:
-        """Hold another runner, or none. Later calls get that; the one before is closed once no call has it.
-
-        A fork lets go of nothing. Raises BackendError inside a call of the runner that would be closed.
-        """
-        if self._forked():
-            return
+    def refuse_own_call(self) -> None:
+        """Raise BackendError inside a call of the runner that is held, which would wait for itself to end."""
         with self._change:
-            before = self.runner
-            if before is not None and (before, threading.get_ident()) in self._calls:
+            if any(thread == threading.get_ident() for _, thread in self._calls):
                 raise BackendError(f"{self.name} is not closed or moved inside a call of its own: do so after it.")
-            self.runner = runner
+
+    def swap(self, runner: Runner | None) -> Callable[[], None]:
+        """Hold another runner, or none, which later calls get; give what closes the one before.
+
+        That waits until no call has it: call it with no lock held that a call may want.
+        """
+        with self._change:
+            before, self.runner = self.runner, runner
             if runner is not None:
                 _opened.add(runner)
                 _opened_in.add(self._process)
-            self._change.wait_for(lambda: all(each is not before for each, _ in self._calls))
-        if before is not None:
-            before.close()
+
+        def close() -> None:
+            with self._change:
+                self._change.wait_for(lambda: all(each is not before for each, _ in self._calls))
+            if before is not None:
+                before.close()
+
+        return close
+
+    def close(self) -> None:
+        """Hold none. A fork lets go of nothing. Raises BackendError inside a call of its own."""
+        if not self._forked():
+            self.refuse_own_call()
+            self.swap(None)()
 
     def _forked(self) -> bool:
         return os.getpid() != self._process
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether the current stream of a GPU is being captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners import CLOSED, OnStart
+from trtower.runners.thread import Thread
 from trtower.spec import sizes
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -104,7 +104,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             self._capture = False
             self._open_session(device)  # raises where graphs were not the reason
             _say_launched(err)
-        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, f"trtower {self.backend}")
+        self._thread = Thread(f"trtower {self.backend}")
 
     def _open_session(self, device: torch.device) -> None:
         """Open the session, in a stream that no capture has touched."""
@@ -119,20 +119,20 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
-        thread, caller = self._thread, torch.cuda.current_stream(self.device)
-        if thread is None:
-            raise BackendError(CLOSED)
-        try:
-            turn = thread.submit(self._take_turn, pixel_values, hidden_states, caller, on_start)
-        except RuntimeError as err:  # it was shut down since
-            raise BackendError(CLOSED) from err
-        turn.result()
+        caller, inference = torch.cuda.current_stream(self.device), torch.is_inference_mode_enabled()
+        self._thread.run(lambda: self._take_turn(pixel_values, hidden_states, caller, on_start, inference=inference))
 
-    @torch.no_grad()
     def _take_turn(
-        self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, caller: Any, on_start: OnStart | None
+        self,
+        pixel_values: torch.Tensor,
+        hidden_states: torch.Tensor,
+        caller: Any,
+        on_start: OnStart | None,
+        *,
+        inference: bool,
     ) -> None:
-        with torch.cuda.device(self.device):
+        """Queue a call, in the mode of its caller, whose tensors take part in no other."""
+        with torch.no_grad(), torch.inference_mode(inference), torch.cuda.device(self.device):
             self._stream.wait_stream(caller)
             try:
                 if on_start:
@@ -150,7 +150,8 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         with torch.cuda.stream(self._stream):
             try:
                 if batch not in self._captured:
-                    self._captured[batch] = (torch.empty_like(pixel_values), torch.empty_like(hidden_states))
+                    with torch.inference_mode(mode=False):  # they serve calls in any mode
+                        self._captured[batch] = (torch.empty_like(pixel_values), torch.empty_like(hidden_states))
                 given, made = self._captured[batch]
                 given.copy_(pixel_values)
                 self._run(given, made, self._options(batch))
@@ -161,11 +162,13 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         return True
 
     def _launch_from_now_on(self, err: Exception) -> None:
-        """Go on in a new session without graphs: the old one's stream may be left in the capture that failed."""
-        self._capture, self._captured = False, {}
-        before = self._stream
+        """Go on in a new session without graphs: the old one's stream may be left in the capture that failed.
+
+        The old one goes first, for memory may be what was missing; where none can be opened the runner is closed.
+        """
+        self._stream.synchronize()
+        self._capture, self._captured, self._session = False, {}, None
         self._open_session(self.device)
-        self._stream.wait_stream(before)
         _say_launched(err)
 
     def _options(self, graph: int) -> Any:
@@ -176,9 +179,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
     def close(self) -> None:
         """See Runner.close."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.shutdown()
+        if self._thread.end():
             self._stream.synchronize()
             self._captured = {}
             super().close()

@@ -7,6 +7,7 @@ before TensorRT sees it, and TensorRT itself refuses what its driver does not ma
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class RuntimeCache:
         name = f"{self._own}{hashlib.sha256(content).hexdigest()[:DIGITS]}.cache"
         if name == self._kept and (self._folder / name).exists():
             return
-        staged = self._folder / f"{name}.{os.getpid()}.staging"
+        staged = self._folder / f"{name}.{os.getpid()}.{threading.get_ident()}.staging"
         try:
             self._folder.mkdir(exist_ok=True)
             try:

@@ -1,8 +1,10 @@
 """What one call of an engine needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -109,27 +111,34 @@ class Slot:
         """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
         batch = len(images)
         if self._capturing.wanted and batch in self._buckets and batch not in self._graphs:
-            try:
-                self._graphs[batch] = self._capture_graph(images, features, stream)
-            except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
-                self._capturing.give_up(batch, err)
+            with self._capturing.turn:
+                try:
+                    if self._capturing.wanted:
+                        self._graphs[batch] = self._capture_graph(images, features, stream)
+                except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
+                    self._capturing.give_up(batch, err)
         return self._graphs.get(batch)
 
     def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
         """Capture a call on tensors of its own, after what ``stream`` holds and before what it is given next."""
         private = self._capturing.stream
-        with self._capturing.turn, torch.cuda.stream(private):
+        # Inference mode would bind the tensors to it, and the graph serves calls outside of it, too.
+        with torch.cuda.stream(private), torch.inference_mode(mode=False):
             private.wait_stream(stream)
             try:
                 context = self._new_context(self._profile_for(len(images)), private.cuda_stream)
                 given, made = torch.zeros_like(images), torch.empty_like(features)
                 self._launch(context, given, made, private.cuda_stream)  # TensorRT wants a shape's first one uncaptured
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._launch(context, given, made, private.cuda_stream)
-                finally:
-                    graph.capture_end()
+                with _no_collection():
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        self._launch(context, given, made, private.cuda_stream)
+                    finally:
+                        graph.capture_end()
+            except BaseException:
+                private.synchronize()  # before the context goes
+                raise
             finally:
                 stream.wait_stream(private)
         return Graph(graph, context, given, made)
@@ -183,6 +192,18 @@ class Graph:
             self._given.copy_(images)
             self._graph.replay()
             features.copy_(self._made)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Have Python collect no garbage: what goes with it may wait for the GPU, which ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def allocate(size: int, device: torch.device) -> torch.Tensor:
