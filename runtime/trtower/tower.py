@@ -336,6 +336,7 @@ class VisionTower(nn.Module):
         after = fn(torch.empty_like(self._anchor)).device
         moves = after != before and self.is_loaded
         if moves:
+            refuse_fork()
             with self._loading:
                 close = self._open(after)  # raises before anything has moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

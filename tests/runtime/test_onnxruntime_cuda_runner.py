@@ -228,6 +228,21 @@ def test_session_that_cannot_be_opened_again_leaves_the_runner_closed(
             run(runner, bundle, cuda, batch)
 
 
+def test_session_that_is_opened_again_waits_for_the_images(
+    bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, runner, stream = bundle.manifest.spec, open_runner(bundle), cuda.new_stream()
+    images, late = (torch.rand(2, 3, 42, 42).half() for _ in range(2))
+    features = torch.empty(2, spec.num_tokens, spec.hidden_size).half()
+    expected = [fake_answer(image, (spec.num_tokens, spec.hidden_size)) for image in late.numpy()]
+    monkeypatch.setattr(session, "capture_fails", True)
+    stream.submit(lambda: images.copy_(late))
+    with cuda.stream(stream):
+        runner.run(images, features)
+    stream.synchronize()
+    assert torch.equal(features, torch.from_numpy(np.stack(expected)))
+
+
 @pytest.mark.usefixtures("session")
 def test_callers_stream_waits_for_what_a_call_that_failed_has_queued(bundle: Bundle, cuda: FakeCuda) -> None:
     spec, queued = bundle.manifest.spec, list[str]()

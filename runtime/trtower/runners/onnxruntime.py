@@ -137,12 +137,12 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             try:
                 if on_start:
                     on_start(self._stream)
-                if not self._replay(pixel_values, hidden_states):
+                if not self._replay(pixel_values, hidden_states, caller):
                     self._run(pixel_values, hidden_states, self._options(LAUNCH))
             finally:
                 caller.wait_stream(self._stream)
 
-    def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, caller: Any) -> bool:
         """Run from a graph, captured now if this is the batch's first; False where it is to be launched."""
         batch = len(pixel_values)
         if not self._capture or batch not in self._buckets:
@@ -157,6 +157,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
                 self._run(given, made, self._options(batch))
             except Exception as err:  # noqa: BLE001 - ONNX Runtime's own classes, and torch's where memory is full
                 self._launch_from_now_on(err)
+                self._stream.wait_stream(caller)
                 return False
             hidden_states.copy_(made)
         return True
@@ -166,7 +167,6 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
         The old one goes first, for memory may be what was missing; where none can be opened the runner is closed.
         """
-        self._stream.synchronize()
         self._capture, self._captured, self._session = False, {}, None
         self._open_session(self.device)
         _say_launched(err)
