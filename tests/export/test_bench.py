@@ -74,11 +74,12 @@ def test_towers_compute_the_same(found: Benchmark) -> None:
 
 @pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in AGAINST if name != "cudagraph")])
 def test_every_entrant_reads_the_tower_of_the_bundle(
-    export: Callable[..., Path], checkpoints: dict[str, Path], name: str
+    export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Whatever the layers and the tokens."""
     if name == "openvino-bf16" and not has_bf16(pytest.importorskip("openvino")):
         pytest.skip("this processor has no BF16 products")
+    monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)  # a small tower is done soon all the same
     folder = export("dinov2", select_layer=(1, -2), select_feature="cls_patch", flavour="none")
     arena = Arena.open(Bundle.open(folder), open_checkpoint(str(checkpoints["dinov2"])), "onnxruntime-cpu")
     if name == "onnxruntime":
@@ -90,9 +91,23 @@ def test_every_entrant_reads_the_tower_of_the_bundle(
     assert module._error(features, arena.reference(images)) < SAME_TOWER
 
 
-def test_half_precision_entrant_leaves_the_others_weights_alone(
-    clip_bundle: Path, checkpoints: dict[str, Path]
+@pytest.mark.parametrize(("flags", "multiplies"), [("avx2 fma", False), ("avx2 avx512_bf16", True)])
+def test_pytorch_races_in_bf16_where_the_processor_has_it(
+    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, flags: str, *, multiplies: bool
 ) -> None:
+    monkeypatch.setattr("trtower_export.bench.environment._processor_fields", lambda: {"flags": flags})
+    arena = Arena.open_torch(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])), torch.device("cpu"))
+    if multiplies:
+        assert enter(arena, "sdpa-bf16").arithmetic == "bf16"
+    else:
+        with pytest.raises(BackendError, match="this processor has no BF16 products"):
+            enter(arena, "sdpa-bf16")
+
+
+def test_half_precision_entrant_leaves_the_others_weights_alone(
+    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)
     arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
     before = arena.reference(module.draw_images(arena, 1))
     full = enter(arena, "sdpa")

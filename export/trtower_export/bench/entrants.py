@@ -12,6 +12,7 @@ from trtower import VisionTower
 from trtower.bundle import Bundle
 from trtower.errors import BackendError
 from trtower.spec import PRECISIONS
+from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.truncate import TruncatedTower, check_weights, truncate
 
@@ -112,6 +113,8 @@ def enter(arena: Arena, name: str) -> Entrant:
     precision = suffix or arena.precision
     if suffix and arena.device.type == "cuda":
         raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
+    if suffix and not multiplies_bf16():
+        raise BackendError("this processor has no BF16 products")
     tower = _cut_in(arena, precision, attention="eager" if kind == "eager" else "sdpa")
     if kind == "compile":
         return _enter_torch(arena, name, precision, torch.compile(tower, mode="max-autotune", dynamic=False))
