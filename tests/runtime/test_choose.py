@@ -54,10 +54,15 @@ def test_tower_is_not_moved_where_nothing_can_run_it(clip_bundle: Path) -> None:
 
 
 def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tower, opened = VisionTower.load(clip_bundle), []
-    monkeypatch.setattr(tower, "_open", opened.append)
+    tower, done = VisionTower.load(clip_bundle), list[object]()
+
+    def open_there(device: torch.device) -> Callable[[], None]:
+        done.append(device)
+        return lambda: done.append("what was open before is closed")
+
+    monkeypatch.setattr(tower, "_open", open_there)
     torch.nn.ModuleDict({"vision_tower": tower}).to("meta")
-    assert opened == [torch.device("meta")]
+    assert done == [torch.device("meta"), "what was open before is closed"]
 
 
 def test_unknown_backend_and_device_list_the_known(clip_bundle: Path) -> None:
