@@ -111,6 +111,8 @@ def session(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> 
     weights = bundle.map("tower.onnx.data")
     options.add_external_initializers_from_files_in_memory(["tower.onnx.data"], [weights], [len(weights)])
     monkeypatch.setattr(FakeCudaSession, "cuda", cuda, raising=False)
+    # The options hold the address of the weights alone, for every session that is made with them.
+    monkeypatch.setattr(FakeCudaSession, "weights", weights, raising=False)
     monkeypatch.setattr(FakeCudaSession, "rest", (options,), raising=False)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FakeCudaSession)
     monkeypatch.setattr(onnxruntime, "RunOptions", FakeRunOptions)
