@@ -33,7 +33,7 @@ ROUNDS = {"cpu": 7, "cuda": 100}
 """How often each entrant runs, by the kind of device."""
 
 ALONE_S = 1800
-"""How long one alone may take: max-autotune of a large tower takes minutes."""
+"""Seconds after which one alone is given up."""
 
 COMPILATIONS = 64
 
