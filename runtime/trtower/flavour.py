@@ -3,6 +3,7 @@
 Their Python modules have the same names inside, so all code here takes the module as a parameter.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trtower.errors import ConfigError, MissingExtraError
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Flavour -> its Python module, and the extra of trtower that brings it."""
+
+PORTABLE_FROM = "8.0"
+"""Plans that name no compute capability start at Ampere, with either TensorRT."""
 
 
 def load_flavour(flavour: str) -> "ModuleType":
@@ -27,3 +31,28 @@ def load_flavour(flavour: str) -> "ModuleType":
             f"pip install 'trtower[{extra}]'"
         )
     return module
+
+
+def known_capabilities(module: "ModuleType") -> list[str]:
+    """List the compute capabilities that a TensorRT-RTX builds for, as "8.6", in order."""
+    names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+    return [f"{name[:-1]}.{name[-1]}" for name in names]
+
+
+def capability_obstacle(
+    flavour: str, module: "ModuleType | None", compute_capabilities: Sequence[str], here: str
+) -> str | None:
+    """Say why a plan does not run on a GPU of compute capability ``here``; None where it does.
+
+    One that names no ``compute_capabilities`` is portable. TensorRT-RTX's are so over the GPUs that it knows and those
+    after them, and not over what lies between: Hopper and the Blackwell of data centres. ``module`` is None where the
+    flavour is not installed, so that nobody can say what it knows.
+    """
+    needs = " or ".join(compute_capabilities)
+    runs = here in compute_capabilities
+    if not compute_capabilities:
+        needs, runs = f"{PORTABLE_FROM} or later", float(here) >= float(PORTABLE_FROM)
+        if flavour == "tensorrt-rtx" and module is not None:
+            known = [each for each in known_capabilities(module) if float(each) >= float(PORTABLE_FROM)]
+            needs, runs = f"{' or '.join(known)} or later than that", here in known or float(here) > float(known[-1])
+    return None if runs else f"needs compute capability {needs}; this GPU has {here}"

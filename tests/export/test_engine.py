@@ -188,6 +188,21 @@ def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
     assert choose_target("tensorrt", (), "fp16")[0]
 
 
+@pytest.mark.parametrize(
+    ("capability", "capabilities", "said"),
+    [((8, 9), (), ""), ((9, 0), (), "this GPU has 9.0"), ((8, 9), ("8.6",), "needs compute capability 8.6; this GPU")],
+)
+def test_plan_that_this_gpu_cannot_run_is_said_to_be_for_others(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], capabilities: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
+    target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
+    assert target
+    assert said in reason
+    assert ("for other machines than this one" in reason) == bool(said)
+
+
 def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)

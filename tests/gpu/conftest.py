@@ -1,4 +1,4 @@
-"""What the GPU tests share: one GPU, two flavours, and plans that were built for them.
+"""What the GPU tests share: one GPU, what runs a bundle there, and bundles that were built for it.
 
 Every plan is built by the command in a process of its own, because Polygraphy's choice of TensorRT holds for the
 whole process.
@@ -17,12 +17,9 @@ import torch
 from PIL import Image
 
 from trtower.errors import MissingExtraError
-from trtower.flavour import FLAVOURS, load_flavour
+from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.tower import VisionTower
 from trtower_export.photographs import Photographs, load_photographs
-
-RTX_MATRIX = ("7.5", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities in NVIDIA's support matrices of TensorRT-RTX 1.0 to 1.5."""
 
 BATCH = ("1", "1", "1", "--batch", "1", "2", "4")
 """Two profiles."""
@@ -32,25 +29,33 @@ PICTURE_SIDE = 96
 
 PROBE = """
 import json, sys, torch
+from trtower import Bundle, EngineOptions
 from trtower.errors import BackendError
-from trtower.tower import VisionTower
+from trtower.runners.tensorrt import TensorRTRunner
+bundle = Bundle.open(sys.argv[1])
+given, made = (torch.rand(1, *each.shape[1:]) for each in (bundle.manifest.input, bundle.manifest.output))
+images, features = (each.to("cuda", torch.float16) for each in (given, made))
 try:
-    tower = VisionTower.load(sys.argv[1], backend="tensorrt-rtx")
-    features = tower(torch.rand(1, 3, tower.image_size, tower.image_size, device="cuda"))
-    print(json.dumps({"outcome": "runs", "detail": f"{tower.backend}; finite: {bool(features.isfinite().all())}"}))
+    runner = TensorRTRunner(bundle, bundle.manifest.plans[0], images.device, EngineOptions())
+    runner.run(images, features)
+    print(json.dumps({"outcome": "runs", "detail": f"finite: {bool(features.isfinite().all())}"}))
 except BackendError as err:
     print(json.dumps({"outcome": "refused", "detail": str(err)}))
 """
+"""Asks TensorRT-RTX itself: trtower would not hand it a plan that it knows to be of another GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RtxOutcome:
-    """What TensorRT-RTX did with a tiny tower on this GPU: "runs", "refused", or "died", and its own words."""
+    """What TensorRT-RTX did with a tiny tower on this GPU: "runs", "refused", or "died", and its own words.
+
+    ``obstacle`` is what trtower says against it beforehand, None where it takes it to run.
+    """
 
     gpu: str
     compute_capability: str
     version: str
-    in_matrix: bool
+    obstacle: str | None
     outcome: str
     detail: str
 
@@ -72,10 +77,11 @@ def capability(gpu: torch.device) -> str:
 
 @pytest.fixture(scope="session")
 def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """Give bundles by family, precision and flavour; each is exported once, unchecked, and must not be changed."""
+    """Give bundles by family, precision and backend; each is exported once, unchecked, and must not be changed."""
     made: dict[tuple[str, str, str], Path] = {}
 
-    def get(family: str, precision: str, flavour: str) -> Path:
+    def get(family: str, precision: str, backend: str) -> Path:
+        flavour = backend if backend in FLAVOURS else "none"
         key = (family, precision, flavour)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("gpu") / f"tiny-{family}"
@@ -111,30 +117,32 @@ def rtx_outcome(gpu: torch.device, capability: str, built: Callable[[str, str, s
         gpu=torch.cuda.get_device_name(gpu),
         compute_capability=capability,
         version=version,
-        in_matrix=capability in RTX_MATRIX,
+        obstacle=capability_obstacle("tensorrt-rtx", load_flavour("tensorrt-rtx"), (), capability),
         **said,
     )
 
 
-@pytest.fixture(scope="session", params=tuple(FLAVOURS))
-def flavour(request: pytest.FixtureRequest) -> str:
-    """Give each flavour that is installed and can run here."""
+@pytest.fixture(scope="session", params=(*FLAVOURS, "onnxruntime-cuda"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Give each backend that is installed and can run here."""
     name: str = request.param
+    if name == "onnxruntime-cuda":
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime-gpu is not installed")
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider: onnxruntime-gpu has")
+        return name
     skip_without(name)
     if name == "tensorrt-rtx":
         outcome: RtxOutcome = request.getfixturevalue("rtx_outcome")
-        if outcome.outcome != "runs" and not outcome.in_matrix:
-            pytest.skip(
-                f"tensorrt-rtx {outcome.version} does not run on compute capability {outcome.compute_capability}, "
-                f"which its support matrix lacks: {outcome.detail}"
-            )
+        if outcome.outcome != "runs" and outcome.obstacle:
+            pytest.skip(f"a plan of tensorrt-rtx {outcome.version} {outcome.obstacle}")
     return name
 
 
 @pytest.fixture(scope="session")
-def clip_tower(flavour: str, built: Callable[[str, str, str], Path]) -> VisionTower:
-    """FP16 CLIP on a plan of each flavour, past its first calls: they load kernels and allocate."""
-    tower = VisionTower.load(built("clip", "fp16", flavour), backend=flavour)
+def clip_tower(backend: str, built: Callable[[str, str, str], Path]) -> VisionTower:
+    """FP16 CLIP on each backend, past its first calls: they load kernels and allocate."""
+    tower = VisionTower.load(built("clip", "fp16", backend), backend=backend)
     side = tower.image_size
     for batch in range(1, tower.bundle.manifest.batch.max + 1):
         tower(torch.zeros(batch, 3, side, side, device=tower.device, dtype=tower.dtype))

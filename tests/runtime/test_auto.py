@@ -137,7 +137,7 @@ def test_named_backend_takes_the_plan_that_is_certified_where_that_is_required(
     manifest = replace(bundle.manifest, plans=tuple(plans), files=files, certificates=(certificate,))
     opened: list[str | None] = []
     monkeypatch.setattr(choosing, "_device_obstacle", lambda _: None)
-    monkeypatch.setattr(choosing, "_capability_obstacle", lambda *_: None)
+    monkeypatch.setattr(choosing, "capability_of", lambda _: "8.9")
     monkeypatch.setattr(
         choosing.Candidate, "open", lambda each, *_: opened.append(each.file) or SimpleNamespace(name="")
     )

@@ -130,7 +130,10 @@ def test_cpu_can_be_asked_for_where_a_gpu_is(clip_bundle: Path, monkeypatch: pyt
     ("capability", "capabilities", "expected"),
     [
         ((8, 9), (), None),
-        ((7, 5), (), "needs compute capability 8.0 or later; this GPU has 7.5"),
+        ((8, 0), (), None),
+        ((12, 9), (), None),
+        ((7, 5), (), "needs compute capability 8.0 or 8.6 or 8.9 or 12.0 or 12.1 or later than that; this GPU has 7.5"),
+        ((9, 0), (), "needs compute capability 8.0 or 8.6 or 8.9 or 12.0 or 12.1 or later than that; this GPU has 9.0"),
         ((8, 9), ("8.6", "12.0"), "needs compute capability 8.6 or 12.0; this GPU has 8.9"),
         ((8, 6), ("8.6", "12.0"), None),
     ],

@@ -7,6 +7,7 @@ import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class FakeCudaSession:
     cuda: FakeCuda
     cannot_capture = False
     capture_fails = False
+    placement = (("CUDAExecutionProvider", ["MatMul", "Attention"]), ("CPUExecutionProvider", ["Concat"]))
 
     def __init__(self, graph: bytes, options: object, providers: list[tuple[str, dict[str, str]]]) -> None:
         del options
@@ -64,6 +66,12 @@ class FakeCudaSession:
 
     def get_providers(self) -> list[str]:
         return [self.provider, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(ep_name=provider, get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=k) for k in kinds])
+            for provider, kinds in self.placement
+        ]
 
     def io_binding(self) -> FakeBinding:
         return FakeBinding()
@@ -134,6 +142,23 @@ def run(runner: OnnxRuntimeCudaRunner, bundle: Bundle, cuda: FakeCuda, batch: in
     stream.synchronize()
     tokens = (spec.num_tokens, spec.hidden_size)
     assert torch.equal(features, torch.from_numpy(np.stack([fake_answer(image, tokens) for image in images.numpy()])))
+
+
+def test_part_that_would_run_on_the_cpu_is_refused(
+    bundle: Bundle, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [("CPUExecutionProvider", ["Attention", "Concat"]), ("CPUExecutionProvider", ["Attention"])]
+    monkeypatch.setattr(session, "placement", (("CUDAExecutionProvider", ["MatMul"]), *left))
+    with pytest.raises(BackendError, match="no CUDA kernels for 2 Attention of this graph"):
+        open_runner(bundle)
+
+
+def test_version_that_cannot_say_what_runs_where_is_refused(
+    bundle: Bundle, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(session, "get_provider_graph_assignment_info")
+    with pytest.raises(BackendError, match="is too old to say what of a graph it runs on the GPU"):
+        open_runner(bundle)
 
 
 @pytest.mark.usefixtures("session")

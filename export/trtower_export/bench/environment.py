@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """Give what the kernel says of NVIDIA's driver."""
+    """Give the version of NVIDIA's driver, as the kernel says it."""
     try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
     except OSError:
         return None
+    number = re.search(r"\d+(\.\d+)+", said)
+    return number[0] if number else said
 
 
 def _version(name: str) -> str | None:

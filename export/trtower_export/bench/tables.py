@@ -98,7 +98,7 @@ def draw_benchmark(found: Benchmark) -> bytes:
         color=[colours.get(each.entrant, GREY) for each in timings],
         height=0.7,
     )
-    labels = [f"{each.images_per_s:.3g}" + ("" if each.share is None else f", {each.share:.0%}") for each in timings]
+    labels = [_rate(each.images_per_s) + ("" if each.share is None else f", {each.share:.0%}") for each in timings]
     axes.bar_label(bars, labels, padding=4, fontsize=6, color=INK)
     names = [f"{each.entrant} ({each.arithmetic}), batch {each.batch}" for each in timings]
     axes.set_yticks(range(len(timings)), names, fontsize=6)
@@ -123,3 +123,8 @@ def _table(*left: str, right: tuple[str, ...]) -> Table:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rate(images_per_s: float) -> str:
+    """Write three digits, and all of those before the point."""
+    return f"{images_per_s:.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"

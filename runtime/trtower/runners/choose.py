@@ -13,7 +13,7 @@ import torch
 from trtower.bundle import GRAPH, Bundle
 from trtower.errors import BackendError, ConfigError
 from trtower.extras import import_extra
-from trtower.flavour import FLAVOURS, load_flavour
+from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.manifest import PlanEntry
 from trtower.runners import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeCudaRunner, OnnxRuntimeRunner
@@ -27,9 +27,6 @@ CPU_BACKENDS = ("openvino-bf16", "openvino", "onnxruntime-cpu")
 
 PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
 """Plans are bound to the operating system and processor they were built for."""
-
-PORTABLE_FROM = (8, 0)
-"""TensorRT-RTX's portable plans start at Ampere."""
 
 logger = logging.getLogger(__name__)
 
@@ -204,27 +201,25 @@ def _plan_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
 def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:
     """Hold everything that a plan needs against this machine; None where it is met. Nothing is deserialised."""
     found: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
+    module = None
     try:
-        version: str = load_flavour(plan.flavour).__version__
-        if plan.version != version:
-            found["version"] = f"was built by {plan.flavour} {plan.version}, {version} is installed"
+        module = load_flavour(plan.flavour)
+        if plan.version != module.__version__:
+            found["version"] = f"was built by {plan.flavour} {plan.version}, {module.__version__} is installed"
     except (ImportError, OSError) as err:  # not installed, or installed and broken
         found["flavour"] = str(err)
         found["version"] = f"was built by {plan.flavour} {plan.version}, none is installed"
     if plan.platform != PLATFORM:
         found["platform"] = f"was built for {plan.platform}, this is {PLATFORM}"
-    found["compute capability"] = _device_obstacle(device) or _capability_obstacle(plan, device)
+    found["compute capability"] = _device_obstacle(device) or capability_obstacle(
+        plan.flavour, module, plan.compute_capabilities, capability_of(device)
+    )
     return found
 
 
-def _capability_obstacle(plan: PlanEntry, device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    here = "{}.{}".format(*capability)
-    if not plan.compute_capabilities and capability < PORTABLE_FROM:
-        return f"needs compute capability {'{}.{}'.format(*PORTABLE_FROM)} or later; this GPU has {here}"
-    if plan.compute_capabilities and here not in plan.compute_capabilities:
-        return f"needs compute capability {' or '.join(plan.compute_capabilities)}; this GPU has {here}"
-    return None
+def capability_of(device: torch.device) -> str:
+    """Give the compute capability of a GPU, as "8.6"."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _openvino_obstacle(bundle: Bundle, backend: str) -> str | None:

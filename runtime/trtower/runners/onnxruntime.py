@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 FAST_FP16_FROM = (1, 25)
 """ONNX Runtime whose FP16 attention on the CPU is fast. One image of ViT-B/16 took 1.24.4 11.5 s, 1.25.0 and later
 about 1 s (2026-11-25, on two busy cores); one of ViT-L/14-336 took 1.23.2 51.8 s and 1.32.0 1.1 s."""
+
+SHAPE_OPERATORS = frozenset(
+    {"Add", "Cast", "Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+)
+"""What ONNX Runtime runs on the CPU beside a GPU because it computes shapes. It has CUDA kernels for all of them."""
 
 LAUNCH = -1
 """ONNX Runtime's number for a run that is neither captured nor replayed (`gpu_graph_id`)."""
@@ -42,6 +48,8 @@ class OnnxRuntimeRunner:
         if device.type == "cpu":
             options.intra_op_num_threads = torch.get_num_threads()
             _warn_of_slow_fp16(ort, bundle)
+        else:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
@@ -52,6 +60,8 @@ class OnnxRuntimeRunner:
                 f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
             )
         _check_contract(self._session, bundle)
+        if device.type == "cuda":
+            _check_placement(self._session, f"onnxruntime {ort.__version__}")
         self._ort, self._place = ort, (device.type, device.index or 0, _ELEMENT_TYPES[bundle.manifest.input.dtype])
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self.backend = f"onnxruntime-{device.type}"
@@ -110,10 +120,11 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         """Open the session, in a stream that no capture has touched."""
         self._stream = torch.cuda.Stream(device)
         settings = {
-            "device_id": str(device.index),
             "user_compute_stream": str(self._stream.cuda_stream),
             "use_tf32": "0",  # which has FP16's ten bits, where a graph says FP32
         }
+        if device.index:  # ONNX Runtime 1.31 warns of a plugin that is missing wherever a device is named
+            settings["device_id"] = str(device.index)
         graphs = {"enable_cuda_graph": "1"} if self._capture else {}
         super().__init__(self._bundle, device, **settings, **graphs)
 
@@ -206,6 +217,27 @@ def _check_contract(session: Any, bundle: Bundle) -> None:
         shapes = [(tensor.name, tuple(tensor.shape)) for tensor in found]
         if shapes != [(spec.name, spec.shape)]:
             raise BundleError(f"{bundle.path}: {GRAPH} has {shapes}; tower.json says {(spec.name, spec.shape)}.")
+
+
+def _check_placement(session: Any, name: str) -> None:
+    """Have the GPU compute everything: ONNX Runtime leaves to the CPU, without a word, what it has no kernel for."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise BackendError(
+            f"{name} is too old to say what of a graph it runs on the GPU: take 1.31 or later, and Python 3.11."
+        )
+    left = Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != PROVIDERS["cuda"]
+        for node in part.get_nodes()
+        if node.op_type not in SHAPE_OPERATORS
+    )
+    if left:
+        what = ", ".join(f"{count} {operator}" for operator, count in sorted(left.items()))
+        raise BackendError(
+            f"{name} has no CUDA kernels for {what} of this graph and would run them on the CPU, with every tensor "
+            "copied there and back."
+        )
 
 
 def _version(text: str) -> tuple[int, ...]:

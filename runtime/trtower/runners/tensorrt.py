@@ -1,6 +1,7 @@
 """Run a plan with TensorRT, of either flavour, on torch's memory and in the stream of the caller."""
 
 import logging
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """Bytes that TensorRT wants a tensor's address to be a multiple of (`IExecutionContext.set_tensor_address`)."""
+
+ERRORS = 3
+"""Of TensorRT's, as many as are told where it raises: the first says what is wrong, or the last does."""
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 
@@ -71,8 +75,9 @@ class TensorRTRunner:
         self.name = f"{plan.flavour} {module.__version__}, sm{major}{minor}"
         self._module, self._options, self._bundle, self._plan = module, options, bundle, plan
         with torch.cuda.device(device):
+            log = _bridge(module)
             try:
-                runtime = module.Runtime(_bridge(module))
+                runtime = module.Runtime(log)
             except TypeError as err:  # pybind's word for a runtime that found no usable driver
                 raise BackendError(
                     f"{plan.flavour} {module.__version__} could not start on {device}, which its driver may be too old "
@@ -81,8 +86,8 @@ class TensorRTRunner:
             engine = runtime.deserialize_cuda_engine(content)
             if engine is None:
                 raise BackendError(
-                    f"{plan.file} could not be loaded by {plan.flavour} {module.__version__} on {device}; "
-                    f"TensorRT's reason is in the log. Build one here: trtower build {bundle.path}"
+                    f"{plan.file} could not be loaded by {plan.flavour} {module.__version__} on {device}: "
+                    f"{'; '.join(log.errors)}. Build one here: trtower build {bundle.path}"
                 )
             self._runtime, self._engine = runtime, engine
             if plan.settings.stripped:
@@ -209,7 +214,7 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def _bridge(module: Any) -> Any:
-    """Make a TensorRT logger that writes into Python's logging."""
+    """Make a TensorRT logger that writes into Python's logging, and keeps the errors for who raises them."""
     levels = {
         module.ILogger.INTERNAL_ERROR: logging.ERROR,
         module.ILogger.ERROR: logging.ERROR,
@@ -221,9 +226,13 @@ def _bridge(module: Any) -> Any:
     class Bridge(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=ERRORS)
 
         def log(self, severity: object, message: str) -> None:
-            if level := levels.get(severity):
+            level = levels.get(severity, logging.NOTSET)
+            if level == logging.ERROR:
+                self.errors.append(message)
+            if level:
                 logger.log(level, "%s", message)
 
     return Bridge()
