@@ -25,8 +25,9 @@ from trtower_export.bench import entrants
 from trtower_export.bench.benchmark import Benchmark, BenchOptions, Cold, ListTiming, Timing, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
+from trtower_export.bench.environment import read_driver
 from trtower_export.bench.goals import YARDSTICK, judge_goals
-from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
+from trtower_export.bench.tables import _rate, draw_benchmark, print_benchmark, to_json
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.latency import race
 from trtower_export.layouts import Trust
@@ -284,6 +285,18 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
 def test_what_cannot_be_raced_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BenchOptions(**options)
+
+
+def test_version_of_the_driver_is_read_from_what_its_module_says(tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version: 14.2\n"
+    )
+    assert read_driver(tmp_path / "version") == "580.159.04"
+    assert read_driver(tmp_path / "none") is None
+
+
+def test_rate_in_the_plot_is_written_out() -> None:
+    assert [_rate(rate) for rate in (0.4587, 27.76, 1328.45)] == ["0.459", "27.8", "1328"]
 
 
 def test_json_has_everything_and_where_it_was_measured(found: Benchmark) -> None:

@@ -117,6 +117,9 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError("this processor has no BF16 products")
     tower = _cut_in(arena, precision, attention="eager" if kind == "eager" else "sdpa")
     if kind == "compile":
+        from torch._inductor import select_algorithm
+
+        select_algorithm.PRINT_AUTOTUNE = False  # on a GPU pages of candidates, in which the result is lost
         return _enter_torch(arena, name, precision, torch.compile(tower, mode="max-autotune", dynamic=False))
     if kind == "cudagraph":
         if arena.device.type != "cuda":

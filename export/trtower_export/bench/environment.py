@@ -26,6 +26,9 @@ SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "CUDA_VISIBLE_
 """Of the environment, what changes speed."""
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Give processor, GPU, versions and date."""
     found: dict[str, Any] = {
@@ -49,15 +52,15 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            "driver": read_driver(DRIVER),
         }
     return found
 
 
-def _driver() -> str | None:
-    """Give the version of NVIDIA's driver, as the kernel says it."""
+def read_driver(path: Path) -> str | None:
+    """Give the version of NVIDIA's driver, from what its kernel module says of itself; None where there is none."""
     try:
-        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+        said = path.read_text(encoding="utf-8").splitlines()[0]
     except OSError:
         return None
     number = re.search(r"\d+(\.\d+)+", said)
