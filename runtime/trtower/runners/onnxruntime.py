@@ -23,10 +23,8 @@ FAST_FP16_FROM = (1, 25)
 """ONNX Runtime whose FP16 attention on the CPU is fast. One image of ViT-B/16 took 1.24.4 11.5 s, 1.25.0 and later
 about 1 s (2026-11-25, on two busy cores); one of ViT-L/14-336 took 1.23.2 51.8 s and 1.32.0 1.1 s."""
 
-SHAPE_OPERATORS = frozenset(
-    {"Add", "Cast", "Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
-)
-"""What ONNX Runtime runs on the CPU beside a GPU because it computes shapes. It has CUDA kernels for all of them."""
+SHAPE_OPERATORS = ("Shape", "Concat")
+"""What makes the shape of a batch's class tokens: ONNX Runtime prefers it on the CPU, and has CUDA kernels, too."""
 
 LAUNCH = -1
 """ONNX Runtime's number for a run that is neither captured nor replayed (`gpu_graph_id`)."""

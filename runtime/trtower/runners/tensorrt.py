@@ -87,7 +87,7 @@ class TensorRTRunner:
             if engine is None:
                 raise BackendError(
                     f"{plan.file} could not be loaded by {plan.flavour} {module.__version__} on {device}: "
-                    f"{'; '.join(log.errors)}. Build one here: trtower build {bundle.path}"
+                    f"{'; '.join(log.errors) or 'it gave no reason'}. Build one here: trtower build {bundle.path}"
                 )
             self._runtime, self._engine = runtime, engine
             if plan.settings.stripped:
