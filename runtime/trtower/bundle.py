@@ -47,10 +47,17 @@ class Bundle:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
             if folder.exists():
-                raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. Make one: trtower export") from err
+                inside = (
+                    [each.parent.name for each in sorted(folder.glob(f"[!.]*/{MANIFEST}"))] if folder.is_dir() else []
+                )
+                found = f"; {', '.join(inside)} in it {'are' if inside[1:] else 'is'}" if inside else ""
+                raise BundleError(
+                    f"{folder} is not a bundle: it has no {MANIFEST}{found}. `trtower export CHECKPOINT` makes one."
+                ) from err
+            beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
             raise BundleError(
-                f"{folder} is not a bundle: it does not exist. If it is a checkpoint's name, make a bundle of it and "
-                f"name that: trtower export {path}"
+                f"{folder} is not a bundle: it does not exist in {Path.cwd()}. "
+                + (f"There is {beside[0]}." if beside else "`trtower export CHECKPOINT` makes one of a checkpoint.")
             ) from err
         except UnicodeDecodeError as err:
             raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err

@@ -93,7 +93,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
         "  plans",
     ]
     for plan in found["plans"]:
-        gpus = ", ".join(plan["compute_capabilities"]) or f"any from 8.0 on that {plan['flavour']} supports"
+        gpus = ", ".join(plan["compute_capabilities"]) or f"8.0 and later, as far as {plan['flavour']} supports them"
         settings = describe_settings(BuildSettings(**plan["settings"]))
         lines.append(f"    {plan['file']} ({plan['size'] / MB:.0f} MB) for compute capability {gpus}, built {settings}")
         if why:

@@ -307,7 +307,7 @@ class Manifest:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as err:
-            raise BundleError(f"tower.json is not JSON: {err}") from err
+            raise BundleError(f"tower.json is not JSON: {err}. Copy the bundle again.") from err
         schema = data.get("schema") if isinstance(data, dict) else None
         if type(schema) is not int or schema < 1:
             raise BundleError("tower.json has no schema number, so it is not a bundle's manifest.")

@@ -272,7 +272,8 @@ class VisionTower(nn.Module):
     def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
         if not isinstance(images, torch.Tensor):
             raise InputError(
-                f"{name} is of type {type(images).__name__}; a torch.Tensor or a list of them is expected."
+                f"{name} is of type {type(images).__name__}; a torch.Tensor or a list of them is expected, "
+                "as image_processor.preprocess(…, return_tensors='pt') makes."
             )
         if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
@@ -298,7 +299,8 @@ class VisionTower(nn.Module):
         image, batch = f"3, {self.spec.image_size}, {self.spec.image_size}", self.bundle.manifest.batch
         if in_list:
             return f"({image}) or tiles (T, {image}) in a list"
-        return f"({batch.min} to {batch.max}, {image}) or tiles (B, T, {image})"
+        least = f", B {batch.min} at least," if batch.min > 1 else ""
+        return f"(B, {image}){least} or tiles (B, T, {image})"
 
     def _open(self, device: str | torch.device | None) -> Callable[[], None]:
         """Open the bundle on a device; give what closes what was open before, once its calls have ended."""

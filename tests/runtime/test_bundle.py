@@ -27,6 +27,14 @@ def test_manifest_survives_writing_and_reading(clip_bundle: Path) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_bundle_that_is_near_is_named(spoilt: Path) -> None:
+    spoilt.rename(spoilt.parent / "clip.rehearsal")
+    with pytest.raises(BundleError, match=f"does not exist in .*There is {spoilt.parent / 'clip.rehearsal'}"):
+        Bundle.open(spoilt.parent / "clip")
+    with pytest.raises(BundleError, match=r"it has no tower\.json; clip\.rehearsal in it is\."):
+        Bundle.open(spoilt.parent)
+
+
 def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle: it has no tower\.json.*trtower export"):
         Bundle.open(tmp_path)

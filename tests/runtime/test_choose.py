@@ -80,6 +80,12 @@ def test_backend_that_is_not_installed_names_its_extra(clip_bundle: Path, monkey
         VisionTower.load(clip_bundle, backend="onnxruntime-cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names what cannot run where there is no GPU")
+def test_backend_that_cannot_run_names_those_that_can(clip_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"no GPU here.*\. Here run .*openvino, onnxruntime-cpu$"):
+        VisionTower.load(clip_bundle, backend="tensorrt-rtx")
+
+
 def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(flavour: str) -> None:
         raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")

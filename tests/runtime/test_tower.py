@@ -370,8 +370,8 @@ def test_backend_says_what_runs(fp32_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine takes \(1 to 4, 3, 42, 42\)"),
-        (torch.zeros(3, 42, 42), r"this engine takes \(1 to 4, 3, 42, 42\)"),
+        (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine takes \(B, 3, 42, 42\)"),
+        (torch.zeros(3, 42, 42), r"this engine takes \(B, 3, 42, 42\)"),
         (torch.zeros(0, 3, 42, 42), r"shape \(0, 3, 42, 42\)"),
         (torch.zeros(1, 1, 1, 3, 42, 42), r"shape \(1, 1, 1, 3, 42, 42\)"),
         (torch.zeros(2, 0, 3, 42, 42), r"shape \(2, 0, 3, 42, 42\); .* or tiles \(B, T, 3, 42, 42\)"),

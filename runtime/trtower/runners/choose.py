@@ -99,7 +99,9 @@ def choose(
         logger.log(level, "%s runs on %s%s", bundle.path, runner.name, f"; passed over {reasons}" if reasons else "")
         return runner
     reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
-    raise BackendError(f"nothing that was asked for can run {bundle.path}: {reasons}")
+    others = () if len(wanted) > 1 else dict.fromkeys(each.backend for each in candidates(bundle) if not each.obstacle)
+    instead = f". Here run {', '.join(others)}" if others else ""
+    raise BackendError(f"nothing that was asked for can run {bundle.path}: {reasons}{instead}")
 
 
 def candidates(
