@@ -1,9 +1,13 @@
 """What the tests of the GPU runners share where there is no GPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.runtime.fake_tensorrt_without_gpu import FakeCuda, FakeEvent
+from trtower.runners.onnxruntime import OnnxRuntimeRunner
+from trtower.runners.slot import Slot
 
 
 @pytest.fixture
@@ -17,4 +21,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr("trtower.runners.slot.allocate", lambda size, device: torch.empty(64))
     # The host's memory is not aligned as a GPU's is; tests/gpu holds what becomes of a slice.
     monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
+    # Torch gives freed memory to nobody before its stream is done with it; of the host's there is no such promise.
+    for runner, queue in ((Slot, "_launch"), (OnnxRuntimeRunner, "_run")):
+        monkeypatch.setattr(runner, queue, _holding(getattr(runner, queue), fake.held))
     return fake
+
+
+def _holding(call: Callable[..., None], held: list[object]) -> Callable[..., None]:
+    """Make a call keep what it is given."""
+
+    def keep(*arguments: object) -> None:
+        held.append(arguments[1:])
+        call(*arguments)
+
+    return keep

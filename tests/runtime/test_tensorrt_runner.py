@@ -298,7 +298,6 @@ def test_tensors_that_tensorrt_cannot_take_where_they_lie_go_through_others(
 
 def run_in(streams: list[FakeStream], runner: TensorRTRunner, bundle: Bundle, cuda: FakeCuda) -> None:
     images, features = draw_images(bundle, 1), empty_features(bundle, 1)
-    cuda.held.append((images, features))  # the fake runs later than this returns
     for stream in streams:
         with cuda.stream(stream):
             runner.run(images, features)
