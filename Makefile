@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+# Processes that tests run in: most of them are Python's own work, on one core.
+WORKERS ?= 2
 EXTRAS ?= cpu,openvino,trt-rtx,export,demo,quant,dev
 # A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
 WHEELS ?=
@@ -29,7 +31,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 # Full-size rehearsals of every recipe, before a release.
 test-slow: $(STAMP)

@@ -67,6 +67,12 @@ def make_model(name: str, **changes: object) -> torch.nn.Module:
     return model.eval()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let each of several processes of pytest-xdist have one core: their threads would wait for each other."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the user's cache, and the plans that are stored there, out of the tests."""
