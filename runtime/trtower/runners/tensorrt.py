@@ -23,7 +23,7 @@ ALIGNMENT = 256
 """Bytes that TensorRT wants a tensor's address to be a multiple of (`IExecutionContext.set_tensor_address`)."""
 
 ERRORS = 3
-"""Of TensorRT's, as many as are told where it raises: the first says what is wrong, or the last does."""
+"""As many of TensorRT's last ones are told where a plan cannot be loaded."""
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 
