@@ -69,8 +69,8 @@ def certify(
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model(manifest.spec)
+        check_weights(model, manifest, checkpoint.source)
         own_tower = copy.deepcopy(truncate(model, checkpoint.family, manifest.spec))
-        check_weights(own_tower, manifest, checkpoint.source)
         own_tower = _in_precision(own_tower, bundle).to(runner.device)
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)

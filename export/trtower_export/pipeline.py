@@ -37,6 +37,7 @@ from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, cover
+from trtower.weights import hash_weights
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, describe_plan, obtain_plan
@@ -49,7 +50,7 @@ from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress, Progress
 from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.targets import Target, choose_target
-from trtower_export.truncate import TruncatedTower, release, truncate, weights_sha256
+from trtower_export.truncate import TruncatedTower, release, truncate
 
 AUTO = "auto"
 ENGINES = Path("engines")
@@ -134,9 +135,9 @@ def export_tower(
         with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
             model = checkpoint.load_model(spec)
             full = measure_module(model, checkpoint.family, spec.image_size)
+            weights = hash_weights(model, spec)
             tower = truncate(model, checkpoint.family, spec)
             del model  # its dead layers with it
-            weights = weights_sha256(tower)
         _check_space(tower, precision, folder, plans=target is not None)
         keep, quantise, calibration = options.keep_fp32, None, None
         images = prepare(photographs.images, ImageProcessor(preprocessor)) if photographs else []

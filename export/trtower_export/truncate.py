@@ -4,14 +4,13 @@ Cutting comes before tracing, so that the dead layers are neither moved nor expo
 optimiser would keep their weights in memory until then.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
 from trtower.manifest import Manifest
 from trtower.spec import TowerSpec
+from trtower.weights import read_parameters, weights_sha256
 from trtower_export.families import Family
 
 
@@ -50,20 +49,6 @@ def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTowe
     return tower.requires_grad_(requires_grad=False)
 
 
-def weights_sha256(tower: nn.Module) -> str:
-    """Hash a tower's FP32 weights, whatever the installed transformers calls them.
-
-    The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
-    transformers, values did not, but for DINOv2's SwiGLU, whose one tensor became two with 5.x.
-    """
-    digests = []
-    for parameter in tower.parameters():
-        digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
-        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().data)
-        digests.append(digest.hexdigest())
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
 def release(tower: nn.Module) -> None:
     """Give the memory of a tower's weights back; the tower is of no use after it.
 
@@ -74,9 +59,9 @@ def release(tower: nn.Module) -> None:
         parameter.data = torch.empty(0)
 
 
-def check_weights(tower: nn.Module, manifest: Manifest, source: str) -> None:
-    """Have a cut tower be of the weights that a bundle was made of; raise CheckpointError where it is not."""
-    if weights_sha256(tower) != manifest.source.weights_sha256:
+def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
+    """Have a full tower be of the weights that a bundle was made of; raise CheckpointError where it is not."""
+    if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
         raise CheckpointError(
             f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
             f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."

@@ -83,7 +83,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
     weights = "RANDOM WEIGHTS: a rehearsal, its features mean nothing" if source["random_weights"] else "pretrained"
     lines = [
         f"{found['name']}: {spec['family']} tower from {source['checkpoint']}",
-        f"  weights      {weights} (sha256 {source['weights_sha256'][:12]}…)",
+        f"  weights      {weights} (sha256 {source['weights_sha256']['float32'][:12]}…)",
         f"  reads        {TowerSpec(**spec).reading}",
         f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
         f"  precision    {describe_precision(found['precision'], found['keep_fp32'], found['calibration'])}",

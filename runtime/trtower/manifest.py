@@ -15,7 +15,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, cover
 
-SCHEMA = 5
+SCHEMA = 6
 """Raised whenever a key is added, removed or changes its meaning."""
 
 T = TypeVar("T")
@@ -25,13 +25,13 @@ T = TypeVar("T")
 class Source:
     """Where the weights came from.
 
-    ``weights_sha256`` is over the FP32 tensors of the cut tower (see `trtower_export.truncate`).
-    With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
+    ``weights_sha256`` is over the tensors of the checkpoint that the cut tower was made of, in each dtype that a model
+    may hold them in (see weights.py). With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
     """
 
     checkpoint: str
     revision: str | None
-    weights_sha256: str
+    weights_sha256: dict[str, str]
     random_weights: bool
 
 

@@ -23,6 +23,7 @@ from trtower.manifest import (
     Source,
 )
 from trtower.spec import BatchProfile, TowerSpec
+from trtower.weights import DTYPES
 from trtower_export.evidence import ImageEvidence
 
 PLAN = "plans/tensorrt-rtx-1.7.1.any.plan"
@@ -114,7 +115,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         "source": Source(
             checkpoint="facebook/dinov2-small",
             revision=None,
-            weights_sha256=sha256("weights"),
+            weights_sha256={name: sha256(f"weights in {name}") for name in DTYPES},
             random_weights=random_weights,
         ),
         "precision": precision,

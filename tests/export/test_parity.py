@@ -16,6 +16,7 @@ from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
 from trtower.errors import CheckpointError, ConfigError
 from trtower.manifest import Certificate, Figures
 from trtower.spec import BatchProfile
+from trtower.weights import hash_weights
 from trtower_export.bounds import judge
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.figures import Sums
@@ -80,9 +81,7 @@ def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints:
     cut = replace(bundle.manifest.cut, layers=3)  # or the manifest would contradict itself
     lying = Bundle(bundle.path, replace(bundle.manifest, spec=replace(bundle.manifest.spec, layers=(3,)), cut=cut))
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    from trtower_export.truncate import truncate, weights_sha256
-
-    weights = weights_sha256(truncate(checkpoint.load_model(), checkpoint.family, lying.manifest.spec))
+    weights = hash_weights(checkpoint.load_model(), lying.manifest.spec)
     lying.manifest = replace(lying.manifest, source=replace(lying.manifest.source, weights_sha256=weights))
     certificate = certify(lying, checkpoint, load_photographs(None, limit=1), quick=True, progress=LoggedProgress())
     assert not certificate.passed

@@ -63,7 +63,7 @@ class Arena:
         """
         ran = VisionTower.load(bundle.path, backend)
         arena = cls.open_torch(bundle, checkpoint, ran.device)
-        check_weights(arena.cut, bundle.manifest, checkpoint.source)
+        check_weights(arena.model, bundle.manifest, checkpoint.source)
         return replace(arena, ran=ran)
 
     @classmethod

@@ -1,0 +1,60 @@
+"""Tell whether a tower has the weights that a bundle was made of, in whichever dtype it holds them.
+
+A checkpoint in FP32 is served in FP16, and one in FP16 in BF16, so an identity of the stored numbers alone would not
+know most towers again. A bundle has one for each dtype that a tower may be rounded to.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trtower.spec import TowerSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The dtypes that towers are held in, by their names in the manifest."""
+
+_ROOT = r"(?:vision_model\.)?"
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+_POOLED = re.compile(rf"{_ROOT}(?:head|pooler)\.|.*\bmask_token$")
+"""What makes one vector of an image, and what only training reads."""
+_FINAL_NORM = re.compile(rf"{_ROOT}(?:post_layernorm|layernorm|norm|rms_norm)\.")
+
+NORMS_ONLY_THE_POOLED = ("clip", "metaclip_2")
+"""Families whose final norm is not on the way to `last_hidden_state`."""
+
+
+def hash_weights(tower: nn.Module, spec: TowerSpec) -> dict[str, str]:
+    """Hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it."""
+    return {name: weights_sha256(read_parameters(tower, spec), dtype) for name, dtype in DTYPES.items()}
+
+
+def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> str:
+    """Hash a tower's weights, rounded to ``dtype``, whatever the installed transformers calls them.
+
+    The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
+    transformers, values did not, but for DINOv2's SwiGLU, whose one tensor became two with 5.x.
+    """
+    digests = []
+    for parameter in parameters:
+        digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
+        digest.update(parameter.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.hexdigest())
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def read_parameters(tower: nn.Module, spec: TowerSpec) -> Iterator[Tensor]:
+    """Give the parameters of a full tower of transformers that the states a bundle holds depend on.
+
+    Left out is what is known not to be on the way to them, so that whatever was added to a tower counts.
+    """
+    reads_final_norm = spec.reads_final_norm and spec.family not in NORMS_ONLY_THE_POOLED
+    for name, parameter in tower.named_parameters():
+        layer = _LAYER.search(name)
+        if layer and int(layer[1]) >= spec.depth:
+            continue
+        if _POOLED.match(name) or (_FINAL_NORM.match(name) and not reads_final_norm):
+            continue
+        yield parameter

@@ -1,0 +1,68 @@
+"""A tower is known again by the weights that are read of it, in every dtype, and by no others."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import MODELS, NUM_LAYERS, make_model
+from trtower.layer_codes import LAST, LayerCode
+from trtower.spec import TowerSpec
+from trtower.weights import DTYPES, hash_weights, read_parameters, weights_sha256
+from trtower_export.families import family_of
+from trtower_export.truncate import truncate
+
+
+def spec_of(model: nn.Module, layer: LayerCode = -2) -> TowerSpec:
+    return family_of(model.config.model_type).spec(model.config, layer, "patch")
+
+
+GRIDDED = {"siglip2"}
+"""Whose cut tower has positions of its own grid, made of those that are read."""
+
+
+@pytest.mark.parametrize("layer", [0, -2, -1, LAST])
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - GRIDDED))
+def test_what_is_read_is_what_the_cut_tower_is_made_of(name: str, layer: LayerCode) -> None:
+    model = make_model(name)
+    spec = spec_of(model, layer)
+    cut = truncate(model, family_of(model.config.model_type), spec)
+    assert weights_sha256(read_parameters(model, spec)) == weights_sha256(cut.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tower_is_known_in_the_dtype_that_it_is_held_in(dtype: str) -> None:
+    model = make_model("clip")
+    spec = spec_of(model)
+    known = hash_weights(model, spec)
+    assert len(set(known.values())) == 3
+    held = make_model("clip").to(DTYPES[dtype])
+    assert weights_sha256(read_parameters(held, spec), DTYPES[dtype]) == known[dtype]
+
+
+def test_checkpoint_in_half_precision_is_known_in_full() -> None:
+    half = make_model("clip").half()
+    spec = spec_of(half)
+    assert hash_weights(half.float(), spec) == hash_weights(make_model("clip").half(), spec)
+
+
+def test_hash_follows_values_and_not_names() -> None:
+    model = make_model("clip")
+    spec = spec_of(model)
+    renamed = nn.ModuleDict({"renamed": truncate(make_model("clip"), family_of("clip_vision_model"), spec)})
+    assert weights_sha256(read_parameters(model, spec)) == weights_sha256(renamed.parameters())
+    next(iter(renamed.parameters())).view(-1)[0] += 1e-3
+    assert weights_sha256(read_parameters(model, spec)) != weights_sha256(renamed.parameters())
+
+
+def test_dead_layers_and_heads_do_not_count_and_whatever_is_added_does() -> None:
+    model = make_model("siglip")
+    spec = spec_of(model)
+    known = hash_weights(model, spec)
+    vision = getattr(model, "vision_model", model)
+    with torch.no_grad():
+        vision.encoder.layers[NUM_LAYERS - 1].mlp.fc1.weight.zero_()
+        vision.post_layernorm.weight.zero_()
+        vision.head.probe.zero_()
+    assert hash_weights(model, spec) == known
+    vision.encoder.layers[0].mlp.fc1.lora_A = nn.Linear(4, 4)
+    assert hash_weights(model, spec) != known
