@@ -105,9 +105,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    for family in ("clip", "dinov2"):
+    for family in ("clip", "dinov2", "siglip"):
         make_model(family).save_pretrained(root / f"tiny-{family}")
-    return {family: root / f"tiny-{family}" for family in ("clip", "dinov2")}
+    return {family: root / f"tiny-{family}" for family in ("clip", "dinov2", "siglip")}
 
 
 @pytest.fixture(scope="session")

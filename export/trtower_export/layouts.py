@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor
 
 from trtower.errors import CheckpointError
-from trtower.layer_codes import LAST, LayerCode
+from trtower.layer_codes import LayerCode
+from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower_export import open_clip
 from trtower_export.families import Family, family_of
 from trtower_export.families.base import square
@@ -27,12 +28,6 @@ VILA_TOWER = "vision_tower"
 
 HF_FEATURES = {"default": "patch", "full": "cls_patch"}
 """transformers' `vision_feature_select_strategy`, in LLaVA's words."""
-
-READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "aya_vision", "internvl")
-"""Model types that read the layer that their config's `vision_feature_layer` names."""
-
-READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2")
-"""Model types that read `last_hidden_state` (transformers 5.23, `get_image_features`). All others are asked."""
 
 TRAINED = (
     "unfreeze_mm_vision_tower",
@@ -227,15 +222,9 @@ def _hugging_face(files: Files, raw: dict[str, Any], trust: Trust, *, weights: b
 
 def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
     """Find which layer a model of transformers reads of its tower."""
-    contrastive = layout.config.model_type == f"{config.model_type}_vision_model"  # CLIP and its like, which read none
-    if contrastive:
+    if is_contrastive(config, layout.config):
         return layout
-    layer = None
-    if config.model_type in READS_LAYER:
-        # VipLlava's has an s in transformers 4.57.
-        layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    if config.model_type in READS_LAST or (config.model_type == "internvl" and layer == -1):
-        layer = LAST
+    layer = read_vision_feature_layer(config)
     strategy = getattr(config, "vision_feature_select_strategy", None)
     if strategy is None:
         strategy = "default" if config.model_type == "vipllava" else "full"
@@ -244,7 +233,7 @@ def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
         raise CheckpointError(f"{where}: vision_feature_select_strategy={strategy!r} is unknown: {known} are known.")
     return replace(
         layout,
-        select_layer=list(layer) if isinstance(layer, tuple) else layer,
+        select_layer=layer,
         select_feature=HF_FEATURES[strategy],
         said_as="vision_feature_layer",
         unsaid=layer is None,

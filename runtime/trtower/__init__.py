@@ -14,6 +14,8 @@ from trtower.errors import (
     MissingExtraError,
     TrtowerError,
 )
+from trtower.living.encode import encode_for
+from trtower.living.install import Installation, install, uninstall
 from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
 from trtower.observation import BatchReport
 from trtower.runners.tensorrt import EngineOptions
@@ -34,9 +36,13 @@ __all__ = [
     "ConfigError",
     "EngineOptions",
     "InputError",
+    "Installation",
     "MissingExtraError",
     "TrtowerError",
     "VisionTower",
     "__version__",
     "build_vision_tower",
+    "encode_for",
+    "install",
+    "uninstall",
 ]

@@ -26,6 +26,12 @@ NORMS_ONLY_THE_POOLED = ("clip", "metaclip_2")
 """Families whose final norm is not on the way to `last_hidden_state`."""
 
 
+def count_layers(tower: nn.Module) -> int:
+    """Count the transformer layers of a full tower of transformers, which may be fewer than its config says."""
+    found = (_LAYER.search(name) for name, _ in tower.named_parameters())
+    return 1 + max((int(layer[1]) for layer in found if layer), default=-1)
+
+
 def hash_weights(tower: nn.Module, spec: TowerSpec) -> dict[str, str]:
     """Hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it."""
     return {name: weights_sha256(read_parameters(tower, spec), dtype) for name, dtype in DTYPES.items()}

@@ -1,0 +1,139 @@
+"""Find the vision tower in a loaded model, wherever it hangs.
+
+LLaVA, VILA and tinychat hang a wrapper of their own into the model and, inside, a vision model of transformers; models
+of transformers hang that in directly. So there is one thing to look for. What surrounds it stays as it is, and with it
+every member of a wrapper that model code touches.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trtower.errors import ConfigError
+from trtower.tower import VisionTower
+
+Slots = list[tuple[Any, Any]]
+"""Where a module hangs: dicts and lists, each with its key there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in."""
+
+    module: Any
+    path: str
+    slots: Slots
+    holder: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        """Hang another module in every slot, or if that fails in none."""
+        for container, key in self.slots:
+            container[key] = module
+
+
+def find_tower(model: nn.Module, path: str | None = None) -> Place:
+    """Find the one tower in a model, or the one at ``path``; raise ConfigError where there is none, or two."""
+    places = find_towers(model)
+    if path is not None:
+        places = [place for place in places if place.path == path]
+        if not places:
+            found = " and ".join(place.path for place in find_towers(model)) or "none"
+            raise ConfigError(f"{_name(model)} has no vision tower at {path!r}; it has {found}.")
+    if len(places) > 1:
+        paths = " and ".join(place.path for place in places)
+        raise ConfigError(
+            f"{_name(model)} has {len(places)} vision towers, {paths}: say which with tower={places[0].path!r}."
+        )
+    if not places:
+        raise ConfigError(f"{_name(model)} {_say_absent(model)}")
+    return places[0]
+
+
+def find_towers(model: nn.Module) -> list[Place]:
+    """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
+    found: dict[int, Place] = {}
+    seen: set[int] = set()
+    for root, prefix in _roots(model):
+        for place in _walk(root, prefix, seen):
+            known = found.setdefault(id(place.module), place)
+            known.slots.extend(slot for slot in place.slots if not _is_among(slot, known.slots))
+    return list(found.values())
+
+
+def _roots(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Give the model, and the wrapper that LLaVA's code asks it for, should that hang out of sight."""
+    yield model, ""
+    wrapper = _wrapper(model)
+    if wrapper is not None:
+        yield wrapper, "get_vision_tower()."
+
+
+def _wrapper(model: Any) -> Any:
+    get = getattr(model, "get_vision_tower", None)
+    wrapper = get() if callable(get) else None
+    return wrapper if isinstance(wrapper, nn.Module) else None
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    for container, key, name, child in _children(module):
+        path = f"{prefix}{name}"
+        if _is_tower(child):
+            yield Place(module=child, path=path, slots=[(container, key)], holder=module)
+        else:
+            yield from _walk(child, f"{path}.", seen)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
+    """Give what hangs in a module, registered or not, in a list as under FSDP or not."""
+    registered: dict[str, nn.Module | None] = module._modules
+    for name, child in registered.items():
+        if child is not None:
+            yield registered, name, name, child
+    for name, value in vars(module).items():
+        if isinstance(value, nn.Module):
+            yield vars(module), name, name, value
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    yield value, index, f"{name}[{index}]", item
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether this is a model of transformers that takes pixels and holds no other that does."""
+    # Where transformers was never imported no module is one of its models.
+    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if pretrained is None or not isinstance(module, pretrained):
+        return False
+    config = getattr(module, "config", None)
+    return getattr(module, "main_input_name", None) == "pixel_values" and not hasattr(config, "vision_config")
+
+
+def _is_among(slot: tuple[Any, Any], slots: Slots) -> bool:
+    return any(slot[0] is container and slot[1] == key for container, key in slots)
+
+
+def _say_absent(model: nn.Module) -> str:
+    """Say what there is in the place of a tower that can be replaced."""
+    if _is_tower(model):
+        return "is a vision tower itself, in no model: trtower.VisionTower.load(…) serves its bundle."
+    served = next((name for name, module in model.named_modules() if isinstance(module, VisionTower)), None)
+    wrapper = _wrapper(model)
+    if served or isinstance(wrapper, VisionTower):
+        return f"is served by a compiled tower already, at {served or 'get_vision_tower()'}."
+    if wrapper is not None and not getattr(wrapper, "is_loaded", True):
+        return (
+            f"has a {_name(wrapper)} that is not loaded: get_vision_tower().load_model() first, or build it with "
+            "trtower.build_vision_tower, which never loads the eager tower."
+        )
+    has = f"its {_name(wrapper)} holds none" if wrapper is not None else "it holds none"
+    return f"has no vision tower: a model of transformers that takes pixel_values is looked for, and {has}."
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,186 @@
+"""Hold a bundle against the tower that it is to take the place of, before anything is changed."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from trtower.bundle import CONFIG, Bundle
+from trtower.errors import BundleError, ConfigError
+from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
+from trtower.living.find import Place
+from trtower.pick import export_command, name_layers
+from trtower.reading import is_contrastive, read_vision_feature_layer
+from trtower.spec import TowerSpec
+from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_parameters, weights_sha256
+
+COMPUTES = (
+    "hidden_size",
+    "num_attention_heads",
+    "patch_size",
+    "num_channels",
+    "hidden_act",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "num_register_tokens",
+    "use_swiglu_ffn",
+    "use_gated_mlp",
+    "rope_theta",
+    "norm_type",
+    "use_qk_norm",
+    "is_native",
+)
+"""Fields of a vision config that decide what a tower computes, beside its weights."""
+
+
+def check_match(
+    model: nn.Module, place: Place, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
+) -> None:
+    """Raise ConfigError, or BundleError for a rehearsal, naming what the bundle has and what the model has."""
+    source = bundle.manifest.source
+    if source.random_weights and not allow_random_weights:
+        raise BundleError(
+            f"{bundle.path} is a rehearsal, with random weights, and the model's answers would mean nothing: export "
+            "its checkpoint, or ask for it with allow_random_weights=True."
+        )
+    check_held(place)
+    _check_config(place, bundle)
+    for code, feature, said in _codes(model, place):
+        _check_layers(code, feature, said, place, bundle)
+    if not allow_other_weights and not source.random_weights:
+        _check_weights(place, bundle)
+
+
+def check_held(place: Place) -> None:
+    """Raise ConfigError where the tower's weights are not in this process to be read and brought back."""
+    if type(place.holder).__name__ == "OptimizedModule":
+        raise ConfigError(
+            f"{place.path} was compiled by torch.compile, which keeps running what it compiled: install first."
+        )
+    gone = next((name for name, each in place.module.named_parameters() if each.is_meta), None)
+    if gone:
+        raise ConfigError(
+            f"{place.path}.{gone} is on the meta device, and its weights are elsewhere, as accelerate offloads them: "
+            "load the model with its tower on one device, by device_map."
+        )
+
+
+def _check_config(place: Place, bundle: Bundle) -> None:
+    config, spec = place.module.config, bundle.manifest.spec
+    made_of = json.loads(bundle.read(CONFIG))
+    if config.model_type != made_of["model_type"]:
+        raise ConfigError(
+            f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
+            f"{type(place.module).__name__} ({config.model_type})."
+        )
+    side = _side(config)
+    if side != spec.image_size:
+        command = export_command(bundle, name_layers(spec, spec.layers), side)
+        raise ConfigError(
+            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. Export "
+            f"it with that --image-size: {command}"
+        )
+    for name in COMPUTES:
+        found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
+        if None not in (found, expected) and found != expected:
+            raise ConfigError(
+                f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {found}."
+            )
+    if spec.depth > count_layers(place.module):
+        raise ConfigError(
+            f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has "
+            f"{count_layers(place.module)} layers."
+        )
+
+
+def _side(config: Any) -> int:
+    size = config.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _plain(value: Any) -> Any:
+    """Make (14, 14) of one config and 14 of another the same."""
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def _codes(model: nn.Module, place: Place) -> Iterator[tuple[LayerCode, str, str]]:
+    """Give what is known of what the model reads: layer code, feature code, and where it is said.
+
+    Of a model that says nothing, nothing is checked here; the state that it then asks for is there or raises.
+    """
+    holder = place.holder
+    if getattr(holder, "select_layer", None) is not None:  # LLaVA's wrapper, and its like
+        feature = getattr(holder, "select_feature", "patch")
+        yield holder.select_layer, feature, "select_layer"  # type: ignore[misc]
+        return
+    configs = [config for each in (holder, model) if (config := getattr(each, "config", None)) is not None]
+    for config in configs:
+        if getattr(config, "mm_vision_select_layer", None) is not None:  # which counts layers that a wrapper may drop
+            feature = getattr(config, "mm_vision_select_feature", "patch")
+            layers, _ = read_layer_code(config.mm_vision_select_layer, feature, place.module.config.num_hidden_layers)
+            yield list(layers), "patch", "mm_vision_select_layer"
+            return
+        vision_config = getattr(config, "vision_config", None)
+        if getattr(vision_config, "model_type", None) is None:
+            continue
+        if is_contrastive(config, vision_config):
+            raise ConfigError(
+                f"{type(model).__name__} reads the pooled vector of an image, and no hidden state, which is what a "
+                "bundle holds."
+            )
+        code = read_vision_feature_layer(config)
+        if code is not None:
+            yield code, "cls_patch", "vision_feature_layer"
+        return
+
+
+def _check_layers(code: LayerCode, feature: str, said: str, place: Place, bundle: Bundle) -> None:
+    spec, depth = bundle.manifest.spec, count_layers(place.module)
+    wanted, _ = read_layer_code(code, feature, depth)
+    lacking = set(wanted) - served_layers(spec, depth).keys()
+    if lacking:
+        names = [name_layer(layer, depth) for layer in wanted]
+        codes = [LAST if layer > depth else layer for layer in wanted]
+        command = export_command(bundle, code if feature in FEATURES else codes, spec.image_size)
+        raise ConfigError(
+            f"this model reads {said}={code}{'' if feature in FEATURES else f' under {feature}'}, hidden state "
+            f"{', '.join(names)} of {depth} layers; {bundle.path} holds {', '.join(name_layers(spec, spec.layers))}. "
+            f"Export it: {command}"
+        )
+
+
+def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
+    """Map the states of a tower of ``depth`` layers that a bundle can give to their indices in the bundle.
+
+    The tower may have fewer layers than the checkpoint, where model code has dropped those it does not read.
+    """
+    last = spec.num_layers + 1
+    served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
+    if last in spec.layers and depth == spec.num_layers:
+        served[last] = last
+    if spec.family in NORMS_ONLY_THE_POOLED and depth == spec.num_layers:  # two names of one state
+        served |= {depth: served[last]} if last in served else {}
+        served |= {last: served[depth]} if depth in served else {}
+    return served
+
+
+def _check_weights(place: Place, bundle: Bundle) -> None:
+    source, dtype = bundle.manifest.source, place.module.dtype
+    name = next((name for name, each in DTYPES.items() if each == dtype), None)
+    held = list(read_parameters(place.module, bundle.manifest.spec))
+    others = sorted({str(each.dtype).removeprefix("torch.") for each in held} - {name})
+    if name is None or others:
+        found = " and ".join(others) or str(dtype)
+        raise ConfigError(
+            f"{place.path} of this model holds weights in {found}, so it is quantised or in part converted, and not "
+            f"what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
+        )
+    if weights_sha256(held, torch.float32 if name is None else dtype) != source.weights_sha256[name]:
+        raise ConfigError(
+            f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}: "
+            "export the model's own checkpoint, or take the bundle's with allow_other_weights=True."
+        )

@@ -1,0 +1,214 @@
+"""The module that takes a tower's place in a living model: an instance of the same class, with a bundle inside.
+
+Shapes: B images, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trtower.errors import BackendError, ConfigError, InputError
+from trtower.living.find import Place
+from trtower.living.match import served_layers
+from trtower.living.original import Original
+from trtower.living.outputs import TowerOutput, check_states, hold_states
+from trtower.tower import VisionTower
+from trtower.weights import count_layers
+
+Self = TypeVar("Self", bound="StandIn")
+
+OF_ANOTHER = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+"""What accelerate and torch.compile hang into a module, to run the one that it is."""
+
+CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_masked_pos", "pixel_attention_mask")
+"""Options that have a vision model compute something else. Others reach it by the way, and change nothing there."""
+
+
+class StandIn(nn.Module):
+    """Answers like the vision model whose class it shares, without its weights.
+
+    It gives every token of the layers of its bundle; what picks among them is the model's own code. Its one parameter
+    is an empty anchor in the device and dtype of the tower that it replaced; it follows `.to`, `.half` and
+    `requires_grad_` as that tower would.
+    """
+
+    config: Any
+    _tower: VisionTower
+    original: Original
+    installation: Any
+    anchor: nn.Parameter
+    _path: str
+    _num_layers: int
+    _columns: dict[int, slice]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in this dtype.
+
+        ``output_hidden_states`` may be layers, as in transformers 5, which are looked for before anything runs. S is
+        the size that the bundle was made for, so there are no positions to interpolate. Raises ConfigError for what no
+        bundle gives, or not this one, and InputError.
+        """
+        del interpolate_pos_encoding
+        self._refuse_training(pixel_values)
+        for name in CHANGE_THE_TOWER:
+            if options.get(name) is not None and options[name] is not False:
+                raise ConfigError(f"{name} is not for {self._path}, which is compiled: {self._told_apart()}.")
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            found = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
+        wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
+        held = self._columns.keys()
+        if not isinstance(wanted, bool):
+            check_states([wanted] if isinstance(wanted, int) else wanted, held, self._num_layers, self._holds())
+        tokens = self._run(pixel_values)
+        states = {layer: tokens[..., columns] for layer, columns in self._columns.items()}
+        output = TowerOutput(
+            last_hidden_state=states.get(self._num_layers + 1),
+            hidden_states=None if wanted is False else hold_states(states, self._num_layers, self._holds()),
+        )
+        return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
+
+    def _run(self, pixel_values: Tensor) -> Tensor:
+        """Give all tokens of all layers that the bundle holds, in the dtype of the tower that was replaced."""
+        anchor = self.anchor
+        if pixel_values.is_floating_point():  # anything else is refused by the tower
+            pixel_values = pixel_values.to(self._tower.dtype)
+        tokens: Tensor = self._tower(pixel_values).to(anchor.dtype)
+        if anchor.requires_grad:
+            tokens = _Ungraded.apply(tokens, anchor, self._told_apart())  # type: ignore[no-untyped-call]
+        return tokens
+
+    def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
+        """Take an option as it was given, else from the config, as models of transformers do."""
+        value = getattr(self.config, name, otherwise) if value is None else value
+        return otherwise if value is None else value
+
+    def _refuse_training(self, pixel_values: Any) -> None:
+        if self.training:
+            raise BackendError(
+                f"{self._path} is compiled and cannot be trained: model.eval() to serve the model, or to train what is "
+                f"around it {self._path}.eval(); {self._told_apart()}."
+            )
+        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
+            raise BackendError(f"pixel_values wants a gradient, which no engine gives: {self._told_apart()}.")
+
+    def _holds(self) -> str:
+        return str(self._tower.bundle.path)
+
+    def _told_apart(self) -> str:
+        return "trtower.uninstall(model) brings the eager tower back"
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to(device)` of the model, and its casts."""
+        self._tower._apply(fn)  # raises before anything has moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
+        del keep_vars
+        for name, tensor in self.original.state_dict(self.anchor.dtype).items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse weights that are meant for the tower: the engine cannot take them in."""
+        if any(key.startswith(prefix) for key in state_dict):
+            error_msgs.append(f"{prefix}* is for the eager tower, which is compiled: {self._told_apart()}.")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as err:
+            original = vars(self).get("original")
+            if original is not None and name in original.module._modules:
+                raise AttributeError(
+                    f"{self._path}.{name} is a part of the eager tower, which is compiled: {self._told_apart()}."
+                ) from err
+            raise
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied."""
+        raise BackendError(
+            f"{self._path} is compiled, and its engine belongs to this process: install the bundle where the model is "
+            f"needed; to copy or pickle this one, {self._told_apart()}."
+        )
+
+    def extra_repr(self) -> str:
+        """Tell what `print(model)` should show of this module."""
+        return self._tower.extra_repr()
+
+
+class _Ungraded(torch.autograd.Function):
+    """Passes features on, and refuses the gradient of a tower that wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, mend: str) -> Tensor:
+        del anchor
+        ctx.mend = mend
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        del gradients
+        raise BackendError(
+            "a gradient reached the vision tower, which is compiled: requires_grad_(False) on it trains what is around "
+            f"it; {ctx.mend}."
+        )
+
+
+def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandIn:
+    """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
+    module, spec = place.module, tower.spec
+    replaced: Any = type(module)
+    stand_in: StandIn = object.__new__(_class_of(replaced))
+    nn.Module.__init__(stand_in)
+    attributes = vars(stand_in)
+    registries = set(attributes) | set(OF_ANOTHER)
+    attributes |= {name: value for name, value in vars(module).items() if name not in registries}
+    first = next(module.parameters())
+    wants_gradient = any(parameter.requires_grad for parameter in module.parameters())
+    stand_in.anchor = nn.Parameter(
+        torch.empty(0, dtype=module.dtype, device=first.device), requires_grad=wants_gradient
+    )
+    stand_in.training = module.training
+    depth = count_layers(module)
+    # Not registered: a module of its own would be seen by whoever walks the model.
+    attributes |= {
+        "_tower": tower,
+        "original": Original(module),
+        "installation": installation,
+        "_path": place.path,
+        "_num_layers": depth,
+        "_columns": {
+            layer: column for layer, held in served_layers(spec, depth).items() for column in spec.columns([held])
+        },
+    }
+    return stand_in
+
+
+@functools.cache
+def _class_of(replaced: Any) -> type[StandIn]:
+    """Make the subclass that is named as what it replaces: save_pretrained writes the name into config.json."""
+    names = {"__module__": replaced.__module__, "__qualname__": replaced.__qualname__}
+    return type(replaced.__name__, (StandIn, replaced), names)
