@@ -32,9 +32,9 @@ class Original:
         where = folder or Path(tempfile.gettempdir())
         try:
             file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115 - kept open
-            for tensor in self._tensors():
-                file.write(_bytes_of(tensor.detach().to("cpu").contiguous()))
-                self._shapes.append((tensor.shape, tensor.dtype))
+            for parameter in self.module.parameters():
+                file.write(_bytes_of(parameter.detach().to("cpu").contiguous()))
+                self._shapes.append((parameter.shape, parameter.dtype))
             file.flush()
         except OSError as err:
             raise ConfigError(
@@ -45,17 +45,17 @@ class Original:
 
     def drop(self) -> int:
         """Let go of the weights, which `write` has written; give the bytes that they took."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
-        freed = sum(storage.nbytes() for storage in storages.values())
-        for tensor in self._tensors():
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        freed = 0
+        for parameter in self.module.parameters():
+            freed += parameter.nbytes
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return freed
 
     def bring_back(self, device: torch.device, dtype: torch.dtype) -> None:
         """Have the weights in the module again, where and in which dtype its stand-in was last."""
         if self._file is not None:
-            for tensor, read in zip(self._tensors(), list(self._read()), strict=True):
-                tensor.data = read.to(device)
+            for parameter, weight in zip(self.module.parameters(), list(self._read()), strict=True):
+                parameter.data = weight.to(device)
             self._file.close()
             self._file = None
         self.module.to(device)
@@ -66,14 +66,14 @@ class Original:
         """Give the state dict of the module, on the CPU where its weights are out of memory."""
         state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
         if self._file is not None:
-            read = {id(tensor): value for tensor, value in zip(self._tensors(), self._read(), strict=True)}
-            state = {name: read[id(tensor)] for name, tensor in state.items()}
-        cast = dtype != self._dtype
-        return {name: each.detach().to(dtype) if cast else each.detach() for name, each in state.items()}
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.module.parameters()
-        yield from self.module.buffers()
+            read = {
+                id(parameter): weight for parameter, weight in zip(self.module.parameters(), self._read(), strict=True)
+            }
+            state = {name: read.get(id(tensor), tensor) for name, tensor in state.items()}
+        cast = dtype if dtype != self._dtype else None
+        return {
+            name: tensor.detach().to(cast if tensor.is_floating_point() else None) for name, tensor in state.items()
+        }
 
     def _read(self) -> Iterator[Tensor]:
         assert self._file is not None  # noqa: S101 - narrows the type

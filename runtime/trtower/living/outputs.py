@@ -70,6 +70,10 @@ class TowerOutput(BaseModelOutputWithPooling):
             raise ConfigError(_why_absent(name))
         return value
 
+    def __repr__(self) -> str:
+        there = ", ".join(f"{name}={value!r}" for name, value in self.items())
+        return f"{type(self).__name__}({there})"
+
     def to_tuple(self) -> tuple[Any, ...]:
         """Give (last_hidden_state, pooler_output), and hidden_states if asked for; what is not there raises."""
         names = ("last_hidden_state", "pooler_output", *(["hidden_states"] if "hidden_states" in self else []))

@@ -1,0 +1,101 @@
+"""What a bundle in a living model frees, and what it does to the time to features: LLaVA-1.5's tower in LLaVA's class.
+
+The tower is CLIP ViT-L/14-336 at full size with drawn weights, in `LlavaForConditionalGeneration` of transformers with
+two layers of a language model of LLaVA-1.5-7B's width. FP16 where a GPU is, BF16 on a CPU. Prints JSON.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import trtower
+from trtower_export.bench.environment import describe_environment
+from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.recipes import find_recipe
+
+ROUNDS = {"cuda": 50, "cpu": 3}
+IMAGES = {"cuda": (1, 5, 20), "cpu": (1, 5)}
+"""One image, the tiles of an AnyRes image, and those of four."""
+
+
+def draw_model(dtype: torch.dtype) -> Any:
+    """Draw the model in this dtype; the same one every time."""
+    tower = transformers.CLIPVisionConfig(**find_recipe("clip-vit-large-patch14-336").config)
+    text = transformers.LlamaConfig(num_hidden_layers=2)
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+@torch.inference_mode()
+def time_features(model: Any, images: int) -> float:
+    """Give the median ms of `get_image_features`, projector included."""
+    device = next(model.parameters()).device
+    pixel_values = torch.randn(images, 3, 336, 336, device=device, dtype=model.dtype)
+    seconds = []
+    for _ in range(1 + ROUNDS[device.type]):
+        wait(device)
+        started = time.perf_counter()
+        model.model.get_image_features(pixel_values)
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds[1:])
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def used_mb(device: torch.device) -> float:
+    """Give what the GPU has not free, or the resident set of this process."""
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def main() -> None:
+    """Measure both towers in one model, one after the other."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, precision = (torch.float16, "fp16") if device.type == "cuda" else (torch.bfloat16, "bf16")
+    transformers.logging.set_verbosity_error()
+    report: dict[str, Any] = {"environment": describe_environment(device), "precision": precision}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_model(dtype).model.vision_tower.save_pretrained(f"{folder}/tower")
+        options = ExportOptions(precision=precision, flavour="none", check=False)
+        export_tower(f"{folder}/tower", Path(f"{folder}/bundle"), options)
+        model = draw_model(dtype).to(device)
+        report["eager_ms"] = {images: time_features(model, images) for images in IMAGES[device.type]}
+        report["used_eager_mb"] = used_mb(device)
+        started = time.perf_counter()
+        installed = trtower.install(model, f"{folder}/bundle")
+        report["install_s"] = time.perf_counter() - started
+        report["backend"], report["freed_mb"] = installed.tower.backend, installed.freed / 1e6
+        report["used_dropped_mb"] = used_mb(device)
+        report["installed_ms"] = {images: time_features(model, images) for images in IMAGES[device.type]}
+        report["used_installed_mb"] = used_mb(device)
+        installed.tower.close()
+        report["used_closed_mb"] = used_mb(device)  # neither tower
+        started = time.perf_counter()
+        trtower.uninstall(model)
+        report["uninstall_s"] = time.perf_counter() - started
+        report["used_back_mb"] = used_mb(device)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

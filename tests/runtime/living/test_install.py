@@ -1,0 +1,415 @@
+"""A bundle goes into a model and comes out, or the model is as it was; and what is wrong is said before."""
+
+import copy
+import logging
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import trtower
+from tests.conftest import make_model
+from tests.runtime.living.conftest import Bundles
+from tests.runtime.living.hugging_face import inputs, make, tower
+from tests.runtime.living.test_hugging_face import EXACT, logits
+from trtower.errors import BackendError, BundleError, ConfigError
+from trtower.living import install as installing
+from trtower.living.original import Original
+from trtower.tower import VisionTower
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model() -> Any:
+    return make("llava")
+
+
+def storages(module: nn.Module) -> list[StorageWeakRef]:
+    return [StorageWeakRef(each.untyped_storage()) for each in module.parameters()]
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_leave_the_process_and_come_back_to_the_bit(model: Any, bundles: Bundles) -> None:
+    eager, state = tower(model), snapshot(model)
+    held = storages(eager)
+    size = sum(each.nbytes for each in eager.parameters())
+    installed = trtower.install(model, bundles())
+    assert installed.freed == size
+    assert all(each.expired() for each in held)
+    assert sum(each.nbytes for each in tower(model).parameters()) == 0
+    trtower.uninstall(model)
+    assert tower(model) is eager
+    assert same(snapshot(model), state)
+    assert not installed.tower.is_loaded
+
+
+def test_original_may_be_kept(model: Any, bundles: Bundles) -> None:
+    held = storages(tower(model))
+    with trtower.install(model, bundles(), keep_original=True) as installed:
+        assert installed.freed == 0
+        assert "the eager tower is kept" in str(installed)
+        assert not any(each.expired() for each in held)
+
+
+def test_call_says_what_runs_and_what_was_freed(model: Any, bundles: Bundles, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="trtower")
+    with trtower.install(model, bundles(), backend="onnxruntime-cpu") as installed:
+        said = str(installed)
+        assert said.startswith(f"<{bundles()} in LlavaForConditionalGeneration.model.vision_tower, on onnxruntime ")
+        assert said.endswith(f"; freed {installed.freed / 1e6:.1f} MB>")
+        assert said in caplog.text
+        assert f"{bundles()}, backend='onnxruntime" in str(model)
+    assert "model.vision_tower: the eager tower is back" in caplog.text
+
+
+def test_second_call_does_nothing_and_its_block_leaves_the_first(model: Any, bundles: Bundles) -> None:
+    first = trtower.install(model, bundles())
+    stand_in = tower(model)
+    with trtower.install(model, bundles()) as second:
+        assert second.tower is first.tower
+        assert second.freed == first.freed
+    assert tower(model) is stand_in
+    assert first.tower.is_loaded
+    first.uninstall()
+    assert tower(model) is not stand_in
+
+
+@pytest.mark.parametrize("options", [{"backend": "onnxruntime-cpu"}, {"keep_original": True}])
+def test_second_call_for_something_else_is_refused(model: Any, bundles: Bundles, options: dict[str, Any]) -> None:
+    with trtower.install(model, bundles()) as installed:
+        with pytest.raises(ConfigError, match=rf"{next(iter(options))}=.* is asked for: trtower\.uninstall\(model\)"):
+            trtower.install(model, bundles(), **options)
+        with pytest.raises(ConfigError, match="is asked for"):
+            trtower.install(model, bundles(precision="fp16"))
+        assert installed.tower.is_loaded
+
+
+def test_another_bundle_may_follow(model: Any, bundles: Bundles) -> None:
+    for precision in ("fp32", "fp16"):
+        with trtower.install(model, bundles(precision=precision)) as installed:
+            assert installed.tower.bundle.path == bundles(precision=precision)
+
+
+def test_block_brings_the_tower_back_whatever_happens_in_it(model: Any, bundles: Bundles) -> None:
+    eager = tower(model)
+    with pytest.raises(ZeroDivisionError), trtower.install(model, bundles()):
+        raise ZeroDivisionError
+    assert tower(model) is eager
+
+
+def test_nothing_to_uninstall_is_said(model: Any) -> None:
+    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration has no bundle installed"):
+        trtower.uninstall(model)
+
+
+def two_towers() -> nn.Module:
+    return nn.ModuleDict({"image_tower": make_model("clip"), "video_tower": make_model("clip")})
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Linear(2, 2), "Linear has no vision tower: a model of transformers that takes pixel_values is looked for"),
+        (make_model("clip"), r"is a vision tower itself, in no model: trtower\.VisionTower\.load"),
+        (two_towers(), "2 vision towers, image_tower and video_tower: say which with tower='image_tower'"),
+    ],
+)
+def test_none_and_two_towers_are_refused(model: nn.Module, words: str, bundles: Bundles) -> None:
+    with pytest.raises(ConfigError, match=words):
+        trtower.install(model, bundles())
+
+
+def test_one_of_two_towers_is_named(bundles: Bundles) -> None:
+    model = two_towers()
+    eager = dict(model.items())
+    with trtower.install(model, bundles(), tower="video_tower"):
+        assert model["image_tower"] is eager["image_tower"]
+        assert model["video_tower"] is not eager["video_tower"]
+        trtower.install(model, bundles(), tower="image_tower")
+        with pytest.raises(ConfigError, match="no vision tower at 'audio'; it has image_tower and"):
+            trtower.install(model, bundles(), tower="audio")
+    assert model["video_tower"] is eager["video_tower"]
+    trtower.uninstall(model)
+    assert dict(model.items()) == eager
+
+
+def test_tower_that_hangs_twice_is_replaced_twice(model: Any, bundles: Bundles) -> None:
+    eager = tower(model)
+    model.shortcut = eager
+    with trtower.install(model, bundles()):
+        assert model.shortcut is tower(model)
+        assert model.shortcut is not eager
+    assert model.shortcut is tower(model) is eager
+
+
+def test_contrastive_model_is_refused(bundles: Bundles) -> None:
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=make_model("clip").config.to_dict())
+    model = transformers.CLIPModel(config)
+    with pytest.raises(ConfigError, match=r"reads the pooled vector|has no vision tower"):  # 4.57 has no model in it
+        trtower.install(model, bundles())
+
+
+def other_weights(model: Any) -> None:
+    with torch.no_grad():
+        next(tower(model).parameters()).view(-1)[0] += 1e-3
+
+
+def added_adapter(model: Any) -> None:
+    layer = getattr(tower(model), "vision_model", tower(model)).encoder.layers[1]
+    layer.mlp.fc1.lora_A = nn.Linear(2, 2)
+
+
+def another_activation(model: Any) -> None:
+    tower(model).config.hidden_act = "gelu"
+
+
+def another_layer(model: Any) -> None:
+    model.config.vision_feature_layer = -1
+
+
+def mixed_dtypes(model: Any) -> None:
+    layer = getattr(tower(model), "vision_model", tower(model)).encoder.layers[1]
+    layer.mlp.fc1.half()
+
+
+def offloaded(model: Any) -> None:
+    layer = getattr(tower(model), "vision_model", tower(model)).encoder.layers[1]
+    layer.mlp.fc1.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_weights, "has other weights than .*, which was made of .*tiny-clip"),
+        (added_adapter, "has other weights than"),
+        (
+            another_activation,
+            "was made of a tower with hidden_act=quick_gelu; model.vision_tower of this model has gelu",
+        ),
+        (
+            another_layer,
+            r"reads vision_feature_layer=-1, hidden state 4 of 4 layers; .* holds 3\. Export it: trtower exp",
+        ),
+        (mixed_dtypes, "holds weights in float16, so it is quantised or in part converted"),
+        (offloaded, r"fc1\.weight is on the meta device"),
+    ],
+)
+def test_model_that_does_not_fit_is_refused_and_left_as_it_is(
+    model: Any, bundles: Bundles, spoil: Callable[[Any], None], words: str
+) -> None:
+    spoil(model)
+    eager, held = tower(model), storages(tower(model))
+    with pytest.raises(ConfigError, match=words):
+        trtower.install(model, bundles())
+    assert tower(model) is eager
+    assert not any(each.expired() for each in held)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"tower": "siglip"},
+            r"is of family siglip \(siglip_vision_model\); model\.vision_tower .* \(clip_vision_model\)",
+        ),
+        ({"image_size": 56}, r"takes images of 56 pixels; .* takes 42\. Export it with that --image-size: trtower exp"),
+        ({"layer": 2}, r"hidden state 3 of 4 layers; .* holds 2\. Export it: .*--select-layer=-2"),
+    ],
+)
+def test_bundle_that_does_not_fit_is_refused(model: Any, bundles: Bundles, options: dict[str, Any], words: str) -> None:
+    eager = tower(model)
+    with pytest.raises(ConfigError, match=words):
+        trtower.install(model, bundles(**options))
+    assert tower(model) is eager
+
+
+def test_other_weights_may_be_asked_for(model: Any, bundles: Bundles) -> None:
+    given = inputs(model, "llava", "one image")
+    expected = logits(model, given)
+    with torch.no_grad():
+        for parameter in tower(model).parameters():
+            parameter.zero_()
+    with trtower.install(model, bundles(), allow_other_weights=True):
+        assert (logits(model, given) - expected).abs().max() <= EXACT
+
+
+def test_tower_in_bf16_of_a_checkpoint_in_fp32_is_known(model: Any, bundles: Bundles) -> None:
+    with trtower.install(model.bfloat16(), bundles()):
+        found = tower(model)(torch.randn(1, 3, 42, 42), output_hidden_states=True)
+    assert found.hidden_states[-2].dtype == torch.bfloat16
+
+
+def test_rehearsal_is_refused_unless_asked(model: Any, bundles: Bundles) -> None:
+    rehearsal = bundles(random_weights=True)
+    with pytest.raises(BundleError, match=r"is a rehearsal, with random weights, .* allow_random_weights=True"):
+        trtower.install(model, rehearsal, allow_other_weights=True)
+    with trtower.install(model, rehearsal, allow_random_weights=True) as installed:
+        assert installed.tower.is_loaded
+
+
+def test_uncertified_bundle_is_refused_where_a_certificate_is_demanded(model: Any, bundles: Bundles) -> None:
+    with pytest.raises(BundleError, match="is not certified: it has no certificate"):
+        trtower.install(model, bundles(), require_certificate=True)
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "where",
+    [(VisionTower, "load"), (Original, "__init__"), (Original, "write")],
+    ids=lambda where: where[1],
+)
+def test_failure_half_way_leaves_the_model_as_it_was(
+    model: Any, bundles: Bundles, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(model, "llava", "one image")
+    eager, state, before = tower(model), snapshot(model), logits(model, given)
+    opened: list[VisionTower] = []
+    load = VisionTower.load
+    monkeypatch.setattr(VisionTower, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[0])
+    monkeypatch.setattr(*where, broken)
+    with pytest.raises(ZeroDivisionError):
+        trtower.install(model, bundles())
+    monkeypatch.undo()
+    assert tower(model) is eager
+    assert same(snapshot(model), state)
+    assert torch.equal(logits(model, given), before)
+    assert not any(each.is_loaded for each in opened)
+    with trtower.install(model, bundles()):
+        assert tower(model) is not eager
+
+
+def test_altered_bundle_and_backend_that_cannot_run_leave_the_model_as_it_was(
+    model: Any, bundles: Bundles, tmp_path: Path
+) -> None:
+    eager = tower(model)
+    spoilt = Path(shutil.copytree(bundles(), tmp_path / "spoilt"))
+    data = spoilt / "tower.onnx.data"
+    data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+    with pytest.raises(BundleError, match="was altered"):
+        trtower.install(model, spoilt)
+    with pytest.raises(BackendError, match="tensorrt"):
+        trtower.install(model, bundles(), backend="tensorrt")
+    with pytest.raises(BundleError, match="does not exist"):
+        trtower.install(model, tmp_path / "none")
+    assert tower(model) is eager
+
+
+def test_folder_that_cannot_take_the_weights_is_said(model: Any, bundles: Bundles, small_disk: Path) -> None:
+    eager = tower(model)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(700_000))
+    for folder in (small_disk, small_disk / "none"):
+        with pytest.raises(
+            ConfigError, match=r"could not be written to .*offload_folder=, or keep .* keep_original=True"
+        ):
+            trtower.install(model, bundles(), offload_folder=folder)
+        assert tower(model) is eager
+    filler.unlink()
+    with trtower.install(model, bundles(), offload_folder=small_disk):
+        assert list(small_disk.iterdir()) == []  # a file without a name
+    assert tower(model) is eager
+
+
+def test_weights_that_cannot_be_read_back_leave_the_bundle_installed(
+    model: Any, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = trtower.install(model, bundles())
+    stand_in = tower(model)
+    monkeypatch.setattr(Original, "_read", broken)
+    with pytest.raises(ZeroDivisionError):
+        trtower.uninstall(model)
+    assert tower(model) is stand_in
+    assert installed.tower.is_loaded
+
+
+def test_compiled_tower_is_refused_and_a_compiled_model_is_not(model: Any, bundles: Bundles) -> None:
+    given = inputs(model, "llava", "one image")
+    before = logits(model, given)
+    compiled = torch.compile(model, backend="eager")
+    with trtower.install(compiled, bundles()) as installed:
+        calls: list[int] = []
+        installed.tower.on_batch = lambda report: calls.append(report.batch)
+        assert (logits(compiled, given) - before).abs().max() <= EXACT
+        assert calls == [1]
+    model.model.vision_tower = torch.compile(tower(model), backend="eager")
+    with pytest.raises(ConfigError, match=r"was compiled by torch\.compile, which keeps running what it compiled"):
+        trtower.install(model, bundles())
+
+
+def test_model_is_not_copied_or_pickled_with_an_engine_in_it(model: Any, bundles: Bundles) -> None:
+    with trtower.install(model, bundles()):
+        for take in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(BackendError, match=r"its engine belongs to this process: .*uninstall\(model\)"):
+                take(model)
+    assert same(snapshot(copy.deepcopy(model)), snapshot(model))
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_model_is_saved_with_its_own_weights(
+    model: Any, bundles: Bundles, tmp_path: Path, keep_original: bool, dtype: torch.dtype
+) -> None:
+    expected = snapshot(make("llava").to(dtype))
+    with trtower.install(model, bundles(), keep_original=keep_original):
+        model.to(dtype)
+        model.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert same(snapshot(again), expected)
+
+
+def test_weights_for_the_tower_are_refused(model: Any, bundles: Bundles) -> None:
+    state = snapshot(model)
+    with trtower.install(model, bundles()):
+        with pytest.raises(RuntimeError, match=r"model\.vision_tower\.\* is for the eager tower, which is compiled"):
+            model.load_state_dict(state)
+        rest = {name: tensor for name, tensor in state.items() if "vision_tower" not in name}
+        assert not model.load_state_dict(rest, strict=False).unexpected_keys
+
+
+def test_model_is_cast_and_moved_around_the_bundle(model: Any, bundles: Bundles) -> None:
+    eager = tower(model)
+    with trtower.install(model, bundles()):
+        model.to(dtype=torch.bfloat16)
+        assert tower(model).dtype == model.dtype == torch.bfloat16
+        given = inputs(model, "llava", "one image")
+        assert logits(model, given).dtype == torch.bfloat16
+        assert model.to("cpu").device == torch.device("cpu")
+    assert tower(model) is eager
+    assert eager.dtype == torch.bfloat16
+
+
+def test_import_of_install_imports_no_transformers(bundles: Bundles) -> None:
+    code = (
+        "import sys, torch, trtower\n"
+        f"try: trtower.install(torch.nn.Linear(1, 1), {str(bundles())!r})\n"
+        "except trtower.ConfigError as err: print(err, 'transformers' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.startswith("Linear has no vision tower")
+    assert found.stdout.endswith("False\n")
+
+
+def test_public_functions_are_those_of_the_package() -> None:
+    assert trtower.install is installing.install
+    assert trtower.uninstall is installing.uninstall

@@ -1,0 +1,268 @@
+"""What takes the tower's place answers as the vision model does whose class it shares, or says what it has not."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import trtower
+from tests.conftest import IMAGE_SIZE, NUM_LAYERS, WIDTH, make_model
+from tests.runtime.living.conftest import Bundles
+from tests.runtime.living.hugging_face import inputs, make, tower
+from tests.runtime.living.test_hugging_face import EXACT, logits
+from trtower.errors import BackendError, ConfigError, InputError
+from trtower.layer_codes import LAST, LayerCode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = [1, -2]
+
+
+class Holder(nn.Module):
+    """A model that reads nothing and has a tower."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.tower = make_model(name)
+
+
+Install = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def install(bundles: Bundles) -> Iterator[Install]:
+    """Give the stand-in of a small tower, and an eager one beside it."""
+    installed = []
+
+    def put(name: str = "clip", layer: LayerCode = LAYERS, **options: Any) -> tuple[Any, Any]:
+        holder = Holder(name).eval()
+        installed.append(trtower.install(holder, bundles(name, layer), **options))
+        return holder.tower, make_model(name)
+
+    yield put
+    for each in installed:
+        each.uninstall()
+
+
+def draw(batch: int = 2, **options: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(**options)
+
+
+@torch.no_grad()
+def states(eager: Any, pixel_values: torch.Tensor) -> Any:
+    return eager(pixel_values, output_hidden_states=True).hidden_states
+
+
+def test_states_are_those_of_the_eager_tower(install: Install) -> None:
+    stand_in, eager = install()
+    expected = states(eager, draw())
+    output = stand_in(draw(), output_hidden_states=True)
+    assert len(output.hidden_states) == len(expected) == NUM_LAYERS + 1
+    for index in (1, 3, -2, -4):
+        assert torch.allclose(output.hidden_states[index], expected[index], atol=EXACT)
+    assert len(output.hidden_states[1:2]) == 1
+
+
+@pytest.mark.parametrize("index", [0, 2, 4, -1, -3, -5])
+def test_state_that_is_not_held_raises_with_its_number(install: Install, index: int) -> None:
+    stand_in, _ = install()
+    output = stand_in(draw(), output_hidden_states=True)
+    layer = index % (NUM_LAYERS + 1)
+    with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers is read; .* holds 1, 3\."):
+        output.hidden_states[index]
+    with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers is read"):
+        list(output.hidden_states)
+    with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers is read"):
+        output.hidden_states[0:3]
+    with pytest.raises(IndexError):
+        output.hidden_states[5]
+
+
+@pytest.mark.parametrize("wanted", [1, -2, [1], [-2, 1], (3,)])
+def test_layers_may_be_asked_for_by_number(install: Install, wanted: Any) -> None:
+    stand_in, eager = install()
+    expected = states(eager, draw())
+    output = stand_in(draw(), output_hidden_states=wanted)
+    for index in [wanted] if isinstance(wanted, int) else wanted:
+        assert torch.allclose(output.hidden_states[index], expected[index], atol=EXACT)
+
+
+@pytest.mark.parametrize(("wanted", "layer"), [(0, 0), ([1, 2], 2), (-1, -1), (7, 7)])
+def test_layers_that_are_not_held_raise_before_anything_runs(install: Install, wanted: Any, layer: int) -> None:
+    stand_in, _ = install()
+    calls: list[Any] = []
+    stand_in.installation.tower.on_batch = calls.append
+    with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers is read"):
+        stand_in(draw(), output_hidden_states=wanted)
+    assert calls == []
+
+
+def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(install: Install) -> None:
+    stand_in, _ = install()
+    assert stand_in(draw()).hidden_states is None
+    assert stand_in(draw(), output_hidden_states=False).hidden_states is None
+    stand_in.config.output_hidden_states = True
+    assert stand_in(draw()).hidden_states is not None
+    assert stand_in(draw(), output_hidden_states=False).hidden_states is None
+
+
+def test_output_is_assigned_to_as_models_do(install: Install) -> None:
+    stand_in, _ = install()
+    output = stand_in(draw(), output_hidden_states=True)
+    with pytest.raises(ConfigError, match="pooler_output was read"):
+        _ = output.pooler_output
+    output.pooler_output = [torch.ones(3)]
+    assert output.pooler_output[0].sum() == 3
+    assert repr(output).startswith("TowerOutput(")
+    assert output.attentions is None
+
+
+def test_what_is_not_there_is_never_taken_for_something_else(install: Install) -> None:
+    stand_in, _ = install()
+    for output in (stand_in(draw(), output_hidden_states=True), stand_in(draw(), return_dict=False)):
+        with pytest.raises(ConfigError, match=r"last_hidden_state was read, .* --select-layer last_hidden_state"):
+            output[0]
+        with pytest.raises(ConfigError, match="pooler_output was read"):
+            output[1]
+    assert len(stand_in(draw(), return_dict=False, output_hidden_states=True)[2]) == NUM_LAYERS + 1
+    stand_in.config.return_dict = False
+    assert isinstance(stand_in(draw()), tuple)
+    assert not isinstance(stand_in(draw(), return_dict=True), tuple)
+
+
+def test_normed_state_is_last_hidden_state_and_no_hidden_state(install: Install) -> None:
+    stand_in, eager = install("siglip", LAST)
+    with torch.no_grad():
+        expected = eager(draw()).last_hidden_state
+    output = stand_in(draw(), output_hidden_states=True)
+    assert torch.allclose(output.last_hidden_state, expected, atol=EXACT)
+    assert torch.allclose(output[0], expected, atol=EXACT)
+    with pytest.raises(ConfigError, match=r"hidden state 4 of 4 layers is read; .* holds last_hidden_state"):
+        output.hidden_states[-1]
+
+
+@pytest.mark.parametrize("layer", [LAST, -1])
+def test_last_state_of_clip_has_two_names(install: Install, layer: LayerCode) -> None:
+    stand_in, eager = install("clip", layer)
+    expected = states(eager, draw())[-1]
+    output = stand_in(draw(), output_hidden_states=True)
+    assert torch.allclose(output.last_hidden_state, expected, atol=EXACT)
+    assert torch.allclose(output.hidden_states[-1], expected, atol=EXACT)
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_positions_need_no_interpolation(install: Install, value: Any) -> None:
+    stand_in, eager = install()
+    with torch.no_grad():
+        expected = eager(draw(), output_hidden_states=True, interpolate_pos_encoding=bool(value)).hidden_states[1]
+    found = stand_in(draw(), output_hidden_states=True, interpolate_pos_encoding=value).hidden_states[1]
+    assert torch.allclose(found, expected, atol=EXACT)
+
+
+@pytest.mark.parametrize("option", ["output_attentions", "attention_mask", "bool_masked_pos"])
+def test_options_that_change_the_tower_are_refused(install: Install, option: str) -> None:
+    stand_in, _ = install()
+    with pytest.raises(ConfigError, match=rf"{option} is not for tower, which is compiled: trtower\.uninstall"):
+        stand_in(draw(), **{option: torch.ones(1)})
+    assert stand_in(draw(), **{option: None}, vision_aspect_ratio="anyres_max_9") is not None
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "words"),
+    [
+        (None, "pixel_values is NoneType"),
+        (torch.zeros(3, 42, 42), r"pixel_values is \(3, 42, 42\); a tensor \(B, 3, S, S\) is expected"),
+        (torch.zeros(1, 2, 3, 42, 42), r"pixel_values is \(1, 2, 3, 42, 42\)"),
+        (torch.zeros(1, 3, 56, 56), r"has shape \(1, 3, 56, 56\); this engine takes \(B, 3, 42, 42\)"),
+        (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), "has dtype torch.uint8"),
+        (torch.full((1, 3, 42, 42), float("nan")), "NaN or infinite"),
+    ],
+)
+def test_other_pixels_are_refused(install: Install, pixel_values: Any, words: str) -> None:
+    stand_in, _ = install()
+    with pytest.raises(InputError, match=words):
+        stand_in(pixel_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_states_are_in_the_dtype_of_the_tower_whatever_the_pixels(install: Install, dtype: torch.dtype) -> None:
+    stand_in, eager = install()
+    stand_in.to(dtype)
+    expected = states(eager, draw())[1]
+    for given in (torch.float32, torch.float16, torch.bfloat16):
+        found = stand_in(draw(dtype=given), output_hidden_states=1).hidden_states[1]
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), expected, atol=0.1)
+
+
+def test_training_is_refused(install: Install) -> None:
+    stand_in, _ = install()
+    stand_in.train()
+    with pytest.raises(BackendError, match=r"tower is compiled and cannot be trained: model\.eval\(\)"):
+        stand_in(draw())
+    assert stand_in.eval()(draw()) is not None
+
+
+def test_gradients_are_refused(bundles: Bundles) -> None:
+    model = make("llava")
+    given = inputs(model, "llava", "one image")
+    with trtower.install(model, bundles()):
+        loss = model(**given).logits.sum()
+        with pytest.raises(BackendError, match=r"a gradient reached the vision tower, .*requires_grad_\(False\)"):
+            loss.backward()
+        wants = {**given, "pixel_values": given["pixel_values"].clone().requires_grad_()}
+        with pytest.raises(BackendError, match="pixel_values wants a gradient, which no engine gives"):
+            model(**wants)
+        with torch.no_grad():
+            assert not model(**wants).logits.requires_grad
+        with torch.inference_mode():
+            assert model(**given).logits.is_inference()
+
+
+def test_what_is_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) -> None:
+    model = make("llava")
+    tower(model).requires_grad_(False)
+    given = inputs(model, "llava", "one image")
+    weight = model.model.multi_modal_projector.linear_1.weight
+    model(**given).logits.sum().backward()
+    expected = weight.grad.clone()
+    model.zero_grad()
+    with trtower.install(model, bundles()):
+        model.train()
+        tower(model).eval()
+        model(**given).logits.sum().backward()
+        assert torch.allclose(weight.grad, expected, rtol=1e-2, atol=1e-3)
+        assert not tower(model).anchor.requires_grad
+
+
+def test_parts_of_the_eager_tower_are_told_of(install: Install) -> None:
+    stand_in, eager = install()
+    part = next(iter(eager._modules))
+    with pytest.raises(AttributeError, match=rf"tower\.{part} is a part of the eager tower, .*uninstall\(model\)"):
+        getattr(stand_in, part)
+    assert not hasattr(stand_in, "no_such_part")
+    assert type(stand_in).__name__ == type(eager).__name__
+    assert isinstance(stand_in, type(eager))
+    assert stand_in.config.hidden_size == WIDTH
+
+
+def test_hidden_states_of_the_language_model_may_be_asked_for(bundles: Bundles) -> None:
+    model = make("llava")
+    given = inputs(model, "llava", "one image")
+    with torch.no_grad():
+        expected = model(**given, output_hidden_states=True).hidden_states[-1]
+        with trtower.install(model, bundles()):
+            found = model(**given, output_hidden_states=True).hidden_states[-1]
+    assert torch.allclose(found, expected, atol=EXACT)
+
+
+def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
+    model = make("llava")
+    given = inputs(model, "llava", "one image")
+    with trtower.install(model, bundles()):
+        with pytest.raises(ConfigError, match=r"hidden state (-1|4) of 4 layers is read; .* holds 3"):
+            model(**given, vision_feature_layer=-1)
+        assert logits(model, given) is not None
