@@ -43,10 +43,21 @@ def encode_for(model: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str
         encode = getattr(base, f"get_{modality}_features", None)
         if encode is None:
             raise ConfigError(f"{type(model).__name__} encodes no {modality}, and {pixels} is given.")
-        wanted = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
+        parameters = inspect.signature(encode).parameters
+        wanted = {name: inputs[name] for name in parameters if name in inputs}
+        lacking = [name for name, each in parameters.items() if _is_required(each) and name not in wanted]
+        if lacking:
+            raise InputError(
+                f"images lacks {', '.join(lacking)}, which {type(model).__name__} asks for: give all that the model's "
+                "processor makes."
+            )
         features = encode(**wanted, return_dict=True).pooler_output
         encoded[modality] = BaseModelOutputWithPooling(pooler_output=features)
     if not encoded:
         found = ", ".join(inputs) or "nothing"
         raise InputError(f"images has {found}; {' or '.join(MODALITIES.values())} is expected.")
     return encoded
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD

@@ -1,5 +1,6 @@
 """What takes the tower's place answers as the vision model does whose class it shares, or says what it has not."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,8 +74,6 @@ def test_state_that_is_not_held_raises_with_its_number(install: Install, index: 
     layer = index % (NUM_LAYERS + 1)
     with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers is read; .* holds 1, 3\."):
         output.hidden_states[index]
-    with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers is read"):
-        list(output.hidden_states)
     with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers is read"):
         output.hidden_states[0:3]
     with pytest.raises(IndexError):
@@ -266,3 +265,26 @@ def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
         with pytest.raises(ConfigError, match=r"hidden state (-1|4) of 4 layers is read; .* holds 3"):
             model(**given, vision_feature_layer=-1)
         assert logits(model, given) is not None
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda state: state[:, 1:],
+        lambda state: state.to(torch.float16),
+        lambda state: state.shape,
+        lambda state: torch.cat([torch.zeros(2, 10, WIDTH), state]),
+        lambda state: nn.functional.linear(state, torch.eye(WIDTH)),
+        lambda state: torch.zeros(1) + state,
+    ],
+)
+def test_state_that_is_not_held_may_be_handed_on_and_not_used(install: Install, use: Callable[[Any], Any]) -> None:
+    stand_in, _ = install()
+    handed_on = stand_in(draw(), output_hidden_states=True)
+    for again in (handed_on, type(handed_on)(dict(handed_on.items())), pickle.loads(pickle.dumps(handed_on))):
+        first, second, *_ = type(again.hidden_states)(state for state in again.hidden_states)
+        assert use(second) is not None
+        with pytest.raises(ConfigError, match=r"hidden state 0 of 4 layers is read; .* holds 1, 3"):
+            use(first)
+        with pytest.raises(ConfigError, match="pooler_output was read"):
+            _ = again.pooler_output

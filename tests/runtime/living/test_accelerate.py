@@ -1,0 +1,72 @@
+"""Models that accelerate has spread over devices and disk, or that were loaded in another dtype."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import trtower
+from tests.runtime.living.conftest import Bundles
+from tests.runtime.living.hugging_face import inputs, make, tower
+from tests.runtime.living.test_hugging_face import EXACT, generate, logits
+from trtower.errors import ConfigError
+
+pytest.importorskip("accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning"),
+]
+
+
+def spread(language_model: str, vision_tower: str) -> dict[str, str]:
+    places = {"model.language_model": language_model, "model.vision_tower": vision_tower}
+    return places | {"model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    make("llava").save_pretrained(folder)
+    return folder
+
+
+def load(saved: Path, tmp_path: Path, **options: Any) -> Any:
+    model_class = transformers.LlavaForConditionalGeneration
+    return model_class.from_pretrained(saved, offload_folder=tmp_path / "offload", **options)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", spread("disk", "cpu")], ids=str)
+def test_answers_are_the_same_under_a_device_map(
+    saved: Path, tmp_path: Path, bundles: Bundles, device_map: Any
+) -> None:
+    model = load(saved, tmp_path, device_map=device_map)
+    given = inputs(model, "llava", "one image")
+    before, said = logits(model, given), generate(model, given)
+    eager, hooked = tower(model), hasattr(tower(model), "_hf_hook")
+    with trtower.install(model, bundles()):
+        assert (logits(model, given) - before).abs().max() <= EXACT
+        assert generate(model, given) == said
+        assert not hasattr(tower(model), "_hf_hook")
+    assert tower(model) is eager
+    assert hasattr(eager, "_hf_hook") == hooked
+    assert torch.equal(logits(model, given), before)
+
+
+def test_tower_that_is_offloaded_is_refused(saved: Path, tmp_path: Path, bundles: Bundles) -> None:
+    model = load(saved, tmp_path, device_map=spread("cpu", "disk"))
+    eager = tower(model)
+    with pytest.raises(ConfigError, match=r"is on the meta device, .* load the model with its tower on one device"):
+        trtower.install(model, bundles())
+    assert tower(model) is eager
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_model_is_known_in_the_dtype_it_was_loaded_in(
+    saved: Path, tmp_path: Path, bundles: Bundles, dtype: torch.dtype
+) -> None:
+    model = load(saved, tmp_path, torch_dtype=dtype)
+    with trtower.install(model, bundles(precision="fp16")):
+        assert tower(model).dtype == dtype
+        assert logits(model, inputs(make("llava"), "llava", "one image")).dtype == dtype
