@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from trtower.layer_codes import LayerCode
 from trtower.spec import BatchProfile
 from trtower.tower import VisionTower
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -18,6 +19,7 @@ IMAGE_SIZE = 42
 PATCH_SIZE = 14
 WIDTH = 64
 BATCH = BatchProfile(min=1, opt=2, max=4)
+Bundles = Callable[..., Path]
 
 
 SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
@@ -122,6 +124,17 @@ def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
             settings = ExportOptions(**{"profiles": (BATCH,), "check": False, **options})
             made[key] = export_tower(str(checkpoints[family]), out, settings).path
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundles(export: Callable[..., Path]) -> Bundles:
+    """Give bundles by tower, layer and precision, without a plan."""
+
+    def get(tower: str = "clip", layer: LayerCode = -2, precision: str = "fp32", **options: object) -> Path:
+        code = tuple(layer) if isinstance(layer, list) else layer
+        return export(tower, select_layer=code, precision=precision, flavour="none", **options)
 
     return get
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trtower
-from tests.runtime.living.hugging_face import IS_OLD, KINDS, inputs, make, tower
+from tests.runtime.living.hugging_face import KINDS, TAKES_FEATURES, inputs, make, tower
 from tests.runtime.living.test_hugging_face import OWN_ERROR, generate, logits
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_bundle_follows_the_model_to_the_cpu_and_back(gpu: torch.device, backend
         assert torch.equal(logits(model, given), there)
 
 
-@pytest.mark.skipif(IS_OLD, reason="transformers 4 has no mm_encoder_outputs")
+@pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers takes no features")
 def test_features_are_encoded_on_the_gpu(gpu: torch.device, backend: str, built: Built) -> None:
     model, given, _ = on_gpu("llava_next", "tiles", gpu)
     said = generate(model, given)

@@ -4,6 +4,7 @@ Their towers are those of conftest, so that bundles of these are theirs. The lan
 an image changes what they say.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from tests.conftest import IMAGE_SIZE, MODELS, make_model
 from trtower.layer_codes import LAST, LayerCode
 
 IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
+TAKES_FEATURES = (
+    "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
+)
 IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY = 110, 111, 120
 TEXT = {
     "hidden_size": 64,

@@ -12,9 +12,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.runtime.living.hugging_face import TEXT, draw
+from tests.conftest import IMAGE_SIZE
+from tests.runtime.living.hugging_face import TEXT, VOCABULARY, draw
+from trtower.image_processor import ImageProcessor
 
 IMAGE_TOKEN_INDEX = -200
+PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+}
 WIDTH = int(TEXT["hidden_size"])
 
 
@@ -35,7 +42,7 @@ class ClipWrapper(nn.Module):
     def load_model(self, device_map: Any = None) -> None:
         if self.is_loaded:
             return
-        self.image_processor = SimpleNamespace(crop_size={"height": 42, "width": 42})
+        self.image_processor = ImageProcessor(PREPROCESSOR)
         self.vision_tower = transformers.CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
@@ -134,6 +141,14 @@ class Multimodal(nn.Module):
         self.llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
         draw(self.llm)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.llm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.llm.parameters()).dtype
+
     def embed(self, input_ids: Tensor, images: Any) -> Tensor:
         embed = self.llm.get_input_embeddings()
         if images is None:
@@ -152,7 +167,8 @@ class Multimodal(nn.Module):
         return self.llm(inputs_embeds=self.embed(input_ids, images))
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, images: Any = None, **options: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, images: Any = None, image_sizes: Any = None, **options: Any) -> Tensor:
+        del image_sizes
         embeds = self.embed(input_ids, images)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, pad_token_id=0, **options)
@@ -211,6 +227,12 @@ class Vila(Multimodal):
     def encode_images(self, images: Tensor) -> Tensor:
         return self.mm_projector(self.get_vision_tower()(images))
 
+    def generate_content(self, prompt: list[Any]) -> str:
+        media, text = prompt
+        images = self.vision_tower.image_processor.preprocess(media.picture, return_tensors="pt")["pixel_values"]
+        ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, *Letters().encode(text)]])
+        return Letters().batch_decode(self.generate(ids, images, max_new_tokens=8, do_sample=False))[0]
+
     def save_pretrained(self, folder: Path) -> None:
         state = {
             name.rpartition("vision_tower.vision_tower.")[2]: tensor
@@ -218,6 +240,27 @@ class Vila(Multimodal):
             if "vision_tower" in name
         }
         self.vision_tower.vision_tower.save_pretrained(folder / "vision_tower", state_dict=state)
+
+
+class Letters:
+    """A tokenizer that makes a token of a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % (VOCABULARY - 10) for letter in text]
+
+    def batch_decode(self, tokens: Tensor, skip_special_tokens: bool = True) -> list[str]:
+        return ["".join(chr(33 + token) for token in row if token > 2) for row in tokens.tolist()]
+
+
+def draw_llava(path: str) -> Llava:
+    """Draw a LLaVA around the tower at ``path``; the same one every time."""
+    torch.manual_seed(5)
+    return Llava(ClipWrapper(path, config()), config()).eval()
+
+
+def draw_vila(path: str) -> Vila:
+    torch.manual_seed(5)
+    return Vila(ClipWrapper(path, config()), config()).eval()
 
 
 def config(layer: int = -2, feature: str = "patch") -> Any:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import trtower
-from tests.runtime.living.conftest import Bundles
+from tests.conftest import Bundles
 from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, generate, logits
 from trtower.errors import ConfigError

@@ -9,14 +9,14 @@ import torch
 import transformers
 
 import trtower
-from tests.runtime.living.conftest import Bundles
-from tests.runtime.living.hugging_face import IMAGE_TOKEN, IS_OLD, KINDS, cases, inputs, make
+from tests.conftest import Bundles
+from tests.runtime.living.hugging_face import IMAGE_TOKEN, KINDS, TAKES_FEATURES, cases, inputs, make
 from tests.runtime.living.test_hugging_face import generate
 from trtower.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-new = pytest.mark.skipif(IS_OLD, reason="generate of transformers 4 takes no features")
+new = pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers takes no features")
 
 SEEN = [(name, case) for name in KINDS for case in cases(name) if case != "text"]
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_encoded_is_said(bundles: Bundles) -> None:
         trtower.encode_for(model, torch.zeros(1, 3, 3, 42, 42))
 
 
-@pytest.mark.skipif(not IS_OLD, reason="generate of transformers 5 takes features")
+@pytest.mark.skipif(TAKES_FEATURES, reason="generate of this transformers takes features")
 def test_transformers_that_takes_no_features_is_told(bundles: Bundles) -> None:
     model = make("llava")
     with trtower.install(model, bundles()), pytest.raises(ConfigError, match="forward has no mm_encoder_outputs"):

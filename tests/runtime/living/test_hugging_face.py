@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trtower
-from tests.runtime.living.conftest import Bundles
+from tests.conftest import Bundles
 from tests.runtime.living.hugging_face import KINDS, cases, inputs, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")

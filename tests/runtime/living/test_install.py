@@ -17,8 +17,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import trtower
-from tests.conftest import make_model
-from tests.runtime.living.conftest import Bundles
+from tests.conftest import Bundles, make_model
 from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError

@@ -9,8 +9,7 @@ import torch
 import transformers
 
 import trtower
-from tests.conftest import IMAGE_SIZE, WIDTH
-from tests.runtime.living.conftest import Bundles
+from tests.conftest import IMAGE_SIZE, WIDTH, Bundles
 from tests.runtime.living.original import (
     IMAGE_TOKEN_INDEX,
     ClipWrapper,
@@ -127,7 +126,7 @@ def test_answers_in_fp16_are_within_the_models_own_error(name: str, checkpoints:
 
 def members(wrapper: Any) -> dict[str, Any]:
     found = {name: getattr(wrapper, name) for name in MEMBERS}
-    return found | {"config": found["config"].to_dict(), "image_processor": vars(found["image_processor"])}
+    return found | {"config": found["config"].to_dict(), "image_processor": found["image_processor"]}
 
 
 MEMBERS = (

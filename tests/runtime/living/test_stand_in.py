@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import trtower
-from tests.conftest import IMAGE_SIZE, NUM_LAYERS, WIDTH, make_model
-from tests.runtime.living.conftest import Bundles
+from tests.conftest import IMAGE_SIZE, NUM_LAYERS, WIDTH, Bundles, make_model
 from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, ConfigError, InputError

@@ -1,0 +1,1 @@
+"""What the example uses of github.com/haotian-liu/LLaVA."""

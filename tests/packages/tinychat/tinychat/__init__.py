@@ -1,0 +1,1 @@
+"""What the example uses of tinychat in github.com/mit-han-lab/llm-awq."""
