@@ -16,7 +16,7 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @torch.no_grad()
 def encode_for(model: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str, Any]:
-    """Give what `generate(mm_encoder_outputs=…)` of a model of transformers 5 takes in the place of pixels (5.23 does, 5.17 not).
+    """Give what `generate(mm_encoder_outputs=…)` of a model of transformers takes in the place of pixels (as of 5.23).
 
     ``images`` is what the model's processor makes, of which all that `get_image_features` asks for is taken, or
     `pixel_values` alone. The features are those after the model's own projector, under "image" and "video", each the
