@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
-	precisions clean
+	living precisions clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -90,6 +90,10 @@ wheels:
 # What ONNX Runtime and OpenVINO may be told on a CPU, and what of it is fastest.
 cpu-choices: $(STAMP)
 	$(BIN)/python benchmarks/cpu_choices.py
+
+# What a bundle in a living model frees and takes, and its time to features.
+living: $(STAMP)
+	$(BIN)/python benchmarks/living.py
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

@@ -12,6 +12,8 @@ import transformers
 import typer
 from PIL import Image
 
+from tests.conftest import Bundles
+from tests.runtime.living.hugging_face import inputs, make
 from trtower import cli
 from trtower_export.families import FAMILIES
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -48,13 +50,36 @@ def test_command_is_understood(line: str) -> None:
 def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clip_bundle, BUNDLE)
-    load, serve, _ = blocks("python")
+    load, _, serve, _ = blocks("python")
     names = {"image": Image.new("RGB", (60, 50))}
     exec(load, names)  # noqa: S102 - the README's own example
     features = names.pop("features")
     assert features.shape == (1, 9, 64)
     exec(serve, names)  # noqa: S102 - the README's own example
     assert names["features"].equal(features)
+
+
+def test_one_line_into_a_living_model_runs(
+    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundles(), "engines/llava-1.5-7b-hf")
+    model = make("llava")
+    asked = inputs(model, "llava", "one image")
+    eager = model.model.vision_tower
+    _, install, *_ = blocks("python")
+    names: dict[str, Any] = {"model": model, "inputs": asked}
+    exec(install, names)  # noqa: S102 - the README's own example
+    assert names["answer"].equal(model.generate(**asked))
+    assert "freed 0.7 MB" in capsys.readouterr().out
+    assert model.model.vision_tower is eager
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_page_names_files_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#h][^)]*|hugging_face\.md)\)", page.read_text())
+    assert links
+    assert all((page.parent / link).exists() for link in links)
 
 
 def test_layers_are_picked_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,7 @@ def test_answers_come_in_the_callers_stream_without_a_wait_of_the_host(bundle: B
     assert runner._session.runs == [LAUNCH] * 3
     assert runner._session.settings["device_id"] == "1"
     assert runner._session.settings["use_tf32"] == "0"
+    assert runner._session.settings["arena_extend_strategy"] == "kSameAsRequested"
     assert "enable_cuda_graph" not in runner._session.settings or runner._session.settings["enable_cuda_graph"] == "0"
 
 

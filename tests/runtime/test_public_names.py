@@ -15,9 +15,13 @@ def test_public_names_are_these() -> None:
         "ConfigError",
         "EngineOptions",
         "InputError",
+        "Installation",
         "MissingExtraError",
         "TrtowerError",
         "VisionTower",
         "__version__",
         "build_vision_tower",
+        "encode_for",
+        "install",
+        "uninstall",
     ]

@@ -120,6 +120,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         settings = {
             "user_compute_stream": str(self._stream.cuda_stream),
             "use_tf32": "0",  # which has FP16's ten bits, where a graph says FP32
+            "arena_extend_strategy": "kSameAsRequested",  # not the next power of two, which for weights is half unused
         }
         if device.index:  # ONNX Runtime 1.31 warns of a plugin that is missing wherever a device is named
             settings["device_id"] = str(device.index)
