@@ -14,7 +14,7 @@ from trtower.layer_codes import LAST
 
 
 class AbsentError(ConfigError, AttributeError):
-    """Something was read that is not there; an AttributeError, too, for whoever only asks whether a thing has it."""
+    """A state that is not there was used; an AttributeError, too, for accelerate, which asks what it may move."""
 
 
 class Absent:
@@ -27,13 +27,13 @@ class Absent:
         raise AbsentError(vars(self).get("_why", f"{name} is not there."))
 
     def __getitem__(self, index: Any) -> Any:
-        raise AbsentError(self._why)
+        raise ConfigError(self._why)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Raise in whichever function of torch it was given to."""
         found = next(iter(_absent_among((args, kwargs))), None)
-        raise AbsentError(found._why if found else f"{func} was given what is not there.")
+        raise ConfigError(found._why if found else f"{func} was given what is not there.")
 
 
 def _absent_among(value: Any) -> Iterator[Absent]:
@@ -54,7 +54,7 @@ class Held(tuple[Any, ...]):
             return tuple(self[each] for each in range(*index.indices(len(self))))
         item = super().__getitem__(index)
         if isinstance(item, Absent):
-            raise AbsentError(item._why)
+            raise ConfigError(item._why)
         return item
 
 
@@ -70,7 +70,7 @@ def check_states(codes: Iterable[int], held: Collection[int], num_layers: int, b
     """Raise ConfigError naming the first of the codes that is no state, or none that is held."""
     for layer in codes:
         if not -num_layers - 1 <= layer <= num_layers or layer % (num_layers + 1) not in held:
-            raise AbsentError(_why_no_state(layer, held, num_layers, bundle))
+            raise ConfigError(_why_no_state(layer, held, num_layers, bundle))
 
 
 def _why_no_state(layer: int, held: Collection[int], num_layers: int, bundle: str) -> str:
@@ -88,7 +88,7 @@ class TowerOutput(BaseModelOutputWithPooling):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if value is None and name in ("last_hidden_state", "pooler_output") and "_made" in vars(self):
-            raise AbsentError(_why_absent(name))
+            raise ConfigError(_why_absent(name))
         return value
 
     def __repr__(self) -> str:

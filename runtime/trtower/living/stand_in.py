@@ -23,6 +23,11 @@ Self = TypeVar("Self", bound="StandIn")
 OF_ANOTHER = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 """What accelerate and torch.compile hang into a module, to run the one that it is."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+"""What a caller has registered on the tower, and goes on hearing from."""
+
+BACK = "trtower.uninstall(model) brings the eager tower back"
+
 CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_masked_pos", "pixel_attention_mask")
 """Options that have a vision model compute something else. Others reach it by the way, and change nothing there."""
 
@@ -64,7 +69,7 @@ class StandIn(nn.Module):
         self._refuse_training(pixel_values)
         for name in CHANGE_THE_TOWER:
             if options.get(name) is not None and options[name] is not False:
-                raise ConfigError(f"{name} is not for {self._path}, which is compiled: {self._told_apart()}.")
+                raise ConfigError(f"{name} is not for {self._path}, which is compiled: {BACK}.")
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
             found = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
@@ -87,7 +92,7 @@ class StandIn(nn.Module):
             pixel_values = pixel_values.to(self._tower.dtype)
         tokens: Tensor = self._tower(pixel_values).to(anchor.dtype)
         if anchor.requires_grad:
-            tokens = _Ungraded.apply(tokens, anchor, self._told_apart())  # type: ignore[no-untyped-call]
+            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
         return tokens
 
     def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
@@ -99,16 +104,13 @@ class StandIn(nn.Module):
         if self.training:
             raise BackendError(
                 f"{self._path} is compiled and cannot be trained: model.eval() to serve the model, or to train what is "
-                f"around it {self._path}.eval(); {self._told_apart()}."
+                f"around it {self._path}.eval(); {BACK}."
             )
         if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
-            raise BackendError(f"pixel_values wants a gradient, which no engine gives: {self._told_apart()}.")
+            raise BackendError(f"pixel_values wants a gradient, which no engine gives: {BACK}.")
 
     def _holds(self) -> str:
         return str(self._tower.bundle.path)
-
-    def _told_apart(self) -> str:
-        return "trtower.uninstall(model) brings the eager tower back"
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)` of the model, and its casts."""
@@ -134,7 +136,7 @@ class StandIn(nn.Module):
     ) -> None:
         """Refuse weights that are meant for the tower: the engine cannot take them in."""
         if any(key.startswith(prefix) for key in state_dict):
-            error_msgs.append(f"{prefix}* is for the eager tower, which is compiled: {self._told_apart()}.")
+            error_msgs.append(f"{prefix}* is for the eager tower, which is compiled: {BACK}.")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,7 +145,7 @@ class StandIn(nn.Module):
             original = vars(self).get("original")
             if original is not None and name in original.module._modules:
                 raise AttributeError(
-                    f"{self._path}.{name} is a part of the eager tower, which is compiled: {self._told_apart()}."
+                    f"{self._path}.{name} is a part of the eager tower, which is compiled: {BACK}."
                 ) from err
             raise
 
@@ -151,7 +153,7 @@ class StandIn(nn.Module):
         """Refuse to be pickled or copied."""
         raise BackendError(
             f"{self._path} is compiled, and its engine belongs to this process: install the bundle where the model is "
-            f"needed; to copy or pickle this one, {self._told_apart()}."
+            f"needed; to copy or pickle this one, {BACK}."
         )
 
     def extra_repr(self) -> str:
@@ -163,17 +165,16 @@ class _Ungraded(torch.autograd.Function):
     """Passes features on, and refuses the gradient of a tower that wants one."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, mend: str) -> Tensor:
-        del anchor
-        ctx.mend = mend
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
+        del ctx, anchor
         return tokens.view_as(tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        del gradients
+        del ctx, gradients
         raise BackendError(
             "a gradient reached the vision tower, which is compiled: requires_grad_(False) on it trains what is around "
-            f"it; {ctx.mend}."
+            f"it; {BACK}."
         )
 
 
@@ -192,6 +193,7 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
         torch.empty(0, dtype=module.dtype, device=first.device), requires_grad=wants_gradient
     )
     stand_in.training = module.training
+    attributes |= {name: vars(module)[name] for name in HOOKS}
     depth = count_layers(module)
     # Not registered: a module of its own would be seen by whoever walks the model.
     attributes |= {

@@ -287,3 +287,26 @@ def test_state_that_is_not_held_may_be_handed_on_and_not_used(install: Install, 
             use(first)
         with pytest.raises(ConfigError, match="pooler_output was read"):
             _ = again.pooler_output
+
+
+def test_hooks_on_the_tower_go_on_being_called(bundles: Bundles) -> None:
+    holder = Holder("clip").eval()
+    heard: list[Any] = []
+    holder.tower.register_forward_hook(lambda module, arguments, output: heard.append(output))
+    holder.tower.register_forward_pre_hook(lambda module, arguments: heard.append(arguments))
+    with trtower.install(holder, bundles()):
+        output = holder.tower(draw())
+        assert heard[1] is output
+        later = holder.tower.register_forward_hook(lambda module, arguments, output: heard.append("later"))
+        holder.tower(draw())
+        assert heard.pop() == "later"
+    holder.tower(draw())
+    assert heard.pop() == "later"
+    later.remove()
+
+
+def test_asking_whether_a_field_is_there_is_no_way_around_it(install: Install) -> None:
+    stand_in, _ = install()
+    for name in ("last_hidden_state", "pooler_output"):
+        with pytest.raises(ConfigError, match=f"{name} was read"):
+            getattr(stand_in(draw()), name, None)
