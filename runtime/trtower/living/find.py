@@ -30,8 +30,16 @@ class Place:
 
     def put(self, module: nn.Module) -> None:
         """Hang another module in every slot, or if that fails in none."""
-        for container, key in self.slots:
-            container[key] = module
+        done: list[tuple[Any, Any, nn.Module]] = []
+        try:
+            for container, key in self.slots:
+                before = container[key]
+                container[key] = module
+                done.append((container, key, before))
+        except BaseException:
+            for container, key, before in done:
+                container[key] = before
+            raise
 
 
 def find_tower(model: nn.Module, path: str | None = None) -> Place:

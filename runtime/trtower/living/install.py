@@ -124,7 +124,6 @@ def install(
             stand_in.original.write(Path(offload_folder) if offload_folder else None)
         place.put(stand_in)
     except BaseException:
-        place.put(place.module)
         ran.close()
         raise
     if not keep_original:

@@ -298,6 +298,19 @@ def test_failure_half_way_leaves_the_model_as_it_was(
         assert tower(model) is not eager
 
 
+def test_slot_that_takes_nothing_leaves_the_others_as_they_were(model: Any, bundles: Bundles) -> None:
+    class Stubborn(list[Any]):
+        def __setitem__(self, index: Any, value: Any) -> None:
+            raise ZeroDivisionError(index, value)
+
+    eager = tower(model)
+    model.shortcuts = Stubborn([eager])
+    with pytest.raises(ZeroDivisionError):
+        trtower.install(model, bundles())
+    assert model.shortcuts[0] is tower(model) is eager
+    assert all(each.numel() for each in eager.parameters())
+
+
 def test_altered_bundle_and_backend_that_cannot_run_leave_the_model_as_it_was(
     model: Any, bundles: Bundles, tmp_path: Path
 ) -> None:
