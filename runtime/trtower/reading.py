@@ -16,15 +16,16 @@ READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2")
 
 def is_contrastive(config: Any, vision_config: Any) -> bool:
     """Whether this is CLIP, or one like it, which reads one pooled vector of an image and no hidden state."""
-    return bool(vision_config.model_type == f"{config.model_type}_vision_model")
+    return bool(vision_config.model_type == f"{getattr(config, 'model_type', None)}_vision_model")
 
 
 def read_vision_feature_layer(config: Any) -> LayerCode | None:
     """Give the layer code that a model reads; None where its config does not say, or nothing is known of it."""
     layer: Any = None
-    if config.model_type in READS_LAYER:
+    model_type = getattr(config, "model_type", None)
+    if model_type in READS_LAYER:
         # VipLlava's has an s in transformers 4.57.
         layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    if config.model_type in READS_LAST or (config.model_type == "internvl" and layer == -1):
+    if model_type in READS_LAST or (model_type == "internvl" and layer == -1):
         return LAST
     return list(layer) if isinstance(layer, tuple) else layer

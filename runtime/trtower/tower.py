@@ -170,6 +170,10 @@ class VisionTower(nn.Module):
         """
         self._holder.close()
 
+    def refuse_own_call(self) -> None:
+        """Raise BackendError inside a call of this tower, in `on_batch`, where it cannot be closed."""
+        self._holder.refuse_own_call()
+
     def __enter__(self: Self) -> Self:
         """Give the tower, which is closed at the end of the block."""
         return self

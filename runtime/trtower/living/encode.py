@@ -25,8 +25,12 @@ def encode_for(model: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str
 
     Raises ConfigError where no bundle is installed, or the model takes no such features, and InputError.
     """
+    if not isinstance(images, Tensor | Mapping):
+        raise InputError(f"images is of type {type(images).__name__}; what the model's processor makes is expected.")
     if not any("installation" in vars(place.module) for place in find_towers(model)):
         raise ConfigError(f"{type(model).__name__} has no bundle installed: trtower.install(model, bundle) first.")
+    if not hasattr(model, "base_model"):
+        raise ConfigError(f"{type(model).__name__} is no model of transformers: give the one inside.")
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
             f"{type(model).__name__}.forward has no mm_encoder_outputs, so its generate takes no features: that of "

@@ -21,12 +21,20 @@ Slots = list[tuple[Any, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in."""
+    """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in.
+
+    ``paths`` are all its names; it is called by the first.
+    """
 
     module: Any
-    path: str
+    paths: list[str]
     slots: Slots
     holder: nn.Module
+
+    @property
+    def path(self) -> str:
+        """Where it is, such as "model.vision_tower"."""
+        return self.paths[0]
 
     def put(self, module: nn.Module) -> None:
         """Hang another module in every slot, or if that fails in none."""
@@ -45,15 +53,14 @@ class Place:
 def find_tower(model: nn.Module, path: str | None = None) -> Place:
     """Find the one tower in a model, or the one at ``path``; raise ConfigError where there is none, or two."""
     places = find_towers(model)
+    found = " and ".join(place.path for place in places)
     if path is not None:
-        places = [place for place in places if place.path == path]
+        places = [place for place in places if path in place.paths]
         if not places:
-            found = " and ".join(place.path for place in find_towers(model)) or "none"
-            raise ConfigError(f"{_name(model)} has no vision tower at {path!r}; it has {found}.")
+            raise ConfigError(f"{_name(model)} has no vision tower at {path!r}; it has {found or 'none'}.")
     if len(places) > 1:
-        paths = " and ".join(place.path for place in places)
         raise ConfigError(
-            f"{_name(model)} has {len(places)} vision towers, {paths}: say which with tower={places[0].path!r}."
+            f"{_name(model)} has {len(places)} vision towers, {found}: say which with tower={places[0].path!r}."
         )
     if not places:
         raise ConfigError(f"{_name(model)} {_say_absent(model)}")
@@ -62,27 +69,28 @@ def find_tower(model: nn.Module, path: str | None = None) -> Place:
 
 def find_towers(model: nn.Module) -> list[Place]:
     """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
+    found = _collect(model, "")
+    if not found and isinstance(wrapper := _wrapper(model), nn.Module):  # should it hang out of sight
+        found = _collect(wrapper, "get_vision_tower().")
+    return found
+
+
+def _collect(root: nn.Module, prefix: str) -> list[Place]:
     found: dict[int, Place] = {}
-    seen: set[int] = set()
-    for root, prefix in _roots(model):
-        for place in _walk(root, prefix, seen):
-            known = found.setdefault(id(place.module), place)
-            known.slots.extend(slot for slot in place.slots if not _is_among(slot, known.slots))
+    for place in _walk(root, prefix, set()):
+        known = found.setdefault(id(place.module), place)
+        if known is not place:
+            known.slots.extend(place.slots)
+            known.paths.extend(place.paths)
     return list(found.values())
 
 
-def _roots(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Give the model, and the wrapper that LLaVA's code asks it for, should that hang out of sight."""
-    yield model, ""
-    wrapper = _wrapper(model)
-    if wrapper is not None:
-        yield wrapper, "get_vision_tower()."
-
-
 def _wrapper(model: Any) -> Any:
+    """Give what LLaVA's code asks a model for."""
     get = getattr(model, "get_vision_tower", None)
-    wrapper = get() if callable(get) else None
-    return wrapper if isinstance(wrapper, nn.Module) else None
+    return get() if callable(get) else None
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
@@ -92,7 +100,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
     for container, key, name, child in _children(module):
         path = f"{prefix}{name}"
         if _is_tower(child):
-            yield Place(module=child, path=path, slots=[(container, key)], holder=module)
+            yield Place(module=child, paths=[path], slots=[(container, key)], holder=module)
         else:
             yield from _walk(child, f"{path}.", seen)
 
@@ -122,16 +130,14 @@ def _is_tower(module: nn.Module) -> bool:
     return getattr(module, "main_input_name", None) == "pixel_values" and not hasattr(config, "vision_config")
 
 
-def _is_among(slot: tuple[Any, Any], slots: Slots) -> bool:
-    return any(slot[0] is container and slot[1] == key for container, key in slots)
-
-
 def _say_absent(model: nn.Module) -> str:
     """Say what there is in the place of a tower that can be replaced."""
     if _is_tower(model):
         return "is a vision tower itself, in no model: trtower.VisionTower.load(…) serves its bundle."
     served = next((name for name, module in model.named_modules() if isinstance(module, VisionTower)), None)
     wrapper = _wrapper(model)
+    if isinstance(wrapper, nn.Module) and _is_tower(wrapper):
+        return "gives its vision tower, which hangs in no module or list of it and cannot be replaced."
     if served or isinstance(wrapper, VisionTower):
         return f"is served by a compiled tower already, at {served or 'get_vision_tower()'}."
     if wrapper is not None and not getattr(wrapper, "is_loaded", True):

@@ -1,12 +1,13 @@
 """Put a bundle into a loaded model, in one line, and take it out again.
 
-find -> match -> load -> stand in -> drop. Until the bundle hangs in the model nothing of the model is changed, so
-whatever fails before leaves it as it was.
+find -> match -> load -> compare -> stand in -> drop. Whatever fails on the way leaves the model as it was.
 """
 
 import copy
 import logging
 import os
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,13 +18,17 @@ from torch import nn
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.living.find import Place, find_tower, find_towers
-from trtower.living.match import check_match
+from trtower.living.match import check_answers, check_match, check_replaceable
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 
 MB = 1e6
 
 logger = logging.getLogger(__name__)
+
+
+_changing = threading.RLock()
+"""One model is changed at a time: two of them may share a tower."""
 
 
 class Installation:
@@ -33,14 +38,27 @@ class Installation:
     ``freed`` how many bytes the weights of the tower took whose place it has, 0 where they were kept.
     """
 
-    def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any], freed: int) -> None:
-        self.model, self.path, self.tower, self.freed = model, path, tower, freed
+    def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
+        self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
         self._taken_out_at_exit = True
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the bundle is in the model still."""
+        return bool(self._places())
+
     def uninstall(self) -> None:
-        """Take this bundle out of the model; see `uninstall`."""
-        uninstall(self.model, tower=self.path)
+        """Take this bundle out of the model, and no other; see `uninstall`."""
+        with _changing:
+            places = self._places()
+            if not places:
+                raise ConfigError(f"{self.path} of this model has {self.tower.bundle.path} no more.")
+            for place in places:
+                _take_out(place)
+
+    def _places(self) -> list[Place]:
+        return [place for place in find_towers(self.model) if (it := _installed(place)) and it.tower is self.tower]
 
     def __enter__(self) -> "Installation":
         """Give itself. The end of the block takes the bundle out, unless it was installed before."""
@@ -49,8 +67,8 @@ class Installation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bundle out."""
-        if self._taken_out_at_exit:
+        """Take the bundle out, where that was not done in the block."""
+        if self._taken_out_at_exit and self.is_installed:
             self.uninstall()
 
     def __repr__(self) -> str:
@@ -61,12 +79,15 @@ class Installation:
     def again(self, options: dict[str, Any]) -> "Installation":
         """Give what a second call gets; raise ConfigError where it asks for something else."""
         others = [name for name, value in options.items() if value != self._options[name]]
-        if others:
-            asked = ", ".join(f"{name}={options[name]}" for name in others)
+        asked = ", ".join(f"{name}={options[name]}" for name in others)
+        if not others and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
+            asked = "the same bundle as it is by now, exported or built anew,"
+        if asked:
             raise ConfigError(
                 f"{self.path} of this model has {self.tower.bundle.path} installed, and {asked} is asked for: "
                 "trtower.uninstall(model) first."
             )
+        self.tower.load_model()  # should it have been closed
         logger.info("%r is already installed", self)
         second = copy.copy(self)
         second._taken_out_at_exit = False
@@ -99,37 +120,44 @@ def install(
     cannot run. The model is then as it was. A second call with the same arguments does nothing.
     """
     options = {
-        "bundle": Path(bundle).expanduser().resolve(),
+        "bundle": _path(bundle, "bundle").resolve(),
         "backend": backend,
         "engine": engine,
         "require_certificate": require_certificate,
         "keep_original": keep_original,
     }
-    place = find_tower(model, tower)
-    if (installed := _installed(place)) is not None:
-        return installed.again(options)
-    allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
-    check_match(model, place, Bundle.open(bundle), **allowed)
-    device = next(place.module.parameters()).device
-    ran = VisionTower.load(
-        bundle, backend, device, select_feature="cls_patch", require_certificate=require_certificate, engine=engine
-    )
-    installation = Installation(model, place.path, ran, options, freed=0)
-    try:
-        # Here and not above: it imports transformers, which such a model has imported already.
-        from trtower.living.stand_in import make_stand_in
+    folder = None if offload_folder is None else _path(offload_folder, "offload_folder")
+    if not isinstance(engine, EngineOptions | None) or not isinstance(tower, str | None):
+        raise ConfigError(f"engine={engine!r}, tower of type {type(tower).__name__}: EngineOptions, and a path, are.")
+    with _changing:
+        place = find_tower(model, tower)
+        if (installed := _installed(place)) is not None:
+            return installed.again(options)
+        check_replaceable(model, place, dropped=not keep_original)
+        allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
+        check_match(model, place, Bundle.open(bundle), **allowed)
+        device = next(place.module.parameters()).device
+        ran = VisionTower.load(
+            bundle, backend, device, select_feature="cls_patch", require_certificate=require_certificate, engine=engine
+        )
+        installation = Installation(model, place.path, ran, options)
+        with ExitStack() as undo:
+            undo.callback(ran.close)
+            check_answers(place, ran, compared=not any(allowed.values()))
+            # Here and not above: it imports transformers, which such a model has imported already.
+            from trtower.living.stand_in import make_stand_in
 
-        stand_in = make_stand_in(place, ran, installation)
-        if not keep_original:
-            stand_in.original.write(Path(offload_folder) if offload_folder else None)
-        place.put(stand_in)
-    except BaseException:
-        ran.close()
-        raise
-    if not keep_original:
-        installation.freed = stand_in.original.drop()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # for TensorRT, whose memory is not torch's
+            stand_in = make_stand_in(place, ran, installation)
+            if not keep_original:
+                stand_in.original.write(folder)
+                undo.callback(stand_in.take_back)
+            place.put(stand_in)
+            undo.callback(place.put, place.module)
+            if not keep_original:
+                installation.freed = stand_in.original.drop()
+            undo.pop_all()
+    if installation.freed and device.type == "cuda":
+        torch.cuda.empty_cache()  # for TensorRT, whose memory is not torch's
     logger.info("%r", installation)
     return installation
 
@@ -137,18 +165,32 @@ def install(
 def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
     """Bring back the eager tower that a bundle took the place of, and free the engine.
 
-    It is the very same module, where and in which dtype the model is by now. ``tower`` is its path; without it every
-    bundle is taken out. Raises ConfigError where none is installed.
+    It is the very same module, where, in which dtype and in which mode the model is by now. ``tower`` is its path;
+    without it every bundle is taken out. Raises ConfigError where none is installed.
     """
-    places = [place for place in find_towers(model) if _installed(place) and tower in (None, place.path)]
-    if not places:
-        raise ConfigError(f"{type(model).__name__} has no bundle installed{f' at {tower!r}' if tower else ''}.")
-    for place in places:
-        stand_in = place.module
-        stand_in.original.bring_back(stand_in.anchor.device, stand_in.anchor.dtype)
-        place.put(stand_in.original.module)
-        stand_in.installation.tower.close()
-        logger.info("%s: the eager tower is back", place.path)
+    with _changing:
+        places = [
+            place for place in find_towers(model) if _installed(place) and (tower is None or tower in place.paths)
+        ]
+        if not places:
+            raise ConfigError(f"{type(model).__name__} has no bundle installed{f' at {tower!r}' if tower else ''}.")
+        for place in places:
+            _take_out(place)
+
+
+def _take_out(place: Place) -> None:
+    stand_in, tower = place.module, place.module.installation.tower
+    tower.refuse_own_call()
+    place.put(stand_in.take_back())
+    tower.close()
+    logger.info("%s: the eager tower is back", place.path)
+
+
+def _path(value: Any, name: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except (TypeError, RuntimeError) as err:
+        raise ConfigError(f"{name}={value!r} is no path to a folder.") from err
 
 
 def _installed(place: Place) -> Installation | None:

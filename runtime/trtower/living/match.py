@@ -1,6 +1,7 @@
 """Hold a bundle against the tower that it is to take the place of, before anything is changed."""
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,14 @@ from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_laye
 from trtower.living.find import Place
 from trtower.pick import export_command, name_layers
 from trtower.reading import is_contrastive, read_vision_feature_layer
-from trtower.spec import TowerSpec
+from trtower.spec import EIGHT_BIT, TowerSpec
+from trtower.tower import VisionTower
 from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_parameters, weights_sha256
+
+logger = logging.getLogger(__name__)
+
+GIVES_STATES = ("BaseModelOutput", "BaseModelOutputWithPooling")
+"""What a vision model returns that gives hidden states alone."""
 
 COMPUTES = (
     "hidden_size",
@@ -45,7 +52,6 @@ def check_match(
             f"{bundle.path} is a rehearsal, with random weights, and the model's answers would mean nothing: export "
             "its checkpoint, or ask for it with allow_random_weights=True."
         )
-    check_held(place)
     _check_config(place, bundle)
     for code, feature, said in _codes(model, place):
         _check_layers(code, feature, said, place, bundle)
@@ -53,18 +59,83 @@ def check_match(
         _check_weights(place, bundle)
 
 
-def check_held(place: Place) -> None:
-    """Raise ConfigError where the tower's weights are not in this process to be read and brought back."""
+def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
+    """Raise ConfigError where another module cannot take the tower's place, or its weights cannot be ``dropped``."""
+    tower = place.module
     if type(place.holder).__name__ == "OptimizedModule":
         raise ConfigError(
             f"{place.path} was compiled by torch.compile, which keeps running what it compiled: install first."
         )
-    gone = next((name for name, each in place.module.named_parameters() if each.is_meta), None)
+    gone = next((name for name, each in tower.named_parameters() if each.is_meta), None)
     if gone:
         raise ConfigError(
-            f"{place.path}.{gone} is on the meta device, and its weights are elsewhere, as accelerate offloads them: "
-            "load the model with its tower on one device, by device_map."
+            f"{place.path}.{gone} is on the meta device: accelerate has offloaded its weights, or a bundle in another "
+            "model with the same tower has let go of them. Load this model with a tower of its own, on one device."
         )
+    if tower.training:
+        raise ConfigError(f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first.")
+    if not dropped:
+        return
+    if any(parameter.grad is not None for parameter in tower.parameters()):
+        raise ConfigError(
+            f"{place.path} has gradients, which would be lost: model.zero_grad() first, or keep_original=True."
+        )
+    own = {id(each) for each in (*tower.modules(), *tower.parameters())} - {id(tower)}
+    for name, module in model.named_modules():
+        if id(module) in own or module is tower:
+            continue
+        shared = next(
+            (key for key, each in (*module._modules.items(), *module._parameters.items()) if id(each) in own), None
+        )
+        if shared:
+            raise ConfigError(
+                f"{f'{name}.' if name else ''}{shared} is a part of {place.path}, whose weights are to be let go of: "
+                "keep_original=True keeps them."
+            )
+
+
+SAME_TOWER = 0.1
+"""Relative error below which two towers compute the same: half precision is off by 0.02 at most, another layer, other
+weights or another activation by more than this."""
+SAME_TOWER_8_BIT = 0.3
+
+
+@torch.no_grad()
+def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
+    """Have both towers see one image, and raise ConfigError where they do not see the same, if they are ``compared``.
+
+    It tells what neither config nor weights do: a forward pass that was patched, a hook that changes a state, another
+    implementation under the same name. ``ran`` gives every token of every layer that its bundle holds.
+    """
+    spec, module = ran.spec, place.module
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(ran.bundle.manifest.batch.min, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
+    pixel_values = drawn.to(next(module.parameters()).device, module.dtype)
+    output = module.forward(pixel_values, output_hidden_states=True, return_dict=True)  # and no hook hears of it
+    if type(output).__name__ not in GIVES_STATES:
+        raise ConfigError(
+            f"{place.path} of this model gives a {type(output).__name__}; a bundle gives hidden states alone."
+        )
+    if not compared:
+        return
+    depth = count_layers(module)
+    states = {layer: output.hidden_states[layer] for layer in served_layers(spec, depth) if layer <= depth}
+    if depth + 1 in served_layers(spec, depth):
+        states[depth + 1] = output.last_hidden_state
+    tokens = ran(pixel_values)
+    for layer, held in served_layers(spec, depth).items():
+        (columns,) = spec.columns([held])
+        found, expected = tokens[..., columns].float(), states[layer].float()
+        if not expected.isfinite().all():
+            logger.warning("%s of this model is not finite in %s: it is not compared.", place.path, module.dtype)
+            return
+        error = float((found - expected).norm() / expected.norm())
+        if error > (SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER):
+            raise ConfigError(
+                f"{place.path} of this model and {ran.bundle.path} see one image differently: hidden state "
+                f"{name_layer(layer, depth)} is off by {error:.0%}. Was the model's code changed, or its weights put "
+                "elsewhere?"
+            )
 
 
 def _check_config(place: Place, bundle: Bundle) -> None:
@@ -76,6 +147,8 @@ def _check_config(place: Place, bundle: Bundle) -> None:
             f"{type(place.module).__name__} ({config.model_type})."
         )
     side = _side(config)
+    if side is None:
+        raise ConfigError(f"{place.path} of this model takes pictures of free shape, and an engine those of one.")
     if side != spec.image_size:
         command = export_command(bundle, name_layers(spec, spec.layers), side)
         raise ConfigError(
@@ -95,9 +168,10 @@ def _check_config(place: Place, bundle: Bundle) -> None:
         )
 
 
-def _side(config: Any) -> int:
-    size = config.image_size
-    return int(size if isinstance(size, int) else size[0])
+def _side(config: Any) -> int | None:
+    """Give the side of the square pictures that a tower takes; None where they are of no such shape."""
+    size = _plain(getattr(config, "image_size", None))
+    return size if isinstance(size, int) else None
 
 
 def _plain(value: Any) -> Any:
@@ -116,13 +190,13 @@ def _codes(model: nn.Module, place: Place) -> Iterator[tuple[LayerCode, str, str
     if getattr(holder, "select_layer", None) is not None:  # LLaVA's wrapper, and its like
         feature = getattr(holder, "select_feature", "patch")
         yield holder.select_layer, feature, "select_layer"  # type: ignore[misc]
-        return
     configs = [config for each in (holder, model) if (config := getattr(each, "config", None)) is not None]
     for config in configs:
         if getattr(config, "mm_vision_select_layer", None) is not None:  # which counts layers that a wrapper may drop
             feature = getattr(config, "mm_vision_select_feature", "patch")
             layers, _ = read_layer_code(config.mm_vision_select_layer, feature, place.module.config.num_hidden_layers)
-            yield list(layers), "patch", "mm_vision_select_layer"
+            codes = [LAST if layer > place.module.config.num_hidden_layers else layer for layer in layers]
+            yield codes, "patch", "mm_vision_select_layer"
             return
         vision_config = getattr(config, "vision_config", None)
         if getattr(vision_config, "model_type", None) is None:

@@ -4,25 +4,29 @@ They are written to a file without a name, which vanishes with the process howev
 substitute: its weights may have been changed, cast or merged since they were loaded, and it may not be there any more.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trtower.errors import ConfigError
 
 
 class Original:
-    """A replaced tower (``module``), which keeps its weights until `drop`."""
+    """A replaced tower (``module``), which keeps its weights until `drop`. Threads may read it, and processes."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self._dtype: torch.dtype = module.dtype
+        self._trained, self._training = wants_gradient(module), module.training
+        self._parameters: list[nn.Parameter] = list(module.parameters())
+        self._shapes = [(parameter.shape, parameter.dtype) for parameter in self._parameters]
+        self._dropped: dict[int, nn.Parameter] = {}
         self._file: IO[bytes] | None = None
-        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
 
     def write(self, folder: Path | None) -> None:
         """Write the weights into a file in ``folder``, by default where temporary files go.
@@ -32,9 +36,8 @@ class Original:
         where = folder or Path(tempfile.gettempdir())
         try:
             file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115 - kept open
-            for parameter in self.module.parameters():
+            for parameter in self._parameters:
                 file.write(_bytes_of(parameter.detach().to("cpu").contiguous()))
-                self._shapes.append((parameter.shape, parameter.dtype))
             file.flush()
         except OSError as err:
             raise ConfigError(
@@ -44,30 +47,47 @@ class Original:
         self._file = file
 
     def drop(self) -> int:
-        """Let go of the weights, which `write` has written; give the bytes that they took."""
+        """Let go of the weights, which `write` has written; give the bytes that they took.
+
+        Whoever holds the module besides finds them on the meta device, of which torch says that it holds no data.
+        """
         freed = 0
-        for parameter in self.module.parameters():
+        for parameter in self._parameters:
+            self._dropped[id(parameter)] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
             freed += parameter.nbytes
+        self._exchange(self._dropped)
+        for parameter in self._parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return freed
 
-    def bring_back(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Have the weights in the module again, where and in which dtype its stand-in was last."""
+    @torch.inference_mode(mode=False)
+    def bring_back(self, anchor: Tensor, *, training: bool) -> None:
+        """Have the weights in the module again, where its stand-in is by now, in the dtype and mode that it is in."""
         if self._file is not None:
-            for parameter, weight in zip(self.module.parameters(), list(self._read()), strict=True):
-                parameter.data = weight.to(device)
+            weights = list(self._read())
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.data = weight.to(anchor.device)
+            back = {id(self._dropped[id(each)]): each for each in self._parameters if id(each) in self._dropped}
+            self._exchange(back)
+            self._dropped = {}
             self._file.close()
             self._file = None
-        self.module.to(device)
-        if dtype != self._dtype:
-            self.module.to(dtype)
+        self.module.to(anchor.device)
+        if anchor.dtype != self._dtype:
+            self.module.to(anchor.dtype)
+        if anchor.requires_grad != self._trained:
+            self.module.requires_grad_(anchor.requires_grad)
+        if training != self._training:
+            self.module.train(training)
 
+    @torch.inference_mode(mode=False)
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Give the state dict of the module, on the CPU where its weights are out of memory."""
         state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
-        if self._file is not None:
+        if self._dropped:
             read = {
-                id(parameter): weight for parameter, weight in zip(self.module.parameters(), self._read(), strict=True)
+                id(self._dropped[id(parameter)]): weight
+                for parameter, weight in zip(self._parameters, self._read(), strict=True)
             }
             state = {name: read.get(id(tensor), tensor) for name, tensor in state.items()}
         cast = dtype if dtype != self._dtype else None
@@ -75,16 +95,31 @@ class Original:
             name: tensor.detach().to(cast if tensor.is_floating_point() else None) for name, tensor in state.items()
         }
 
+    def _exchange(self, others: dict[int, nn.Parameter]) -> None:
+        """Put other parameters in the places of those that are named by their id."""
+        for module in self.module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in others:
+                    module._parameters[name] = others[id(parameter)]
+
     def _read(self) -> Iterator[Tensor]:
+        """Read the weights, at offsets and not where the file is at: other threads read it, and forks have it too."""
         assert self._file is not None  # noqa: S101 - narrows the type
-        self._file.seek(0)
+        offset = 0
         for shape, dtype in self._shapes:
-            tensor = torch.empty(shape, dtype=dtype)
-            if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-                raise ConfigError(
-                    f"the weights of {type(self.module).__name__} cannot be read back: the file is short."
-                )
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            rest = _bytes_of(tensor)
+            while rest:
+                count = os.preadv(self._file.fileno(), [rest], offset)
+                if not count:
+                    raise ConfigError(f"the weights of this {type(self.module).__name__} cannot be read back.")
+                rest, offset = rest[count:], offset + count
             yield tensor
+
+
+def wants_gradient(module: nn.Module) -> bool:
+    """Whether any weight of a tower wants a gradient."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
 from trtower.living.match import served_layers
-from trtower.living.original import Original
-from trtower.living.outputs import TowerOutput, check_states, hold_states
+from trtower.living.original import Original, wants_gradient
+from trtower.living.outputs import hold_states, last_hidden_state, pooler_output
 from trtower.tower import VisionTower
 from trtower.weights import count_layers
 
@@ -61,27 +62,25 @@ class StandIn(nn.Module):
     ) -> Any:
         """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in this dtype.
 
-        ``output_hidden_states`` may be layers, as in transformers 5, which are looked for before anything runs. S is
-        the size that the bundle was made for, so there are no positions to interpolate. Raises ConfigError for what no
-        bundle gives, or not this one, and InputError.
+        ``output_hidden_states`` may be layers, as in transformers 5. The states that the bundle holds are there, and
+        the others raise ConfigError when they are read. S is the size that the bundle was made for, so there are no
+        positions to interpolate. Raises ConfigError for an option that no bundle can follow, and InputError.
         """
         del interpolate_pos_encoding
         self._refuse_training(pixel_values)
         for name in CHANGE_THE_TOWER:
-            if options.get(name) is not None and options[name] is not False:
+            if self._default(name, options.get(name), otherwise=False) is not False:
                 raise ConfigError(f"{name} is not for {self._path}, which is compiled: {BACK}.")
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
             found = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
-        wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
-        held = self._columns.keys()
-        if not isinstance(wanted, bool):
-            check_states([wanted] if isinstance(wanted, int) else wanted, held, self._num_layers, self._holds())
-        tokens = self._run(pixel_values)
+        tokens, bundle = self._run(pixel_values), str(self._tower.bundle.path)
         states = {layer: tokens[..., columns] for layer, columns in self._columns.items()}
-        output = TowerOutput(
-            last_hidden_state=states.get(self._num_layers + 1),
-            hidden_states=None if wanted is False else hold_states(states, self._num_layers, self._holds()),
+        wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state(states, self._num_layers, bundle),
+            pooler_output=pooler_output(),  # type: ignore[arg-type]
+            hidden_states=None if wanted is False else hold_states(states, self._num_layers, bundle),  # type: ignore[arg-type]
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
 
@@ -109,14 +108,17 @@ class StandIn(nn.Module):
         if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
             raise BackendError(f"pixel_values wants a gradient, which no engine gives: {BACK}.")
 
-    def _holds(self) -> str:
-        return str(self._tower.bundle.path)
-
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)` of the model, and its casts."""
         self._tower._apply(fn)  # raises before anything has moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def take_back(self) -> nn.Module:
+        """Give the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
+        self.original.bring_back(self.anchor, training=self.training)
+        module: nn.Module = self.original.module
+        return module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
@@ -188,10 +190,7 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
     registries = set(attributes) | set(OF_ANOTHER)
     attributes |= {name: value for name, value in vars(module).items() if name not in registries}
     first = next(module.parameters())
-    wants_gradient = any(parameter.requires_grad for parameter in module.parameters())
-    stand_in.anchor = nn.Parameter(
-        torch.empty(0, dtype=module.dtype, device=first.device), requires_grad=wants_gradient
-    )
+    stand_in.anchor = nn.Parameter(torch.empty(0, dtype=module.dtype, device=first.device), wants_gradient(module))
     stand_in.training = module.training
     attributes |= {name: vars(module)[name] for name in HOOKS}
     depth = count_layers(module)

@@ -22,6 +22,7 @@ from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.living import install as installing
+from trtower.living.find import Place
 from trtower.living.original import Original
 from trtower.tower import VisionTower
 
@@ -161,7 +162,7 @@ def test_tower_that_hangs_twice_is_replaced_twice(model: Any, bundles: Bundles) 
 def test_contrastive_model_is_refused(bundles: Bundles) -> None:
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.CLIPConfig(text_config=text, vision_config=make_model("clip").config.to_dict())
-    model = transformers.CLIPModel(config)
+    model = transformers.CLIPModel(config).eval()
     with pytest.raises(ConfigError, match=r"reads the pooled vector|has no vision tower"):  # 4.57 has no model in it
         trtower.install(model, bundles())
 
@@ -275,7 +276,15 @@ def broken(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize(
     "where",
-    [(VisionTower, "load"), (Original, "__init__"), (Original, "write")],
+    [
+        (VisionTower, "load"),
+        (installing, "check_answers"),
+        (Original, "__init__"),
+        (Original, "write"),
+        (Place, "put"),
+        (Original, "drop"),
+        (Original, "_exchange"),
+    ],
     ids=lambda where: where[1],
 )
 def test_failure_half_way_leaves_the_model_as_it_was(

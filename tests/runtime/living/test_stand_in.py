@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import trtower
@@ -88,14 +89,12 @@ def test_layers_may_be_asked_for_by_number(install: Install, wanted: Any) -> Non
         assert torch.allclose(output.hidden_states[index], expected[index], atol=EXACT)
 
 
-@pytest.mark.parametrize(("wanted", "layer"), [(0, 0), ([1, 2], 2), (-1, -1), (7, 7)])
-def test_layers_that_are_not_held_raise_before_anything_runs(install: Install, wanted: Any, layer: int) -> None:
+@pytest.mark.parametrize(("wanted", "layer"), [(2, 2), ([1, 2], 2), (-1, 4)])
+def test_layers_that_are_not_held_raise_when_they_are_read(install: Install, wanted: Any, layer: int) -> None:
     stand_in, _ = install()
-    calls: list[Any] = []
-    stand_in.installation.tower.on_batch = calls.append
+    output = stand_in(draw(), output_hidden_states=wanted)  # InternVL asks for -1 and reads last_hidden_state
     with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers is read"):
-        stand_in(draw(), output_hidden_states=wanted)
-    assert calls == []
+        output.hidden_states[layer]
 
 
 def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(install: Install) -> None:
@@ -110,22 +109,47 @@ def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(instal
 def test_output_is_assigned_to_as_models_do(install: Install) -> None:
     stand_in, _ = install()
     output = stand_in(draw(), output_hidden_states=True)
-    with pytest.raises(ConfigError, match="pooler_output was read"):
-        _ = output.pooler_output
+    assert type(output) is transformers.modeling_outputs.BaseModelOutputWithPooling
+    assert "pooler_output is read, one vector of an image" in repr(output)
     output.pooler_output = [torch.ones(3)]
-    assert output.pooler_output[0].sum() == 3
-    assert repr(output).startswith("TowerOutput(")
+    assert output.pooler_output[0].sum() == output["pooler_output"][0].sum() == 3
     assert output.attentions is None
 
 
-def test_what_is_not_there_is_never_taken_for_something_else(install: Install) -> None:
+USES: dict[str, Callable[[Any], Any]] = {
+    "slice": lambda state: state[:, 1:],
+    "cast": lambda state: state.to(torch.float16),
+    "shape": lambda state: state.shape,
+    "concatenate": lambda state: torch.cat([torch.zeros(2, 10, WIDTH), state]),
+    "project": lambda state: nn.functional.linear(state, torch.eye(WIDTH)),
+    "add to": lambda state: torch.zeros(1) + state,
+    "multiply": lambda state: 2 * state,
+    "ask": lambda state: bool(state.any()),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_is_not_there_may_be_handed_on_and_not_used(install: Install, use: Callable[[Any], Any]) -> None:
     stand_in, _ = install()
-    for output in (stand_in(draw(), output_hidden_states=True), stand_in(draw(), return_dict=False)):
-        with pytest.raises(ConfigError, match=r"last_hidden_state was read, .* --select-layer last_hidden_state"):
-            output[0]
-        with pytest.raises(ConfigError, match="pooler_output was read"):
-            output[1]
-    assert len(stand_in(draw(), return_dict=False, output_hidden_states=True)[2]) == NUM_LAYERS + 1
+    given = stand_in(draw(), output_hidden_states=True)
+    for output in (given, type(given)(dict(given.items())), pickle.loads(pickle.dumps(given))):
+        first, second, *_ = type(output.hidden_states)(state for state in output.hidden_states)
+        assert use(second) is not None
+        with pytest.raises(ConfigError, match=r"hidden state 0 of 4 layers is read; .* holds 1, 3"):
+            use(first)
+        for last in (output.last_hidden_state, output[0], output["last_hidden_state"], output.to_tuple()[0]):
+            with pytest.raises(ConfigError, match=r"last_hidden_state is read; .* --select-layer last_hidden_state"):
+                use(last)
+        for pooled in (output.pooler_output, output[1]):
+            with pytest.raises(ConfigError, match="pooler_output is read"):
+                use(pooled)
+
+
+def test_tuple_has_its_places_where_it_has_them_in_the_eager_tower(install: Install) -> None:
+    stand_in, _ = install()
+    found = stand_in(draw(), return_dict=False, output_hidden_states=True)
+    assert [type(each).__name__ for each in found] == ["Absent", "Absent", "Held"]
+    assert len(found[2]) == NUM_LAYERS + 1
     stand_in.config.return_dict = False
     assert isinstance(stand_in(draw()), tuple)
     assert not isinstance(stand_in(draw(), return_dict=True), tuple)
@@ -266,29 +290,6 @@ def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
         assert logits(model, given) is not None
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda state: state[:, 1:],
-        lambda state: state.to(torch.float16),
-        lambda state: state.shape,
-        lambda state: torch.cat([torch.zeros(2, 10, WIDTH), state]),
-        lambda state: nn.functional.linear(state, torch.eye(WIDTH)),
-        lambda state: torch.zeros(1) + state,
-    ],
-)
-def test_state_that_is_not_held_may_be_handed_on_and_not_used(install: Install, use: Callable[[Any], Any]) -> None:
-    stand_in, _ = install()
-    handed_on = stand_in(draw(), output_hidden_states=True)
-    for again in (handed_on, type(handed_on)(dict(handed_on.items())), pickle.loads(pickle.dumps(handed_on))):
-        first, second, *_ = type(again.hidden_states)(state for state in again.hidden_states)
-        assert use(second) is not None
-        with pytest.raises(ConfigError, match=r"hidden state 0 of 4 layers is read; .* holds 1, 3"):
-            use(first)
-        with pytest.raises(ConfigError, match="pooler_output was read"):
-            _ = again.pooler_output
-
-
 def test_hooks_on_the_tower_go_on_being_called(bundles: Bundles) -> None:
     holder = Holder("clip").eval()
     heard: list[Any] = []
@@ -303,10 +304,3 @@ def test_hooks_on_the_tower_go_on_being_called(bundles: Bundles) -> None:
     holder.tower(draw())
     assert heard.pop() == "later"
     later.remove()
-
-
-def test_asking_whether_a_field_is_there_is_no_way_around_it(install: Install) -> None:
-    stand_in, _ = install()
-    for name in ("last_hidden_state", "pooler_output"):
-        with pytest.raises(ConfigError, match=f"{name} was read"):
-            getattr(stand_in(draw()), name, None)
