@@ -49,6 +49,10 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 """Small towers by family and variant: the class in transformers, and its config."""
 
 
+TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip")
+"""Of those, what checkpoints are made of."""
+
+
 def make_model(name: str, **changes: object) -> torch.nn.Module:
     """Draw a small tower whose every layer matters: default initialisation leaves residuals almost untouched.
 
@@ -107,9 +111,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    for family in ("clip", "dinov2", "siglip"):
+    for family in TOWERS:
         make_model(family).save_pretrained(root / f"tiny-{family}")
-    return {family: root / f"tiny-{family}" for family in ("clip", "dinov2", "siglip")}
+    return {family: root / f"tiny-{family}" for family in TOWERS}
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_pa
 
 logger = logging.getLogger(__name__)
 
-GIVES_STATES = ("BaseModelOutput", "BaseModelOutputWithPooling")
-"""What a vision model returns that gives hidden states alone."""
+STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+"""What vision models give, of which a bundle has the states, and models make do without the rest."""
 
 COMPUTES = (
     "hidden_size",
@@ -111,11 +112,11 @@ def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(ran.bundle.manifest.batch.min, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
     pixel_values = drawn.to(next(module.parameters()).device, module.dtype)
-    output = module.forward(pixel_values, output_hidden_states=True, return_dict=True)  # and no hook hears of it
-    if type(output).__name__ not in GIVES_STATES:
-        raise ConfigError(
-            f"{place.path} of this model gives a {type(output).__name__}; a bundle gives hidden states alone."
-        )
+    with _asked_for_states(module.config):
+        output = module.forward(pixel_values)  # and no hook hears of it
+    others = sorted(output.keys() - STATES)
+    if others:
+        raise ConfigError(f"{place.path} of this model gives {', '.join(others)}; a bundle gives hidden states alone.")
     if not compared:
         return
     depth = count_layers(module)
@@ -136,6 +137,20 @@ def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
                 f"{name_layer(layer, depth)} is off by {error:.0%}. Was the model's code changed, or its weights put "
                 "elsewhere?"
             )
+
+
+@contextmanager
+def _asked_for_states(config: Any) -> Iterator[None]:
+    """Have a tower give every state: InternVL's of transformers 4.57 can be asked by its config alone."""
+    names = ("output_hidden_states", "return_dict")
+    before = {name: getattr(config, name, None) for name in names}
+    for name in names:
+        setattr(config, name, True)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _check_config(place: Place, bundle: Bundle) -> None:

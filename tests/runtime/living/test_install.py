@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,43 @@ def mixed_dtypes(model: Any) -> None:
     layer.mlp.fc1.half()
 
 
+def layers_of(model: Any) -> Any:
+    return getattr(tower(model), "vision_model", tower(model)).encoder.layers
+
+
+def swapped_layers(model: Any) -> None:
+    layers = layers_of(model)
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def patched_forward(model: Any) -> None:
+    eager = tower(model).forward
+    tower(model).forward = lambda pixel_values, **options: eager(pixel_values.flip(-1), **options)
+
+
+def hooked_layer(model: Any) -> None:
+    layer = layers_of(model)[1].mlp
+    layer.register_forward_hook(lambda module, arguments, output: 2 * output)
+
+
+def in_training(model: Any) -> None:
+    model.train()
+
+
+def with_gradients(model: Any) -> None:
+    for parameter in tower(model).parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def aliased_part(model: Any) -> None:
+    model.probe = layers_of(model)[0]
+
+
+def tied_weight(model: Any) -> None:
+    model.tied = nn.Linear(1, 1)
+    model.tied.weight = layers_of(model)[0].mlp.fc1.weight
+
+
 def offloaded(model: Any) -> None:
     layer = getattr(tower(model), "vision_model", tower(model)).encoder.layers[1]
     layer.mlp.fc1.to("meta")
@@ -198,6 +236,13 @@ def offloaded(model: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (swapped_layers, r"see one image differently: hidden state 3 is off by \d+%"),
+        (patched_forward, r"see one image differently: hidden state 3 is off by \d+%"),
+        (hooked_layer, r"see one image differently: hidden state 3 is off by \d+%"),
+        (in_training, r"is in training mode, and a compiled tower is not trained: model\.eval\(\) first"),
+        (with_gradients, r"has gradients, which would be lost: model\.zero_grad\(\) first"),
+        (aliased_part, r"probe is a part of model\.vision_tower, .*keep_original=True keeps them"),
+        (tied_weight, r"tied\.weight is a part of model\.vision_tower"),
         (other_weights, "has other weights than .*, which was made of .*tiny-clip"),
         (added_adapter, "has other weights than"),
         (
@@ -434,3 +479,157 @@ def test_import_of_install_imports_no_transformers(bundles: Bundles) -> None:
 def test_public_functions_are_those_of_the_package() -> None:
     assert trtower.install is installing.install
     assert trtower.uninstall is installing.uninstall
+
+
+def test_threads_that_save_get_the_weights_that_there_are(model: Any, bundles: Bundles) -> None:
+    state = snapshot(model)
+    with trtower.install(model, bundles()), ThreadPoolExecutor(4) as threads:
+        saved = list(threads.map(lambda _: snapshot(model), range(40)))
+    assert all(same(each, state) for each in saved)
+
+
+def test_threads_that_install_at_once_install_once(model: Any, bundles: Bundles) -> None:
+    state = snapshot(model)
+    with ThreadPoolExecutor(2) as threads:
+        installed = list(threads.map(lambda _: trtower.install(model, bundles()), range(2)))
+    assert installed[0].tower is installed[1].tower
+    trtower.uninstall(model)
+    assert same(snapshot(model), state)
+
+
+def test_tower_that_two_models_share_is_let_go_of_once(model: Any, bundles: Bundles, tmp_path: Path) -> None:
+    other, given = make("llava"), inputs(model, "llava", "one image")
+    other.model.vision_tower = tower(model)
+    before = logits(other, given)
+    with trtower.install(model, bundles()):
+        with pytest.raises(ConfigError, match="a bundle in another model with the same tower has let go of them"):
+            trtower.install(other, bundles())
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            logits(other, given)
+        with pytest.raises(Exception, match="meta"):  # whatever transformers raises; it does not save emptiness
+            other.save_pretrained(tmp_path)
+    assert torch.equal(logits(other, given), before)
+
+
+def test_shared_parts_may_be_kept(model: Any, bundles: Bundles) -> None:
+    aliased_part(model)
+    with trtower.install(model, bundles(), keep_original=True):
+        assert model.probe.mlp.fc1.weight.numel()
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+def test_tower_comes_back_in_the_mode_that_the_model_is_in(model: Any, bundles: Bundles, keep_original: bool) -> None:
+    eager = tower(model)
+    with trtower.install(model, bundles(), keep_original=keep_original):
+        model.train()
+        model.requires_grad_(requires_grad=False)
+    assert all(each.training for each in eager.modules())
+    assert not any(each.requires_grad for each in eager.parameters())
+    model.eval()
+    with trtower.install(model, bundles(), keep_original=keep_original):
+        model.requires_grad_()
+    assert not any(each.training for each in eager.modules())
+    assert all(each.requires_grad for each in eager.parameters())
+
+
+def test_weights_come_back_whatever_the_default_device_and_mode(model: Any, bundles: Bundles) -> None:
+    state, given = snapshot(model), inputs(model, "llava", "one image")
+    with torch.device("meta"), torch.inference_mode():
+        installed = trtower.install(model, bundles())
+        assert same(model.state_dict(), state)
+        installed.uninstall()
+    assert same(snapshot(model), state)
+    model(**given).logits.sum().backward()  # no inference tensors
+
+
+def test_bundle_is_not_taken_out_inside_a_call_of_its_own(model: Any, bundles: Bundles) -> None:
+    given = inputs(model, "llava", "one image")
+    with trtower.install(model, bundles()) as installed:
+        installed.tower.on_batch = lambda report: trtower.uninstall(model)
+        with pytest.raises(BackendError, match="is not closed or moved inside a call of its own"):
+            logits(model, given)
+        assert installed.is_installed
+        installed.tower.on_batch = None
+        assert logits(model, given) is not None
+
+
+def test_block_leaves_what_was_taken_out_in_it(model: Any, bundles: Bundles) -> None:
+    eager = tower(model)
+    with trtower.install(model, bundles()):
+        trtower.uninstall(model)
+    assert tower(model) is eager
+
+
+def test_handle_takes_out_its_own_bundle_alone(model: Any, bundles: Bundles) -> None:
+    first = trtower.install(model, bundles())
+    trtower.uninstall(model)
+    second = trtower.install(model, bundles(precision="fp16"))
+    assert not first.is_installed
+    with pytest.raises(ConfigError, match=r"model\.vision_tower of this model has .* no more"):
+        first.uninstall()
+    assert second.is_installed
+    second.uninstall()
+
+
+def test_second_call_opens_a_closed_tower_and_notes_another_bundle(
+    model: Any, bundles: Bundles, tmp_path: Path
+) -> None:
+    given = inputs(model, "llava", "one image")
+    bundle = Path(shutil.copytree(bundles(), tmp_path / "bundle"))
+    with trtower.install(model, bundle) as installed:
+        installed.tower.close()
+        trtower.install(model, bundle)
+        assert logits(model, given) is not None
+        shutil.rmtree(bundle)
+        shutil.copytree(bundles(precision="fp16"), bundle)
+        with pytest.raises(ConfigError, match="the same bundle as it is by now, exported or built anew, is asked for"):
+            trtower.install(model, bundle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": None}, "model is of type NoneType; a loaded model"),
+        ({"model": "llava"}, "model is of type str"),
+        ({"bundle": None}, "bundle=None is no path"),
+        ({"bundle": 5}, "bundle=5 is no path"),
+        ({"bundle": "~nobody-of-this-name/x"}, "is no path"),
+        ({"offload_folder": 5}, "offload_folder=5 is no path"),
+        ({"engine": "fast"}, "engine='fast'"),
+        ({"tower": nn.Linear(1, 1)}, "tower of type Linear"),
+        ({"tower": "model.tower"}, r"has no vision tower at 'model\.tower'; it has model\.vision_tower"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(
+    model: Any, bundles: Bundles, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        trtower.install(**{"model": model, "bundle": bundles(), **arguments})
+
+
+def test_tower_goes_by_each_of_its_names(model: Any, bundles: Bundles) -> None:
+    model.shortcut = tower(model)
+    with trtower.install(model, bundles(), tower="shortcut") as installed:
+        assert installed.path == "model.vision_tower"
+        trtower.uninstall(model, tower="shortcut")
+
+
+def test_model_whose_wrapper_cannot_be_asked_for(model: Any, bundles: Bundles) -> None:
+    model.get_vision_tower = broken  # a tower hangs in plain sight
+    with trtower.install(model, bundles()):
+        pass
+    hidden = nn.Linear(1, 1)
+    hidden.get_vision_tower = lambda: tower(model)
+    with pytest.raises(ConfigError, match="hangs in no module or list of it and cannot be replaced"):
+        trtower.install(hidden, bundles())
+
+
+def test_cycles_leave_nothing_behind(model: Any, bundles: Bundles) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    trtower.install(model, bundles()).uninstall()
+    before = open_files()
+    for _ in range(5):
+        trtower.install(model, bundles()).uninstall()
+    assert open_files() == before
