@@ -439,6 +439,7 @@ def test_model_is_saved_with_its_own_weights(
     expected = snapshot(make("llava").to(dtype))
     with trtower.install(model, bundles(), keep_original=keep_original):
         model.to(dtype)
+        assert same(snapshot(model), expected)
         model.save_pretrained(tmp_path)
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert same(snapshot(again), expected)
@@ -451,6 +452,23 @@ def test_weights_for_the_tower_are_refused(model: Any, bundles: Bundles) -> None
             model.load_state_dict(state)
         rest = {name: tensor for name, tensor in state.items() if "vision_tower" not in name}
         assert not model.load_state_dict(rest, strict=False).unexpected_keys
+
+
+def test_tower_of_fewer_layers_than_the_bundle_reads_is_refused(model: Any, bundles: Bundles) -> None:
+    del layers_of(model)[2:]
+    model.config.vision_feature_layer = -1
+    with pytest.raises(ConfigError, match=r"holds a state of layer 3; model\.vision_tower of this model has 2 layers"):
+        trtower.install(model, bundles(), allow_other_weights=True)
+
+
+def test_bundle_is_told_where_the_model_goes(model: Any, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with trtower.install(model, bundles()) as installed:
+        told: list[torch.Tensor] = []
+        move = VisionTower._apply
+        monkeypatch.setattr(VisionTower, "_apply", lambda self, fn: told.append(fn(torch.ones(1))) or move(self, fn))
+        model.to("cpu", torch.float16)  # the GPU tests have it follow
+        assert [each.dtype for each in told] == [torch.float16]
+        assert installed.tower.dtype == torch.float32
 
 
 def test_model_is_cast_and_moved_around_the_bundle(model: Any, bundles: Bundles) -> None:
