@@ -17,8 +17,9 @@ from torch import nn
 
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError
+from trtower.living.compare import check_answers
 from trtower.living.find import Place, find_tower, find_towers
-from trtower.living.match import check_answers, check_match, check_replaceable
+from trtower.living.match import check_match, check_replaceable
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 

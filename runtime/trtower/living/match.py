@@ -1,9 +1,7 @@
 """Hold a bundle against the tower that it is to take the place of, before anything is changed."""
 
 import json
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,14 +13,8 @@ from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_laye
 from trtower.living.find import Place
 from trtower.pick import export_command, name_layers
 from trtower.reading import is_contrastive, read_vision_feature_layer
-from trtower.spec import EIGHT_BIT, TowerSpec
-from trtower.tower import VisionTower
+from trtower.spec import TowerSpec
 from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_parameters, weights_sha256
-
-logger = logging.getLogger(__name__)
-
-STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-"""What vision models give, of which a bundle has the states, and models make do without the rest."""
 
 COMPUTES = (
     "hidden_size",
@@ -93,64 +85,6 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
                 f"{f'{name}.' if name else ''}{shared} is a part of {place.path}, whose weights are to be let go of: "
                 "keep_original=True keeps them."
             )
-
-
-SAME_TOWER = 0.1
-"""Relative error below which two towers compute the same: half precision is off by 0.02 at most, another layer, other
-weights or another activation by more than this."""
-SAME_TOWER_8_BIT = 0.3
-
-
-@torch.no_grad()
-def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
-    """Have both towers see one image, and raise ConfigError where they do not see the same, if they are ``compared``.
-
-    It tells what neither config nor weights do: a forward pass that was patched, a hook that changes a state, another
-    implementation under the same name. ``ran`` gives every token of every layer that its bundle holds.
-    """
-    spec, module = ran.spec, place.module
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(ran.bundle.manifest.batch.min, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
-    pixel_values = drawn.to(next(module.parameters()).device, module.dtype)
-    with _asked_for_states(module.config):
-        output = module.forward(pixel_values)  # and no hook hears of it
-    others = sorted(output.keys() - STATES)
-    if others:
-        raise ConfigError(f"{place.path} of this model gives {', '.join(others)}; a bundle gives hidden states alone.")
-    if not compared:
-        return
-    depth = count_layers(module)
-    states = {layer: output.hidden_states[layer] for layer in served_layers(spec, depth) if layer <= depth}
-    if depth + 1 in served_layers(spec, depth):
-        states[depth + 1] = output.last_hidden_state
-    tokens = ran(pixel_values)
-    for layer, held in served_layers(spec, depth).items():
-        (columns,) = spec.columns([held])
-        found, expected = tokens[..., columns].float(), states[layer].float()
-        if not expected.isfinite().all():
-            logger.warning("%s of this model is not finite in %s: it is not compared.", place.path, module.dtype)
-            return
-        error = float((found - expected).norm() / expected.norm())
-        if error > (SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER):
-            raise ConfigError(
-                f"{place.path} of this model and {ran.bundle.path} see one image differently: hidden state "
-                f"{name_layer(layer, depth)} is off by {error:.0%}. Was the model's code changed, or its weights put "
-                "elsewhere?"
-            )
-
-
-@contextmanager
-def _asked_for_states(config: Any) -> Iterator[None]:
-    """Have a tower give every state: InternVL's of transformers 4.57 can be asked by its config alone."""
-    names = ("output_hidden_states", "return_dict")
-    before = {name: getattr(config, name, None) for name in names}
-    for name in names:
-        setattr(config, name, True)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _check_config(place: Place, bundle: Bundle) -> None:
