@@ -26,7 +26,7 @@ STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """What vision models give, of which a bundle has the states, and models make do without the rest."""
 
 SAME_TOWER = 0.1
-"""Relative error of a state's median channel, below which two towers compute the same. The demo's pretrained ViT-S/14 is
+"""Relative error of a state's median channel, below which two towers compute the same. The demo's pretrained ViT-S is
 off by 0.002 in FP16, by 0.016 in BF16, with QuickGELU for GELU by 0.15, with two layers swapped by 0.45, and its next
 state by 0.6. The median, because one channel of real towers is a hundred times the others."""
 
