@@ -34,6 +34,7 @@ def main() -> None:
     here, there = spawn.Pipe()
     eyes = spawn.Process(target=see, args=(args.checkpoint, args.bundle, there), daemon=True)
     eyes.start()
+    there.close()  # so that its end is noticed here
 
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
