@@ -95,4 +95,5 @@ def last_hidden_state(states: Mapping[int, Tensor], num_layers: int, bundle: str
 
 def pooler_output() -> Absent:
     """Give what there is of `pooler_output`; models assign their features to it."""
-    return Absent("pooler_output is read, one vector of an image: no bundle holds it, and trtower.uninstall(model) brings it back.")
+    why = "pooler_output is read, one vector of an image, which no bundle holds: trtower.uninstall(model) has it."
+    return Absent(why)
