@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from trtower.bundle import CONFIG, Bundle
@@ -202,7 +201,7 @@ def _check_weights(place: Place, bundle: Bundle) -> None:
             f"{place.path} of this model holds weights in {found}, so it is quantised or in part converted, and not "
             f"what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
         )
-    if weights_sha256(held, torch.float32 if name is None else dtype) != source.weights_sha256[name]:
+    if weights_sha256(held, dtype) != source.weights_sha256[name]:
         raise ConfigError(
             f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}: "
             "export the model's own checkpoint, or take the bundle's with allow_other_weights=True."
