@@ -36,7 +36,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Calibration, Manifest, Source
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, cover
+from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.weights import hash_weights
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
@@ -54,7 +54,6 @@ from trtower_export.truncate import TruncatedTower, release, truncate
 
 AUTO = "auto"
 ENGINES = Path("engines")
-DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
 
 CHECK_PHOTOGRAPHS = 2
 """Photographs in the check that ends an export: enough to find a wrong graph; `trtower check` takes them all."""

@@ -46,19 +46,7 @@ class Bundle:
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
-            if folder.exists():
-                inside = (
-                    [each.parent.name for each in sorted(folder.glob(f"[!.]*/{MANIFEST}"))] if folder.is_dir() else []
-                )
-                found = f"; {', '.join(inside)} in it {'are' if inside[1:] else 'is'}" if inside else ""
-                raise BundleError(
-                    f"{folder} is not a bundle: it has no {MANIFEST}{found}. `trtower export CHECKPOINT` makes one."
-                ) from err
-            beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
-            raise BundleError(
-                f"{folder} is not a bundle: it does not exist in {Path.cwd()}. "
-                + (f"There is {beside[0]}." if beside else "`trtower export CHECKPOINT` makes one of a checkpoint.")
-            ) from err
+            raise BundleError(f"{folder} is not a bundle: {_say_what_instead(folder)}") from err
         except UnicodeDecodeError as err:
             raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err
         try:
@@ -243,6 +231,22 @@ class Bundle:
                 f"{self.path / name} was altered: its sha256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…. "
                 "Copy the bundle again."
             )
+
+
+def _say_what_instead(folder: Path) -> str:
+    """Say what there is in the place of a bundle, and where one may be or what makes one."""
+    if folder.is_file():
+        is_part = (folder.parent / MANIFEST).is_file()
+        return f"it is a file {f'of {folder.parent}, which is one.' if is_part else 'and no folder.'}"
+    if folder.exists():
+        inside = [each.parent.name for each in sorted(folder.glob(f"[!.]*/{MANIFEST}"))]
+        found = f"; {', '.join(inside)} in it {'are' if inside[1:] else 'is'}" if inside else ""
+        of = (folder, " of it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
+        return f"it has no {MANIFEST}{found}. `trtower export {of[0]}` makes one{of[1]}."
+    beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
+    is_id = len(folder.parts) == 2 and not folder.parent.exists()  # such as openai/clip-vit-base-patch32, on the hub
+    made = f"`trtower export {folder if is_id else 'CHECKPOINT'}` makes one of a checkpoint."
+    return f"it does not exist in {Path.cwd()}. {f'There is {beside[0]}.' if beside else made}"
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import FEATURES, LayerCode, name_layer, read_layer_code
-from trtower.spec import TowerSpec
+from trtower.spec import DEFAULT_BATCH, TowerSpec
 
 
 class Pick:
@@ -79,12 +79,25 @@ def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
 
 def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> str:
     """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
-    manifest, source = bundle.manifest, bundle.manifest.source
+    spec, source = bundle.manifest.spec, bundle.manifest.source
     layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
     command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
-    command += ["--select-feature", manifest.spec.select_feature]
-    command += ["--image-size", str(image_size), "--precision", manifest.precision]
+    command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *_build_options(bundle)]
     command += ["--random-weights"] if source.random_weights else []
     command += ["--revision", source.revision] if source.revision else []
-    size = "" if image_size == manifest.spec.image_size else f"-{image_size}"
+    size = "" if image_size == spec.image_size else f"-{image_size}"
     return shlex.join([*command, "--out", f"{bundle.path}{size}-layer{layers}"])
+
+
+def export_command_of(checkpoint: str, bundle: Bundle) -> str:
+    """Write the command that makes a bundle of another checkpoint, built as this one."""
+    return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle)])
+
+
+def _build_options(bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    options = ["--precision", manifest.precision]
+    options += [] if manifest.plans else ["--flavour", "none"]
+    if manifest.profiles != (DEFAULT_BATCH,):
+        options += [each for p in manifest.profiles for each in ("--batch", str(p.min), str(p.opt), str(p.max))]
+    return options

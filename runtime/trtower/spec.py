@@ -51,6 +51,10 @@ class BatchProfile:
             yield min(start, stop - self.min), stop
 
 
+DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
+"""What a bundle is tuned for, unless another is named."""
+
+
 def cover(profiles: Sequence[BatchProfile]) -> BatchProfile:
     """Give what several profiles take together, tuned as the last.
 

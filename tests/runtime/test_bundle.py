@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,19 @@ def test_bundle_that_is_near_is_named(spoilt: Path) -> None:
 def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle: it has no tower\.json.*trtower export"):
         Bundle.open(tmp_path)
+
+
+def test_what_is_no_bundle_is_called_by_its_name(clip_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for path, words in (
+        (clip_bundle / "tower.onnx", f"tower.onnx is not a bundle: it is a file of {clip_bundle}, which is one."),
+        (tmp_path / "config.json", "config.json is not a bundle: it is a file and no folder."),
+        (tmp_path, f"it has no tower.json. `trtower export {tmp_path}` makes one of it."),
+        (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one of a checkpoint."),
+        (Path("engines/of/eyes-7b"), "`trtower export CHECKPOINT` makes one of a checkpoint."),
+    ):
+        with pytest.raises(BundleError, match=re.escape(words)):
+            Bundle.open(path)
 
 
 def test_newer_schema_asks_for_a_newer_trtower(spoilt: Path) -> None:

@@ -69,12 +69,17 @@ def find_tower(model: nn.Module, path: str | None = None) -> Place:
 
 def find_towers(model: nn.Module) -> list[Place]:
     """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
+    check_is_model(model)
     found = _collect(model, "")
     if not found and isinstance(wrapper := _wrapper(model), nn.Module):  # should it hang out of sight
         found = _collect(wrapper, "get_vision_tower().")
     return found
+
+
+def check_is_model(model: Any) -> None:
+    """Raise ConfigError where this is no module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
 
 
 def _collect(root: nn.Module, prefix: str) -> list[Place]:

@@ -18,7 +18,7 @@ from torch import nn
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.living.compare import check_answers
-from trtower.living.find import Place, find_tower, find_towers
+from trtower.living.find import Place, check_is_model, find_tower, find_towers
 from trtower.living.match import check_match, check_replaceable
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
@@ -42,7 +42,7 @@ class Installation:
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
-        self._taken_out_at_exit = True
+        self._is_first = True
 
     @property
     def is_installed(self) -> bool:
@@ -54,7 +54,7 @@ class Installation:
         with _changing:
             places = self._places()
             if not places:
-                raise ConfigError(f"{self.path} of this model has {self.tower.bundle.path} no more.")
+                raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
             for place in places:
                 _take_out(place)
 
@@ -62,20 +62,26 @@ class Installation:
         return [place for place in find_towers(self.model) if (it := _installed(place)) and it.tower is self.tower]
 
     def __enter__(self) -> "Installation":
-        """Give itself. The end of the block takes the bundle out, unless it was installed before."""
+        """Give itself. The end of the block takes the bundle out, unless a call before put it in."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the bundle out, where that was not done in the block."""
-        if self._taken_out_at_exit and self.is_installed:
+        if self._is_first and self.is_installed:
             self.uninstall()
 
     def __repr__(self) -> str:
+        if not self.is_installed:
+            return f"<{self.tower.bundle.path}, taken out of {self._where}>"
         weights = f"freed {self.freed / MB:.1f} MB" if self.freed else "the eager tower is kept"
-        where = f"{type(self.model).__name__}.{self.path}"
-        return f"<{self.tower.bundle.path} in {where}, on {self.tower.backend}; {weights}>"
+        before = "" if self._is_first else "; was installed before"
+        return f"<{self.tower.bundle.path} in {self._where}, on {self.tower.backend}; {weights}{before}>"
+
+    @property
+    def _where(self) -> str:
+        return f"{type(self.model).__name__}.{self.path}"
 
     def again(self, options: dict[str, Any]) -> "Installation":
         """Give what a second call gets; raise ConfigError where it asks for something else."""
@@ -89,9 +95,9 @@ class Installation:
                 "trtower.uninstall(model) first."
             )
         self.tower.load_model()  # should it have been closed
-        logger.info("%r is already installed", self)
         second = copy.copy(self)
-        second._taken_out_at_exit = False
+        second._is_first = False
+        logger.info("%r", second)
         return second
 
 
@@ -120,6 +126,7 @@ def install(
     ``allow_other_weights`` permits; BundleError for a rehearsal, unless ``allow_random_weights``; BackendError where it
     cannot run. The model is then as it was. A second call with the same arguments does nothing.
     """
+    check_is_model(model)
     options = {
         "bundle": _path(bundle, "bundle").resolve(),
         "backend": backend,
@@ -191,7 +198,8 @@ def _path(value: Any, name: str) -> Path:
     try:
         return Path(value).expanduser()
     except (TypeError, RuntimeError) as err:
-        raise ConfigError(f"{name}={value!r} is no path to a folder.") from err
+        said = f"{value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
+        raise ConfigError(f"{name} is {said}; the path of a folder is expected.") from err
 
 
 def _installed(place: Place) -> Installation | None:

@@ -10,7 +10,7 @@ from trtower.bundle import CONFIG, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.living.find import Place
-from trtower.pick import export_command, name_layers
+from trtower.pick import export_command, export_command_of, name_layers
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.spec import TowerSpec
 from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_parameters, weights_sha256
@@ -44,11 +44,16 @@ def check_match(
             f"{bundle.path} is a rehearsal, with random weights, and the model's answers would mean nothing: export "
             "its checkpoint, or ask for it with allow_random_weights=True."
         )
-    _check_config(place, bundle)
-    for code, feature, said in _codes(model, place):
-        _check_layers(code, feature, said, place, bundle)
+    checkpoint = _loaded_from(model, place)
+    own = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    _check_config(place, bundle, own)
+    codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
-        _check_weights(place, bundle)
+        if checkpoint == source.checkpoint:
+            own = "They were changed since they were loaded: export the folder that model.save_pretrained writes."
+        _check_weights(place, bundle, own)
+    for code, feature, said in codes:  # of a bundle of these weights, so the command may name its checkpoint
+        _check_layers(code, feature, said, place, bundle)
 
 
 def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
@@ -65,7 +70,10 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
             "model with the same tower has let go of them. Load this model with a tower of its own, on one device."
         )
     if tower.training:
-        raise ConfigError(f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first.")
+        raise ConfigError(
+            f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first, or to train "
+            f"what is around it model.{place.path}.eval()."
+        )
     if not dropped:
         return
     if any(parameter.grad is not None for parameter in tower.parameters()):
@@ -86,33 +94,38 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
             )
 
 
-def _check_config(place: Place, bundle: Bundle) -> None:
+def _loaded_from(model: nn.Module, place: Place) -> str | None:
+    """Give the checkpoint that a model says it was loaded from."""
+    configs = [getattr(each, "config", None) for each in (model, place.module)]
+    return next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
+
+
+def _check_config(place: Place, bundle: Bundle, own: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
     made_of = json.loads(bundle.read(CONFIG))
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
-            f"{type(place.module).__name__} ({config.model_type})."
+            f"{type(place.module).__name__} ({config.model_type}). {own}"
         )
     side = _side(config)
     if side is None:
         raise ConfigError(f"{place.path} of this model takes pictures of free shape, and an engine those of one.")
     if side != spec.image_size:
-        command = export_command(bundle, name_layers(spec, spec.layers), side)
         raise ConfigError(
-            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. Export "
-            f"it with that --image-size: {command}"
+            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {own}"
         )
     for name in COMPUTES:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
         if None not in (found, expected) and found != expected:
             raise ConfigError(
-                f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {found}."
+                f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {found}. "
+                f"{own}"
             )
     if spec.depth > count_layers(place.module):
         raise ConfigError(
             f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has "
-            f"{count_layers(place.module)} layers."
+            f"{count_layers(place.module)} layers. {own}"
         )
 
 
@@ -190,7 +203,7 @@ def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
     return served
 
 
-def _check_weights(place: Place, bundle: Bundle) -> None:
+def _check_weights(place: Place, bundle: Bundle, own: str) -> None:
     source, dtype = bundle.manifest.source, place.module.dtype
     name = next((name for name, each in DTYPES.items() if each == dtype), None)
     held = list(read_parameters(place.module, bundle.manifest.spec))
@@ -198,11 +211,11 @@ def _check_weights(place: Place, bundle: Bundle) -> None:
     if name is None or others:
         found = " and ".join(others) or str(dtype)
         raise ConfigError(
-            f"{place.path} of this model holds weights in {found}, so it is quantised or in part converted, and not "
-            f"what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
+            f"{place.path} of this model holds weights in {found}, so it is quantised or converted, in whole or in "
+            f"part, and not what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
         )
     if weights_sha256(held, dtype) != source.weights_sha256[name]:
         raise ConfigError(
-            f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}: "
-            "export the model's own checkpoint, or take the bundle's with allow_other_weights=True."
+            f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}; "
+            f"allow_other_weights=True takes the bundle's. {own}"
         )

@@ -9,8 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from trtower.bundle import Bundle
 from trtower.errors import ConfigError
-from trtower.layer_codes import LAST
+from trtower.layer_codes import LAST, name_layer
+from trtower.pick import export_command, name_layers
+
+BACK = "trtower.uninstall(model) brings the eager tower back"
 
 
 class AbsentError(ConfigError, AttributeError):
@@ -76,24 +80,35 @@ class Held(Sequence[Any]):
         return repr(self._items)
 
 
-def hold_states(states: Mapping[int, Tensor], num_layers: int, bundle: str) -> Held:
-    """Make `hidden_states` of L + 1 entries of those that there are; ``bundle`` is the path of what gives them."""
-    held = ", ".join(str(each) for each in sorted(states) if each <= num_layers) or LAST
-    return Held(
-        states[index]
-        if index in states
-        else Absent(f"hidden state {index} of {num_layers} layers is read; {bundle}, which is installed, holds {held}.")
-        for index in range(num_layers + 1)
-    )
+class Outputs:
+    """What a vision model of ``num_layers`` layers gives, of the states that a bundle holds in ``columns``."""
+
+    def __init__(self, columns: Mapping[int, slice], num_layers: int, bundle: Bundle) -> None:
+        self._columns, self._num_layers = columns, num_layers
+        spec, path = bundle.manifest.spec, bundle.path
+        last = num_layers + 1
+        held = [name_layer(layer, num_layers) for layer in sorted(columns) if layer <= num_layers] or [LAST]
+        self._absent = {}
+        for layer in set(range(last + 1)) - columns.keys():
+            what = LAST if layer == last else f"hidden state {layer} of {num_layers} layers"
+            why = f"{what} is asked for; {path}, which is installed, holds {', '.join(held)}. {BACK}"
+            # That of a tower whose last layers were dropped is in no checkpoint.
+            if layer <= num_layers or num_layers == spec.num_layers:
+                layers = [*name_layers(spec, spec.layers), name_layer(layer, num_layers)]
+                why += f"; or export that, too: {export_command(bundle, layers, spec.image_size)}"
+            self._absent[layer] = Absent(why)
+
+    def hidden_states(self, tokens: Tensor) -> Held:
+        """Give L + 1 entries, each a state (B, P + N, D) or absent, of all that the bundle gives."""
+        return Held(self._state(tokens, layer) for layer in range(self._num_layers + 1))
+
+    def last_hidden_state(self, tokens: Tensor) -> Any:
+        """Give `last_hidden_state` (B, P + N, D), should there be one."""
+        return self._state(tokens, self._num_layers + 1)
+
+    def _state(self, tokens: Tensor, layer: int) -> Any:
+        return tokens[..., self._columns[layer]] if layer in self._columns else self._absent[layer]
 
 
-def last_hidden_state(states: Mapping[int, Tensor], num_layers: int, bundle: str) -> Any:
-    """Give `last_hidden_state`, should there be one."""
-    why = f"{LAST} is read; {bundle}, which is installed, does not hold it: export it with --select-layer {LAST}."
-    return states.get(num_layers + 1, Absent(why))
-
-
-def pooler_output() -> Absent:
-    """Give what there is of `pooler_output`; models assign their features to it."""
-    why = "pooler_output is read, one vector of an image, which no bundle holds: trtower.uninstall(model) has it."
-    return Absent(why)
+POOLER_OUTPUT = Absent(f"pooler_output is asked for, one vector of an image, which no bundle holds. {BACK}.")
+"""What there is of `pooler_output`; models assign their features to it."""

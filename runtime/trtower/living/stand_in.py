@@ -15,7 +15,7 @@ from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
 from trtower.living.match import served_layers
 from trtower.living.original import Original, wants_gradient
-from trtower.living.outputs import hold_states, last_hidden_state, pooler_output
+from trtower.living.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower import VisionTower
 from trtower.weights import count_layers
 
@@ -26,8 +26,6 @@ OF_ANOTHER = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 """What a caller has registered on the tower, and goes on hearing from."""
-
-BACK = "trtower.uninstall(model) brings the eager tower back"
 
 CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_masked_pos", "pixel_attention_mask")
 """Options that have a vision model compute something else. Others reach it by the way, and change nothing there."""
@@ -47,8 +45,7 @@ class StandIn(nn.Module):
     installation: Any
     anchor: nn.Parameter
     _path: str
-    _num_layers: int
-    _columns: dict[int, slice]
+    _outputs: Outputs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -74,13 +71,12 @@ class StandIn(nn.Module):
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
             found = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
-        tokens, bundle = self._run(pixel_values), str(self._tower.bundle.path)
-        states = {layer: tokens[..., columns] for layer, columns in self._columns.items()}
+        tokens = self._run(pixel_values)
         wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state(states, self._num_layers, bundle),
-            pooler_output=pooler_output(),  # type: ignore[arg-type]
-            hidden_states=None if wanted is False else hold_states(states, self._num_layers, bundle),  # type: ignore[arg-type]
+            last_hidden_state=self._outputs.last_hidden_state(tokens),
+            pooler_output=POOLER_OUTPUT,  # type: ignore[arg-type]
+            hidden_states=None if wanted is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
 
@@ -194,16 +190,14 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
     stand_in.training = module.training
     attributes |= {name: vars(module)[name] for name in HOOKS}
     depth = count_layers(module)
+    columns = {layer: spec.columns([held])[0] for layer, held in served_layers(spec, depth).items()}
     # Not registered: a module of its own would be seen by whoever walks the model.
     attributes |= {
         "_tower": tower,
         "original": Original(module),
         "installation": installation,
         "_path": place.path,
-        "_num_layers": depth,
-        "_columns": {
-            layer: column for layer, held in served_layers(spec, depth).items() for column in spec.columns([held])
-        },
+        "_outputs": Outputs(columns, depth, tower.bundle),
     }
     return stand_in
 

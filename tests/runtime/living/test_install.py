@@ -85,6 +85,7 @@ def test_second_call_does_nothing_and_its_block_leaves_the_first(model: Any, bun
     stand_in = tower(model)
     with trtower.install(model, bundles()) as second:
         assert second.tower is first.tower
+        assert str(second).endswith("; was installed before>")
         assert second.freed == first.freed
     assert tower(model) is stand_in
     assert first.tower.is_loaded
@@ -168,6 +169,10 @@ def test_contrastive_model_is_refused(bundles: Bundles) -> None:
         trtower.install(model, bundles())
 
 
+def nothing(model: Any) -> None:
+    pass
+
+
 def other_weights(model: Any) -> None:
     with torch.no_grad():
         next(tower(model).parameters()).view(-1)[0] += 1e-3
@@ -239,7 +244,10 @@ def offloaded(model: Any) -> None:
         (swapped_layers, r"see one image differently: hidden state 3 is off by \d+%"),
         (patched_forward, r"see one image differently: hidden state 3 is off by \d+%"),
         (hooked_layer, r"see one image differently: hidden state 3 is off by \d+%"),
-        (in_training, r"is in training mode, and a compiled tower is not trained: model\.eval\(\) first"),
+        (
+            in_training,
+            r"is in training mode, .*: model\.eval\(\) first, or .* model\.model\.vision_tower\.eval\(\)\.",
+        ),
         (with_gradients, r"has gradients, which would be lost: model\.zero_grad\(\) first"),
         (aliased_part, r"probe is a part of model\.vision_tower, .*keep_original=True keeps them"),
         (tied_weight, r"tied\.weight is a part of model\.vision_tower"),
@@ -253,7 +261,7 @@ def offloaded(model: Any) -> None:
             another_layer,
             r"reads vision_feature_layer=-1, hidden state 4 of 4 layers; .* holds 3\. Export it: trtower exp",
         ),
-        (mixed_dtypes, "holds weights in float16, so it is quantised or in part converted"),
+        (mixed_dtypes, "holds weights in float16, so it is quantised or converted, in whole or in part"),
         (offloaded, r"fc1\.weight is on the meta device"),
     ],
 )
@@ -275,7 +283,7 @@ def test_model_that_does_not_fit_is_refused_and_left_as_it_is(
             {"tower": "siglip"},
             r"is of family siglip \(siglip_vision_model\); model\.vision_tower .* \(clip_vision_model\)",
         ),
-        ({"image_size": 56}, r"takes images of 56 pixels; .* takes 42\. Export it with that --image-size: trtower exp"),
+        ({"image_size": 56}, r"takes images of 56 pixels; .* takes 42\. Export the model's own checkpoint\."),
         ({"layer": 2}, r"hidden state 3 of 4 layers; .* holds 2\. Export it: .*--select-layer=-2"),
     ],
 )
@@ -284,6 +292,39 @@ def test_bundle_that_does_not_fit_is_refused(model: Any, bundles: Bundles, optio
     with pytest.raises(ConfigError, match=words):
         trtower.install(model, bundles(**options))
     assert tower(model) is eager
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [(other_weights, {}), (another_activation, {}), (nothing, {"image_size": 56}), (nothing, {"tower": "siglip"})],
+)
+def test_mismatch_has_the_command_that_exports_the_checkpoint_of_the_model(
+    model: Any, bundles: Bundles, spoil: Callable[[Any], None], options: dict[str, Any]
+) -> None:
+    spoil(model)
+    model.config._name_or_path = "acme/eyes-7b"
+    command = "trtower export acme/eyes-7b --precision fp32 --flavour none --batch 1 2 4$"
+    with pytest.raises(ConfigError, match=rf"Export the model's own checkpoint: {command}"):
+        trtower.install(model, bundles(**options))
+
+
+def test_weights_that_were_changed_since_are_to_be_saved_first(
+    model: Any, bundles: Bundles, checkpoints: dict[str, Path]
+) -> None:
+    other_weights(model)
+    model.config._name_or_path = str(checkpoints["clip"])
+    with pytest.raises(ConfigError, match=r"were loaded: export the folder that model\.save_pretrained writes\.$"):
+        trtower.install(model, bundles())
+
+
+def test_layer_of_the_same_weights_is_exported_from_the_checkpoint_of_the_bundle(model: Any, bundles: Bundles) -> None:
+    model.config._name_or_path = "acme/eyes-7b"
+    another_layer(model)
+    with pytest.raises(ConfigError, match=r"Export it: trtower export \S*tiny-clip --select-layer=-1 "):
+        trtower.install(model, bundles())
+    other_weights(model)
+    with pytest.raises(ConfigError, match="has other weights than"):
+        trtower.install(model, bundles())
 
 
 def test_other_weights_may_be_asked_for(model: Any, bundles: Bundles) -> None:
@@ -583,7 +624,8 @@ def test_handle_takes_out_its_own_bundle_alone(model: Any, bundles: Bundles) -> 
     trtower.uninstall(model)
     second = trtower.install(model, bundles(precision="fp16"))
     assert not first.is_installed
-    with pytest.raises(ConfigError, match=r"model\.vision_tower of this model has .* no more"):
+    assert str(first) == f"<{bundles()}, taken out of LlavaForConditionalGeneration.model.vision_tower>"
+    with pytest.raises(ConfigError, match=r"is no longer in Llava\w+\.model\.vision_tower: it was taken out"):
         first.uninstall()
     assert second.is_installed
     second.uninstall()
@@ -609,10 +651,11 @@ def test_second_call_opens_a_closed_tower_and_notes_another_bundle(
     [
         ({"model": None}, "model is of type NoneType; a loaded model"),
         ({"model": "llava"}, "model is of type str"),
-        ({"bundle": None}, "bundle=None is no path"),
-        ({"bundle": 5}, "bundle=5 is no path"),
-        ({"bundle": "~nobody-of-this-name/x"}, "is no path"),
-        ({"offload_folder": 5}, "offload_folder=5 is no path"),
+        ({"model": "engines/llava", "bundle": nn.Linear(1, 1)}, "model is of type str; a loaded model"),
+        ({"bundle": None}, "bundle is of type NoneType; the path of a folder is expected"),
+        ({"bundle": nn.Linear(1, 1)}, "bundle is of type Linear; the path"),
+        ({"bundle": "~nobody-of-this-name/x"}, "bundle is '~nobody-of-this-name/x'; the path"),
+        ({"offload_folder": 5}, "offload_folder is of type int; the path"),
         ({"engine": "fast"}, "engine='fast'"),
         ({"tower": nn.Linear(1, 1)}, "tower of type Linear"),
         ({"tower": "model.tower"}, r"has no vision tower at 'model\.tower'; it has model\.vision_tower"),
