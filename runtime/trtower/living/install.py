@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from trtower.bundle import Bundle
@@ -20,6 +19,7 @@ from trtower.errors import ConfigError
 from trtower.living.compare import check_answers
 from trtower.living.find import Place, check_is_model, find_tower, find_towers
 from trtower.living.match import check_match, check_replaceable
+from trtower.living.original import give_memory_back
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 
@@ -164,8 +164,8 @@ def install(
             if not keep_original:
                 installation.freed = stand_in.original.drop()
             undo.pop_all()
-    if installation.freed and device.type == "cuda":
-        torch.cuda.empty_cache()  # for TensorRT, whose memory is not torch's
+    if installation.freed:
+        give_memory_back(device)
     logger.info("%r", installation)
     return installation
 

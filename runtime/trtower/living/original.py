@@ -4,7 +4,9 @@ They are written to a file without a name, which vanishes with the process howev
 substitute: its weights may have been changed, cast or merged since they were loaded, and it may not be there any more.
 """
 
+import ctypes
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,17 @@ class Original:
                     raise ConfigError(f"the weights of this {type(self.module).__name__} cannot be read back.")
                 rest, offset = rest[count:], offset + count
             yield tensor
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Give what nobody uses any more to the GPU, whose memory TensorRT takes by itself, and to the system.
+
+    glibc keeps blocks of up to 32 MiB for the next who asks, which every matrix of a tower is.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def wants_gradient(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -59,6 +61,20 @@ def test_weights_leave_the_process_and_come_back_to_the_bit(model: Any, bundles:
     assert tower(model) is eager
     assert same(snapshot(model), state)
     assert not installed.tower.is_loaded
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what other C libraries keep is their own affair")
+def test_memory_that_is_freed_is_given_back_to_the_system(model: Any, bundles: Bundles) -> None:
+    def resident_mb() -> float:
+        return psutil.Process().memory_info().rss / 1e6
+
+    for_a_tower = [torch.ones(25_000) for _ in range(2000)]  # 200 MB in blocks that the C library takes from its heap
+    last = torch.ones(25_000)
+    del for_a_tower
+    before = resident_mb()
+    with trtower.install(model, bundles()):
+        assert before - resident_mb() > 150
+        assert last.sum() == 25_000
 
 
 def test_original_may_be_kept(model: Any, bundles: Bundles) -> None:
