@@ -5,22 +5,30 @@ python examples/two_processes.py llava-hf/llava-1.5-7b-hf engines/llava-1.5-7b-h
 """
 
 import argparse
+import io
 import multiprocessing
 from multiprocessing.connection import Connection
 
+import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import trtower
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def see(checkpoint: str, bundle: str, asked: Connection) -> None:
-    """Answer pixels with features until there are no more; the language model is never run here."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto")
+    """Answer pixels with features until there are no more."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.text_config.num_hidden_layers = 0  # none of them is read, and transformers says that it did not expect any
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
     model.lm_head = model.model.language_model = None
-    with trtower.install(model, bundle):
+    with trtower.install(model.to(DEVICE), bundle):
         while (images := asked.recv()) is not None:
-            asked.send(trtower.encode_for(model, images))
+            features = io.BytesIO()  # bytes, as they would go over a network, and not memory of a GPU
+            torch.save(trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()}), features)
+            asked.send_bytes(features.getvalue())
 
 
 def main() -> None:
@@ -39,12 +47,18 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
     model.model.vision_tower = None
+    model = model.to(DEVICE)
     content = [{"type": "image"}, {"type": "text", "text": args.question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=Image.open(args.image).convert("RGB"), text=prompt, return_tensors="pt")
-    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
-    here.send(dict(inputs))
-    answer = model.generate(**text, mm_encoder_outputs=here.recv(), max_new_tokens=64, do_sample=False)
+    text = {name: inputs.pop(name).to(DEVICE) for name in ("input_ids", "attention_mask")}
+    try:
+        here.send(dict(inputs))
+        received = io.BytesIO(here.recv_bytes())
+    except (EOFError, OSError):
+        raise SystemExit("The process that sees has ended; what it said stands above.") from None
+    encoded = torch.load(received, map_location=DEVICE, weights_only=False)  # from a process of one's own
+    answer = model.generate(**text, mm_encoder_outputs=encoded, max_new_tokens=64, do_sample=False)
     print(processor.decode(answer[0, text["input_ids"].shape[1] :], skip_special_tokens=True))
     here.send(None)
     eyes.join()

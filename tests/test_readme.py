@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import typer
 from PIL import Image
 
+import trtower
 from tests.conftest import Bundles
 from tests.runtime.living.hugging_face import inputs, make
 from trtower import cli
@@ -24,8 +26,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BUNDLE = "engines/clip-vit-large-patch14-336"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 COMMANDS = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
@@ -73,6 +75,18 @@ def test_one_line_into_a_living_model_runs(
     assert names["answer"].equal(model.generate(**asked))
     assert "freed 0.7 MB" in capsys.readouterr().out
     assert model.model.vision_tower is eager
+
+
+def test_page_convinces(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundles(), "engines/llava-1.5-7b-hf")
+    model = make("llava")
+    convince, _ = blocks("python", (ROOT / "docs" / "hugging_face.md").read_text())
+    names: dict[str, Any] = {"torch": torch, "trtower": trtower, "model": model}
+    names["inputs"] = inputs(model, "llava", "one image")
+    exec(convince, names)  # noqa: S102 - the page's own example
+    assert names["error"] < 1e-4
+    assert names["agreement"] == 1
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
