@@ -244,7 +244,8 @@ def _say_what_instead(folder: Path) -> str:
         of = (folder, " of it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
         return f"it has no {MANIFEST}{found}. `trtower export {of[0]}` makes one{of[1]}."
     beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
-    is_id = len(folder.parts) == 2 and not folder.parent.exists()  # such as openai/clip-vit-base-patch32, on the hub
+    # Such as openai/clip-vit-base-patch32, on the hub, and no bundle that lies elsewhere.
+    is_id = len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines"
     made = f"`trtower export {folder if is_id else 'CHECKPOINT'}` makes one of a checkpoint."
     return f"it does not exist in {Path.cwd()}. {f'There is {beside[0]}.' if beside else made}"
 

@@ -41,13 +41,17 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_what_is_no_bundle_is_called_by_its_name(clip_bundle: Path, tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_called_by_its_name(
+    clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for path, words in (
         (clip_bundle / "tower.onnx", f"tower.onnx is not a bundle: it is a file of {clip_bundle}, which is one."),
         (tmp_path / "config.json", "config.json is not a bundle: it is a file and no folder."),
         (tmp_path, f"it has no tower.json. `trtower export {tmp_path}` makes one of it."),
         (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one of a checkpoint."),
+        (Path("engines/eyes-7b"), "`trtower export CHECKPOINT` makes one of a checkpoint."),
         (Path("engines/of/eyes-7b"), "`trtower export CHECKPOINT` makes one of a checkpoint."),
     ):
         with pytest.raises(BundleError, match=re.escape(words)):

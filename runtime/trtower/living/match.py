@@ -50,7 +50,10 @@ def check_match(
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
         if checkpoint == source.checkpoint:
-            own = "They were changed since they were loaded: export the folder that model.save_pretrained writes."
+            own = (
+                "They were changed since they were loaded, or are of another revision: export the folder that "
+                "model.save_pretrained writes."
+            )
         _check_weights(place, bundle, own)
     for code, feature, said in codes:  # of a bundle of these weights, so the command may name its checkpoint
         _check_layers(code, feature, said, place, bundle)

@@ -120,9 +120,9 @@ class Original:
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Give what nobody uses any more to the GPU, whose memory TensorRT takes by itself, and to the system.
+    """Give back what is free: torch's cache to the GPU, which TensorRT takes its own from, and the heap to the system.
 
-    glibc keeps blocks of up to 32 MiB for the next who asks, which every matrix of a tower is.
+    glibc keeps freed blocks of up to 32 MiB in its heap, and the matrices of a tower are such blocks.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

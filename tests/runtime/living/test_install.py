@@ -329,7 +329,9 @@ def test_weights_that_were_changed_since_are_to_be_saved_first(
 ) -> None:
     other_weights(model)
     model.config._name_or_path = str(checkpoints["clip"])
-    with pytest.raises(ConfigError, match=r"were loaded: export the folder that model\.save_pretrained writes\.$"):
+    with pytest.raises(
+        ConfigError, match=r"were loaded, or .*: export the folder that model\.save_pretrained writes\.$"
+    ):
         trtower.install(model, bundles())
 
 
