@@ -246,7 +246,11 @@ def _say_what_instead(folder: Path) -> str:
     beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
     # Such as openai/clip-vit-base-patch32, on the hub, and no bundle that lies elsewhere.
     is_id = len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines"
-    made = f"`trtower export {folder if is_id else 'CHECKPOINT'}` makes one of a checkpoint."
+    made = (
+        f"`trtower export {folder}` makes one of that on the hub."
+        if is_id
+        else "`trtower export CHECKPOINT` makes one."
+    )
     return f"it does not exist in {Path.cwd()}. {f'There is {beside[0]}.' if beside else made}"
 
 

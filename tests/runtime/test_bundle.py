@@ -50,9 +50,9 @@ def test_what_is_no_bundle_is_called_by_its_name(
         (clip_bundle / "tower.onnx", f"tower.onnx is not a bundle: it is a file of {clip_bundle}, which is one."),
         (tmp_path / "config.json", "config.json is not a bundle: it is a file and no folder."),
         (tmp_path, f"it has no tower.json. `trtower export {tmp_path}` makes one of it."),
-        (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one of a checkpoint."),
-        (Path("engines/eyes-7b"), "`trtower export CHECKPOINT` makes one of a checkpoint."),
-        (Path("engines/of/eyes-7b"), "`trtower export CHECKPOINT` makes one of a checkpoint."),
+        (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one of that on the hub."),
+        (Path("engines/eyes-7b"), "`trtower export CHECKPOINT` makes one."),
+        (Path("engines/of/eyes-7b"), "`trtower export CHECKPOINT` makes one."),
     ):
         with pytest.raises(BundleError, match=re.escape(words)):
             Bundle.open(path)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -74,8 +75,8 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
         )
     if tower.training:
         raise ConfigError(
-            f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first, or to train "
-            f"what is around it model.{place.path}.eval()."
+            f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first, or "
+            f"model.{place.path}.eval() to train what is around it."
         )
     if not dropped:
         return
@@ -98,9 +99,10 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
 
 
 def _loaded_from(model: nn.Module, place: Place) -> str | None:
-    """Give the checkpoint that a model says it was loaded from."""
+    """Give the checkpoint that a model says it was loaded from, a folder in full, as a bundle names its own."""
     configs = [getattr(each, "config", None) for each in (model, place.module)]
-    return next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
+    name = next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _check_config(place: Place, bundle: Bundle, own: str) -> None:
