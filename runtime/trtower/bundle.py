@@ -251,7 +251,8 @@ def _say_what_instead(folder: Path) -> str:
         if is_id
         else "`trtower export CHECKPOINT` makes one."
     )
-    return f"it does not exist in {Path.cwd()}. {f'There is {beside[0]}.' if beside else made}"
+    where = "" if folder.is_absolute() else f" in {Path.cwd()}"
+    return f"it does not exist{where}. {f'There is {beside[0]}.' if beside else made}"
 
 
 def _identity(path: Path) -> tuple[int, ...]:

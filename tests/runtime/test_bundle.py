@@ -30,7 +30,7 @@ def test_manifest_survives_writing_and_reading(clip_bundle: Path) -> None:
 
 def test_bundle_that_is_near_is_named(spoilt: Path) -> None:
     spoilt.rename(spoilt.parent / "clip.rehearsal")
-    with pytest.raises(BundleError, match=f"does not exist in .*There is {spoilt.parent / 'clip.rehearsal'}"):
+    with pytest.raises(BundleError, match=rf"does not exist\. There is {spoilt.parent / 'clip.rehearsal'}"):
         Bundle.open(spoilt.parent / "clip")
     with pytest.raises(BundleError, match=r"it has no tower\.json; clip\.rehearsal in it is\."):
         Bundle.open(spoilt.parent)

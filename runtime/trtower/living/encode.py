@@ -29,15 +29,17 @@ def encode_for(model: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str
         raise InputError(f"images is of type {type(images).__name__}; what the model's processor makes is expected.")
     if not any("installation" in vars(place.module) for place in find_towers(model)):
         raise ConfigError(f"{type(model).__name__} has no bundle installed: trtower.install(model, bundle) first.")
-    if not hasattr(model, "base_model"):
-        raise ConfigError(f"{type(model).__name__} is no model of transformers: give the one inside.")
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    if not isinstance(model, PreTrainedModel):
+        inside = next((name for name, each in model.named_modules() if isinstance(each, PreTrainedModel)), "…")
+        raise ConfigError(f"{type(model).__name__} is no model of transformers: give the one inside, model.{inside}.")
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
             f"{type(model).__name__}.forward has no mm_encoder_outputs, so its generate takes no features: that of "
             "transformers 5.23 does."
         )
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
     inputs = {"pixel_values": images} if isinstance(images, Tensor) else images
     base: Any = model.base_model
     encoded = {}

@@ -52,17 +52,23 @@ class Installation:
     def uninstall(self) -> None:
         """Take this bundle out of the model, and no other; see `uninstall`."""
         with _changing:
-            places = self._places()
-            if not places:
-                raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
-            for place in places:
+            self._check_installed()
+            for place in self._places():
                 _take_out(place)
+
+    def _check_installed(self) -> None:
+        if not self.is_installed:
+            raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
 
     def _places(self) -> list[Place]:
         return [place for place in find_towers(self.model) if (it := _installed(place)) and it.tower is self.tower]
 
     def __enter__(self) -> "Installation":
-        """Give itself. The end of the block takes the bundle out, unless a call before put it in."""
+        """Give itself. The end of the block takes the bundle out, unless a call before put it in.
+
+        Raises ConfigError where it was taken out before the block.
+        """
+        self._check_installed()
         return self
 
     def __exit__(
@@ -133,10 +139,14 @@ def install(
         "engine": engine,
         "require_certificate": require_certificate,
         "keep_original": keep_original,
+        "allow_other_weights": allow_other_weights,
+        "allow_random_weights": allow_random_weights,
     }
     folder = None if offload_folder is None else _path(offload_folder, "offload_folder")
-    if not isinstance(engine, EngineOptions | None) or not isinstance(tower, str | None):
-        raise ConfigError(f"engine={engine!r}, tower of type {type(tower).__name__}: EngineOptions, and a path, are.")
+    if not isinstance(engine, EngineOptions | None):
+        raise ConfigError(f"engine is {engine!r}; EngineOptions are expected.")
+    if not isinstance(tower, str | None):
+        raise ConfigError(f"tower is of type {type(tower).__name__}; its path in the model is expected.")
     with _changing:
         place = find_tower(model, tower)
         if (installed := _installed(place)) is not None:

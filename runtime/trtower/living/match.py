@@ -35,6 +35,12 @@ COMPUTES = (
 """Fields of a vision config that decide what a tower computes, beside its weights."""
 
 
+CHANGED = (
+    "The model was changed since it was loaded, or is of another revision: merge what was added to the tower, and "
+    "export the folder that model.save_pretrained writes."
+)
+
+
 def check_match(
     model: nn.Module, place: Place, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
 ) -> None:
@@ -46,15 +52,12 @@ def check_match(
             "its checkpoint, or ask for it with allow_random_weights=True."
         )
     checkpoint = _loaded_from(model, place)
-    own = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    own = CHANGED if checkpoint == source.checkpoint else export
+    _check_kind(place, bundle, export)
     _check_config(place, bundle, own)
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
-        if checkpoint == source.checkpoint:
-            own = (
-                "They were changed since they were loaded, or are of another revision: export the folder that "
-                "model.save_pretrained writes."
-            )
         _check_weights(place, bundle, own)
     for code, feature, said in codes:  # of a bundle of these weights, so the command may name its checkpoint
         _check_layers(code, feature, said, place, bundle)
@@ -105,21 +108,26 @@ def _loaded_from(model: nn.Module, place: Place) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_config(place: Place, bundle: Bundle, own: str) -> None:
+def _check_kind(place: Place, bundle: Bundle, export: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
     made_of = json.loads(bundle.read(CONFIG))
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
-            f"{type(place.module).__name__} ({config.model_type}). {own}"
+            f"{type(place.module).__name__} ({config.model_type}). {export}"
         )
     side = _side(config)
     if side is None:
         raise ConfigError(f"{place.path} of this model takes pictures of free shape, and an engine those of one.")
     if side != spec.image_size:
         raise ConfigError(
-            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {own}"
+            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {export}"
         )
+
+
+def _check_config(place: Place, bundle: Bundle, own: str) -> None:
+    config, spec = place.module.config, bundle.manifest.spec
+    made_of = json.loads(bundle.read(CONFIG))
     for name in COMPUTES:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
         if None not in (found, expected) and found != expected:
@@ -185,7 +193,8 @@ def _check_layers(code: LayerCode, feature: str, said: str, place: Place, bundle
     if lacking:
         names = [name_layer(layer, depth) for layer in wanted]
         codes = [LAST if layer > depth else layer for layer in wanted]
-        command = export_command(bundle, code if feature in FEATURES else codes, spec.image_size)
+        is_whole = feature in FEATURES and depth == spec.num_layers  # else codes mean other states in the checkpoint
+        command = export_command(bundle, code if is_whole else codes, spec.image_size)
         raise ConfigError(
             f"this model reads {said}={code}{'' if feature in FEATURES else f' under {feature}'}, hidden state "
             f"{', '.join(names)} of {depth} layers; {bundle.path} holds {', '.join(name_layers(spec, spec.layers))}. "

@@ -98,9 +98,10 @@ class Outputs:
                 why += f"; or export that, too: {export_command(bundle, layers, spec.image_size)}"
             self._absent[layer] = Absent(why)
 
-    def hidden_states(self, tokens: Tensor) -> Held:
-        """Give L + 1 entries, each a state (B, P + N, D) or absent, of all that the bundle gives."""
-        return Held(self._state(tokens, layer) for layer in range(self._num_layers + 1))
+    def hidden_states(self, tokens: Tensor) -> Sequence[Any]:
+        """Give L + 1 entries, each a state (B, P + N, D) or absent, of all that the bundle gives; a tuple of states."""
+        states = tuple(self._state(tokens, layer) for layer in range(self._num_layers + 1))
+        return Held(states) if any(isinstance(each, Absent) for each in states) else states
 
     def last_hidden_state(self, tokens: Tensor) -> Any:
         """Give `last_hidden_state` (B, P + N, D), should there be one."""

@@ -58,6 +58,11 @@ class Holder:
             runner = self.runner
             if runner is None:
                 raise BackendError(f"{self.name}: this tower is not loaded, or closed: call load_model().")
+            if torch._C._is_tracing():  # torch.jit.is_tracing, which has no types
+                raise BackendError(
+                    f"{self.name} cannot be traced by torch.jit: the trace would have an empty tensor in the place of "
+                    "the engine. Trace what comes before and after it."
+                )
             if _is_captured(runner.device):
                 raise BackendError(
                     f"{self.name} cannot run while a CUDA graph is captured around it, for its calls share memory that "

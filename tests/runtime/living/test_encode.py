@@ -72,6 +72,12 @@ def test_transformers_that_takes_no_features_is_told(bundles: Bundles) -> None:
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
 
 
+def test_model_in_a_wrapper_is_asked_for(bundles: Bundles) -> None:
+    model = torch.compile(make("llava"))
+    with trtower.install(model, bundles()), pytest.raises(ConfigError, match=r"the one inside, model\._orig_mod\."):
+        trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
+
+
 def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], queue: Any) -> None:
     """Be the process that sees: it has the model's tower and projector, and answers with features."""
     torch.set_num_threads(1)

@@ -109,7 +109,9 @@ def test_second_call_does_nothing_and_its_block_leaves_the_first(model: Any, bun
     assert tower(model) is not stand_in
 
 
-@pytest.mark.parametrize("options", [{"backend": "onnxruntime-cpu"}, {"keep_original": True}])
+@pytest.mark.parametrize(
+    "options", [{"backend": "onnxruntime-cpu"}, {"keep_original": True}, {"allow_other_weights": True}]
+)
 def test_second_call_for_something_else_is_refused(model: Any, bundles: Bundles, options: dict[str, Any]) -> None:
     with trtower.install(model, bundles()) as installed:
         with pytest.raises(ConfigError, match=rf"{next(iter(options))}=.* is asked for: trtower\.uninstall\(model\)"):
@@ -331,7 +333,36 @@ def test_weights_that_were_changed_since_are_to_be_saved_first(
     monkeypatch.chdir(checkpoints["clip"].parent)
     model.config._name_or_path = checkpoints["clip"].name
     with pytest.raises(
-        ConfigError, match=r"were loaded, or .*: export the folder that model\.save_pretrained writes\.$"
+        ConfigError,
+        match=r"was changed since it was loaded, or .* the folder that model\.save_pretrained writes\.$",
+    ):
+        trtower.install(model, bundles())
+
+
+def test_tower_that_was_cut_in_memory_is_exported_by_the_state_that_it_reads(
+    model: Any, bundles: Bundles, checkpoints: dict[str, Path]
+) -> None:
+    holder = getattr(tower(model), "vision_model", tower(model)).encoder
+    holder.layers = holder.layers[:3]
+    with pytest.raises(ConfigError, match=r"hidden state 2 of 3 layers; .* --select-layer=2 "):
+        trtower.install(model, bundles())
+    holder.layers = holder.layers[:2]
+    model.config._name_or_path = str(checkpoints["clip"])
+    with pytest.raises(ConfigError, match=r"has 2 layers\. The model was changed since it was loaded"):
+        trtower.install(model, bundles())
+
+
+def test_trace_is_refused_and_has_no_empty_tensor_in_it(model: Any, bundles: Bundles) -> None:
+    given = inputs(model, "llava", "one image")["pixel_values"]
+    with trtower.install(model, bundles()), pytest.raises(BackendError, match=r"cannot be traced by torch\.jit"):
+        torch.jit.trace(lambda pixels: tower(model)(pixels, output_hidden_states=True).hidden_states[-2], given)
+
+
+def test_second_call_that_no_longer_allows_is_refused(model: Any, bundles: Bundles) -> None:
+    other_weights(model)
+    with (
+        trtower.install(model, bundles(), allow_other_weights=True),
+        pytest.raises(ConfigError, match="allow_other_weights=False is asked for"),
     ):
         trtower.install(model, bundles())
 
@@ -646,6 +677,8 @@ def test_handle_takes_out_its_own_bundle_alone(model: Any, bundles: Bundles) -> 
     assert str(first) == f"<{bundles()}, taken out of LlavaForConditionalGeneration.model.vision_tower>"
     with pytest.raises(ConfigError, match=r"is no longer in Llava\w+\.model\.vision_tower: it was taken out"):
         first.uninstall()
+    with pytest.raises(ConfigError, match="is no longer in"), first:
+        pass
     assert second.is_installed
     second.uninstall()
 
@@ -675,8 +708,8 @@ def test_second_call_opens_a_closed_tower_and_notes_another_bundle(
         ({"bundle": nn.Linear(1, 1)}, "bundle is of type Linear; the path"),
         ({"bundle": "~nobody-of-this-name/x"}, "bundle is '~nobody-of-this-name/x'; the path"),
         ({"offload_folder": 5}, "offload_folder is of type int; the path"),
-        ({"engine": "fast"}, "engine='fast'"),
-        ({"tower": nn.Linear(1, 1)}, "tower of type Linear"),
+        ({"engine": "fast"}, "engine is 'fast'; EngineOptions are expected"),
+        ({"tower": nn.Linear(1, 1)}, "tower is of type Linear; its path"),
         ({"tower": "model.tower"}, r"has no vision tower at 'model\.tower'; it has model\.vision_tower"),
     ],
 )

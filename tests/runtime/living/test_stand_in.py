@@ -108,6 +108,12 @@ def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(instal
     assert stand_in(draw(), output_hidden_states=False).hidden_states is None
 
 
+def test_states_are_a_tuple_where_all_are_held(install: Install) -> None:
+    stand_in, eager = install(layer=[0, 1, 2, 3, 4])
+    found = stand_in(draw(), output_hidden_states=True).hidden_states
+    assert torch.allclose(torch.stack(found), torch.stack(states(eager, draw())), atol=EXACT)
+
+
 def test_output_is_assigned_to_as_models_do(install: Install) -> None:
     stand_in, _ = install()
     output = stand_in(draw(), output_hidden_states=True)
