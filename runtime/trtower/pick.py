@@ -90,8 +90,8 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
 
 
 def export_command_of(checkpoint: str, bundle: Bundle) -> str:
-    """Write the command that makes a bundle of another checkpoint, built as this one."""
-    return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle)])
+    """Write the command that makes a bundle of another checkpoint, built as this one, which may have its usual name."""
+    return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle), "--out", f"{bundle.path}-own"])
 
 
 def _build_options(bundle: Bundle) -> list[str]:
