@@ -54,8 +54,9 @@ def check_match(
     checkpoint = _loaded_from(model, place)
     export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
     own = CHANGED if checkpoint == source.checkpoint else export
-    _check_kind(place, bundle, export)
-    _check_config(place, bundle, own)
+    made_of = json.loads(bundle.read(CONFIG))
+    _check_kind(place, bundle, made_of, export)
+    _check_config(place, bundle, made_of, own)
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
         _check_weights(place, bundle, own)
@@ -108,9 +109,8 @@ def _loaded_from(model: nn.Module, place: Place) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_kind(place: Place, bundle: Bundle, export: str) -> None:
+def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
-    made_of = json.loads(bundle.read(CONFIG))
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
@@ -125,9 +125,8 @@ def _check_kind(place: Place, bundle: Bundle, export: str) -> None:
         )
 
 
-def _check_config(place: Place, bundle: Bundle, own: str) -> None:
+def _check_config(place: Place, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
-    made_of = json.loads(bundle.read(CONFIG))
     for name in COMPUTES:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
         if None not in (found, expected) and found != expected:
