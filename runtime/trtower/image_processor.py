@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trtower.attribute_dict import AttributeDict
 from trtower.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -55,14 +56,8 @@ _INERT = {"_valid_processor_keys", "feature_extractor_type", "image_processor_ty
 _INERT |= {"device", "disable_grouping", "image_seq_length", "pad_size", "size_divisor"}
 
 
-class BatchFeature(dict[str, Any]):
+class BatchFeature(AttributeDict):
     """A dict whose keys are also attributes, as model code expects of transformers' class of this name."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"this BatchFeature has no {name!r}; it holds {', '.join(self)}") from None
 
     def to(self, *args: Any, **kwargs: Any) -> "BatchFeature":
         """Move the tensors in place, with the arguments of ``Tensor.to``; a dtype is given to float tensors only."""

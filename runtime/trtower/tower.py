@@ -10,12 +10,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from trtower.anchor import Anchor
+from trtower.attribute_dict import AttributeDict
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
@@ -27,6 +28,7 @@ from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import sizes
+from trtower.vision_model import VisionModel, make_vision_model
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class VisionTower(nn.Module):
         # Not at the end of Python, which would then wait for calls of threads that end with it.
         weakref.finalize(self, self._holder.close).atexit = False
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
-        self._anchor = self._make_anchor(torch.device("cpu"))
+        self._anchor = Anchor(self.dtype, torch.device("cpu"))
 
     @staticmethod
     def load(
@@ -130,17 +132,24 @@ class VisionTower(nn.Module):
     def _runner(self) -> Runner | None:
         return self._holder.runner
 
+    @property
+    def _placed_on(self) -> torch.device | None:
+        """The GPU on which accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map."""
+        device = self._anchor.empty.device
+        return None if device.type in ("cpu", "meta") else device
+
     def load_model(self, device_map: Any = None) -> None:
         """Verify the bundle's files and load them; a second call does nothing.
 
-        `device_map`: a device, or Hugging Face's {"": device}; None and "auto" keep the device given before.
+        `device_map`: a device; Hugging Face's {"": device}, or that of a whole model, with an entry for its
+        vision_tower; None and "auto" keep the device given before.
         """
         refuse_fork()
         asked = _device_from_map(device_map)
         if not self.is_loaded:
             with self._loading:
                 if not self.is_loaded:
-                    self._open(asked or self._asked_device)
+                    self._open(asked or self._asked_device or self._placed_on)
                     return
         if asked is not None and parse_device(asked) != self.device:
             raise BackendError(f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
@@ -253,6 +262,12 @@ class VisionTower(nn.Module):
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
+        whole = out is not None and self._pick.whole and _can_fill(runner, out, pixel_values)
+        tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
+        return self.feature_select(self._run_tokens(runner, pixel_values, tokens))
+
+    def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
         if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
@@ -260,11 +275,19 @@ class VisionTower(nn.Module):
         manifest = self.bundle.manifest
         watched = self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
-        tokens = None
-        if out is not None and self._pick.whole and _can_fill(runner, out, pixel_values):
-            tokens = out.view(-1, *out.shape[-2:])
-        output = run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=tokens)
-        return self.feature_select(output)
+        return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
+
+    def read_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
+
+        They come side by side in the bundle's order, in the dtype of the images. Raises InputError.
+        """
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
+            raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
+        VisionTower._check(self, images, "pixel_values", in_list=False)
+        with self._holder.lend() as runner:
+            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous()).to(images.dtype)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -323,7 +346,7 @@ class VisionTower(nn.Module):
             logger.warning(
                 "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
             )
-        self._anchor = self._make_anchor(runner.device)
+        self._anchor.place(runner.device)
         return close
 
     def _not_certified(self, reason: str, backend: str) -> BundleError:
@@ -333,26 +356,32 @@ class VisionTower(nn.Module):
         mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
         return BundleError(f"{path} is not certified: {reason}. {mend}.")
 
-    def _make_anchor(self, device: torch.device) -> nn.Parameter:
-        return nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
-
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Follow `.to(device)`, called here or on the model around this tower."""
-        before = self._anchor.device
-        after = fn(torch.empty_like(self._anchor)).device
-        moves = after != before and self.is_loaded
-        if moves:
+        """Follow `.to(device)`, called here or on the model around this tower. The dtype stays the engine's."""
+        before = self.device
+        after = self._device_after(fn, before)
+        closes: Callable[[], None] | None = None
+        if after != before and self.is_loaded:
             refuse_fork()
             with self._loading:
-                close = self._open(after)  # raises before anything has moved
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if after != before and after.type != "meta":
+                closes = self._open(after)  # raises before anything has moved
+        if self._anchor.empty.device != after:
+            self._anchor.place(after)
+        if after not in (before, torch.device("meta")):
             self._asked_device = after
-        if moves:
-            close()
-        if self._anchor.dtype != self.dtype:
-            self._anchor.data = self._anchor.data.to(self.dtype)
+        if closes:
+            closes()
         return self
+
+    def _device_after(self, fn: Callable[[torch.Tensor], torch.Tensor], before: torch.device) -> torch.device:
+        """Ask a function that moves tensors where to; what is on the meta device cannot be moved from there."""
+        start = torch.device("cpu") if before.type == "meta" else before
+        try:
+            return fn(torch.empty(0, dtype=self.dtype, device=start)).device
+        except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
+            raise BackendError(
+                f"{self.vision_tower_name} cannot be moved from {start}: {' '.join(str(err).split())}. It stays there."
+            ) from err
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing: the weights are in the bundle."""
@@ -394,6 +423,11 @@ class VisionTower(nn.Module):
         self.select(self._select_layer, select_feature)
 
     @property
+    def vision_tower(self) -> VisionModel:
+        """What LLaVA's wrapper holds under this name, for model code that calls or saves it (see vision_model.py)."""
+        return make_vision_model(self, self._anchor)
+
+    @property
     def backend(self) -> str:
         """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
         runner = self._runner
@@ -425,7 +459,7 @@ class VisionTower(nn.Module):
     def device(self) -> torch.device:
         """Where the tower runs; before loading, where it was moved to."""
         runner = self._runner
-        return self._anchor.device if runner is None else runner.device
+        return self._anchor.empty.device if runner is None else runner.device
 
     @property
     def config(self) -> "TowerConfig":
@@ -459,12 +493,12 @@ class VisionTower(nn.Module):
         )
 
 
-class TowerConfig(SimpleNamespace):
-    """The vision config as Hugging Face wrote it, by attribute."""
+class TowerConfig(AttributeDict):
+    """The vision config as Hugging Face wrote it, by key and by attribute. VILA saves it inside the model's config."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as config.json has it."""
-        return dict(vars(self))
+        """Return the config as config.json has it."""
+        return dict(self)
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -485,9 +519,13 @@ def _can_fill(runner: Runner, out: torch.Tensor, pixel_values: torch.Tensor) -> 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:
     if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise ConfigError(f"device_map={device_map} splits the tower; an engine is whole: give {{'': device}}.")
-        device_map = device_map[""]
+        named = [key for key in device_map if key.rpartition(".")[2] == "vision_tower"] or [*device_map.keys() & {""}]
+        if len(named) != 1:
+            raise ConfigError(
+                f"device_map={device_map} splits the tower or leaves it out; an engine is whole: pass {{'': device}}, "
+                "or a map with one entry that ends in vision_tower."
+            )
+        device_map = device_map[named[0]]
     if device_map is None or device_map == "auto":
         return None
     return torch.device("cuda", device_map) if isinstance(device_map, int) else device_map

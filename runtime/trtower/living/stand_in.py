@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
-from trtower.living.match import served_layers
 from trtower.living.original import Original, wants_gradient
 from trtower.living.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower import VisionTower
@@ -178,7 +177,7 @@ class _Ungraded(torch.autograd.Function):
 
 def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandIn:
     """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
-    module, spec = place.module, tower.spec
+    module = place.module
     replaced: Any = type(module)
     stand_in: StandIn = object.__new__(_class_of(replaced))
     nn.Module.__init__(stand_in)
@@ -189,15 +188,13 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
     stand_in.anchor = nn.Parameter(torch.empty(0, dtype=module.dtype, device=first.device), wants_gradient(module))
     stand_in.training = module.training
     attributes |= {name: vars(module)[name] for name in HOOKS}
-    depth = count_layers(module)
-    columns = {layer: spec.columns([held])[0] for layer, held in served_layers(spec, depth).items()}
     # Not registered: a module of its own would be seen by whoever walks the model.
     attributes |= {
         "_tower": tower,
         "original": Original(module),
         "installation": installation,
         "_path": place.path,
-        "_outputs": Outputs(columns, depth, tower.bundle),
+        "_outputs": Outputs(tower.bundle, count_layers(module)),
     }
     return stand_in
 
