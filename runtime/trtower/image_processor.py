@@ -9,23 +9,20 @@ Shapes: C channels, H x W pixels, B images.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from trtower.errors import ConfigError, InputError
+from trtower.pictures import Array, Images, channels_first, flat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Array: TypeAlias = npt.NDArray[Any]
-Images: TypeAlias = "Image | Array | torch.Tensor | Sequence[Images]"
 
 __all__ = ["BatchFeature", "ImageProcessor"]
 
@@ -142,7 +139,7 @@ class ImageProcessor:
         for name in _CLIP:
             value = overrides.get(name)
             setattr(call, name, _checked(name, getattr(self, name) if value is None else value))
-        pixels = [call._pixels(image) for image in _flat(images)]
+        pixels = [call._pixels(image) for image in flat(images)]
         if return_tensors is None:
             return BatchFeature(pixel_values=pixels)
         shapes = sorted({array.shape for array in pixels})
@@ -158,7 +155,7 @@ class ImageProcessor:
     __call__ = preprocess
 
     def _pixels(self, image: "Image | Array") -> Array:
-        pixels = _channels_first(image, rgb=self.do_convert_rgb)  # -> (C, H, W)
+        pixels = channels_first(image, rgb=self.do_convert_rgb)  # -> (C, H, W)
         if not pixels.size:
             raise InputError(f"images holds an image without pixels, of shape {pixels.shape}; leave it out.")
         if self.do_resize:
@@ -201,58 +198,6 @@ def _checked(name: str, value: Any) -> Any:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _flat(images: Images) -> "Iterator[Image | Array]":
-    """Yield the single images in an image, a batch of them, or nested lists of either."""
-    from PIL.Image import Image
-
-    if isinstance(images, torch.Tensor):
-        images = images.detach().cpu().numpy()
-    if isinstance(images, Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
-        yield images
-    elif isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4):
-        for image in images:
-            yield from _flat(image)
-    else:
-        found = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
-        raise InputError(f"images holds {found}; give PIL images, or arrays or tensors of 3 or 4 dimensions.")
-
-
-def _channels_first(image: "Image | Array", *, rgb: bool) -> Array:
-    """Return a new or viewed (C, H, W) array; an array with channels at both ends is taken as (C, H, W)."""
-    if not isinstance(image, np.ndarray):
-        array = np.array(_rgb(image) if rgb else image)
-        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    if image.shape[0] not in (1, 3, 4):
-        if image.shape[-1] not in (1, 3, 4):
-            raise InputError(f"images holds an array of shape {image.shape}; its first or last side must be 1, 3 or 4.")
-        image = np.moveaxis(image, -1, 0)
-    return _rgb_array(image) if rgb else image
-
-
-def _rgb(image: "Image") -> "Image":
-    from PIL import Image
-
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _rgb_array(image: Array) -> Array:
-    """Repeat one channel, or lay four on white: 255 in an integer array, 1 in a float one, as transformers does."""
-    if image.shape[0] == 1:
-        return np.repeat(image, 3, axis=0)
-    if image.shape[0] == 3:
-        return image
-    whole = np.issubdtype(image.dtype, np.integer)
-    if not whole and (image.min() < 0 or image.max() > 1):
-        raise InputError(f"an RGBA image of {image.dtype} spans {image.min()} to {image.max()}; expected 0 to 1.")
-    white = 255 if whole else 1.0
-    alpha = image[3:] / white
-    blend = alpha * image[:3] + (1 - alpha) * white
-    return (np.round(blend) if whole else blend).astype(image.dtype)
 
 
 def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
