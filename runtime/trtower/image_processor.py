@@ -8,6 +8,7 @@ Shapes: C channels, H x W pixels, B images.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
@@ -19,12 +20,17 @@ import numpy as np
 import torch
 
 from trtower.errors import ConfigError, InputError
-from trtower.pictures import Array, Images, channels_first, flat
+from trtower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["BatchFeature", "ImageProcessor"]
+
+logger = logging.getLogger(__name__)
+
+MAX_RESIZED_PIXELS = 2**24
+"""What a picture may become by its shortest edge: 1000 x 1 pixels would become 224000 x 224 and take 1 GB."""
 
 _CLIP: dict[str, Any] = {
     "do_convert_rgb": True,
@@ -89,6 +95,7 @@ class ImageProcessor:
     do_normalize: bool
     image_mean: Sequence[float] | float
     image_std: Sequence[float] | float
+    _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         written = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
@@ -125,39 +132,59 @@ class ImageProcessor:
     def __repr__(self) -> str:
         return f"ImageProcessor(size={self.size}, crop_size={self.crop_size if self.do_center_crop else None})"
 
-    def preprocess(self, images: Images, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
-        """Make ``pixel_values``: a list of (C, H, W) arrays, or one (B, C, H, W) array ("np") or tensor ("pt").
+    def preprocess(
+        self,
+        images: Images,
+        return_tensors: str | None = None,
+        *,
+        input_data_format: str | None = None,
+        data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Make ``pixel_values`` of pictures.
 
-        Arrays and tensors are (C, H, W) or (H, W, C), or batches of these, and hold 0 to 255; for values from 0 to 1
-        pass ``do_rescale=False``. An override is an attribute's value for this call; None leaves the attribute's.
+        Args:
+            images: PIL images, arrays or tensors, or lists or iterators of these. Arrays and tensors are (C, H, W) or
+                (H, W, C), or batches of these, and hold 0 to 255; for values from 0 to 1 pass ``do_rescale=False``.
+            return_tensors: None for a list of (C, H, W) arrays; "np" or "pt" for one (B, C, H, W) array or tensor.
+            input_data_format: "channels_first", "channels_last", or "none" for greyscale arrays (H, W). None looks for
+                the side of 1, 3 or 4.
+            data_format: "channels_first" or None; nothing else is made.
+            overrides: The values of attributes for this call. None leaves the attribute's.
+
+        Raises:
+            InputError: A picture cannot be read, or in more than one way, or holds other values than 0 to 255.
+            ConfigError: An argument is unknown or cannot be honoured.
         """
-        if return_tensors not in (None, "np", "pt"):
-            raise ConfigError(f"return_tensors={return_tensors!r} is not known; give None, 'np' or 'pt'.")
+        for name, value, known in (
+            ("return_tensors", return_tensors, ("np", "pt")),
+            ("input_data_format", input_data_format, FORMATS),
+            ("data_format", data_format, (CHANNELS_FIRST,)),
+        ):
+            if value is not None and value not in known:
+                raise ConfigError(f"unknown {name}={value!r}; choose None or {', '.join(map(repr, known))}.")
         if unknown := overrides.keys() - _CLIP:
             raise ConfigError(f"{min(unknown)} is not a setting of ImageProcessor; settings: {', '.join(_CLIP)}.")
         call = copy(self)
         for name in _CLIP:
             value = overrides.get(name)
             setattr(call, name, _checked(name, getattr(self, name) if value is None else value))
-        pixels = [call._pixels(image) for image in flat(images)]
-        if return_tensors is None:
-            return BatchFeature(pixel_values=pixels)
-        shapes = sorted({array.shape for array in pixels})
-        if len(shapes) != 1:
-            found = f"come out as {', '.join(map(str, shapes))}" if shapes else "is empty"
-            raise InputError(
-                f"images {found}; return_tensors={return_tensors!r} takes one shape. "
-                "Set do_center_crop=True or a fixed size, or leave return_tensors out."
-            )
-        batch = np.stack(pixels)
-        return BatchFeature(pixel_values=torch.from_numpy(batch) if return_tensors == "pt" else batch)
+        pixels = [call._pixels(*named, input_data_format) for named in flatten(images, input_data_format)]
+        self._warned = call._warned
+        return BatchFeature(pixel_values=_stacked(pixels, return_tensors) if return_tensors else pixels)
 
     __call__ = preprocess
 
-    def _pixels(self, image: "Image | Array") -> Array:
-        pixels = channels_first(image, rgb=self.do_convert_rgb)  # -> (C, H, W)
-        if not pixels.size:
-            raise InputError(f"images holds an image without pixels, of shape {pixels.shape}; leave it out.")
+    def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
+        try:
+            read = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
+            pixels = self._processed(read)
+        except InputError as err:
+            raise InputError(f"{name}: {err}") from err
+        self._warn_of_range(name, read)
+        return pixels
+
+    def _processed(self, pixels: Array) -> Array:
         if self.do_resize:
             pixels = _resize(pixels, self.size, self.resample)
         if self.do_center_crop:
@@ -167,6 +194,21 @@ class ImageProcessor:
         if self.do_normalize:
             pixels = _normalize(pixels, self.image_mean, self.image_std)
         return pixels
+
+    def _warn_of_range(self, name: str, pixels: Array) -> None:
+        """Warn of values that the settings scale twice, or not at all; once for each advice."""
+        if self.do_rescale and pixels.dtype != np.uint8 and 0 < pixels.max() <= 1:
+            expected, advice = "0 to 255", "do_rescale=False"
+        elif not self.do_rescale and self.do_normalize and np.max(self.image_mean) <= 1 < pixels.max():
+            expected, advice = "0 to 1", "do_rescale=True"
+        else:
+            return
+        if advice not in self._warned:
+            self._warned += (advice,)
+            logger.warning(
+                "%s holds values from %s to %s; do_rescale=%s expects %s. Pass %s for such values.",
+                *(name, pixels.min(), pixels.max(), self.do_rescale, expected, advice),
+            )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -196,6 +238,18 @@ def _checked(name: str, value: Any) -> Any:
     return deepcopy(value)
 
 
+def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor":
+    shapes = sorted({array.shape for array in pixels})
+    if len(shapes) != 1:
+        found = f"come out as {', '.join(map(str, shapes))}" if shapes else "is empty"
+        raise InputError(
+            f"images {found}; return_tensors={return_tensors!r} takes one shape. "
+            "Set do_center_crop=True or a fixed size, or leave return_tensors out."
+        )
+    batch = np.stack(pixels)
+    return torch.from_numpy(batch) if return_tensors == "pt" else batch
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -205,8 +259,13 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
     from PIL import Image
 
     if "shortest_edge" in size:
-        sides = image.shape[1:]
-        height, width = (int(size["shortest_edge"] * side / min(sides)) for side in sides)
+        edge, sides = size["shortest_edge"], image.shape[1:]
+        longest = max(4, MAX_RESIZED_PIXELS // edge**2)
+        if max(sides) > longest * min(sides):
+            raise InputError(
+                f"{sides[1]} x {sides[0]} pixels; size={dict(size)} takes sides of at most {longest} to 1: crop it"
+            )
+        height, width = (int(edge * side / min(sides)) for side in sides)
     else:
         height, width = size["height"], size["width"]
     whole = image.dtype == np.uint8 or np.allclose(image, image.astype(int))
@@ -231,7 +290,9 @@ def _center_crop(image: Array, size: Mapping[str, int]) -> Array:
 
 
 def _scale(image: Array, factor: float) -> Array:
-    return (image.astype(np.float64) * factor).astype(np.float32)
+    """Multiply in float64 and return float32, without an array of float64 between."""
+    scaled = np.empty_like(image, dtype=np.float32)
+    return np.multiply(image, float(factor), out=scaled, dtype=np.float64, casting="same_kind")
 
 
 def _normalize(image: Array, mean: Sequence[float] | float, std: Sequence[float] | float) -> Array:
@@ -241,4 +302,6 @@ def _normalize(image: Array, mean: Sequence[float] | float, std: Sequence[float]
     for name, values in (("image_mean", middle), ("image_std", spread)):
         if len(values) not in (1, len(pixels)):
             raise InputError(f"an image has {len(pixels)} channels, {name} has {len(values)}; set do_convert_rgb=True.")
-    return (pixels - middle) / spread
+    normalized = pixels - middle
+    normalized /= spread
+    return normalized
