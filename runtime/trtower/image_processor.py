@@ -238,6 +238,10 @@ def _checked(name: str, value: Any) -> Any:
     return deepcopy(value)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor":
     shapes = sorted({array.shape for array in pixels})
     if len(shapes) != 1:
@@ -248,10 +252,6 @@ def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor"
         )
     batch = np.stack(pixels)
     return torch.from_numpy(batch) if return_tensors == "pt" else batch
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
@@ -269,9 +269,11 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
     else:
         height, width = size["height"], size["width"]
     whole = image.dtype == np.uint8 or np.allclose(image, image.astype(int))
-    top = 255 if whole else 1
-    if image.min() < 0 or image.max() > top:
-        raise InputError(f"an image of {image.dtype} spans {image.min()} to {image.max()}; resizing takes 0 to {top}.")
+    if not whole and image.max() > 1:
+        raise InputError(
+            f"fractions of {image.dtype} from {image.min()} to {image.max()}; resizing takes fractions from 0 to 1, or "
+            "whole numbers: array.round()"
+        )
     pixels = np.moveaxis(image if whole else _scale(image, 255), 0, -1).astype(np.uint8)  # (H, W, C)
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     resized = np.array(picture.resize((width, height), resample)).reshape(height, width, -1)

@@ -153,14 +153,16 @@ def _unconverted(image: "Image") -> "Image":
 
 
 def _checked(array: Array) -> Array:
-    """Return the array in the machine's byte order, or raise InputError where its values are not those of pixels."""
+    """Return a plain array in the machine's byte order, or raise InputError if its values are not those of pixels."""
     if not array.size:
         raise InputError(f"an image without pixels, of shape {array.shape}; leave it out")
     if array.dtype.kind == "b":
         raise InputError("values of dtype bool, where True may be 1 or 255; pass array * np.uint8(255) for white")
     if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
         raise InputError(f"values of dtype {array.dtype}; expected integers or floats of at most 64 bits")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if np.ma.is_masked(array):
+        raise InputError("values that are masked; fill them: array.filled(0)")
+    array = np.asarray(array, array.dtype.newbyteorder("="))
     if array.dtype != np.uint8:
         low, high = array.min(), array.max()
         if not (np.isfinite(low) and np.isfinite(high)):

@@ -16,8 +16,9 @@ from tests.runtime.test_image_processor import assert_same, needs_compositing, n
 from trtower.errors import ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 
-DEEP = [mode for mode in Image.MODES if ImageMode.getmode(mode).typestr not in ("|b1", "|u1")]
-EIGHT_BIT = [mode for mode in Image.MODES if mode not in DEEP]
+MODES = sorted({*Image.MODES, "I;16", "I;16B"})  # Pillow 10 does not list them
+DEEP = [mode for mode in MODES if ImageMode.getmode(mode).typestr not in ("|b1", "|u1")]
+EIGHT_BIT = [mode for mode in MODES if mode not in DEEP]
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "LAB")  # transformers 5 reads LAB's second band as alpha
 OFF = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 AS_THEY_ARE = {"do_convert_rgb": False, "do_normalize": False}
@@ -155,6 +156,19 @@ def test_a_value_that_is_not_finite_is_refused(value: float, settings: dict) -> 
     array[3, 5, 1] = value
     with pytest.raises(InputError, match="NaN or infinite"):
         ImageProcessor(settings)(array)
+
+
+def test_masked_values_are_refused_and_unmasked_ones_read() -> None:
+    with pytest.raises(InputError, match=r"masked; fill them: array\.filled\(0\)"):
+        ImageProcessor({})(np.ma.masked_greater(PIXELS, 250))
+    found = ImageProcessor(OFF)(np.ma.masked_greater(PIXELS, 255)).pixel_values[0]
+    assert type(found) is np.ndarray
+
+
+@pytest.mark.parametrize("array", [PIXELS / 2, PIXELS.astype(np.float32) + np.float32(0.5) - PIXELS % 2])
+def test_fractions_beyond_1_are_not_resized_by_guess(array: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"fractions of float(32|64) .*array\.round\(\)"):
+        ImageProcessor({})(array.clip(0, 255))
 
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
