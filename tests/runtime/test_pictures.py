@@ -16,7 +16,7 @@ from tests.runtime.test_image_processor import assert_same, needs_compositing, n
 from trtower.errors import ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 
-MODES = sorted({*Image.MODES, "I;16", "I;16B"})  # Pillow 10 does not list them
+MODES = sorted({*Image.MODES, "I;16", "I;16B", "LA", "La", "PA", "RGBa"})  # Pillow 10 does not list the last six
 DEEP = [mode for mode in MODES if ImageMode.getmode(mode).typestr not in ("|b1", "|u1")]
 EIGHT_BIT = [mode for mode in MODES if mode not in DEEP]
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "LAB")  # transformers 5 reads LAB's second band as alpha
