@@ -226,6 +226,8 @@ def check(
     if pages and report:
         with progress.step("Draw the report"):
             page = pages.write(report, checked)
+        if json_:
+            progress.say(str(page))
     if json_:
         typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
         return 0 if certificate.passed else 1

@@ -96,6 +96,8 @@ def test_check_ends_with_the_page_of_its_report(
 ) -> None:
     assert run(["check", str(spoilt), "--report", str(tmp_path / "report")]) == 0
     page = Path(capsys.readouterr().out.splitlines()[-1])
+    assert run(["check", str(spoilt), "--report", str(tmp_path / "report"), "--json"]) == 0
+    assert str(page) in capsys.readouterr().err
     assert page.parent == tmp_path / "report"
     assert page.read_text(encoding="utf-8").startswith("<!")
 
