@@ -7,6 +7,7 @@ tensors, and what cannot be decided is refused.
 
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from trtower.errors import CheckpointError
 from trtower_export.files import Files
@@ -47,10 +48,8 @@ def refuse_adapter_alone(files: Files) -> None:
     kind = describe_adapter(files)
     if kind is None:
         return
-    base = (files.read_json(CONFIG) or {}).get("base_model_name_or_path")
-    into = base if isinstance(base, str) and base else "its base model"
     raise CheckpointError(
-        f"{files.folder} is {kind}: merge it into {into} with merge_and_unload(), write that with save_pretrained(), "
+        f"{files.folder} is {kind}: merge it into {_base(files) or 'its base model'} with merge_and_unload(), write that with save_pretrained(), "
         "and export the result."
     )
 
@@ -82,7 +81,22 @@ def check_adapter(
             f"{where}. transformers applies it when it loads the folder, and {touched} in {path.name} may be of the "
             f"tower. To export the model without it, leave {CONFIG} out of a copy."
         )
-    return (*said, f"{path.name} is {kind} that leaves the tower as it is: the bundle is of the model with it, too")
+    return (*said, f"{path.name} is {kind} that leaves the tower as it is{_say_base(files)}")
+
+
+def _say_base(files: Files) -> str:
+    base = _base(files)
+    if base is None or Path(base).expanduser() == files.folder or base == files.repo:
+        return ""
+    return (
+        f"; with peft, transformers 4, and every release from the hub, takes the model itself from {base}: export that if "
+        "its tower is another"
+    )
+
+
+def _base(files: Files) -> str | None:
+    base = (files.read_json(CONFIG) or {}).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def check_unmerged(tensors: Tensors, patch_embedding: str, *, larger: bool) -> tuple[str, ...]:
