@@ -49,8 +49,8 @@ def refuse_adapter_alone(files: Files) -> None:
     if kind is None:
         return
     raise CheckpointError(
-        f"{files.folder} is {kind}: merge it into {_base(files) or 'its base model'} with merge_and_unload(), write that with save_pretrained(), "
-        "and export the result."
+        f"{files.folder} is {kind}: merge it into {_base(files) or 'its base model'} with merge_and_unload(), write "
+        "that with save_pretrained(), and export the result."
     )
 
 
@@ -89,8 +89,8 @@ def _say_base(files: Files) -> str:
     if base is None or Path(base).expanduser() == files.folder or base == files.repo:
         return ""
     return (
-        f"; with peft, transformers 4, and every release from the hub, takes the model itself from {base}: export that if "
-        "its tower is another"
+        f"; with peft, transformers 4, and every release from the hub, takes the model itself from {base}: export that "
+        "if its tower is another"
     )
 
 

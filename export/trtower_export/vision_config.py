@@ -59,6 +59,8 @@ def read_vision_config(
     except Exception as err:  # whatever transformers makes of what the file holds
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     vision = getattr(config, key, config)
+    if isinstance(vision, dict):  # of a key that this class of config does not know
+        vision = getattr(transformers, family_of(str(vision.get("model_type"))).model_class).config_class(**vision)
     family = family_of(str(getattr(vision, "model_type", model_type)))
     if vision is not config and not isinstance(raw.get(key), dict):
         raise CheckpointError(
