@@ -121,6 +121,11 @@ def _next_step(folder: Path) -> str:
         return ", the folder is empty"
     if unfinished := unfinished_in(folder):
         return f", and the download of {unfinished} was interrupted: download the checkpoint again"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SUFFIXES:
+            return f", and {path.name} is {_SUFFIXES[path.suffix]}"
+        if path.suffix in _OF_WEIGHTS:
+            return f", which says what {path.name} is. The checkpoint's repository has it"
     return ". A Hugging Face, LLaVA or VILA folder has one"
 
 
@@ -140,5 +145,6 @@ def _has_tower(folder: Path) -> bool:
 
 def unfinished_in(folder: Path) -> str | None:
     """Name a file in a folder whose download did not end."""
-    found = (path for path in folder.rglob("*") if path.suffix in UNFINISHED)
+    places = ("*", "*/*", ".cache/huggingface/download/*")
+    found = (path for place in places for path in sorted(folder.glob(place)) if path.suffix in UNFINISHED)
     return next((str(path.relative_to(folder)) for path in found), None)

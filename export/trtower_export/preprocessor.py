@@ -95,6 +95,9 @@ def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> d
 def _fit(written: dict[str, Any], size: int) -> tuple[dict[str, Any], str | None]:
     """Return a config that makes S x S pixels of any picture, and what the written one makes if that is not it."""
     square = {"height": size, "width": size}
+    for name in ("size", "crop_size"):
+        if isinstance(sides := written.get(name), dict) and None in sides.values():
+            written = {**written, name: {side: value for side, value in sides.items() if value is not None}}
     squashed = {**written, "do_resize": True, "size": square}
     squashed |= {"crop_size": square} if written.get("crop_size") else {}
     sides = written.get("size")

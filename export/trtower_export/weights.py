@@ -73,7 +73,9 @@ class Tensors:
     def _called(self, tower: str, roots: list[str]) -> list[str]:
         """Choose the roots that are called ``tower``: all of their name, or a part that no other root has."""
         exact = [root for root in roots if root.rstrip(".") == tower.strip(".")]
-        called = exact or [root for root in roots if f".{tower.strip('.')}." in f".{root}"]
+        # In a loaded model a tower may lie one deeper: `model.image_tower` is `image_tower` in the file.
+        parts = (f".{tower.strip('.')}.", f".{tower.strip('.').removeprefix('model.')}.")
+        called = exact or next((some for part in parts if (some := [r for r in roots if part in f".{r}"])), [])
         if not called:
             there = " and ".join(root.rstrip(".") for root in roots if root)
             raise CheckpointError(

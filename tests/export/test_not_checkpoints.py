@@ -120,6 +120,7 @@ def test_archives_are_told_by_their_content(clip: Path, tmp_path: Path) -> None:
         assert f"{path} is an archive: unpack it, and export the folder" in refusal(path)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torch_script_is_not_taken_for_weights(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "tower.pt")
     assert "is a TorchScript program: export the PyTorch checkpoint" in refusal(tmp_path / "tower.pt")
@@ -180,6 +181,8 @@ def test_config_without_weights_names_the_folder_that_has_them(clip: Path, check
         (("model_index.json", "image_encoder/config.json"), "a pipeline of diffusers"),
         (("modules.json", "0_CLIPModel/config.json"), "a model of sentence-transformers"),
         (("tokenizer_config.json", "tokenizer.json"), "a tokenizer"),
+        (("model.gguf",), "model.gguf is a GGUF file of llama.cpp"),
+        (("model.safetensors",), "which says what model.safetensors is"),
         ((), "the folder is empty"),
     ],
 )

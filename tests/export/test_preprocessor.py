@@ -74,6 +74,12 @@ def test_crop_without_resizing_is_kept_and_said(caplog: pytest.LogCaptureFixture
     assert pixels(written).shape == (1, 3, SIZE, SIZE)
 
 
+def test_sides_that_are_null_are_not_said() -> None:
+    nothing = dict.fromkeys(("shortest_edge", "longest_edge", "max_height", "max_width"))
+    written = {"size": SQUARE | nothing, "crop_size": SQUARE | nothing, **COLOURS}
+    assert fit(written) == {"size": SQUARE, "crop_size": SQUARE, **COLOURS}
+
+
 def test_square_that_is_cropped_stays_a_square_when_it_is_scaled() -> None:
     written = {"size": {"height": 40, "width": 40}, "crop_size": {"height": 28, "width": 28}, **COLOURS}
     assert fit(written) == {**written, "do_resize": True, "size": {"height": 80, "width": 80}, "crop_size": SQUARE}

@@ -45,7 +45,7 @@ def test_two_towers_are_listed_with_the_option_that_chooses(video_llava: Path) -
 def test_tower_that_is_named_is_opened(video_llava: Path) -> None:
     for name, vision in (("image_tower", make_model("clip")), ("video_tower", doubled(make_model("clip")))):
         root = open_checkpoint(str(video_llava), tower=name).layout.root
-        for called in (name, root.rstrip("."), root):
+        for called in (name, f"model.{name}", root.rstrip("."), root):
             checkpoint = open_checkpoint(str(video_llava), tower=called)
             asked = checkpoint.spec(-2, "patch")
             found = checkpoint.load_model(asked)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.conftest import make_model
@@ -52,7 +51,7 @@ def test_what_pytorch_itself_saves_of_wrapped_models_is_read(tmp_path: Path) -> 
     layers = getattr(model, "vision_model", model).encoder.layers
     for index in range(len(layers)):
         layers[index] = checkpoint_wrapper(layers[index])
-    state = nn.DataParallel(torch.compile(model)).state_dict()
+    state = {f"module.{name}": tensor for name, tensor in torch.compile(model).state_dict().items()}  # of DDP
     state = {name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): t for name, t in state.items()}
     make_model("clip").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
