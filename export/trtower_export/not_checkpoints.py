@@ -42,6 +42,8 @@ _SUFFIXES = {
     ".msgpack": f"Flax weights: {_EXPORT_PYTORCH}",
     ".pt2": f"a program of torch.export: {_EXPORT_PYTORCH}",
 }
+_OTHER_FOLDERS = {"model_index.json": "a pipeline of diffusers", "modules.json": "a model of sentence-transformers"}
+"""What folders are that have such a file and no config.json."""
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DEEP = 3
@@ -104,14 +106,9 @@ def refuse_bundle(files: Files) -> None:
 
 def refuse_folder(files: Files) -> NoReturn:
     """Raise CheckpointError for a folder without a config.json, naming what lies in it that could be exported."""
-    folder, kind = files.folder, "no checkpoint: it has no config.json"
-    if (folder / "model_index.json").is_file():
-        kind = "a pipeline of diffusers, and no checkpoint: it has no config.json"
-    elif (folder / "modules.json").is_file():
-        kind = "a model of sentence-transformers, and no checkpoint: it has no config.json"
-    elif (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        kind = "a tokenizer, and no checkpoint: it has no config.json"
-    raise CheckpointError(f"{folder} is {kind}{_next_step(folder)}.")
+    folder = files.folder
+    other = next((f"{kind}, and " for name, kind in _OTHER_FOLDERS.items() if (folder / name).is_file()), "")
+    raise CheckpointError(f"{folder} is {other}no checkpoint: it has no config.json{_next_step(folder)}.")
 
 
 def _next_step(folder: Path) -> str:
@@ -126,12 +123,18 @@ def _next_step(folder: Path) -> str:
             return f", and {path.name} is {_SUFFIXES[path.suffix]}"
         if path.suffix in _OF_WEIGHTS:
             return f", which says what {path.name} is. The checkpoint's repository has it"
+        if path.name.startswith("tokenizer"):
+            return ", and only a tokenizer"
     return ". A Hugging Face, LLaVA or VILA folder has one"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """List the folders inside that have a config.json: those with a vision tower if there are any, else all."""
-    found = sorted({path.parent for depth in range(1, DEEP + 1) for path in folder.glob("*/" * depth + "config.json")})
+    """List the folders inside that have a config.json: those with a vision tower if there are any, else all.
+
+    A bundle has one, too, and is left out.
+    """
+    configs = (path for depth in range(1, DEEP + 1) for path in folder.glob("*/" * depth + "config.json"))
+    found = sorted({path.parent for path in configs if not (path.parent / MANIFEST).is_file()})
     return [path for path in found if _has_tower(path)] or found
 
 

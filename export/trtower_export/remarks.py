@@ -15,7 +15,7 @@ def remarks(checkpoint: Checkpoint, spec: TowerSpec, *, layer_asked: bool) -> It
     by_default = not layer_asked and layout.select_layer is None and checkpoint.recipe is None
     if layout.contrastive:
         yield (
-            f"this {layout.kind} embeds an image in one pooled vector; the bundle gives the features of {spec.reading}, "
+            f"this {layout.kind} embeds an image as one pooled vector; a bundle gives the features of {spec.reading}, "
             "and not the pooled embedding"
         )
     if by_default:

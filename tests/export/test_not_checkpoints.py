@@ -196,6 +196,7 @@ def test_folder_of_another_library_is_told_for_what_it_is(tmp_path: Path, files:
 
 
 def test_bundle_is_told_for_one(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
+    assert str(fp32_bundle) not in refusal(fp32_bundle.parent)
     text = refusal(fp32_bundle)
     assert f"{fp32_bundle} is a bundle, which trtower exported from {checkpoints['clip'].resolve()}" in text
 

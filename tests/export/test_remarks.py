@@ -98,7 +98,7 @@ def test_model_of_embeddings_is_told_that_features_come_out(
 ) -> None:
     save_composite(kind, family, tmp_path / "m", text_config=TEXT)
     said = say(tmp_path / "m")[1]
-    assert f"this {kind.lower()} model embeds an image in one pooled vector" in said
+    assert f"this {kind.lower()} model embeds an image as one pooled vector" in said
     assert "the features of hidden state 3 of 4 layers, patch tokens, and not the pooled embedding" in said
     assert "hidden state -2 is LLaVA's default" in said
     chosen = say(tmp_path / "m", select_layer=-1)[1]
