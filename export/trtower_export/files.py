@@ -68,10 +68,12 @@ class InnerFiles(Files):
 
 
 def expanded(path: str) -> Path:
-    """Read a path as the shell does; raise CheckpointError if it begins with a home that nobody has."""
+    """Read a path as the shell does; raise CheckpointError if no file could have it, or it begins with nobody's home."""
     try:
-        return Path(path).expanduser()
-    except RuntimeError as err:
+        read = Path(path).expanduser()
+        read.is_dir()
+        return read
+    except (OSError, RuntimeError) as err:
         raise CheckpointError(f"{path} is not a folder: {first_line(err)}.") from err
 
 

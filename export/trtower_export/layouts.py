@@ -17,7 +17,7 @@ from trtower_export import adapters, open_clip
 from trtower_export.families import family_of
 from trtower_export.files import Files, download, expanded, first_line
 from trtower_export.layout import Layout, Request, Trust
-from trtower_export.not_checkpoints import refuse_bundle, refuse_file, refuse_folder
+from trtower_export.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
 from trtower_export.recipes import Recipe, find_recipe
 from trtower_export.tower_tensors import no_tower, say_adapter, with_tower
 from trtower_export.vision_config import read_vision_config
@@ -65,6 +65,8 @@ def recognise(files: Files, request: Request) -> Layout:
         return _vila(files, raw, request)
     if _is_llava(raw):
         return _original_llava(files, raw, request)
+    if foreign and checkpoints_in(files.folder):
+        refuse_folder(files, "its config.json names no model_type")
     return _hugging_face(files, raw, request)
 
 

@@ -104,11 +104,11 @@ def refuse_bundle(files: Files) -> None:
     )
 
 
-def refuse_folder(files: Files) -> NoReturn:
-    """Raise CheckpointError for a folder without a config.json, naming what lies in it that could be exported."""
+def refuse_folder(files: Files, lack: str = "it has no config.json") -> NoReturn:
+    """Raise CheckpointError for a folder without a model's config.json, naming what in it could be exported."""
     folder = files.folder
     other = next((f"{kind}, and " for name, kind in _OTHER_FOLDERS.items() if (folder / name).is_file()), "")
-    raise CheckpointError(f"{folder} is {other}no checkpoint: it has no config.json{_next_step(folder)}.")
+    raise CheckpointError(f"{folder} is {other}no checkpoint: {lack}{_next_step(folder)}.")
 
 
 def _next_step(folder: Path) -> str:

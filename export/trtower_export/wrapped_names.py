@@ -20,7 +20,7 @@ def unwrap(names: Iterable[str], folder: Path) -> dict[str, str]:
     """Map each name without its wrappers to the name as written; raise CheckpointError if two become the same."""
     written: dict[str, str] = {}
     for name in names:
-        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        parts = [part for part in name.split(".") if part not in WRAPPERS] or [name]
         if parts[0] == OUTERMOST and len(parts) > 1:
             parts = parts[1:]
         other = written.setdefault(".".join(parts), name)

@@ -158,6 +158,12 @@ def test_folder_around_a_checkpoint_names_it(checkpoints: dict[str, Path], tmp_p
     assert str(tmp_path / "run" / inner) in said
 
 
+def test_folder_around_a_checkpoint_may_have_a_config_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["clip"], tmp_path / "checkpoint-1000")
+    (tmp_path / "config.json").write_text('{"learning_rate": 1e-5}')
+    assert f"its config.json names no model_type. Export {tmp_path / 'checkpoint-1000'}" in refusal(tmp_path)
+
+
 def test_folder_around_several_names_those_with_a_tower(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for name in ("checkpoint-1", "checkpoint-2"):
         shutil.copytree(checkpoints["clip"], tmp_path / name)
@@ -256,7 +262,8 @@ def test_paths_are_read_as_a_shell_does(
     ):
         opened = open_checkpoint(source)
         assert (opened.name, opened.source) == ("clip", str(tmp_path / "clip"))
-    assert "~nobody-has-this-home/x" in refusal("~nobody-has-this-home/x")
+    for source in ("~nobody-has-this-home/x", "x" * 5000):
+        assert f"{source} is not a folder" in refusal(source)
 
 
 def test_vision_model_of_the_right_family_is_not_touched(tmp_path: Path) -> None:
