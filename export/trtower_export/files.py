@@ -68,13 +68,13 @@ class InnerFiles(Files):
 
 
 def expanded(path: str) -> Path:
-    """Read a path as the shell does; raise CheckpointError if no file could have it, or it begins with nobody's home."""
+    """Read a path as the shell does; raise CheckpointError if it is too long, or begins with nobody's home."""
     try:
         read = Path(path).expanduser()
         read.is_dir()
-        return read
     except (OSError, RuntimeError) as err:
         raise CheckpointError(f"{path} is not a folder: {first_line(err)}.") from err
+    return read
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
