@@ -7,7 +7,6 @@ tensors, and what cannot be decided is refused.
 
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from trtower.errors import CheckpointError
 from trtower_export.files import Files
@@ -86,7 +85,7 @@ def check_adapter(
 
 def _say_base(files: Files) -> str:
     base = _base(files)
-    if base is None or Path(base).expanduser() == files.folder or base == files.repo:
+    if base in (None, files.repo, str(files.folder), str(files.folder.resolve())):
         return ""
     return (
         f"; with peft, transformers 4, and every release from the hub, takes the model itself from {base}: export that "
