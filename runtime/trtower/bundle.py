@@ -191,6 +191,20 @@ class Bundle:
         )
         return self._rewrite(replace(current, certificates=(*others, certificate)))
 
+    def copy_to(self, folder: Path) -> "Bundle":
+        """Copy the bundle, every file verified, into a folder that is absent, empty, or another bundle's.
+
+        Raises BundleError where the folder holds anything else, or a file is altered.
+        """
+        if folder.resolve() == self.path.resolve():
+            return self
+        with disk_errors(folder), staged(folder, overwrite=True) as staging:
+            for name in self.manifest.files:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.verify(name), staging / name)
+            write_manifest(staging, self.manifest)
+        return Bundle.open(folder)
+
     def _reread(self) -> Manifest:
         return Bundle.open(self.path).manifest
 

@@ -9,28 +9,34 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from trtower.anchor import Anchor
+from trtower.attribute_dict import AttributeDict
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
-from trtower.layer_codes import LAST, LayerCode
+from trtower.layer_codes import LayerCode
 from trtower.observation import OnBatch, observed
-from trtower.pick import pick
+from trtower.pick import pick, whole_code
+from trtower.pixel_range import PixelRange
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import sizes
+from trtower.vision_model import VisionModel, make_vision_model
 
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="VisionTower")
+
+PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
+"""The call that turns pictures into features, for whoever passes something else."""
 
 
 class VisionTower(nn.Module):
@@ -46,6 +52,8 @@ class VisionTower(nn.Module):
 
     `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
     CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
+    A warning names the range of images that the image processor did not make, once: on CUDA only the first call is
+    looked at.
 
     `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
     raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
@@ -71,14 +79,14 @@ class VisionTower(nn.Module):
         self.vision_tower_name = str(bundle)
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
+        self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
         self.check_finite, self.count_cls = check_finite, count_cls
         self.on_batch: OnBatch | None = None
         self._nvtx = False
         self._backend, self._asked_device, self._engine = backend, device, engine
         self._require_certificate = require_certificate
-        held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
         self.select(
-            select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
+            whole_code(self.spec) if select_layer is None else select_layer,
             self.spec.select_feature if select_feature is None else select_feature,
         )
         self._holder = Holder(self.vision_tower_name)
@@ -86,10 +94,11 @@ class VisionTower(nn.Module):
         # Not at the end of Python, which would then wait for calls of threads that end with it.
         weakref.finalize(self, self._holder.close).atexit = False
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
-        self._anchor = self._make_anchor(torch.device("cpu"))
+        self._anchor = Anchor(self.dtype, torch.device("cpu"))
 
-    @staticmethod
+    @classmethod
     def load(
+        cls: type[Self],
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         device: str | torch.device | None = None,
@@ -100,17 +109,31 @@ class VisionTower(nn.Module):
         count_cls: bool = False,
         require_certificate: bool = False,
         engine: EngineOptions | None = None,
-    ) -> "VisionTower":
-        """Open a bundle and make it ready to run.
+    ) -> Self:
+        """Open a bundle and make it ready to run; `from_pretrained` is another name for it.
 
-        `backend`: "auto", or one of BACKENDS in runners/choose.py. `device`: where it must run; None leaves that to the
-        backend. With `require_certificate` a bundle is refused whose check has not passed, on these very files, for
-        what runs here. `engine`: how a plan is run. Raises BundleError, BackendError and ConfigError.
+        Args:
+            bundle: The folder that `trtower export` has made.
+            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or one of "tensorrt",
+                "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino" and "onnxruntime-cpu", which then runs
+                or raises.
+            device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
+            select_layer: The hidden states to read of those that the bundle holds, by default all, in its order.
+            select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.
+            check_finite: Whether to refuse images with NaN or infinity. None: on the CPU only.
+            count_cls: Whether `num_patches` counts the CLS token, as LLaVA-NeXT's does.
+            require_certificate: Refuse the bundle unless its check passed, on these very files, for what runs here.
+            engine: How a TensorRT plan is run.
+
+        Raises:
+            BundleError: The folder is not a bundle, is damaged, or is not certified.
+            BackendError: No requested backend can run it here.
+            ConfigError: An option has a value that it cannot have.
         """
-        tower = VisionTower(
+        tower = cls._make(
             bundle,
-            select_layer=select_layer,
-            select_feature=select_feature,
+            select_layer,
+            select_feature,
             backend=backend,
             device=device,
             check_finite=check_finite,
@@ -121,6 +144,19 @@ class VisionTower(nn.Module):
         tower.load_model()
         return tower
 
+    from_pretrained = load
+
+    @classmethod
+    def _make(
+        cls: type[Self],
+        bundle: str | os.PathLike[str],
+        select_layer: LayerCode | None,
+        select_feature: str | None,
+        **options: Any,
+    ) -> Self:
+        """Make a tower that is not loaded yet."""
+        return cls(bundle, select_layer=select_layer, select_feature=select_feature, **options)
+
     @property
     def is_loaded(self) -> bool:
         """Whether `load_model` was called."""
@@ -130,17 +166,24 @@ class VisionTower(nn.Module):
     def _runner(self) -> Runner | None:
         return self._holder.runner
 
+    @property
+    def _placed_on(self) -> torch.device | None:
+        """The GPU on which accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map."""
+        device = self._anchor.empty.device
+        return None if device.type in ("cpu", "meta") else device
+
     def load_model(self, device_map: Any = None) -> None:
         """Verify the bundle's files and load them; a second call does nothing.
 
-        `device_map`: a device, or Hugging Face's {"": device}; None and "auto" keep the device given before.
+        `device_map`: a device; Hugging Face's {"": device}, or that of a whole model, with an entry for its
+        vision_tower; None and "auto" keep the device given before.
         """
         refuse_fork()
         asked = _device_from_map(device_map)
         if not self.is_loaded:
             with self._loading:
                 if not self.is_loaded:
-                    self._open(asked or self._asked_device)
+                    self._open(asked or self._asked_device or self._placed_on)
                     return
         if asked is not None and parse_device(asked) != self.device:
             raise BackendError(f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
@@ -192,8 +235,10 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]",
+        images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | Mapping[str, Any] | None" = None,
         out: torch.Tensor | None = None,
+        *,
+        pixel_values: "torch.Tensor | list[torch.Tensor] | None" = None,
     ) -> "torch.Tensor | list[torch.Tensor]":
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
@@ -201,18 +246,20 @@ class VisionTower(nn.Module):
         (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
         floating dtype are taken; features come on the tower's device, each in the dtype of its images. With `out` the
         features of a tensor are written there, in its dtype, and it is returned; the engine itself writes there where
-        `out` is contiguous and of the tower's dtype, and every token and layer is picked. Raises InputError.
+        `out` is contiguous and of the tower's dtype, and every token and layer is picked. What an image processor
+        returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
         """
+        given = self._one_input(images, pixel_values)
         with self._holder.lend() as runner:
-            if not isinstance(images, (list, tuple)):
-                return self._encode_tensor(runner, images, out)
+            if not isinstance(given, (list, tuple)):
+                return self._encode_tensor(runner, given, out)
             if out is not None:
                 raise InputError("out is for the features of one tensor, and images is a list.")
-            if not images:
+            if not given:
                 raise InputError("images is an empty list; at least one image is expected.")
-            for index, image in enumerate(images):
+            for index, image in enumerate(given):
                 self._check(image, f"images[{index}]", in_list=True)
-            return self._encode(runner, images)
+            return self._encode(runner, given)
 
     def _encode_tensor(self, runner: Runner, images: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self._check(images, "images", in_list=False)
@@ -253,18 +300,35 @@ class VisionTower(nn.Module):
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
+        whole = out is not None and self._pick.whole and _can_fill(runner, out, pixel_values)
+        tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
+        return self.feature_select(self._run_tokens(runner, pixel_values, tokens))
+
+    def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
-        if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
-            bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
-            raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
+        if finite or not self._pixel_range.looked:
+            low, high = (float(extreme) for extreme in pixel_values.aminmax())  # NaN is both, if any is
+            if finite and not (math.isfinite(low) and math.isfinite(high)):
+                bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
+                raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
+            self._pixel_range.look(low, high)
         manifest = self.bundle.manifest
         watched = self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
-        tokens = None
-        if out is not None and self._pick.whole and _can_fill(runner, out, pixel_values):
-            tokens = out.view(-1, *out.shape[-2:])
-        output = run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=tokens)
-        return self.feature_select(output)
+        return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
+
+    def read_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
+
+        They come side by side in the bundle's order, in the dtype of the images. Raises InputError.
+        """
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
+            raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
+        VisionTower._check(self, images, "pixel_values", in_list=False)
+        with self._holder.lend() as runner:
+            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous()).to(images.dtype)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -273,19 +337,35 @@ class VisionTower(nn.Module):
         """
         return self._pick.cut(image_forward_outs)
 
+    def _one_input(self, images: Any, pixel_values: Any) -> Any:
+        """Return what was passed as images, as pixel_values, or in what an image processor returned."""
+        if (images is None) == (pixel_values is None):
+            how_many = "neither" if images is None else "both"
+            raise InputError(f"{how_many} of images and pixel_values was passed; one is expected. {PREPARE}")
+        if not isinstance(images, Mapping):
+            return pixel_values if images is None else images
+        if set(images.keys()) != {"pixel_values"}:
+            raise InputError(
+                f"images holds {', '.join(map(str, images.keys())) or 'nothing'}; a tower takes pixel_values and "
+                "nothing else: tower(inputs['pixel_values'])."
+            )
+        return images["pixel_values"]
+
     def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
         if not isinstance(images, torch.Tensor):
+            shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
             raise InputError(
-                f"{name} is of type {type(images).__name__}; a torch.Tensor or a list of them is expected, "
-                "as image_processor.preprocess(…, return_tensors='pt') makes."
+                f"{name} is a {type(images).__name__}{shape}; a torch.Tensor or a list of them is expected. {PREPARE}"
+            )
+        if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
+            raise InputError(
+                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, as a picture has. {PREPARE}"
             )
         if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
             raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
         if not images.is_floating_point():
-            raise InputError(
-                f"{name} has dtype {images.dtype}; floating-point pixel_values are expected, as image_processor makes."
-            )
+            raise InputError(f"{name} has dtype {images.dtype}; floating-point numbers are expected. {PREPARE}")
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels.")
 
@@ -323,7 +403,7 @@ class VisionTower(nn.Module):
             logger.warning(
                 "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
             )
-        self._anchor = self._make_anchor(runner.device)
+        self._anchor.place(runner.device)
         return close
 
     def _not_certified(self, reason: str, backend: str) -> BundleError:
@@ -333,26 +413,32 @@ class VisionTower(nn.Module):
         mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
         return BundleError(f"{path} is not certified: {reason}. {mend}.")
 
-    def _make_anchor(self, device: torch.device) -> nn.Parameter:
-        return nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
-
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Follow `.to(device)`, called here or on the model around this tower."""
-        before = self._anchor.device
-        after = fn(torch.empty_like(self._anchor)).device
-        moves = after != before and self.is_loaded
-        if moves:
+        """Follow `.to(device)`, called here or on the model around this tower. The dtype stays the engine's."""
+        before = self.device
+        after = self._device_after(fn, before)
+        closes: Callable[[], None] | None = None
+        if after != before and self.is_loaded:
             refuse_fork()
             with self._loading:
-                close = self._open(after)  # raises before anything has moved
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if after != before and after.type != "meta":
+                closes = self._open(after)  # raises before anything has moved
+        if self._anchor.empty.device != after:
+            self._anchor.place(after)
+        if after not in (before, torch.device("meta")):
             self._asked_device = after
-        if moves:
-            close()
-        if self._anchor.dtype != self.dtype:
-            self._anchor.data = self._anchor.data.to(self.dtype)
+        if closes:
+            closes()
         return self
+
+    def _device_after(self, fn: Callable[[torch.Tensor], torch.Tensor], before: torch.device) -> torch.device:
+        """Ask a function that moves tensors where to; what is on the meta device cannot be moved from there."""
+        start = torch.device("cpu") if before.type == "meta" else before
+        try:
+            return fn(torch.empty(0, dtype=self.dtype, device=start)).device
+        except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
+            raise BackendError(
+                f"{self.vision_tower_name} cannot be moved from {start}: {' '.join(str(err).split())}. It stays there."
+            ) from err
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing: the weights are in the bundle."""
@@ -394,6 +480,11 @@ class VisionTower(nn.Module):
         self.select(self._select_layer, select_feature)
 
     @property
+    def vision_tower(self) -> VisionModel:
+        """What LLaVA's wrapper holds under this name, for model code that calls or saves it (see vision_model.py)."""
+        return make_vision_model(self, self._anchor)
+
+    @property
     def backend(self) -> str:
         """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
         runner = self._runner
@@ -425,7 +516,7 @@ class VisionTower(nn.Module):
     def device(self) -> torch.device:
         """Where the tower runs; before loading, where it was moved to."""
         runner = self._runner
-        return self._anchor.device if runner is None else runner.device
+        return self._anchor.empty.device if runner is None else runner.device
 
     @property
     def config(self) -> "TowerConfig":
@@ -459,12 +550,12 @@ class VisionTower(nn.Module):
         )
 
 
-class TowerConfig(SimpleNamespace):
-    """The vision config as Hugging Face wrote it, by attribute."""
+class TowerConfig(AttributeDict):
+    """The vision config as Hugging Face wrote it, by key and by attribute. VILA saves it inside the model's config."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as config.json has it."""
-        return dict(vars(self))
+        """Return the config as config.json has it."""
+        return dict(self)
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -485,9 +576,13 @@ def _can_fill(runner: Runner, out: torch.Tensor, pixel_values: torch.Tensor) -> 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:
     if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise ConfigError(f"device_map={device_map} splits the tower; an engine is whole: give {{'': device}}.")
-        device_map = device_map[""]
+        named = [key for key in device_map if key.rpartition(".")[2] == "vision_tower"] or [*device_map.keys() & {""}]
+        if len(named) != 1:
+            raise ConfigError(
+                f"device_map={device_map} splits the tower or leaves it out; an engine is whole: pass {{'': device}}, "
+                "or a map with one entry that ends in vision_tower."
+            )
+        device_map = device_map[named[0]]
     if device_map is None or device_map == "auto":
         return None
     return torch.device("cuda", device_map) if isinstance(device_map, int) else device_map

@@ -15,7 +15,7 @@ from torch import Tensor
 from trtower.errors import ConfigError
 from trtower.layer_codes import name_layer
 from trtower.living.find import Place
-from trtower.living.match import served_layers
+from trtower.living.outputs import served_layers
 from trtower.spec import EIGHT_BIT
 from trtower.tower import VisionTower
 from trtower.weights import count_layers

@@ -11,10 +11,10 @@ from trtower.bundle import CONFIG, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.living.find import Place
+from trtower.living.outputs import served_layers
 from trtower.pick import export_command, export_command_of, name_layers
 from trtower.reading import is_contrastive, read_vision_feature_layer
-from trtower.spec import TowerSpec
-from trtower.weights import DTYPES, NORMS_ONLY_THE_POOLED, count_layers, read_parameters, weights_sha256
+from trtower.weights import DTYPES, count_layers, read_parameters, weights_sha256
 
 COMPUTES = (
     "hidden_size",
@@ -114,7 +114,7 @@ def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: s
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
-            f"{type(place.module).__name__} ({config.model_type}). {export}"
+            f"{type(place.module).__name__} ({config.model_type}). {_if_exported(export, config.model_type)}"
         )
     side = _side(config)
     if side is None:
@@ -123,6 +123,11 @@ def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: s
         raise ConfigError(
             f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {export}"
         )
+
+
+def _if_exported(export: str, model_type: str) -> str:
+    """Advise an export where nobody here knows whether it has this kind of tower."""
+    return export.replace("own checkpoint", f"own checkpoint, if `trtower export` supports {model_type}")
 
 
 def _check_config(place: Place, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
@@ -199,21 +204,6 @@ def _check_layers(code: LayerCode, feature: str, said: str, place: Place, bundle
             f"{', '.join(names)} of {depth} layers; {bundle.path} holds {', '.join(name_layers(spec, spec.layers))}. "
             f"Export it: {command}"
         )
-
-
-def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
-    """Map the states of a tower of ``depth`` layers that a bundle can give to their indices in the bundle.
-
-    The tower may have fewer layers than the checkpoint, where model code has dropped those it does not read.
-    """
-    last = spec.num_layers + 1
-    served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
-    if last in spec.layers and depth == spec.num_layers:
-        served[last] = last
-    if spec.family in NORMS_ONLY_THE_POOLED and depth == spec.num_layers:  # two names of one state
-        served |= {depth: served[last]} if last in served else {}
-        served |= {last: served[depth]} if depth in served else {}
-    return served
 
 
 def _check_weights(place: Place, bundle: Bundle, own: str) -> None:

@@ -4,7 +4,7 @@ Whatever is not there raises when it is used; it is never None, which model code
 something else.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from trtower.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import LAST, name_layer
 from trtower.pick import export_command, name_layers
+from trtower.spec import TowerSpec
+from trtower.weights import NORMS_ONLY_THE_POOLED
 
 BACK = "trtower.uninstall(model) brings the eager tower back"
 
@@ -80,23 +82,45 @@ class Held(Sequence[Any]):
         return repr(self._items)
 
 
-class Outputs:
-    """What a vision model of ``num_layers`` layers gives, of the states that a bundle holds in ``columns``."""
+def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
+    """Map the states of a tower of ``depth`` layers that a bundle can give to their indices in the bundle.
 
-    def __init__(self, columns: Mapping[int, slice], num_layers: int, bundle: Bundle) -> None:
-        self._columns, self._num_layers = columns, num_layers
+    The tower may have fewer layers than the checkpoint, where model code has dropped those it does not read.
+    """
+    last = spec.num_layers + 1
+    served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
+    if last in spec.layers and depth == spec.num_layers:
+        served[last] = last
+    if spec.family in NORMS_ONLY_THE_POOLED and depth == spec.num_layers:  # two names of one state
+        served |= {depth: served[last]} if last in served else {}
+        served |= {last: served[depth]} if depth in served else {}
+    return served
+
+
+class Outputs:
+    """What a vision model of ``num_layers`` layers returns, of the states that a bundle holds.
+
+    ``instead`` says in the error of an absent state how else it can be had.
+    """
+
+    def __init__(self, bundle: Bundle, num_layers: int, instead: str | None = BACK) -> None:
         spec, path = bundle.manifest.spec, bundle.path
+        served = served_layers(spec, num_layers)
+        self._columns = {layer: spec.columns([held])[0] for layer, held in served.items()}
+        self._num_layers = num_layers
         last = num_layers + 1
-        held = [name_layer(layer, num_layers) for layer in sorted(columns) if layer <= num_layers] or [LAST]
+        held = [name_layer(layer, num_layers) for layer in sorted(served) if layer <= num_layers] or [LAST]
         self._absent = {}
-        for layer in set(range(last + 1)) - columns.keys():
+        for layer in set(range(last + 1)) - served.keys():
             what = LAST if layer == last else f"hidden state {layer} of {num_layers} layers"
-            why = f"{what} is asked for; {path}, which is installed, holds {', '.join(held)}. {BACK}"
+            ways = [instead] if instead else []
             # That of a tower whose last layers were dropped is in no checkpoint.
             if layer <= num_layers or num_layers == spec.num_layers:
                 layers = [*name_layers(spec, spec.layers), name_layer(layer, num_layers)]
-                why += f"; or export that, too: {export_command(bundle, layers, spec.image_size)}"
-            self._absent[layer] = Absent(why)
+                ways.append(f"export that, too: {export_command(bundle, layers, spec.image_size)}")
+            self._absent[layer] = Absent(
+                f"{what} was requested, but the bundle {path} contains only {', '.join(held)}. {'; or '.join(ways)}"
+            )
 
     def hidden_states(self, tokens: Tensor) -> Sequence[Any]:
         """Give L + 1 entries, each a state (B, P + N, D) or absent, of all that the bundle gives; a tuple of states."""

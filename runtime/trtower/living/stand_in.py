@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trtower.anchor import Anchor
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
-from trtower.living.match import served_layers
 from trtower.living.original import Original, wants_gradient
 from trtower.living.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower import VisionTower
@@ -43,7 +43,7 @@ class StandIn(nn.Module):
     _tower: VisionTower
     original: Original
     installation: Any
-    anchor: nn.Parameter
+    anchor: Anchor
     _path: str
     _outputs: Outputs
 
@@ -82,7 +82,7 @@ class StandIn(nn.Module):
 
     def _run(self, pixel_values: Tensor) -> Tensor:
         """Give all tokens of all layers that the bundle holds, in the dtype of the tower that was replaced."""
-        anchor = self.anchor
+        anchor = self.anchor.empty
         if pixel_values.is_floating_point():  # anything else is refused by the tower
             pixel_values = pixel_values.to(self._tower.dtype)
         tokens: Tensor = self._tower(pixel_values).to(anchor.dtype)
@@ -112,14 +112,16 @@ class StandIn(nn.Module):
 
     def take_back(self) -> nn.Module:
         """Give the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
-        self.original.bring_back(self.anchor, training=self.training)
+        if self.anchor.empty.is_meta:  # accelerate offloads what it can, and there is nothing to offload here
+            self.anchor.place(self._tower.device)
+        self.original.bring_back(self.anchor.empty, training=self.training)
         module: nn.Module = self.original.module
         return module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
         del keep_vars
-        for name, tensor in self.original.state_dict(self.anchor.dtype).items():
+        for name, tensor in self.original.state_dict(self.anchor.empty.dtype).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -178,7 +180,7 @@ class _Ungraded(torch.autograd.Function):
 
 def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandIn:
     """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
-    module, spec = place.module, tower.spec
+    module = place.module
     replaced: Any = type(module)
     stand_in: StandIn = object.__new__(_class_of(replaced))
     nn.Module.__init__(stand_in)
@@ -186,18 +188,16 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
     registries = set(attributes) | set(OF_ANOTHER)
     attributes |= {name: value for name, value in vars(module).items() if name not in registries}
     first = next(module.parameters())
-    stand_in.anchor = nn.Parameter(torch.empty(0, dtype=module.dtype, device=first.device), wants_gradient(module))
+    stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
     stand_in.training = module.training
     attributes |= {name: vars(module)[name] for name in HOOKS}
-    depth = count_layers(module)
-    columns = {layer: spec.columns([held])[0] for layer, held in served_layers(spec, depth).items()}
     # Not registered: a module of its own would be seen by whoever walks the model.
     attributes |= {
         "_tower": tower,
         "original": Original(module),
         "installation": installation,
         "_path": place.path,
-        "_outputs": Outputs(columns, depth, tower.bundle),
+        "_outputs": Outputs(tower.bundle, count_layers(module)),
     }
     return stand_in
 

@@ -73,10 +73,11 @@ def test_state_that_is_not_held_raises_with_its_number(install: Install, index: 
     output = stand_in(draw(), output_hidden_states=True)
     layer = index % (NUM_LAYERS + 1)
     with pytest.raises(
-        ConfigError, match=rf"hidden state {layer} of 4 layers is asked for; .* holds 1, 3\. .* export .*=1,3,{layer} "
+        ConfigError,
+        match=rf"hidden state {layer} of 4 layers was requested, .* contains only 1, 3\. .* export .*=1,3,{layer} ",
     ):
         output.hidden_states[index]
-    with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers is asked for"):
+    with pytest.raises(ConfigError, match=r"hidden state \d of 4 layers was requested"):
         output.hidden_states[0:3]
     with pytest.raises(IndexError):
         output.hidden_states[5]
@@ -95,7 +96,7 @@ def test_layers_may_be_asked_for_by_number(install: Install, wanted: Any) -> Non
 def test_layers_that_are_not_held_raise_when_they_are_read(install: Install, wanted: Any, layer: int) -> None:
     stand_in, _ = install()
     output = stand_in(draw(), output_hidden_states=wanted)  # InternVL asks for -1 and reads last_hidden_state
-    with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers is asked for"):
+    with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers was requested"):
         output.hidden_states[layer]
 
 
@@ -143,11 +144,11 @@ def test_what_is_not_there_may_be_handed_on_and_not_used(install: Install, use: 
     for output in (given, type(given)(dict(given.items())), pickle.loads(pickle.dumps(given))):
         first, second, *_ = type(output.hidden_states)(state for state in output.hidden_states)
         assert use(second) is not None
-        with pytest.raises(ConfigError, match=r"hidden state 0 of 4 layers is asked for; .* holds 1, 3"):
+        with pytest.raises(ConfigError, match=r"hidden state 0 of 4 layers was requested, .* contains only 1, 3"):
             use(first)
         for last in (output.last_hidden_state, output[0], output["last_hidden_state"], output.to_tuple()[0]):
             with pytest.raises(
-                ConfigError, match=r"last_hidden_state is asked for; .* --select-layer=1,3,last_hidden_state "
+                ConfigError, match=r"last_hidden_state was requested, .* --select-layer=1,3,last_hidden_state "
             ):
                 use(last)
         for pooled in (output.pooler_output, output[1]):
@@ -172,7 +173,9 @@ def test_normed_state_is_last_hidden_state_and_no_hidden_state(install: Install)
     output = stand_in(draw(), output_hidden_states=True)
     assert torch.allclose(output.last_hidden_state, expected, atol=EXACT)
     assert torch.allclose(output[0], expected, atol=EXACT)
-    with pytest.raises(ConfigError, match=r"hidden state 4 of 4 layers is asked for; .* holds last_hidden_state"):
+    with pytest.raises(
+        ConfigError, match=r"hidden state 4 of 4 layers was requested, .* contains only last_hidden_state"
+    ):
         output.hidden_states[-1]
 
 
@@ -267,7 +270,7 @@ def test_what_is_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) ->
         tower(model).eval()
         model(**given).logits.sum().backward()
         assert torch.allclose(weight.grad, expected, rtol=1e-2, atol=1e-3)
-        assert not tower(model).anchor.requires_grad
+        assert not tower(model).anchor.empty.requires_grad
 
 
 def test_parts_of_the_eager_tower_are_told_of(install: Install) -> None:
@@ -295,7 +298,7 @@ def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
     model = make("llava")
     given = inputs(model, "llava", "one image")
     with trtower.install(model, bundles()):
-        with pytest.raises(ConfigError, match=r"hidden state (-1|4) of 4 layers is asked for; .* holds 3"):
+        with pytest.raises(ConfigError, match=r"hidden state (-1|4) of 4 layers was requested, .* contains only 3"):
             model(**given, vision_feature_layer=-1)
         assert logits(model, given) is not None
 
