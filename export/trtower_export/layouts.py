@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from trtower.errors import CheckpointError
-from trtower.reading import is_contrastive, read_vision_feature_layer
+from trtower.reading import is_contrastive, read_vision_feature_layer, says_trained
 from trtower_export import adapters, open_clip
 from trtower_export.families import family_of
 from trtower_export.files import Files, download, expanded, first_line
@@ -23,21 +23,12 @@ from trtower_export.tower_tensors import no_tower, say_adapter, with_tower
 from trtower_export.vision_config import read_vision_config
 from trtower_export.weights import find_tensors
 
-__all__ = ["TRAINED", "Layout", "Request", "Trust", "from_recipe", "recognise", "recognise_file"]
+__all__ = ["Layout", "Request", "Trust", "from_recipe", "recognise", "recognise_file"]
 
 VILA_TOWER = "vision_tower"
 
 HF_FEATURES = {"default": "patch", "full": "cls_patch"}
 """transformers' `vision_feature_select_strategy`, in LLaVA's words."""
-
-TRAINED = (
-    "unfreeze_mm_vision_tower",
-    "unfreeze_vision_tower",
-    "tune_vision_tower",
-    "mm_vision_tower_lr",
-    "vision_tower_lr",
-)
-"""Keys with which LLaVA and its forks say that the tower they name is not the tower they were trained with."""
 
 
 def from_recipe(recipe: Recipe) -> Layout:
@@ -118,7 +109,7 @@ def _inner_tower(layout: Layout, files: Files, raw: dict[str, Any], request: Req
     """Find the tower in LLaVA's own shards; None if it lies only where the config says, untrained."""
     tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
     found = with_tower(layout, tensors, layout.family.patch_embedding, request, larger=True)
-    if found is None and (trained := _says_trained(raw)):
+    if found is None and (trained := says_trained(raw.get)):
         raise CheckpointError(
             f"{files.folder}/config.json says that its tower was trained ({trained}), but the checkpoint holds no "
             f"{layout.family.name} tower: {raw.get('mm_vision_tower')} would have other weights."
@@ -141,13 +132,6 @@ def _aspect_ratio(raw: dict[str, Any]) -> str | None:
     if said is None and raw.get("image_grid_pinpoints"):
         return "anyres"
     return None if said in (None, "square") else str(said)
-
-
-def _says_trained(raw: dict[str, Any]) -> str | None:
-    """Find the key that says that the tower was trained."""
-    if "mm_vision_tower" in str(raw.get("mm_tunable_parts")):
-        return "mm_tunable_parts"
-    return next((key for key in TRAINED if raw.get(key)), None)
 
 
 def _named_tower(files: Files, named: str, request: Request) -> Layout:
