@@ -12,8 +12,6 @@ from trtower.bundle import PREPROCESSOR, Bundle
 from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
-from trtower.names import check_name
-from trtower.spec import PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
 from trtower_export.progress import ConsoleProgress
 
@@ -106,10 +104,9 @@ def export(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.layouts import Trust
-        from trtower_export.pipeline import AUTO, ExportOptions, export_tower
+        from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.store import default_store
 
-    check_name("precision", precision, (AUTO, *PRECISIONS))
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
         select_feature=select_feature,

@@ -36,6 +36,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Calibration, Manifest, Source
+from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.weights import hash_weights
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
@@ -91,8 +92,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.profiles:
             cover(self.profiles)
-        if self.precision not in (AUTO, *PRECISIONS):
-            raise ConfigError(f"precision {self.precision!r} is unknown: {AUTO}, {', '.join(PRECISIONS)} are known.")
+        check_name("precision", self.precision, (AUTO, *PRECISIONS))
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
         if self.keep_fp16 is not None and self.precision not in EIGHT_BIT:
