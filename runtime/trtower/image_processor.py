@@ -8,7 +8,9 @@ Shapes: C channels, H x W pixels, B images.
 """
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from numbers import Real
@@ -20,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from trtower.attribute_dict import AttributeDict
+from trtower.bundle import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 Array: TypeAlias = npt.NDArray[Any]
 Images: TypeAlias = "Image | Array | torch.Tensor | Sequence[Images]"
 
-__all__ = ["BatchFeature", "ImageProcessor"]
+__all__ = ["BatchFeature", "ImageProcessor", "Size"]
+
+logger = logging.getLogger(__name__)
 
 _CLIP: dict[str, Any] = {
     "do_convert_rgb": True,
@@ -68,6 +73,36 @@ class BatchFeature(AttributeDict):
         return self
 
 
+class Size(dict[str, int]):
+    """A size in pixels, {"shortest_edge": n} or {"height": h, "width": w}, which answers in either form and as (h, w).
+
+    LLaVA and LLaVA-NeXT read `size["shortest_edge"]`, `size["height"]`, `size[0]` and `min(size)`, as the processors of
+    their own towers have it. Items, equality and JSON are those of the dict as it was written.
+    """
+
+    def __missing__(self, key: Any) -> int:
+        height, width = self.sides
+        answers: dict[Any, int] = {"shortest_edge": min(height, width), "height": height, "width": width}
+        answers |= dict(enumerate(self.sides)) | {-1: width, -2: height}
+        if key not in answers:
+            raise KeyError(key)
+        return answers[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield height and width, as the tuple does that SigLIP's processor in LLaVA-NeXT has here."""
+        return iter(self.sides)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width."""
+        edge = self.get("shortest_edge")
+        return (self["height"], self["width"]) if edge is None else (edge, edge)
+
+    def resized(self, side: int) -> "Size":
+        """Return a size of the same form for square pictures of this side."""
+        return Size(dict.fromkeys(self.keys(), side))
+
+
 class ImageProcessor:
     """The CLIP, BiT or SigLIP processor that a ``preprocessor_config.json`` describes.
 
@@ -78,10 +113,10 @@ class ImageProcessor:
     image_processor_type: str
     do_convert_rgb: bool
     do_resize: bool
-    size: dict[str, int]
+    size: Size
     resample: int
     do_center_crop: bool
-    crop_size: dict[str, int]
+    crop_size: Size
     do_rescale: bool
     rescale_factor: float
     do_normalize: bool
@@ -119,6 +154,21 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """Return a config that makes this processor again, here and in transformers."""
         return {name: deepcopy(getattr(self, name)) for name in ("image_processor_type", *_CLIP)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> list[str]:
+        """Write `preprocessor_config.json`, here and in transformers a config of this processor; return its path.
+
+        A bundle keeps its own, which its manifest vouches for: settings that differ from it are named in a warning.
+        """
+        path = Path(save_directory) / PREPROCESSOR
+        if (path.parent / MANIFEST).is_file():
+            kept = ImageProcessor.from_file(path).to_dict()
+            if changed := [name for name, value in self.to_dict().items() if value != kept[name]]:
+                logger.warning("%s is a bundle's: it is kept, and %s is not saved.", path, ", ".join(changed))
+            return [str(path)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return [str(path)]
 
     def __repr__(self) -> str:
         return f"ImageProcessor(size={self.size}, crop_size={self.crop_size if self.do_center_crop else None})"
@@ -187,8 +237,9 @@ def _checked(name: str, value: Any) -> Any:
             value = {"height": value[0], "width": value[1]}
         elif isinstance(value, int):
             value = {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
-        valid = isinstance(value, dict) and set(value) in forms
+        valid = isinstance(value, dict) and set(value.keys()) in forms
         valid = valid and all(type(side) is int and side > 0 for side in value.values())
+        value = Size(value) if valid else value
     if not valid:
         raise ConfigError(f"{name}={value!r} cannot be honoured; expected {expected}.")
     return deepcopy(value)

@@ -6,23 +6,30 @@ have. Shapes: B images, H pixels a side, K tiles of an image, M patches of it, D
 
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from trtower.bundle import Bundle
 from trtower.errors import ConfigError
-from trtower.pick import export_command, name_layers
+from trtower.layer_codes import LayerCode
+from trtower.pick import export_command, name_layers, whole_code
 from trtower.runners import Runner
 from trtower.runners.tensorrt import EngineOptions
 from trtower.s2 import Scales
-from trtower.tower import VisionTower
+from trtower.tower import Self, VisionTower
+
+VILA_LAYER = -2
+"""VILA's default, where its config says no `mm_vision_select_layer`."""
 
 
 class CLIPVisionTower(VisionTower):
     """LLaVA's class, with its signature and semantics; ``vision_tower`` is the path of a bundle.
 
     ``args`` is the model's config: `mm_vision_select_layer` and `mm_vision_select_feature`, by default "patch", name
-    what is read of what the bundle holds. LLaVA-NeXT passes the same as `vision_tower_cfg`.
+    what is read of what the bundle holds. LLaVA-NeXT passes the same as `vision_tower_cfg`. VILA's config may leave
+    out the layer, which is -2 then. `load` needs no config and reads what the bundle holds.
     """
 
     def __init__(
@@ -40,9 +47,10 @@ class CLIPVisionTower(VisionTower):
         engine: EngineOptions | None = None,
     ) -> None:
         args = vision_tower_cfg if args is None else args
-        if not hasattr(args, "mm_vision_select_layer"):
+        layer = getattr(args, "mm_vision_select_layer", VILA_LAYER if _is_vila(args) else None)
+        if layer is None:
             raise ConfigError(
-                "args has no mm_vision_select_layer. Without a LLaVA config: trtower.VisionTower.load(…)."
+                f"args has no mm_vision_select_layer. Without a LLaVA config: trtower.{type(self).__name__}.load(…)."
             )
         asked = _class_for(args)
         if not isinstance(self, asked):
@@ -59,10 +67,41 @@ class CLIPVisionTower(VisionTower):
             require_certificate=require_certificate,
             engine=engine,
         )
-        self.select(args.mm_vision_select_layer, getattr(args, "mm_vision_select_feature", "patch"))
+        self.select(layer, getattr(args, "mm_vision_select_feature", None) or "patch")
+        if _is_vila(args):
+            self._refuse_dropped_patch()
         self._configure(args)
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
+
+    @classmethod
+    def _make(
+        cls: type[Self],
+        bundle: str | os.PathLike[str],
+        select_layer: LayerCode | None,
+        select_feature: str | None,
+        **options: Any,
+    ) -> Self:
+        spec = Bundle.open(bundle).manifest.spec
+        args = SimpleNamespace(
+            mm_vision_select_layer=whole_code(spec) if select_layer is None else select_layer,
+            mm_vision_select_feature=spec.select_feature if select_feature is None else select_feature,
+        )
+        make: Any = cls
+        tower: Self = make(bundle, args, delay_load=True, **options)
+        return tower
+
+    def _refuse_dropped_patch(self) -> None:
+        """Ask what VILA's "patch" shall mean for a tower whose first token is not a CLS token.
+
+        VILA drops the first token of every tower; LLaVA-NeXT, which reads the same code, keeps all of a SigLIP's.
+        """
+        if self.select_feature == "patch" and self.spec.num_prefix_tokens != 1:
+            raise ConfigError(
+                f"mm_vision_select_feature='patch' drops the first token in VILA; a {self.spec.family} tower has "
+                f"{self.spec.num_prefix_tokens} tokens before its patches. Set config.mm_vision_select_feature to "
+                "'cls_patch', which keeps every token."
+            )
 
     def _configure(self, args: Any) -> None:
         """Read what else a config says, before anything is loaded."""
@@ -103,10 +142,10 @@ class _ScaledTower(CLIPVisionTower):
         """D: the picked layers, once a scale."""
         return super().hidden_size * len(self._scales.sizes)
 
-    def _enlarge(self, size: int) -> None:
-        """Have the image processor make images of this size, whichever way it was told the size before."""
-        self.image_processor.size = dict.fromkeys(self.image_processor.size, size)
-        self.image_processor.crop_size = {"height": size, "width": size}
+    def _enlarge(self, side: int) -> None:
+        """Have the image processor make pictures of this side."""
+        self.image_processor.size = self.image_processor.size.resized(side)
+        self.image_processor.crop_size = self.image_processor.crop_size.resized(side)
 
 
 class CLIPVisionTowerS2(_ScaledTower):
@@ -170,15 +209,48 @@ class CLIPVisionTowerDynamicS2(_ScaledTower):
         self._enlarge(self.scales[0])
 
 
-def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
-    """Build the tower that a LLaVA config names in `mm_vision_tower` or `vision_tower`, as LLaVA's function does.
+def build_vision_tower(
+    vision_tower_cfg: Any, config: Any = None, *, bundle: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> CLIPVisionTower | None:
+    """Build the tower of a model, as the function of this name does in LLaVA, LLaVA-NeXT and VILA.
 
-    `s2` and `dynamic_s2` of the config choose the class.
+    Args:
+        vision_tower_cfg: The model's config, whose `mm_vision_tower` or `vision_tower` is the path of a bundle. VILA
+            passes the path itself, or None where the model has no tower.
+        config: The model's config, where a path comes first, as in VILA. Its `mm_hidden_size` is set.
+        bundle: The path of a bundle, instead of what the config names: `functools.partial(build_vision_tower,
+            bundle=…)` in the place of LLaVA's function leaves a checkpoint's config as it is.
+        **kwargs: Passed on to the class, such as `delay_load`.
+
+    Returns:
+        A `CLIPVisionTower`, or for `s2` and `dynamic_s2` of the config the class that reads several scales; None where
+        VILA passes no path.
+
+    Raises:
+        ConfigError: No bundle is named, or it does not hold what the config reads.
+        BundleError: The path is not a bundle.
     """
-    path = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)
+    if config is not None or vision_tower_cfg is None:
+        path, args = vision_tower_cfg, config
+        if path is None and bundle is None:
+            return None
+    else:
+        args = vision_tower_cfg
+        path = getattr(args, "mm_vision_tower", None) or getattr(args, "vision_tower", None)
+    path = path if bundle is None else bundle
     if not isinstance(path, str | os.PathLike):
-        raise ConfigError("the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path.")
-    return _class_for(vision_tower_cfg)(path, args=vision_tower_cfg, **kwargs)
+        raise ConfigError(
+            "the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path, or pass bundle=…"
+        )
+    tower = _class_for(args)(path, args=args, **kwargs)
+    if config is not None:
+        config.mm_hidden_size = tower.hidden_size
+    return tower
+
+
+def _is_vila(args: Any) -> bool:
+    """Whether a config is VILA's, which keeps the tower's own under this name."""
+    return hasattr(args, "vision_tower_cfg")
 
 
 def _class_for(args: Any) -> type[CLIPVisionTower]:

@@ -14,7 +14,7 @@ import torch
 
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError
-from trtower.layer_codes import FEATURES, LayerCode, name_layer, read_layer_code
+from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.spec import DEFAULT_BATCH, TowerSpec
 
 
@@ -70,6 +70,12 @@ def pick(bundle: Bundle, select_layer: LayerCode, select_feature: str) -> Pick:
             f"{', '.join(name_layers(spec, spec.layers))}. Export it: {command}"
         )
     return Pick(spec, layers, spec.first_token(tokens))
+
+
+def whole_code(spec: TowerSpec) -> LayerCode:
+    """Return the layer code that reads every layer of a bundle, in its order."""
+    held = [LAST if layer > spec.num_layers else layer for layer in spec.layers]
+    return held[0] if len(held) == 1 else held
 
 
 def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:

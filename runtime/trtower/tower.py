@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +20,10 @@ from trtower.attribute_dict import AttributeDict
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
-from trtower.layer_codes import LAST, LayerCode
+from trtower.layer_codes import LayerCode
 from trtower.observation import OnBatch, observed
-from trtower.pick import pick
+from trtower.pick import pick, whole_code
+from trtower.pixel_range import PixelRange
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
@@ -33,6 +34,9 @@ from trtower.vision_model import VisionModel, make_vision_model
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="VisionTower")
+
+PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
+"""The call that turns pictures into features, for whoever passes something else."""
 
 
 class VisionTower(nn.Module):
@@ -48,6 +52,8 @@ class VisionTower(nn.Module):
 
     `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
     CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
+    A warning names the range of images that the image processor did not make, once: on CUDA only the first call is
+    looked at.
 
     `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
     raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
@@ -73,14 +79,14 @@ class VisionTower(nn.Module):
         self.vision_tower_name = str(bundle)
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
+        self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
         self.check_finite, self.count_cls = check_finite, count_cls
         self.on_batch: OnBatch | None = None
         self._nvtx = False
         self._backend, self._asked_device, self._engine = backend, device, engine
         self._require_certificate = require_certificate
-        held = [LAST if layer > self.spec.num_layers else layer for layer in self.spec.layers]
         self.select(
-            select_layer if select_layer is not None else held[0] if len(held) == 1 else held,
+            whole_code(self.spec) if select_layer is None else select_layer,
             self.spec.select_feature if select_feature is None else select_feature,
         )
         self._holder = Holder(self.vision_tower_name)
@@ -90,8 +96,9 @@ class VisionTower(nn.Module):
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = Anchor(self.dtype, torch.device("cpu"))
 
-    @staticmethod
+    @classmethod
     def load(
+        cls: type[Self],
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         device: str | torch.device | None = None,
@@ -102,17 +109,31 @@ class VisionTower(nn.Module):
         count_cls: bool = False,
         require_certificate: bool = False,
         engine: EngineOptions | None = None,
-    ) -> "VisionTower":
-        """Open a bundle and make it ready to run.
+    ) -> Self:
+        """Open a bundle and make it ready to run; `from_pretrained` is another name for it.
 
-        `backend`: "auto", or one of BACKENDS in runners/choose.py. `device`: where it must run; None leaves that to the
-        backend. With `require_certificate` a bundle is refused whose check has not passed, on these very files, for
-        what runs here. `engine`: how a plan is run. Raises BundleError, BackendError and ConfigError.
+        Args:
+            bundle: The folder that `trtower export` has made.
+            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or one of "tensorrt",
+                "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino" and "onnxruntime-cpu", which then runs
+                or raises.
+            device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
+            select_layer: The hidden states to read of those that the bundle holds, by default all, in its order.
+            select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.
+            check_finite: Whether to refuse images with NaN or infinity. None: on the CPU only.
+            count_cls: Whether `num_patches` counts the CLS token, as LLaVA-NeXT's does.
+            require_certificate: Refuse the bundle unless its check passed, on these very files, for what runs here.
+            engine: How a TensorRT plan is run.
+
+        Raises:
+            BundleError: The folder is not a bundle, is damaged, or is not certified.
+            BackendError: No requested backend can run it here.
+            ConfigError: An option has a value that it cannot have.
         """
-        tower = VisionTower(
+        tower = cls._make(
             bundle,
-            select_layer=select_layer,
-            select_feature=select_feature,
+            select_layer,
+            select_feature,
             backend=backend,
             device=device,
             check_finite=check_finite,
@@ -122,6 +143,19 @@ class VisionTower(nn.Module):
         )
         tower.load_model()
         return tower
+
+    from_pretrained = load
+
+    @classmethod
+    def _make(
+        cls: type[Self],
+        bundle: str | os.PathLike[str],
+        select_layer: LayerCode | None,
+        select_feature: str | None,
+        **options: Any,
+    ) -> Self:
+        """Make a tower that is not loaded yet."""
+        return cls(bundle, select_layer=select_layer, select_feature=select_feature, **options)
 
     @property
     def is_loaded(self) -> bool:
@@ -201,8 +235,10 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]",
+        images: "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | Mapping[str, Any] | None" = None,
         out: torch.Tensor | None = None,
+        *,
+        pixel_values: "torch.Tensor | list[torch.Tensor] | None" = None,
     ) -> "torch.Tensor | list[torch.Tensor]":
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
@@ -210,18 +246,20 @@ class VisionTower(nn.Module):
         (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
         floating dtype are taken; features come on the tower's device, each in the dtype of its images. With `out` the
         features of a tensor are written there, in its dtype, and it is returned; the engine itself writes there where
-        `out` is contiguous and of the tower's dtype, and every token and layer is picked. Raises InputError.
+        `out` is contiguous and of the tower's dtype, and every token and layer is picked. What an image processor
+        returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
         """
+        given = self._one_input(images, pixel_values)
         with self._holder.lend() as runner:
-            if not isinstance(images, (list, tuple)):
-                return self._encode_tensor(runner, images, out)
+            if not isinstance(given, (list, tuple)):
+                return self._encode_tensor(runner, given, out)
             if out is not None:
                 raise InputError("out is for the features of one tensor, and images is a list.")
-            if not images:
+            if not given:
                 raise InputError("images is an empty list; at least one image is expected.")
-            for index, image in enumerate(images):
+            for index, image in enumerate(given):
                 self._check(image, f"images[{index}]", in_list=True)
-            return self._encode(runner, images)
+            return self._encode(runner, given)
 
     def _encode_tensor(self, runner: Runner, images: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self._check(images, "images", in_list=False)
@@ -269,9 +307,12 @@ class VisionTower(nn.Module):
     def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
-        if finite and not all(math.isfinite(extreme) for extreme in pixel_values.aminmax()):  # NaN is both, if any is
-            bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
-            raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
+        if finite or not self._pixel_range.looked:
+            low, high = (float(extreme) for extreme in pixel_values.aminmax())  # NaN is both, if any is
+            if finite and not (math.isfinite(low) and math.isfinite(high)):
+                bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
+                raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
+            self._pixel_range.look(low, high)
         manifest = self.bundle.manifest
         watched = self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
@@ -296,19 +337,35 @@ class VisionTower(nn.Module):
         """
         return self._pick.cut(image_forward_outs)
 
+    def _one_input(self, images: Any, pixel_values: Any) -> Any:
+        """Return what was passed as images, as pixel_values, or in what an image processor returned."""
+        if (images is None) == (pixel_values is None):
+            how_many = "neither" if images is None else "both"
+            raise InputError(f"{how_many} of images and pixel_values was passed; one is expected. {PREPARE}")
+        if not isinstance(images, Mapping):
+            return pixel_values if images is None else images
+        if set(images.keys()) != {"pixel_values"}:
+            raise InputError(
+                f"images holds {', '.join(map(str, images.keys())) or 'nothing'}; a tower takes pixel_values and "
+                "nothing else: tower(inputs['pixel_values'])."
+            )
+        return images["pixel_values"]
+
     def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
         if not isinstance(images, torch.Tensor):
+            shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
             raise InputError(
-                f"{name} is of type {type(images).__name__}; a torch.Tensor or a list of them is expected, "
-                "as image_processor.preprocess(…, return_tensors='pt') makes."
+                f"{name} is a {type(images).__name__}{shape}; a torch.Tensor or a list of them is expected. {PREPARE}"
+            )
+        if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
+            raise InputError(
+                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, as a picture has. {PREPARE}"
             )
         if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
             raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
         if not images.is_floating_point():
-            raise InputError(
-                f"{name} has dtype {images.dtype}; floating-point pixel_values are expected, as image_processor makes."
-            )
+            raise InputError(f"{name} has dtype {images.dtype}; floating-point numbers are expected. {PREPARE}")
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels.")
 

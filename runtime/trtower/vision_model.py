@@ -29,7 +29,7 @@ class VisionModel(nn.Module):
     Where transformers is imported, it is an instance of that model's class, because tinychat asks for it.
     """
 
-    _tower: "VisionTower"
+    _tower: Any  # a VisionTower: transformers evaluates the annotations of its subclasses, and this one is a cycle
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, *, output_hidden_states: bool | None = None, **options: Any) -> Any:
@@ -56,12 +56,14 @@ class VisionModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the engine computes in."""
-        return self._tower.dtype
+        dtype: torch.dtype = self._tower.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where the tower runs."""
-        return self._tower.device
+        device: torch.device = self._tower.device
+        return device
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
         """Copy the bundle to a folder, from where `CLIPVisionTower` and `build_vision_tower` open it again.
@@ -73,7 +75,7 @@ class VisionModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Tell what `print(model)` should show of this module."""
-        return self._tower.extra_repr()
+        return str(self._tower.extra_repr())
 
 
 def make_vision_model(tower: "VisionTower", anchor: nn.Module) -> VisionModel:

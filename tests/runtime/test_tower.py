@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -9,15 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
 from trtower.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
+from trtower.image_processor import ImageProcessor
+from trtower.pixel_range import expected_range
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.parity import certify
 from trtower_export.photographs import load_photographs
@@ -383,8 +388,8 @@ def test_backend_says_what_runs(fp32_bundle: Path) -> None:
         ([torch.zeros(3, 42, 42), torch.zeros(2, 3, 42, 41)], r"images\[1\] has shape \(2, 3, 42, 41\)"),
         ([torch.zeros(3, 42, 42), torch.zeros(42, 42)], r"images\[1\] has shape \(42, 42\)"),
         ([torch.zeros(2, 3, 42, 42), torch.zeros(3, 42, 42, dtype=torch.int64)], r"images\[1\] has dtype torch\.int64"),
-        ([torch.zeros(3, 42, 42), "a.png"], r"images\[1\] is of type str"),
-        ("a.png", "images is of type str"),
+        ([torch.zeros(3, 42, 42), "a.png"], r"images\[1\] is a str"),
+        ("a.png", "images is a str"),
         (torch.full((1, 3, 42, 42), float("nan")), "5292 values that are NaN or infinite"),
         ([torch.full((3, 42, 42), float("inf"))], "5292 values that are NaN or infinite"),
     ],
@@ -393,6 +398,101 @@ def test_bad_images_get_one_clear_line(tower: VisionTower, bad: object, message:
     with pytest.raises(InputError, match=message) as caught:
         tower(bad)
     assert "\n" not in str(caught.value)
+
+
+PICTURE = np.random.default_rng(3).integers(0, 256, (50, 60, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Image.fromarray(PICTURE),
+        [Image.fromarray(PICTURE)],
+        PICTURE,
+        PICTURE[None],
+        torch.from_numpy(PICTURE),
+        torch.from_numpy(PICTURE)[None],
+        [torch.from_numpy(PICTURE)],
+        None,
+        {"pixel_values": [PICTURE]},
+    ],
+    ids=str,
+)
+def test_pictures_are_answered_with_the_call_that_prepares_them(tower: VisionTower, bad: object) -> None:
+    with pytest.raises(InputError, match=r"tower\(tower\.image_processor\(pictures, return_tensors='pt'\)") as caught:
+        tower(bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_an_image_processor_returns_is_taken_as_it_is(tower: VisionTower) -> None:
+    prepared = tower.image_processor(Image.fromarray(PICTURE), return_tensors="pt")
+    expected = tower(prepared["pixel_values"])
+    theirs = transformers.BatchFeature(dict(prepared))
+    for features in (tower(prepared), tower(**prepared), tower(theirs), tower(**theirs)):
+        assert torch.equal(features, expected)
+
+
+def test_other_inputs_beside_pixels_are_refused_by_name(tower: VisionTower) -> None:
+    with pytest.raises(InputError, match=r"holds pixel_values, image_sizes; .* tower\(inputs\['pixel_values'\]\)"):
+        tower({"pixel_values": images(1), "image_sizes": [[42, 42]]})
+    with pytest.raises(InputError, match="both of images and pixel_values"):
+        tower(images(1), pixel_values=images(1))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "seen"),
+    [
+        (torch.rand(2, 3, SIZE, SIZE), r"from \S+ to (1|0\.9\d*)"),
+        (torch.rand(2, 3, SIZE, SIZE) * 255, r"from \S+ to 25\d"),
+    ],
+)
+def test_pixels_that_nobody_normalised_are_told_of_once(
+    fp32_bundle: Path, caplog: pytest.LogCaptureFixture, pixels: torch.Tensor, seen: str
+) -> None:
+    tower = VisionTower.load(fp32_bundle)
+    tower(torch.zeros(1, 3, SIZE, SIZE))  # LLaVA's, for a sample without a picture
+    tower(tower.image_processor(PICTURE, return_tensors="pt")["pixel_values"])
+    tower(images(2))
+    assert not caplog.records
+    tower(pixels)
+    tower(list(pixels))
+    (record,) = caplog.records
+    assert re.search(
+        rf"{seen}; .*tiny-clip expects about -1\.79 to 2\.15, rescaled and normalised", record.getMessage()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (-1.7923, 2.1459)),
+        ({"image_mean": 0.5, "image_std": 0.5}, (-1, 1)),
+        ({"do_normalize": False}, (0, 1)),
+        ({"do_normalize": False, "do_rescale": False}, (0, 255)),
+    ],
+)
+def test_expected_range_is_that_of_the_image_processor(
+    settings: dict[str, object], expected: tuple[float, float]
+) -> None:
+    assert expected_range(ImageProcessor(settings)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [VisionTower, CLIPVisionTower])
+def test_load_makes_the_class_that_it_is_called_on(fp32_bundle: Path, kind: type[VisionTower]) -> None:
+    for load in (kind.load, kind.from_pretrained):
+        tower = load(fp32_bundle, "onnxruntime-cpu", select_feature="cls_patch")
+        assert type(tower) is kind
+        assert tower.is_loaded
+        assert tower(images(1)).shape == (1, PATCHES + 1, WIDTH)
+    assert kind.load(fp32_bundle).select_layer == 3
+
+
+def test_tower_stays_where_it_is_if_torch_cannot_move_it(tower: VisionTower) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(BackendError, match="cannot be moved from cpu: Torch not compiled with CUDA enabled"):
+        tower.to("cuda")
+    assert tower(images(1)).shape == (1, PATCHES, WIDTH)
 
 
 def test_large_finite_images_are_not_taken_for_infinite(tower: VisionTower) -> None:

@@ -1,0 +1,46 @@
+"""Notice pixel values that no image processor made: floats that were not normalised, or not even rescaled."""
+
+import logging
+
+import numpy as np
+
+from trtower.image_processor import ImageProcessor
+
+FAR = 3.0
+"""Values this many expected ranges outside are no pixels in the expected units; noise and resizing stay well inside."""
+
+logger = logging.getLogger(__name__)
+
+
+class PixelRange:
+    """Warns once, naming the range seen and the one expected, which is that of the tower's own image processor."""
+
+    def __init__(self, tower: str, processor: ImageProcessor) -> None:
+        self._tower, self._processor = tower, processor
+        self.looked = self._warned = False
+
+    def look(self, low: float, high: float) -> None:
+        """Take the smallest and the largest value of some images, normalised or not."""
+        self.looked = True
+        if self._warned:
+            return
+        least, most = expected_range(self._processor)
+        is_unit = 0 <= low < high <= 1 and not (least > -0.5 and most < 1.5)
+        is_far = low < least - FAR * (most - least) or high > most + FAR * (most - least)
+        if not is_unit and not is_far:
+            return
+        self._warned = True
+        logger.warning(
+            "images hold values from %.3g to %.3g; %s expects about %.3g to %.3g, rescaled and normalised: pass what "
+            "tower.image_processor(images, return_tensors='pt')['pixel_values'] makes.",
+            low, high, self._tower, least, most,
+        )  # fmt: skip
+
+
+def expected_range(processor: ImageProcessor) -> tuple[float, float]:
+    """Return what black and white pixels become in an image processor, over all channels."""
+    white = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    if not processor.do_normalize:
+        return 0.0, white
+    ends = (np.array([[0.0], [white]]) - np.array(processor.image_mean)) / np.array(processor.image_std)  # (2, C)
+    return float(ends.min()), float(ends.max())
