@@ -4,14 +4,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Processes that tests run in: most of them are Python's own work, on one core.
 WORKERS ?= 2
-EXTRAS ?= cpu,openvino,trt-rtx,export,demo,quant,dev
+EXTRAS ?= cpu,openvino,trt-rtx-build,export,demo,quant,dev
 # A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
 WHEELS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL = $(if $(WHEELS),$(PYTHON) -m pip --python $(BIN)/python install --no-index --find-links $(WHEELS),\
 	$(BIN)/python -m pip install -c $(CONSTRAINTS)) --quiet --disable-pip-version-check
-GPU_EXTRAS ?= cuda,trt-rtx,export,report,test
+GPU_EXTRAS ?= cuda,trt-rtx-build,export,report,test
 GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 

@@ -32,7 +32,7 @@ from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.evidence import ImageEvidence
 from trtower_export.figures import Sums, total
 from trtower_export.layers import GraphStates, LayerSums
-from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images
+from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.progress import Progress
 from trtower_export.quantisation import read_quantised, simulate_quantised
 from trtower_export.truncate import TruncatedTower, check_weights, truncate
@@ -161,7 +161,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: 
     """Run ``images`` one by one through PyTorch, and in every size of batch through the bundle."""
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
-    pixels = [processor.preprocess(image.image, return_tensors="pt")["pixel_values"] for image in images]
+    pixels = prepare(images, processor)
     references, owns, own_sums = [], [], []
     for image, pixel_values in zip(images, pixels, strict=True):
         states = towers.reference(image.name, pixel_values)
@@ -171,8 +171,8 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: 
         own_sums.append(Sums.of(owns[-1], references[-1]))
         found.own.setdefault(_kind(image), Sums()).add(own_sums[-1])
         if towers.typed:
-            batch = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
-            (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, batch)
+            repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
+            (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
             error = Sums.of(row[None].float(), references[-1])
             found.as_typed.setdefault(_kind(image), Sums()).add(error)
         if towers.states:

@@ -5,18 +5,19 @@ Real photographs, because noise excites none of the outlier channels that half p
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from trtower.errors import ConfigError, InputError
 from trtower.extras import import_extra
 from trtower.image_processor import ImageProcessor
+from trtower.pictures import to_rgb
 from trtower_export.progress import Progress
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -43,6 +44,7 @@ SQUARES = 8
 
 # What Pillow's decoders raise on a damaged file; a bomb is no OSError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DAMAGED = "that are no readable image"
 
 
 PHOTOGRAPH = "photograph"
@@ -59,15 +61,16 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Photographs:
-    """The images in order, the files that could not be read, and a digest of what was read.
+    """The images in order, the files that were skipped, and a digest of what was read.
 
     ``sha256`` runs over names, sizes and decoded RGB pixels: it identifies what the tower
-    was given, whichever file format it came in.
+    was given, whichever file format it came in. ``reasons`` says of each skipped file why.
     """
 
     images: tuple[Photograph, ...]
     skipped: tuple[str, ...]
     sha256: str
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def first(self, count: int) -> "Photographs":
         """Take the first ``count`` of them."""
@@ -77,32 +80,35 @@ class Photographs:
 def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photographs:
     """Read the photographs of ``folder`` by name, or a dozen from scikit-image's wheel.
 
-    ``limit`` takes the first that can be read. A file that cannot is named in ``skipped``;
-    InputError is raised where none is left.
+    They are read as the processor reads them: not turned by their EXIF orientation, and with transparency on white.
+    ``limit`` takes the first that can be read. A file that is damaged, or that the processor refuses, is named in
+    ``skipped``; InputError is raised if none is left.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no photograph; give 1 or more, or no limit")
     paths = _shipped() if folder is None else _image_files(folder)
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     images = tuple(islice(_read(paths, skipped), limit))
+    photographs = Photographs(images, tuple(skipped), _digest(images), skipped)
     if not images:
+        why = "; ".join(reason for reason, _ in _by_reason(photographs) if reason != _DAMAGED)
         raise InputError(
-            f"{paths[0].parent} has no readable image: found {_named(skipped)}, damaged or of another format; "
+            f"{paths[0].parent} has no readable image: found {_named(photographs.skipped)}, "
+            f"{why or 'damaged or of another format'}; "
             "expected at least one photograph: replace the files or name another folder"
         )
-    return Photographs(images, tuple(skipped), _digest(images))
+    return photographs
 
 
 def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> list[Tensor]:
-    """Turn photographs into pixel_values, each (1, 3, S, S), in FP32."""
-    pixels = (processor.preprocess(each.image, return_tensors="pt")["pixel_values"] for each in photographs)
-    return [pixel_values.float() for pixel_values in pixels]
+    """Turn photographs into pixel_values, each (1, 3, S, S), in FP32; InputError names one that cannot be."""
+    return [_pixel_values(each, processor).float() for each in photographs]
 
 
 def say_skipped(photographs: Photographs, progress: Progress) -> None:
-    """Say which files could not be read, and how many."""
-    if photographs.skipped:
-        progress.say(f"skipped {len(photographs.skipped)} that are no readable image: {_named(photographs.skipped)}")
+    """Say which files were skipped, how many, and why."""
+    for reason, names in _by_reason(photographs):
+        progress.say(f"skipped {len(names)} {reason}: {_named(names)}")
 
 
 def draw_images(size: int) -> tuple[Photograph, ...]:
@@ -141,15 +147,32 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.name)
 
 
-def _read(paths: Iterable[Path], skipped: list[str]) -> Iterable[Photograph]:
+def _read(paths: Iterable[Path], skipped: dict[str, str]) -> Iterable[Photograph]:
     for path in paths:
         try:
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                picture = to_rgb(image)
+        except InputError as err:
+            skipped[path.name] = f"because {err}"
         except _UNREADABLE:
-            skipped.append(path.name)
+            skipped[path.name] = _DAMAGED
         else:
-            yield Photograph(path.name, upright)
+            yield Photograph(path.name, picture)
+
+
+def _pixel_values(photograph: Photograph, processor: ImageProcessor) -> Tensor:
+    try:
+        pixel_values: Tensor = processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"]
+    except InputError as err:
+        raise InputError(f"{photograph.name}: {err}") from err
+    return pixel_values
+
+
+def _by_reason(photographs: Photographs) -> list[tuple[str, list[str]]]:
+    names: dict[str, list[str]] = {}
+    for name in photographs.skipped:
+        names.setdefault(photographs.reasons.get(name, _DAMAGED), []).append(name)
+    return list(names.items())
 
 
 def _named(names: Sequence[str]) -> str:

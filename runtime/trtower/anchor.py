@@ -4,6 +4,7 @@ It hangs in a module of its own, which is never called. accelerate moves what it
 it back before a call from the model's state dict, where an anchor is not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ class Anchor(nn.Module):
         accelerate's `init_empty_weights` replaces that with one that puts every parameter on the meta device.
         """
         self._parameters["empty"] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Anchor":
+        """Follow a move or a cast of the module around it, from the meta device too."""
+        empty = self.empty
+        start = torch.device("cpu") if empty.is_meta else empty.device
+        moved = fn(torch.empty(0, dtype=empty.dtype, device=start))
+        if (moved.dtype, moved.device) != (empty.dtype, empty.device):
+            self._register(moved.dtype, moved.device, requires_grad=empty.requires_grad)
+        return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing."""

@@ -11,29 +11,30 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from trtower.attribute_dict import AttributeDict
 from trtower.bundle import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
+from trtower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
+from trtower.size import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Array: TypeAlias = npt.NDArray[Any]
-Images: TypeAlias = "Image | Array | torch.Tensor | Sequence[Images]"
-
-__all__ = ["BatchFeature", "ImageProcessor", "Size"]
+__all__ = ["BatchFeature", "ImageProcessor"]
 
 logger = logging.getLogger(__name__)
+
+MAX_RESIZED_PIXELS = 2**24
+"""What a picture may become by its shortest edge: 1000 x 1 pixels would become 224000 x 224 and take 1 GB."""
 
 _CLIP: dict[str, Any] = {
     "do_convert_rgb": True,
@@ -73,36 +74,6 @@ class BatchFeature(AttributeDict):
         return self
 
 
-class Size(dict[str, int]):
-    """A size in pixels, {"shortest_edge": n} or {"height": h, "width": w}, which answers in either form and as (h, w).
-
-    LLaVA and LLaVA-NeXT read `size["shortest_edge"]`, `size["height"]`, `size[0]` and `min(size)`, as the processors of
-    their own towers have it. Items, equality and JSON are those of the dict as it was written.
-    """
-
-    def __missing__(self, key: Any) -> int:
-        height, width = self.sides
-        answers: dict[Any, int] = {"shortest_edge": min(height, width), "height": height, "width": width}
-        answers |= dict(enumerate(self.sides)) | {-1: width, -2: height}
-        if key not in answers:
-            raise KeyError(key)
-        return answers[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield height and width, as the tuple does that SigLIP's processor in LLaVA-NeXT has here."""
-        return iter(self.sides)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width."""
-        edge = self.get("shortest_edge")
-        return (self["height"], self["width"]) if edge is None else (edge, edge)
-
-    def resized(self, side: int) -> "Size":
-        """Return a size of the same form for square pictures of this side."""
-        return Size(dict.fromkeys(self.keys(), side))
-
-
 class ImageProcessor:
     """The CLIP, BiT or SigLIP processor that a ``preprocessor_config.json`` describes.
 
@@ -122,6 +93,7 @@ class ImageProcessor:
     do_normalize: bool
     image_mean: Sequence[float] | float
     image_std: Sequence[float] | float
+    _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         written = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
@@ -173,39 +145,59 @@ class ImageProcessor:
     def __repr__(self) -> str:
         return f"ImageProcessor(size={self.size}, crop_size={self.crop_size if self.do_center_crop else None})"
 
-    def preprocess(self, images: Images, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
-        """Make ``pixel_values``: a list of (C, H, W) arrays, or one (B, C, H, W) array ("np") or tensor ("pt").
+    def preprocess(
+        self,
+        images: Images,
+        return_tensors: str | None = None,
+        *,
+        input_data_format: str | None = None,
+        data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Make ``pixel_values`` of pictures.
 
-        Arrays and tensors are (C, H, W) or (H, W, C), or batches of these, and hold 0 to 255; for values from 0 to 1
-        pass ``do_rescale=False``. An override is an attribute's value for this call; None leaves the attribute's.
+        Args:
+            images: PIL images, arrays or tensors, or lists or iterators of these. Arrays and tensors are (C, H, W) or
+                (H, W, C), or batches of these, and hold 0 to 255; for values from 0 to 1 pass ``do_rescale=False``.
+            return_tensors: None for a list of (C, H, W) arrays; "np" or "pt" for one (B, C, H, W) array or tensor.
+            input_data_format: "channels_first", "channels_last", or "none" for greyscale arrays (H, W). None looks for
+                the side of 1, 3 or 4.
+            data_format: "channels_first" or None; nothing else is made.
+            overrides: The values of attributes for this call. None leaves the attribute's.
+
+        Raises:
+            InputError: A picture cannot be read, or in more than one way, or holds other values than 0 to 255.
+            ConfigError: An argument is unknown or cannot be honoured.
         """
-        if return_tensors not in (None, "np", "pt"):
-            raise ConfigError(f"return_tensors={return_tensors!r} is not known; give None, 'np' or 'pt'.")
+        for name, value, known in (
+            ("return_tensors", return_tensors, ("np", "pt")),
+            ("input_data_format", input_data_format, FORMATS),
+            ("data_format", data_format, (CHANNELS_FIRST,)),
+        ):
+            if value is not None and value not in known:
+                raise ConfigError(f"unknown {name}={value!r}; choose None or {', '.join(map(repr, known))}.")
         if unknown := overrides.keys() - _CLIP:
             raise ConfigError(f"{min(unknown)} is not a setting of ImageProcessor; settings: {', '.join(_CLIP)}.")
         call = copy(self)
         for name in _CLIP:
             value = overrides.get(name)
             setattr(call, name, _checked(name, getattr(self, name) if value is None else value))
-        pixels = [call._pixels(image) for image in _flat(images)]
-        if return_tensors is None:
-            return BatchFeature(pixel_values=pixels)
-        shapes = sorted({array.shape for array in pixels})
-        if len(shapes) != 1:
-            found = f"come out as {', '.join(map(str, shapes))}" if shapes else "is empty"
-            raise InputError(
-                f"images {found}; return_tensors={return_tensors!r} takes one shape. "
-                "Set do_center_crop=True or a fixed size, or leave return_tensors out."
-            )
-        batch = np.stack(pixels)
-        return BatchFeature(pixel_values=torch.from_numpy(batch) if return_tensors == "pt" else batch)
+        pixels = [call._pixels(*named, input_data_format) for named in flatten(images, input_data_format)]
+        self._warned = call._warned
+        return BatchFeature(pixel_values=_stacked(pixels, return_tensors) if return_tensors else pixels)
 
     __call__ = preprocess
 
-    def _pixels(self, image: "Image | Array") -> Array:
-        pixels = _channels_first(image, rgb=self.do_convert_rgb)  # -> (C, H, W)
-        if not pixels.size:
-            raise InputError(f"images holds an image without pixels, of shape {pixels.shape}; leave it out.")
+    def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
+        try:
+            read = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
+            pixels = self._processed(read)
+        except InputError as err:
+            raise InputError(f"{name}: {err}") from err
+        self._warn_of_range(name, read)
+        return pixels
+
+    def _processed(self, pixels: Array) -> Array:
         if self.do_resize:
             pixels = _resize(pixels, self.size, self.resample)
         if self.do_center_crop:
@@ -215,6 +207,21 @@ class ImageProcessor:
         if self.do_normalize:
             pixels = _normalize(pixels, self.image_mean, self.image_std)
         return pixels
+
+    def _warn_of_range(self, name: str, pixels: Array) -> None:
+        """Warn of values that the settings scale twice, or not at all; once for each advice."""
+        if self.do_rescale and pixels.dtype != np.uint8 and 0 < pixels.max() <= 1:
+            expected, advice = "0 to 255", "do_rescale=False"
+        elif not self.do_rescale and self.do_normalize and np.max(self.image_mean) <= 1 < pixels.max():
+            expected, advice = "0 to 1", "do_rescale=True"
+        else:
+            return
+        if advice not in self._warned:
+            self._warned += (advice,)
+            logger.warning(
+                "%s holds values from %s to %s; do_rescale=%s expects %s. Pass %s for such values.",
+                *(name, pixels.min(), pixels.max(), self.do_rescale, expected, advice),
+            )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -249,56 +256,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _flat(images: Images) -> "Iterator[Image | Array]":
-    """Yield the single images in an image, a batch of them, or nested lists of either."""
-    from PIL.Image import Image
-
-    if isinstance(images, torch.Tensor):
-        images = images.detach().cpu().numpy()
-    if isinstance(images, Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
-        yield images
-    elif isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4):
-        for image in images:
-            yield from _flat(image)
-    else:
-        found = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
-        raise InputError(f"images holds {found}; give PIL images, or arrays or tensors of 3 or 4 dimensions.")
-
-
-def _channels_first(image: "Image | Array", *, rgb: bool) -> Array:
-    """Return a new or viewed (C, H, W) array; an array with channels at both ends is taken as (C, H, W)."""
-    if not isinstance(image, np.ndarray):
-        array = np.array(_rgb(image) if rgb else image)
-        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    if image.shape[0] not in (1, 3, 4):
-        if image.shape[-1] not in (1, 3, 4):
-            raise InputError(f"images holds an array of shape {image.shape}; its first or last side must be 1, 3 or 4.")
-        image = np.moveaxis(image, -1, 0)
-    return _rgb_array(image) if rgb else image
-
-
-def _rgb(image: "Image") -> "Image":
-    from PIL import Image
-
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _rgb_array(image: Array) -> Array:
-    """Repeat one channel, or lay four on white: 255 in an integer array, 1 in a float one, as transformers does."""
-    if image.shape[0] == 1:
-        return np.repeat(image, 3, axis=0)
-    if image.shape[0] == 3:
-        return image
-    whole = np.issubdtype(image.dtype, np.integer)
-    if not whole and (image.min() < 0 or image.max() > 1):
-        raise InputError(f"an RGBA image of {image.dtype} spans {image.min()} to {image.max()}; expected 0 to 1.")
-    white = 255 if whole else 1.0
-    alpha = image[3:] / white
-    blend = alpha * image[:3] + (1 - alpha) * white
-    return (np.round(blend) if whole else blend).astype(image.dtype)
+def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor":
+    shapes = sorted({array.shape for array in pixels})
+    if len(shapes) != 1:
+        found = f"come out as {', '.join(map(str, shapes))}" if shapes else "is empty"
+        raise InputError(
+            f"images {found}; return_tensors={return_tensors!r} takes one shape. "
+            "Set do_center_crop=True or a fixed size, or leave return_tensors out."
+        )
+    batch = np.stack(pixels)
+    return torch.from_numpy(batch) if return_tensors == "pt" else batch
 
 
 def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
@@ -306,14 +273,21 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
     from PIL import Image
 
     if "shortest_edge" in size:
-        sides = image.shape[1:]
-        height, width = (int(size["shortest_edge"] * side / min(sides)) for side in sides)
+        edge, sides = size["shortest_edge"], image.shape[1:]
+        longest = max(4, MAX_RESIZED_PIXELS // edge**2)
+        if max(sides) > longest * min(sides):
+            raise InputError(
+                f"{sides[1]} x {sides[0]} pixels; size={dict(size)} takes sides of at most {longest} to 1: crop it"
+            )
+        height, width = (int(edge * side / min(sides)) for side in sides)
     else:
         height, width = size["height"], size["width"]
     whole = image.dtype == np.uint8 or np.allclose(image, image.astype(int))
-    top = 255 if whole else 1
-    if image.min() < 0 or image.max() > top:
-        raise InputError(f"an image of {image.dtype} spans {image.min()} to {image.max()}; resizing takes 0 to {top}.")
+    if not whole and image.max() > 1:
+        raise InputError(
+            f"fractions of {image.dtype} from {image.min()} to {image.max()}; resizing takes fractions from 0 to 1, or "
+            "whole numbers: array.round()"
+        )
     pixels = np.moveaxis(image if whole else _scale(image, 255), 0, -1).astype(np.uint8)  # (H, W, C)
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     resized = np.array(picture.resize((width, height), resample)).reshape(height, width, -1)
@@ -332,7 +306,9 @@ def _center_crop(image: Array, size: Mapping[str, int]) -> Array:
 
 
 def _scale(image: Array, factor: float) -> Array:
-    return (image.astype(np.float64) * factor).astype(np.float32)
+    """Multiply in float64 and return float32, without an array of float64 between."""
+    scaled = np.empty_like(image, dtype=np.float32)
+    return np.multiply(image, float(factor), out=scaled, dtype=np.float64, casting="same_kind")
 
 
 def _normalize(image: Array, mean: Sequence[float] | float, std: Sequence[float] | float) -> Array:
@@ -342,4 +318,6 @@ def _normalize(image: Array, mean: Sequence[float] | float, std: Sequence[float]
     for name, values in (("image_mean", middle), ("image_std", spread)):
         if len(values) not in (1, len(pixels)):
             raise InputError(f"an image has {len(pixels)} channels, {name} has {len(values)}; set do_convert_rgb=True.")
-    return (pixels - middle) / spread
+    normalized = pixels - middle
+    normalized /= spread
+    return normalized

@@ -58,11 +58,76 @@ def test_digest_follows_names_and_pixels_and_not_the_file_format(folder: Path) -
     assert len({before, renamed, load_photographs(folder).sha256}) == 3
 
 
-def test_photograph_stands_upright_as_its_exif_says(tmp_path: Path) -> None:
+def save_unlike_rgb(folder: Path) -> None:
+    """Save pictures that could be read in two ways: turned, transparent, with a palette, of 16 bits."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_photographs(tmp_path).images[0].image.size == (4, 6)
+    picture = Image.fromarray(noise)
+    picture.convert("RGB").save(folder / "turned.jpg", exif=exif)
+    picture.convert("RGB").save(folder / "turned.png", exif=exif)
+    picture.save(folder / "transparent.png")
+    picture.save(folder / "transparent.webp", lossless=True)
+    picture.convert("LA").save(folder / "grey.png")
+    picture.convert("RGB").quantize(200).save(folder / "palette.png", transparency=bytes(range(200)))
+    picture.convert("RGB").save(folder / "one colour.png", transparency=tuple(noise[0, 0, :3].tolist()))
+    picture.convert("1").save(folder / "bits.png")
+    picture.convert("CMYK").save(folder / "ink.jpg")
+
+
+def test_photographs_are_what_the_processor_makes_of_their_files(tmp_path: Path) -> None:
+    save_unlike_rgb(tmp_path)
+    photographs = load_photographs(tmp_path)
+    assert len(photographs.images) == len(list(tmp_path.iterdir()))
+    processor = ImageProcessor({"do_resize": False, "do_center_crop": False})
+    for photograph, pixels in zip(photographs.images, prepare(photographs.images, processor), strict=True):
+        with Image.open(tmp_path / photograph.name) as served:
+            assert np.array_equal(processor(served, return_tensors="np")["pixel_values"], pixels.numpy())
+
+
+def test_photograph_is_not_turned_by_its_exif(tmp_path: Path) -> None:
+    save_unlike_rgb(tmp_path)
+    sizes = {photograph.name: photograph.image.size for photograph in load_photographs(tmp_path).images}
+    assert sizes["turned.jpg"] == sizes["turned.png"] == (60, 40)
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    save(tmp_path / "clear.png", (0, 0, 0, 0), "RGBA")
+    assert load_photographs(tmp_path).images[0].image.getextrema() == ((255, 255),) * 3
+
+
+def save_deep(path: Path) -> None:
+    Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000).save(path)
+
+
+def test_photograph_of_16_bits_is_skipped_and_the_reason_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(4):
+        save_deep(folder / f"depth-{index}.png")
+    photographs = load_photographs(folder)
+    assert [p.name for p in photographs.images] == ["A.JPG", "b.png", "c.webp"]
+    assert photographs.skipped == ("broken.png", *(f"depth-{index}.png" for index in range(4)))
+    with caplog.at_level("INFO", logger="trtower_export"):
+        say_skipped(photographs.first(2), LoggedProgress())
+    damaged, deep = (record.getMessage() for record in caplog.records)
+    assert damaged.endswith("skipped 1 that are no readable image: broken.png")
+    assert "skipped 4 because mode I" in deep
+    assert "PIL.Image.fromarray((np.asarray(picture) / white * 255).clip(0, 255).astype(np.uint8))" in deep
+    assert deep.endswith(": depth-0.png, depth-1.png, depth-2.png and 1 more")
+
+
+def test_folder_of_photographs_of_16_bits_is_refused_with_the_reason(tmp_path: Path) -> None:
+    save_deep(tmp_path / "depth.png")
+    with pytest.raises(InputError, match=r"no readable image: found depth\.png, because mode I.* not 8 bits a channel"):
+        load_photographs(tmp_path)
+
+
+def test_photograph_that_the_processor_refuses_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", (9, 9, 9))
+    Image.new("RGB", (1000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(InputError, match=r"^strip\.png: images: 1000 x 1 pixels"):
+        prepare(load_photographs(tmp_path).images, ImageProcessor({}))
 
 
 def test_folder_without_a_photograph_is_refused(folder: Path, tmp_path: Path) -> None:

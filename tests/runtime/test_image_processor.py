@@ -111,13 +111,6 @@ def test_pil_images_give_the_pixels_of_transformers(config: str, image: str) -> 
     assert_same(found, reference(CONFIGS[config]).preprocess(picture)["pixel_values"][0])
 
 
-@pytest.mark.parametrize("mode", ["1", "CMYK", "I;16", "P", "YCbCr"])
-def test_opaque_modes_become_rgb_as_in_transformers(mode: str) -> None:
-    picture = Image.fromarray(data.chelsea()).convert("L" if mode == "I;16" else "RGB").convert(mode)
-    assert picture.mode == mode
-    assert_same(ImageProcessor({})(picture).pixel_values[0], reference({})(picture).pixel_values[0])
-
-
 @needs_compositing
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB"])
 def test_transparency_is_laid_on_white_as_in_transformers(mode: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from trtower.errors import ConfigError
 from trtower.tower import VisionTower
+from trtower.vision_model import VisionModel
 
 Slots = list[tuple[Any, Any]]
 """Where a module hangs: dicts and lists, each with its key there."""
@@ -111,7 +112,10 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
-    """Give what hangs in a module, registered or not, in a list as under FSDP or not."""
+    """Return what hangs in a module, registered or not, in a list as under FSDP or not."""
+    if (saved := _trained_copy(module)) is not None:
+        yield saved
+        return
     registered: dict[str, nn.Module | None] = module._modules
     for name, child in registered.items():
         if child is not None:
@@ -125,8 +129,20 @@ def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
                     yield value, index, f"{name}[{index}]", item
 
 
+def _trained_copy(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
+    """Return the one module that PEFT's wrapper of `modules_to_save` calls: a copy that it trains, or the original."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return None
+    copies, active = module.modules_to_save, [*module.active_adapters]
+    if module.disable_adapters or not active or any(name not in copies for name in active):
+        return module._modules, "original_module", "original_module", module.original_module
+    return copies._modules, active[0], f"modules_to_save.{active[0]}", copies[active[0]]
+
+
 def _is_tower(module: nn.Module) -> bool:
-    """Whether this is a model of transformers that takes pixels and holds no other that does."""
+    """Whether this is an eager model of transformers that takes pixels and holds no other that does."""
+    if isinstance(module, VisionModel):
+        return False
     # Where transformers was never imported no module is one of its models.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if pretrained is None or not isinstance(module, pretrained):

@@ -1,6 +1,6 @@
 """Put a bundle into a loaded model, in one line, and take it out again.
 
-find -> match -> load -> compare -> stand in -> drop. Whatever fails on the way leaves the model as it was.
+find -> match -> load -> compare -> reach -> stand in -> drop. Whatever fails on the way leaves the model as it was.
 """
 
 import copy
@@ -20,6 +20,7 @@ from trtower.living.compare import check_answers
 from trtower.living.find import Place, check_is_model, find_tower, find_towers
 from trtower.living.match import check_match, check_replaceable
 from trtower.living.original import give_memory_back
+from trtower.living.reach import check_reached
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 
@@ -162,6 +163,7 @@ def install(
         with ExitStack() as undo:
             undo.callback(ran.close)
             check_answers(place, ran, compared=not any(allowed.values()))
+            check_reached(model, place)
             # Here and not above: it imports transformers, which such a model has imported already.
             from trtower.living.stand_in import make_stand_in
 

@@ -114,7 +114,7 @@ def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: s
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
-            f"{type(place.module).__name__} ({config.model_type}). {export}"
+            f"{type(place.module).__name__} ({config.model_type}). {_if_exported(export, config.model_type)}"
         )
     side = _side(config)
     if side is None:
@@ -123,6 +123,11 @@ def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: s
         raise ConfigError(
             f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {export}"
         )
+
+
+def _if_exported(export: str, model_type: str) -> str:
+    """Advise an export where nobody here knows whether it has this kind of tower."""
+    return export.replace("own checkpoint", f"own checkpoint, if `trtower export` supports {model_type}")
 
 
 def _check_config(place: Place, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trtower.anchor import Anchor
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
 from trtower.living.original import Original, wants_gradient
@@ -42,7 +43,7 @@ class StandIn(nn.Module):
     _tower: VisionTower
     original: Original
     installation: Any
-    anchor: nn.Parameter
+    anchor: Anchor
     _path: str
     _outputs: Outputs
 
@@ -81,7 +82,7 @@ class StandIn(nn.Module):
 
     def _run(self, pixel_values: Tensor) -> Tensor:
         """Give all tokens of all layers that the bundle holds, in the dtype of the tower that was replaced."""
-        anchor = self.anchor
+        anchor = self.anchor.empty
         if pixel_values.is_floating_point():  # anything else is refused by the tower
             pixel_values = pixel_values.to(self._tower.dtype)
         tokens: Tensor = self._tower(pixel_values).to(anchor.dtype)
@@ -111,14 +112,16 @@ class StandIn(nn.Module):
 
     def take_back(self) -> nn.Module:
         """Give the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
-        self.original.bring_back(self.anchor, training=self.training)
+        if self.anchor.empty.is_meta:  # accelerate offloads what it can, and there is nothing to offload here
+            self.anchor.place(self._tower.device)
+        self.original.bring_back(self.anchor.empty, training=self.training)
         module: nn.Module = self.original.module
         return module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
         del keep_vars
-        for name, tensor in self.original.state_dict(self.anchor.dtype).items():
+        for name, tensor in self.original.state_dict(self.anchor.empty.dtype).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -185,7 +188,7 @@ def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandI
     registries = set(attributes) | set(OF_ANOTHER)
     attributes |= {name: value for name, value in vars(module).items() if name not in registries}
     first = next(module.parameters())
-    stand_in.anchor = nn.Parameter(torch.empty(0, dtype=module.dtype, device=first.device), wants_gradient(module))
+    stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
     stand_in.training = module.training
     attributes |= {name: vars(module)[name] for name in HOOKS}
     # Not registered: a module of its own would be seen by whoever walks the model.

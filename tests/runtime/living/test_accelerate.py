@@ -1,5 +1,6 @@
 """Models that accelerate has spread over devices and disk, or that were loaded in another dtype."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, generate, logits
 from trtower.errors import ConfigError
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning"),
@@ -70,3 +71,20 @@ def test_model_is_known_in_the_dtype_it_was_loaded_in(
     with trtower.install(model, bundles(precision="fp16")):
         assert tower(model).dtype == dtype
         assert logits(model, inputs(make("llava"), "llava", "one image")).dtype == dtype
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+def test_model_that_is_offloaded_after_installing_answers_and_is_whole_again(
+    saved: Path, tmp_path: Path, bundles: Bundles, offload: Callable[..., Any]
+) -> None:
+    model = load(saved, tmp_path)
+    given = inputs(model, "llava", "one image")
+    before, eager = logits(model, given), tower(model)
+    with trtower.install(model, bundles()):
+        folder = (tmp_path / "again",) if offload is accelerate.disk_offload else ()
+        offload(model, *folder, execution_device=torch.device("cpu"))
+        assert (logits(model, given) - before).abs().max() <= EXACT
+        tower(model).to("cpu")
+    assert tower(model) is eager
+    assert not any(parameter.is_meta for parameter in eager.parameters())
+    assert torch.equal(logits(model, given), before)

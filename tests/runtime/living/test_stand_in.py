@@ -270,7 +270,7 @@ def test_what_is_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) ->
         tower(model).eval()
         model(**given).logits.sum().backward()
         assert torch.allclose(weight.grad, expected, rtol=1e-2, atol=1e-3)
-        assert not tower(model).anchor.requires_grad
+        assert not tower(model).anchor.empty.requires_grad
 
 
 def test_parts_of_the_eager_tower_are_told_of(install: Install) -> None:
