@@ -172,5 +172,5 @@ def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
     command = [trtower, "export", checkpoint, "--out", bundle, "--precision", "fp32", "--flavour", "none", *options]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
     return bundle

@@ -33,7 +33,12 @@ def install(loaded: Loaded, bundle: Path) -> trtower.Installation:
 
 
 @torch.inference_mode()
-def observe(loaded: Loaded, images: list[Image.Image]) -> Observation:
+def observe(
+    loaded: Loaded,
+    images: list[Image.Image],
+    numbers: tuple[str, ...] = ("hidden_size", "num_patches", "num_patches_per_side"),
+    lists: bool = True,
+) -> Observation:
     """Run a model on one picture and on all of them: preparation, tower, logits, greedy tokens."""
     tokenizer, model, image_processor, _ = loaded
     tower = model.get_vision_tower()
@@ -47,10 +52,10 @@ def observe(loaded: Loaded, images: list[Image.Image]) -> Observation:
         tiles = [image if image.ndim == 4 else image[None] for image in pixels]
         seen[f"pixels of {name}"] = torch.cat(tiles)
         seen[f"features of {name}"] = tower(torch.cat(tiles))
-        if tiles[0].shape[0] == 1:
+        if lists and tiles[0].shape[0] == 1:
             seen[f"features of {name} in a list"] = torch.cat(tower([tile[0] for tile in tiles]))
         seen[f"logits of {name}"] = model(input_ids=ids, images=pixels, image_sizes=sizes).logits
-        options = {"do_sample": False, "max_new_tokens": 16, "use_cache": True, "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": 8, "use_cache": True, "pad_token_id": 0}
         seen[f"tokens of {name}"] = model.generate(ids, images=pixels, image_sizes=sizes, **options)
-    seen["numbers of the tower"] = torch.tensor([tower.hidden_size, tower.num_patches, tower.num_patches_per_side])
+    seen["numbers of the tower"] = torch.tensor([getattr(tower, name) for name in numbers])
     return seen

@@ -1,11 +1,13 @@
 """Small random checkpoints' parts: a tokenizer, towers, language models, pictures. All are made with the client's own transformers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 WIDTH = 64
@@ -53,10 +55,14 @@ def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokeniz
     return tokenizer
 
 
-def write_clip(folder: Path, image_size: int, patch_size: int) -> Path:
+def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> Path:
     """Save a CLIP tower and its image processor, as the hub has them."""
     config = transformers.CLIPVisionConfig(
-        image_size=image_size, patch_size=patch_size, projection_dim=WIDTH, hidden_act="quick_gelu", **TOWER_SHAPE
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+        **TOWER_SHAPE | shape,
     )
     _save(randomised(transformers.CLIPVisionModel(config)), folder)
     size, crop = {"shortest_edge": image_size}, {"height": image_size, "width": image_size}
@@ -75,6 +81,15 @@ def write_siglip(folder: Path, image_size: int, patch_size: int, model_class: ty
     return folder
 
 
+def write_in_hub_cache(repository: str, write: Callable[[Path], Path]) -> str:
+    """Put a folder where a download from the hub would have left it, for clients that know a tower by its hub id."""
+    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    write(folder / "snapshots" / "made-up")
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text("made-up")
+    return repository
+
+
 def _save(model: transformers.PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
@@ -89,11 +104,11 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def pictures() -> list[Image.Image]:
-    """Make four pictures of unlike shapes: wide, tall, square and small."""
+def pictures(scale: int = 1) -> list[Image.Image]:
+    """Make four pictures of unlike shapes: wide, tall, square and small; ``scale`` times 33 to 160 pixels a side."""
     rng = np.random.default_rng(1)
     made = []
     for width, height in ((160, 90), (70, 130), (112, 112), (33, 40)):
         coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        made.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        made.append(Image.fromarray(coarse).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
     return made

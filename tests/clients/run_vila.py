@@ -1,0 +1,197 @@
+"""VILA's own loader and model classes, with SigLIP and with CLIP, one scale and several: eager, built and installed."""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import stubs_without_cuda
+import torch
+import transformers
+from comparing import Observation, Report, arguments, export
+
+import trtower
+
+args = arguments()
+STUBBED = [
+    *stubs_without_cuda.stub_torchvision(),
+    *stubs_without_cuda.stub_packages(
+        "llava.model.language_model.fp8linearqwen2",
+        "llava.model.language_model.qllava_qllama",
+        "llava.model.multimodal_encoder.ps3_encoder",
+    ),
+    *stubs_without_cuda.stub_flash_attention(),
+    *stubs_without_cuda.stub_cuda(),
+]
+
+import llava  # noqa: E402
+import llava.model.llava_arch  # noqa: E402
+from llava.mm_utils import process_image, process_images  # noqa: E402
+from llava.model import LlavaLlamaConfig, LlavaLlamaModel  # noqa: E402
+from llava.model.multimodal_encoder.siglip import SiglipVisionModel  # noqa: E402
+from llava.utils.tokenizer import tokenize_conversation  # noqa: E402
+from made_up import LM_SHAPE, pictures, randomised, write_clip, write_siglip, write_tokenizer  # noqa: E402
+
+SIZE, PATCH = 56, 14
+
+SCALES = {"s2_scales": "56,112,168", "s2_max_split_size": SIZE, "mm_projector_cfg": "mlp_downsample"}
+LAYOUTS = {
+    "vila-siglip": {"image_aspect_ratio": "resize"},
+    "vila-clip": {"image_aspect_ratio": "pad", "mm_vision_select_feature": "patch"},
+    "vila-tiles": {"image_aspect_ratio": "dynamic", "max_tiles": 6},
+    "vila-s2": {"image_aspect_ratio": "resize", "s2": True, **SCALES},
+    "vila-dynamic-s2": {
+        "image_aspect_ratio": "dynamic_s2",
+        "dynamic_s2": True,
+        "max_tiles": 12,
+        "s2_resize_output_to_scale_idx": -1,
+        **SCALES,
+    },
+}
+
+CHAT = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+
+def write_language_model(folder: Path) -> Path:
+    tokenizer = write_tokenizer(folder, model_max_length=4096)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    # VILA adds its media tokens when it loads a tokenizer
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 16, **LM_SHAPE)
+    randomised(transformers.LlamaForCausalLM(config)).half().save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path, language: Path, tower: Path, **layout: object) -> Path:
+    """Put the parts together as VILA's training does, and save what comes of it."""
+    config = LlavaLlamaConfig(
+        **{
+            "llm_cfg": str(language),
+            "vision_tower_cfg": str(tower),
+            "mm_projector_cfg": "mlp_downsample",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "cls_patch",
+            **layout,
+        }
+    )
+    config.model_dtype = "torch.float16"
+    model = LlavaLlamaModel(config)
+    randomised(model.mm_projector)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def observe(model: Any) -> Observation:
+    tower, config = model.get_vision_tower(), model.config
+    seen = {}
+    images = pictures()
+    for name, some in (("one picture", images[:1]), ("four pictures", images)):
+        media_config = defaultdict(dict)
+        pixels = prepare(model, some, media_config)
+        seen[f"pixels of {name}"] = pixels
+        if config.image_aspect_ratio != "dynamic_s2" or len(some) == 1:
+            seen[f"features of {name}"] = tower(pixels)
+        if not config.dynamic_s2:
+            listed = tower(list(pixels))
+            seen[f"features of {name} in a list"] = torch.cat(listed)
+        question = [{"from": "human", "value": "<image>\n" * (1 if config.dynamic_s2 else len(pixels)) + "what is in this picture"}]
+        ids = tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
+        media = {"image": list(pixels)}
+        seen[f"logits of {name}"] = model(input_ids=ids, media=media, media_config=media_config).logits
+        options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+        seen[f"tokens of {name}"] = model.generate(ids, media=media, media_config=media_config, **options)
+        how = transformers.GenerationConfig(**options, eos_token_id=model.tokenizer.eos_token_id)
+        answer = model.generate_content([*some, "what is in this picture"], how)
+        seen[f"text of {name}"] = torch.tensor([ord(letter) for letter in answer])
+        if config.dynamic_s2:
+            break  # VILA itself merges the tiles of one picture only
+    seen["numbers of the tower"] = torch.tensor([tower.hidden_size, tower.num_patches, config.mm_hidden_size])
+    return seen
+
+
+def prepare(model: Any, images: list, media_config: dict) -> torch.Tensor:
+    """Prepare pictures as `generate_content` does."""
+    config, processor = model.config, model.get_vision_tower().image_processor
+    if len(images) > 1 or config.image_aspect_ratio not in ("dynamic", "dynamic_s2"):
+        return process_images(images, processor, config).half()
+    config.image_processor = processor
+    if config.image_aspect_ratio == "dynamic":
+        return process_image(images[0], config, None, enable_dynamic_res=True).half()
+    if isinstance(config.s2_scales, str):
+        config.s2_scales = [int(scale) for scale in config.s2_scales.split(",")]
+    pixels, block_sizes = process_image(images[0], config, None, enable_dynamic_s2=True)
+    media_config["image"]["block_sizes"] = [block_sizes]
+    return pixels.half()
+
+
+@contextmanager
+def swapped(build: object) -> Iterator[None]:
+    """Have VILA build its tower with this function."""
+    before = llava.model.llava_arch.build_vision_tower
+    llava.model.llava_arch.build_vision_tower = build
+    try:
+        yield
+    finally:
+        llava.model.llava_arch.build_vision_tower = before
+
+
+def load(checkpoint: Path, **how: object) -> Any:
+    return llava.load(str(checkpoint), **{"device": "cpu", **how})
+
+
+def load_built(checkpoint: Path, bundle: Path | None = None, **how: object) -> Any:
+    """Name a bundle without editing the checkpoint; without one, the checkpoint's own tower folder is a bundle."""
+    with swapped(partial(trtower.build_vision_tower, bundle=bundle) if bundle else trtower.build_vision_tower):
+        return load(checkpoint, **how)
+
+
+def save_and_load(built: Any, folder: Path) -> Any:
+    """Save a model with a built tower, and load what was saved."""
+    if not isinstance(built.config.s2_scales, str | None):
+        built.config.s2_scales = ",".join(map(str, built.config.s2_scales))
+    built.config.image_processor = None
+    built.save_pretrained(folder)
+    return load_built(folder)
+
+
+def run(report: Report, work: Path) -> None:
+    language = write_language_model(work / "language")
+    towers = {
+        "siglip": write_siglip(work / "siglip", SIZE, PATCH, SiglipVisionModel),
+        "clip": write_clip(work / "clip", SIZE, PATCH),
+    }
+    for name, layout in LAYOUTS.items():
+        with report.attempt(name):
+            tower = towers["clip" if name == "vila-clip" else "siglip"]
+            checkpoint = write_checkpoint(work / name, language, tower, **layout)
+            options = ("--image-size", str(SIZE))
+            bundle = export(args.trtower, checkpoint, work / f"bundle-{name}", *options)
+            eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
+            report.three_ways(name, observe, eager, built, partial(trtower.install, bundle=bundle))
+            with report.attempt(f"{name}, built, saved and loaded"):
+                saved = save_and_load(built(), work / f"saved-{name}")
+                report.compare(f"{name}, built, saved and loaded", observe(built()), observe(saved), exact=True)
+    checkpoint, bundle = work / "vila-siglip", work / "bundle-vila-siglip"
+    with report.attempt("device_map='auto'"):
+        how = {"device_map": "auto", "max_memory": {"cpu": 700_000}, "offload_folder": str(work / "offloaded")}
+        report.compare("device_map='auto', built", observe(load(checkpoint)), observe(load_built(checkpoint, bundle, **how)))
+    with report.attempt("from_pretrained"):
+        seen = observe(load(checkpoint))
+        with swapped(partial(trtower.build_vision_tower, bundle=bundle)):
+            model = LlavaLlamaModel.from_pretrained(str(checkpoint)).eval()
+        report.compare("from_pretrained, built", seen, observe(model))
+    patches = write_checkpoint(work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize")
+    call = partial(load_built, patches, bundle)
+    report.expect_error("a feature 'patch' of a tower without a CLS token, built", call, trtower.ConfigError)
+
+
+if __name__ == "__main__":
+    report = Report("VILA", args.clone)
+    report.note_stubs(STUBBED)
+    with tempfile.TemporaryDirectory() as folder:
+        run(report, args.work or Path(folder))
+    report.finish()

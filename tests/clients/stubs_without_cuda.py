@@ -1,0 +1,111 @@
+"""Stand-ins for what VILA and tinychat import and a machine without a GPU cannot have. None of it computes anything.
+
+Only what is named here is replaced, and only where it is not installed. What a client's modules do with it when they
+are imported goes through: a name, a base class, a decorator. Nothing in the place of a tensor would.
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PACKAGES = {
+    "awq_inference_engine": "tinychat's own CUDA kernels",
+    "datasets": "data sets of training",
+    "decord": "video files",
+    "deepspeed": "training",
+    "flash_attn": "attention on a GPU",
+    "ring_flash_attn": "attention over several GPUs",
+    "xgrammar": "constrained decoding",
+    "wandb": "logs of training",
+}
+
+
+class _Absent:
+    """Anything that is imported from an absent package: it may be subclassed, called, and decorate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        decorates = len(args) == 1 and not kwargs and callable(args[0])
+        return args[0] if decorates else _Absent(f"{self.name}(…)")
+
+    def __getattr__(self, name: str) -> "_Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{self.name}.{name}")
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (object,)
+
+
+class _AbsentModule(ModuleType):
+    __path__: Sequence[str] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{self.__name__}.{name}")
+
+
+class _Finder:
+    """Finds the absent packages and everything below them."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not any(f"{name}.".startswith(f"{absent}.") for absent in self.names):
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return _AbsentModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """A stand-in has nothing to run."""
+
+
+def stub_packages(*modules: str) -> list[str]:
+    """Put a stand-in in the place of each package that is not installed, and of modules by name; return them in words."""
+    import transformers.modeling_utils  # noqa: F401 - it asks which packages are installed: before the stand-ins are
+
+    absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
+    sys.meta_path.insert(0, _Finder({*absent, *modules}))
+    return [f"{name} ({PACKAGES.get(name, 'a module of the client')})" for name in (*sorted(absent), *modules)]
+
+
+def stub_torchvision() -> list[str]:
+    """Declare the compiled operators that torchvision wants at import, where its library is for a torch with CUDA."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARIES.append(library)
+    return ["torchvision's compiled operators (none is called)"]
+
+
+_LIBRARIES: list[Any] = []
+
+
+def stub_flash_attention() -> list[str]:
+    """Have a model of transformers that asks for flash attention compute it in PyTorch."""
+    from transformers import PreTrainedModel
+
+    def take_sdpa(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        config._attn_implementation = "sdpa"
+        return config
+
+    PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(take_sdpa)
+    return ["attn_implementation='flash_attention_2' (sdpa in its place)"]
+
+
+def stub_cuda() -> list[str]:
+    """Have `.cuda()` return a tensor or module as it is."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    return [".cuda() (stays on the CPU)"]
