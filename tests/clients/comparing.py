@@ -153,15 +153,17 @@ def _git(clone: Path, *words: str) -> str:
     return subprocess.run(["git", "-C", clone, *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S607
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line that all of these scripts have, and put the clone on the path."""
+def arguments(**others: str) -> argparse.Namespace:
+    """Read the command line that all of these scripts have, and put the clone on the path; ``others`` are more clones."""
     parser = argparse.ArgumentParser()
     parser.add_argument("clone", type=Path, help="a clone of the client's repository")
+    for name, told in others.items():
+        parser.add_argument(name, type=Path, help=told)
     parser.add_argument("--trtower", default="trtower", help="the command, in the environment that exports")
     parser.add_argument("--work", type=Path, help="a folder to leave checkpoints and bundles in")
     args = parser.parse_args()
-    args.clone = args.clone.resolve()
-    sys.path.insert(0, str(args.clone))
+    for clone in (args.clone, *(getattr(args, name) for name in others)):
+        sys.path.insert(0, str(clone.resolve()))
     torch.manual_seed(0)
     return args
 

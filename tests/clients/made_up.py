@@ -32,6 +32,10 @@ TOWER_SHAPE = {
     "num_attention_heads": 4,
 }
 
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 WORDS = "a an the red green blue square on of is what in this picture and there one two three four USER ASSISTANT"
 
 
@@ -53,6 +57,16 @@ def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokeniz
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def write_language_model(folder: Path, config_class: type, model_class: type) -> Path:
+    """Save a language model with a tokenizer that has a chat template, as VILA keeps one in a folder of its own."""
+    tokenizer = write_tokenizer(folder, model_max_length=4096)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    config = config_class(vocab_size=len(tokenizer) + 16, **LM_SHAPE)  # VILA adds its media tokens when it loads
+    randomised(model_class(config)).half().save_pretrained(folder)
+    return folder
 
 
 def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> Path:

@@ -33,7 +33,7 @@ from llava.mm_utils import process_image, process_images  # noqa: E402
 from llava.model import LlavaLlamaConfig, LlavaLlamaModel  # noqa: E402
 from llava.model.multimodal_encoder.siglip import SiglipVisionModel  # noqa: E402
 from llava.utils.tokenizer import tokenize_conversation  # noqa: E402
-from made_up import LM_SHAPE, pictures, randomised, write_clip, write_siglip, write_tokenizer  # noqa: E402
+from made_up import pictures, randomised, write_clip, write_language_model, write_siglip  # noqa: E402
 
 SIZE, PATCH = 56, 14
 
@@ -52,18 +52,6 @@ LAYOUTS = {
     },
 }
 
-CHAT = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-
-
-def write_language_model(folder: Path) -> Path:
-    tokenizer = write_tokenizer(folder, model_max_length=4096)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    # VILA adds its media tokens when it loads a tokenizer
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 16, **LM_SHAPE)
-    randomised(transformers.LlamaForCausalLM(config)).half().save_pretrained(folder)
-    return folder
-
 
 def write_checkpoint(folder: Path, language: Path, tower: Path, **layout: object) -> Path:
     """Put the parts together as VILA's training does, and save what comes of it."""
@@ -80,7 +68,7 @@ def write_checkpoint(folder: Path, language: Path, tower: Path, **layout: object
     config.model_dtype = "torch.float16"
     model = LlavaLlamaModel(config)
     randomised(model.mm_projector)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -154,12 +142,12 @@ def save_and_load(built: Any, folder: Path) -> Any:
     if not isinstance(built.config.s2_scales, str | None):
         built.config.s2_scales = ",".join(map(str, built.config.s2_scales))
     built.config.image_processor = None
-    built.save_pretrained(folder)
+    built.save_pretrained(str(folder))
     return load_built(folder)
 
 
 def run(report: Report, work: Path) -> None:
-    language = write_language_model(work / "language")
+    language = write_language_model(work / "language", transformers.LlamaConfig, transformers.LlamaForCausalLM)
     towers = {
         "siglip": write_siglip(work / "siglip", SIZE, PATCH, SiglipVisionModel),
         "clip": write_clip(work / "clip", SIZE, PATCH),
@@ -180,10 +168,12 @@ def run(report: Report, work: Path) -> None:
         how = {"device_map": "auto", "max_memory": {"cpu": 700_000}, "offload_folder": str(work / "offloaded")}
         report.compare("device_map='auto', built", observe(load(checkpoint)), observe(load_built(checkpoint, bundle, **how)))
     with report.attempt("from_pretrained"):
-        seen = observe(load(checkpoint))
+        # of a config, not of a path: only then does VILA find its parts
+        config = LlavaLlamaConfig.from_pretrained(checkpoint)
+        config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
         with swapped(partial(trtower.build_vision_tower, bundle=bundle)):
-            model = LlavaLlamaModel.from_pretrained(str(checkpoint)).eval()
-        report.compare("from_pretrained, built", seen, observe(model))
+            model = LlavaLlamaModel.from_pretrained(config).eval()
+        report.compare("from_pretrained, built", observe(load(checkpoint)), observe(model))
     patches = write_checkpoint(work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize")
     call = partial(load_built, patches, bundle)
     report.expect_error("a feature 'patch' of a tower without a CLS token, built", call, trtower.ConfigError)

@@ -109,3 +109,27 @@ def stub_cuda() -> list[str]:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     return [".cuda() (stays on the CPU)"]
+
+
+def stub_tinychat_kernels() -> list[str]:
+    """Compute in PyTorch the two kernels that tinychat's language models need to read a prompt."""
+    import awq_inference_engine
+    import flash_attn
+
+    def layernorm_forward_cuda(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+        out.copy_(torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps))
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+    awq_inference_engine.layernorm_forward_cuda = layernorm_forward_cuda
+    flash_attn.flash_attn_func = flash_attn_func
+    return ["awq_inference_engine.layernorm_forward_cuda and flash_attn.flash_attn_func (computed in PyTorch)"]
+
+
+def stub_tinychat_rotary(module: ModuleType) -> list[str]:
+    """Leave out a module that a file of tinychat's makes on the GPU, and calls a dummy."""
+    module.LlamaRotaryEmbedding = lambda *args, **kwargs: torch.nn.Identity()
+    return [f"{module.__name__}.LlamaRotaryEmbedding (made and never called)"]
