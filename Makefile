@@ -64,13 +64,13 @@ bench: $(STAMP)
 		$(BIN)/trtower export openai/clip-vit-large-patch14-336 --random-weights --precision $$precision \
 			--flavour $(BENCH_FLAVOUR) --no-check --overwrite --out engines/vit-l-$$precision && \
 		$(BIN)/trtower bench engines/vit-l-$$precision $(BENCH_OPTIONS) \
-			--json $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json \
-			--plot $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).png || exit 1; \
+			--json --plot $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).png \
+			>$(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json || exit 1; \
 	done
 
 # The same where a GPU is, on a plan if one runs.
 bench-gpu:
-	$(MAKE) bench $(GPU) BENCH_FLAVOUR=auto BENCH_SUFFIX=-gpu BENCH_OPTIONS="--batch 1 8 32"
+	$(MAKE) bench $(GPU) BENCH_FLAVOUR=auto BENCH_SUFFIX=-gpu BENCH_OPTIONS="--batch 1,8,32"
 
 # What the two of them install but torch, for a machine that has one and reaches no index: there, `… WHEELS=wheels`.
 WHEELS_PYTHON ?= 3.12

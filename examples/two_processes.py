@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import trtower
 
@@ -26,8 +27,9 @@ def see(checkpoint: str, bundle: str, asked: Connection) -> None:
     model.lm_head = model.model.language_model = None
     with trtower.install(model.to(DEVICE), bundle):
         while (images := asked.recv()) is not None:
+            encoded = trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()})
             features = io.BytesIO()  # bytes, as they would go over a network, and not memory of a GPU
-            torch.save(trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()}), features)
+            torch.save({name: each.pooler_output for name, each in encoded.items()}, features)
             asked.send_bytes(features.getvalue())
 
 
@@ -57,7 +59,8 @@ def main() -> None:
         received = io.BytesIO(here.recv_bytes())
     except (EOFError, OSError):
         raise SystemExit("The process that sees has ended; what it said stands above.") from None
-    encoded = torch.load(received, map_location=DEVICE, weights_only=False)  # from a process of one's own
+    features = torch.load(received, map_location=DEVICE, weights_only=True)
+    encoded = {name: BaseModelOutputWithPooling(pooler_output=each) for name, each in features.items()}
     answer = model.generate(**text, mm_encoder_outputs=encoded, max_new_tokens=64, do_sample=False)
     print(processor.decode(answer[0, text["input_ids"].shape[1] :], skip_special_tokens=True))
     here.send(None)

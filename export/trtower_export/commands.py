@@ -9,18 +9,20 @@ import typer
 from rich.console import Console
 
 from trtower.bundle import PREPROCESSOR, Bundle
-from trtower.errors import ConfigError
 from trtower.extras import import_extra
+from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
-from trtower.spec import BatchProfile
+from trtower.names import check_name
+from trtower.spec import PRECISIONS
+from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
 from trtower_export.progress import ConsoleProgress
 
 BatchOption = Annotated[
     list[str] | None,
     typer.Option(
         "--batch",
-        metavar="MIN OPT MAX",
-        help="Images per engine call: at least, as tuned, at most; repeat for several profiles.",
+        metavar="MIN,OPT,MAX",
+        help="Images per engine call: at least, as tuned, at most. One number N is 1,N,N. Repeat for several profiles.",
     ),
 ]
 FlavourOption = Annotated[
@@ -30,7 +32,7 @@ FlavourOption = Annotated[
 CapabilityOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--compute-capability", help="GPU to build for, such as 8.9; repeat for several. Default: a portable plan."
+        "--compute-capability", help="GPU to build for, such as 8.9, or 8.6,8.9; may repeat. Default: a portable plan."
     ),
 ]
 StoreOption = Annotated[
@@ -99,18 +101,19 @@ def export(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.layouts import Trust
-        from trtower_export.pipeline import ExportOptions, export_tower
+        from trtower_export.pipeline import AUTO, ExportOptions, export_tower
         from trtower_export.store import default_store
 
+    check_name("precision", precision, (AUTO, *PRECISIONS))
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
         select_feature=select_feature,
         image_size=image_size,
         precision=precision,
-        keep_fp32=_listed(keep_fp32 or ""),
-        keep_fp16=None if keep_fp16 is None else _listed(keep_fp16),
+        keep_fp32=read_names(keep_fp32 or ""),
+        keep_fp16=None if keep_fp16 is None else read_names(keep_fp16),
         images=images,
-        profiles=tuple(_profile(text) for text in batch or ()),
+        profiles=tuple(read_profile(text) for text in batch or ()),
         flavour=flavour,
         store=default_store() if store and flavour != "none" else None,
         compute_capabilities=tuple(compute_capability or ()),
@@ -122,9 +125,12 @@ def export(
     )
     bundle = export_tower(checkpoint, out, options, progress)
     if bundle.manifest.source.random_weights:
-        console.print("  random weights: this bundle is a rehearsal, its features mean nothing", highlight=False)
-    console.print(f"{bundle.path}", highlight=False, soft_wrap=True)
-    return _verdict(console, bundle) if bundle.manifest.certificate else 0
+        _say(console, "  random weights: this bundle is a rehearsal, its features mean nothing")
+    _say(console, str(bundle.path))
+    code = _verdict(console, bundle) if bundle.manifest.certificate else 0
+    if code == 0:
+        _say(console, describe_loading(bundle.path))
+    return code
 
 
 def build(
@@ -194,7 +200,7 @@ def check(
         from trtower_export.report import Report, make_folder
 
     source = opened.manifest.source
-    pages = None
+    pages = page = None
     if report:
         make_folder(report)
         pages = Report(opened.manifest.spec, ImageProcessor.from_file(opened.verify(PREPROCESSOR)))
@@ -220,11 +226,15 @@ def check(
     if pages and report:
         with progress.step("Draw the report"):
             page = pages.write(report, checked)
-        progress.say(str(page))
+        if json_:
+            progress.say(str(page))
     if json_:
         typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
         return 0 if certificate.passed else 1
-    return _verdict(console, checked)
+    code = _verdict(console, checked)
+    if page:
+        _say(console, str(page))
+    return code
 
 
 def doctor(
@@ -260,8 +270,8 @@ def doctor(
         from trtower_export.report.heatmap import draw_heatmap
         from trtower_export.tables import print_operations
 
-    if picture and (picture.is_dir() or not picture.parent.is_dir() or picture.suffix.lower() != ".png"):
-        raise ConfigError(f"{picture} cannot be written: a .png in a folder that exists is expected of --picture.")
+    if picture:
+        check_png(picture, "--picture")
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
     found = open_checkpoint(
@@ -298,10 +308,14 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     batch: Annotated[
         list[str] | None,
-        typer.Option("--batch", metavar="N …", help="Images at once. Default: the profile's; its minimum on a CPU."),
+        typer.Option(
+            "--batch",
+            metavar="N,…",
+            help="Images at once, such as 1,8,32. Default: the profile's; its minimum on a CPU.",
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Whom to race, by comma: eager, sdpa, compile, onnxruntime, … Default: all.")
+        str | None, typer.Option(help="Comma-separated competitors: eager, sdpa, compile, onnxruntime, … Default: all.")
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
@@ -309,7 +323,7 @@ def bench(
     backend: Annotated[str, typer.Option(help="What the bundle runs on, as for VisionTower.load.")] = "auto",
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: 100 on a GPU, 7 elsewhere.")] = None,
     tiles: Annotated[int, typer.Option(min=0, help="Images in the list that LLaVA's tower loops over. 0: none.")] = 16,
-    json_: Annotated[Path | None, typer.Option("--json", help="File to write everything to.")] = None,
+    json_: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -317,10 +331,8 @@ def bench(
     """Race a bundle against PyTorch and other runtimes, in turn in one run."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
-    for path, suffix, option in ((json_, ".json", "--json"), (plot, ".png", "--plot")):
-        if path and (path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != suffix):
-            raise ConfigError(f"{path} cannot be written: a {suffix} in a folder that exists is expected of {option}.")
     if plot:
+        check_png(plot, "--plot")
         import_extra("matplotlib", extra="report", purpose="--plot")
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
@@ -330,8 +342,8 @@ def bench(
         from trtower_export.layouts import Trust
 
     options = BenchOptions(
-        batches=tuple(size for text in batch or () for size in _numbers(text)) or None,
-        against=AGAINST if against is None else _listed(against),
+        batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
+        against=AGAINST if against is None else read_names(against),
         backend=backend,
         rounds=rounds,
         tiles=tiles,
@@ -344,9 +356,10 @@ def bench(
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
     benchmark = run_benchmark(opened, found, options, progress)
-    print_benchmark(console, benchmark)
     if json_:
-        json_.write_text(to_json(benchmark), encoding="utf-8")
+        typer.echo(to_json(benchmark), nl=False)
+    else:
+        print_benchmark(console, benchmark)
     if plot:
         plot.write_bytes(draw_benchmark(benchmark))
     return 0
@@ -361,23 +374,21 @@ def demo(
     return run_demo(out, Console())
 
 
-def _numbers(text: str) -> list[int]:
-    """Read what `cli.gather` has made one argument of."""
-    try:
-        return [int(number) for number in text.replace(",", " ").split()]
-    except ValueError as err:
-        raise ConfigError(f"--batch {text}: numbers are expected.") from err
+def recipes(json_: JsonOption = False) -> int:
+    """List the checkpoints that trtower knows the tower of, and what an export of each takes by default."""
+    from trtower_export.recipe_table import describe_recipe, print_recipes
+    from trtower_export.recipes import all_recipes
+
+    rows = [describe_recipe(recipe) for recipe in all_recipes()]
+    if json_:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_recipes(Console(), rows)
+    return 0
 
 
-def _profile(text: str) -> BatchProfile:
-    numbers = _numbers(text)
-    if len(numbers) != 3:
-        raise ConfigError(f"--batch {text}: three numbers are expected, such as 1 8 32.")
-    return BatchProfile(min=numbers[0], opt=numbers[1], max=numbers[2])
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _verdict(console: Console, bundle: Bundle) -> int:

@@ -22,16 +22,17 @@ from typing import Any, TextIO
 import torch
 
 from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
-from trtower.errors import BuildError, ConfigError
+from trtower.errors import BuildError, MissingExtraError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.inspection import describe_settings
 from trtower.manifest import BuildSettings, PlanEntry
+from trtower.names import check_name
 from trtower.runners.choose import PLATFORM
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.progress import Progress, Step
 from trtower_export.store import PlanStore, Stored
-from trtower_export.targets import Target, choose_target
+from trtower_export.targets import Target, build_there, choose_target
 
 MIB = 1 << 20
 
@@ -64,9 +65,10 @@ def add_plan(
 ) -> Path:
     """Add a plan to a bundle that exists, and return its path; it is built unless ``store`` has it already."""
     manifest = bundle.manifest
-    target, reason = choose_target(flavour, compute_capabilities, manifest.precision, settings)
+    check_name("flavour", flavour, ("auto", *FLAVOURS))
+    target, reason = choose_target(flavour, compute_capabilities, manifest.precision, settings, bundle.path)
     if target is None:
-        raise ConfigError(f"there is nothing to build: {reason}")
+        raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")
     progress.say(reason)
     path = bundle.path.resolve()
     for folder in (path, path.parent):  # the lock lies beside the bundle
@@ -318,7 +320,7 @@ def _hold_interrupts(monitor: Any) -> Iterator[None]:
 
 def _import_polygraphy(flavour: str) -> Any:
     """Import Polygraphy's builders for a flavour. Its choice of TensorRT holds for the whole process."""
-    extra = FLAVOURS[flavour][1]
+    extra = f"{FLAVOURS[flavour][1]}-build"
     settings = import_extra("polygraphy.config", extra=extra, purpose=f"building a {flavour} plan")
     rtx = flavour == "tensorrt-rtx"
     if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:

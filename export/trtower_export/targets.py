@@ -1,19 +1,49 @@
 """Settle which TensorRT builds a plan, for which GPUs and how, before any work is done."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from trtower.errors import BackendError, ConfigError, MissingExtraError
+from trtower.extras import how_to_install
 from trtower.flavour import FLAVOURS, capability_obstacle, known_capabilities, load_flavour
 from trtower.manifest import BuildSettings
+from trtower.names import check_name, list_choices
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 NEEDS = {"bf16": 8.0, "fp8": 8.9}
 """The first compute capability that has a format; for those before TensorRT refuses the graph."""
+
+FIRST_GENERATION = 5.0
+"""The oldest compute capability that a spelling without a point may mean: "10" is more likely 10.0 than 1.0."""
+
+DATA_CENTRE = "data-centre TensorRT, which the extra trt-build brings, builds on that GPU"
+JETPACK = "JetPack brings a TensorRT that builds on the device"
+TOO_OLD = "ONNX Runtime serves it, with the extra cuda and without a plan"
+
+ELSEWHERE = {
+    "5.0": ("a Maxwell GPU", TOO_OLD),
+    "5.2": ("a Maxwell GPU", TOO_OLD),
+    "5.3": ("Jetson Nano", TOO_OLD),
+    "6.0": ("a Pascal GPU", TOO_OLD),
+    "6.1": ("a Pascal GPU", TOO_OLD),
+    "6.2": ("Jetson TX2", TOO_OLD),
+    "7.0": ("Volta", TOO_OLD),
+    "7.2": ("Jetson Xavier", TOO_OLD),
+    "8.7": ("Jetson Orin", JETPACK),
+    "9.0": ("Hopper", DATA_CENTRE),
+    "10.0": ("data-centre Blackwell", DATA_CENTRE),
+    "10.1": ("Jetson Thor", JETPACK),
+    "10.3": ("data-centre Blackwell", DATA_CENTRE),
+    "11.0": ("Jetson Thor", JETPACK),
+}
+"""GPUs that TensorRT-RTX does not support: what they are, and what serves them instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +59,21 @@ class Target:
 
 
 def choose_target(
-    flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings | None = None
+    flavour: str,
+    compute_capabilities: Sequence[str],
+    precision: str,
+    settings: BuildSettings | None = None,
+    bundle: Path | None = None,
 ) -> tuple[Target | None, str]:
     """Settle which TensorRT builds, and for which GPUs, before any work is done; also say it in words.
 
     ``flavour`` "auto" takes the TensorRT of this machine's GPU, then TensorRT-RTX, which needs none; where neither
-    is installed there is no target, as with "none". Raises ConfigError and MissingExtraError.
+    is installed there is no target, as with "none". ``compute_capabilities`` are spelled as `read_capabilities` takes
+    them. ``bundle`` is the one that the plan is for, if it exists: an error that sends the user to another machine
+    names it. Raises ConfigError, BackendError and MissingExtraError.
     """
-    if flavour not in ("auto", "none", *FLAVOURS):
-        raise ConfigError(f"flavour {flavour!r} is unknown: auto, none, {', '.join(FLAVOURS)} are known.")
+    check_name("flavour", flavour, ("auto", "none", *FLAVOURS))
+    compute_capabilities = read_capabilities(compute_capabilities)
     if flavour == "none":
         if compute_capabilities:
             raise ConfigError("--compute-capability is for a plan, and --flavour none builds no plan.")
@@ -45,12 +81,18 @@ def choose_target(
     reason = f"flavour {flavour}"
     if flavour == "auto":
         flavour, reason = _auto_flavour()
-        if flavour == "none":
-            if compute_capabilities:
-                raise MissingExtraError(f"--compute-capability is for a plan, and {reason}")
-            return None, reason
-    module = load_flavour(flavour)
-    _check_capabilities(flavour, module, compute_capabilities, precision)
+    if flavour == "tensorrt" and not torch.cuda.is_available():
+        raise BackendError(
+            f"flavour tensorrt builds on the GPU it runs on, and torch finds none here: {build_there(bundle)}"
+        )
+    if flavour != "tensorrt":
+        _refuse_elsewhere(compute_capabilities, bundle)
+    if flavour == "none":
+        if compute_capabilities:
+            raise MissingExtraError(f"--compute-capability is for a plan, and {reason}")
+        return None, reason
+    module = _load_builder(flavour)
+    _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
     if flavour == "tensorrt-rtx" and precision == "fp8" and not compute_capabilities:
         # The portable form builds with FP8, and claims GPUs that have none.
         compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= NEEDS["fp8"])
@@ -73,34 +115,89 @@ def choose_target(
     return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
 
 
+def read_capabilities(written: Sequence[str]) -> tuple[str, ...]:
+    """Read compute capabilities as people write them: "8.9", "89", "sm_89", or several of those in one string.
+
+    Returns each once, as "8.9". Raises ConfigError naming the right form.
+    """
+    parts = [part for each in written for part in re.split(r"[,;\s]+", str(each).strip())]
+    return tuple(dict.fromkeys(_read_capability(part) for part in parts))
+
+
+def _read_capability(part: str) -> str:
+    match = re.fullmatch(r"(?:(?:sm|compute)_?)?(\d{1,2})\.?(\d)[af]?", part.lower())
+    if match and float(capability := f"{match[1]}.{match[2]}") >= FIRST_GENERATION:
+        return capability
+    meant = f"; did you mean {part}.0?" if re.fullmatch(r"\d{1,2}", part) else ";"
+    raise ConfigError(
+        f"{part!r} is not a compute capability{meant} write it as in --compute-capability 8.9, as "
+        "`nvidia-smi --query-gpu=compute_cap --format=csv` prints it."
+    )
+
+
+def build_there(bundle: Path | None) -> str:
+    """Say how a plan is built on another machine; without ``bundle``, how a bundle gets there at all."""
+    if bundle is None:
+        return "export with --flavour none, copy the bundle to that GPU's machine, and run there: trtower build BUNDLE"
+    return f"copy {bundle} to that GPU's machine, and run there: trtower build {bundle.resolve().name}"
+
+
+def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
+    """Raise ConfigError, with the way out, for a GPU that TensorRT-RTX does not support."""
+    for capability in capabilities:
+        if capability in ELSEWHERE:
+            gpu, instead = ELSEWHERE[capability]
+            there = "" if instead is TOO_OLD else f"; {build_there(bundle)}"
+            raise ConfigError(
+                f"compute capability {capability} is {gpu}, which TensorRT-RTX does not support: {instead}{there}"
+            )
+
+
+def _load_builder(flavour: str) -> "ModuleType":
+    """Import a flavour; where it is missing, name the extra that also brings what builds with it."""
+    try:
+        return load_flavour(flavour)
+    except MissingExtraError as err:
+        name, extra = FLAVOURS[flavour]
+        raise MissingExtraError(
+            f"building a {flavour} plan needs the package {name}: {how_to_install(f'{extra}-build')}"
+        ) from err
+
+
 def _auto_flavour() -> tuple[str, str]:
     missing = []
     for flavour in FLAVOURS:
-        try:
-            load_flavour(flavour)
-        except MissingExtraError as err:
-            missing.append(str(err))
-            continue
         if flavour == "tensorrt" and not torch.cuda.is_available():
             missing.append("flavour tensorrt builds on its GPU, and none is here")
+            continue
+        try:
+            _load_builder(flavour)
+        except MissingExtraError as err:
+            missing.append(str(err))
             continue
         return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
     return "none", "no plan is built, for want of a TensorRT: " + "; ".join(missing)
 
 
-def _check_capabilities(flavour: str, module: "ModuleType", capabilities: tuple[str, ...], precision: str) -> None:
+def _check_capabilities(
+    flavour: str, module: "ModuleType", capabilities: Sequence[str], precision: str, bundle: Path | None
+) -> None:
     if flavour == "tensorrt":
-        if not torch.cuda.is_available():
-            raise BackendError("flavour tensorrt builds on the GPU it runs on, and torch finds none here.")
-        known = built = ["{}.{}".format(*torch.cuda.get_device_capability())]
+        here = "{}.{}".format(*torch.cuda.get_device_capability())
+        if others := [each for each in capabilities if each != here]:
+            raise ConfigError(
+                f"flavour tensorrt builds for the GPU it runs on, here compute capability {here}, and not for "
+                f"{list_choices(others)}: {build_there(bundle)}"
+            )
+        built = [here]
     else:
         known, built = known_capabilities(module), [*capabilities]
-    for capability in capabilities:
-        if capability not in known:
-            raise ConfigError(
-                f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for here: "
-                f"{', '.join(known)} are."
-            )
+        for capability in capabilities:
+            if capability not in known:
+                raise ConfigError(
+                    f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for: "
+                    f"{', '.join(known)} are."
+                )
     for capability in built:
         if float(capability) < NEEDS.get(precision, 0.0):
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from trtower import __version__
 from trtower.bundle import Bundle
 from trtower.errors import ConfigError, TrtowerError
-from trtower.extras import extra_of, import_extra
+from trtower.extras import extra_of, how_to_install, import_extra, why_broken
 from trtower.inspection import as_text, inspect_bundle
 
 if TYPE_CHECKING:
@@ -39,41 +39,45 @@ def run(arguments: list[str]) -> int:
         result = command.main(
             gather([a for a in arguments if a != "--debug"]) or ["--help"], prog_name="trtower", standalone_mode=False
         )
-    except TrtowerError as err:
-        if debug:
-            raise
-        return _fail(str(err), 2 if isinstance(err, ConfigError) else 1)
-    except ModuleNotFoundError as err:
-        extra = extra_of(err.name or "")
-        if debug or extra is None:
-            raise
-        return _fail(f"this command needs the package {err.name}: pip install 'trtower[{extra}]'", 1)
-    except OSError as err:
-        if debug or err.filename is None:
-            raise
-        return _fail(f"{err.filename}: {err.strerror}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as err:
-        # click's own errors know their exit code and their words; anything else is a bug and shows its traceback.
-        if not hasattr(err, "format_message"):
+        if hasattr(err, "format_message"):  # click's own errors know their exit code and their words
+            return _fail(err.format_message(), getattr(err, "exit_code", 2))
+        message = None if debug else _explain(err)
+        if message is None:  # a bug, which shows its traceback
             raise
-        return _fail(err.format_message(), getattr(err, "exit_code", 2))
+        return _fail(message, 2 if isinstance(err, ConfigError) else 1)
     if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code
         return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
+def _explain(err: Exception) -> str | None:
+    """Put an error that is not a bug of trtower into words; None for one that is."""
+    if isinstance(err, TrtowerError):
+        return str(err)
+    if isinstance(err, ModuleNotFoundError) and (extra := extra_of(err.name or "")):
+        return f"this command needs the package {str(err.name).partition('.')[0]}: {how_to_install(extra)}"
+    if broken := why_broken(err):
+        return broken
+    if isinstance(err, OSError) and err.filename is not None:
+        return f"{err.filename}: {err.strerror}"
+    return None
+
+
 def gather(arguments: list[str]) -> list[str]:
-    """Make one argument of the numbers after `--batch`, of which an option of typer takes one or a fixed few."""
+    """Join the numbers after `--batch` into one argument, because typer's options take one or a fixed few."""
     gathered: list[str] = []
     rest = list(arguments)
     while rest:
         gathered.append(rest.pop(0))
-        if gathered[-1] == "--batch":
-            numbers = list(itertools.takewhile(lambda each: re.fullmatch(r"-?\d+", each), rest))
-            gathered += [" ".join(numbers)] if numbers else []
+        if re.fullmatch(r"--batch(=.*)?", gathered[-1]):
+            numbers = list(itertools.takewhile(lambda each: re.fullmatch(r"-?\d[\d,]*", each), rest))
             del rest[: len(numbers)]
+            if numbers and gathered[-1] != "--batch":
+                numbers.insert(0, gathered.pop())
+            gathered += [" ".join(numbers)] if numbers else []
     return gathered
 
 
@@ -94,10 +98,18 @@ def _app() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
 
+    def print_version(*, asked: bool) -> None:
+        if asked:
+            print(__version__)  # noqa: T201
+            raise typer.Exit
+
     @app.callback()
     def options(
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
         verbose: Annotated[bool, typer.Option("--verbose", help="Show the log.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+        ] = False,
     ) -> None:
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
@@ -111,10 +123,13 @@ def _app() -> "typer.Typer":
         bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
         why: Annotated[bool, typer.Option("--why", help="Say what every plan needs, and what of it is met.")] = False,
         json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    ) -> None:
-        """Say what a bundle is, what of it would run here, and why the rest would not."""
+    ) -> int:
+        """Say what a bundle is, what of it would run here, and why the rest would not; exit 1 if it was altered."""
         found = inspect_bundle(Bundle.open(bundle, whole=False))
         print(json.dumps(found, indent=2) if json_ else as_text(found, why=why))  # noqa: T201
+        if found["altered"]:
+            return _fail(f"{bundle}: {', '.join(found['altered'])} was altered: copy the bundle again", 1)
+        return 0
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
         app.command(point.name)(point.load())

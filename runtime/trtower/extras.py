@@ -1,11 +1,24 @@
-"""Import an optional package, or say which extra brings it."""
+"""Import an optional package, or say which extra brings it and how to install that from where trtower came from."""
 
 import importlib
+import json
 import re
-from importlib.metadata import PackageNotFoundError, requires
+import shlex
+import traceback
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, requires, version
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from trtower.errors import MissingExtraError
+
+WAYS_OUT = {
+    ("typer", "pydantic"): "pip install 'typer<0.29', which does not need pydantic 2",
+}
+"""What mends a package that breaks over another one: (the package, what its error names) -> the way out."""
+
+OWN_ENVIRONMENT = "install trtower and its command in an environment of their own"
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
@@ -17,11 +30,41 @@ def import_extra(module: str, *, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as err:
-        if err.name is None or err.name.partition(".")[0] != module.partition(".")[0]:
+        package = module.partition(".")[0]
+        if err.name is None or err.name.partition(".")[0] != package:
             raise
         raise MissingExtraError(
-            f"{purpose} needs the package {err.name}, which is not installed: pip install 'trtower[{extra}]'"
+            f"{purpose} needs the package {package}, which is not installed: {how_to_install(extra)}"
         ) from err
+
+
+def how_to_install(extra: str) -> str:
+    """Return the pip command that adds ``extra``, from the clone, repository or index that trtower came from.
+
+    Several extras are one string, joined by commas. The command is quoted for a shell.
+    """
+    return f"pip install {_requirement(extra)}"
+
+
+def _requirement(extra: str) -> str:
+    """Name trtower with an extra as pip takes it, by the `direct_url.json` that pip wrote when it installed trtower."""
+    name = f"trtower[{extra}]"
+    try:
+        origin = json.loads(distribution("trtower").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        folder = url2pathname(urlsplit(url).path)
+        if not Path(folder).is_dir():  # built from a folder that is gone, as in a container
+            return shlex.quote(name)
+        return ("-e " if origin["dir_info"].get("editable") else "") + shlex.quote(f"{folder}[{extra}]")
+    if "vcs_info" in origin:
+        revision = origin["vcs_info"].get("requested_revision")
+        url = f"{origin['vcs_info']['vcs']}+{url}{f'@{revision}' if revision else ''}"
+    if origin.get("subdirectory"):
+        url += f"#subdirectory={origin['subdirectory']}"
+    return shlex.quote(f"{name} @ {url}" if url else name)
 
 
 def extra_of(module: str) -> str | None:
@@ -36,3 +79,26 @@ def extra_of(module: str) -> str | None:
         if match:
             return match.group(1)
     return None
+
+
+def why_broken(err: BaseException) -> str | None:
+    """Say which installed package broke while it was imported, and what to do; None if ``err`` is of another kind.
+
+    An exception comes from an import if a module body of that package is on its traceback, or on its cause's.
+    """
+    names = [
+        str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(err.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    installed = packages_distributions()
+    package = next((name for name in names if name in installed and not name.startswith("trtower")), None)
+    if package is None:
+        return why_broken(err.__cause__) if err.__cause__ else None
+    reason = f"{type(err).__name__}: {err}"
+    remedies = (remedy for (name, over), remedy in WAYS_OUT.items() if name == package and over in reason)
+    remedy = next(remedies, f"install {package} again")
+    return (
+        f"the installed {package} {version(installed[package][0])} breaks when it is imported ({reason}): "
+        f"{remedy}, or {OWN_ENVIRONMENT}"
+    )

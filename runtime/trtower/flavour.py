@@ -6,8 +6,9 @@ Their Python modules have the same names inside, so all code here takes the modu
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trtower.errors import ConfigError, MissingExtraError
-from trtower.extras import import_extra
+from trtower.errors import MissingExtraError
+from trtower.extras import how_to_install, import_extra
+from trtower.names import check_name
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,14 +22,13 @@ PORTABLE_FROM = "8.0"
 
 def load_flavour(flavour: str) -> "ModuleType":
     """Import a flavour's module; raise MissingExtraError where it is not installed."""
-    if flavour not in FLAVOURS:
-        raise ConfigError(f"flavour {flavour!r} is unknown: {' and '.join(FLAVOURS)} are known.")
+    check_name("flavour", flavour, tuple(FLAVOURS))
     name, extra = FLAVOURS[flavour]
     module: ModuleType = import_extra(name, extra=extra, purpose=f"flavour {flavour}")
     if not hasattr(module, "Runtime"):  # type stubs alone make an empty `tensorrt` importable
         raise MissingExtraError(
             f"flavour {flavour} needs the package {name}, of which only type stubs are installed: "
-            f"pip install 'trtower[{extra}]'"
+            f"{how_to_install(extra)}"
         )
     return module
 

@@ -1,12 +1,14 @@
 """Describe a bundle: what it is, which plans it has, what would run here and why the others would not."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.manifest import BuildSettings, Extent, PlanEntry
-from trtower.runners.choose import Candidate, candidates, default_device, plan_verdicts
+from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 
 MB = 1_000_000
@@ -15,8 +17,14 @@ ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Give the whole description as JSON has it. Files are hashed; none is executed or deserialised."""
+    """Return the whole description as JSON has it. Files are hashed; none is executed or deserialised.
+
+    Of "backends", the row that `auto` would open here has "auto": true; none has if that one's files were altered,
+    because `auto` then raises.
+    """
     manifest, altered = bundle.manifest, bundle.altered()
+    found = candidates(bundle)
+    choice = auto_choice(found)
     rows = [
         {
             "backend": c.backend,
@@ -25,8 +33,9 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "runs": c.obstacle is None,
             "obstacle": c.obstacle,
             "reservation": c.reservation,
+            "auto": c is choice,
         }
-        for c in (_without_altered(c, altered) for c in candidates(bundle))
+        for c in (_without_altered(c, altered) for c in found)
     ]
     data = dataclasses.asdict(manifest)
     return {
@@ -107,8 +116,10 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
     several_plans = len(plans) > 1
     for row in found["backends"]:
         verdict = row["obstacle"] or f"on {row['device']}"
+        if row["auto"]:
+            verdict += ", and auto takes it"
         if row["runs"] and row["reservation"]:
-            verdict += f", and auto takes another: {row['reservation']}"
+            verdict += f"{', although' if row['auto'] else ', and auto takes another:'} {row['reservation']}"
         if several_plans and row["file"] in plans and not verdict.startswith(row["file"]):
             verdict = f"{row['file']}: {verdict}"
         lines.append(f"    {'runs' if row['runs'] else 'not '} {row['backend']:<17} {verdict}")
@@ -153,6 +164,19 @@ def describe_settings(settings: BuildSettings) -> str:
     says += ["hardware-compatible"] if settings.hardware_compatible else []
     says += ["without its weights"] if settings.stripped else []
     return ", ".join(says) or "with TensorRT's own settings"
+
+
+def describe_loading(bundle: Path) -> str:
+    """Return the Python lines that load a bundle: as a tower, and into a model around it."""
+    path = json.dumps(str(bundle), ensure_ascii=False)  # which is Python, too
+    return (
+        "Load it:\n"
+        "  from trtower import VisionTower\n"
+        f"  tower = VisionTower.load({path})\n"
+        "or put it into a loaded model that has this tower:\n"
+        "  import trtower\n"
+        f"  trtower.install(model, {path})"
+    )
 
 
 def describe_run(ran: str, backend: str, gpu: str | None) -> str:

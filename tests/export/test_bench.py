@@ -27,7 +27,7 @@ from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
 from trtower_export.bench.environment import read_driver
 from trtower_export.bench.goals import YARDSTICK, judge_goals
-from trtower_export.bench.tables import _rate, draw_benchmark, print_benchmark, to_json
+from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark, to_json
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.latency import race
 from trtower_export.layouts import Trust
@@ -277,7 +277,8 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": ("eager", "tensorrt-llm")}, "--against tensorrt-llm is unknown: eager, sdpa, .* are known"),
+        ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or openvino-bf16"),
+        ({"against": ("compiled",)}, "'compiled'; did you mean 'compile'"),
         ({"batches": (1, 0)}, "--batch 1 0: each is 1 at least"),
         ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager names one twice"),
     ],
@@ -363,6 +364,32 @@ def test_plot_has_a_bar_for_each(found: Benchmark) -> None:
     assert heights[1] - heights[0] == 60 * (len(found.timings) - 1)
 
 
+@pytest.mark.parametrize(
+    ("runs_on", "label"),
+    [
+        ("onnxruntime 1.32.0, CPU", "trtower on ONNX Runtime (fp16)"),
+        ("tensorrt-rtx 1.7.1, sm89", "trtower on TensorRT-RTX (fp16)"),
+        ("tensorrt 11.4.0, sm90", "trtower on TensorRT (fp16)"),
+        ("openvino 2026.4.1, CPU, FP32", "trtower on OpenVINO (fp16)"),
+    ],
+)
+def test_plot_names_the_backend_that_ran(runs_on: str, label: str) -> None:
+    assert label_entrant(dataclasses.replace(timing("trtower", 1, 1.0), runs_on=runs_on)) == label
+    assert label_entrant(dataclasses.replace(timing("sdpa", 1, 1.0), runs_on="PyTorch 2.13.0")) == "sdpa (fp16)"
+
+
+def test_plot_says_each_batch_once(found: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("trtower_export.bench.tables.to_png", lambda figure: figures.append(figure) or b"")
+    draw_benchmark(found)
+    (axes,) = figures[0].axes
+    texts = [text.get_text() for text in axes.texts]
+    assert [text for text in texts if text.startswith("batch")] == ["batch 1", "batch 2"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [label_entrant(each) for each in found.timings]
+    assert names[0] == "trtower on OpenVINO (fp32)"
+
+
 def timing(entrant: str, batch: int, median_s: float, share: float | None = None) -> Timing:
     return Timing(
         entrant=entrant,
@@ -442,21 +469,32 @@ def test_command_writes_what_it_is_asked_for(
     clip_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--batch", "1", "1", "1", "--against", "", "--rounds", "1", "--tiles", "0"]
-    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
-    assert run(["bench", str(clip_bundle), *options, *files]) == 0
-    assert json.loads((tmp_path / "b.json").read_text())["tiles"] is None
+    assert run(["bench", str(clip_bundle), *options, "--json", "--plot", str(tmp_path / "b.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] is None
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    assert "trtower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", [["1", "2"], ["1,2"], ["1,", "2"], ["1", "--batch", "2"]])
+def test_command_races_at_the_batches_that_are_named(
+    clip_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: list[str]
+) -> None:
+    monkeypatch.setattr(module, "_run_cold", lambda *_: None)
+    options = ["--against", "", "--rounds", "1", "--tiles", "0", "--json", "--batch", *batch]
+    assert run(["bench", str(clip_bundle), *options]) == 0
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    assert {each["batch"] for each in timings} == {1, 2}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json", "nowhere/b.json"], "nowhere/b.json cannot be written: a .json in a folder that exists"),
+        (["--json", "b.json"], "unexpected extra argument"),
         (["--plot", "b.svg"], "b.svg cannot be written: a .png in a folder that exists"),
-        (["--against", "eager,vllm"], "--against vllm is unknown"),
+        (["--against", "eager,pytorch"], "did you mean 'eager', 'sdpa' or 'compile'?"),
         (["--batch", "0", "1", "2"], "--batch 0 1 2: each is 1 at least"),
-        (["--backend", "cuda"], "backend 'cuda' is unknown"),
+        (["--batch", "0,1,2"], "--batch 0 1 2: each is 1 at least"),
+        (["--batch", "a"], "--batch a: whole numbers are expected"),
+        (["--backend", "cuda"], "unknown backend 'cuda'; did you mean 'onnxruntime-cuda'"),
         (["--backend", "tensorrt"], "tensorrt"),
     ],
 )

@@ -12,12 +12,12 @@ import pytest
 from onnx import numpy_helper
 
 from trtower.bundle import GRAPH, Bundle
-from trtower.errors import BackendError, BuildError, ConfigError, MissingExtraError
+from trtower.errors import BuildError
 from trtower.spec import BatchProfile
-from trtower_export import engine, targets
+from trtower_export import engine
 from trtower_export.engine import add_plan, build_plan
 from trtower_export.progress import LoggedProgress
-from trtower_export.targets import Target, choose_target
+from trtower_export.targets import Target
 
 
 class Recorder:
@@ -159,72 +159,6 @@ sys.exit(run(["build", {str(bundle)!r}, "--flavour", "tensorrt", "--compute-capa
     (timed,) = (path for path in store.iterdir() if path.suffix == ".timing")
     assert timed.name == "tensorrt-11.4.0.Fake-GPU.timing"
     assert timed.stat().st_size
-
-
-def test_unknown_compute_capability_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'9\.9' is not one .* 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1 are"):
-        choose_target("tensorrt-rtx", ("9.9",), "fp16")
-
-
-def test_bf16_for_turing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* for 7\.5: use fp16"):
-        choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
-    assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
-
-
-def test_unknown_flavour_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="auto, none, tensorrt, tensorrt-rtx are known"):
-        choose_target("openvino", (), "fp16")
-
-
-def test_targets_without_a_plan_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="builds no plan"):
-        choose_target("none", ("8.9",), "fp16")
-
-
-def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="builds on the GPU it runs on"):
-        choose_target("tensorrt", (), "fp16")
-
-
-@pytest.mark.parametrize(("precision", "capability"), [("bf16", (7, 5)), ("fp8", (8, 6))])
-def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
-    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
-) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
-    with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
-        choose_target("tensorrt", (), precision)
-    assert choose_target("tensorrt", (), "fp16")[0]
-
-
-@pytest.mark.parametrize(
-    ("capability", "capabilities", "said"),
-    [((8, 9), (), ""), ((9, 0), (), "this GPU has 9.0"), ((8, 9), ("8.6",), "needs compute capability 8.6; this GPU")],
-)
-def test_plan_that_this_gpu_cannot_run_is_said_to_be_for_others(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], capabilities: tuple[str, ...], said: str
-) -> None:
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
-    target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
-    assert target
-    assert said in reason
-    assert ("for other machines than this one" in reason) == bool(said)
-
-
-def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("tensorrt", "tensorrt_rtx"):
-        monkeypatch.setitem(sys.modules, module, None)
-    target, reason = choose_target("auto", (), "fp16")
-    assert target is None
-    assert "no plan is built, for want of a TensorRT" in reason
-    assert "trtower[trt-rtx]" in reason
-    with pytest.raises(MissingExtraError):
-        choose_target("tensorrt-rtx", (), "fp16")
 
 
 def test_plan_of_several_profiles_is_built(export: Callable[..., Path]) -> None:

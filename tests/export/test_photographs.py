@@ -162,7 +162,7 @@ def test_a_dozen_real_photographs_need_no_download(monkeypatch: pytest.MonkeyPat
 
 def test_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(MissingExtraError, match=r"trtower\[demo\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[demo\]"):
         load_photographs(None)
 
 

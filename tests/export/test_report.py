@@ -395,7 +395,7 @@ def test_missing_package_is_named_before_anything_is_checked(monkeypatch: pytest
     import sys
 
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtraError, match=r"jinja2.*trtower\[report\]"):
+    with pytest.raises(MissingExtraError, match=r"jinja2.*pip install .*\[report\]"):
         Report(made_up.SPEC, made_up.PROCESSOR)
 
 

@@ -1,6 +1,7 @@
 """What was asked for runs, or an error says why not."""
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 
 from trtower import Bundle, VisionTower
 from trtower.errors import BackendError, BundleError, ConfigError, MissingExtraError
+from trtower.extras import how_to_install
 from trtower.flavour import load_flavour
 from trtower.runners import choose as choosing
 from trtower.runners.choose import candidates
@@ -65,24 +67,78 @@ def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytes
     assert done == [torch.device("meta"), "what was open before is closed"]
 
 
-def test_unknown_backend_and_device_list_the_known(clip_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"auto, tensorrt, .*, openvino, onnxruntime-cpu are known"):
-        VisionTower.load(clip_bundle, backend="cuda")
-    with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
-        VisionTower.load(clip_bundle, device="tpu")
-    with pytest.raises(ConfigError, match="cpu, cuda and cuda:INDEX"):
-        VisionTower.load(clip_bundle, device="mps")
+@pytest.mark.parametrize(
+    ("backend", "meant"),
+    [
+        ("cuda", "'onnxruntime-cuda', 'tensorrt' or 'tensorrt-rtx'"),
+        ("gpu", "'onnxruntime-cuda', 'tensorrt' or 'tensorrt-rtx'"),
+        ("cpu", "'onnxruntime-cpu' or 'openvino'"),
+        ("trt", "'tensorrt'"),
+        ("onnx", "'onnxruntime-cpu' or 'onnxruntime-cuda'"),
+        ("onnxruntime", "'onnxruntime-cpu' or 'onnxruntime-cuda'"),
+        ("tensorrt_rtx", "'tensorrt-rtx'"),
+        ("OpenVINO", "'openvino'"),
+        ("opnvino", "'openvino' or 'openvino-bf16'"),
+    ],
+)
+def test_unknown_backend_names_the_nearest_first(clip_bundle: Path, backend: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        VisionTower.load(clip_bundle, backend=backend)
+    choices = ", ".join(["auto", *choosing.BACKENDS[:-1]]) + f" or {choosing.BACKENDS[-1]}"
+    assert str(caught.value) == f"unknown backend {backend!r}; did you mean {meant}? choose {choices}."
+
+
+@pytest.mark.parametrize("backend", ["spam", "", None, 3])
+def test_unknown_backend_that_is_like_none_lists_all(clip_bundle: Path, backend: object) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^unknown backend {backend!r}; choose auto, tensorrt, .* or onnxruntime-cpu\.$"
+    ):
+        VisionTower.load(clip_bundle, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("tpu", "unknown device 'tpu'; choose cpu, cuda or cuda:INDEX."),
+        ("gpu", "unknown device 'gpu'; did you mean 'cuda'? choose cpu, cuda or cuda:INDEX."),
+        ("CUDA", "unknown device 'CUDA'; did you mean 'cuda'? choose cpu, cuda or cuda:INDEX."),
+        ("0", "unknown device '0'; did you mean 'cuda:0'? choose cpu, cuda or cuda:INDEX."),
+        ("", "unknown device ''; choose cpu, cuda or cuda:INDEX."),
+        (-1, "unknown device -1; choose cpu, cuda or cuda:INDEX."),
+        (1.5, "unknown device 1.5; choose cpu, cuda or cuda:INDEX."),
+        (True, "unknown device True; choose cpu, cuda or cuda:INDEX."),
+        ("cuda:257", "unknown device 'cuda:257'; choose cpu, cuda or cuda:INDEX."),
+        (99999, "unknown device 99999; choose cpu, cuda or cuda:INDEX."),
+        ("mps", "device 'mps' has no backend; choose cpu, cuda or cuda:INDEX."),
+        ("xpu", "device 'xpu' has no backend; choose cpu, cuda or cuda:INDEX."),
+        (torch.device("mps"), "device 'mps' has no backend; choose cpu, cuda or cuda:INDEX."),
+    ],
+)
+def test_device_that_no_backend_has_is_one_line(clip_bundle: Path, device: object, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        VisionTower.load(clip_bundle, device=device)  # type: ignore[arg-type]
+    assert str(caught.value) == said
+
+
+@without_cuda
+@pytest.mark.parametrize(("device", "index"), [(0, 0), (3, 3), ("cuda:99", 99)])
+def test_index_is_that_of_a_gpu(clip_bundle: Path, device: str | int, index: int) -> None:
+    with pytest.raises(BackendError, match=rf"^device cuda:{index} was asked for: no GPU here"):
+        VisionTower.load(clip_bundle, device=device)  # type: ignore[arg-type]
 
 
 def test_backend_that_is_not_installed_names_its_extra(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"onnxruntime, which is not installed: pip install 'trtower\[cpu\]'"):
+    with pytest.raises(BackendError, match=rf"onnxruntime, which is not installed: {re.escape(how_to_install('cpu'))}"):
         VisionTower.load(clip_bundle, backend="onnxruntime-cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names what cannot run where there is no GPU")
 def test_backend_that_cannot_run_names_those_that_can(clip_bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"no GPU here.*\. Here run .*openvino, onnxruntime-cpu$"):
+    expected = (
+        r"^no requested backend can run .*: tensorrt-rtx: no GPU here.*\. Available on this machine: .*openvino, onnx"
+    )
+    with pytest.raises(BackendError, match=expected):
         VisionTower.load(clip_bundle, backend="tensorrt-rtx")
 
 

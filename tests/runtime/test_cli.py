@@ -1,17 +1,24 @@
 """One line for an error, exit 1 for a failure and 2 for wrong usage."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+import trtower
 from trtower import VisionTower
 from trtower.bundle import Bundle
 from trtower.cli import gather, run
 from trtower.errors import BundleError
+from trtower.extras import how_to_install
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export import bounds
 from trtower_export.engine import add_plan
@@ -24,12 +31,24 @@ from trtower_export.progress import LoggedProgress
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
         (["inspect"], 2, "Missing argument"),
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
+        (["export"], 2, "Missing argument"),
+        (["export", "CLIP", "--fp16"], 2, "No such option"),
+        (["export", "CLIP", "--output", "b"], 2, "--out"),
+        (["export", "CLIP", "--layer", "-2"], 2, "--select-layer"),
+        (["exprt", "CLIP"], 2, "export"),
+        (["bench", "BUNDLE", "--json", "bench.json"], 2, "bench.json"),
+        (["bench", "BUNDLE", "--against", "onnx"], 2, "'onnx'; did you mean 'onnxruntime'? choose eager, "),
+        (["inspect", "CLIP"], 1, "it has no tower.json. `trtower export "),
+        (["inspect", "BUNDLE/tower.onnx"], 1, "it is a file of "),
+        (["build", "BUNDLE", "--flavour", "none"], 2, "unknown flavour 'none'; choose auto, tensorrt or tensorrt-rtx."),
+        (["build", "BUNDLE", "--flavour", "rtx"], 2, "unknown flavour 'rtx'; did you mean 'tensorrt-rtx'?"),
+        (["check", "BUNDLE", "--backend", "onnxruntime"], 2, "did you mean 'onnxruntime-cpu' or 'onnxruntime-cuda'?"),
         (["no-such-command"], 2, "No such command"),
         (["export", "./nowhere", "--no-check"], 1, "./nowhere is not a folder"),
         (
             ["export", "CLIP", "--precision", "int3"],
             2,
-            "precision 'int3' is unknown: auto, fp16, bf16, fp32, fp8, int8 are known",
+            "unknown precision 'int3'; did you mean 'int8'? choose auto, fp16, bf16, fp32, fp8 or int8.",
         ),
         (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
         (["export", "CLIP", "--batch", "4", "2", "8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
@@ -63,6 +82,7 @@ def test_error_is_one_line_with_its_exit_code(
     message: str,
 ) -> None:
     places = {"CLIP": str(checkpoints["clip"]), "BUNDLE": str(clip_bundle)}
+    places["BUNDLE/tower.onnx"] = str(clip_bundle / "tower.onnx")
     assert run([places.get(argument, argument) for argument in arguments]) == code
     *progress, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -81,10 +101,8 @@ def test_missing_package_names_its_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr.splitlines()[-1] + "\n"
-        == "error: this command needs the package transformers: pip install 'trtower[export]'\n"
-    )
+    expected = f"error: this command needs the package transformers: {how_to_install('export')}"
+    assert done.stderr.splitlines()[-1] == expected
 
 
 def test_inspect_tells_what_runs_and_why_the_rest_does_not(
@@ -179,10 +197,14 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
 def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = spoilt / "tower.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
-    assert run(["inspect", str(spoilt)]) == 0
-    text = capsys.readouterr().out
-    assert "ALTERED      tower.onnx" in text
-    assert "not  onnxruntime-cpu   tower.onnx was altered" in text
+    assert run(["inspect", str(spoilt)]) == 1
+    said = capsys.readouterr()
+    assert "ALTERED      tower.onnx" in said.out
+    assert "not  onnxruntime-cpu   tower.onnx was altered" in said.out
+    assert "and auto takes it" not in said.out  # it raises, rather than passing damage over
+    assert said.err == f"error: {spoilt}: tower.onnx was altered: copy the bundle again\n"
+    assert run(["inspect", str(spoilt), "--json"]) == 1
+    assert not any(row["auto"] for row in json.loads(capsys.readouterr().out)["backends"])
 
 
 def test_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +234,10 @@ main()
         ("export CLIP --batch 1 8 32 --out b", ["export", "CLIP", "--batch", "1 8 32", "--out", "b"]),
         ("export --batch 1 1 1 --batch 1 8 32 CLIP", ["export", "--batch", "1 1 1", "--batch", "1 8 32", "CLIP"]),
         ("bench b --batch 1", ["bench", "b", "--batch", "1"]),
+        ("bench b --batch 1,8,32 --json", ["bench", "b", "--batch", "1,8,32", "--json"]),
+        ("bench b --batch=1,8,32 --json", ["bench", "b", "--batch=1,8,32", "--json"]),
+        ("bench b --batch=1 8 32", ["bench", "b", "--batch=1 8 32"]),
+        ("bench b --batch 1, 8, 32", ["bench", "b", "--batch", "1, 8, 32"]),
         ("bench b --batch", ["bench", "b", "--batch"]),
         ("bench b --batch --json f", ["bench", "b", "--batch", "--json", "f"]),
         ("inspect b", ["inspect", "b"]),
@@ -221,10 +247,10 @@ def test_numbers_after_batch_are_one_argument(typed: str, read: list[str]) -> No
     assert gather(typed.split()) == read
 
 
-@pytest.mark.parametrize("numbers", ["1 2", "1 2 3 4", "1.5", "-1 1 1"])
-def test_profile_that_is_not_three_numbers_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("numbers", ["1 2", "1 2 3 4", "1.5", "-1 1 1", "0", "-8", "1,8", "8x", "1-32", "1:8:32", ","])
+def test_profile_that_is_none_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "CLIP", "--no-check", "--batch", *numbers.split()]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+    assert re.match(r"error: (--batch|batch profile) .*1.8.32", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_inspect_says_why_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +273,7 @@ def test_verdicts_of_a_plan_are_each_their_own(spoilt: Path, capsys: pytest.Capt
     (spoilt / "tower.json").write_text(json.dumps(manifest))
     content = (spoilt / plan["file"]).read_bytes()
     (spoilt / plan["file"]).write_bytes(content[:-1] + b"!")
-    assert run(["inspect", str(spoilt), "--json"]) == 0
+    assert run(["inspect", str(spoilt), "--json"]) == 1
     (found,) = json.loads(capsys.readouterr().out)["plans"]
     verdicts = found["verdicts"]
     assert verdicts["flavour"] is None
@@ -263,7 +289,7 @@ def test_plan_without_weights_wants_the_graph_too(spoilt: Path, capsys: pytest.C
     (spoilt / "tower.json").write_text(json.dumps(manifest))
     weights = spoilt / "tower.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert run(["inspect", str(spoilt), "--json"]) == 0
+    assert run(["inspect", str(spoilt), "--json"]) == 1
     (found,) = json.loads(capsys.readouterr().out)["plans"]
     assert found["verdicts"]["sha256"] == "tower.onnx.data was altered: copy the bundle again"
 
@@ -278,7 +304,7 @@ def test_inspect_tells_of_a_plan_that_is_not_whole(
         (spoilt / plan.file).write_bytes(b"half")
     with pytest.raises(BundleError, match=r"\.plan (has 4 bytes|is missing)"):
         Bundle.open(spoilt)
-    assert run(["inspect", str(spoilt), "--why"]) == 0
+    assert run(["inspect", str(spoilt), "--why"]) == 1
     told = capsys.readouterr().out
     assert f"sha256             {plan.file} was altered: copy the bundle again" in told
     assert f"ALTERED      {plan.file}" in told
@@ -299,3 +325,97 @@ def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> 
     (spoilt / plan.log).unlink()
     assert Bundle.open(spoilt).altered() == [plan.log]
     assert VisionTower.load(spoilt).is_loaded
+
+
+def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == run(["version"]) == 0
+    assert capsys.readouterr().out.split() == [trtower.__version__] * 2
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_inspect_marks_what_auto_takes(spoilt: Path, capsys: pytest.CaptureFixture[str], *, altered: bool) -> None:
+    if altered:  # of what auto does not take
+        (plan,) = Bundle.open(spoilt).manifest.plans
+        (spoilt / plan.file).write_bytes(b"half")
+    assert run(["inspect", str(spoilt), "--json"]) == int(altered)
+    chosen = [row["backend"] for row in json.loads(capsys.readouterr().out)["backends"] if row["auto"]]
+    assert run(["inspect", str(spoilt)]) == int(altered)
+    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto takes it" in line]
+    if not altered:
+        runner = VisionTower.load(spoilt)._runner
+        assert runner
+        assert chosen == [runner.backend]
+    assert marked == chosen
+    assert len(chosen) == 1
+
+
+def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
+    export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(export("clip", precision="fp32", flavour="none"), tmp_path / "b")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(bounds.TOKEN_COSINE_MIN, "fp32", 1.1)
+    assert run(["check", str(bundle)]) == 1
+    found = inspect_bundle(Bundle.open(bundle))
+    (row,) = [row for row in found["backends"] if row["auto"]]
+    assert (row["backend"], row["runs"]) == ("onnxruntime-cpu", True)
+    assert re.search(r"and auto takes it, although its check of \S+ missed", as_text(found))
+
+
+PYDANTIC_1 = "VERSION = '1.10.27'\n"
+BREAKS = "raise AttributeError('numpy.dtype size changed')\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "content", "command", "said"),
+    [
+        ("pydantic", PYDANTIC_1, ["inspect", "nowhere"], r"the installed typer \S+ breaks .*pip install 'typer<0\.29'"),
+        ("pydantic", PYDANTIC_1, ["export", "nowhere"], r"the installed typer \S+ breaks .*pip install 'typer<0\.29'"),
+        ("rich", BREAKS, ["inspect", "nowhere"], r"the installed rich \S+ breaks when it is imported \(AttributeError"),
+        ("onnx", BREAKS, ["export", "nowhere"], r"the installed onnx \S+ breaks when it is imported \(AttributeError"),
+        ("rich", "import gone", ["inspect", "nowhere"], r"the installed rich \S+ breaks .*No module named 'gone'"),
+    ],
+)
+def test_package_that_breaks_at_import_is_one_line(
+    tmp_path: Path, package: str, content: str, command: list[str], said: str
+) -> None:
+    if package == "pydantic" and "pydantic" not in " ".join(metadata.requires("typer") or ()):
+        pytest.skip("this typer does not need pydantic")
+    (tmp_path / f"{package}.py").write_text(content)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    program = "from trtower.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 1
+    assert re.match(f"error: {said}", done.stderr.splitlines()[-1])
+    assert "environment of their own" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serving_does_not_need_the_command(clip_bundle: Path, tmp_path: Path) -> None:
+    for package in ("pydantic", "typer", "rich"):
+        (tmp_path / f"{package}.py").write_text(BREAKS)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    program = "import sys, trtower; print(trtower.VisionTower.load(sys.argv[1]).is_loaded)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, clip_bundle],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout == "True\n"
+
+
+def test_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, clip_bundle: Path) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("trtower.cli.inspect_bundle", bug)
+    with pytest.raises(AttributeError, match="a bug"):
+        run(["inspect", str(clip_bundle)])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trtower.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError
+from trtower.names import check_name
 from trtower.spec import cover, sizes
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
@@ -117,8 +118,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for name in self.against:
-            if name not in AGAINST:
-                raise ConfigError(f"--against {name} is unknown: {', '.join(AGAINST)} are known.")
+            check_name("competitor", name, AGAINST)
         if len(set(self.against)) < len(self.against):
             raise ConfigError(f"--against {','.join(self.against)} names one twice.")
         if any(batch < 1 for batch in self.batches or ()):

@@ -2,19 +2,31 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trtower_export.bench.benchmark import Benchmark
-from trtower_export.bench.entrants import LLAVA
-from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, new_figure, to_png
+from trtower_export.bench.benchmark import Benchmark, Timing
+from trtower_export.bench.entrants import LLAVA, TRTOWER
+from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
 from trtower_export.tables import print_whole
 
 DPI = 200
 WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 """Pixels: the plot's width, the height of an entrant, and what title and axis take."""
+
+LEFT = 0.34
+"""The share of the plot's width that batches and names take."""
+
+PRODUCTS = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+"""The first word of a runner's name -> the name of the product."""
 
 MB = 1e6
 
@@ -87,11 +99,11 @@ def to_json(found: Benchmark) -> str:
 
 def draw_benchmark(found: Benchmark) -> bytes:
     """Draw images a second, the entrants of each batch below one another, as a PNG."""
-    timings = list(reversed(found.timings))
+    timings = found.timings
     height = MARGIN + ROW_HEIGHT * len(timings)
     figure: Any = new_figure(WIDTH, height, dpi=DPI, purpose="the plot of a benchmark")
-    axes = figure.add_axes((0.3, 110 / height, 0.62, 1 - MARGIN / height))
-    colours = {"trtower": BLUE, LLAVA: ORANGE}
+    axes = figure.add_axes((LEFT, 110 / height, 0.94 - LEFT, 1 - MARGIN / height))
+    colours = {TRTOWER: BLUE, LLAVA: ORANGE}
     bars = axes.barh(
         range(len(timings)),
         [each.images_per_s for each in timings],
@@ -100,16 +112,42 @@ def draw_benchmark(found: Benchmark) -> bytes:
     )
     labels = [_rate(each.images_per_s) + ("" if each.share is None else f", {each.share:.0%}") for each in timings]
     axes.bar_label(bars, labels, padding=4, fontsize=6, color=INK)
-    names = [f"{each.entrant} ({each.arithmetic}), batch {each.batch}" for each in timings]
-    axes.set_yticks(range(len(timings)), names, fontsize=6)
+    axes.set_yticks(range(len(timings)), [label_entrant(each) for each in timings], fontsize=6)
+    axes.set_ylim(len(timings) - 0.5, -0.5)
+    _mark_batches(axes, [each.batch for each in timings])
     axes.tick_params(axis="x", labelsize=6)
     axes.margins(x=0.15)
-    axes.set_xlabel("images a second, and the share of what a large product reaches here", fontsize=7, color=INK)
+    axes.set_xlabel(
+        "images per second, and the share of what a large matrix product reaches here", fontsize=7, color=INK
+    )
     hardware = found.environment.get("gpu", {}).get("name") or found.environment["processor"]
     axes.set_title(f"{found.bundle['name']}, {hardware}, {found.environment['date']}", fontsize=7, color=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return to_png(figure)
+
+
+def label_entrant(timing: Timing) -> str:
+    """Name an entrant for the plot, and what it computes in; of trtower, also the backend that ran."""
+    name = timing.entrant
+    if name == TRTOWER:
+        backend = timing.runs_on.partition(" ")[0]
+        name = f"trtower on {PRODUCTS.get(backend, backend)}"
+    return f"{name} ({timing.arithmetic})"
+
+
+def _mark_batches(axes: Any, batches: Sequence[int]) -> None:
+    """Write each batch beside the first of its rows, and draw a line between batches."""
+    rows_and_axes = axes.get_yaxis_transform()  # x in widths of the axes, y in rows
+    left_edge = -LEFT / (0.94 - LEFT)
+    for row, batch in enumerate(batches):
+        if row and batch == batches[row - 1]:
+            continue
+        axes.text(
+            left_edge + 0.03, row, f"batch {batch}", transform=rows_and_axes, va="center", fontsize=6, weight="bold"
+        )
+        if row:
+            axes.plot([left_edge + 0.03, 1], [row - 0.5] * 2, transform=rows_and_axes, color=RULE, lw=1, clip_on=False)
 
 
 def _table(*left: str, right: tuple[str, ...]) -> Table:

@@ -12,9 +12,10 @@ import torch
 
 from trtower.bundle import GRAPH, Bundle
 from trtower.errors import BackendError, ConfigError
-from trtower.extras import import_extra
+from trtower.extras import how_to_install, import_extra
 from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.manifest import PlanEntry
+from trtower.names import check_name, nearest, unknown
 from trtower.runners import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeCudaRunner, OnnxRuntimeRunner
 from trtower.runners.openvino import ARITHMETIC, OpenVinoRunner, has_bf16
@@ -74,8 +75,7 @@ def choose(
     `device` limits the choice: with "cuda" nothing runs on the CPU, and the other way round. Raises BackendError
     with every reason when nothing that was asked for can run; a file that fails its sha256 always raises.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ConfigError(f"backend {backend!r} is unknown: auto, {', '.join(BACKENDS)} are known.")
+    check_name("backend", backend, ("auto", *BACKENDS))
     asked = parse_device(device)
     if asked and (obstacle := _device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
@@ -83,9 +83,8 @@ def choose(
     found, passed_over = candidates(bundle, device, wanted, certified=certified), dict[Candidate, str]()
     order = sorted(found, key=lambda each: certified and each.reservation is not None)
     if backend == "auto":
+        order = order_for_auto(found)
         passed_over = {each: each.reservation for each in found if each.reservation and not each.obstacle}
-        order = [each for each in found if each not in passed_over]
-        order += [each for each in passed_over if not each.coarse]
     for candidate in order:
         try:
             runner = candidate.open(bundle, engine or EngineOptions())
@@ -100,8 +99,19 @@ def choose(
         return runner
     reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
     others = () if len(wanted) > 1 else dict.fromkeys(each.backend for each in candidates(bundle) if not each.obstacle)
-    instead = f". Here run {', '.join(others)}" if others else ""
-    raise BackendError(f"nothing that was asked for can run {bundle.path}: {reasons}{instead}")
+    instead = f". Available on this machine: {', '.join(others)}" if others else ""
+    raise BackendError(f"no requested backend can run {bundle.path}: {reasons}{instead}")
+
+
+def order_for_auto(found: Sequence[Candidate]) -> list[Candidate]:
+    """Return what `auto` tries, in its order: last what a check has failed, and never what is coarse and unchecked."""
+    reserved = [each for each in found if each.reservation and not each.obstacle]
+    return [each for each in found if each not in reserved] + [each for each in reserved if not each.coarse]
+
+
+def auto_choice(found: Sequence[Candidate]) -> Candidate | None:
+    """Return the first that `auto` can open, as far as can be told without opening it; None where nothing runs."""
+    return next((each for each in order_for_auto(found) if not each.obstacle), None)
 
 
 def candidates(
@@ -160,19 +170,29 @@ def _reservation(bundle: Bundle, backend: str, file: str | None, *, coarse: bool
     return f"{why}no check vouches for it: trtower check {bundle.path} --backend {backend}"
 
 
-def parse_device(device: str | torch.device | None) -> torch.device | None:
+def parse_device(device: str | int | torch.device | None) -> torch.device | None:
     """Read a device as it may be asked for, None being none; raise ConfigError where no backend is for it."""
     if device is None:
         return None
-    try:
-        asked = torch.device(device)
-    except RuntimeError as err:
-        raise ConfigError(f"device {device!r} is unknown: cpu, cuda and cuda:INDEX are known.") from err
+    asked = _read_device(f"cuda:{device}" if type(device) is int else device)  # an index is a GPU's, as it is to torch
+    if asked is None:
+        text = str(device)
+        meant = [f"cuda:{text}"] if text.isdecimal() and isinstance(device, str) else nearest(text, ("cpu", "cuda"))
+        raise unknown("device", device, ("cpu", "cuda", "cuda:INDEX"), meant)
     if asked.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {str(asked)!r} has no backend: cpu, cuda and cuda:INDEX have.")
+        raise ConfigError(f"device {str(asked)!r} has no backend; choose cpu, cuda or cuda:INDEX.")
     if asked.type == "cuda" and asked.index is None:
         return default_device("cuda")
     return torch.device("cpu") if asked.type == "cpu" else asked
+
+
+def _read_device(written: str | int | torch.device) -> torch.device | None:
+    """Read a device as torch does; None where it cannot, or takes another index: to it, cuda:257 is cuda:1."""
+    try:
+        asked = torch.device(written)
+    except (RuntimeError, TypeError):
+        return None
+    return asked if asked.index is None or str(asked) == str(written) else None
 
 
 def default_device(kind: str) -> torch.device:
@@ -247,7 +267,7 @@ def _onnxruntime_obstacle(bundle: Bundle, backend: str) -> str | None:
     if PROVIDERS[kind] not in ort.get_available_providers():
         return (
             f"the installed onnxruntime has no {PROVIDERS[kind]}: pip uninstall onnxruntime, "
-            f"then pip install 'trtower[{kind}]'"
+            f"then {how_to_install(kind)}"
         )
     if kind == "cpu" and bundle.manifest.precision == "bf16":
         return "ONNX Runtime has no BF16 kernels for the CPU: export with --precision fp16 or fp32 to run there"

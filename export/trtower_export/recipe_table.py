@@ -1,0 +1,43 @@
+"""List recipes: of which checkpoint and family, at what size, and which layer is read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trtower_export.families import family_of
+from trtower_export.recipes import Recipe
+
+COLUMNS = ("name", "checkpoint", "family", "image_size", "select_layer")
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return what `trtower recipes --json` says of one recipe."""
+    config = recipe.config
+    return {
+        "name": recipe.name,
+        "checkpoint": recipe.checkpoint,
+        "family": family_of(config["model_type"]).name,
+        "image_size": recipe.image_size or config["image_size"],
+        "patch_size": config["patch_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "select_layer": recipe.select_layer,
+        "select_feature": recipe.select_feature,
+        "batch": [recipe.batch.min, recipe.batch.opt, recipe.batch.max],
+    }
+
+
+def print_recipes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print described recipes as a table, every name whole."""
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column.replace("_", " "), no_wrap=True)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in COLUMNS))
+    Console(file=console.file, width=max(console.width, 120)).print(table)
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,180 @@
+"""What a plan is built for is settled before any work, or one line says where it can be built."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from trtower import Bundle
+from trtower.errors import BackendError, ConfigError, MissingExtraError
+from trtower.extras import how_to_install
+from trtower_export import targets
+from trtower_export.engine import add_plan
+from trtower_export.progress import LoggedProgress
+from trtower_export.targets import ELSEWHERE, TOO_OLD, choose_target, read_capabilities
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (("8.9",), ("8.9",)),
+        (("89",), ("8.9",)),
+        (("sm_89",), ("8.9",)),
+        (("sm89",), ("8.9",)),
+        (("SM_89",), ("8.9",)),
+        (("compute_89",), ("8.9",)),
+        (("120",), ("12.0",)),
+        (("sm_90a",), ("9.0",)),
+        (("8.6,8.9",), ("8.6", "8.9")),
+        (("8.6, 8.9", "8.9"), ("8.6", "8.9")),
+        (("8.6;8.9",), ("8.6", "8.9")),
+        ((), ()),
+    ],
+)
+def test_compute_capability_is_read_as_people_write_it(written: tuple[str, ...], read: tuple[str, ...]) -> None:
+    assert read_capabilities(written) == read
+
+
+@pytest.mark.parametrize("written", ["", "h100", "8.9x", "8.65", "native", "-8.9", "1.0", "8.9,", "sm_10", "all"])
+def test_what_is_not_a_compute_capability_is_told_the_right_form(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a compute capability; write it as in --compute-capability 8\.9"):
+        read_capabilities((written,))
+
+
+@pytest.mark.parametrize(("written", "meant"), [("9", "9.0"), ("10", "10.0"), ("12", "12.0"), ("8,9", "8.0")])
+def test_number_without_its_point_is_not_guessed(written: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"did you mean {re.escape(meant)}\?"):
+        read_capabilities((written,))
+
+
+@pytest.mark.parametrize("flavour", ["auto", "tensorrt-rtx"])
+@pytest.mark.parametrize("capability", sorted(ELSEWHERE, key=float))
+@pytest.mark.usefixtures("no_gpu")
+def test_gpu_that_tensorrt_rtx_does_not_support_has_a_way_out(capability: str, flavour: str) -> None:
+    gpu, instead = ELSEWHERE[capability]
+    there = "" if instead is TOO_OLD else r"; export with --flavour none, copy the bundle .*: trtower build BUNDLE"
+    expected = (
+        rf"^compute capability {re.escape(capability)} is {gpu}, which TensorRT-RTX does not .*: {instead}{there}$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        choose_target(flavour, (capability,), "fp16")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_way_out_does_not_wait_for_an_installation_that_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for flavour in ("auto", "tensorrt-rtx"):
+        with pytest.raises(ConfigError, match="is Hopper, which TensorRT-RTX does not support"):
+            choose_target(flavour, ("sm_90",), "fp16")
+    with pytest.raises(BackendError, match=r"builds on the GPU it runs on.*: export with --flavour none"):
+        choose_target("tensorrt", (), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "capabilities", "missing"),
+    [
+        ("tensorrt", (), ()),
+        ("auto", ("9.0",), ()),
+        ("auto", (), ("tensorrt_rtx",)),
+        ("auto", (), ("tensorrt_rtx", "tensorrt")),
+    ],
+)
+@pytest.mark.usefixtures("no_gpu")
+def test_build_without_the_gpu_says_where_to_run_it(
+    clip_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flavour: str,
+    capabilities: tuple[str, ...],
+    missing: tuple[str, ...],
+) -> None:
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    there = rf"copy {clip_bundle} to that GPU's machine, and run there: trtower build {clip_bundle.name}$"
+    with pytest.raises((BackendError, ConfigError, MissingExtraError), match=there):
+        add_plan(Bundle.open(clip_bundle), flavour, capabilities, LoggedProgress())
+
+
+def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    with pytest.raises(ConfigError, match=r"here compute capability 8\.9, and not for 9\.0: export with --fl"):
+        choose_target("tensorrt", ("90", "8.9"), "fp16")
+    target, _ = choose_target("tensorrt", ("sm_89",), "fp16")
+    assert target
+    assert target.compute_capabilities == ("8.9",)
+
+
+def test_unknown_compute_capability_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"'9\.9' is not one .* 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1 are"):
+        choose_target("tensorrt-rtx", ("9.9",), "fp16")
+
+
+def test_bf16_for_turing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* for 7\.5: use fp16"):
+        choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
+    assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
+
+
+def test_unknown_flavour_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown flavour 'openvino'; choose auto, none, tensorrt or tensorrt-rtx"):
+        choose_target("openvino", (), "fp16")
+
+
+def test_targets_without_a_plan_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="builds no plan"):
+        choose_target("none", ("8.9",), "fp16")
+
+
+def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="builds on the GPU it runs on"):
+        choose_target("tensorrt", (), "fp16")
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("bf16", (7, 5)), ("fp8", (8, 6))])
+def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
+    with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
+        choose_target("tensorrt", (), precision)
+    assert choose_target("tensorrt", (), "fp16")[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "capabilities", "said"),
+    [((8, 9), (), ""), ((9, 0), (), "this GPU has 9.0"), ((8, 9), ("8.6",), "needs compute capability 8.6; this GPU")],
+)
+def test_plan_that_this_gpu_cannot_run_is_said_to_be_for_others(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], capabilities: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
+    target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
+    assert target
+    assert said in reason
+    assert ("for other machines than this one" in reason) == bool(said)
+
+
+def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    target, reason = choose_target("auto", (), "fp16")
+    assert target is None
+    assert "no plan is built, for want of a TensorRT" in reason
+    assert how_to_install("trt-rtx-build") in reason
+    with pytest.raises(MissingExtraError, match=re.escape(how_to_install("trt-rtx-build"))):
+        choose_target("tensorrt-rtx", (), "fp16")
+    with pytest.raises(MissingExtraError, match="--compute-capability is for a plan, and no plan is built"):
+        choose_target("auto", ("8.9",), "fp16")
