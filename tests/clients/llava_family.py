@@ -1,10 +1,7 @@
 """What LLaVA and LLaVA-NeXT have in common: the place where a tower is built, and what is seen of a loaded model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import llava.model.llava_arch
 import torch
 from comparing import Observation
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -15,17 +12,6 @@ import trtower
 
 Loaded = tuple
 """Tokenizer, model, image processor and context length, as both loaders return them."""
-
-
-@contextmanager
-def swapped(build: object = trtower.build_vision_tower) -> Iterator[None]:
-    """Have LLaVA build its tower with this function."""
-    before = llava.model.llava_arch.build_vision_tower
-    llava.model.llava_arch.build_vision_tower = build
-    try:
-        yield
-    finally:
-        llava.model.llava_arch.build_vision_tower = before
 
 
 def install(loaded: Loaded, bundle: Path) -> trtower.Installation:

@@ -1,4 +1,4 @@
-"""Small random checkpoints' parts: a tokenizer, towers, language models, pictures. All are made with the client's own transformers."""
+"""The parts of small random checkpoints, made with the client's own transformers, and pictures."""
 
 from collections.abc import Callable
 from pathlib import Path

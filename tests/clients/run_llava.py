@@ -1,4 +1,4 @@
-"""LLaVA's own loader and model classes, with its eager tower, with trtower's in its place, and with a bundle installed."""
+"""LLaVA's own loader and model classes: eager, with a built tower, and with a bundle installed."""
 
 import shutil
 import tempfile
@@ -8,17 +8,20 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from comparing import Report, arguments, export
+from command_line import arguments, export
+from comparing import Report
 from made_up import LM_SHAPE, WIDTH, pictures, randomised, write_clip, write_tokenizer
+from swapping import swapped
 
 import trtower
 
 args = arguments()
 
+import llava.model.llava_arch  # noqa: E402
 import llava_family  # noqa: E402
 from llava.model.builder import load_pretrained_model  # noqa: E402
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
-from llava_family import Loaded, install, swapped  # noqa: E402
+from llava_family import Loaded, install  # noqa: E402
 
 SIZE, PATCH = 56, 14
 
@@ -64,7 +67,7 @@ def load(checkpoint: Path, **how: object) -> Loaded:
 
 
 def load_built(checkpoint: Path, build: object = trtower.build_vision_tower, **how: object) -> Loaded:
-    with swapped(build):
+    with swapped(llava.model.llava_arch, build):
         return load(checkpoint, **how)
 
 
@@ -80,7 +83,9 @@ def naming(checkpoint: Path, bundle: Path) -> Path:
 
 def load_split(checkpoint: Path, tower_goes_to: str, **how: object) -> Loaded:
     """Load with a map of one's own, which LLaVA's loader cannot: it hands the whole map to the tower's `to`."""
-    places = dict.fromkeys(("embed_tokens", "layers.0", "norm"), "cpu") | dict.fromkeys(("layers.1", "mm_projector"), "disk")
+    places = dict.fromkeys(("embed_tokens", "layers.0", "norm"), "cpu") | dict.fromkeys(
+        ("layers.1", "mm_projector"), "disk"
+    )
     device_map = {f"model.{name}": place for name, place in places.items()}
     device_map |= {"model.vision_tower": tower_goes_to, "lm_head": "disk"}
     model = LlavaLlamaForCausalLM.from_pretrained(
@@ -102,7 +107,9 @@ def write_parts(checkpoint: Path) -> tuple[Path, Path, Path]:
     base, projector, lora = (checkpoint.parent / name for name in ("base", "llava-projector", "llava-lora"))
     weights = model.state_dict()
     ours = {name: weight for name, weight in weights.items() if "mm_projector" in name}
-    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict() | {"model_type": "llama"}))
+    language = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**model.config.to_dict() | {"model_type": "llama"})
+    )
     language.load_state_dict({name: weight for name, weight in weights.items() if name not in ours})
     language.half().save_pretrained(base)
     for folder in (base, projector, lora):
@@ -129,14 +136,17 @@ def run(report: Report, work: Path) -> None:
             report.three_ways(f"{name}, {way}", observe, eager, built, partial(install, bundle=bundle))
     checkpoint, bundle = work / "llava-pad", work / "bundle-pad"
     for place in ("cpu", "disk"):
-        eager, built = partial(load_split, checkpoint, place), partial(load_built_split, work / "llava-pad-edited", place)
+        eager, built = (
+            partial(load_split, checkpoint, place),
+            partial(load_built_split, work / "llava-pad-edited", place),
+        )
         title = f"pad, a map with the tower on {place}"
         report.three_ways(title, observe, eager, built, partial(install, bundle=bundle))
     name_the_bundle(report, checkpoint, bundle)
 
 
 def load_built_split(checkpoint: Path, place: str) -> Loaded:
-    with swapped():
+    with swapped(llava.model.llava_arch):
         return load_split(checkpoint, place)
 
 
@@ -147,7 +157,9 @@ def name_the_bundle(report: Report, checkpoint: Path, bundle: Path) -> None:
         report.compare("the bundle named to the loader", seen, observe(load_built(checkpoint, **how)))
     named = partial(trtower.build_vision_tower, bundle=bundle)
     with report.attempt("the bundle named to the constructor"):
-        report.compare("the bundle named to the constructor", seen, observe(load_built(checkpoint, named, device="cpu")))
+        report.compare(
+            "the bundle named to the constructor", seen, observe(load_built(checkpoint, named, device="cpu"))
+        )
     base, *parts = write_parts(checkpoint)
     for part in parts:
         title = f"{part.name} on a base"

@@ -1,24 +1,24 @@
 """LLaVA-NeXT's own loader and model classes, with CLIP and with OneVision's SigLIP: eager, built and installed."""
 
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-from comparing import Report, arguments, export
+from command_line import arguments, export
+from comparing import Report
 from made_up import LM_SHAPE, WIDTH, pictures, randomised, write_clip, write_in_hub_cache, write_siglip, write_tokenizer
+from swapping import swapped
 
 import trtower
 
 args = arguments()
 
+import llava.model.llava_arch  # noqa: E402
 import llava_family  # noqa: E402
 from llava.model.builder import load_pretrained_model  # noqa: E402
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM  # noqa: E402
-from llava_family import Loaded, install, swapped  # noqa: E402
+from llava_family import Loaded, install  # noqa: E402
 
 CLIP_SIZE, CLIP_PATCH = 56, 14
 SIGLIP_SIZE, SIGLIP_PATCH = 384, 14  # NeXT's SigLIP wrapper takes no other
@@ -42,8 +42,7 @@ CLIP_LAYOUTS = {
     "llava-llama-cls_patch": {"image_aspect_ratio": "pad", "mm_vision_select_feature": "cls_patch"},
     "llava-llama-s2": {"image_aspect_ratio": "pad", "s2": True, "s2_scales": "56,112", "mm_hidden_size": 2 * WIDTH},
 }
-OFFLOADED = {"llava-llama-anyres": 700_000, "llava-onevision-qwen": 700_000}
-"""How many bytes of these may stay in memory when they are also loaded with the rest on disk."""
+OFFLOADED = ("llava-llama-anyres", "llava-onevision-qwen")
 
 SIGLIP_LAYOUTS = {"llava-onevision-qwen": ONEVISION, "llava-siglip-qwen-pad": ONEVISION | {"image_aspect_ratio": "pad"}}
 
@@ -78,7 +77,7 @@ def load(checkpoint: Path, **how: object) -> Loaded:
 
 def load_built(checkpoint: Path, bundle: Path, **how: object) -> Loaded:
     """Name the bundle as NeXT has its configs overwritten; its towers count a CLS token that they keep."""
-    with swapped(partial(trtower.build_vision_tower, count_cls=True)):
+    with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, count_cls=True)):
         return load(checkpoint, overwrite_config={"mm_vision_tower": str(bundle)}, **how)
 
 
@@ -90,7 +89,9 @@ def run(report: Report, work: Path) -> None:
         with report.attempt(name):
             checkpoint = write_checkpoint(work / name, LlavaConfig, LlavaLlamaForCausalLM, str(clip), **layout)
             compare(report, checkpoint, observe)
-    siglip = write_in_hub_cache("made-up/siglip-384", partial(write_siglip, image_size=SIGLIP_SIZE, patch_size=SIGLIP_PATCH))
+    siglip = write_in_hub_cache(
+        "made-up/siglip-384", partial(write_siglip, image_size=SIGLIP_SIZE, patch_size=SIGLIP_PATCH)
+    )
     # NeXT's wrapper says so400m's width whatever its tower has, and fails on a list of pictures
     numbers = ("num_patches", "num_patches_per_side")
     observe = partial(llava_family.observe, images=pictures(scale=4)[:2], numbers=numbers, lists=False)
@@ -107,7 +108,10 @@ def compare(report: Report, checkpoint: Path, observe: object) -> None:
     if checkpoint.name in OFFLOADED:
         # an eager tower that is inside from_pretrained and offloaded cannot be called: it stands on the meta device
         title = f"{checkpoint.name}, offloaded to disk, built"
-        how = {"max_memory": {"cpu": OFFLOADED[checkpoint.name]}, "offload_folder": str(checkpoint.parent / "offloaded")}
+        how = {
+            "max_memory": {"cpu": 700_000},
+            "offload_folder": str(checkpoint.parent / "offloaded"),
+        }
         with report.attempt(title):
             report.compare(title, observe(eager()), observe(built(**how)))
 

@@ -1,39 +1,26 @@
 """tinychat's model classes, as far as they run without its CUDA kernels: eager, built and installed.
 
-Its language models read a prompt here, and do not decode: that is a kernel. VILA's and NVILA's classes need VILA's code.
+Its language models read a prompt here and do not decode, which is a kernel. VILA's and NVILA's classes need VILA.
 """
 
-import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import stubs_without_cuda
 import torch
 import transformers
-from comparing import Observation, Report, arguments, export
+from command_line import arguments, export
+from comparing import HALF_TOLERANCE, Observation, Report
+from swapping import swapped
 
 import trtower
 
 args = arguments(vila="a clone of VILA's repository")
-STUBBED = [
-    *stubs_without_cuda.stub_torchvision(),
-    *stubs_without_cuda.stub_packages(
-        "llava.model.language_model.fp8linearqwen2",
-        "llava.model.language_model.qllava_qllama",
-        "llava.model.multimodal_encoder.ps3_encoder",
-    ),
-    *stubs_without_cuda.stub_flash_attention(),
-    *stubs_without_cuda.stub_cuda(),
-    *stubs_without_cuda.stub_tinychat_kernels(),
-]
+STUBBED = stubs_without_cuda.stub_for_vila() + stubs_without_cuda.stub_tinychat_kernels()
 
-import llava.model.llava_arch  # noqa: E402
 import tinychat.utils.constants  # noqa: E402
 
 tinychat.utils.constants.init()
@@ -43,31 +30,22 @@ import tinychat.models.llama  # noqa: E402
 import tinychat.models.llava_base.llava_arch  # noqa: E402
 import tinychat.models.nvila.llava_arch  # noqa: E402
 import tinychat.models.vila_llama  # noqa: E402
-from llava.model import LlavaLlamaConfig, LlavaLlamaModel  # noqa: E402
+from llava.model import LlavaLlamaConfig  # noqa: E402
 from llava.model.multimodal_encoder.siglip import SiglipVisionModel  # noqa: E402
+from llava.utils.tokenizer import tokenize_conversation  # noqa: E402
 from made_up import LM_SHAPE, WIDTH, pictures, randomised, write_clip, write_language_model, write_siglip  # noqa: E402
 from tinychat.models.llama import LlamaForCausalLM  # noqa: E402
 from tinychat.models.llava_llama import LlavaLlamaForCausalLM  # noqa: E402
 from tinychat.models.nvila_qwen2 import NVILAQwen2  # noqa: E402
 from tinychat.models.vila_llama import VilaLlamaForCausalLM  # noqa: E402
 from tinychat.utils.llava_image_processing import process_images  # noqa: E402
+from vila_family import write_checkpoint  # noqa: E402
 
 STUBBED += stubs_without_cuda.stub_tinychat_rotary(tinychat.models.llama)
 
 SIZE, PATCH, PATCHES = 56, 14, 16
 IMAGE_PATCH = 7
 """The token that tinychat puts in the place of a patch."""
-
-
-@contextmanager
-def swapped(module: ModuleType, build: object) -> Iterator[None]:
-    """Have a module of tinychat's build its tower with this function."""
-    before = module.build_vision_tower
-    module.build_vision_tower = build
-    try:
-        yield
-    finally:
-        module.build_vision_tower = before
 
 
 def load_llava(tower: Path, select_layer: int, build: object = None) -> Any:
@@ -83,7 +61,7 @@ def load_llava(tower: Path, select_layer: int, build: object = None) -> Any:
         }
     )
     module = tinychat.models.llava_base.llava_arch
-    with swapped(module, build or module.build_vision_tower):
+    with swapped(module, build):
         model = LlavaLlamaForCausalLM(config, "cpu")
     randomised(torch.nn.ModuleList([model.lm_head, model.model.layers, model.model.embed_tokens, model.model.norm]))
     randomised(model.model.mm_projector)
@@ -110,7 +88,9 @@ def observe_llava(model: Any) -> Observation:
             seen[f"features of {name}"] = model.encode_images(pixels)
             ids = torch.tensor([[1, 20, *[-200] * len(some), 30, 40]])
             embeds = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pixels)[4]
-            seen[f"logits with a special token of {name}"] = LlamaForCausalLM.forward(model, None, 0, embeds, quant=False)
+            seen[f"logits with a special token of {name}"] = LlamaForCausalLM.forward(
+                model, None, 0, embeds, quant=False
+            )
     return seen
 
 
@@ -119,7 +99,7 @@ def load_nvila(checkpoint: Path, build: object = None) -> Any:
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path = str(checkpoint)
     module = tinychat.models.nvila.llava_arch
-    with swapped(module, build or module.build_vision_tower):
+    with swapped(module, build):
         return NVILAQwen2(config, True).half().eval()
 
 
@@ -131,7 +111,7 @@ def observe_nvila(model: Any) -> Observation:
         media, media_config = model.prepare_media(question)
         pixels = torch.stack(media["image"])
         seen[f"pixels of {name}"] = pixels
-        ids = llava.utils.tokenizer.tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
+        ids = tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
         embeds, _, _ = model._embed(ids, media, media_config, None, None)
         seen[f"features among the text of {name}"] = embeds
         seen[f"logits of {name}"] = model.llm(None, 0, embeds, quant=False)
@@ -145,7 +125,7 @@ def load_vila(checkpoint: Path, build: object = None) -> Any:
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path = str(checkpoint)
     module = tinychat.models.vila_llama
-    with swapped(module, build or module.build_vision_tower):
+    with swapped(module, build):
         model = VilaLlamaForCausalLM(config).half()
     randomised(model.llm)
     return model.eval()
@@ -164,23 +144,6 @@ def observe_vila(model: Any) -> Observation:
     return seen
 
 
-def write_vila(folder: Path, language: Path, tower: Path, **layout: object) -> Path:
-    """Put a VILA checkpoint together with VILA's own code."""
-    config = LlavaLlamaConfig(
-        llm_cfg=str(language),
-        vision_tower_cfg=str(tower),
-        mm_projector_cfg="mlp_downsample",
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature="cls_patch",
-        **layout,
-    )
-    config.model_dtype = "torch.float16"
-    model = LlavaLlamaModel(config)
-    randomised(model.mm_projector)
-    model.save_pretrained(str(folder))
-    return folder
-
-
 def run(report: Report, work: Path) -> None:
     clip = write_clip(work / "clip-tower", SIZE, PATCH, num_hidden_layers=14)
     for name, layer, layers in (("llava_base, layer -2", -2, "-2"), ("llava_base, layers -212", -212, "12,-2")):
@@ -191,7 +154,12 @@ def run(report: Report, work: Path) -> None:
             built = partial(load_llava, bundle, layer, trtower.build_vision_tower)
             report.three_ways(name, observe_llava, eager, built, partial(trtower.install, bundle=bundle))
     siglip = write_siglip(work / "siglip", SIZE, PATCH, SiglipVisionModel)
-    scales = {"dynamic_s2": True, "s2_scales": "56,112,168", "s2_max_split_size": SIZE, "s2_resize_output_to_scale_idx": -1}
+    scales = {
+        "dynamic_s2": True,
+        "s2_scales": "56,112,168",
+        "s2_max_split_size": SIZE,
+        "s2_resize_output_to_scale_idx": -1,
+    }
     qwen = partial(write_language_model, work / "qwen", transformers.Qwen2Config, transformers.Qwen2ForCausalLM)
     llama = partial(write_language_model, work / "llama", transformers.LlamaConfig, transformers.LlamaForCausalLM)
     for name, language, layout, load, observe in (
@@ -200,7 +168,7 @@ def run(report: Report, work: Path) -> None:
         ("vila", llama, {"image_aspect_ratio": "resize"}, load_vila, observe_vila),
     ):
         with report.attempt(name):
-            checkpoint = write_vila(work / name, language(), siglip, **layout)
+            checkpoint = write_checkpoint(work / name, language(), siglip, **layout)
             compare_vila(report, name, checkpoint, load, observe)
 
 
@@ -211,7 +179,7 @@ def compare_vila(report: Report, name: str, checkpoint: Path, load: Callable[...
 
 
 if __name__ == "__main__":
-    report = Report("tinychat", args.clone)
+    report = Report("tinychat", args.clone, HALF_TOLERANCE)
     report.note_stubs(STUBBED)
     with tempfile.TemporaryDirectory() as folder:
         run(report, args.work or Path(folder))

@@ -2,8 +2,6 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,14 @@ from typing import Any
 import stubs_without_cuda
 import torch
 import transformers
-from comparing import Observation, Report, arguments, export
+from command_line import arguments, export
+from comparing import HALF_TOLERANCE, Observation, Report
+from swapping import swapped
 
 import trtower
 
 args = arguments()
-STUBBED = [
-    *stubs_without_cuda.stub_torchvision(),
-    *stubs_without_cuda.stub_packages(
-        "llava.model.language_model.fp8linearqwen2",
-        "llava.model.language_model.qllava_qllama",
-        "llava.model.multimodal_encoder.ps3_encoder",
-    ),
-    *stubs_without_cuda.stub_flash_attention(),
-    *stubs_without_cuda.stub_cuda(),
-]
+STUBBED = stubs_without_cuda.stub_for_vila()
 
 import llava  # noqa: E402
 import llava.model.llava_arch  # noqa: E402
@@ -33,7 +24,8 @@ from llava.mm_utils import process_image, process_images  # noqa: E402
 from llava.model import LlavaLlamaConfig, LlavaLlamaModel  # noqa: E402
 from llava.model.multimodal_encoder.siglip import SiglipVisionModel  # noqa: E402
 from llava.utils.tokenizer import tokenize_conversation  # noqa: E402
-from made_up import pictures, randomised, write_clip, write_language_model, write_siglip  # noqa: E402
+from made_up import pictures, write_clip, write_language_model, write_siglip  # noqa: E402
+from vila_family import write_checkpoint  # noqa: E402
 
 SIZE, PATCH = 56, 14
 
@@ -53,25 +45,6 @@ LAYOUTS = {
 }
 
 
-def write_checkpoint(folder: Path, language: Path, tower: Path, **layout: object) -> Path:
-    """Put the parts together as VILA's training does, and save what comes of it."""
-    config = LlavaLlamaConfig(
-        **{
-            "llm_cfg": str(language),
-            "vision_tower_cfg": str(tower),
-            "mm_projector_cfg": "mlp_downsample",
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "cls_patch",
-            **layout,
-        }
-    )
-    config.model_dtype = "torch.float16"
-    model = LlavaLlamaModel(config)
-    randomised(model.mm_projector)
-    model.save_pretrained(str(folder))
-    return folder
-
-
 @torch.inference_mode()
 def observe(model: Any) -> Observation:
     tower, config = model.get_vision_tower(), model.config
@@ -86,7 +59,12 @@ def observe(model: Any) -> Observation:
         if not config.dynamic_s2:
             listed = tower(list(pixels))
             seen[f"features of {name} in a list"] = torch.cat(listed)
-        question = [{"from": "human", "value": "<image>\n" * (1 if config.dynamic_s2 else len(pixels)) + "what is in this picture"}]
+        question = [
+            {
+                "from": "human",
+                "value": "<image>\n" * (1 if config.dynamic_s2 else len(pixels)) + "what is in this picture",
+            }
+        ]
         ids = tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
         media = {"image": list(pixels)}
         seen[f"logits of {name}"] = model(input_ids=ids, media=media, media_config=media_config).logits
@@ -116,24 +94,14 @@ def prepare(model: Any, images: list, media_config: dict) -> torch.Tensor:
     return pixels.half()
 
 
-@contextmanager
-def swapped(build: object) -> Iterator[None]:
-    """Have VILA build its tower with this function."""
-    before = llava.model.llava_arch.build_vision_tower
-    llava.model.llava_arch.build_vision_tower = build
-    try:
-        yield
-    finally:
-        llava.model.llava_arch.build_vision_tower = before
-
-
 def load(checkpoint: Path, **how: object) -> Any:
     return llava.load(str(checkpoint), **{"device": "cpu", **how})
 
 
 def load_built(checkpoint: Path, bundle: Path | None = None, **how: object) -> Any:
     """Name a bundle without editing the checkpoint; without one, the checkpoint's own tower folder is a bundle."""
-    with swapped(partial(trtower.build_vision_tower, bundle=bundle) if bundle else trtower.build_vision_tower):
+    build = partial(trtower.build_vision_tower, bundle=bundle) if bundle else trtower.build_vision_tower
+    with swapped(llava.model.llava_arch, build):
         return load(checkpoint, **how)
 
 
@@ -166,21 +134,25 @@ def run(report: Report, work: Path) -> None:
     checkpoint, bundle = work / "vila-siglip", work / "bundle-vila-siglip"
     with report.attempt("device_map='auto'"):
         how = {"device_map": "auto", "max_memory": {"cpu": 700_000}, "offload_folder": str(work / "offloaded")}
-        report.compare("device_map='auto', built", observe(load(checkpoint)), observe(load_built(checkpoint, bundle, **how)))
+        report.compare(
+            "device_map='auto', built", observe(load(checkpoint)), observe(load_built(checkpoint, bundle, **how))
+        )
     with report.attempt("from_pretrained"):
         # of a config, not of a path: only then does VILA find its parts
         config = LlavaLlamaConfig.from_pretrained(checkpoint)
         config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
-        with swapped(partial(trtower.build_vision_tower, bundle=bundle)):
+        with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, bundle=bundle)):
             model = LlavaLlamaModel.from_pretrained(config).eval()
         report.compare("from_pretrained, built", observe(load(checkpoint)), observe(model))
-    patches = write_checkpoint(work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize")
+    patches = write_checkpoint(
+        work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize"
+    )
     call = partial(load_built, patches, bundle)
     report.expect_error("a feature 'patch' of a tower without a CLS token, built", call, trtower.ConfigError)
 
 
 if __name__ == "__main__":
-    report = Report("VILA", args.clone)
+    report = Report("VILA", args.clone, HALF_TOLERANCE)
     report.note_stubs(STUBBED)
     with tempfile.TemporaryDirectory() as folder:
         run(report, args.work or Path(folder))

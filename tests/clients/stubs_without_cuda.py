@@ -72,7 +72,7 @@ class _Finder:
 
 
 def stub_packages(*modules: str) -> list[str]:
-    """Put a stand-in in the place of each package that is not installed, and of modules by name; return them in words."""
+    """Put a stand-in in the place of each package that is not installed, and of these modules; return which."""
     import transformers.modeling_utils  # noqa: F401 - it asks which packages are installed: before the stand-ins are
 
     absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
@@ -109,6 +109,20 @@ def stub_cuda() -> list[str]:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     return [".cuda() (stays on the CPU)"]
+
+
+def stub_for_vila() -> list[str]:
+    """Stub what VILA's code wants, and two of its parts that are nothing but kernels or another tower."""
+    return [
+        *stub_torchvision(),
+        *stub_packages(
+            "llava.model.language_model.fp8linearqwen2",
+            "llava.model.language_model.qllava_qllama",
+            "llava.model.multimodal_encoder.ps3_encoder",
+        ),
+        *stub_flash_attention(),
+        *stub_cuda(),
+    ]
 
 
 def stub_tinychat_kernels() -> list[str]:
