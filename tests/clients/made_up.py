@@ -84,14 +84,17 @@ def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> 
     return folder
 
 
-def write_siglip(folder: Path, image_size: int, patch_size: int, model_class: type | None = None) -> Path:
-    """Save a SigLIP tower and its image processor; of the client's own class, where it has one."""
+def write_siglip(
+    folder: Path, image_size: int, patch_size: int, model_class: type | None = None, processor: type | None = None
+) -> Path:
+    """Save a SigLIP tower and its image processor, of the client's own classes where it has some."""
     model_class = model_class or transformers.SiglipVisionModel
+    processor = processor or transformers.SiglipImageProcessor
     config = model_class.config_class(
         image_size=image_size, patch_size=patch_size, hidden_act="gelu_pytorch_tanh", **TOWER_SHAPE
     )
     _save(randomised(model_class(config)), folder)
-    transformers.SiglipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
+    processor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
     return folder
 
 

@@ -105,6 +105,14 @@ def load_built(checkpoint: Path, bundle: Path | None = None, **how: object) -> A
         return load(checkpoint, **how)
 
 
+def load_from_config(checkpoint: Path, bundle: Path | None = None) -> Any:
+    """Call VILA's `from_pretrained` with a config: only of one that has a `resume_path` does it find the parts."""
+    config = LlavaLlamaConfig.from_pretrained(checkpoint)
+    config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
+    with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, bundle=bundle) if bundle else None):
+        return LlavaLlamaModel.from_pretrained(config).eval()
+
+
 def save_and_load(built: Any, folder: Path) -> Any:
     """Save a model with a built tower, and load what was saved."""
     if not isinstance(built.config.s2_scales, str | None):
@@ -138,12 +146,8 @@ def run(report: Report, work: Path) -> None:
             "device_map='auto', built", observe(load(checkpoint)), observe(load_built(checkpoint, bundle, **how))
         )
     with report.attempt("from_pretrained"):
-        # of a config, not of a path: only then does VILA find its parts
-        config = LlavaLlamaConfig.from_pretrained(checkpoint)
-        config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
-        with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, bundle=bundle)):
-            model = LlavaLlamaModel.from_pretrained(config).eval()
-        report.compare("from_pretrained, built", observe(load(checkpoint)), observe(model))
+        eager = observe(load_from_config(checkpoint))
+        report.compare("from_pretrained, built", eager, observe(load_from_config(checkpoint, bundle)))
     patches = write_checkpoint(
         work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize"
     )
