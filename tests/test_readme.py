@@ -44,7 +44,7 @@ def test_make_target_exists(target: str) -> None:
 
 @pytest.mark.parametrize("line", [command for command in COMMANDS if command.startswith("trtower")])
 def test_command_is_understood(line: str) -> None:
-    name, *arguments = shlex.split(line)[1:]
+    name, *arguments = shlex.split(line.partition(" >")[0])[1:]
     command = typer.main.get_command(cli._app()).commands[name]
     assert command.make_context(name, cli.gather(arguments))
 
