@@ -100,13 +100,15 @@ precisions: $(STAMP)
 	$(BIN)/python benchmarks/precisions.py
 
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
-# make clients LLAVA=path NEXT=path VILA=path TINYCHAT=path
-clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) $(if $(TINYCHAT),client-tinychat)
-	@test -n "$^" || { echo "Name clones: make clients LLAVA=path NEXT=path VILA=path TINYCHAT=path"; exit 1; }
+# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path
+clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
+		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat)
+	@test -n "$^" || { echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path"; exit 1; }
 
 client-llava: CLONES = $(LLAVA)
 client-next: CLONES = $(NEXT)
 client-vila: CLONES = $(VILA)
+client-vila15: CLONES = $(VILA15)
 client-tinychat: CLONES = $(TINYCHAT) $(or $(VILA),$(error tinychat needs a clone of VILA too: VILA=path))
 client-%: $(STAMP) .venv-client-%/.installed
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath .venv-client-$*/hub) PYTHONPATH=runtime \

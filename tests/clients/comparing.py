@@ -84,6 +84,7 @@ class Report:
         with self.attempt(f"{title}, eager"):
             loaded = eager()
             seen = observe(loaded)
+            self._check_sight(title, seen)
             with self.attempt(f"{title}, built"):
                 self.compare(f"{title}, built", seen, observe(built()))
             with self.attempt(f"{title}, installed"):
@@ -101,6 +102,14 @@ class Report:
             self._line(title, f"{type(err).__name__}: {' '.join(str(err).split())}", passed=True)
         else:
             self._line(title, f"no {error.__name__} was raised", passed=False)
+
+    def _check_sight(self, title: str, seen: Observation) -> None:
+        """Print a line: nothing is shown by equal features unless those of two pictures lie far apart."""
+        pairs = {
+            name: some[:2].double() for name, some in seen.items() if name.startswith("features") and len(some) > 1
+        }
+        near = [name for name, (a, b) in pairs.items() if (a - b).abs().max() < 0.1 * a.abs().max()]
+        self._line(f"{title}: pictures are told apart", f"not by {near}" if near else "they are", passed=not near)
 
     def _compare_one(self, title: str, expected: Tensor, actual: Tensor) -> None:
         if expected.shape != actual.shape or expected.dtype != actual.dtype:
