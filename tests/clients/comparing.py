@@ -93,6 +93,11 @@ class Report:
                 installation.uninstall()
                 self.compare(f"{title}, uninstalled", seen, observe(loaded), exact=True)
 
+    def check(self, title: str, found: object, expected: object) -> None:
+        """Print a line for one thing that must be what is expected."""
+        same = found == expected
+        self._line(title, f"{found}" if same else f"{found}, not {expected}", passed=same)
+
     def expect_error(self, title: str, call: Any, error: type[Exception]) -> None:
         """Print a line for a call that must be refused."""
         try:

@@ -99,6 +99,7 @@ def run(report: Report, work: Path) -> None:
         with report.attempt(name):
             checkpoint = write_checkpoint(work / name, LlavaQwenConfig, LlavaQwenForCausalLM, siglip, **layout)
             compare(report, checkpoint, observe)
+    name_the_bundle(report, work)
 
 
 def compare(report: Report, checkpoint: Path, observe: object) -> None:
@@ -114,6 +115,19 @@ def compare(report: Report, checkpoint: Path, observe: object) -> None:
         }
         with report.attempt(title):
             report.compare(title, observe(eager()), observe(built(**how)))
+
+
+def name_the_bundle(report: Report, work: Path) -> None:
+    """Name a bundle to the loader: NeXT hands it on to the config only where it makes none of its own."""
+    title = "the bundle named to the loader"
+    takes, refuses = "llava-siglip-qwen-pad", "llava-llama-anyres"
+    named = {
+        name: partial(load, work / name, mm_vision_tower=str(work / f"bundle-{name}")) for name in (takes, refuses)
+    }
+    with swapped(llava.model.llava_arch), report.attempt(f"{takes}, {title}"):
+        tower = named[takes]()[1].get_vision_tower()
+        report.check(f"{takes}, {title}", type(tower), trtower.CLIPVisionTower)
+        report.expect_error(f"{refuses}, {title}", named[refuses], TypeError)
 
 
 if __name__ == "__main__":
