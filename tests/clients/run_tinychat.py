@@ -19,7 +19,8 @@ from swapping import swapped
 import trtower
 
 args = arguments(vila="a clone of VILA's repository")
-STUBBED = stubs_without_cuda.stub_for_vila() + stubs_without_cuda.stub_tinychat_kernels()
+stubs_without_cuda.stub_for_vila()
+stubs_without_cuda.stub_tinychat_kernels()
 
 import tinychat.utils.constants  # noqa: E402
 
@@ -41,7 +42,7 @@ from tinychat.models.vila_llama import VilaLlamaForCausalLM  # noqa: E402
 from tinychat.utils.llava_image_processing import process_images  # noqa: E402
 from vila_family import write_checkpoint  # noqa: E402
 
-STUBBED += stubs_without_cuda.stub_tinychat_rotary(tinychat.models.llama)
+stubs_without_cuda.stub_tinychat_rotary(tinychat.models.llama)
 
 SIZE, PATCH, PATCHES = 56, 14, 16
 IMAGE_PATCH = 7
@@ -180,7 +181,7 @@ def compare_vila(report: Report, name: str, checkpoint: Path, load: Callable[...
 
 if __name__ == "__main__":
     report = Report("tinychat", args.clone, HALF_TOLERANCE)
-    report.note_stubs(STUBBED)
+    report.note_stubs(stubs_without_cuda.describe())
     with tempfile.TemporaryDirectory() as folder:
         run(report, args.work or Path(folder))
     report.finish()

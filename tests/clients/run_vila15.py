@@ -15,7 +15,7 @@ from swapping import swapped
 import trtower
 
 args = arguments()
-STUBBED = stubs_without_cuda.stub_for_vila()
+stubs_without_cuda.stub_for_vila()
 
 import llava.model.llava_arch  # noqa: E402
 from llava.constants import IMAGE_TOKEN_INDEX  # noqa: E402
@@ -84,7 +84,7 @@ def run(report: Report, work: Path) -> None:
 
 if __name__ == "__main__":
     report = Report("VILA 1.5", args.clone, HALF_TOLERANCE)
-    report.note_stubs(STUBBED)
+    report.note_stubs(stubs_without_cuda.describe())
     with tempfile.TemporaryDirectory() as folder:
         run(report, args.work or Path(folder))
     report.finish()

@@ -1,5 +1,6 @@
-"""Stand-ins for what VILA and tinychat import and a machine without a GPU cannot have. None of it computes anything.
+"""Stand-ins for what VILA and tinychat import and a machine without a GPU cannot have.
 
+Nothing here computes anything but two kernels, which `stub_tinychat_kernels` writes in PyTorch.
 Only what is named here is replaced, and only where it is not installed. What a client's modules do with it when they
 are imported goes through: a name, a base class, a decorator. Nothing in the place of a tensor would.
 """
@@ -23,6 +24,24 @@ PACKAGES = {
     "xgrammar": "constrained decoding",
     "wandb": "logs of training",
 }
+
+CLIENT_MODULES = (
+    "llava.model.language_model.fp8linearqwen2",
+    "llava.model.language_model.qllava_qllama",
+    "llava.model.multimodal_encoder.ps3_encoder",
+)
+"""VILA's parts that are nothing but GPU kernels, or a tower from a package of its own."""
+
+
+_done: list[str] = []
+_imported: set[str] = set()
+_libraries: list[Any] = []
+
+
+def describe() -> list[str]:
+    """Say what was replaced: of the packages, those that the client has imported by now."""
+    told = {**PACKAGES, **dict.fromkeys(CLIENT_MODULES, "a module of the client")}
+    return [f"{name} ({why})" for name, why in told.items() if name in _imported] + _done
 
 
 class _Absent:
@@ -65,34 +84,31 @@ class _Finder:
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> ModuleType:
+        _imported.update(name for name in self.names if f"{spec.name}.".startswith(f"{name}."))
         return _AbsentModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """A stand-in has nothing to run."""
 
 
-def stub_packages(*modules: str) -> list[str]:
-    """Put a stand-in in the place of each package that is not installed, and of these modules; return which."""
+def stub_packages() -> None:
+    """Put a stand-in in the place of each package that is not installed, and of the client's own modules."""
     import transformers.modeling_utils  # noqa: F401 - it asks which packages are installed: before the stand-ins are
 
     absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
-    sys.meta_path.insert(0, _Finder({*absent, *modules}))
-    return [f"{name} ({PACKAGES.get(name, 'a module of the client')})" for name in (*sorted(absent), *modules)]
+    sys.meta_path.insert(0, _Finder({*absent, *CLIENT_MODULES}))
 
 
-def stub_torchvision() -> list[str]:
+def stub_torchvision() -> None:
     """Declare the compiled operators that torchvision wants at import, where its library is for a torch with CUDA."""
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
-    return ["torchvision's compiled operators (none is called)"]
+    _libraries.append(library)
+    _done.append("torchvision's compiled operators (none is called)")
 
 
-_LIBRARIES: list[Any] = []
-
-
-def stub_flash_attention() -> list[str]:
+def stub_flash_attention() -> None:
     """Have a model of transformers that asks for flash attention compute it in PyTorch."""
     from transformers import PreTrainedModel
 
@@ -101,31 +117,25 @@ def stub_flash_attention() -> list[str]:
         return config
 
     PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(take_sdpa)
-    return ["attn_implementation='flash_attention_2' (sdpa in its place)"]
+    _done.append("attn_implementation='flash_attention_2' (sdpa in its place)")
 
 
-def stub_cuda() -> list[str]:
+def stub_cuda() -> None:
     """Have `.cuda()` return a tensor or module as it is."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    return [".cuda() (stays on the CPU)"]
+    _done.append(".cuda() (stays on the CPU)")
 
 
-def stub_for_vila() -> list[str]:
-    """Stub what VILA's code wants, and two of its parts that are nothing but kernels or another tower."""
-    return [
-        *stub_torchvision(),
-        *stub_packages(
-            "llava.model.language_model.fp8linearqwen2",
-            "llava.model.language_model.qllava_qllama",
-            "llava.model.multimodal_encoder.ps3_encoder",
-        ),
-        *stub_flash_attention(),
-        *stub_cuda(),
-    ]
+def stub_for_vila() -> None:
+    """Stub what VILA's code wants."""
+    stub_torchvision()
+    stub_packages()
+    stub_flash_attention()
+    stub_cuda()
 
 
-def stub_tinychat_kernels() -> list[str]:
+def stub_tinychat_kernels() -> None:
     """Compute in PyTorch the two kernels that tinychat's language models need to read a prompt."""
     import awq_inference_engine
     import flash_attn
@@ -140,10 +150,10 @@ def stub_tinychat_kernels() -> list[str]:
 
     awq_inference_engine.layernorm_forward_cuda = layernorm_forward_cuda
     flash_attn.flash_attn_func = flash_attn_func
-    return ["awq_inference_engine.layernorm_forward_cuda and flash_attn.flash_attn_func (computed in PyTorch)"]
+    _done.append("awq_inference_engine.layernorm_forward_cuda and flash_attn.flash_attn_func (computed in PyTorch)")
 
 
-def stub_tinychat_rotary(module: ModuleType) -> list[str]:
+def stub_tinychat_rotary(module: ModuleType) -> None:
     """Leave out a module that a file of tinychat's makes on the GPU, and calls a dummy."""
     module.LlamaRotaryEmbedding = lambda *args, **kwargs: torch.nn.Identity()
-    return [f"{module.__name__}.LlamaRotaryEmbedding (made and never called)"]
+    _done.append(f"{module.__name__}.LlamaRotaryEmbedding (made and never called)")
