@@ -5,7 +5,7 @@ trtower export VILA1.5-3b-AWQ
 python examples/serve_tinychat.py VILA1.5-3b-AWQ VILA1.5-3b-AWQ/llm/vila-1.5-3b-w4-g128-awq-v2.pt \
     engines/VILA1.5-3b-AWQ photo.jpg
 
-It loads the model as tinychat's `vlm_demo_new.py` does and encodes one picture; what follows there stays as it is.
+It loads the model as tinychat's `vila15_demo.py` does and encodes one picture; what follows there stays as it is.
 """
 
 import argparse

@@ -22,8 +22,8 @@ from trtower.errors import CheckpointError, ConfigError, TrtowerError
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
 from trtower_export.families import Family
-from trtower_export.files import Files, download, one_line
-from trtower_export.layouts import Layout, Trust, from_recipe, recognise, recognise_file
+from trtower_export.files import Files, download, expanded, one_line
+from trtower_export.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.recipes import Recipe, find_recipe
 from trtower_export.truncate import truncate
 
@@ -40,7 +40,7 @@ RANDOM_SEED = 0
 class Checkpoint:
     """A tower: what its files say (``layout``), and where they came from.
 
-    ``revision`` is the commit on the hub.
+    ``revision`` is the commit on the hub; ``tower`` was named, in a checkpoint of several.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Checkpoint:
     recipe: Recipe | None
     layout: Layout
     trust: Trust
+    tower: str | None = None
 
     @property
     def family(self) -> Family:
@@ -240,34 +241,39 @@ def open_checkpoint(
     random_weights: bool = False,
     revision: str | None = None,
     trust: Trust | None = None,
+    tower: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, recognise it, and have the files that hold its tower here; no tensor is read yet.
 
-    Raises CheckpointError where it cannot be found, is no checkpoint, has no family, or wants more trust.
+    ``tower`` names one of several towers by what the names of its tensors begin with, or a part of that.
+
+    Raises CheckpointError where it cannot be found, is no checkpoint, has no family or no such tower, or wants more
+    trust.
     """
     if not source.strip():
         raise CheckpointError("no checkpoint is named: a folder, an OpenCLIP file, a hub id or a recipe is expected.")
-    trust = trust or Trust()
+    source = source.rstrip("/") or source
+    request = Request(trust=trust or Trust(), weights=not random_weights, tower=tower)
     recipe = find_recipe(source)
-    local = Path(source).expanduser()
+    local = expanded(source)
     identity = recipe.checkpoint if recipe else source
-    weights = not random_weights
     if local.is_dir():
-        identity, layout = str(local.resolve()), recognise(Files(folder=local), trust, weights=weights)
+        identity, layout = str(local.resolve()), recognise(Files(folder=local), request)
     elif local.is_file():
-        identity, layout = str(local.resolve()), recognise_file(local, trust, weights=weights)
+        identity, layout = str(local.resolve()), recognise_file(local, request)
     elif random_weights and recipe:
         layout = from_recipe(recipe)
     else:
         files = download(identity, revision)
-        revision, layout = files.revision, recognise(files, trust, weights=weights)
+        revision, layout = files.revision, recognise(files, request)
     return Checkpoint(
         name=Path(identity).stem if local.is_file() else Path(identity).name,
         source=identity,
         revision=revision,
         recipe=recipe,
         layout=layout,
-        trust=trust,
+        trust=request.trust,
+        tower=tower,
     )
 
 

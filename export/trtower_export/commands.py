@@ -12,8 +12,6 @@ from trtower.bundle import PREPROCESSOR, Bundle
 from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
-from trtower.names import check_name
-from trtower.spec import PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
 from trtower_export.progress import ConsoleProgress
 
@@ -41,6 +39,10 @@ StoreOption = Annotated[
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")]
 PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")]
+TowerOption = Annotated[
+    str | None,
+    typer.Option("--tower", help="Which tower of a checkpoint that has several. Default of a check: the exported one."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -84,6 +86,7 @@ def export(
     flavour: FlavourOption = "auto",
     compute_capability: CapabilityOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    tower: TowerOption = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Rehearse without weights: same size, build time and latency.")
     ] = False,
@@ -101,10 +104,9 @@ def export(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.layouts import Trust
-        from trtower_export.pipeline import AUTO, ExportOptions, export_tower
+        from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.store import default_store
 
-    check_name("precision", precision, (AUTO, *PRECISIONS))
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
         select_feature=select_feature,
@@ -119,6 +121,7 @@ def export(
         compute_capabilities=tuple(compute_capability or ()),
         random_weights=random_weights,
         revision=revision,
+        tower=tower,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
         overwrite=overwrite,
         check=check,
@@ -175,6 +178,7 @@ def check(
     checkpoint: Annotated[
         str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
     ] = None,
+    tower: TowerOption = None,
     backend: Annotated[
         str, typer.Option(help="auto, a backend to run the bundle on, or emulated-fp16: every rounding there could be.")
     ] = "auto",
@@ -210,6 +214,7 @@ def check(
         checkpoint or source.checkpoint,
         random_weights=source.random_weights,
         revision=None if checkpoint else source.revision,
+        tower=tower or source.tower,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
     checked = check_bundle(
@@ -253,6 +258,7 @@ def doctor(
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
     every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    tower: TowerOption = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Examine a rehearsal.")] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -278,6 +284,7 @@ def doctor(
         checkpoint,
         random_weights=random_weights,
         revision=revision,
+        tower=tower,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
     spec = found.spec(None if select_layer is None else parse_layer_code(select_layer), None, image_size)
@@ -320,6 +327,7 @@ def bench(
     checkpoint: Annotated[
         str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
     ] = None,
+    tower: TowerOption = None,
     backend: Annotated[str, typer.Option(help="What the bundle runs on, as for VisionTower.load.")] = "auto",
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: 100 on a GPU, 7 elsewhere.")] = None,
     tiles: Annotated[int, typer.Option(min=0, help="Images in the list that LLaVA's tower loops over. 0: none.")] = 16,
@@ -353,6 +361,7 @@ def bench(
         checkpoint or source.checkpoint,
         random_weights=source.random_weights,
         revision=None if checkpoint else source.revision,
+        tower=tower or source.tower,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
     benchmark = run_benchmark(opened, found, options, progress)

@@ -40,6 +40,8 @@ class Files:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object; None where there is no such file."""
         path = self.folder / name
+        if path.is_file():
+            check_arrived(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -63,6 +65,36 @@ class InnerFiles(Files):
     def fetch(self, *patterns: str) -> None:
         """Have the files that match lie in this inner folder."""
         super().fetch(*(f"{self.folder.name}/{pattern}" for pattern in patterns))
+
+
+def expanded(path: str) -> Path:
+    """Read a path as the shell does; raise CheckpointError if it is too long, or begins with nobody's home."""
+    try:
+        read = Path(path).expanduser()
+        read.is_dir()
+    except (OSError, RuntimeError) as err:
+        raise CheckpointError(f"{path} is not a folder: {first_line(err)}.") from err
+    return read
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_arrived(path: Path) -> None:
+    """Raise CheckpointError if a file is what a download leaves in the place of one: a pointer, a web page, nothing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as err:
+        raise CheckpointError(f"{path} could not be read: {first_line(err)}.") from err
+    if head == LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in {path.parent}."
+        )
+    if head[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{path} is a web page and not the file itself: download it again.")
+    if not head:
+        raise CheckpointError(f"{path} could not be read, it may be cut short: it is empty; download it again.")
 
 
 def download(repo: str, revision: str | None) -> Files:

@@ -4,12 +4,21 @@ Names and defaults are those of open_clip's `CLIPVisionCfg` and `VisionTransform
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig
 
 from trtower.errors import CheckpointError
+from trtower_export.families import family_of
+from trtower_export.families.base import square
+from trtower_export.files import Files, one_line
+from trtower_export.layout import Layout, Request
+from trtower_export.tower_tensors import with_tower
+from trtower_export.vision_config import check_vision_config
+from trtower_export.weights import list_tensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -35,6 +44,46 @@ _RENAMES = (
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
 _FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)$")
+
+
+def recognise_open_clip(files: Files, path: Path | None, request: Request) -> Layout:
+    """Read OpenCLIP's config, and the tensors under ``visual.``."""
+    written = files.read_json(CONFIG) or {}
+    where = f"{files.folder}/{CONFIG}"
+    try:
+        config = CLIPVisionConfig(**vision_config(written))
+        prepares = preprocessor(written, square(config.image_size))
+    except CheckpointError as err:
+        raise CheckpointError(f"{where} {err}") from err
+    except Exception as err:  # whatever comes of what the file holds
+        raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
+    family = family_of(config.model_type)
+    check_vision_config(config, family, where)
+    layout = Layout(
+        kind="OpenCLIP checkpoint",
+        config=config,
+        family=family,
+        preprocessor=prepares,
+        translate=translate,
+        contrastive=True,
+    )
+    if not request.weights:
+        return layout
+    paths = _find_weights(files, path)
+    tensors = list_tensors(files, paths, allow_pickle=request.trust.allow_pickle)
+    found = with_tower(layout, tensors, PATCH_EMBEDDING, request, larger=True)
+    if found is None:
+        raise CheckpointError(f"{path or files.folder} holds no visual.{PATCH_EMBEDDING}: it is no OpenCLIP ViT.")
+    return found
+
+
+def _find_weights(files: Files, path: Path | None) -> list[Path]:
+    names = (path.name,) if path else WEIGHTS
+    for name in names:
+        files.fetch(name)
+        if (files.folder / name).is_file():
+            return [files.folder / name]
+    raise CheckpointError(f"{files.folder} holds no weights of OpenCLIP: {' or '.join(names)} is expected.")
 
 
 def vision_config(written: dict[str, Any]) -> dict[str, Any]:

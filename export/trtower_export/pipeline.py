@@ -36,6 +36,7 @@ from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.manifest import SCHEMA, Calibration, Manifest, Source
+from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.weights import hash_weights
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
@@ -46,9 +47,10 @@ from trtower_export.onnx_graph import write_onnx
 from trtower_export.parity import DRAWN, certify
 from trtower_export.photographs import PHOTOGRAPH, Photographs, draw_images, load_photographs, prepare, say_skipped
 from trtower_export.precision import find_islands, left_in_half, trace_with_islands
-from trtower_export.preprocessor import fit_preprocessor
+from trtower_export.preprocessor import fit_preprocessor, image_aspect_ratio
 from trtower_export.progress import LoggedProgress, Progress
 from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
+from trtower_export.remarks import remarks
 from trtower_export.targets import Target, choose_target
 from trtower_export.truncate import TruncatedTower, release, truncate
 
@@ -66,7 +68,7 @@ class ExportOptions:
     ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
     a folder, and on drawn images; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8"
     are calibrated on ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`. ``store``
-    is a folder of plans that were built before (see store.py).
+    is a folder of plans that were built before (see store.py). ``tower`` names one of several towers of a checkpoint.
     """
 
     select_layer: LayerCode | None = None
@@ -82,6 +84,7 @@ class ExportOptions:
     compute_capabilities: tuple[str, ...] = ()
     random_weights: bool = False
     revision: str | None = None
+    tower: str | None = None
     trust: Trust = field(default_factory=Trust)
     overwrite: bool = False
     check: bool = True
@@ -89,8 +92,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.profiles:
             cover(self.profiles)
-        if self.precision not in (AUTO, *PRECISIONS):
-            raise ConfigError(f"precision {self.precision!r} is unknown: {AUTO}, {', '.join(PRECISIONS)} are known.")
+        check_name("precision", self.precision, (AUTO, *PRECISIONS))
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
         if self.keep_fp16 is not None and self.precision not in EIGHT_BIT:
@@ -118,7 +120,11 @@ def export_tower(
         load_modelopt(precision)  # so that its absence is no surprise later
     photographs = _photographs(options, progress)
     checkpoint = open_checkpoint(
-        source, random_weights=options.random_weights, revision=options.revision, trust=options.trust
+        source,
+        random_weights=options.random_weights,
+        revision=options.revision,
+        trust=options.trust,
+        tower=options.tower,
     )
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
     profiles = options.profiles or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH,)
@@ -129,6 +135,8 @@ def export_tower(
     preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
     progress.say(checkpoint.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {precision}; {choice}")
+    for remark in remarks(checkpoint, spec, layer_asked=options.select_layer is not None):
+        progress.say(remark)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
         with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
@@ -170,6 +178,8 @@ def export_tower(
                 revision=checkpoint.revision,
                 weights_sha256=weights,
                 random_weights=checkpoint.random_weights,
+                image_aspect_ratio=image_aspect_ratio(checkpoint),
+                tower=checkpoint.tower,
             ),
             precision=precision,
             keep_fp32=kept,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trtower.errors import CheckpointError
+from trtower.errors import CheckpointError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.progress import Progress
@@ -21,13 +21,54 @@ ONE_TILE = {
 }
 """Processors that cut pictures into tiles, pad them or patch them, and the one that makes a tile of a whole picture."""
 
+AS_IT_IS = ("CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor")
+"""What runtime/trtower/image_processor.py does without a change."""
+
 PIXELS = {"do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"}
 PIXELS |= {"rescale_factor", "do_normalize", "image_mean", "image_std"}
 """The settings that concern one tile."""
 
+OTHER_PIXELS = ("do_flip_channel_order", "do_grayscale", "offset", "rescale_offset", "do_invert", "do_color_quantize")
+"""Settings with which a processor makes other colours of a tile."""
+
+TILES = ("image_grid_pinpoints", "crop_to_patches", "do_pan_and_scan", "do_image_splitting")
+"""Settings with which a processor cuts a picture into tiles."""
+
+BY_DEFAULT = {
+    "LlavaNextImageProcessor": "anyres",
+    "LlavaNextVideoImageProcessor": "anyres",
+    "LlavaOnevisionImageProcessor": "anyres",
+    "Cohere2VisionImageProcessor": "anyres",
+    "Lfm2VlImageProcessor": "anyres",
+    "DeepseekVLImageProcessor": "pad",
+    "JanusImageProcessor": "pad",
+}
+"""What processors do that do not write their settings of tiles and padding down."""
+
+
+BOUNDS = [{"shortest_edge", "longest_edge"}, {"longest_edge"}, {"max_height", "max_width"}]
+"""Forms of `size` that leave the shape of a picture to the picture."""
+
+
+def image_aspect_ratio(checkpoint: Checkpoint) -> str | None:
+    """Return how the model's own code pads or tiles pictures: LLaVA's `image_aspect_ratio`, else "anyres" or "pad".
+
+    None if it does neither, as the bundle's image processor.
+    """
+    written = checkpoint.layout.preprocessor or {}
+    if checkpoint.layout.image_aspect_ratio is not None:
+        return checkpoint.layout.image_aspect_ratio
+    if any(written.get(name) for name in TILES):
+        return "anyres"
+    usual = BY_DEFAULT.get(_kind(written))
+    pads = written.get("do_pad")
+    if usual == "anyres" or pads is None:
+        return usual
+    return "pad" if pads else None
+
 
 def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> dict[str, Any]:
-    """Give the preprocessor_config.json of a bundle for S pixels; raise ConfigError where no tower could use it.
+    """Return the preprocessor_config.json of a bundle for S pixels; raise ConfigError if no tower could use it.
 
     DINOv2's checkpoints are trained at 518 and prepare images at 224: eager code interpolates the position
     embeddings then, an engine is fixed at one size S. The config is then scaled to S x S, keeping the share of the
@@ -39,36 +80,94 @@ def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> d
         progress.say(
             f"no preprocessor_config.json in the checkpoint: images are prepared as {family.name} usually does"
         )
-    written = _one_tile(written, size, progress)
-    processor = ImageProcessor(written)
-    resized = processor.size.get("shortest_edge") or processor.size["height"]
-    made = processor.crop_size["height"] if processor.do_center_crop else resized
-    if made == size:
-        return written
-    if checkpoint.layout.preprocessor is not None:
-        progress.say(f"the checkpoint prepares {made} x {made} pixels: rewritten for the engine's {size}")
+    try:
+        fitted, found = _fit(_one_tile(written, size, progress), size)
+        _check_colours(ImageProcessor(fitted))
+    except ConfigError as err:
+        raise ConfigError(f"preprocessor_config.json of {checkpoint.source}: {err}") from err
+    if found and checkpoint.layout.preprocessor is not None:
+        progress.say(f"the checkpoint prepares {found}: rewritten for the engine's {size} x {size} pixels")
+    if not fitted.get("do_resize", True):
+        progress.say(f"do_resize is false: of each picture the middle {size} x {size} pixels are read, unscaled")
+    return fitted
+
+
+def _fit(written: dict[str, Any], size: int) -> tuple[dict[str, Any], str | None]:
+    """Return a config that makes S x S pixels of any picture, and what the written one makes if that is not it."""
     square = {"height": size, "width": size}
-    if processor.do_center_crop:
-        edge = round(resized * size / made)
-        return {**written, "do_resize": True, "size": {"shortest_edge": edge}, "crop_size": square}
-    return {**written, "do_resize": True, "size": square}
+    for name in ("size", "crop_size"):
+        if isinstance(sides := written.get(name), dict) and None in sides.values():
+            written = {**written, name: {side: value for side, value in sides.items() if value is not None}}
+    squashed = {**written, "do_resize": True, "size": square}
+    squashed |= {"crop_size": square} if written.get("crop_size") else {}
+    sides = written.get("size")
+    if isinstance(sides, dict) and sides.keys() in BOUNDS:
+        return {**squashed, "do_center_crop": False}, f"pixels within {sides}"
+    processor = ImageProcessor(written)
+    crop, resized = processor.crop_size, processor.size
+    if not processor.do_center_crop:
+        if processor.do_resize and resized == square:
+            return written, None
+        return squashed, _named(resized) if processor.do_resize else "pictures in their own size (do_resize is false)"
+    if crop == square:
+        return written, None
+    if crop["height"] != crop["width"] or not processor.do_resize:
+        return {**squashed, "do_center_crop": False}, _named(crop)
+    scaled = {name: round(side * size / crop["height"]) for name, side in resized.items()}
+    return {**squashed, "size": scaled, "crop_size": square}, _named(crop)
+
+
+def _named(sides: dict[str, int]) -> str:
+    if "shortest_edge" in sides:
+        return f"pixels whose shortest side is {sides['shortest_edge']}"
+    return f"{sides['height']} x {sides['width']} pixels"
+
+
+def _check_colours(processor: ImageProcessor) -> None:
+    """Raise ConfigError if the colours are not those of the 3 channels that an engine takes."""
+    for name in ("image_mean", "image_std"):
+        numbers = getattr(processor, name)
+        if isinstance(numbers, list | tuple) and len(numbers) not in (1, 3):
+            raise ConfigError(
+                f"{name}={numbers!r} has {len(numbers)} numbers; 3 are expected, or one for all channels."
+            )
+
+
+def _kind(written: dict[str, Any]) -> str:
+    kind = str(written.get("image_processor_type") or written.get("feature_extractor_type") or AS_IT_IS[0])
+    return kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 
 def _one_tile(written: dict[str, Any], size: int, progress: Progress) -> dict[str, Any]:
     """Reduce a processor that does more to a picture to what it does to one tile."""
-    kind = str(written.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-    if kind not in ONE_TILE:
+    kind = _kind(written)
+    if kind in AS_IT_IS:
         return written
     tile = {name: value for name, value in written.items() if name in PIXELS}
-    absent = [name for name in ("resample", "image_mean", "image_std") if tile.get(name) is None]
-    if absent:
-        raise CheckpointError(
-            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: write it there, in a copy."
-        )
-    tile["image_processor_type"] = ONE_TILE[kind]
-    if ONE_TILE[kind] == "SiglipImageProcessor":
+    _refuse_unsaid(kind, tile)
+    if other := next((name for name in OTHER_PIXELS if written.get(name)), None):
+        raise ConfigError(f"{other}={written[other]!r} of {kind} makes other colours than any image processor here.")
+    crops = written.get("do_center_crop") and written.get("crop_size")
+    tile["image_processor_type"] = ONE_TILE.get(kind, "CLIPImageProcessor" if crops else "SiglipImageProcessor")
+    if tile["image_processor_type"] == "SiglipImageProcessor":
         tile |= {"do_center_crop": False, "crop_size": None, "size": {"height": size, "width": size}}
     progress.say(
         f"{kind}: the bundle's image_processor makes one {size} x {size} tile; tiling and padding stay with you"
     )
     return tile
+
+
+def _refuse_unsaid(kind: str, tile: dict[str, Any]) -> None:
+    """Raise an error naming the settings that a processor leaves to defaults, which are not known here."""
+    known = kind in ONE_TILE
+    needed = ("resample", "image_mean", "image_std") if known else ("size", "resample", "image_mean", "image_std")
+    absent = [name for name in needed if tile.get(name) is None]
+    if absent and known:
+        raise CheckpointError(
+            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: write it there, in a copy."
+        )
+    if absent:
+        raise ConfigError(
+            f"image_processor_type {kind!r} is not known here, and its defaults are not written out: write "
+            f"{', '.join(absent)} into preprocessor_config.json, in a copy, as transformers has them."
+        )

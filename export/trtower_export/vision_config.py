@@ -4,29 +4,46 @@ A config.json may hold anything, and transformers raises whatever comes first, f
 may it choose code: kernels and quantisers that it names are left out.
 """
 
+import re
 from typing import Any
 
 import transformers
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from trtower.errors import CheckpointError
 from trtower_export.families import FAMILIES, Family, family_of, refusal
 from trtower_export.families.base import square
 from trtower_export.files import Files, one_line
 
+VISION_CONFIG = "vision_config"
+LANGUAGE_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES} | {
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+}
 VISION_TYPES = {model_type for family in FAMILIES for model_type in family.model_types}
 
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_patches")
+CHANNELS = 3
+"""Of the pixels that an engine takes: red, green and blue."""
 LARGEST_IMAGE = 8192
 """Pixels a side beyond which a config is a mistake: 342,225 patches of 14."""
 
 
-def read_vision_config(files: Files, raw: dict[str, Any], *, remote_code: bool) -> tuple[Any, Any, Family]:
-    """Give the whole config, the vision config in it or itself, and the tower's family; raise CheckpointError."""
+def read_vision_config(
+    files: Files, raw: dict[str, Any], *, remote_code: bool, tower: str | None = None
+) -> tuple[Any, Any, Family]:
+    """Return the whole config, the vision config in it or itself, and the tower's family; raise CheckpointError.
+
+    A config may describe several towers, each under a key of its own; ``tower`` is the name of the one to read.
+    """
     where = f"{files.folder}/config.json"
     model_type = str(raw.get("model_type"))
-    if refusal(model_type):
-        family_of(model_type)  # raises with the reason, which no trust takes away
+    key = _key_of(raw, tower)
+    _refuse_what_no_code_helps(raw, key, where)
     if raw.get("auto_map") and not remote_code:
         raise CheckpointError(
             f"{where} asks for code of its own (auto_map), which is not run unless you trust its author: "
@@ -41,14 +58,52 @@ def read_vision_config(files: Files, raw: dict[str, Any], *, remote_code: bool) 
         config = config_class.from_pretrained(files.folder, **options)
     except Exception as err:  # whatever transformers makes of what the file holds
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
-    vision = getattr(config, "vision_config", config)
+    vision = getattr(config, key, config)
+    if isinstance(vision, dict):  # of a key that this class of config does not know
+        vision = getattr(transformers, family_of(str(vision.get("model_type"))).model_class).config_class(**vision)
     family = family_of(str(getattr(vision, "model_type", model_type)))
-    if vision is not config and not isinstance(raw.get("vision_config"), dict):
+    if vision is not config and not isinstance(raw.get(key), dict):
         raise CheckpointError(
             f"{where} has no vision_config: which {family.name} tower a {model_type} has is not said."
         )
     check_vision_config(vision, family, where)
     return config, vision, family
+
+
+def _key_of(raw: dict[str, Any], tower: str | None) -> str:
+    """Find the config that a tower goes by: of `image_tower` an `image_config`, and else the vision_config."""
+    described = [
+        key
+        for key, value in raw.items()
+        if key.endswith("_config") and isinstance(value, dict) and value.get("model_type") in VISION_TYPES
+    ]
+    named = [key for key in described if key.removesuffix("_config") in (tower or "")]
+    return max(named, key=len, default=VISION_CONFIG)
+
+
+def _refuse_what_no_code_helps(raw: dict[str, Any], key: str, where: str) -> None:
+    """Raise CheckpointError for a tower of no family, before code of the checkpoint is asked for."""
+    model_type, vision = str(raw.get("model_type")), raw.get(key)
+    if refusal(model_type):
+        family_of(model_type)  # raises with the reason, which no trust takes away
+    if isinstance(vision, dict):
+        tower_type = vision.get("model_type")
+        if tower_type is not None and (raw.get("auto_map") or model_type not in transformers.CONFIG_MAPPING):
+            family_of(str(tower_type))
+    elif model_type in LANGUAGE_TYPES and not _describes_images(raw, model_type):
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is a language model without a vision tower, so there is nothing to "
+            "export. A model that reads images has a vision_config."
+        )
+    elif raw.get("auto_map"):
+        family_of(model_type)
+
+
+def _describes_images(raw: dict[str, Any], model_type: str) -> bool:
+    """Whether a config, or those of its type, say anything of images."""
+    known = model_type in transformers.CONFIG_MAPPING
+    parts = getattr(transformers.CONFIG_MAPPING[model_type], "sub_configs", {}) if known else {}
+    return any(re.search("vision|visual|image", name) for name in (*raw, *parts))
 
 
 def check_vision_config(vision: Any, family: Family, where: str) -> None:
@@ -64,6 +119,12 @@ def check_vision_config(vision: Any, family: Family, where: str) -> None:
         raise CheckpointError(
             f"{where}: hidden_size={vision.hidden_size} is not a multiple of "
             f"num_attention_heads={vision.num_attention_heads}."
+        )
+    channels = getattr(vision, "num_channels", CHANNELS)
+    if type(channels) is not int or channels != CHANNELS:
+        raise CheckpointError(
+            f"{where}: num_channels={channels!r} of the tower; engines take pixels of {CHANNELS} channels, and "
+            f"the image processor makes {CHANNELS}. Only a tower of {CHANNELS} channels can be exported."
         )
     for name in ("image_size", "patch_size"):
         _check_side(vision, name, where)

@@ -8,7 +8,7 @@ hub only the shards that hold it are downloaded.
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,37 +16,74 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trtower.errors import CheckpointError
-from trtower_export import open_clip
-from trtower_export.files import Files, first_line
+from trtower_export.files import Files, check_arrived, first_line
+from trtower_export.wrapped_names import unwrap
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 PICKLES = "pytorch_model*.bin"
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+"""Where a training checkpoint holds the model's state dict."""
+NOT_THE_MODELS = ("adapter_model", "open_clip_")
+"""How files begin that hold an adapter, or the same model under OpenCLIP's names."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Every tensor of a checkpoint by its name, with the file that holds it; none is read yet."""
+    """Every tensor of a checkpoint by its name, with the file that holds it; none is read yet.
+
+    ``written`` are the names in the files, which may have wrappers in them (see wrapped_names.py).
+    """
 
     files: Files
     shards: Mapping[str, str]
+    written: Mapping[str, str]
     allow_pickle: bool = False
 
-    def root(self, patch_embedding: str) -> str | None:
-        """Find what the names of a tower begin with; None where there is none, CheckpointError where there are two."""
-        found = sorted(
+    @classmethod
+    def of(cls, files: Files, shards: Mapping[str, str], *, allow_pickle: bool) -> "Tensors":
+        """Take off the wrappers of these names, each with the file that holds it."""
+        written = unwrap(shards, files.folder)
+        unwrapped = {name: shards[raw] for name, raw in written.items()}
+        return cls(files=files, shards=unwrapped, written=written, allow_pickle=allow_pickle)
+
+    def roots(self, patch_embedding: str) -> list[str]:
+        """List what the names of each tower begin with."""
+        return sorted(
             name.removesuffix(patch_embedding)
             for name in self.shards
             if name == patch_embedding or name.endswith(f".{patch_embedding}")
         )
+
+    def root(self, patch_embedding: str, tower: str | None = None) -> str | None:
+        """Find what the names of a tower begin with: of the one that is called ``tower``, if that is given.
+
+        Returns None if there is none. Raises CheckpointError if there are several to choose from, or none so called.
+        """
+        found = self.roots(patch_embedding)
+        if tower is not None and found:
+            found = self._called(tower, found)
         if len(found) > 1:
             names = " and ".join(f"{root}{patch_embedding}" for root in found)
-            raise CheckpointError(
-                f"{self.files.folder} holds {len(found)} towers: {names}. Leave one of them in a copy, or export the "
-                "folder that one came from."
-            )
+            choices = " or ".join(f"--tower {root.rstrip('.')}" for root in found if root)
+            raise CheckpointError(f"{self.files.folder} holds {len(found)} towers: {names}. Choose one with {choices}.")
         return found[0] if found else None
+
+    def _called(self, tower: str, roots: list[str]) -> list[str]:
+        """Choose the roots that are called ``tower``: all of their name, or a part that no other root has."""
+        exact = [root for root in roots if root.rstrip(".") == tower.strip(".")]
+        # In a loaded model a tower may lie one deeper: `model.image_tower` is `image_tower` in the file.
+        parts = (f".{tower.strip('.')}.", f".{tower.strip('.').removeprefix('model.')}.")
+        called = exact or next((some for part in parts if (some := [r for r in roots if part in f".{r}"])), [])
+        if not called:
+            there = " and ".join(root.rstrip(".") for root in roots if root)
+            raise CheckpointError(
+                f"{self.files.folder} has no tower {tower!r}; it has {there}."
+                if there
+                else f"{self.files.folder} is one tower and nothing else: leave --tower {tower} out."
+            )
+        return called
 
     def select(self, root: str) -> "Tensors":
         """Keep the tensors under ``root``, and have the shards that hold them here and whole."""
@@ -59,11 +96,11 @@ class Tensors:
             path = self.files.folder / shard
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing: the index names it as the shard of the tower's tensors.")
-            held = _names(path)
-            absent = sorted(name for name, where in shards.items() if where == shard and name not in held)
+            held = names_in(path)
+            absent = sorted(name for name, where in shards.items() if where == shard and self.written[name] not in held)
             if absent:
                 raise CheckpointError(f"{path} does not hold {absent[0]}, which the index says it does.")
-        return Tensors(files=self.files, shards=shards, allow_pickle=self.allow_pickle)
+        return replace(self, shards=shards, written={name: self.written[name] for name in shards})
 
     def read(self) -> dict[str, Tensor]:
         """Read these tensors, as they are written; those of safetensors are mapped and not copied.
@@ -72,7 +109,8 @@ class Tensors:
         """
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(self.shards.values())):
-            tensors |= _read(self.files.folder / shard, [name for name, where in self.shards.items() if where == shard])
+            names = {name: self.written[name] for name, where in self.shards.items() if where == shard}
+            tensors |= _read(self.files.folder / shard, names)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
         for name, tensor in tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES:
@@ -93,11 +131,13 @@ def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
         for index in (f"{SAFETENSORS}.index.json", f"{PICKLE}.index.json"):
             data = files.read_json(index)
             if data is not None:
-                return Tensors(files=files, shards=_shards(files.folder / index, data), allow_pickle=allow_pickle)
+                return Tensors.of(files, _shards(files.folder / index, data), allow_pickle=allow_pickle)
         files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
     found = [files.folder / SAFETENSORS]
     if not found[0].is_file():
-        found = [path for path in sorted(files.folder.glob("*.safetensors")) if path.name not in open_clip.WEIGHTS]
+        found = [
+            path for path in sorted(files.folder.glob("*.safetensors")) if not path.name.startswith(NOT_THE_MODELS)
+        ]
     if not found:
         exact = files.folder / PICKLE
         found = [exact] if exact.is_file() else sorted(files.folder.glob(PICKLES))
@@ -110,13 +150,13 @@ def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> 
     for path in paths:
         if path.suffix != ".safetensors" and not allow_pickle:
             raise _pickle_refused(files.folder, path.name)
-        for name in _names(path):
+        for name in names_in(path):
             if name in shards:
                 raise CheckpointError(
                     f"{path} and {shards[name]} beside it both hold {name}, and no index says which is meant."
                 )
             shards[name] = path.name
-    return Tensors(files=files, shards=shards, allow_pickle=allow_pickle)
+    return Tensors.of(files, shards, allow_pickle=allow_pickle)
 
 
 def _shards(path: Path, index: dict[str, object]) -> dict[str, str]:
@@ -130,7 +170,9 @@ def _shards(path: Path, index: dict[str, object]) -> dict[str, str]:
     return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
-def _names(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
+    """List the tensors of a file, by the names that are written there; raise CheckpointError if it is not whole."""
+    check_arrived(path)
     if path.suffix != ".safetensors":
         return set(_unpickle(path))
     try:
@@ -140,13 +182,13 @@ def _names(path: Path) -> set[str]:
         raise _unreadable(path, err) from err
 
 
-def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+def _read(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         tensors = _unpickle(path)
-        return {name: tensors[name] for name in names}
+        return {name: tensors[written] for name, written in names.items()}
     try:
         with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in names}
+            return {name: tensors.get_tensor(written) for name, written in names.items()}
     except (OSError, SafetensorError) as err:
         raise _unreadable(path, err) from err
 
@@ -158,7 +200,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
         raise _unreadable(path, err) from err
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    tensors = loaded
+    if isinstance(loaded, dict):
+        tensors = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), dict)), loaded)
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a state dict is expected.")
     return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.manifest import BuildSettings, Extent, PlanEntry
+from trtower.manifest import TO_PAD, BuildSettings, Extent, PlanEntry
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 
@@ -97,6 +97,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
         f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
         f"  precision    {describe_precision(found['precision'], found['keep_fp32'], found['calibration'])}",
         f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {tuned}",
+        *([f"  pictures     by {source['image_aspect_ratio']}: {TO_PAD}"] if source["image_aspect_ratio"] else []),
         f"  features     {found['num_patches']} patches of {found['hidden_size']}",
         f"  on disk      {found['size'] / MB:.0f} MB, made by trtower {found['trtower']}",
         "  plans",

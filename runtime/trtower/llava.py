@@ -4,8 +4,11 @@ Sources: `clip_encoder.py` and `builder.py` of LLaVA and LLaVA-NeXT, `vision_enc
 have. Shapes: B images, H pixels a side, K tiles of an image, M patches of it, D features a token (see s2.py).
 """
 
+import logging
 import os
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +18,13 @@ from trtower.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.pick import export_command, name_layers, whole_code
+from trtower.reading import says_trained
 from trtower.runners import Runner
 from trtower.runners.tensorrt import EngineOptions
 from trtower.s2 import Scales
 from trtower.tower import Self, VisionTower
+
+logger = logging.getLogger(__name__)
 
 VILA_LAYER = -2
 """VILA's default, where its config says no `mm_vision_select_layer`."""
@@ -70,6 +76,7 @@ class CLIPVisionTower(VisionTower):
         self.select(layer, getattr(args, "mm_vision_select_feature", None) or "patch")
         if _is_vila(args):
             self._refuse_dropped_patch()
+        self._warn_of_trained_weights(args)
         self._configure(args)
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
@@ -102,6 +109,19 @@ class CLIPVisionTower(VisionTower):
                 f"{self.spec.num_prefix_tokens} tokens before its patches. Set config.mm_vision_select_feature to "
                 "'cls_patch', which keeps every token."
             )
+
+    def _warn_of_trained_weights(self, args: Any) -> None:
+        """Say that a checkpoint holds trained weights of its tower, which this bundle was not made of.
+
+        LLaVA's loader drops them in silence where a tower was built that takes no weights.
+        """
+        trained, own = says_trained(lambda key: getattr(args, key, None)), getattr(args, "_name_or_path", None)
+        source = self.bundle.manifest.source.checkpoint
+        if trained and own and own != source and Path(own).resolve() != Path(source).resolve():
+            logger.warning(
+                "%s says that its tower was trained (%s), and %s was made of %s, whose weights may be others: "
+                "trtower export %s", own, trained, self.bundle.path, source, shlex.quote(str(own)),
+            )  # fmt: skip
 
     def _configure(self, args: Any) -> None:
         """Read what else a config says, before anything is loaded."""

@@ -1,7 +1,8 @@
 """tower.json, typed: what a bundle says of itself.
 
-The manifest is decoded strictly. A key that is missing, unknown or of another type is an error, because a
-manifest that is half understood would load a tower that is half the one that was exported.
+The manifest is decoded strictly. A key that is unknown or of another type is an error, and so is one that is missing
+unless it has a default, because a manifest that is half understood would load a tower that is half the one that was
+exported.
 """
 
 import dataclasses
@@ -16,7 +17,13 @@ from trtower.flavour import FLAVOURS
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, cover
 
 SCHEMA = 6
-"""Raised whenever a key is added, removed or changes its meaning."""
+"""Raised whenever a key is removed or changes its meaning, or one without a default is added."""
+
+TO_PAD = (
+    "padding and tiling stay with you: process_images([image], tower.image_processor, model.config) of llava.mm_utils, "
+    "or for a model of transformers its own AutoProcessor"
+)
+"""What to call for a tower whose `Source.image_aspect_ratio` is not None."""
 
 T = TypeVar("T")
 
@@ -27,12 +34,16 @@ class Source:
 
     ``weights_sha256`` is over the tensors of the checkpoint that the cut tower was made of, in each dtype that a model
     may hold them in (see weights.py). With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
+    ``image_aspect_ratio`` is how the model's own code pads or tiles pictures before the image processor sees them, such
+    as "pad" or "anyres"; None if it does not. ``tower`` was named at export, in a checkpoint that holds several.
     """
 
     checkpoint: str
     revision: str | None
     weights_sha256: dict[str, str]
     random_weights: bool
+    image_aspect_ratio: str | None = None
+    tower: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,11 +357,16 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 
 def _decode_fields(kind: Any, data: Mapping[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
-    if hints.keys() != data.keys():
-        missing = ", ".join(sorted(hints.keys() - data.keys())) or "none"
-        unknown = ", ".join(sorted(data.keys() - hints.keys())) or "none"
-        raise BundleError(f"{where} has other keys than schema {SCHEMA}: missing {missing}; unknown {unknown}.")
-    return kind(**{key: _decode(hint, data[key], f"{where}.{key}") for key, hint in hints.items()})
+    missing = {field.name for field in dataclasses.fields(kind) if not _has_default(field)} - data.keys()
+    unknown = data.keys() - hints.keys()
+    if missing or unknown:
+        named = (", ".join(sorted(keys)) or "none" for keys in (missing, unknown))
+        raise BundleError("{} has other keys than schema {}: missing {}; unknown {}.".format(where, SCHEMA, *named))
+    return kind(**{key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _expect(kind: type[T], data: Any, where: str) -> T:

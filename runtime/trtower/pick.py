@@ -91,6 +91,7 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
     command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *_build_options(bundle)]
     command += ["--random-weights"] if source.random_weights else []
     command += ["--revision", source.revision] if source.revision else []
+    command += ["--tower", source.tower] if source.tower else []
     size = "" if image_size == spec.image_size else f"-{image_size}"
     return shlex.join([*command, "--out", f"{bundle.path}{size}-layer{layers}"])
 

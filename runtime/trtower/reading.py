@@ -1,8 +1,9 @@
-"""What a model of transformers reads of its vision tower, by its config. No transformers.
+"""What a model's config says of its vision tower: what is read of it, and whether it was trained. No transformers.
 
 Sources: `get_image_features` of each model in transformers 4.57 and 5.23.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from trtower.layer_codes import LAST, LayerCode
@@ -12,6 +13,23 @@ READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vi
 
 READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2")
 """Model types that read `last_hidden_state`. Of all others nothing is known."""
+
+
+TRAINED = (
+    "unfreeze_mm_vision_tower",
+    "unfreeze_vision_tower",
+    "tune_vision_tower",
+    "mm_vision_tower_lr",
+    "vision_tower_lr",
+)
+"""Keys with which LLaVA and its forks say that the tower they name is not the tower they were trained with."""
+
+
+def says_trained(said: Callable[[str], Any]) -> str | None:
+    """Return the key of a LLaVA config that says that the tower was trained; ``said`` returns a key's value."""
+    if "mm_vision_tower" in str(said("mm_tunable_parts")):
+        return "mm_tunable_parts"
+    return next((key for key in TRAINED if said(key)), None)
 
 
 def is_contrastive(config: Any, vision_config: Any) -> bool:

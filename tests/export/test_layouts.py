@@ -19,9 +19,9 @@ from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
 from trtower.bundle import Bundle
 from trtower.errors import CheckpointError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
-from trtower.reading import READS_LAST
+from trtower.reading import READS_LAST, TRAINED
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
-from trtower_export.layouts import TRAINED, _read_hf_layer, from_recipe
+from trtower_export.layouts import _read_hf_layer, from_recipe
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.recipes import find_recipe
 from trtower_export.truncate import truncate

@@ -70,6 +70,20 @@ def test_bundle_is_named_without_the_config(fp32_bundle: Path) -> None:
         build_vision_tower(config)
 
 
+def test_trained_tower_that_the_bundle_was_not_made_of_is_told_of(
+    fp32_bundle: Path, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(**said: object) -> None:
+        CLIPVisionTower(fp32_bundle, SimpleNamespace(mm_vision_select_layer=-2, **said), delay_load=True)
+
+    build(_name_or_path="acme/llava-7b")
+    build(mm_tunable_parts="mm_vision_tower", _name_or_path=str(checkpoints["clip"]))
+    assert not caplog.records
+    build(mm_tunable_parts="mm_vision_tower,mm_mlp_adapter", _name_or_path="acme/llava-7b")
+    assert "acme/llava-7b says that its tower was trained (mm_tunable_parts)" in caplog.text
+    assert "trtower export acme/llava-7b" in caplog.text
+
+
 def test_saved_tower_is_opened_again(fp32_bundle: Path, tmp_path: Path) -> None:
     """What `save_pretrained` of VILA's LlavaMetaModel does, line by line."""
     tower, config = build_vision_tower(str(fp32_bundle), vila()), vila()

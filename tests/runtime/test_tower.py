@@ -416,7 +416,7 @@ PICTURE = np.random.default_rng(3).integers(0, 256, (50, 60, 3)).astype(np.uint8
         None,
         {"pixel_values": [PICTURE]},
     ],
-    ids=str,
+    ids=["PIL", "PIL in a list", "array", "batch", "tensor", "tensors", "tensor in a list", "nothing", "unstacked"],
 )
 def test_pictures_are_answered_with_the_call_that_prepares_them(tower: VisionTower, bad: object) -> None:
     with pytest.raises(InputError, match=r"tower\(tower\.image_processor\(pictures, return_tensors='pt'\)") as caught:

@@ -239,6 +239,7 @@ def _run_cold(
         "revision": checkpoint.revision,
         "random_weights": checkpoint.random_weights,
         "trust": dataclasses.asdict(checkpoint.trust),
+        "tower": checkpoint.tower,
     }
     command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
     try:

@@ -24,6 +24,7 @@ def main(
     revision: str | None,
     random_weights: bool,
     trust: dict[str, bool],
+    tower: str | None,
 ) -> None:
     """Measure, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs."""
     opened = Bundle.open(bundle)
@@ -34,14 +35,16 @@ def main(
         from trtower_export.checkpoint import open_checkpoint
         from trtower_export.layouts import Trust
 
-        found = open_checkpoint(checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust))
+        found = open_checkpoint(
+            checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust), tower=tower
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     start = time.perf_counter()
     if backend:
-        tower = VisionTower.load(bundle, backend)
+        served = VisionTower.load(bundle, backend)
         loaded = time.perf_counter()
-        tower(images.to(tower.device, tower.dtype))
+        served(images.to(served.device, served.dtype))
     else:
         arena = Arena.open_torch(opened, found, device)
         if name.endswith("-bf16"):

@@ -38,6 +38,7 @@ REFUSED = {
     "kimi_vl": FREE_SHAPES,
     "intern_vit_6b": "it is code of the checkpoint's own: its conversion that ends in -hf is an internvl_vision tower",
     "internvl_chat": "it is code of the checkpoint's own: its conversion that ends in -hf has an internvl_vision tower",
+    "mlcd": "its layers rotate queries and keys in 2-D, as no family here; nearest is a CLIP tower of the same size",
     "timm_wrapper": "it is a model of timm's, each of its own make: a conversion to a family below can be exported",
 }
 """Why some towers that people ask for are in no family, and what is nearest; by how their `model_type` begins."""

@@ -1,0 +1,30 @@
+"""Say of an export what its reader would not expect: defaults that nobody chose, and what stays with the caller."""
+
+from collections.abc import Iterator
+
+from trtower.manifest import TO_PAD
+from trtower.spec import TowerSpec
+from trtower_export.checkpoint import Checkpoint
+from trtower_export.preprocessor import image_aspect_ratio
+
+
+def remarks(checkpoint: Checkpoint, spec: TowerSpec, *, layer_asked: bool) -> Iterator[str]:
+    """Yield one line per fact; ``layer_asked`` says whether the caller named a layer."""
+    layout = checkpoint.layout
+    yield from layout.remarks
+    by_default = not layer_asked and layout.select_layer is None and checkpoint.recipe is None
+    if layout.contrastive:
+        yield (
+            f"this {layout.kind} embeds an image as one pooled vector; a bundle gives the features of {spec.reading}, "
+            "and not the pooled embedding"
+        )
+    if by_default:
+        yield "nothing says which layer to read: hidden state -2 is LLaVA's default; --select-layer chooses another"
+    if ratio := image_aspect_ratio(checkpoint):
+        yield f"the model prepares pictures by {ratio}: {TO_PAD}"
+    if rest := spec.image_size % spec.patch_size:
+        whole = spec.image_size - rest
+        yield (
+            f"{spec.image_size} pixels are not a multiple of the patch's {spec.patch_size}: the last {rest} of each "
+            f"row and column are not read; {whole} and {whole + spec.patch_size} are the nearest sizes read whole"
+        )

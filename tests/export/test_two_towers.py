@@ -1,0 +1,102 @@
+"""Of a checkpoint with several towers the one that is named is exported, and found again for the check."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_model
+from tests.export.test_layouts import LLAMA, assert_same_tower, doubled, states
+from trtower.bundle import Bundle
+from trtower.errors import CheckpointError
+from trtower.pick import export_command
+from trtower_export.checkpoint import open_checkpoint
+from trtower_export.pipeline import ExportOptions, export_tower
+
+
+@pytest.fixture
+def video_llava(tmp_path: Path) -> Path:
+    """Write a model of transformers with two CLIPs, the one for videos of twice the weights."""
+    image, video = make_model("clip"), doubled(make_model("clip"))
+    config = transformers.VideoLlavaConfig(vision_config=image.config.to_dict(), text_config=LLAMA)
+    model = transformers.VideoLlavaForConditionalGeneration(config)
+    for name, vision in (("image_tower", image), ("video_tower", video)):
+        inner = next(module for path, module in model.named_modules() if path.endswith(name))
+        inner.load_state_dict(states(vision, inner))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def trtower(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from trtower.cli import main; main()", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_two_towers_are_listed_with_the_option_that_chooses(video_llava: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds 2 towers: .*--tower \S*image_tower\S* or --tower \S*video_tower"):
+        open_checkpoint(str(video_llava))
+
+
+def test_tower_that_is_named_is_opened(video_llava: Path) -> None:
+    for name, vision in (("image_tower", make_model("clip")), ("video_tower", doubled(make_model("clip")))):
+        root = open_checkpoint(str(video_llava), tower=name).layout.root
+        for called in (name, f"model.{name}", root.rstrip("."), root):
+            checkpoint = open_checkpoint(str(video_llava), tower=called)
+            asked = checkpoint.spec(-2, "patch")
+            found = checkpoint.load_model(asked)
+            assert all(torch.equal(a, b) for a, b in zip(found.parameters(), vision.parameters(), strict=True))
+
+
+def test_wrong_name_lists_those_there_are(video_llava: Path, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"has no tower 'audio_tower'; it has \S*image_tower\S* and \S*video_tower"
+    ):
+        open_checkpoint(str(video_llava), tower="audio_tower")
+    with pytest.raises(CheckpointError, match=r"'tower'; it has|is one tower and nothing else: leave --tower"):
+        open_checkpoint(str(checkpoints["clip"]), tower="tower")
+
+
+def test_name_of_both_chooses_neither(video_llava: Path) -> None:
+    path = video_llava / "model.safetensors"
+    save_file({f"net.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match="holds 2 towers"):
+        open_checkpoint(str(video_llava), tower="net")
+
+
+def test_check_and_doctor_find_the_tower_again(video_llava: Path, tmp_path: Path) -> None:
+    options = ExportOptions(
+        flavour="none", select_layer=-2, select_feature="patch", tower="video_tower", precision="fp32"
+    )
+    bundle = export_tower(str(video_llava), tmp_path / "b", options)
+    assert bundle.manifest.certificate
+    assert bundle.manifest.certificate.passed
+    assert bundle.manifest.source.tower == "video_tower"
+    assert "--tower video_tower" in export_command(bundle, -1, 42)
+    again = trtower("check", str(tmp_path / "b"))
+    assert again.returncode == 0, again.stderr
+    other = trtower("check", str(tmp_path / "b"), "--tower", "image_tower")
+    assert other.returncode == 1
+    assert "are not the ones that" in other.stderr
+    assert Bundle.open(tmp_path / "b").manifest.certificate
+    doctor = trtower("doctor", str(video_llava), "--tower", "image_tower", "--select-layer=-2", "--error-images", "0")
+    assert "image_tower" in doctor.stderr
+
+
+def test_tower_of_a_config_of_its_own_is_read_by_it(tmp_path: Path) -> None:
+    """A checkpoint may describe its towers apart: a config per tower, of other families even."""
+    clip, gelu = make_model("clip"), make_model("clip-gelu")
+    config = transformers.LlavaConfig(vision_config=clip.config.to_dict(), text_config=LLAMA)
+    tensors = {f"vision_tower.{n.removeprefix('vision_model.')}": t for n, t in clip.state_dict().items()}
+    tensors |= {f"video_tower.{n.removeprefix('vision_model.')}": t * 2 for n, t in gelu.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    written = {**config.to_dict(), "video_config": gelu.config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert_same_tower(open_checkpoint(str(tmp_path), tower="vision_tower"), clip, (3,))
+    with_its_own = open_checkpoint(str(tmp_path), tower="video_tower")
+    assert with_its_own.config.hidden_act == "gelu"
+    assert_same_tower(with_its_own, doubled(gelu), (3,))
