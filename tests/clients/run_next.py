@@ -108,13 +108,14 @@ def compare(report: Report, checkpoint: Path, observe: object) -> None:
     report.three_ways(checkpoint.name, observe, eager, built, partial(install, bundle=bundle))
     if checkpoint.name in OFFLOADED:
         # an eager tower that is inside from_pretrained and offloaded cannot be called: it stands on the meta device
-        title = f"{checkpoint.name}, offloaded to disk, built"
-        how = {
-            "max_memory": {"cpu": 700_000},
-            "offload_folder": str(checkpoint.parent / "offloaded"),
-        }
-        with report.attempt(title):
-            report.compare(title, observe(eager()), observe(built(**how)))
+        folder = str(checkpoint.parent / "offloaded")
+        how = {"max_memory": {"cpu": 700_000}, "offload_folder": folder}
+        title = f"{checkpoint.name}, offloaded to disk"
+        with report.attempt(f"{title}, built"):
+            report.compare(f"{title}, built", observe(eager()), observe(built(**how)))
+        with report.attempt(f"{title}, installed"):
+            call = partial(install, eager(**how), bundle)
+            report.expect_error(f"{title}, installed", call, trtower.ConfigError)
 
 
 def name_the_bundle(report: Report, work: Path) -> None:
