@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
-	living precisions clean
+	living precisions clients clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -98,6 +98,27 @@ living: $(STAMP)
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)
 	$(BIN)/python benchmarks/precisions.py
+
+# trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
+# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path
+clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
+		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat)
+	@test -n "$^" || { echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path"; exit 1; }
+
+client-llava: CLONES = $(LLAVA)
+client-next: CLONES = $(NEXT)
+client-vila: CLONES = $(VILA)
+client-vila15: CLONES = $(VILA15)
+client-tinychat: CLONES = $(TINYCHAT) $(or $(VILA),$(error tinychat needs a clone of VILA too: VILA=path))
+client-%: $(STAMP) .venv-client-%/.installed
+	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath .venv-client-$*/hub) PYTHONPATH=runtime \
+		.venv-client-$*/bin/python tests/clients/run_$*.py $(CLONES) --trtower $(abspath $(BIN)/trtower)
+
+.PRECIOUS: .venv-client-%/.installed
+.venv-client-%/.installed: tests/clients/requirements-%.txt
+	$(PYTHON) -m venv .venv-client-$*
+	.venv-client-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(if $(WHEELS),--without-pip) $(VENV)

@@ -1,0 +1,36 @@
+"""What the scripts for all clients are told, and how they call trtower's own command."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(**others: str) -> argparse.Namespace:
+    """Read the command line, and put the clone on the path. ``others`` are more clones, by name, and what they are."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("clone", type=Path, help="a clone of the client's repository")
+    for name, told in others.items():
+        parser.add_argument(name, type=Path, help=told)
+    parser.add_argument("--trtower", default="trtower", help="the command, in the environment that exports")
+    parser.add_argument("--work", type=Path, help="a folder to leave checkpoints and bundles in")
+    args = parser.parse_args()
+    for clone in (args.clone, *(getattr(args, name) for name in others)):
+        sys.path.insert(0, str(clone.resolve()))
+    torch.manual_seed(0)
+    return args
+
+
+def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
+    """Export a checkpoint's tower in FP32, in the environment of the command: the client's has no exporter."""
+    paths = os.pathsep.join(str(ROOT / part) for part in ("runtime", "export"))
+    command = [trtower, "export", checkpoint, "--out", bundle, "--precision", "fp32", "--flavour", "none", *options]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
+    return bundle

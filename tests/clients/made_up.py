@@ -1,0 +1,131 @@
+"""The parts of small random checkpoints, made with the client's own transformers, and pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
+
+WIDTH = 64
+"""D: the width of a tower's features, and that of the language model."""
+
+SPREAD = 0.2
+"""What weights are drawn with: wide enough that logits depend on the picture, and the likeliest token leads clearly."""
+
+LM_SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "initializer_range": SPREAD,
+}
+TOWER_SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+WORDS = "a an the red green blue square on of is what in this picture and there one two three four USER ASSISTANT"
+
+
+def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokenizer:
+    """Train a SentencePiece model on a few words, and save it as Llama's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    words = WORDS.split()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(rng.choice(words, 8)) for _ in range(400)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = transformers.LlamaTokenizer(str(folder / "tokenizer.model"), legacy=False, **config)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_language_model(folder: Path, config_class: type, model_class: type) -> Path:
+    """Save a language model with a tokenizer that has a chat template, as VILA keeps one in a folder of its own."""
+    tokenizer = write_tokenizer(folder, model_max_length=4096)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    config = config_class(vocab_size=len(tokenizer) + 16, **LM_SHAPE)  # VILA adds its media tokens when it loads
+    randomised(model_class(config)).half().save_pretrained(folder)
+    return folder
+
+
+def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> Path:
+    """Save a CLIP tower and its image processor, as the hub has them."""
+    config = transformers.CLIPVisionConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+        **TOWER_SHAPE | shape,
+    )
+    _save(randomised(transformers.CLIPVisionModel(config)), folder)
+    size, crop = {"shortest_edge": image_size}, {"height": image_size, "width": image_size}
+    transformers.CLIPImageProcessor(size=size, crop_size=crop).save_pretrained(folder)
+    return folder
+
+
+def write_siglip(
+    folder: Path, image_size: int, patch_size: int, model_class: type | None = None, processor: type | None = None
+) -> Path:
+    """Save a SigLIP tower and its image processor, of the client's own classes where it has some."""
+    model_class = model_class or transformers.SiglipVisionModel
+    processor = processor or transformers.SiglipImageProcessor
+    config = model_class.config_class(
+        image_size=image_size, patch_size=patch_size, hidden_act="gelu_pytorch_tanh", **TOWER_SHAPE
+    )
+    _save(randomised(model_class(config)), folder)
+    processor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
+    return folder
+
+
+def write_in_hub_cache(repository: str, write: Callable[[Path], Path]) -> str:
+    """Put a folder where a download from the hub would have left it, for clients that know a tower by its hub id."""
+    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    write(folder / "snapshots" / "made-up")
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text("made-up")
+    return repository
+
+
+def _save(model: transformers.PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Draw every weight anew, as `SPREAD` says, with norms about one: whatever the class's own initialisation is."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator) * SPREAD
+        norm = "norm" in name and name.endswith("weight")
+        parameter.data = (drawn + 1 if norm else drawn).to(parameter.dtype)
+    return model
+
+
+def pictures(scale: int = 1) -> list[Image.Image]:
+    """Make four pictures of unlike shapes: wide, tall, square and small; ``scale`` times 33 to 160 pixels a side."""
+    rng = np.random.default_rng(1)
+    made = []
+    for width, height in ((160, 90), (70, 130), (112, 112), (33, 40)):
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        made.append(Image.fromarray(coarse).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
+    return made

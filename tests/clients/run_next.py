@@ -1,0 +1,139 @@
+"""LLaVA-NeXT's own loader and model classes, with CLIP and with OneVision's SigLIP: eager, built and installed."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from command_line import arguments, export
+from comparing import Report
+from made_up import LM_SHAPE, WIDTH, pictures, randomised, write_clip, write_in_hub_cache, write_siglip, write_tokenizer
+from swapping import swapped
+
+import trtower
+
+args = arguments()
+
+import llava.model.llava_arch  # noqa: E402
+import llava_family  # noqa: E402
+from llava.model.builder import load_pretrained_model  # noqa: E402
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
+from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM  # noqa: E402
+from llava_family import Loaded, install  # noqa: E402
+
+CLIP_SIZE, CLIP_PATCH = 56, 14
+SIGLIP_SIZE, SIGLIP_PATCH = 384, 14  # NeXT's SigLIP wrapper takes no other
+
+ANYRES = {
+    "image_aspect_ratio": "anyres",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": [[112, 56], [56, 112], [112, 112]],
+}
+ONEVISION = {
+    "image_aspect_ratio": "anyres_max_4",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": "(1x1),...,(3x3)",
+    "unfreeze_mm_vision_tower": True,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+}
+CLIP_LAYOUTS = {
+    "llava-v1.5-pad": {"image_aspect_ratio": "pad", "delay_load": True},
+    "llava-llama-anyres": ANYRES,
+    "llava-llama-slicefour": ANYRES | {"mm_vision_select_feature": "slicefour_patch", "mm_hidden_size": 4 * WIDTH},
+    "llava-llama-cls_patch": {"image_aspect_ratio": "pad", "mm_vision_select_feature": "cls_patch"},
+    "llava-llama-s2": {"image_aspect_ratio": "pad", "s2": True, "s2_scales": "56,112", "mm_hidden_size": 2 * WIDTH},
+}
+OFFLOADED = ("llava-llama-anyres", "llava-onevision-qwen")
+
+SIGLIP_LAYOUTS = {"llava-onevision-qwen": ONEVISION, "llava-siglip-qwen-pad": ONEVISION | {"image_aspect_ratio": "pad"}}
+
+
+def write_checkpoint(folder: Path, config_class: type, model_class: type, tower: str, **layout: object) -> Path:
+    """Save a small checkpoint of NeXT, which holds its tower's weights too unless the tower is loaded later."""
+    tokenizer = write_tokenizer(folder)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        mm_hidden_size=WIDTH,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_use_im_patch_token=False,
+        **LM_SHAPE,
+    )
+    config.update({"mm_vision_tower": tower, **layout})
+    model = model_class(config)
+    tower = model.get_vision_tower()
+    weights = tower.vision_tower.state_dict() if tower.is_loaded else {}
+    weights = {name: weight.clone() for name, weight in weights.items()}
+    randomised(model)
+    if weights:
+        tower.vision_tower.load_state_dict(weights)
+    model.half().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def load(checkpoint: Path, **how: object) -> Loaded:
+    """Call NeXT's loader, without the flash attention that it asks for by default."""
+    return load_pretrained_model(str(checkpoint), None, checkpoint.name, attn_implementation="sdpa", **how)
+
+
+def load_built(checkpoint: Path, bundle: Path, **how: object) -> Loaded:
+    """Name the bundle as NeXT has its configs overwritten; its towers count a CLS token that they keep."""
+    with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, count_cls=True)):
+        return load(checkpoint, overwrite_config={"mm_vision_tower": str(bundle)}, **how)
+
+
+def run(report: Report, work: Path) -> None:
+    # seven layers are the fewest of which slicefour reads four
+    clip = write_clip(work / "clip-tower", CLIP_SIZE, CLIP_PATCH, num_hidden_layers=7)
+    observe = partial(llava_family.observe, images=pictures())
+    for name, layout in CLIP_LAYOUTS.items():
+        with report.attempt(name):
+            checkpoint = write_checkpoint(work / name, LlavaConfig, LlavaLlamaForCausalLM, str(clip), **layout)
+            compare(report, checkpoint, observe)
+    siglip = write_in_hub_cache(
+        "made-up/siglip-384", partial(write_siglip, image_size=SIGLIP_SIZE, patch_size=SIGLIP_PATCH)
+    )
+    # NeXT's wrapper says so400m's width whatever its tower has, and fails on a list of pictures
+    numbers = ("num_patches", "num_patches_per_side")
+    observe = partial(llava_family.observe, images=pictures(scale=4)[:2], numbers=numbers, lists=False)
+    for name, layout in SIGLIP_LAYOUTS.items():
+        with report.attempt(name):
+            checkpoint = write_checkpoint(work / name, LlavaQwenConfig, LlavaQwenForCausalLM, siglip, **layout)
+            compare(report, checkpoint, observe)
+    name_the_bundle(report, work)
+
+
+def compare(report: Report, checkpoint: Path, observe: object) -> None:
+    bundle = export(args.trtower, checkpoint, checkpoint.parent / f"bundle-{checkpoint.name}")
+    eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
+    report.three_ways(checkpoint.name, observe, eager, built, partial(install, bundle=bundle))
+    if checkpoint.name in OFFLOADED:
+        # an eager tower that is inside from_pretrained and offloaded cannot be called: it stands on the meta device
+        folder = str(checkpoint.parent / "offloaded")
+        how = {"max_memory": {"cpu": 700_000}, "offload_folder": folder}
+        title = f"{checkpoint.name}, offloaded to disk"
+        with report.attempt(f"{title}, built"):
+            report.compare(f"{title}, built", observe(eager()), observe(built(**how)))
+        with report.attempt(f"{title}, installed"):
+            call = partial(install, eager(**how), bundle)
+            report.expect_error(f"{title}, installed", call, trtower.ConfigError)
+
+
+def name_the_bundle(report: Report, work: Path) -> None:
+    """Name a bundle to the loader: NeXT hands it on to the config only where it makes none of its own."""
+    title = "the bundle named to the loader"
+    takes, refuses = "llava-siglip-qwen-pad", "llava-llama-anyres"
+    named = {
+        name: partial(load, work / name, mm_vision_tower=str(work / f"bundle-{name}")) for name in (takes, refuses)
+    }
+    with swapped(llava.model.llava_arch), report.attempt(f"{takes}, {title}"):
+        tower = named[takes]()[1].get_vision_tower()
+        report.check(f"{takes}, {title}", type(tower), trtower.CLIPVisionTower)
+        report.expect_error(f"{refuses}, {title}", named[refuses], TypeError)
+
+
+if __name__ == "__main__":
+    report = Report("LLaVA-NeXT", args.clone)
+    report.note_stubs([])
+    with tempfile.TemporaryDirectory() as folder:
+        run(report, args.work or Path(folder))
+    report.finish()

@@ -1,0 +1,19 @@
+"""The one place of a client that changes: the function that builds its tower."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import trtower
+
+
+@contextmanager
+def swapped(module: ModuleType, build: Callable[..., Any] | None = trtower.build_vision_tower) -> Iterator[None]:
+    """Have a module build its tower with this function; with None, as it always did."""
+    before = module.build_vision_tower
+    module.build_vision_tower = build or before
+    try:
+        yield
+    finally:
+        module.build_vision_tower = before
