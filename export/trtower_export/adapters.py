@@ -88,8 +88,8 @@ def _say_base(files: Files) -> str:
     if base in (None, files.repo, str(files.folder), str(files.folder.resolve())):
         return ""
     return (
-        f"; with peft, transformers 4, and every release from the hub, takes the model itself from {base}: export that "
-        "if its tower is another"
+        f". It was made for {base!r}, from which transformers may load the model itself: export that one instead, "
+        "unless its tower is the same"
     )
 
 

@@ -93,6 +93,8 @@ class ExportOptions:
         if self.profiles:
             cover(self.profiles)
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
+        if self.images is not None and not self.check and self.precision not in (AUTO, *EIGHT_BIT):
+            raise ConfigError(f"--images is read by the check, and precision {self.precision} reads none without it.")
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
         if self.keep_fp16 is not None and self.precision not in EIGHT_BIT:

@@ -35,7 +35,7 @@ def with_tower(
     others = tensors.shards.keys() - tower.shards.keys()
     remarks += say_adapter(files, tower, others, request, larger=larger)
     if wrappers := wrappers_in(tower.written):
-        remarks += (f"{' and '.join(wrappers)} taken off the names of the tower's tensors: wrappers that change none",)
+        remarks += (f"removed from the names of the tower's tensors: {', '.join(wrappers)}, which only wrap modules",)
     return replace(layout, tensors=tower, root=root, remarks=(*layout.remarks, *remarks))
 
 

@@ -5,6 +5,7 @@ may it choose code: kernels and quantisers that it names are left out.
 """
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -49,13 +50,10 @@ def read_vision_config(
             f"{where} asks for code of its own (auto_map), which is not run unless you trust its author: "
             "--trust-remote-code. A checkpoint of a standard class needs no auto_map: remove it from a copy."
         )
-    config_class: Any = transformers.AutoConfig
-    options = {"trust_remote_code": remote_code}
-    if not raw.get("auto_map") and (model_type in VISION_TYPES or model_type not in transformers.CONFIG_MAPPING):
-        # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
-        config_class, options = getattr(transformers, family_of(model_type).model_class).config_class, {}
     try:
-        config = config_class.from_pretrained(files.folder, **options)
+        config = _read_whole(files, raw, key, remote_code=remote_code)
+    except CheckpointError:
+        raise
     except Exception as err:  # whatever transformers makes of what the file holds
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     vision = getattr(config, key, config)
@@ -68,6 +66,21 @@ def read_vision_config(
         )
     check_vision_config(vision, family, where)
     return config, vision, family
+
+
+def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: bool) -> Any:
+    """Read the whole config with the class that transformers has for it, or the checkpoint, if that is trusted."""
+    model_type = str(raw.get("model_type"))
+    if raw.get("auto_map"):
+        return transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote_code)
+    is_known = model_type in transformers.CONFIG_MAPPING
+    if not is_known and isinstance(raw.get(key), dict):
+        return SimpleNamespace(**raw)  # somebody's own model around a tower, whose config is all that is needed
+    if is_known and model_type not in VISION_TYPES:
+        return transformers.AutoConfig.from_pretrained(files.folder)
+    # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
+    config_class: Any = getattr(transformers, family_of(model_type).model_class).config_class
+    return config_class.from_pretrained(files.folder)
 
 
 def _key_of(raw: dict[str, Any], tower: str | None) -> str:

@@ -192,12 +192,26 @@ class Bundle:
         return self._rewrite(replace(current, certificates=(*others, certificate)))
 
     def copy_to(self, folder: Path) -> "Bundle":
-        """Copy the bundle, every file verified, into a folder that is absent, empty, or another bundle's.
+        """Copy the bundle, every file verified, into a folder that is absent, empty, or holds another bundle alone.
 
-        Raises BundleError where the folder holds anything else, or a file is altered.
+        A folder that has the same graph is left as it is, with the plans and certificates that were added to it. Raises
+        BundleError if the folder holds anything else, or a file is altered.
         """
-        if folder.resolve() == self.path.resolve():
-            return self
+        folder = folder.expanduser().resolve()
+        if (folder / MANIFEST).is_file():
+            there = Bundle.open(folder)
+            if all(there.manifest.files.get(name) == self.manifest.files[name] for name in (GRAPH, GRAPH_DATA)):
+                return there
+            known = {folder / name for name in (*there.manifest.files, MANIFEST)}
+            foreign = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]
+            if foreign:
+                raise BundleError(
+                    f"{folder} holds {foreign[0]} beside a bundle: it is left alone. Name another folder."
+                )
+        if folder == Path.cwd():
+            raise BundleError(
+                f"{folder} is the current folder, and a bundle is put in place whole: name one inside it."
+            )
         with disk_errors(folder), staged(folder, overwrite=True) as staging:
             for name in self.manifest.files:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)

@@ -258,10 +258,11 @@ def _is_number(value: object) -> bool:
 
 def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor":
     shapes = sorted({array.shape for array in pixels})
+    if not shapes:
+        raise InputError("images is empty; pass at least one picture.")
     if len(shapes) != 1:
-        found = f"come out as {', '.join(map(str, shapes))}" if shapes else "is empty"
         raise InputError(
-            f"images {found}; return_tensors={return_tensors!r} takes one shape. "
+            f"images come out as {', '.join(map(str, shapes))}; return_tensors={return_tensors!r} takes one shape. "
             "Set do_center_crop=True or a fixed size, or leave return_tensors out."
         )
     batch = np.stack(pixels)

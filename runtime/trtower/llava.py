@@ -53,17 +53,6 @@ class CLIPVisionTower(VisionTower):
         engine: EngineOptions | None = None,
     ) -> None:
         args = vision_tower_cfg if args is None else args
-        layer = getattr(args, "mm_vision_select_layer", VILA_LAYER if _is_vila(args) else None)
-        if layer is None:
-            raise ConfigError(
-                f"args has no mm_vision_select_layer. Without a LLaVA config: trtower.{type(self).__name__}.load(…)."
-            )
-        asked = _class_for(args)
-        if not isinstance(self, asked):
-            raise ConfigError(
-                f"s2 or dynamic_s2 of the config asks for several scales; {type(self).__name__} does not read them so: "
-                f"take trtower.{asked.__name__}, or trtower.build_vision_tower, which chooses."
-            )
         super().__init__(
             vision_tower,
             backend=backend,
@@ -73,6 +62,18 @@ class CLIPVisionTower(VisionTower):
             require_certificate=require_certificate,
             engine=engine,
         )
+        layer = getattr(args, "mm_vision_select_layer", VILA_LAYER if _is_vila(args) else None)
+        if layer is None:
+            raise ConfigError(
+                f"{_describe(args)} has no mm_vision_select_layer. Without a LLaVA config: "
+                f"trtower.{type(self).__name__}.load(…)."
+            )
+        asked = _class_for(args)
+        if not isinstance(self, asked):
+            raise ConfigError(
+                f"s2 or dynamic_s2 of the config asks for several scales; {type(self).__name__} does not read them so: "
+                f"take trtower.{asked.__name__}, or trtower.build_vision_tower, which chooses."
+            )
         self.select(layer, getattr(args, "mm_vision_select_feature", None) or "patch")
         if _is_vila(args):
             self._refuse_dropped_patch()
@@ -117,7 +118,7 @@ class CLIPVisionTower(VisionTower):
         """
         trained, own = says_trained(lambda key: getattr(args, key, None)), getattr(args, "_name_or_path", None)
         source = self.bundle.manifest.source.checkpoint
-        if trained and own and own != source and Path(own).resolve() != Path(source).resolve():
+        if trained and own and own != source and Path(str(own)).resolve() != Path(source).resolve():
             logger.warning(
                 "%s says that its tower was trained (%s), and %s was made of %s, whose weights may be others: "
                 "trtower export %s", own, trained, self.bundle.path, source, shlex.quote(str(own)),
@@ -260,12 +261,20 @@ def build_vision_tower(
     path = path if bundle is None else bundle
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(
-            "the config has neither mm_vision_tower nor vision_tower: set one to a bundle's path, or pass bundle=…"
+            f"{_describe(args)} has neither mm_vision_tower nor vision_tower: set one to a bundle's path, or pass "
+            "bundle=…"
         )
     tower = _class_for(args)(path, args=args, **kwargs)
     if config is not None:
         config.mm_hidden_size = tower.hidden_size
     return tower
+
+
+def _describe(args: Any) -> str:
+    """Call a config what it is; one that is a dict or a path has no attributes to be read."""
+    if isinstance(args, dict):
+        return "the config is a dict (pass types.SimpleNamespace(**config)), and as such"
+    return f"the config {args!r}" if isinstance(args, str | os.PathLike | None) else "the config"
 
 
 def _is_vila(args: Any) -> bool:

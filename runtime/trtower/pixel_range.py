@@ -9,6 +9,10 @@ from trtower.image_processor import ImageProcessor
 FAR = 3.0
 """Values this many expected ranges outside are no pixels in the expected units; noise and resizing stay well inside."""
 
+BLACK = 0.003
+"""Below this is the darkest pixel of pictures from 0 to 1. No value of 8 bits comes as near to 0 from above when it is
+normalised, with CLIP's means (0.0033) or SigLIP's (0.0039): bright pictures, which are between 0 and 1 then, do not."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,8 +28,11 @@ class PixelRange:
         self.looked = True
         if self._warned:
             return
-        least, most = expected_range(self._processor)
-        is_unit = 0 <= low < high <= 1 and not (least > -0.5 and most < 1.5)
+        try:
+            least, most = expected_range(self._processor)
+        except (TypeError, ValueError):  # settings that the processor itself refuses when it is called
+            return
+        is_unit = 0 <= low < BLACK and low < high <= 1 and not (least > -0.5 and most < 1.5)
         is_far = low < least - FAR * (most - least) or high > most + FAR * (most - least)
         if not is_unit and not is_far:
             return
@@ -42,5 +49,6 @@ def expected_range(processor: ImageProcessor) -> tuple[float, float]:
     white = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     if not processor.do_normalize:
         return 0.0, white
-    ends = (np.array([[0.0], [white]]) - np.array(processor.image_mean)) / np.array(processor.image_std)  # (2, C)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = (np.array([[0.0], [white]]) - np.array(processor.image_mean)) / np.array(processor.image_std)  # (2, C)
     return float(ends.min()), float(ends.max())

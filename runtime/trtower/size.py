@@ -12,6 +12,8 @@ class Size(dict[str, int]):
     """
 
     def __missing__(self, key: Any) -> int:
+        if not self:
+            raise KeyError(key)
         height, width = self.sides
         answers: dict[Any, int] = {"shortest_edge": min(height, width), "height": height, "width": width}
         answers |= dict(enumerate(self.sides)) | {-1: width, -2: height}
@@ -22,6 +24,15 @@ class Size(dict[str, int]):
     def __iter__(self) -> Iterator[Any]:
         """Yield height and width, as the tuple does that SigLIP's processor in LLaVA-NeXT has here."""
         return iter(self.sides)
+
+    def __setitem__(self, key: str, value: int) -> None:
+        """Set a side in the form that the size has; height or width give up one that has only its shortest edge."""
+        if key == "shortest_edge" and "height" in self.keys():
+            super().update(height=value, width=value)
+            return
+        if key in ("height", "width") and (edge := self.pop("shortest_edge", None)) is not None:
+            super().update(height=edge, width=edge)
+        super().__setitem__(key, value)
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -74,6 +74,8 @@ class VisionTower(nn.Module):
         engine: EngineOptions | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(engine, EngineOptions | None):
+            raise ConfigError(f"engine is {engine!r}; expected trtower.EngineOptions(…).")
         self.bundle = Bundle.open(bundle)
         self.spec = self.bundle.manifest.spec
         self.vision_tower_name = str(bundle)
@@ -183,7 +185,8 @@ class VisionTower(nn.Module):
         if not self.is_loaded:
             with self._loading:
                 if not self.is_loaded:
-                    self._open(asked or self._asked_device or self._placed_on)
+                    known = (asked, self._asked_device, self._placed_on)
+                    self._open(next((device for device in known if device is not None), None))
                     return
         if asked is not None and parse_device(asked) != self.device:
             raise BackendError(f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
@@ -326,7 +329,10 @@ class VisionTower(nn.Module):
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
             raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
-        VisionTower._check(self, images, "pixel_values", in_list=False)
+        side = self.spec.image_size  # of the engine, whatever sizes the tower takes
+        if images.shape[1:] != (3, side, side):
+            raise InputError(f"pixel_values has shape {tuple(images.shape)}; this engine takes (B, 3, {side}, {side}).")
+        self._check(images, "pixel_values", in_list=False)
         with self._holder.lend() as runner:
             return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous()).to(images.dtype)
 
@@ -431,13 +437,12 @@ class VisionTower(nn.Module):
         return self
 
     def _device_after(self, fn: Callable[[torch.Tensor], torch.Tensor], before: torch.device) -> torch.device:
-        """Ask a function that moves tensors where to; what is on the meta device cannot be moved from there."""
-        start = torch.device("cpu") if before.type == "meta" else before
+        """Ask a function that moves tensors where it would move this tower."""
         try:
-            return fn(torch.empty(0, dtype=self.dtype, device=start)).device
+            return fn(torch.empty(0, dtype=self.dtype, device=before)).device
         except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
             raise BackendError(
-                f"{self.vision_tower_name} cannot be moved from {start}: {' '.join(str(err).split())}. It stays there."
+                f"{self.vision_tower_name} cannot be moved from {before}: {' '.join(str(err).split())}. It stays there."
             ) from err
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -576,7 +581,8 @@ def _can_fill(runner: Runner, out: torch.Tensor, pixel_values: torch.Tensor) -> 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:
     if isinstance(device_map, dict):
-        named = [key for key in device_map if key.rpartition(".")[2] == "vision_tower"] or [*device_map.keys() & {""}]
+        named = [key for key in device_map if str(key).rpartition(".")[2] == "vision_tower"]
+        named = named or ([*device_map][:1] if len(set(device_map.values())) == 1 else [*device_map.keys() & {""}])
         if len(named) != 1:
             raise ConfigError(
                 f"device_map={device_map} splits the tower or leaves it out; an engine is whole: pass {{'': device}}, "

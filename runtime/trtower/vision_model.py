@@ -38,7 +38,8 @@ class VisionModel(nn.Module):
         States come on the tower's device, in the dtype of the pixels. One that the bundle does not hold raises
         ConfigError when it is read. Raises InputError as the tower does.
         """
-        asked = sorted(name for name, value in options.items() if value not in (None, False) and name != "return_dict")
+        changes = {name for name, value in options.items() if value is not None and value is not False}
+        asked = sorted(changes - {"return_dict"})
         if asked:
             raise ConfigError(f"{asked[0]} cannot be followed by a compiled tower: leave it out.")
         tokens = self._tower.read_tokens(pixel_values)

@@ -75,7 +75,7 @@ def test_adapter_of_the_rest_leaves_the_tower_as_it_is_and_is_said(
     with caplog.at_level("INFO"):
         export_tower(str(llava), tmp_path / "b", ExportOptions(flavour="none", check=False))
     assert "adapter_model.safetensors is a LoRA adapter that leaves the tower as it is" in caplog.text
-    assert "takes the model itself from somebody/base" in caplog.text
+    assert "It was made for 'somebody/base', from which transformers may load the model itself" in caplog.text
     assert_same_tower(open_checkpoint(str(llava)), make_model("clip"), (3,))
 
 

@@ -561,3 +561,21 @@ def test_broken_shard_is_named_and_leaves_no_bundle(llava: Callable[..., Path], 
         export_tower(str(folder), tmp_path / "out" / "b", ExportOptions(flavour="none", check=False))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_own_model_around_a_known_tower_is_exported_without_its_code(tmp_path: Path) -> None:
+    """Its config is read for the tower alone, so the layer must be named."""
+    model = make_model("clip")
+    model.save_pretrained(tmp_path / "tower")
+    tensors = {f"eyes.{name}": tensor for name, tensor in load_file(tmp_path / "tower" / "model.safetensors").items()}
+    folder = tmp_path / "own"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    vision = json.loads((tmp_path / "tower" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "my_llava", "vision_config": vision}))
+    with pytest.raises(CheckpointError, match="does not say which layer of its tower it reads: --select-layer"):
+        open_checkpoint(str(folder)).spec()
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.describe() == "my_llava model, clip tower at eyes"
+    assert checkpoint.spec(-2).layers == (3,)
+    checkpoint.load_model()

@@ -239,3 +239,8 @@ def test_preprocessor_that_no_tower_could_use_is_refused_before_any_work(clip: P
     with pytest.raises(ConfigError, match="ViTImageProcessor"):
         export_tower(str(folder), tmp_path / "b", ExportOptions(flavour="none", check=False))
     assert not (tmp_path / ".b.lock").exists()
+
+
+def test_images_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--images is read by the check, and precision fp16 reads none"):
+        ExportOptions(images=tmp_path / "nowhere", check=False)

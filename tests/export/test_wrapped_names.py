@@ -42,7 +42,7 @@ def test_wrapper_is_taken_off_and_said(
     folder = write(tmp_path / "clip", change)
     with caplog.at_level("INFO"):
         export_tower(str(folder), tmp_path / "b", ExportOptions(flavour="none", check=False))
-    assert "taken off the names of the tower's tensors" in caplog.text
+    assert "removed from the names of the tower's tensors" in caplog.text
     assert_same_tower(open_checkpoint(str(folder)), make_model("clip"), (3,))
 
 

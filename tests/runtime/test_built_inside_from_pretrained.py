@@ -134,3 +134,13 @@ def test_saved_model_holds_nothing_of_the_tower(saved: Path) -> None:
     assert [name for name, _ in model.named_parameters() if "vision_tower" in name] == [
         "model.vision_tower._anchor.empty"
     ]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_hooks_of_offloading_can_be_taken_off(saved: Path, fp32_bundle: Path, loaded: bool) -> None:
+    model = Llava.from_pretrained(saved)
+    if loaded:
+        tower_of(model).load_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_answers(model, fp32_bundle)

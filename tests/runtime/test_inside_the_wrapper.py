@@ -187,3 +187,50 @@ def test_size_of_unequal_sides_says_which_is_which() -> None:
 @pytest.fixture(autouse=True)
 def _warnings_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+def test_folder_with_anything_beside_a_bundle_is_left_alone(
+    fp32_bundle: Path, clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "saved"
+    VisionTower.load(clip_bundle).vision_tower.save_pretrained(folder)
+    (folder / "README.md").write_text("mine")
+    VisionTower.load(clip_bundle).vision_tower.save_pretrained(folder)  # the same graph: nothing to do
+    with pytest.raises(BundleError, match=r"holds README\.md beside a bundle"):
+        VisionTower.load(fp32_bundle).vision_tower.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(BundleError, match="is the current folder"):
+        VisionTower.load(fp32_bundle).vision_tower.save_pretrained(".")
+    assert Path.cwd() == tmp_path / "here"
+
+
+def test_model_inside_a_tower_of_several_scales_takes_one_tile(fp32_bundle: Path) -> None:
+    args = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
+    inner = CLIPVisionTowerS2(fp32_bundle, args).vision_tower
+    assert inner(images(1)).hidden_states is None
+    with pytest.raises(InputError, match=r"shape \(1, 3, 84, 84\); this engine takes \(B, 3, 42, 42\)"):
+        inner(torch.zeros(1, 3, 84, 84))
+    with pytest.raises(ConfigError, match="attention_mask cannot be followed"):
+        inner(images(1), attention_mask=torch.ones(2, 10))
+
+
+def test_size_is_set_in_the_form_that_it_has() -> None:
+    square, edge = Size(height=42, width=42), Size(shortest_edge=42)
+    square["shortest_edge"] = 84
+    assert square == {"height": 84, "width": 84}
+    edge["height"] = 84
+    assert edge == {"height": 84, "width": 42}
+    with pytest.raises(KeyError):
+        Size()["height"]
+
+
+@pytest.mark.parametrize("config", [{"mm_vision_select_layer": -2, "mm_vision_tower": "a"}, "engines/a"], ids=type)
+def test_config_that_is_no_object_is_called_what_it_is(fp32_bundle: Path, config: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the config (is a dict \(pass types\.SimpleNamespace|'engines/a' has neither)"
+    ):
+        build_vision_tower(config)
+    with pytest.raises(ConfigError, match=r"the config (is a dict|'engines/a' has no mm_vision_select_layer)"):
+        CLIPVisionTower(fp32_bundle, config)

@@ -513,10 +513,48 @@ def test_finite_check_can_be_left_out(fp32_bundle: Path) -> None:
 def test_device_map_of_one_device_is_taken(fp32_bundle: Path) -> None:
     tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
     with pytest.raises(ConfigError, match="splits the tower"):
-        tower.load_model(device_map={"stem": "cpu", "layers": "cpu"})
+        tower.load_model(device_map={"stem": "cpu", 1: "cuda:0"})
     tower.load_model(device_map={"": "cpu"})
     assert tower.device == torch.device("cpu")
 
 
 def test_config_is_what_hugging_face_wrote(fp32_bundle: Path, tower: VisionTower) -> None:
     assert tower.config.to_dict() == json.loads((fp32_bundle / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("picture", "mean"), [(128, None), (200, 0.5), (130, 0.5), (255, 0.5)])
+def test_bright_pictures_are_not_taken_for_pixels_that_nobody_normalised(
+    fp32_bundle: Path, caplog: pytest.LogCaptureFixture, picture: int, mean: float | None
+) -> None:
+    tower = VisionTower.load(fp32_bundle)
+    if mean:
+        tower.image_processor.image_mean = tower.image_processor.image_std = [mean] * 3
+    bright = np.linspace(picture, 255 if mean else picture, 50 * 60 * 3).reshape(50, 60, 3).astype(np.uint8)
+    tower(tower.image_processor(bright, return_tensors="pt")["pixel_values"])
+    assert not caplog.records
+
+
+def test_settings_that_no_processor_has_do_not_end_a_call(tower: VisionTower, fp32_bundle: Path) -> None:
+    for spoilt in (None, [0.1, 0.2], "a"):
+        tower = VisionTower.load(fp32_bundle)
+        tower.image_processor.image_mean = spoilt  # type: ignore[assignment]
+        assert tower(images(1)).shape == (1, PATCHES, WIDTH)
+
+
+def test_tower_that_was_loaded_for_inference_follows_requires_grad(fp32_bundle: Path) -> None:
+    tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
+    with torch.inference_mode():
+        tower.load_model()
+    assert tower.requires_grad_() is tower
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("device", [0, 1, "cpu:1"])
+def test_index_of_a_device_that_is_not_here_is_refused(fp32_bundle: Path, device: object) -> None:
+    with pytest.raises((BackendError, ConfigError), match=r"no GPU here|'cpu:1' has no backend"):
+        VisionTower.load(fp32_bundle, device=device)  # type: ignore[arg-type]
+
+
+def test_engine_of_another_type_is_refused(fp32_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected trtower\.EngineOptions"):
+        VisionTower.load(fp32_bundle, engine={"contexts": 4})  # type: ignore[arg-type]

@@ -51,6 +51,8 @@ def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
         raise ConfigError(f"{place.path} of this model gives {', '.join(others)}; a bundle gives hidden states alone.")
     if not compared:
         return
+    if getattr(output, "hidden_states", None) is None:
+        raise ConfigError(f"{place.path} of this model gives no hidden states when its config asks for them.")
     depth = count_layers(module)
     states = {layer: output.hidden_states[layer] for layer in served_layers(spec, depth) if layer <= depth}
     if depth + 1 in served_layers(spec, depth):

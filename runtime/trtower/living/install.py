@@ -163,7 +163,7 @@ def install(
         with ExitStack() as undo:
             undo.callback(ran.close)
             check_answers(place, ran, compared=not any(allowed.values()))
-            check_reached(model, place)
+            check_reached(model, place, named=tower is not None)
             # Here and not above: it imports transformers, which such a model has imported already.
             from trtower.living.stand_in import make_stand_in
 

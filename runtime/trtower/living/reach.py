@@ -8,7 +8,8 @@ Shapes: B images, T tiles of one, S pixels a side.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,44 +27,58 @@ PIXELS = ("pixel_values", "pixel_values_videos", "images", "image")
 """What they call the pixels."""
 
 
-class _CalledError(Exception):
+class _Called(BaseException):
     """The tower was called."""
 
 
 @torch.no_grad()
-def check_reached(model: nn.Module, place: Place) -> None:
+def check_reached(model: nn.Module, place: Place, *, named: bool) -> None:
     """Raise ConfigError if the model turns pixels into features without calling the tower at ``place``.
 
-    A model whose way cannot be found, or wants more than pixels, is passed with a warning.
+    A model whose way cannot be found, or wants more than pixels, is passed with a warning; so is one whose tower was
+    ``named`` by the caller.
     """
-
-    def stop(*_: Any) -> None:
-        raise _CalledError
-
     bypassed = None
-    hook = place.module.register_forward_pre_hook(stop)
-    try:
+    with _stopping(place.module):
         for name, way in _ways(model, place):
             for arguments in _arguments(way, place):
                 try:
-                    way(**arguments)
-                except _CalledError:
+                    found = way(**arguments)
+                except _Called:
                     return
                 except Exception as err:  # noqa: BLE001 - model code wants other inputs than these, and says so somehow
                     logger.debug("%s was not run: %r", name, err)
                 else:
-                    bypassed = name
-    finally:
-        hook.remove()
-    if bypassed and len(find_towers(model)) == 1:
+                    bypassed = bypassed if found is None else name
+    if bypassed and not named and len(find_towers(model)) == 1:
         raise ConfigError(
             f"{type(model).__name__}.{bypassed} runs without calling {place.path}, so a bundle there would never run. "
-            "Does the model's code call another module, or the tower's layers one by one?"
+            "Does the model's code call another module, or the tower's layers one by one? tower="
+            f"{place.path!r} installs it all the same."
         )
     logger.warning(
         "%s: could not prove that it calls %s, by running a method that turns pixels into features. After the first "
         "picture, see whether installation.tower.on_batch was called.", type(model).__name__, place.path
     )  # fmt: skip
+
+
+@contextmanager
+def _stopping(tower: nn.Module) -> Iterator[None]:
+    """Have every call of a tower end before it runs, by `__call__` before any hook hears of it, or by `forward`."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _Called
+
+    hook = tower.register_forward_pre_hook(stop, prepend=True)
+    before = vars(tower).get("forward")
+    vars(tower)["forward"] = stop
+    try:
+        yield
+    finally:
+        hook.remove()
+        del vars(tower)["forward"]
+        if before is not None:
+            vars(tower)["forward"] = before
 
 
 def _ways(model: nn.Module, place: Place) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -77,15 +92,29 @@ def _ways(model: nn.Module, place: Place) -> Iterator[tuple[str, Callable[..., A
         around.append(inner)
     for depth, module in enumerate(around):
         for method in WAYS:
-            if callable(way := getattr(module, method, None)):
+            if callable(way := _attribute(module, method)):
                 yield ".".join([*parts[:depth], method]), way
-    if place.holder is not model and next(iter(inspect.signature(place.holder.forward).parameters), None) in PIXELS:
+    if place.holder is not model and next(iter(_parameters(place.holder.forward)), None) in PIXELS:
         yield ".".join([*parts[:-1], "forward"]), place.holder.forward
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    try:
+        return getattr(module, name, None)
+    except Exception:  # noqa: BLE001 - a property of somebody's own
+        return None
+
+
+def _parameters(way: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(way).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return {}
 
 
 def _arguments(way: Callable[..., Any], place: Place) -> Iterator[dict[str, Any]]:
     """List the inputs to try: one picture (1, 3, S, S), the same as a tile (1, 1, 3, S, S), and sizes beside it."""
-    parameters = inspect.signature(way).parameters
+    parameters = _parameters(way)
     name = next((name for name in PIXELS if name in parameters), None)
     if name is None:
         return

@@ -112,8 +112,6 @@ class StandIn(nn.Module):
 
     def take_back(self) -> nn.Module:
         """Give the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
-        if self.anchor.empty.is_meta:  # accelerate offloads what it can, and there is nothing to offload here
-            self.anchor.place(self._tower.device)
         self.original.bring_back(self.anchor.empty, training=self.training)
         module: nn.Module = self.original.module
         return module

@@ -93,8 +93,10 @@ def choose(
             continue
         passed_over.pop(candidate, None)
         reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
-        # Where a GPU is present, running without TensorRT is news; on a laptop it is not.
-        level = logging.INFO if candidate.plan or not torch.cuda.is_available() else logging.WARNING
+        # Where a GPU is present, running without TensorRT is news; on a laptop it is not. A failed check always is.
+        is_news = torch.cuda.is_available() and not candidate.plan
+        is_news |= not certified and any(each.reservation and not each.coarse for each in passed_over)
+        level = logging.WARNING if is_news else logging.INFO
         logger.log(level, "%s runs on %s%s", bundle.path, runner.name, f"; passed over {reasons}" if reasons else "")
         return runner
     reasons = "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
@@ -179,7 +181,7 @@ def parse_device(device: str | int | torch.device | None) -> torch.device | None
         text = str(device)
         meant = [f"cuda:{text}"] if text.isdecimal() and isinstance(device, str) else nearest(text, ("cpu", "cuda"))
         raise unknown("device", device, ("cpu", "cuda", "cuda:INDEX"), meant)
-    if asked.type not in ("cpu", "cuda"):
+    if asked.type not in ("cpu", "cuda") or (asked.type == "cpu" and asked.index):
         raise ConfigError(f"device {str(asked)!r} has no backend; choose cpu, cuda or cuda:INDEX.")
     if asked.type == "cuda" and asked.index is None:
         return default_device("cuda")

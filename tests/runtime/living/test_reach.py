@@ -104,3 +104,37 @@ def test_model_whose_way_is_not_known_is_told_of(bundles: Bundles, caplog: pytes
     trtower.install(Policy().eval(), bundles())
     assert "Policy: could not prove that it calls eyes" in caplog.text
     assert "on_batch" in caplog.text
+
+
+def test_model_that_calls_forward_itself_is_proven_unheard(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, heard = make("llava"), list[object]()
+    eager = tower(model)
+    eager.register_forward_pre_hook(lambda *given: heard.append(given))
+    monkeypatch.setattr(
+        model, "get_image_features", lambda pixel_values: tower(model).forward(pixel_values).last_hidden_state
+    )
+    trtower.install(model, bundles())
+    assert "could not prove" not in caplog.text
+    assert not heard
+    trtower.uninstall(model)
+    assert "forward" not in vars(eager)
+
+
+def test_way_that_is_not_written_in_python_is_passed_over(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llava")
+    monkeypatch.setattr(model, "get_image_features", max)
+    assert trtower.install(model, bundles()).is_installed
+
+
+def test_tower_that_is_named_is_installed_though_no_way_leads_there(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make("llava")
+    for each in (model, model.model):
+        monkeypatch.setattr(each, "get_image_features", lambda pixel_values: pixel_values)
+    with pytest.raises(ConfigError, match=r"tower='model\.vision_tower' installs it all the same"):
+        trtower.install(model, bundles())
+    trtower.install(model, bundles(), tower="model.vision_tower")
+    assert "could not prove" in caplog.text
