@@ -20,6 +20,7 @@ from trtower.attribute_dict import AttributeDict
 from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
+from trtower.inputs import can_fill, check_images, check_out, one_input
 from trtower.layer_codes import LayerCode
 from trtower.observation import OnBatch, observed
 from trtower.pick import pick, whole_code
@@ -34,9 +35,6 @@ from trtower.vision_model import VisionModel, make_vision_model
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="VisionTower")
-
-PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
-"""The call that turns pictures into features, for whoever passes something else."""
 
 
 class VisionTower(nn.Module):
@@ -252,7 +250,7 @@ class VisionTower(nn.Module):
         `out` is contiguous and of the tower's dtype, and every token and layer is picked. What an image processor
         returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
         """
-        given = self._one_input(images, pixel_values)
+        given = one_input(images, pixel_values)
         with self._holder.lend() as runner:
             if not isinstance(given, (list, tuple)):
                 return self._encode_tensor(runner, given, out)
@@ -267,7 +265,7 @@ class VisionTower(nn.Module):
     def _encode_tensor(self, runner: Runner, images: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self._check(images, "images", in_list=False)
         if out is not None:
-            _check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
+            check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
         (features,) = self._encode(runner, [images], out)
         features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
         if out is None:
@@ -303,7 +301,7 @@ class VisionTower(nn.Module):
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
-        whole = out is not None and self._pick.whole and _can_fill(runner, out, pixel_values)
+        whole = out is not None and self._pick.whole and can_fill(out, pixel_values, runner.dtype)
         tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
         return self.feature_select(self._run_tokens(runner, pixel_values, tokens))
 
@@ -343,37 +341,11 @@ class VisionTower(nn.Module):
         """
         return self._pick.cut(image_forward_outs)
 
-    def _one_input(self, images: Any, pixel_values: Any) -> Any:
-        """Return what was passed as images, as pixel_values, or in what an image processor returned."""
-        if (images is None) == (pixel_values is None):
-            how_many = "neither" if images is None else "both"
-            raise InputError(f"{how_many} of images and pixel_values was passed; one is expected. {PREPARE}")
-        if not isinstance(images, Mapping):
-            return pixel_values if images is None else images
-        if set(images.keys()) != {"pixel_values"}:
-            raise InputError(
-                f"images holds {', '.join(map(str, images.keys())) or 'nothing'}; a tower takes pixel_values and "
-                "nothing else: tower(inputs['pixel_values'])."
-            )
-        return images["pixel_values"]
+    def _check(self, images: Any, name: str, *, in_list: bool) -> None:
+        def expected() -> str:
+            return self._expectation(in_list=in_list)
 
-    def _check(self, images: torch.Tensor, name: str, *, in_list: bool) -> None:
-        if not isinstance(images, torch.Tensor):
-            shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
-            raise InputError(
-                f"{name} is a {type(images).__name__}{shape}; a torch.Tensor or a list of them is expected. {PREPARE}"
-            )
-        if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
-            raise InputError(
-                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, as a picture has. {PREPARE}"
-            )
-        if images.ndim not in ((3, 4) if in_list else (4, 5)) or 0 in images.shape or not self._fits(images.shape[-3:]):
-            expected = self._expectation(in_list=in_list)
-            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
-        if not images.is_floating_point():
-            raise InputError(f"{name} has dtype {images.dtype}; floating-point numbers are expected. {PREPARE}")
-        if images.is_meta:
-            raise InputError(f"{name} is on the meta device, which holds no pixels.")
+        check_images(images, name, dims=(3, 4) if in_list else (4, 5), fits=self._fits, expected=expected)
 
     @property
     def _tokens_of_an_image(self) -> int:
@@ -561,22 +533,6 @@ class TowerConfig(AttributeDict):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as config.json has it."""
         return dict(self)
-
-
-def _check_out(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(out, torch.Tensor) or (tuple(out.shape), out.device) != (shape, device):
-        found = (
-            f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"of type {type(out).__name__}"
-        )
-        raise InputError(f"out is {found}; {shape} on {device} is expected.")
-    if not out.is_floating_point():
-        raise InputError(f"out has dtype {out.dtype}; features are floating-point numbers.")
-
-
-def _can_fill(runner: Runner, out: torch.Tensor, pixel_values: torch.Tensor) -> bool:
-    """Whether the engine may write into ``out``, and does not read there."""
-    apart = out.untyped_storage().data_ptr() != pixel_values.untyped_storage().data_ptr()
-    return out.dtype == runner.dtype and out.is_contiguous() and apart
 
 
 def _device_from_map(device_map: Any) -> str | torch.device | None:

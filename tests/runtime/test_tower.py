@@ -382,6 +382,7 @@ def test_backend_says_what_runs(fp32_bundle: Path) -> None:
         (torch.zeros(2, 0, 3, 42, 42), r"shape \(2, 0, 3, 42, 42\); .* or tiles \(B, T, 3, 42, 42\)"),
         (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), r"dtype torch\.uint8; floating-point"),
         (torch.zeros(1, 3, 42, 42, device="meta"), "meta device"),
+        (torch.zeros(1, 3, 42, 42).to_sparse(), "layout torch.sparse_coo; a dense tensor is expected"),
         ([], "images is an empty list"),
         ([torch.zeros(3, 42, 42), torch.zeros(1, 2, 3, 42, 42)], r"images\[1\] has shape \(1, 2, 3, 42, 42\)"),
         ([torch.zeros(0, 3, 42, 42)], r"images\[0\] has shape \(0, 3, 42, 42\); .* tiles \(T, 3, 42, 42\) in a list"),
