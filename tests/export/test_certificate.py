@@ -337,7 +337,7 @@ def test_check_writes_a_report(checkable: Path, tmp_path: Path, capsys: pytest.C
     folder, report = pictures(tmp_path / "pictures", readable=3), tmp_path / "deep" / "report"
     assert run(["check", str(checkable), "--images", str(folder), "--report", str(report)]) == 0
     captured = capsys.readouterr()
-    assert f"  {report / 'report.html'}\n" in captured.err
+    assert captured.out.endswith(f"{report / 'report.html'}\n")
     assert "hidden state" in captured.out
     page = (report / "report.html").read_text(encoding="utf-8")
     for word in ("picture-0.png", "squares", "not run on a GPU", Bundle.open(checkable).manifest.name):
