@@ -170,7 +170,7 @@ class VisionTower(nn.Module):
     def _placed_on(self) -> torch.device | None:
         """The GPU on which accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map."""
         device = self._anchor.empty.device
-        return None if device.type in ("cpu", "meta") else device
+        return None if device.type == "cpu" else device
 
     def load_model(self, device_map: Any = None) -> None:
         """Verify the bundle's files and load them; a second call does nothing.
@@ -308,7 +308,9 @@ class VisionTower(nn.Module):
     def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
-        if finite or not self._pixel_range.looked:
+        # Reading an extreme of pixels on a GPU waits for it, which a capture forbids: the runner refuses that in words.
+        captured = pixel_values.is_cuda and torch.cuda.is_current_stream_capturing()
+        if finite or not (self._pixel_range.looked or captured):
             low, high = (float(extreme) for extreme in pixel_values.aminmax())  # NaN is both, if any is
             if finite and not (math.isfinite(low) and math.isfinite(high)):
                 bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
