@@ -576,6 +576,6 @@ def test_own_model_around_a_known_tower_is_exported_without_its_code(tmp_path: P
     with pytest.raises(CheckpointError, match="does not say which layer of its tower it reads: --select-layer"):
         open_checkpoint(str(folder)).spec()
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.describe() == "my_llava model, clip tower at eyes"
+    assert checkpoint.describe().startswith("my_llava model, clip tower at eyes")
     assert checkpoint.spec(-2).layers == (3,)
     checkpoint.load_model()
