@@ -194,13 +194,15 @@ class Bundle:
     def copy_to(self, folder: Path) -> "Bundle":
         """Copy the bundle, every file verified, into a folder that is absent, empty, or holds another bundle alone.
 
-        A folder that has the same graph is left as it is, with the plans and certificates that were added to it. Raises
-        BundleError if the folder holds anything else, or a file is altered.
+        A folder that holds the same tower, unaltered, is left as it is, with the plans and certificates that were added
+        to it. Raises BundleError if the folder holds anything else, or a file of this bundle is altered.
         """
         folder = folder.expanduser().resolve()
         if (folder / MANIFEST).is_file():
             there = Bundle.open(folder)
-            if all(there.manifest.files.get(name) == self.manifest.files[name] for name in (GRAPH, GRAPH_DATA)):
+            names = (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
+            is_same = all(there.manifest.files.get(name) == self.manifest.files[name] for name in names)
+            if is_same and there.manifest.spec == self.manifest.spec and not there.altered(names):
                 return there
             known = {folder / name for name in (*there.manifest.files, MANIFEST)}
             foreign = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class VisionModel(nn.Module):
     """Answers like the vision model of transformers that the bundle was made of, with the states that the bundle holds.
 
-    Where transformers is imported, it is an instance of that model's class, because tinychat asks for it.
+    If transformers and its auto classes are imported, it is an instance of the class that they map its `model_type` to,
+    because tinychat asks for CLIP's.
     """
 
     _tower: Any  # a VisionTower: transformers evaluates the annotations of its subclasses, and this one is a cycle

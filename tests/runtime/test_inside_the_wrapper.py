@@ -206,6 +206,21 @@ def test_folder_with_anything_beside_a_bundle_is_left_alone(
     assert Path.cwd() == tmp_path / "here"
 
 
+def test_saved_bundle_that_was_altered_or_reads_other_tokens_is_replaced(
+    bundles: Bundles, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    other = bundles(select_feature="cls_patch")  # the same graph
+    VisionTower.load(fp32_bundle).vision_tower.save_pretrained(tmp_path / "saved")
+    VisionTower.load(other).vision_tower.save_pretrained(tmp_path / "saved")
+    assert Bundle.open(tmp_path / "saved").manifest.spec.select_feature == "cls_patch"
+    data = tmp_path / "saved" / "tower.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    VisionTower.load(other).vision_tower.save_pretrained(tmp_path / "saved")
+    assert not Bundle.open(tmp_path / "saved").altered()
+
+
 def test_model_inside_a_tower_of_several_scales_takes_one_tile(fp32_bundle: Path) -> None:
     args = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
     inner = CLIPVisionTowerS2(fp32_bundle, args).vision_tower
