@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from trtower.bundle import PREPROCESSOR, Bundle
+from trtower.bundle.bundle import PREPROCESSOR, Bundle
 from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
@@ -155,7 +155,7 @@ def build(
     store: StoreOption = True,
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
-    from trtower.manifest import BuildSettings
+    from trtower.bundle.manifest import BuildSettings
     from trtower_export.engine import add_plan
     from trtower_export.store import default_store
 

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from trtower.bundle.manifest import Extent
 from trtower.errors import BuildError
-from trtower.manifest import Extent
 from trtower_export.families import Family
 from trtower_export.onnx_graph import INPUT_DTYPES
 

@@ -15,7 +15,7 @@ import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners import OnStart

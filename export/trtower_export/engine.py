@@ -21,12 +21,12 @@ from typing import Any, TextIO
 
 import torch
 
-from trtower.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
+from trtower.bundle.manifest import BuildSettings, PlanEntry
 from trtower.errors import BuildError, MissingExtraError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.inspection import describe_settings
-from trtower.manifest import BuildSettings, PlanEntry
 from trtower.names import check_name
 from trtower.runners.choose import PLATFORM
 from trtower.spec import BatchProfile, TensorSpec

@@ -14,9 +14,9 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import Figures, LayerFigures
 from trtower.errors import BundleError
-from trtower.manifest import Figures, LayerFigures
 from trtower_export.emulation import load_graph, open_session
 from trtower_export.figures import Sums
 from trtower_export.onnx_graph import HIDDEN_STATE

@@ -19,7 +19,7 @@ import onnx_ir
 import torch
 from torch.export import ExportedProgram
 
-from trtower.bundle import GRAPH_DATA
+from trtower.bundle.bundle import GRAPH_DATA
 from trtower.errors import BuildError
 from trtower.spec import TensorSpec
 

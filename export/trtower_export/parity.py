@@ -19,10 +19,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
+from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
+from trtower.bundle.manifest import BatchFigures, Certificate, ImageFigures
 from trtower.errors import BundleError, CheckpointError
 from trtower.image_processor import ImageProcessor
-from trtower.manifest import BatchFigures, Certificate, ImageFigures
 from trtower.runners import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes

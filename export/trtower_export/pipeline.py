@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import trtower
-from trtower.bundle import (
+from trtower.bundle.bundle import (
     CONFIG,
     GRAPH,
     GRAPH_DATA,
@@ -31,11 +31,11 @@ from trtower.bundle import (
     staged,
     write_manifest,
 )
+from trtower.bundle.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.errors import BuildError, BundleError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
-from trtower.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.weights import hash_weights

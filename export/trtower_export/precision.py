@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from trtower.bundle.manifest import Bound
 from trtower.errors import BuildError
-from trtower.manifest import Bound
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.bounds import judge
 from trtower_export.doctor import FP16, Extremes, named_weights, simulate

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from onnx_ir import DataType
 from torch import Tensor, nn
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower_export.emulation import load_graph

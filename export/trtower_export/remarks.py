@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from trtower.manifest import TO_PAD
+from trtower.bundle.manifest import TO_PAD
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.preprocessor import image_aspect_ratio

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures
 from trtower.inspection import describe_figure, describe_run
-from trtower.manifest import Bound, Certificate, Figures, LayerFigures
 from trtower_export.bounds import why_not_finite
 from trtower_export.doctor import DTYPES, OperationFigures
 from trtower_export.layers import first_jump

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trtower.bundle.manifest import BuildSettings
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
 from trtower.flavour import FLAVOURS, capability_obstacle, known_capabilities, load_flavour
-from trtower.manifest import BuildSettings
 from trtower.names import check_name, list_choices
 
 if TYPE_CHECKING:

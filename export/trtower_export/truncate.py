@@ -7,8 +7,8 @@ optimiser would keep their weights in memory until then.
 import torch
 from torch import Tensor, nn
 
+from trtower.bundle.manifest import Manifest
 from trtower.errors import CheckpointError
-from trtower.manifest import Manifest
 from trtower.spec import TowerSpec
 from trtower.weights import read_parameters, weights_sha256
 from trtower_export.families import Family

@@ -3,7 +3,7 @@
 This package is what deployment imports: torch and one backend. Bundles are made by `trtower export`.
 """
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import (
     BackendError,
     BuildError,

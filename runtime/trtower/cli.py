@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated
 
 from trtower import __version__
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError, TrtowerError
 from trtower.extras import extra_of, how_to_install, import_extra, why_broken
 from trtower.inspection import as_text, inspect_bundle

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from trtower.attribute_dict import AttributeDict
-from trtower.bundle import MANIFEST, PREPROCESSOR
+from trtower.bundle.bundle import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
 from trtower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
 from trtower.size import Size

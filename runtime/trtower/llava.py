@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.pick import export_command, name_layers, whole_code

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.spec import DEFAULT_BATCH, TowerSpec

@@ -17,7 +17,7 @@ from torch import nn
 
 from trtower.anchor import Anchor
 from trtower.attribute_dict import AttributeDict
-from trtower.bundle import CONFIG, PREPROCESSOR, Bundle
+from trtower.bundle.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 from trtower.inputs import can_fill, check_images, check_out, one_input

@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
-from trtower.manifest import Certificate
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
+from trtower.bundle.manifest import Certificate
 from trtower.runners import Runner
 from trtower_export import parity
 from trtower_export.checkpoint import open_checkpoint

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtower.bundle import Bundle
-from trtower.image_processor import ImageProcessor
-from trtower.manifest import (
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import (
     SCHEMA,
     BatchFigures,
     Bound,
@@ -22,6 +21,7 @@ from trtower.manifest import (
     PlanEntry,
     Source,
 )
+from trtower.image_processor import ImageProcessor
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.weights import DTYPES
 from trtower_export.evidence import ImageEvidence

@@ -13,12 +13,12 @@ from PIL import Image
 
 from tests.conftest import BATCH
 from tests.export.checking import check, wrap_runner
-from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
+from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
+from trtower.bundle.manifest import Certificate
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.image_processor import ImageProcessor
 from trtower.inspection import as_text, inspect_bundle
-from trtower.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower_export import parity, pipeline
 from trtower_export.checkpoint import open_checkpoint

@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, NUM_LAYERS, PATCH_SIZE, make_model
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.manifest import Extent
 from trtower.errors import BuildError, ConfigError
-from trtower.manifest import Extent
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export import pipeline
 from trtower_export.cost import measure_graph, measure_module, run_weightless

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from tests.conftest import BATCH
 from tests.export.checking import Wrapped, check
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower_export import parity
 from trtower_export.checkpoint import open_checkpoint

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from trtower.bundle import GRAPH, Bundle
+from trtower.bundle.bundle import GRAPH, Bundle
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile
 from trtower_export import engine
@@ -81,7 +81,7 @@ def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from trtower.bundle import GRAPH, Bundle
+from trtower.bundle.bundle import GRAPH, Bundle
 from trtower_export.engine import build_plan
 from trtower_export.targets import Target
 class Impatient:

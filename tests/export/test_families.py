@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
-from trtower.bundle import GRAPH
+from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower.image_processor import ImageProcessor
 from trtower.spec import TensorSpec, TowerSpec

@@ -13,11 +13,11 @@ import torch
 from tests.conftest import BATCH, MODELS, make_model
 from tests.export import made_up
 from tests.export.checking import check, damage, make_hashes_fit
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.manifest import LayerFigures
 from trtower.errors import BundleError
 from trtower.image_processor import ImageProcessor
 from trtower.layer_codes import LAST
-from trtower.manifest import LayerFigures
 from trtower_export import parity, pipeline
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.layers import LayerSums, first_jump

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
 from trtower.reading import READS_LAST, TRAINED

@@ -12,9 +12,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
+from trtower.bundle.manifest import Certificate, Figures
 from trtower.errors import CheckpointError, ConfigError
-from trtower.manifest import Certificate, Figures
 from trtower.spec import BatchProfile
 from trtower.weights import hash_weights
 from trtower_export.bounds import judge

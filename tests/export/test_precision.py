@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.conftest import BATCH, make_model
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.cli import run
 from trtower.errors import BuildError, ConfigError
 from trtower.image_processor import ImageProcessor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError, MissingExtraError
 from trtower_export import pipeline, quantisation
 from trtower_export.checkpoint import open_checkpoint

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageColor
 
 from tests.export import made_up
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, InputError, MissingExtraError
 from trtower.image_processor import ImageProcessor
 from trtower.spec import BatchProfile, TowerSpec

@@ -19,10 +19,10 @@ from filelock import FileLock
 
 from tests.export.checking import make_hashes_fit
 from trtower import Bundle
-from trtower.bundle import GRAPH, GRAPH_DATA, MANIFEST, write_manifest
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, write_manifest
+from trtower.bundle.manifest import BuildSettings
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
-from trtower.manifest import BuildSettings
 from trtower.spec import BatchProfile
 from trtower_export import engine, targets
 from trtower_export.engine import add_plan, build_plan

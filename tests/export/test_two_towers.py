@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from tests.export.test_layouts import LLAMA, assert_same_tower, doubled, states
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError
 from trtower.pick import export_command
 from trtower_export.checkpoint import open_checkpoint

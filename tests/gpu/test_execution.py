@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from trtower import BatchReport, EngineOptions
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import Certificate
 from trtower.flavour import FLAVOURS
-from trtower.manifest import Certificate
 from trtower.runners.choose import choose
 from trtower.tower import VisionTower
 from trtower_export.bounds import RELATIVE_ERROR

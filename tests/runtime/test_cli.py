@@ -15,7 +15,7 @@ import torch
 
 import trtower
 from trtower import VisionTower
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.cli import gather, run
 from trtower.errors import BundleError
 from trtower.extras import how_to_install

@@ -13,7 +13,7 @@ import transformers
 from tests.conftest import IMAGE_SIZE, Bundles
 from tests.runtime.test_tower import FP32_TOLERANCE, PATCHES, WIDTH, images
 from trtower import CLIPVisionTower, CLIPVisionTowerS2, VisionTower, build_vision_tower
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 from trtower.size import Size

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.runtime.fake_tensorrt_without_gpu import FakeCuda, fake_answer
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError
 from trtower.runners.onnxruntime import LAUNCH, OnnxRuntimeCudaRunner
 

@@ -30,9 +30,9 @@ from tests.runtime.fake_tensorrt_without_gpu import (
     fake_answer,
     fake_plan,
 )
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import BuildSettings, PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
-from trtower.manifest import BuildSettings, PlanEntry
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.slot import Slot
 from trtower.runners.tensorrt import EngineOptions, TensorRTRunner

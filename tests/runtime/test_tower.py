@@ -19,7 +19,7 @@ from PIL import Image
 
 import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 from trtower.pixel_range import expected_range

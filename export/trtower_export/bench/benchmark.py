@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError
 from trtower.names import check_name
 from trtower.spec import cover, sizes

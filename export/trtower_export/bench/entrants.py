@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trtower import VisionTower
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError
 from trtower.spec import PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16

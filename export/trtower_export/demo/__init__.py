@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from trtower.bundle import Bundle
-from trtower.manifest import Certificate
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower import VisionTower
 from trtower_export.checkpoint import open_checkpoint, quiet_transformers

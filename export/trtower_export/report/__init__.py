@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import Certificate
 from trtower.errors import BundleError, InputError
 from trtower.extras import import_extra
 from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_figure
-from trtower.manifest import Certificate
 from trtower.spec import TowerSpec
 from trtower_export.evidence import ImageEvidence
 from trtower_export.layers import first_jump

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures, Manifest
 from trtower.extras import import_extra
 from trtower.inspection import describe_cut, describe_figure, describe_run
 from trtower.layer_codes import name_layer
-from trtower.manifest import Bound, Certificate, Figures, LayerFigures, Manifest
 from trtower.spec import EIGHT_BIT
 from trtower_export.bounds import why_not_finite
 from trtower_export.photographs import PHOTOGRAPH

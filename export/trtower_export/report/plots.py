@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trtower.bundle.manifest import LayerFigures
 from trtower.layer_codes import name_layer
-from trtower.manifest import LayerFigures
 from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, RED, RULE, new_figure, to_png
 
 DPI = 200

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.living.compare import check_answers
 from trtower.living.find import Place, check_is_model, find_tower, find_towers

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trtower.bundle import CONFIG, Bundle
+from trtower.bundle.bundle import CONFIG, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.living.find import Place

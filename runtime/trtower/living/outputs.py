@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trtower.bundle import Bundle
+from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import LAST, name_layer
 from trtower.pick import export_command, name_layers

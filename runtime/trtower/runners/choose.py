@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from trtower.bundle import GRAPH, Bundle
+from trtower.bundle.bundle import GRAPH, Bundle
+from trtower.bundle.manifest import PlanEntry
 from trtower.errors import BackendError, ConfigError
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
-from trtower.manifest import PlanEntry
 from trtower.names import check_name, nearest, unknown
 from trtower.runners import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeCudaRunner, OnnxRuntimeRunner

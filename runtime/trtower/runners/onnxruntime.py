@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners import CLOSED, OnStart

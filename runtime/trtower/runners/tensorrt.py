@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trtower.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.manifest import PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.flavour import load_flavour
-from trtower.manifest import PlanEntry
 from trtower.runners import OnStart
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-
-import trtower
 from tests.conftest import Bundles
 from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.test_hugging_face import EXACT, generate, logits
+
+import trtower
 from trtower.errors import ConfigError
 
 accelerate = pytest.importorskip("accelerate")

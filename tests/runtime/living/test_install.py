@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 import transformers
+from tests.conftest import Bundles, make_model
+from tests.runtime.living.hugging_face import inputs, make, tower
+from tests.runtime.living.test_hugging_face import EXACT, logits
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import trtower
-from tests.conftest import Bundles, make_model
-from tests.runtime.living.hugging_face import inputs, make, tower
-from tests.runtime.living.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.living import install as installing
 from trtower.living.find import Place

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-
-import trtower
 from tests.conftest import IMAGE_SIZE, WIDTH, Bundles
 from tests.runtime.living.original import (
     IMAGE_TOKEN_INDEX,
@@ -20,6 +18,8 @@ from tests.runtime.living.original import (
     config,
 )
 from tests.runtime.living.test_hugging_face import EXACT, MATTERS, OWN_ERROR
+
+import trtower
 from trtower.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

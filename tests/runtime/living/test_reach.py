@@ -5,13 +5,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
-
-import trtower
 from tests.conftest import Bundles
 from tests.runtime.living.hugging_face import inputs, make, tower
 from tests.runtime.living.original import draw_llava, draw_vila
 from tests.runtime.living.test_hugging_face import EXACT, logits
+from torch import nn
+
+import trtower
 from trtower.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,11 +14,11 @@ import torch
 
 from tests.export.checking import make_hashes_fit
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
-from trtower.bundle import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Bundle, describe, write_manifest
+from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Bundle, describe, write_manifest
+from trtower.bundle.manifest import Certificate, Manifest, PlanEntry
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import inspect_bundle
-from trtower.manifest import Certificate, Manifest, PlanEntry
 from trtower.runners.onnxruntime import OnnxRuntimeRunner
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.photographs import load_photographs

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from trtower.bundle import MANIFEST, Bundle
+from trtower.bundle.bundle import MANIFEST, Bundle
+from trtower.bundle.manifest import SCHEMA, Extent
 from trtower.errors import BundleError
 from trtower.inspection import describe_cut
-from trtower.manifest import SCHEMA, Extent
 
 FULL = Extent(layers=24, parameters=303_507_456, flop=381_918_216_192)
 CUT = Extent(layers=23, parameters=290_909_184, flop=366_033_858_560)

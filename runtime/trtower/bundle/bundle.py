@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+from trtower.bundle.manifest import Certificate, FileEntry, Manifest, PlanEntry
 from trtower.errors import BuildError, BundleError
-from trtower.manifest import Certificate, FileEntry, Manifest, PlanEntry
 
 MANIFEST = "tower.json"
 GRAPH = "tower.onnx"

@@ -1,0 +1,1 @@
+"""A bundle on disk: the folder that holds everything deployment needs. No torch."""
