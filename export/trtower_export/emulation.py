@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
-from trtower.runners import OnStart
+from trtower.runners.base import OnStart
 from trtower.spec import EIGHT_BIT
 
 EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}

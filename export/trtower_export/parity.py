@@ -23,7 +23,7 @@ from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundl
 from trtower.bundle.manifest import BatchFigures, Certificate, ImageFigures
 from trtower.errors import BundleError, CheckpointError
 from trtower.image_processor import ImageProcessor
-from trtower.runners import Runner, run_batch
+from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
 from trtower_export.bounds import judge

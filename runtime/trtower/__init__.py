@@ -17,7 +17,7 @@ from trtower.errors import (
 from trtower.living.encode import encode_for
 from trtower.living.install import Installation, install, uninstall
 from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
-from trtower.observation import BatchReport
+from trtower.runners.observation import BatchReport
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower import VisionTower
 

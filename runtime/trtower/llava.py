@@ -19,7 +19,7 @@ from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.pick import export_command, name_layers, whole_code
 from trtower.reading import says_trained
-from trtower.runners import Runner
+from trtower.runners.base import Runner
 from trtower.runners.tensorrt import EngineOptions
 from trtower.s2 import Scales
 from trtower.tower import Self, VisionTower

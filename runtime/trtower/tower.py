@@ -22,12 +22,12 @@ from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.image_processor import ImageProcessor
 from trtower.inputs import can_fill, check_images, check_out, one_input
 from trtower.layer_codes import LayerCode
-from trtower.observation import OnBatch, observed
 from trtower.pick import pick, whole_code
 from trtower.pixel_range import PixelRange
-from trtower.runners import Runner, run_batch
+from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
+from trtower.runners.observation import OnBatch, observed
 from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import sizes
 from trtower.vision_model import VisionModel, make_vision_model

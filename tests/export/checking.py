@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
 from trtower.bundle.manifest import Certificate
-from trtower.runners import Runner
+from trtower.runners.base import Runner
 from trtower_export import parity
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.parity import certify

@@ -20,7 +20,7 @@ import torch
 
 from trtower import BatchReport, CLIPVisionTower, VisionTower
 from trtower.errors import BackendError, ConfigError, InputError
-from trtower.runners import Runner
+from trtower.runners.base import Runner
 from trtower.runners.choose import choose
 
 CPU = ("onnxruntime-cpu", "openvino")

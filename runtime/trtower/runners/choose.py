@@ -16,7 +16,7 @@ from trtower.errors import BackendError, ConfigError
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.names import check_name, nearest, unknown
-from trtower.runners import Runner
+from trtower.runners.base import Runner
 from trtower.runners.onnxruntime import PROVIDERS, OnnxRuntimeCudaRunner, OnnxRuntimeRunner
 from trtower.runners.openvino import ARITHMETIC, OpenVinoRunner, has_bf16
 from trtower.runners.tensorrt import EngineOptions, TensorRTRunner

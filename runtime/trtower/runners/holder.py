@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from trtower.errors import BackendError
-from trtower.runners import Runner
+from trtower.runners.base import Runner
 
 _opened: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 _opened_in: set[int] = set()

@@ -10,7 +10,7 @@ import torch
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
-from trtower.runners import CLOSED, OnStart
+from trtower.runners.base import CLOSED, OnStart
 from trtower.runners.thread import Thread
 from trtower.spec import sizes
 

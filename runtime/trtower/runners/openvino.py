@@ -12,7 +12,7 @@ import torch
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
-from trtower.runners import OnStart
+from trtower.runners.base import OnStart
 from trtower.runners.pool import Pool
 from trtower.spec import EIGHT_BIT
 

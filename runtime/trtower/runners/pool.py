@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from trtower.errors import BackendError
-from trtower.runners import CLOSED
+from trtower.runners.base import CLOSED
 
 T = TypeVar("T")
 

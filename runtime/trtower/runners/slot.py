@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trtower.errors import BackendError
-from trtower.runners import OnStart
+from trtower.runners.base import OnStart
 
 logger = logging.getLogger(__name__)
 

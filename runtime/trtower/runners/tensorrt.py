@@ -12,7 +12,7 @@ from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.bundle.manifest import PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.flavour import load_flavour
-from trtower.runners import OnStart
+from trtower.runners.base import OnStart
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.slot import Capturing, Profile, Slot

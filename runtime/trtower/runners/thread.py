@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from trtower.errors import BackendError
-from trtower.runners import CLOSED
+from trtower.runners.base import CLOSED
 
 Work = tuple[Callable[[], None], "Future[None]"]
 

@@ -231,7 +231,8 @@ def test_writer_killed_between_the_renames_costs_nothing(spoilt: Path) -> None:
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
-    script = f"from pathlib import Path\nfrom trtower.bundle.bundle import locked\nwith locked(Path({str(tmp_path / 'b')!r})): pass"
+    locking = f"with locked(Path({str(tmp_path / 'b')!r})): pass"
+    script = f"from pathlib import Path\nfrom trtower.bundle.bundle import locked\n{locking}"
     with locked(tmp_path / "b"):
         second = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert "another process is writing" in second.stderr

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trtower.runners import Run, Runner
+from trtower.runners.base import Run, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
