@@ -11,7 +11,7 @@ import transformers
 
 from trtower.layer_codes import LayerCode
 from trtower.spec import BatchProfile
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 from trtower_export.pipeline import ExportOptions, export_tower
 
 NUM_LAYERS = 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.recipes import all_recipes
 

@@ -196,7 +196,7 @@ def check(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
-        from trtower.image_processor import ImageProcessor
+        from trtower.tower.image_processor import ImageProcessor
         from trtower_export.checkpoint import open_checkpoint
         from trtower_export.layouts import Trust
         from trtower_export.photographs import load_photographs, say_skipped
@@ -267,7 +267,7 @@ def doctor(
     """Say what half precision costs in every operation of a tower, and where it overflows."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
-        from trtower.image_processor import ImageProcessor
+        from trtower.tower.image_processor import ImageProcessor
         from trtower_export.checkpoint import open_checkpoint
         from trtower_export.doctor import examine
         from trtower_export.layouts import Trust

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
 from trtower.bundle.manifest import BatchFigures, Certificate, ImageFigures
 from trtower.errors import BundleError, CheckpointError
-from trtower.image_processor import ImageProcessor
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.bounds import judge
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision

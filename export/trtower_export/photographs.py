@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trtower.errors import ConfigError, InputError
 from trtower.extras import import_extra
-from trtower.image_processor import ImageProcessor
-from trtower.pictures import to_rgb
+from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.pictures import to_rgb
 from trtower_export.progress import Progress
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trtower.errors import CheckpointError, ConfigError
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint import Checkpoint
 from trtower_export.progress import Progress
 
@@ -22,7 +22,7 @@ ONE_TILE = {
 """Processors that cut pictures into tiles, pad them or patch them, and the one that makes a tile of a whole picture."""
 
 AS_IT_IS = ("CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor")
-"""What runtime/trtower/image_processor.py does without a change."""
+"""What runtime/trtower/tower/image_processor.py does without a change."""
 
 PIXELS = {"do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"}
 PIXELS |= {"rescale_factor", "do_normalize", "image_mean", "image_std"}

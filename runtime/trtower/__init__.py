@@ -16,10 +16,10 @@ from trtower.errors import (
 )
 from trtower.living.encode import encode_for
 from trtower.living.install import Installation, install, uninstall
-from trtower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
 from trtower.runners.observation import BatchReport
 from trtower.runners.tensorrt import EngineOptions
-from trtower.tower import VisionTower
+from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
+from trtower.tower.vision_tower import VisionTower
 
 __version__ = "0.1.0"
 

@@ -21,8 +21,8 @@ from trtower.bundle.manifest import (
     PlanEntry,
     Source,
 )
-from trtower.image_processor import ImageProcessor
 from trtower.spec import BatchProfile, TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower.weights import DTYPES
 from trtower_export.evidence import ImageEvidence
 

@@ -17,9 +17,9 @@ from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundl
 from trtower.bundle.manifest import Certificate
 from trtower.cli import run
 from trtower.errors import BundleError
-from trtower.image_processor import ImageProcessor
 from trtower.inspection import as_text, inspect_bundle
 from trtower.spec import BatchProfile
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export import parity, pipeline
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.parity import batches_of

@@ -17,8 +17,8 @@ from tests.conftest import IMAGE_SIZE, make_model
 from tests.export.small_towers import cut, operations, pixels, simulation
 from trtower.cli import run
 from trtower.errors import CheckpointError
-from trtower.image_processor import ImageProcessor
 from trtower.spec import TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.doctor import Extremes, OperationFigures, examine, named_weights, simulate
 from trtower_export.photographs import load_photographs, prepare

@@ -18,8 +18,8 @@ from PIL import Image
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
 from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
-from trtower.image_processor import ImageProcessor
 from trtower.spec import TensorSpec, TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.engine import build_plan
 from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.onnx_graph import write_onnx

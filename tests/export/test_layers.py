@@ -16,8 +16,8 @@ from tests.export.checking import check, damage, make_hashes_fit
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.bundle.manifest import LayerFigures
 from trtower.errors import BundleError
-from trtower.image_processor import ImageProcessor
 from trtower.layer_codes import LAST
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export import parity, pipeline
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.layers import LayerSums, first_jump

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from trtower.errors import ConfigError, InputError, MissingExtraError
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.photographs import (
     PHOTOGRAPH,
     SHIPPED,

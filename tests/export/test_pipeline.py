@@ -19,7 +19,7 @@ from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle.bundle import MANIFEST, Bundle
 from trtower.bundle.manifest import SCHEMA
 from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export import pipeline
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.pipeline import ExportOptions, export_tower

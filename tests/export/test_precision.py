@@ -11,8 +11,8 @@ from tests.conftest import BATCH, make_model
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.cli import run
 from trtower.errors import BuildError, ConfigError
-from trtower.image_processor import ImageProcessor
 from trtower.inspection import as_text, inspect_bundle
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.doctor import examine
 from trtower_export.engine import add_plan

@@ -17,8 +17,8 @@ from PIL import Image, ImageColor
 from tests.export import made_up
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, InputError, MissingExtraError
-from trtower.image_processor import ImageProcessor
 from trtower.spec import BatchProfile, TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.evidence import ImageEvidence
 from trtower_export.report import Report, as_image, describe_worst, make_folder, pca
 from trtower_export.report.plots import draw_layers

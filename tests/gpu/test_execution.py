@@ -18,7 +18,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Certificate
 from trtower.flavour import FLAVOURS
 from trtower.runners.choose import choose
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 from trtower_export.bounds import RELATIVE_ERROR
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.parity import certify

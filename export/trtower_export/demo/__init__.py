@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Certificate
 from trtower.spec import BatchProfile
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 from trtower_export.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.demo.pretrained import write_checkpoint
 from trtower_export.evidence import ImageEvidence

@@ -19,9 +19,9 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Certificate
 from trtower.errors import BundleError, InputError
 from trtower.extras import import_extra
-from trtower.image_processor import ImageProcessor
 from trtower.inspection import describe_figure
 from trtower.spec import TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.evidence import ImageEvidence
 from trtower_export.layers import first_jump
 from trtower_export.photographs import PHOTOGRAPH

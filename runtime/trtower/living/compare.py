@@ -15,9 +15,9 @@ from torch import Tensor
 from trtower.errors import ConfigError
 from trtower.layer_codes import name_layer
 from trtower.living.find import Place
-from trtower.living.outputs import served_layers
 from trtower.spec import EIGHT_BIT
-from trtower.tower import VisionTower
+from trtower.tower.outputs import served_layers
+from trtower.tower.vision_tower import VisionTower
 from trtower.weights import count_layers
 
 logger = logging.getLogger(__name__)

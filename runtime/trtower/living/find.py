@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from trtower.errors import ConfigError
-from trtower.tower import VisionTower
-from trtower.vision_model import VisionModel
+from trtower.tower.vision_model import VisionModel
+from trtower.tower.vision_tower import VisionTower
 
 Slots = list[tuple[Any, Any]]
 """Where a module hangs: dicts and lists, each with its key there."""

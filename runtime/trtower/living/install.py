@@ -22,7 +22,7 @@ from trtower.living.match import check_match, check_replaceable
 from trtower.living.original import give_memory_back
 from trtower.living.reach import check_reached
 from trtower.runners.tensorrt import EngineOptions
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 
 MB = 1e6
 

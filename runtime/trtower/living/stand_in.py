@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trtower.anchor import Anchor
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.living.find import Place
 from trtower.living.original import Original, wants_gradient
-from trtower.living.outputs import BACK, POOLER_OUTPUT, Outputs
-from trtower.tower import VisionTower
+from trtower.tower.anchor import Anchor
+from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
+from trtower.tower.vision_tower import VisionTower
 from trtower.weights import count_layers
 
 Self = TypeVar("Self", bound="StandIn")

@@ -15,7 +15,7 @@ import pytest
 from trtower.bundle.bundle import GRAPH_DATA, MANIFEST, Bundle, describe, locked, staged
 from trtower.bundle.manifest import SCHEMA, Manifest
 from trtower.errors import BackendError, BundleError
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 
 
 def edit(bundle: Path, **changes: object) -> None:

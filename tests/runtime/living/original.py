@@ -14,7 +14,7 @@ from tests.conftest import IMAGE_SIZE
 from tests.runtime.living.hugging_face import TEXT, VOCABULARY, draw
 from torch import Tensor, nn
 
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 
 IMAGE_TOKEN_INDEX = -200
 PREPROCESSOR = {

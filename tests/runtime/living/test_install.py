@@ -27,7 +27,7 @@ from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.living import install as installing
 from trtower.living.find import Place
 from trtower.living.original import Original
-from trtower.tower import VisionTower
+from trtower.tower.vision_tower import VisionTower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -150,7 +150,9 @@ def test_engine_options_arrive_at_the_runner(bundle: Bundle, monkeypatch: pytest
     engine, arrived = EngineOptions(cuda_graphs=False, contexts=2), []
     monkeypatch.setattr(choosing, "TensorRTRunner", lambda *a: arrived.append(a[3]))
     monkeypatch.setattr(choosing, "OnnxRuntimeCudaRunner", lambda *_, cuda_graphs: arrived.append(cuda_graphs))
-    monkeypatch.setattr("trtower.tower.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle))
+    monkeypatch.setattr(
+        "trtower.tower.vision_tower.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle)
+    )
     (plan,) = bundle.manifest.plans
     cuda = Candidate(backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), obstacle=None)
     replace(cuda, backend="tensorrt-rtx", plan=plan).open(bundle, engine)

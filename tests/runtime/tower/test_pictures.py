@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageMode, ImageSequence
 from skimage import data
 
-from tests.runtime.test_image_processor import assert_same, needs_compositing, noise, reference
+from tests.runtime.tower.test_image_processor import assert_same, needs_compositing, noise, reference
 from trtower.errors import ConfigError, InputError
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 
 MODES = sorted({*Image.MODES, "I;16", "I;16B", "LA", "La", "PA", "RGBa"})  # Pillow 10 does not list the last six
 DEEP = [mode for mode in MODES if ImageMode.getmode(mode).typestr not in ("|b1", "|u1")]

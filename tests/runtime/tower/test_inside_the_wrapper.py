@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from tests.conftest import IMAGE_SIZE, Bundles
-from tests.runtime.test_tower import FP32_TOLERANCE, PATCHES, WIDTH, images
+from tests.runtime.tower.test_vision_tower import FP32_TOLERANCE, PATCHES, WIDTH, images
 from trtower import CLIPVisionTower, CLIPVisionTowerS2, VisionTower, build_vision_tower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, ConfigError, InputError
-from trtower.image_processor import ImageProcessor
-from trtower.size import Size
+from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.size import Size
 from trtower_export.checkpoint import open_checkpoint
 
 

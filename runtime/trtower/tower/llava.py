@@ -17,12 +17,12 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
-from trtower.pick import export_command, name_layers, whole_code
 from trtower.reading import says_trained
 from trtower.runners.base import Runner
 from trtower.runners.tensorrt import EngineOptions
-from trtower.s2 import Scales
-from trtower.tower import Self, VisionTower
+from trtower.tower.pick import export_command, name_layers, whole_code
+from trtower.tower.s2 import Scales
+from trtower.tower.vision_tower import Self, VisionTower
 
 logger = logging.getLogger(__name__)
 

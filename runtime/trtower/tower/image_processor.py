@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trtower.attribute_dict import AttributeDict
 from trtower.bundle.bundle import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
-from trtower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
-from trtower.size import Size
+from trtower.tower.attribute_dict import AttributeDict
+from trtower.tower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
+from trtower.tower.size import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

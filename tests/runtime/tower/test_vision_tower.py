@@ -21,8 +21,8 @@ import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
-from trtower.image_processor import ImageProcessor
-from trtower.pixel_range import expected_range
+from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.pixel_range import expected_range
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.parity import certify
 from trtower_export.photographs import load_photographs

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tests.runtime.living.hugging_face import TEXT
-from tests.runtime.test_tower import images
+from tests.runtime.tower.test_vision_tower import images
 from trtower import CLIPVisionTowerS2, VisionTower, build_vision_tower
 
 accelerate = pytest.importorskip("accelerate")

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data
 
 from trtower.errors import ConfigError, InputError
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 
 pytest.importorskip("transformers")
 
@@ -296,5 +296,5 @@ def test_a_batch_feature_is_a_dict_with_attributes_that_moves() -> None:
 
 
 def test_importing_it_brings_neither_pillow_nor_transformers() -> None:
-    code = "import sys, trtower.image_processor; sys.exit(not {'PIL', 'transformers'}.isdisjoint(sys.modules))"
+    code = "import sys, trtower.tower.image_processor; sys.exit(not {'PIL', 'transformers'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -190,7 +190,7 @@ def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch
         opened.append(choose(*args, **kwargs))
         return opened[-1]
 
-    monkeypatch.setattr("trtower.tower.choose", watch)
+    monkeypatch.setattr("trtower.tower.vision_tower.choose", watch)
     tower = CLIPVisionTower(clip_bundle, SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: (tower.load_model(), tower(draw(1))), range(4)))

@@ -15,22 +15,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from trtower.anchor import Anchor
-from trtower.attribute_dict import AttributeDict
 from trtower.bundle.bundle import CONFIG, PREPROCESSOR, Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
-from trtower.image_processor import ImageProcessor
-from trtower.inputs import can_fill, check_images, check_out, one_input
 from trtower.layer_codes import LayerCode
-from trtower.pick import pick, whole_code
-from trtower.pixel_range import PixelRange
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.observation import OnBatch, observed
 from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import sizes
-from trtower.vision_model import VisionModel, make_vision_model
+from trtower.tower.anchor import Anchor
+from trtower.tower.attribute_dict import AttributeDict
+from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.inputs import can_fill, check_images, check_out, one_input
+from trtower.tower.pick import pick, whole_code
+from trtower.tower.pixel_range import PixelRange
+from trtower.tower.vision_model import VisionModel, make_vision_model
 
 logger = logging.getLogger(__name__)
 

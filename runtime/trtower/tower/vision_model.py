@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from trtower.errors import ConfigError
-from trtower.living.outputs import Outputs
+from trtower.tower.outputs import Outputs
 
 if TYPE_CHECKING:
-    from trtower.tower import VisionTower
+    from trtower.tower.vision_tower import VisionTower
 
 
 class VisionModel(nn.Module):

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from trtower.image_processor import ImageProcessor
+from trtower.tower.image_processor import ImageProcessor
 
 FAR = 3.0
 """Values this many expected ranges outside are no pixels in the expected units; noise and resizing stay well inside."""
