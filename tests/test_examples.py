@@ -15,8 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import IMAGE_TOKEN, IS_OLD, TAKES_FEATURES, VOCABULARY, make
-from tests.runtime.living.original import IMAGE_TOKEN_INDEX, Letters, draw_llava, draw_vila
+from tests.runtime.installation.hugging_face import IMAGE_TOKEN, IS_OLD, TAKES_FEATURES, VOCABULARY, make
+from tests.runtime.installation.original import IMAGE_TOKEN_INDEX, Letters, draw_llava, draw_vila
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

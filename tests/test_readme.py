@@ -15,7 +15,7 @@ from PIL import Image
 
 import trtower
 from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import inputs, make
+from tests.runtime.installation.hugging_face import inputs, make
 from trtower import cli
 from trtower_export.families import FAMILIES
 from trtower_export.pipeline import ExportOptions, export_tower

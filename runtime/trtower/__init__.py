@@ -14,8 +14,8 @@ from trtower.errors import (
     MissingExtraError,
     TrtowerError,
 )
-from trtower.living.encode import encode_for
-from trtower.living.install import Installation, install, uninstall
+from trtower.installation.encode import encode_for
+from trtower.installation.install import Installation, install, uninstall
 from trtower.runners.observation import BatchReport
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import trtower
-from tests.runtime.living.hugging_face import KINDS, TAKES_FEATURES, inputs, make, tower
-from tests.runtime.living.test_hugging_face import OWN_ERROR, generate, logits
+from tests.runtime.installation.hugging_face import KINDS, TAKES_FEATURES, inputs, make, tower
+from tests.runtime.installation.test_hugging_face import OWN_ERROR, generate, logits
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tests.runtime.living.hugging_face import TEXT
+from tests.runtime.installation.hugging_face import TEXT
 from tests.runtime.tower.test_vision_tower import images
 from trtower import CLIPVisionTowerS2, VisionTower, build_vision_tower
 

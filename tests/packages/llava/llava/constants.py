@@ -1,4 +1,4 @@
-from tests.runtime.living.original import IMAGE_TOKEN_INDEX
+from tests.runtime.installation.original import IMAGE_TOKEN_INDEX
 
 DEFAULT_IMAGE_TOKEN = "<image>"
 __all__ = ["DEFAULT_IMAGE_TOKEN", "IMAGE_TOKEN_INDEX"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.runtime.living.original import draw_vila
+from tests.runtime.installation.original import draw_vila
 
 
 def load(path: str, model_base: str | None = None) -> Any:

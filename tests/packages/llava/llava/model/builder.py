@@ -1,6 +1,6 @@
 from typing import Any
 
-from tests.runtime.living.original import Letters, draw_llava
+from tests.runtime.installation.original import Letters, draw_llava
 
 
 def load_pretrained_model(path: str, base: str | None, name: str) -> tuple[Any, Any, Any, int]:

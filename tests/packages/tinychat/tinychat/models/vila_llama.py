@@ -1,6 +1,6 @@
 from typing import Any
 
-from tests.runtime.living.original import draw_vila
+from tests.runtime.installation.original import draw_vila
 
 
 def VilaLlamaForCausalLM(config: Any) -> Any:  # noqa: N802 - a class there

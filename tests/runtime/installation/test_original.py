@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+import trtower
 from tests.conftest import IMAGE_SIZE, WIDTH, Bundles
-from tests.runtime.living.original import (
+from tests.runtime.installation.original import (
     IMAGE_TOKEN_INDEX,
     ClipWrapper,
     Llava,
@@ -17,9 +19,7 @@ from tests.runtime.living.original import (
     Vila,
     config,
 )
-from tests.runtime.living.test_hugging_face import EXACT, MATTERS, OWN_ERROR
-
-import trtower
+from tests.runtime.installation.test_hugging_face import EXACT, MATTERS, OWN_ERROR
 from trtower.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trtower.errors import ConfigError, InputError
-from trtower.living.find import find_towers
+from trtower.installation.find import find_towers
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 """What `generate` of transformers 5 encodes, and what it encodes it from."""

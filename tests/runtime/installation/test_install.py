@@ -16,17 +16,17 @@ import psutil
 import pytest
 import torch
 import transformers
-from tests.conftest import Bundles, make_model
-from tests.runtime.living.hugging_face import inputs, make, tower
-from tests.runtime.living.test_hugging_face import EXACT, logits
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import trtower
+from tests.conftest import Bundles, make_model
+from tests.runtime.installation.hugging_face import inputs, make, tower
+from tests.runtime.installation.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError
-from trtower.living import install as installing
-from trtower.living.find import Place
-from trtower.living.original import Original
+from trtower.installation import install as installing
+from trtower.installation.find import Place
+from trtower.installation.original import Original
 from trtower.tower.vision_tower import VisionTower
 
 pytestmark = pytest.mark.usefixtures("one_thread")

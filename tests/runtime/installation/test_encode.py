@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import IMAGE_TOKEN, KINDS, TAKES_FEATURES, cases, inputs, make
-from tests.runtime.living.test_hugging_face import generate
 
 import trtower
+from tests.conftest import Bundles
+from tests.runtime.installation.hugging_face import IMAGE_TOKEN, KINDS, TAKES_FEATURES, cases, inputs, make
+from tests.runtime.installation.test_hugging_face import generate
 from trtower.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trtower.errors import ConfigError
+from trtower.installation.find import Place
 from trtower.layer_codes import name_layer
-from trtower.living.find import Place
 from trtower.spec import EIGHT_BIT
 from trtower.tower.outputs import served_layers
 from trtower.tower.vision_tower import VisionTower

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import IMAGE_SIZE, NUM_LAYERS, WIDTH, Bundles, make_model
-from tests.runtime.living.hugging_face import inputs, make, tower
-from tests.runtime.living.test_hugging_face import EXACT, logits
 from torch import nn
 
 import trtower
+from tests.conftest import IMAGE_SIZE, NUM_LAYERS, WIDTH, Bundles, make_model
+from tests.runtime.installation.hugging_face import inputs, make, tower
+from tests.runtime.installation.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.layer_codes import LAST, LayerCode
 

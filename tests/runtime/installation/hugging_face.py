@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from tests.conftest import IMAGE_SIZE, MODELS, make_model
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from tests.conftest import IMAGE_SIZE, MODELS, make_model
 from trtower.layer_codes import LAST, LayerCode
 
 IS_OLD = int(transformers.__version__.partition(".")[0]) < 5

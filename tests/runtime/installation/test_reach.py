@@ -5,13 +5,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import inputs, make, tower
-from tests.runtime.living.original import draw_llava, draw_vila
-from tests.runtime.living.test_hugging_face import EXACT, logits
 from torch import nn
 
 import trtower
+from tests.conftest import Bundles
+from tests.runtime.installation.hugging_face import inputs, make, tower
+from tests.runtime.installation.original import draw_llava, draw_vila
+from tests.runtime.installation.test_hugging_face import EXACT, logits
 from trtower.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +62,7 @@ def test_adapter_beside_the_tower_does_not_concern_it(bundles: Bundles) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "vipllava", "paligemma"])
 def test_way_of_every_model_is_proven(bundles: Bundles, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    from tests.runtime.living.hugging_face import KINDS
+    from tests.runtime.installation.hugging_face import KINDS
 
     kind = KINDS[name]
     trtower.install(make(name), bundles(kind.tower, kind.layer))

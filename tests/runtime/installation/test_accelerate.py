@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import inputs, make, tower
-from tests.runtime.living.test_hugging_face import EXACT, generate, logits
 
 import trtower
+from tests.conftest import Bundles
+from tests.runtime.installation.hugging_face import inputs, make, tower
+from tests.runtime.installation.test_hugging_face import EXACT, generate, logits
 from trtower.errors import ConfigError
 
 accelerate = pytest.importorskip("accelerate")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from tests.conftest import IMAGE_SIZE
-from tests.runtime.living.hugging_face import TEXT, VOCABULARY, draw
 from torch import Tensor, nn
 
+from tests.conftest import IMAGE_SIZE
+from tests.runtime.installation.hugging_face import TEXT, VOCABULARY, draw
 from trtower.tower.image_processor import ImageProcessor
 
 IMAGE_TOKEN_INDEX = -200

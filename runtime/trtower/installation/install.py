@@ -16,11 +16,11 @@ from torch import nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
-from trtower.living.compare import check_answers
-from trtower.living.find import Place, check_is_model, find_tower, find_towers
-from trtower.living.match import check_match, check_replaceable
-from trtower.living.original import give_memory_back
-from trtower.living.reach import check_reached
+from trtower.installation.compare import check_answers
+from trtower.installation.find import Place, check_is_model, find_tower, find_towers
+from trtower.installation.match import check_match, check_replaceable
+from trtower.installation.original import give_memory_back
+from trtower.installation.reach import check_reached
 from trtower.runners.tensorrt import EngineOptions
 from trtower.tower.vision_tower import VisionTower
 
@@ -165,7 +165,7 @@ def install(
             check_answers(place, ran, compared=not any(allowed.values()))
             check_reached(model, place, named=tower is not None)
             # Here and not above: it imports transformers, which such a model has imported already.
-            from trtower.living.stand_in import make_stand_in
+            from trtower.installation.stand_in import make_stand_in
 
             stand_in = make_stand_in(place, ran, installation)
             if not keep_original:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trtower.errors import ConfigError
-from trtower.living.find import Place, find_towers
+from trtower.installation.find import Place, find_towers
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Bundles
-from tests.runtime.living.hugging_face import KINDS, cases, inputs, make
 
 import trtower
+from tests.conftest import Bundles
+from tests.runtime.installation.hugging_face import KINDS, cases, inputs, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

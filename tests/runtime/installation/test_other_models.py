@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import IMAGE_SIZE, MODELS, Bundles, make_model
-from tests.runtime.living.hugging_face import IMAGE_TOKEN, TEXT, VOCABULARY, draw
-from tests.runtime.living.test_hugging_face import EXACT, MATTERS, logits
 
 import trtower
+from tests.conftest import IMAGE_SIZE, MODELS, Bundles, make_model
+from tests.runtime.installation.hugging_face import IMAGE_TOKEN, TEXT, VOCABULARY, draw
+from tests.runtime.installation.test_hugging_face import EXACT, MATTERS, logits
 from trtower.errors import ConfigError
 from trtower.layer_codes import LAST
 
