@@ -33,12 +33,12 @@ from trtower.bundle.bundle import (
 )
 from trtower.bundle.manifest import SCHEMA, Calibration, Manifest, Source
 from trtower.errors import BuildError, BundleError, ConfigError
+from trtower.fingerprint import hash_weights
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.tower.image_processor import ImageProcessor
-from trtower.weights import hash_weights
 from trtower_export.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.cost import measure_graph, measure_module
 from trtower_export.engine import MIB, PLAN_OVERHEAD_MIB, describe_plan, obtain_plan

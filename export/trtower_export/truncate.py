@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from trtower.bundle.manifest import Manifest
 from trtower.errors import CheckpointError
+from trtower.fingerprint import read_parameters, weights_sha256
 from trtower.spec import TowerSpec
-from trtower.weights import read_parameters, weights_sha256
 from trtower_export.families import Family
 
 

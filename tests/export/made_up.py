@@ -21,9 +21,9 @@ from trtower.bundle.manifest import (
     PlanEntry,
     Source,
 )
+from trtower.fingerprint import DTYPES
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
-from trtower.weights import DTYPES
 from trtower_export.evidence import ImageEvidence
 
 PLAN = "plans/tensorrt-rtx-1.7.1.any.plan"

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
 from trtower.bundle.manifest import Certificate, Figures
 from trtower.errors import CheckpointError, ConfigError
+from trtower.fingerprint import hash_weights
 from trtower.spec import BatchProfile
-from trtower.weights import hash_weights
 from trtower_export.bounds import judge
 from trtower_export.checkpoint import open_checkpoint
 from trtower_export.figures import Sums

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from trtower.errors import ConfigError
+from trtower.fingerprint import count_layers
 from trtower.installation.find import Place
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
 from trtower.tower.outputs import served_layers
 from trtower.tower.vision_tower import VisionTower
-from trtower.weights import count_layers
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trtower.errors import BackendError, ConfigError, InputError
+from trtower.fingerprint import count_layers
 from trtower.installation.find import Place
 from trtower.installation.original import Original, wants_gradient
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower.vision_tower import VisionTower
-from trtower.weights import count_layers
 
 Self = TypeVar("Self", bound="StandIn")
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tests.conftest import MODELS, NUM_LAYERS, make_model
+from trtower.fingerprint import DTYPES, hash_weights, read_parameters, weights_sha256
 from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import TowerSpec
-from trtower.weights import DTYPES, hash_weights, read_parameters, weights_sha256
 from trtower_export.families import family_of
 from trtower_export.truncate import truncate
 
