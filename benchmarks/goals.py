@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 RECIPE = "openai/clip-vit-large-patch14-336"
 COMMAND = [sys.executable, "-c", "from trtower.cli import main; main()"]

@@ -103,7 +103,7 @@ def export(
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
-        from trtower_export.layouts import Trust
+        from trtower_export.checkpoint.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.store import default_store
 
@@ -197,8 +197,8 @@ def check(
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
-        from trtower_export.checkpoint import open_checkpoint
-        from trtower_export.layouts import Trust
+        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.layouts import Trust
         from trtower_export.photographs import load_photographs, say_skipped
         from trtower_export.pipeline import check_bundle
         from trtower_export.report import Report, make_folder
@@ -268,11 +268,11 @@ def doctor(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
-        from trtower_export.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.layouts import Trust
+        from trtower_export.checkpoint.preprocessor import fit_preprocessor
         from trtower_export.doctor import examine
-        from trtower_export.layouts import Trust
         from trtower_export.photographs import load_photographs, prepare, say_skipped
-        from trtower_export.preprocessor import fit_preprocessor
         from trtower_export.report.heatmap import draw_heatmap
         from trtower_export.tables import print_operations
 
@@ -346,8 +346,8 @@ def bench(
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
         from trtower_export.bench.entrants import AGAINST
         from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
-        from trtower_export.checkpoint import open_checkpoint
-        from trtower_export.layouts import Trust
+        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.layouts import Trust
 
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
@@ -385,8 +385,8 @@ def demo(
 
 def recipes(json_: JsonOption = False) -> int:
     """List the checkpoints that trtower knows the tower of, and what an export of each takes by default."""
-    from trtower_export.recipe_table import describe_recipe, print_recipes
     from trtower_export.recipes import all_recipes
+    from trtower_export.recipes.table import describe_recipe, print_recipes
 
     rows = [describe_recipe(recipe) for recipe in all_recipes()]
     if json_:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
 from trtower.spec import BatchProfile, TowerSpec
-from trtower_export.checkpoint import Checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.operations import Operation, Operations, trace
 from trtower_export.progress import Progress
 from trtower_export.rounding import Simulation, Values

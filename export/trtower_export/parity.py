@@ -27,7 +27,7 @@ from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.bounds import judge
-from trtower_export.checkpoint import Checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.evidence import ImageEvidence
 from trtower_export.figures import Sums, total

@@ -13,7 +13,7 @@ from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
 from trtower.bundle.manifest import Certificate
 from trtower.runners.base import Runner
 from trtower_export import parity
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.parity import certify
 from trtower_export.photographs import load_photographs
 from trtower_export.progress import LoggedProgress

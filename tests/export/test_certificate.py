@@ -21,7 +21,7 @@ from trtower.inspection import as_text, inspect_bundle
 from trtower.spec import BatchProfile
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export import parity, pipeline
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.parity import batches_of
 from trtower_export.pipeline import ExportOptions, export_tower
 

@@ -21,7 +21,7 @@ from tests.export.checking import Wrapped, check
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower_export import parity
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.emulation import EMULATED, HALF, EmulatedRunner, emulate, load_graph
 from trtower_export.pipeline import ExportOptions, export_tower
 

@@ -19,7 +19,7 @@ from trtower.errors import BundleError
 from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export import parity, pipeline
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.layers import LayerSums, first_jump
 from trtower_export.onnx_graph import HIDDEN_STATE
 from trtower_export.photographs import load_photographs

@@ -14,7 +14,7 @@ from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError
 from trtower.layer_codes import LAST
 from trtower.spec import BatchProfile, TensorSpec
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.onnx_graph import HIDDEN_STATE, write_onnx
 from trtower_export.operations import trace
 from trtower_export.truncate import truncate

@@ -18,7 +18,7 @@ from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import hash_weights
 from trtower.spec import BatchProfile
 from trtower_export.bounds import judge
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.figures import Sums
 from trtower_export.parity import certify
 from trtower_export.photographs import load_photographs

@@ -21,9 +21,9 @@ from trtower.bundle.manifest import SCHEMA
 from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export import pipeline
-from trtower_export.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.checkpoint.preprocessor import fit_preprocessor
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.preprocessor import fit_preprocessor
 from trtower_export.progress import LoggedProgress
 
 

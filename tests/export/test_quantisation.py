@@ -11,7 +11,7 @@ from onnx import TensorProto
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError, MissingExtraError
 from trtower_export import pipeline, quantisation
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.cost import measure_graph
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.quantisation import read_quantised

@@ -26,7 +26,7 @@ from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
 from trtower_export.bench.goals import TILES, Goal, judge_goals
-from trtower_export.checkpoint import Checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.latency import race
 from trtower_export.progress import Progress
 

@@ -32,8 +32,8 @@ def main(
     images = torch.randn(batch, 3, side, side)
     if not backend:
         from trtower_export.bench.entrants import Arena, enter
-        from trtower_export.checkpoint import open_checkpoint
-        from trtower_export.layouts import Trust
+        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.layouts import Trust
 
         found = open_checkpoint(
             checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust), tower=tower

@@ -13,7 +13,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError
 from trtower.spec import PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
-from trtower_export.checkpoint import Checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.truncate import TruncatedTower, check_weights, truncate
 
 TRTOWER, LLAVA = "trtower", "llava"

@@ -14,7 +14,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
-from trtower_export.checkpoint import open_checkpoint, quiet_transformers
+from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.demo.pretrained import write_checkpoint
 from trtower_export.evidence import ImageEvidence
 from trtower_export.latency import ROUNDS, race

@@ -17,7 +17,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, ConfigError, InputError
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.size import Size
-from trtower_export.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 
 def vila(**changes: object) -> transformers.PretrainedConfig:

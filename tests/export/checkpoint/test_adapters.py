@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
-from tests.export.test_layouts import LLAMA, TEXT, assert_same_tower, save_composite
+from tests.export.checkpoint.test_layouts import LLAMA, TEXT, assert_same_tower, save_composite
 from trtower.errors import CheckpointError
-from trtower_export.checkpoint import open_checkpoint
-from trtower_export.layouts import Trust
+from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.layouts import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
 
 PEFT = "base_model.model."

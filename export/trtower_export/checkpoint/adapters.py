@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection, Iterable
 
 from trtower.errors import CheckpointError
-from trtower_export.files import Files
-from trtower_export.weights import Tensors, names_in
+from trtower_export.checkpoint.files import Files
+from trtower_export.checkpoint.tensors import Tensors, names_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

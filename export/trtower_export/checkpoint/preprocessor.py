@@ -4,7 +4,7 @@ from typing import Any
 
 from trtower.errors import CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.checkpoint import Checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.progress import Progress
 
 ONE_TILE = {

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
-from trtower_export.checkpoint import open_checkpoint
-from trtower_export.layouts import Trust
-from trtower_export.open_clip import preprocessor
+from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.layouts import Trust
+from trtower_export.checkpoint.open_clip import preprocessor
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.truncate import truncate
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from trtower.errors import CheckpointError
-from trtower_export.checkpoint import open_checkpoint
-from trtower_export.files import Files
-from trtower_export.layouts import Trust
-from trtower_export.weights import find_tensors
+from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.files import Files
+from trtower_export.checkpoint.layouts import Trust
+from trtower_export.checkpoint.tensors import find_tensors
 
 GIB = 2**30
 MARGIN = GIB // 2

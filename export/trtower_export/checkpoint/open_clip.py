@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from trtower.errors import CheckpointError
+from trtower_export.checkpoint.files import Files, one_line
+from trtower_export.checkpoint.layout import Layout, Request
+from trtower_export.checkpoint.tensors import list_tensors
+from trtower_export.checkpoint.tower_tensors import with_tower
+from trtower_export.checkpoint.vision_config import check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.base import square
-from trtower_export.files import Files, one_line
-from trtower_export.layout import Layout, Request
-from trtower_export.tower_tensors import with_tower
-from trtower_export.vision_config import check_vision_config
-from trtower_export.weights import list_tensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -20,8 +20,8 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
 from trtower.reading import READS_LAST, TRAINED
-from trtower_export.checkpoint import Checkpoint, open_checkpoint
-from trtower_export.layouts import _read_hf_layer, from_recipe
+from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.checkpoint.layouts import _read_hf_layer, from_recipe
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.recipes import find_recipe
 from trtower_export.truncate import truncate

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.conftest import make_model
-from tests.export.test_layouts import assert_same_tower
+from tests.export.checkpoint.test_layouts import assert_same_tower
 from trtower.errors import CheckpointError
-from trtower_export.checkpoint import open_checkpoint
-from trtower_export.layouts import Trust
+from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.layouts import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
 
 

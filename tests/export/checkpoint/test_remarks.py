@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import make_model
-from tests.export.test_layouts import LLAMA, TEXT, save_composite
+from tests.export.checkpoint.test_layouts import LLAMA, TEXT, save_composite
 from trtower.bundle.bundle import MANIFEST, Bundle
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle

@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trtower.errors import CheckpointError
+from trtower_export.checkpoint.files import Files, one_line
 from trtower_export.families import FAMILIES, Family, family_of, refusal
 from trtower_export.families.base import square
-from trtower_export.files import Files, one_line
 
 VISION_CONFIG = "vision_config"
 LANGUAGE_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES} | {

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trtower.errors import CheckpointError
-from trtower_export.files import Files, check_arrived, first_line
-from trtower_export.wrapped_names import unwrap
+from trtower_export.checkpoint.files import Files, check_arrived, first_line
+from trtower_export.checkpoint.wrapped_names import unwrap
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from trtower.bundle.bundle import MANIFEST
 from trtower.errors import CheckpointError
-from trtower_export.files import Files, check_arrived
-from trtower_export.vision_config import VISION_TYPES
+from trtower_export.checkpoint.files import Files, check_arrived
+from trtower_export.checkpoint.vision_config import VISION_TYPES
 
 WEIGHTS = "a file of weights"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from trtower.errors import CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.checkpoint import Checkpoint, open_checkpoint
-from trtower_export.preprocessor import fit_preprocessor, image_aspect_ratio
+from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.checkpoint.preprocessor import fit_preprocessor, image_aspect_ratio
 from trtower_export.progress import LoggedProgress
 
 SIZE = 56

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import WIDTH
 from trtower.errors import CheckpointError
-from trtower_export import files as module
-from trtower_export.checkpoint import open_checkpoint
-from trtower_export.layouts import Trust
+from trtower_export.checkpoint import files as module
+from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.layouts import Trust
 from trtower_export.recipes import all_recipes
 
 

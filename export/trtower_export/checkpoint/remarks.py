@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from trtower.bundle.manifest import TO_PAD
 from trtower.spec import TowerSpec
-from trtower_export.checkpoint import Checkpoint
-from trtower_export.preprocessor import image_aspect_ratio
+from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.checkpoint.preprocessor import image_aspect_ratio
 
 
 def remarks(checkpoint: Checkpoint, spec: TowerSpec, *, layer_asked: bool) -> Iterator[str]:

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from trtower.errors import CheckpointError
-from trtower_export import adapters
-from trtower_export.files import Files
-from trtower_export.layout import Layout, Request
-from trtower_export.not_checkpoints import checkpoints_in, unfinished_in
-from trtower_export.weights import Tensors
-from trtower_export.wrapped_names import refuse_unknown_wrapper, unknown_wrapper, wrappers_in
+from trtower_export.checkpoint import adapters
+from trtower_export.checkpoint.files import Files
+from trtower_export.checkpoint.layout import Layout, Request
+from trtower_export.checkpoint.not_checkpoints import checkpoints_in, unfinished_in
+from trtower_export.checkpoint.tensors import Tensors
+from trtower_export.checkpoint.wrapped_names import refuse_unknown_wrapper, unknown_wrapper, wrappers_in
 
 
 def with_tower(

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from trtower.layer_codes import LayerCode
+from trtower_export.checkpoint.tensors import Tensors
 from trtower_export.families import Family
-from trtower_export.weights import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

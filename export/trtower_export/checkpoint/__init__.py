@@ -1,0 +1,1 @@
+"""What the user named, turned into a config and tensors."""
