@@ -31,11 +31,11 @@ from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.evidence import ImageEvidence
 from trtower_export.figures import Sums, total
+from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 from trtower_export.layers import GraphStates, LayerSums
 from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.progress import Progress
 from trtower_export.quantisation import read_quantised, simulate_quantised
-from trtower_export.truncate import TruncatedTower, check_weights, truncate
 
 DRAWN = "drawn"
 """What bounds call the images that are no photographs."""

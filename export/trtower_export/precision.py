@@ -20,8 +20,8 @@ from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.bounds import judge
 from trtower_export.doctor import FP16, Extremes, named_weights, simulate
 from trtower_export.figures import Sums
-from trtower_export.islands import keep_fp32
-from trtower_export.operations import Operations, trace
+from trtower_export.graph.islands import keep_fp32
+from trtower_export.graph.operations import Operations, trace
 from trtower_export.progress import Progress
 from trtower_export.rounding import Simulation, Values
 

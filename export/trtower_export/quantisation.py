@@ -26,7 +26,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower_export.emulation import load_graph
-from trtower_export.truncate import TruncatedTower
+from trtower_export.graph.truncate import TruncatedTower
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from trtower_export.operations import Operation, Operations, is_cast, is_narrow
+from trtower_export.graph.operations import Operation, Operations, is_cast, is_narrow
 
 aten = torch.ops.aten
 

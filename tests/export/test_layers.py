@@ -20,11 +20,11 @@ from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export import parity, pipeline
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.graph.onnx_graph import HIDDEN_STATE
+from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.layers import LayerSums, first_jump
-from trtower_export.onnx_graph import HIDDEN_STATE
 from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.truncate import TruncatedTower, truncate
 
 if TYPE_CHECKING:
     from trtower_export.evidence import ImageEvidence

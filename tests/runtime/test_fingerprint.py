@@ -9,7 +9,7 @@ from trtower.fingerprint import DTYPES, hash_weights, read_parameters, weights_s
 from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import TowerSpec
 from trtower_export.families import family_of
-from trtower_export.truncate import truncate
+from trtower_export.graph.truncate import truncate
 
 
 def spec_of(model: nn.Module, layer: LayerCode = -2) -> TowerSpec:

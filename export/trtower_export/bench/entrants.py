@@ -14,7 +14,7 @@ from trtower.errors import BackendError
 from trtower.spec import PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint.checkpoint import Checkpoint
-from trtower_export.truncate import TruncatedTower, check_weights, truncate
+from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 
 TRTOWER, LLAVA = "trtower", "llava"
 

@@ -24,8 +24,8 @@ from trtower.spec import TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded, one_line
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
+from trtower_export.graph.truncate import truncate
 from trtower_export.recipes import Recipe, find_recipe
-from trtower_export.truncate import truncate
 
 DEFAULT_LAYER = -2
 """LLaVA's, for a tower that says nothing of layers."""

@@ -50,7 +50,7 @@ class Source:
 class Extent:
     """What a tower is and what it costs; ``flop`` are those of one image, two for a multiply-add.
 
-    How each is counted stands in `trtower_export.cost`.
+    How each is counted stands in `trtower_export.graph.cost`.
     """
 
     layers: int

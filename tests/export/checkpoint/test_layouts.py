@@ -22,9 +22,9 @@ from trtower.layer_codes import LAST as LAST_STATE
 from trtower.reading import READS_LAST, TRAINED
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.layouts import _read_hf_layer, from_recipe
+from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.recipes import find_recipe
-from trtower_export.truncate import truncate
 
 LAST = NUM_LAYERS + 1
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}

@@ -13,8 +13,8 @@ from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
 from trtower_export.checkpoint.open_clip import preprocessor
+from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.truncate import truncate
 
 WIDTH, HEADS, LAYERS, IMAGE_SIZE, PATCH_SIZE = 64, 2, 3, 42, 14
 VISION = {"image_size": IMAGE_SIZE, "layers": LAYERS, "width": WIDTH, "head_width": 32, "patch_size": PATCH_SIZE}

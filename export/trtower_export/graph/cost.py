@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trtower.bundle.manifest import Extent
 from trtower.errors import BuildError
 from trtower_export.families import Family
-from trtower_export.onnx_graph import INPUT_DTYPES
+from trtower_export.graph.onnx_graph import INPUT_DTYPES
 
 
 def measure_module(model: nn.Module, family: Family, image_size: int) -> Extent:
@@ -102,7 +102,7 @@ def _count(node: onnx.NodeProto, shapes: _Shapes) -> int:
     if node.domain not in ("", "ai.onnx") or (node.op_type not in WORK and node.op_type not in UNCOUNTED):
         raise BuildError(
             f"the graph has {node.op_type} ({node.name}), and it is not known what that costs: say so in "
-            "trtower_export/cost.py, where the others are."
+            "trtower_export/graph/cost.py, where the others are."
         )
     return WORK[node.op_type](node, shapes) if node.op_type in WORK else 0
 

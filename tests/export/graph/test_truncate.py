@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
 from trtower.layer_codes import LAST
 from trtower_export.families import FAMILIES, Family, family_of
-from trtower_export.truncate import truncate
+from trtower_export.graph.truncate import truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from trtower_export.operations import Operations, decompose_attention, is_cast, is_narrow
+from trtower_export.graph.operations import Operations, decompose_attention, is_cast, is_narrow
 from trtower_export.rounding import widened
 
 aten = torch.ops.aten

@@ -18,12 +18,12 @@ from trtower.bundle.manifest import Extent
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export import pipeline
-from trtower_export.cost import measure_graph, measure_module, run_weightless
 from trtower_export.families import FAMILIES, Family, family_of
-from trtower_export.onnx_graph import write_onnx
-from trtower_export.operations import trace
+from trtower_export.graph.cost import measure_graph, measure_module, run_weightless
+from trtower_export.graph.onnx_graph import write_onnx
+from trtower_export.graph.operations import trace
+from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.truncate import TruncatedTower, truncate
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
 CLIP_L = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu"}

@@ -1,0 +1,1 @@
+"""A tower, cut and traced, turned into an ONNX graph."""
