@@ -271,9 +271,9 @@ def doctor(
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
-        from trtower_export.doctor import examine
         from trtower_export.photographs import load_photographs, prepare, say_skipped
-        from trtower_export.report.heatmap import draw_heatmap
+        from trtower_export.precision.doctor import examine
+        from trtower_export.precision.heatmap import draw_heatmap
         from trtower_export.tables import print_operations
 
     if picture:

@@ -18,8 +18,8 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Figures, LayerFigures
 from trtower.errors import BundleError
 from trtower_export.emulation import load_graph, open_session
-from trtower_export.figures import Sums
 from trtower_export.graph.onnx_graph import HIDDEN_STATE
+from trtower_export.precision.metrics import Sums
 
 JUMP = 3.0
 """How many times the error of the layer before, or of PyTorch's own, makes a jump. Rounding adds up: on a pretrained

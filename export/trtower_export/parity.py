@@ -26,16 +26,16 @@ from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.bounds import judge
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.evidence import ImageEvidence
-from trtower_export.figures import Sums, total
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 from trtower_export.layers import GraphStates, LayerSums
 from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
+from trtower_export.precision.bounds import judge
+from trtower_export.precision.metrics import Sums, total
+from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 from trtower_export.progress import Progress
-from trtower_export.quantisation import read_quantised, simulate_quantised
 
 DRAWN = "drawn"
 """What bounds call the images that are no photographs."""

@@ -49,9 +49,9 @@ from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.truncate import TruncatedTower, release, truncate
 from trtower_export.parity import DRAWN, certify
 from trtower_export.photographs import PHOTOGRAPH, Photographs, draw_images, load_photographs, prepare, say_skipped
-from trtower_export.precision import find_islands, left_in_half, trace_with_islands
+from trtower_export.precision.quantisation import calibrate, load_modelopt, write_quantised
+from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
 from trtower_export.progress import LoggedProgress, Progress
-from trtower_export.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.targets import Target, choose_target
 
 AUTO = "auto"

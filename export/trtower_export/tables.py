@@ -8,9 +8,9 @@ from rich.table import Table
 
 from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures
 from trtower.inspection import describe_figure, describe_run
-from trtower_export.bounds import why_not_finite
-from trtower_export.doctor import DTYPES, OperationFigures
 from trtower_export.layers import first_jump
+from trtower_export.precision.bounds import why_not_finite
+from trtower_export.precision.doctor import DTYPES, OperationFigures
 
 WIDTH = 160
 """Characters that a table may take, whatever is at the other end of a pipe: names and numbers are there whole."""

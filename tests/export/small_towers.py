@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from tests.conftest import IMAGE_SIZE, make_model
 from trtower.layer_codes import LAST
 from trtower.spec import TowerSpec
-from trtower_export.doctor import simulate
 from trtower_export.families import family_of
 from trtower_export.graph.operations import Operations
 from trtower_export.graph.truncate import truncate
-from trtower_export.rounding import Simulation
+from trtower_export.precision.doctor import simulate
+from trtower_export.precision.rounding import Simulation
 
 OLD_DINOV2 = {
     "attention.q_proj": "attention.attention.query",

@@ -19,10 +19,10 @@ from trtower.bundle.manifest import Certificate
 from trtower.flavour import FLAVOURS
 from trtower.runners.choose import choose
 from trtower.tower.vision_tower import VisionTower
-from trtower_export.bounds import RELATIVE_ERROR
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.parity import certify
 from trtower_export.photographs import Photographs
+from trtower_export.precision.bounds import RELATIVE_ERROR
 from trtower_export.progress import LoggedProgress
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from trtower_export.graph.operations import Operations, decompose_attention, is_cast, is_narrow
-from trtower_export.rounding import widened
+from trtower_export.precision.rounding import widened
 
 aten = torch.ops.aten
 

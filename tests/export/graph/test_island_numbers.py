@@ -18,11 +18,11 @@ from tests.conftest import MODELS, NUM_LAYERS
 from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
 from trtower.bundle.bundle import GRAPH
 from trtower.spec import BatchProfile
-from trtower_export.doctor import named_weights
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
+from trtower_export.precision.doctor import named_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

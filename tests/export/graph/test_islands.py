@@ -13,7 +13,7 @@ from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower_export.engine import build_plan
 from trtower_export.graph.onnx_graph import write_onnx
-from trtower_export.precision import trace_with_islands
+from trtower_export.precision.search import trace_with_islands
 from trtower_export.progress import LoggedStep
 from trtower_export.targets import Target
 

@@ -11,8 +11,8 @@ from tests.conftest import MODELS, NUM_LAYERS
 from tests.export.small_towers import IS_OLD, OLD_DINOV2, cut, operations
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TensorSpec
-from trtower_export.doctor import named_weights
 from trtower_export.graph.operations import FUSED, Operations, decompose_attention, opname, trace
+from trtower_export.precision.doctor import named_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

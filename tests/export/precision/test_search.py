@@ -11,13 +11,13 @@ from torch import nn
 from tests.conftest import BATCH, IMAGE_SIZE
 from tests.export.small_towers import cut, dinov2
 from trtower.spec import TowerSpec
-from trtower_export import precision
-from trtower_export.bounds import judge
-from trtower_export.doctor import Extremes, simulate
-from trtower_export.figures import Sums
-from trtower_export.precision import find_islands, trace_with_islands
+from trtower_export.precision import search as module
+from trtower_export.precision.bounds import judge
+from trtower_export.precision.doctor import Extremes, simulate
+from trtower_export.precision.metrics import Sums
+from trtower_export.precision.rounding import Simulation
+from trtower_export.precision.search import find_islands, trace_with_islands
 from trtower_export.progress import LoggedProgress
-from trtower_export.rounding import Simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,13 +133,13 @@ def test_every_image_of_every_kind_is_searched(kind: str) -> None:
 def test_what_can_be_left_out_once_others_are_is_left_out() -> None:
     """Errors cancel: what must stay beside others need not stay without them."""
     enough = [set("abc"), set("ac"), set("c")]
-    kept = precision._least(list("abc"), lambda names: set(names) in enough)
+    kept = module._least(list("abc"), lambda names: set(names) in enough)
     assert kept == ["c"]
 
 
 def test_tower_that_misses_the_bounds_in_fp32_is_told_why() -> None:
     def why(size: float) -> str:
-        return precision._why([precision._Case("photograph", torch.zeros(1), torch.tensor([1.0, -size]))])
+        return module._why([module._Case("photograph", torch.zeros(1), torch.tensor([1.0, -size]))])
 
     assert "does not fit" in why(7e4)
     assert "does not fit" not in why(6e4)

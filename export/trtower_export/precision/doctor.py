@@ -18,8 +18,8 @@ from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.operations import Operation, Operations, trace
 from trtower_export.graph.truncate import truncate
+from trtower_export.precision.rounding import Simulation, Values
 from trtower_export.progress import Progress
-from trtower_export.rounding import Simulation, Values
 
 FP16 = torch.finfo(torch.float16)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from trtower.bundle.manifest import Figures
-from trtower_export.bounds import (
+from trtower_export.precision.bounds import (
     RATIO_TO_TORCH,
     RELATIVE_ERROR,
     TOKEN_COSINE_MIN,
     TOKEN_ERROR_P999,
     judge,
 )
-from trtower_export.figures import Sums, total
+from trtower_export.precision.metrics import Sums, total
 
 FINE = Figures(
     token_cosine_mean=1.0,

@@ -10,12 +10,13 @@ from onnx import TensorProto
 
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import ConfigError, MissingExtraError
-from trtower_export import pipeline, quantisation
+from trtower_export import pipeline
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.quantisation import read_quantised
+from trtower_export.precision import quantisation
+from trtower_export.precision.quantisation import read_quantised
 
 pytest.importorskip("modelopt")
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}

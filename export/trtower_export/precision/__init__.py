@@ -1,0 +1,1 @@
+"""What half precision and 8 bits do to a tower, and what is done about it."""
