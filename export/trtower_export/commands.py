@@ -105,7 +105,7 @@ def export(
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
-        from trtower_export.store import default_store
+        from trtower_export.plan.store import default_store
 
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
@@ -156,8 +156,8 @@ def build(
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
     from trtower.bundle.manifest import BuildSettings
-    from trtower_export.engine import add_plan
-    from trtower_export.store import default_store
+    from trtower_export.plan.build import add_plan
+    from trtower_export.plan.store import default_store
 
     progress = ConsoleProgress(Console(stderr=True))
     settings = BuildSettings(

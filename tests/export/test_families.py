@@ -20,12 +20,12 @@ from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.engine import build_plan
 from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
-from trtower_export.targets import Target
+from trtower_export.plan.build import build_plan
+from trtower_export.plan.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

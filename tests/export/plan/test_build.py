@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from trtower.bundle.bundle import GRAPH, Bundle
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile
-from trtower_export import engine
-from trtower_export.engine import add_plan, build_plan
+from trtower_export.plan import build
+from trtower_export.plan.build import add_plan, build_plan
+from trtower_export.plan.targets import Target
 from trtower_export.progress import LoggedProgress
-from trtower_export.targets import Target
 
 
 class Recorder:
@@ -40,11 +40,11 @@ def test_plan_holds_the_weights_in_the_precision_asked_for(export: Callable[...,
 
 
 def test_plan_in_another_precision_is_refused() -> None:
-    weights = 100 * engine.MIB
-    engine._check_size(weights + 6 * engine.MIB, weights, "float16")
+    weights = 100 * build.MIB
+    build._check_size(weights + 6 * build.MIB, weights, "float16")
     for wrong in (weights // 2, weights * 2):
         with pytest.raises(BuildError, match="did not keep the precision"):
-            engine._check_size(wrong, weights, "float16")
+            build._check_size(wrong, weights, "float16")
 
 
 def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
 import os, signal
 from pathlib import Path
 from trtower.bundle.bundle import GRAPH, Bundle
-from trtower_export.engine import build_plan
-from trtower_export.targets import Target
+from trtower_export.plan.build import build_plan
+from trtower_export.plan.targets import Target
 class Impatient:
     def update(self, fraction, note):
         os.kill(os.getpid(), signal.SIGINT)

@@ -24,11 +24,12 @@ from trtower.bundle.manifest import BuildSettings
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
 from trtower.spec import BatchProfile
-from trtower_export import engine, targets
-from trtower_export.engine import add_plan, build_plan
 from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.plan import build as module
+from trtower_export.plan import targets
+from trtower_export.plan.build import add_plan, build_plan
+from trtower_export.plan.targets import choose_target
 from trtower_export.progress import LoggedProgress, LoggedStep
-from trtower_export.targets import choose_target
 
 BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"
 PATIENCE_S = 60
@@ -109,7 +110,7 @@ def test_what_differs_is_built_anew(
         profiles = (BatchProfile(min=1, opt=1, max=1), *Bundle.open(other).manifest.profiles)
         write_manifest(other, replace(Bundle.open(other).manifest, profiles=profiles))
     else:
-        monkeypatch.setattr(engine.load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
+        monkeypatch.setattr(module.load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
     assert build(other, store, **options).steps
     assert len(plans(store)) == 2
 
@@ -179,7 +180,7 @@ def test_graph_that_is_replaced_while_it_is_built_gets_into_no_store_and_no_bund
         return build_plan(*args, **options)
 
     monkeypatch.setattr(
-        engine,
+        module,
         "build_plan",
         lambda graph, target, tensor, *rest, **options: build_another(
             graph, target, replace(tensor, dtype="bfloat16"), *rest, **options
@@ -199,14 +200,14 @@ def test_plan_is_not_added_to_a_bundle_that_was_exported_again_meanwhile(
     with (other / GRAPH_DATA).open("r+b") as stream:
         stream.write(b"\0\0")  # the same graph, and one other number
     make_hashes_fit(other, GRAPH_DATA)
-    obtain = engine.obtain_plan
+    obtain = module.obtain_plan
 
     def obtain_late(*args: Any) -> Any:
         found = obtain(*args)
         replace_bundle(bundle, other)
         return found
 
-    monkeypatch.setattr(engine, "obtain_plan", obtain_late)
+    monkeypatch.setattr(module, "obtain_plan", obtain_late)
     with pytest.raises(BundleError, match="was exported again meanwhile"):
         build(bundle, store)
     assert Bundle.open(bundle).manifest == Bundle.open(other).manifest
@@ -243,13 +244,13 @@ def test_bundle_that_cannot_be_written_is_refused_before_anything_is_built(
 ) -> None:
     bundle = bare("a")
     for sealed in (bundle, bundle.parent):
-        monkeypatch.setattr(engine.os, "access", lambda path, _, sealed=sealed: path != sealed)
+        monkeypatch.setattr(module.os, "access", lambda path, _, sealed=sealed: path != sealed)
         with pytest.raises(BuildError, match=r"is read-only, and the plan of .* is written there"):
             build(bundle, store)
     assert not store.exists()
     link = bundle.parent.parent / f"{bundle.parent.name}-link"
     link.symlink_to(bundle)
-    monkeypatch.setattr(engine.os, "access", lambda path, _: path != link.parent)
+    monkeypatch.setattr(module.os, "access", lambda path, _: path != link.parent)
     assert build(link, store).steps
 
 
@@ -407,7 +408,7 @@ def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pyte
 
 def test_settings_reach_tensorrt() -> None:
     module = pytest.importorskip("tensorrt_rtx")
-    made = engine._settings(
+    made = module._settings(
         BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True), module
     )
     assert made == {
@@ -417,7 +418,7 @@ def test_settings_reach_tensorrt() -> None:
         "strip_plan": True,
         "refittable": True,
     }
-    assert engine._settings(BuildSettings(), module) == {}
+    assert module._settings(BuildSettings(), module) == {}
 
 
 def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""An ONNX graph, turned into a TensorRT plan."""
