@@ -12,9 +12,9 @@ from typing import Any
 from trtower.bundle.bundle import GRAPH_DATA
 from trtower.runners.choose import candidates
 from trtower.spec import BatchProfile
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.demo.pretrained import write_checkpoint
-from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.progress import LoggedProgress
 

@@ -197,11 +197,11 @@ def check(
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
+        from trtower_export.check.photographs import load_photographs, say_skipped
+        from trtower_export.check.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.layouts import Trust
-        from trtower_export.photographs import load_photographs, say_skipped
         from trtower_export.pipeline import check_bundle
-        from trtower_export.report import Report, make_folder
 
     source = opened.manifest.source
     pages = page = None
@@ -268,13 +268,13 @@ def doctor(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
+        from trtower_export.check.photographs import load_photographs, prepare, say_skipped
+        from trtower_export.check.tables import print_operations
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
-        from trtower_export.photographs import load_photographs, prepare, say_skipped
         from trtower_export.precision.doctor import examine
         from trtower_export.precision.heatmap import draw_heatmap
-        from trtower_export.tables import print_operations
 
     if picture:
         check_png(picture, "--picture")
@@ -402,7 +402,7 @@ def _say(console: Console, text: str) -> None:
 
 def _verdict(console: Console, bundle: Bundle) -> int:
     """Print what a check found, and give its exit code."""
-    from trtower_export.tables import print_certificate
+    from trtower_export.check.tables import print_certificate
 
     certificate = bundle.manifest.certificate
     assert certificate is not None  # noqa: S101 - the bundle was checked

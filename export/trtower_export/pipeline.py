@@ -39,6 +39,15 @@ from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
 from trtower.tower.image_processor import ImageProcessor
+from trtower_export.check.certify import DRAWN, certify
+from trtower_export.check.photographs import (
+    PHOTOGRAPH,
+    Photographs,
+    draw_images,
+    load_photographs,
+    prepare,
+    say_skipped,
+)
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
 from trtower_export.checkpoint.preprocessor import fit_preprocessor, image_aspect_ratio
@@ -46,8 +55,6 @@ from trtower_export.checkpoint.remarks import remarks
 from trtower_export.graph.cost import measure_graph, measure_module
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.truncate import TruncatedTower, release, truncate
-from trtower_export.parity import DRAWN, certify
-from trtower_export.photographs import PHOTOGRAPH, Photographs, draw_images, load_photographs, prepare, say_skipped
 from trtower_export.plan.build import MIB, PLAN_OVERHEAD_MIB, describe_plan, obtain_plan
 from trtower_export.plan.targets import Target, choose_target
 from trtower_export.precision.quantisation import calibrate, load_modelopt, write_quantised

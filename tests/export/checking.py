@@ -12,10 +12,10 @@ from onnx import numpy_helper
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
 from trtower.bundle.manifest import Certificate
 from trtower.runners.base import Runner
-from trtower_export import parity
+from trtower_export.check import certify as module
+from trtower_export.check.certify import certify
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.parity import certify
-from trtower_export.photographs import load_photographs
 from trtower_export.progress import LoggedProgress
 
 
@@ -45,8 +45,8 @@ class Wrapped:
 
 def wrap_runner(monkeypatch: pytest.MonkeyPatch, after: Run) -> None:
     """Have the check run its bundles on a wrapped runner; ``after`` sees each call, and may spoil its result."""
-    choose = parity.choose
-    monkeypatch.setattr(parity, "choose", lambda *arguments: Wrapped(choose(*arguments), after))
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda *arguments: Wrapped(choose(*arguments), after))
 
 
 def damage(bundle: Path, node: str) -> None:

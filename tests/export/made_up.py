@@ -24,7 +24,7 @@ from trtower.bundle.manifest import (
 from trtower.fingerprint import DTYPES
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.evidence import ImageEvidence
+from trtower_export.check.evidence import ImageEvidence
 
 PLAN = "plans/tensorrt-rtx-1.7.1.any.plan"
 SIZES = {"tower.onnx": 812345, "tower.onnx.data": 43210987, "config.json": 712, "preprocessor_config.json": 436}

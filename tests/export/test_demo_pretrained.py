@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoImageProcessor, Dinov2Model
 
 from trtower.errors import CheckpointError, MissingExtraError
+from trtower_export.check.photographs import load_photographs
 from trtower_export.demo import pretrained
-from trtower_export.photographs import load_photographs
 
 ONNX_SIDE = 224
 # Two FP32 implementations of twelve layers, features up to 11.6: measured 2.1e-5 on these two photographs

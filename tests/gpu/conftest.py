@@ -19,7 +19,7 @@ from PIL import Image
 from trtower.errors import MissingExtraError
 from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.tower.vision_tower import VisionTower
-from trtower_export.photographs import Photographs, load_photographs
+from trtower_export.check.photographs import Photographs, load_photographs
 
 BATCH = ("1", "1", "1", "--batch", "1", "2", "4")
 """Two profiles."""

@@ -19,9 +19,9 @@ from trtower.bundle.manifest import Certificate
 from trtower.flavour import FLAVOURS
 from trtower.runners.choose import choose
 from trtower.tower.vision_tower import VisionTower
+from trtower_export.check.certify import certify
+from trtower_export.check.photographs import Photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.parity import certify
-from trtower_export.photographs import Photographs
 from trtower_export.precision.bounds import RELATIVE_ERROR
 from trtower_export.progress import LoggedProgress
 

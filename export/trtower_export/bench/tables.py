@@ -10,8 +10,8 @@ from rich.table import Table
 
 from trtower_export.bench.benchmark import Benchmark, Timing
 from trtower_export.bench.entrants import LLAVA, TRTOWER
-from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
-from trtower_export.tables import print_whole
+from trtower_export.check.tables import print_whole
+from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
 
 DPI = 200
 WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190

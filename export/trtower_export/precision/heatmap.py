@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from trtower.errors import InputError
 from trtower.extras import import_extra
-from trtower_export.report.figure import GREY, INK, RULE, new_figure, to_png
+from trtower_export.drawing import GREY, INK, RULE, new_figure, to_png
 
 FP16_MAX = 65504.0
 """The largest finite FP16: 2**15 * (2 - 2**-10)."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
-from trtower_export.emulation import load_graph
+from trtower_export.check.emulation import load_graph
 from trtower_export.graph.truncate import TruncatedTower
 
 

@@ -20,8 +20,8 @@ from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import inspect_bundle
 from trtower.runners.onnxruntime import OnnxRuntimeRunner
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import check_bundle
 from trtower_export.progress import LoggedProgress
 

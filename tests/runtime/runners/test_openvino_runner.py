@@ -16,8 +16,8 @@ from trtower.errors import BackendError, BundleError
 from trtower.runners import openvino as runner_module
 from trtower.runners.choose import candidates, choose
 from trtower.runners.openvino import OpenVinoRunner, has_bf16
+from trtower_export.check.emulation import EmulatedRunner
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.emulation import EmulatedRunner
 
 openvino = pytest.importorskip("openvino")
 

@@ -23,9 +23,9 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pixel_range import expected_range
+from trtower_export.check.certify import certify
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.parity import certify
-from trtower_export.photographs import load_photographs
 from trtower_export.progress import LoggedProgress
 
 SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4

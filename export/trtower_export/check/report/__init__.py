@@ -22,12 +22,12 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_figure
 from trtower.spec import TowerSpec
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.evidence import ImageEvidence
-from trtower_export.layers import first_jump
-from trtower_export.photographs import PHOTOGRAPH
-from trtower_export.report.page import Picture, render
-from trtower_export.report.pca import PcaRow, draw_strips, token_distances, worst_tokens
-from trtower_export.report.plots import TokenDistances, draw_layers, draw_tokens
+from trtower_export.check.evidence import ImageEvidence
+from trtower_export.check.layers import first_jump
+from trtower_export.check.photographs import PHOTOGRAPH
+from trtower_export.check.report.page import Picture, render
+from trtower_export.check.report.pca import PcaRow, draw_strips, token_distances, worst_tokens
+from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
 
 PAGE = "report.html"
 LAYERS, TOKENS = "report-layers.png", "report-tokens.png"

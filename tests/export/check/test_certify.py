@@ -17,9 +17,9 @@ from trtower.bundle.manifest import Certificate, Figures
 from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import hash_weights
 from trtower.spec import BatchProfile
+from trtower_export.check.certify import certify
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.parity import certify
-from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import Sums

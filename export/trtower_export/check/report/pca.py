@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from trtower.errors import InputError
-from trtower_export.report.figure import GREY, INK, new_figure, to_png
+from trtower_export.drawing import GREY, INK, new_figure, to_png
 
 Pixels = npt.NDArray[np.uint8]
 

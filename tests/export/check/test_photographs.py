@@ -7,7 +7,7 @@ from PIL import Image
 
 from trtower.errors import ConfigError, InputError, MissingExtraError
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.photographs import (
+from trtower_export.check.photographs import (
     PHOTOGRAPH,
     SHIPPED,
     draw_images,

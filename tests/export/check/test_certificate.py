@@ -20,13 +20,14 @@ from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
 from trtower.spec import BatchProfile
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export import parity, pipeline
+from trtower_export import pipeline
+from trtower_export.check import certify
+from trtower_export.check.certify import batches_of
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.parity import batches_of
 from trtower_export.pipeline import ExportOptions, export_tower
 
 if TYPE_CHECKING:
-    from trtower_export.evidence import ImageEvidence
+    from trtower_export.check.evidence import ImageEvidence
 
 WRONG = 0.01
 """Relative error: FP32 leaves 1e-6 here, and an image whose tokens are turned around 0.3 of all."""
@@ -72,7 +73,7 @@ def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path
 ) -> None:
     asked: dict[int, set[bytes]] = {}
-    run_batch, calls = parity.run_batch, []
+    run_batch, calls = certify.run_batch, []
 
     def watch(*arguments: object) -> torch.Tensor:
         pixel_values = arguments[-1]
@@ -80,7 +81,7 @@ def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
         asked.setdefault(len(pixel_values), set()).update(image.numpy().tobytes() for image in pixel_values)
         return run_batch(*arguments)
 
-    monkeypatch.setattr(parity, "run_batch", watch)
+    monkeypatch.setattr(certify, "run_batch", watch)
     wrap_runner(monkeypatch, lambda pixel_values, _: calls.append(len(pixel_values)))
     certificate = check(fp32_bundle, clip)
     assert certificate.passed

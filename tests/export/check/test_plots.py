@@ -11,10 +11,10 @@ from PIL import Image, ImageColor
 
 from tests.export import made_up
 from trtower.errors import InputError
+from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
+from trtower_export.drawing import BLUE, ORANGE, RED
 from trtower_export.precision import heatmap
 from trtower_export.precision.heatmap import draw_heatmap
-from trtower_export.report.figure import BLUE, ORANGE, RED
-from trtower_export.report.plots import TokenDistances, draw_layers, draw_tokens
 
 pytest.importorskip("matplotlib")
 

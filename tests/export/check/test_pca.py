@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageColor
 
 from trtower.errors import InputError
-from trtower_export.report import pca
-from trtower_export.report.pca import PcaRow, draw_pca, draw_strips, pca_colours
+from trtower_export.check.report import pca
+from trtower_export.check.report.pca import PcaRow, draw_pca, draw_strips, pca_colours
 
 SIDE, WIDTH = 16, 24
 

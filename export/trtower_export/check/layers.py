@@ -17,7 +17,7 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Figures, LayerFigures
 from trtower.errors import BundleError
-from trtower_export.emulation import load_graph, open_session
+from trtower_export.check.emulation import load_graph, open_session
 from trtower_export.graph.onnx_graph import HIDDEN_STATE
 from trtower_export.precision.metrics import Sums
 

@@ -20,9 +20,9 @@ from tests.conftest import BATCH
 from tests.export.checking import Wrapped, check
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError, ConfigError
-from trtower_export import parity
+from trtower_export.check import certify
+from trtower_export.check.emulation import EMULATED, HALF, EmulatedRunner, emulate, load_graph
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.emulation import EMULATED, HALF, EmulatedRunner, emulate, load_graph
 from trtower_export.pipeline import ExportOptions, export_tower
 
 LARGE = 64.0
@@ -242,7 +242,7 @@ def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
     """A plan gives no hidden states, and the CPU, where the graph is run for them, has no kernels for BF16."""
     bundle = export("clip", precision="bf16", flavour="none")
     plan = Wrapped(EmulatedRunner(Bundle.open(bundle), worst=True), lambda *_: None)
-    monkeypatch.setattr(parity, "_open", lambda *_: plan)
+    monkeypatch.setattr(certify, "_open", lambda *_: plan)
     certificate = check(bundle, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
     assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3]
 

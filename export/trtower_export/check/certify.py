@@ -26,12 +26,12 @@ from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
 from trtower.tower.image_processor import ImageProcessor
+from trtower_export.check.emulation import EMULATED, EmulatedRunner, require_precision
+from trtower_export.check.evidence import ImageEvidence
+from trtower_export.check.layers import GraphStates, LayerSums
+from trtower_export.check.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint
-from trtower_export.emulation import EMULATED, EmulatedRunner, require_precision
-from trtower_export.evidence import ImageEvidence
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
-from trtower_export.layers import GraphStates, LayerSums
-from trtower_export.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import Sums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised

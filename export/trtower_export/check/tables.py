@@ -8,7 +8,7 @@ from rich.table import Table
 
 from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures
 from trtower.inspection import describe_figure, describe_run
-from trtower_export.layers import first_jump
+from trtower_export.check.layers import first_jump
 from trtower_export.precision.bounds import why_not_finite
 from trtower_export.precision.doctor import DTYPES, OperationFigures
 

@@ -11,7 +11,7 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_cut, describe_figure, describe_run
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
-from trtower_export.photographs import PHOTOGRAPH
+from trtower_export.check.photographs import PHOTOGRAPH
 from trtower_export.precision.bounds import why_not_finite
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"

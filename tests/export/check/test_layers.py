@@ -18,16 +18,17 @@ from trtower.bundle.manifest import LayerFigures
 from trtower.errors import BundleError
 from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export import parity, pipeline
+from trtower_export import pipeline
+from trtower_export.check import certify
+from trtower_export.check.layers import LayerSums, first_jump
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph.onnx_graph import HIDDEN_STATE
 from trtower_export.graph.truncate import TruncatedTower, truncate
-from trtower_export.layers import LayerSums, first_jump
-from trtower_export.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, export_tower
 
 if TYPE_CHECKING:
-    from trtower_export.evidence import ImageEvidence
+    from trtower_export.check.evidence import ImageEvidence
 
 SMALL = 1e-2
 """Relative error that FP16 and BF16 stay below in these towers, where a wrong row makes 0.1 and a swapped layer 0.5."""
@@ -159,7 +160,7 @@ def test_states_are_held_against_transformers_own_and_not_against_the_cut_tower_
         return tower
 
     monkeypatch.setattr(pipeline, "truncate", swap)
-    monkeypatch.setattr(parity, "truncate", swap)
+    monkeypatch.setattr(certify, "truncate", swap)
     options = ExportOptions(flavour="none", check=False, precision="fp32")
     bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options).path
     layers = check(bundle, checkpoints["clip"], quick=True, by_layer=True).layers

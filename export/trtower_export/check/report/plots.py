@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from trtower.bundle.manifest import LayerFigures
 from trtower.layer_codes import name_layer
-from trtower_export.report.figure import BLUE, GREY, INK, ORANGE, RED, RULE, new_figure, to_png
+from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RED, RULE, new_figure, to_png
 
 DPI = 200
 WIDTH, HEIGHT = 1500, 640

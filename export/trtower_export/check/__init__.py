@@ -1,0 +1,1 @@
+"""A bundle held against PyTorch, and the certificate of it."""
