@@ -13,7 +13,7 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.progress import ConsoleProgress
+from trtower_export.console import ConsoleProgress
 
 BatchOption = Annotated[
     list[str] | None,

@@ -52,6 +52,7 @@ from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
 from trtower_export.checkpoint.preprocessor import fit_preprocessor, image_aspect_ratio
 from trtower_export.checkpoint.remarks import remarks
+from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.cost import measure_graph, measure_module
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.truncate import TruncatedTower, release, truncate
@@ -59,7 +60,6 @@ from trtower_export.plan.build import MIB, PLAN_OVERHEAD_MIB, describe_plan, obt
 from trtower_export.plan.targets import Target, choose_target
 from trtower_export.precision.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
-from trtower_export.progress import LoggedProgress, Progress
 
 AUTO = "auto"
 ENGINES = Path("engines")

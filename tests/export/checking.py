@@ -16,7 +16,7 @@ from trtower_export.check import certify as module
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.progress import LoggedProgress
+from trtower_export.console import LoggedProgress
 
 
 def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: object) -> Certificate:

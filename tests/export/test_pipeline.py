@@ -23,8 +23,8 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export import pipeline
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
+from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.progress import LoggedProgress
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from trtower.tower.vision_tower import VisionTower
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import Photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.console import LoggedProgress
 from trtower_export.precision.bounds import RELATIVE_ERROR
-from trtower_export.progress import LoggedProgress
 
 pytestmark = pytest.mark.gpu
 

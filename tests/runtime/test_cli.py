@@ -20,9 +20,9 @@ from trtower.cli import gather, run
 from trtower.errors import BundleError
 from trtower.extras import how_to_install
 from trtower.inspection import as_text, inspect_bundle
+from trtower_export.console import LoggedProgress
 from trtower_export.plan.build import add_plan
 from trtower_export.precision import bounds
-from trtower_export.progress import LoggedProgress
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
 from trtower_export.bench.goals import TILES, Goal, judge_goals
+from trtower_export.bench.race import race
 from trtower_export.checkpoint.checkpoint import Checkpoint
-from trtower_export.latency import race
-from trtower_export.progress import Progress
+from trtower_export.console import Progress
 
 ROUNDS = {"cpu": 7, "cuda": 100}
 """How often each entrant runs, by the kind of device."""

@@ -31,11 +31,11 @@ from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import GraphStates, LayerSums
 from trtower_export.check.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.console import Progress
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import Sums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
-from trtower_export.progress import Progress
 
 DRAWN = "drawn"
 """What bounds call the images that are no photographs."""

@@ -18,7 +18,7 @@ from trtower.errors import ConfigError, InputError
 from trtower.extras import import_extra
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pictures import to_rgb
-from trtower_export.progress import Progress
+from trtower_export.console import Progress
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 

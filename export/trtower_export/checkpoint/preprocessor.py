@@ -5,7 +5,7 @@ from typing import Any
 from trtower.errors import CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import Checkpoint
-from trtower_export.progress import Progress
+from trtower_export.console import Progress
 
 ONE_TILE = {
     "LlavaImageProcessor": "CLIPImageProcessor",

@@ -30,9 +30,9 @@ from trtower.inspection import describe_settings
 from trtower.names import check_name
 from trtower.runners.choose import PLATFORM
 from trtower.spec import BatchProfile, TensorSpec
+from trtower_export.console import Progress, Step
 from trtower_export.plan.store import PlanStore, Stored
 from trtower_export.plan.targets import Target, build_there, choose_target
-from trtower_export.progress import Progress, Step
 
 MIB = 1 << 20
 

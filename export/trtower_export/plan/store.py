@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from trtower.bundle.bundle import describe, disk_errors
 from trtower.errors import BuildError
 from trtower.extras import import_extra
-from trtower_export.progress import Progress
+from trtower_export.console import Progress
 
 PLAN, LOG, ENTRY = "plan", "log", "entry.json"
 

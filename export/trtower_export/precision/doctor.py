@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from trtower.errors import CheckpointError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.console import Progress
 from trtower_export.graph.operations import Operation, Operations, trace
 from trtower_export.graph.truncate import truncate
 from trtower_export.precision.rounding import Simulation, Values
-from trtower_export.progress import Progress
 
 FP16 = torch.finfo(torch.float16)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -17,13 +17,13 @@ from torch.export import ExportedProgram
 from trtower.bundle.manifest import Bound
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile, TowerSpec
+from trtower_export.console import Progress
 from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import FP16, Extremes, named_weights, simulate
 from trtower_export.precision.metrics import Sums
 from trtower_export.precision.rounding import Simulation, Values
-from trtower_export.progress import Progress
 
 MONOTONOUS = ("non_finite", "token_cosine_min")
 """Bounds that one image can miss for all."""

@@ -20,10 +20,10 @@ from trtower.spec import BatchProfile
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import Sums
-from trtower_export.progress import LoggedProgress
 
 FINE = {
     "token_cosine_mean": 1.0,

@@ -15,7 +15,7 @@ from trtower_export.check.photographs import (
     prepare,
     say_skipped,
 )
-from trtower_export.progress import LoggedProgress
+from trtower_export.console import LoggedProgress
 
 
 def save(path: Path, colour: tuple[int, ...], mode: str = "RGB") -> None:

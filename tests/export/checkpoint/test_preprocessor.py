@@ -15,7 +15,7 @@ from trtower.errors import CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor, image_aspect_ratio
-from trtower_export.progress import LoggedProgress
+from trtower_export.console import LoggedProgress
 
 SIZE = 56
 COLOURS = {"resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}

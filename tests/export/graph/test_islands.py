@@ -11,11 +11,11 @@ from tests.conftest import BATCH
 from tests.export.small_towers import cut
 from trtower.bundle.bundle import GRAPH
 from trtower.errors import BuildError, ConfigError
+from trtower_export.console import LoggedStep
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.plan.build import build_plan
 from trtower_export.plan.targets import Target
 from trtower_export.precision.search import trace_with_islands
-from trtower_export.progress import LoggedStep
 
 
 def write(name: str, patterns: Sequence[str], folder: Path) -> tuple[str, ...]:

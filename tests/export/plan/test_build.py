@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from trtower.bundle.bundle import GRAPH, Bundle
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile
+from trtower_export.console import LoggedProgress
 from trtower_export.plan import build
 from trtower_export.plan.build import add_plan, build_plan
 from trtower_export.plan.targets import Target
-from trtower_export.progress import LoggedProgress
 
 
 class Recorder:

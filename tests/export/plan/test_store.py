@@ -24,12 +24,12 @@ from trtower.bundle.manifest import BuildSettings
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
 from trtower.spec import BatchProfile
+from trtower_export.console import LoggedProgress, LoggedStep
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan import build as module
 from trtower_export.plan import targets
 from trtower_export.plan.build import add_plan, build_plan
 from trtower_export.plan.targets import choose_target
-from trtower_export.progress import LoggedProgress, LoggedStep
 
 BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"
 PATIENCE_S = 60

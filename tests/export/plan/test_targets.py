@@ -9,10 +9,10 @@ import pytest
 from trtower import Bundle
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
+from trtower_export.console import LoggedProgress
 from trtower_export.plan import targets
 from trtower_export.plan.build import add_plan
 from trtower_export.plan.targets import ELSEWHERE, TOO_OLD, choose_target, read_capabilities
-from trtower_export.progress import LoggedProgress
 
 
 @pytest.fixture

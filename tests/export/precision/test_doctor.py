@@ -22,9 +22,9 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import load_photographs, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
+from trtower_export.console import LoggedProgress
 from trtower_export.graph.truncate import truncate
 from trtower_export.precision.doctor import Extremes, OperationFigures, examine, named_weights, simulate
-from trtower_export.progress import LoggedProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

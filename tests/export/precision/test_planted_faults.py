@@ -16,10 +16,10 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import load_photographs, prepare
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
+from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.plan.build import add_plan
 from trtower_export.precision.doctor import examine
-from trtower_export.progress import LoggedProgress
 
 LAYER = 1
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,13 +11,13 @@ from torch import nn
 from tests.conftest import BATCH, IMAGE_SIZE
 from tests.export.small_towers import cut, dinov2
 from trtower.spec import TowerSpec
+from trtower_export.console import LoggedProgress
 from trtower_export.precision import search as module
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, simulate
 from trtower_export.precision.metrics import Sums
 from trtower_export.precision.rounding import Simulation
 from trtower_export.precision.search import find_islands, trace_with_islands
-from trtower_export.progress import LoggedProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,8 @@ from trtower.inspection import inspect_bundle
 from trtower.runners.onnxruntime import OnnxRuntimeRunner
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import check_bundle
-from trtower_export.progress import LoggedProgress
 
 BACKEND = "onnxruntime-cpu"
 PLAN_BACKEND = "tensorrt-rtx"

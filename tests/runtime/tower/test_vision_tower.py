@@ -26,7 +26,7 @@ from trtower.tower.pixel_range import expected_range
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.progress import LoggedProgress
+from trtower_export.console import LoggedProgress
 
 SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4
 

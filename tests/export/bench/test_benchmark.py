@@ -27,11 +27,11 @@ from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
 from trtower_export.bench.environment import read_driver
 from trtower_export.bench.goals import YARDSTICK, judge_goals
+from trtower_export.bench.race import race
 from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark, to_json
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
-from trtower_export.latency import race
-from trtower_export.progress import LoggedProgress
+from trtower_export.console import LoggedProgress
 
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
 

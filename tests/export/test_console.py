@@ -6,12 +6,12 @@ import time
 import pytest
 from rich.console import Console
 
-from trtower_export import progress
-from trtower_export.progress import ConsoleProgress
+from trtower_export import console
+from trtower_export.console import ConsoleProgress
 
 
 def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LONG_S", 0.5)
+    monkeypatch.setattr(console, "LONG_S", 0.5)
     stream = io.StringIO()
     teller = ConsoleProgress(Console(file=stream, width=100))
     with teller.step("Think"):
