@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from trtower_export.graph.islands import widened
 from trtower_export.graph.operations import Operation, Operations, is_cast, is_narrow
 
 aten = torch.ops.aten
@@ -172,36 +173,6 @@ class Simulation:
     def _result(self, values: Values) -> Tensor:
         (result,) = self._output.all_input_nodes
         return values[result]
-
-
-def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]:
-    """Find the nodes that compute in FP32 where ``kept`` stay in it: these, and who reads what they hand on.
-
-    Of those that only move numbers and of weights, the ones that hold FP32.
-    """
-    wide: set[fx.Node] = set()  # the value, as whoever is inside the same operation sees it, is FP32
-    leaving: set[fx.Node] = set()  # and as all others see it
-    for node in operations.nodes:
-        operation = operations.of.get(node)
-        if node.op == "placeholder":
-            readers = operations.reading(operations.weights.get(node.name, ""))
-            if readers and all(reader.name in kept for reader in readers):
-                wide.add(node)
-                leaving.add(node)
-        elif operation is None:
-            if not leaving.isdisjoint(node.all_input_nodes):
-                wide.add(node)
-                leaving.add(node)
-        else:
-            seen = [
-                argument in (wide if operations.of.get(argument) is operation else leaving)
-                for argument in node.all_input_nodes
-            ]
-            if operation.name in kept or (any(seen) and not operation.multiplies):
-                wide.add(node)
-            if operation.name in kept:
-                leaving.add(node)
-    return frozenset(wide)
 
 
 def _ignore(number: Tensor) -> Tensor:

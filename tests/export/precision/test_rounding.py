@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tests.conftest import MODELS
 from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
+from trtower_export.graph.islands import widened
 from trtower_export.graph.operations import Operation
 from trtower_export.precision.doctor import simulate
-from trtower_export.precision.rounding import Simulation, widened
+from trtower_export.precision.rounding import Simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
