@@ -20,6 +20,7 @@ from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart
 from trtower.spec import EIGHT_BIT
+from trtower_export.graph.onnx_graph import read_onnx
 
 EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}
 """The names by which `trtower check --backend` knows it, and the precision that each is for."""
@@ -46,7 +47,7 @@ class EmulatedRunner:
     def __init__(self, bundle: Bundle, *, worst: bool) -> None:
         ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
         precision = bundle.manifest.precision
-        self._session: Any = open_session(load_graph(bundle, emulated=True, worst=worst))
+        self._session: Any = open_session(read_emulated(bundle, worst=worst))
         self.backend = f"emulated-{precision}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
@@ -68,12 +69,10 @@ class EmulatedRunner:
         self._session = None
 
 
-def load_graph(bundle: Bundle, *, emulated: bool, worst: bool = True) -> onnx.ModelProto:
-    """Read a bundle's graph with its weights, rounding after every operation where it is to be emulated."""
-    bundle.verify(GRAPH_DATA)
-    model = onnx.load_model(bundle.verify(GRAPH))
-    if emulated:
-        emulate(model, HALF[bundle.manifest.precision], worst=worst)
+def read_emulated(bundle: Bundle, *, worst: bool = True) -> onnx.ModelProto:
+    """Read a bundle's graph with its weights, as an FP32 one that rounds after every operation."""
+    model = read_onnx(bundle)
+    emulate(model, HALF[bundle.manifest.precision], worst=worst)
     return model
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import Figures, LayerFigures
 from trtower.errors import BundleError
-from trtower_export.check.emulation import load_graph, open_session
-from trtower_export.graph.onnx_graph import HIDDEN_STATE
+from trtower_export.check.emulation import open_session, read_emulated
+from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
 from trtower_export.precision.metrics import Sums
 
 JUMP = 3.0
@@ -37,7 +37,7 @@ class GraphStates:
 
     def __init__(self, bundle: Bundle, *, emulated: bool) -> None:
         manifest = bundle.manifest
-        model = load_graph(bundle, emulated=emulated)
+        model = read_emulated(bundle) if emulated else read_onnx(bundle)
         made = {name for node in model.graph.node for name in node.output}
         names = sorted((name for name in made if re.fullmatch(rf"{HIDDEN_STATE}\d+", name)), key=_index)
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded, one_line
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
-from trtower_export.graph.truncate import truncate
 from trtower_export.recipes import Recipe, find_recipe
 
 DEFAULT_LAYER = -2
@@ -224,8 +224,7 @@ class Checkpoint:
     def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None) -> None:
         parameters = dict(model.named_parameters())
         if spec is not None:
-            native = replace(spec, image_size=self.family.image_size(self.config))
-            needed = {id(parameter) for parameter in truncate(model, self.family, native).parameters()}
+            needed = {id(parameter) for parameter in read_parameters(model, spec)}
             missing = {name for name in missing if id(parameters.get(name)) in needed}
         missing &= parameters.keys()
         if missing:

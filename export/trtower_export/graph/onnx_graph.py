@@ -19,7 +19,7 @@ import onnx_ir
 import torch
 from torch.export import ExportedProgram
 
-from trtower.bundle.bundle import GRAPH_DATA
+from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BuildError
 from trtower.spec import TensorSpec
 
@@ -83,6 +83,12 @@ def write_onnx(
             value.const_value = None  # the exporter's own cycles would keep the weights in memory
     path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # written for the owner alone
     _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output, kinds)
+
+
+def read_onnx(bundle: Bundle) -> onnx.ModelProto:
+    """Read a bundle's graph with its weights, every file verified. Raises BundleError."""
+    bundle.verify(GRAPH_DATA)
+    return onnx.load_model(bundle.verify(GRAPH))
 
 
 def _widen_norms(model: onnx_ir.Model) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
-from trtower_export.check.emulation import load_graph
+from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.graph.truncate import TruncatedTower
 
 
@@ -180,7 +180,7 @@ def write_quantised(
 
 def read_quantised(bundle: Bundle) -> Quantisation:
     """Read the scales out of a bundle's graph."""
-    graph = load_graph(bundle, emulated=False).graph
+    graph = read_onnx(bundle).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     found = {}

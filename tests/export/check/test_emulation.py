@@ -21,8 +21,9 @@ from tests.export.checking import Wrapped, check
 from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
 from trtower.errors import BundleError, ConfigError
 from trtower_export.check import certify
-from trtower_export.check.emulation import EMULATED, HALF, EmulatedRunner, emulate, load_graph
+from trtower_export.check.emulation import EMULATED, HALF, EmulatedRunner, emulate, read_emulated
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.pipeline import ExportOptions, export_tower
 
 LARGE = 64.0
@@ -158,7 +159,7 @@ def test_weights_are_verified_before_they_are_emulated(spoilt: Path, checkpoints
 
 def test_graph_without_half_precision_is_left_as_it_is(export: Callable[..., Path]) -> None:
     bundle = Bundle.open(export("clip", precision="fp32", flavour="none"))
-    before, after = load_graph(bundle, emulated=False).graph, load_graph(bundle, emulated=False)
+    before, after = read_onnx(bundle).graph, read_onnx(bundle)
     emulate(after, TensorProto.FLOAT16, worst=True)
     for field in ("node", "initializer", "input", "output"):
         assert list(getattr(after.graph, field)) == list(getattr(before, field)), field
@@ -250,7 +251,7 @@ def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
 def test_bf16_which_does_not_overflow_is_rounded_at_its_results_alone(export: Callable[..., Path]) -> None:
     def kinds(precision: str) -> set[str]:
         bundle = Bundle.open(export("clip", precision=precision, flavour="none"))
-        return {node.op_type for node in load_graph(bundle, emulated=True).graph.node}
+        return {node.op_type for node in read_emulated(bundle).graph.node}
 
     assert {"Attention", "LayerNormalization"} <= kinds("bf16")
     assert kinds("fp16").isdisjoint({"Attention", "LayerNormalization"})
