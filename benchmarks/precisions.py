@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trtower.bundle.bundle import GRAPH_DATA
+from trtower.bundle.manifest import GRAPH_DATA
 from trtower.runners.choose import candidates
 from trtower.spec import BatchProfile
 from trtower_export.check.photographs import load_photographs

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from trtower.bundle.bundle import PREPROCESSOR, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import PREPROCESSOR
 from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code

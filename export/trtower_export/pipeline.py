@@ -18,20 +18,9 @@ import torch
 import transformers
 
 import trtower
-from trtower.bundle.bundle import (
-    CONFIG,
-    GRAPH,
-    GRAPH_DATA,
-    PREPROCESSOR,
-    Bundle,
-    describe,
-    disk_errors,
-    locked,
-    refuse_existing,
-    staged,
-    write_manifest,
-)
-from trtower.bundle.manifest import SCHEMA, Calibration, Manifest, Source
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, SCHEMA, Calibration, Manifest, Source
+from trtower.bundle.staging import describe, disk_errors, locked, refuse_existing, staged, write_manifest
 from trtower.errors import BuildError, BundleError, ConfigError
 from trtower.fingerprint import hash_weights
 from trtower.inspection import describe_cut

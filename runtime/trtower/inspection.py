@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.bundle.manifest import TO_PAD, BuildSettings, Extent, PlanEntry
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, Extent, PlanEntry
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 

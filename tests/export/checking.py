@@ -9,8 +9,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
-from trtower.bundle.manifest import Certificate
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import Certificate
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST
+from trtower.bundle.staging import describe
 from trtower.runners.base import Runner
 from trtower_export.check import certify as module
 from trtower_export.check.certify import certify

@@ -7,20 +7,8 @@ import torch
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import (
-    SCHEMA,
-    BatchFigures,
-    Bound,
-    Certificate,
-    Extent,
-    Figures,
-    FileEntry,
-    ImageFigures,
-    LayerFigures,
-    Manifest,
-    PlanEntry,
-    Source,
-)
+from trtower.bundle.certificate import BatchFigures, Bound, Certificate, Figures, ImageFigures, LayerFigures
+from trtower.bundle.manifest import SCHEMA, Extent, FileEntry, Manifest, PlanEntry, Source
 from trtower.fingerprint import DTYPES
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor

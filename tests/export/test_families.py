@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
-from trtower.bundle.bundle import GRAPH
+from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor

@@ -16,8 +16,8 @@ import transformers
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE
-from trtower.bundle.bundle import MANIFEST, Bundle
-from trtower.bundle.manifest import SCHEMA
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import MANIFEST, SCHEMA
 from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export import pipeline

@@ -15,7 +15,7 @@ import torch
 
 from trtower import BatchReport, EngineOptions
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import Certificate
+from trtower.bundle.certificate import Certificate
 from trtower.flavour import FLAVOURS
 from trtower.runners.choose import choose
 from trtower.tower.vision_tower import VisionTower

@@ -19,8 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
-from trtower.bundle.manifest import BatchFigures, Certificate, ImageFigures
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import BatchFigures, Certificate, ImageFigures
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.errors import BundleError, CheckpointError
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose

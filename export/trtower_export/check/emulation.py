@@ -15,7 +15,8 @@ import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart

@@ -15,7 +15,7 @@ from onnx import helper
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import Figures, LayerFigures
+from trtower.bundle.certificate import Figures, LayerFigures
 from trtower.errors import BundleError
 from trtower_export.check.emulation import open_session, read_emulated
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures
+from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
 from trtower.inspection import describe_figure, describe_run
 from trtower_export.check.layers import first_jump
 from trtower_export.precision.bounds import why_not_finite

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import NoReturn
 
-from trtower.bundle.bundle import MANIFEST
+from trtower.bundle.manifest import MANIFEST
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.files import Files, check_arrived
 from trtower_export.checkpoint.vision_config import VISION_TYPES

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import Certificate
+from trtower.bundle.certificate import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.race import ROUNDS, race

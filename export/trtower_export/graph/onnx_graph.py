@@ -19,7 +19,8 @@ import onnx_ir
 import torch
 from torch.export import ExportedProgram
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
 from trtower.spec import TensorSpec
 

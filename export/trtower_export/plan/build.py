@@ -21,8 +21,9 @@ from typing import Any, TextIO
 
 import torch
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, PLANS, Bundle, disk_errors, locked
-from trtower.bundle.manifest import BuildSettings, PlanEntry
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PLANS, BuildSettings, PlanEntry
+from trtower.bundle.staging import disk_errors, locked
 from trtower.errors import BuildError, MissingExtraError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trtower.bundle.bundle import describe, disk_errors
+from trtower.bundle.staging import describe, disk_errors
 from trtower.errors import BuildError
 from trtower.extras import import_extra
 from trtower_export.console import Progress

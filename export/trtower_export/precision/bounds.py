@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from trtower.bundle.manifest import Bound, Certificate, Figures
+from trtower.bundle.certificate import Bound, Certificate, Figures
 
 TOKEN_COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "fp8": 0.9, "int8": 0.9}
 """The worst token of any image. On a pretrained ViT-S/14 and a dozen photographs PyTorch's own FP16 and BF16 leave

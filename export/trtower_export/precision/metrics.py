@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trtower.bundle.manifest import Figures
+from trtower.bundle.certificate import Figures
 
 TAIL = 0.999
 """The share of tokens that `token_error_p999` leaves below it."""

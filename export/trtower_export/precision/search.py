@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from trtower.bundle.manifest import Bound
+from trtower.bundle.certificate import Bound
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.console import Progress

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtower.bundle.bundle import GRAPH, Bundle
-from trtower.bundle.manifest import PlanEntry
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, PlanEntry
 from trtower.errors import BackendError, ConfigError
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour

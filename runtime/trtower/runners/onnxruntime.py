@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners.base import CLOSED, OnStart

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.bundle.manifest import PlanEntry
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.flavour import load_flavour
 from trtower.runners.base import OnStart

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trtower.bundle.bundle import MANIFEST, PREPROCESSOR
+from trtower.bundle.manifest import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
 from trtower.tower.attribute_dict import AttributeDict
 from trtower.tower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten

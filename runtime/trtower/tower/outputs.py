@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.suggest import export_command, name_layers
 from trtower.errors import ConfigError
 from trtower.fingerprint import NORMS_ONLY_THE_POOLED
 from trtower.layer_codes import LAST, name_layer
 from trtower.spec import TowerSpec
-from trtower.tower.pick import export_command, name_layers
 
 BACK = "trtower.uninstall(model) brings the eager tower back"
 

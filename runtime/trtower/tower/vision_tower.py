@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from trtower.bundle.bundle import CONFIG, PREPROCESSOR, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import CONFIG, PREPROCESSOR
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
 from trtower.layer_codes import LayerCode
 from trtower.runners.base import Runner, run_batch

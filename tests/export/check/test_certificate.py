@@ -13,8 +13,9 @@ from PIL import Image
 
 from tests.conftest import BATCH
 from tests.export.checking import check, wrap_runner
-from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Bundle
-from trtower.bundle.manifest import Certificate
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import Certificate
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle

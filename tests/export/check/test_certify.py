@@ -12,8 +12,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, describe
-from trtower.bundle.manifest import Certificate, Figures
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import Certificate, Figures
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST
+from trtower.bundle.staging import describe
 from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import hash_weights
 from trtower.spec import BatchProfile

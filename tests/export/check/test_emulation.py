@@ -18,7 +18,8 @@ from onnx import TensorProto
 
 from tests.conftest import BATCH
 from tests.export.checking import Wrapped, check
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BundleError, ConfigError
 from trtower_export.check import certify
 from trtower_export.check.emulation import EMULATED, HALF, EmulatedRunner, emulate, read_emulated

@@ -13,8 +13,9 @@ import torch
 from tests.conftest import BATCH, MODELS, make_model
 from tests.export import made_up
 from tests.export.checking import check, damage, make_hashes_fit
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.bundle.manifest import LayerFigures
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import LayerFigures
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BundleError
 from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import make_model
 from tests.export.checkpoint.test_layouts import LLAMA, TEXT, save_composite
-from trtower.bundle.bundle import MANIFEST, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import MANIFEST
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export.pipeline import ExportOptions, export_tower

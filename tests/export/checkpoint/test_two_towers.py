@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_model
 from tests.export.checkpoint.test_layouts import LLAMA, assert_same_tower, doubled, states
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.suggest import export_command
 from trtower.errors import CheckpointError
-from trtower.tower.pick import export_command
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.pipeline import ExportOptions, export_tower
 

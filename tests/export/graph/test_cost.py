@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, NUM_LAYERS, PATCH_SIZE, make_model
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
-from trtower.bundle.manifest import Extent
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, Extent
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export import pipeline

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from tests.conftest import MODELS, NUM_LAYERS
 from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
-from trtower.bundle.bundle import GRAPH
+from trtower.bundle.manifest import GRAPH
 from trtower.spec import BatchProfile
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.islands import keep_fp32

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from tests.conftest import BATCH
 from tests.export.small_towers import cut
-from trtower.bundle.bundle import GRAPH
+from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower_export.console import LoggedStep
 from trtower_export.graph.onnx_graph import write_onnx

@@ -10,7 +10,7 @@ import transformers
 from onnx import TensorProto, numpy_helper
 
 from tests.conftest import NUM_LAYERS
-from trtower.bundle.bundle import GRAPH
+from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
 from trtower.layer_codes import LAST
 from trtower.spec import BatchProfile, TensorSpec

@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from trtower.bundle.bundle import GRAPH, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress

@@ -19,8 +19,8 @@ from filelock import FileLock
 
 from tests.export.checking import make_hashes_fit
 from trtower import Bundle
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, MANIFEST, write_manifest
-from trtower.bundle.manifest import BuildSettings
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST, BuildSettings
+from trtower.bundle.staging import write_manifest
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
 from trtower.spec import BatchProfile

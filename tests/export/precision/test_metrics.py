@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trtower.bundle.manifest import Figures
+from trtower.bundle.certificate import Figures
 from trtower_export.precision.bounds import (
     RATIO_TO_TORCH,
     RELATIVE_ERROR,

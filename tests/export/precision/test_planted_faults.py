@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tests.conftest import BATCH, make_model
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.cli import run
 from trtower.errors import BuildError, ConfigError
 from trtower.inspection import as_text, inspect_bundle

@@ -8,7 +8,8 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, Bundle
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import ConfigError, MissingExtraError
 from trtower_export import pipeline
 from trtower_export.checkpoint.checkpoint import open_checkpoint

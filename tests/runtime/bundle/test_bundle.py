@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from trtower.bundle.bundle import GRAPH_DATA, MANIFEST, Bundle, describe, locked, staged
-from trtower.bundle.manifest import SCHEMA, Manifest
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH_DATA, MANIFEST, SCHEMA, Manifest
+from trtower.bundle.staging import describe, locked, staged
 from trtower.errors import BackendError, BundleError
 from trtower.tower.vision_tower import VisionTower
 

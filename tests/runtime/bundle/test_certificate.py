@@ -14,8 +14,10 @@ import torch
 
 from tests.export.checking import make_hashes_fit
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
-from trtower.bundle.bundle import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Bundle, describe, write_manifest
-from trtower.bundle.manifest import Certificate, Manifest, PlanEntry
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import Certificate
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
+from trtower.bundle.staging import describe, write_manifest
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import inspect_bundle

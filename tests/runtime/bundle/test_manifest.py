@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trtower.bundle.bundle import MANIFEST, Bundle
-from trtower.bundle.manifest import SCHEMA, Extent
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import MANIFEST, SCHEMA, Extent
 from trtower.errors import BundleError
 from trtower.inspection import describe_cut
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.export import made_up
 from trtower import Bundle, EngineOptions, VisionTower
-from trtower.bundle.bundle import describe, locked
+from trtower.bundle.staging import describe, locked
 from trtower.errors import BackendError
 from trtower.extras import import_extra
 from trtower.runners import choose as choosing

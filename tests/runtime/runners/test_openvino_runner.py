@@ -11,7 +11,8 @@ import torch
 
 from tests.export.checking import make_hashes_fit
 from trtower import Bundle, VisionTower
-from trtower.bundle.bundle import GRAPH, GRAPH_DATA, describe, write_manifest
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.bundle.staging import describe, write_manifest
 from trtower.errors import BackendError, BundleError
 from trtower.runners import openvino as runner_module
 from trtower.runners.choose import candidates, choose

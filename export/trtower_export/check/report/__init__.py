@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import Certificate
+from trtower.bundle.certificate import Certificate
 from trtower.errors import BundleError, InputError
 from trtower.extras import import_extra
 from trtower.inspection import describe_figure

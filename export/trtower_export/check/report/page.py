@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtower.bundle.manifest import Bound, Certificate, Figures, LayerFigures, Manifest
+from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
+from trtower.bundle.manifest import Manifest
 from trtower.extras import import_extra
 from trtower.inspection import describe_cut, describe_figure, describe_run
 from trtower.layer_codes import name_layer

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trtower.bundle.manifest import LayerFigures
+from trtower.bundle.certificate import LayerFigures
 from trtower.layer_codes import name_layer
 from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RED, RULE, new_figure, to_png
 

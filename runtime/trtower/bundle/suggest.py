@@ -1,0 +1,40 @@
+"""Write the commands that messages name as the next step."""
+
+import shlex
+from collections.abc import Sequence
+
+from trtower.bundle.bundle import Bundle
+from trtower.layer_codes import LayerCode, name_layer
+from trtower.spec import DEFAULT_BATCH, TowerSpec
+
+
+def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
+    """Call hidden states what `--select-layer` does."""
+    return [name_layer(layer, spec.num_layers) for layer in layers]
+
+
+def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> str:
+    """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
+    spec, source = bundle.manifest.spec, bundle.manifest.source
+    layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
+    command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
+    command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *_build_options(bundle)]
+    command += ["--random-weights"] if source.random_weights else []
+    command += ["--revision", source.revision] if source.revision else []
+    command += ["--tower", source.tower] if source.tower else []
+    size = "" if image_size == spec.image_size else f"-{image_size}"
+    return shlex.join([*command, "--out", f"{bundle.path}{size}-layer{layers}"])
+
+
+def export_command_of(checkpoint: str, bundle: Bundle) -> str:
+    """Write the command that makes a bundle of another checkpoint, built as this one, which may have its usual name."""
+    return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle), "--out", f"{bundle.path}-own"])
+
+
+def _build_options(bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    options = ["--precision", manifest.precision]
+    options += [] if manifest.plans else ["--flavour", "none"]
+    if manifest.profiles != (DEFAULT_BATCH,):
+        options += [each for p in manifest.profiles for each in ("--batch", str(p.min), str(p.opt), str(p.max))]
+    return options
