@@ -270,12 +270,12 @@ def doctor(
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.photographs import load_photographs, prepare, say_skipped
-        from trtower_export.check.tables import print_operations
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
         from trtower_export.precision.doctor import examine
         from trtower_export.precision.heatmap import draw_heatmap
+        from trtower_export.precision.table import print_operations
 
     if picture:
         check_png(picture, "--picture")

@@ -1,4 +1,4 @@
-"""Tell how an export is getting on: a live line on a terminal, one line per step elsewhere, the log otherwise."""
+"""What a command prints: how it is getting on, live on a terminal and one line per step elsewhere, and wide tables."""
 
 import logging
 import threading
@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+WIDTH = 160
+"""Characters that a table may take, whatever is at the other end of a pipe: names and numbers are there whole."""
+
 
 LONG_S = 10.0
 """After which a step is named where no bar moves."""
@@ -100,3 +105,10 @@ class ConsoleStep:
     def update(self, fraction: float, note: str) -> None:
         """Move the bar."""
         self._bars.update(self._task, total=1.0, completed=fraction, note=note)  # type: ignore[attr-defined]
+
+
+def print_whole(console: "Console", table: "Table") -> None:
+    """Print a table with every column whole, however narrow the console says it is."""
+    from rich.console import Console
+
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows

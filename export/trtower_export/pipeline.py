@@ -45,8 +45,9 @@ from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.cost import measure_graph, measure_module
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.truncate import TruncatedTower, release, truncate
-from trtower_export.plan.build import MIB, PLAN_OVERHEAD_MIB, describe_plan, obtain_plan
-from trtower_export.plan.targets import Target, choose_target
+from trtower_export.plan.build import obtain_plan
+from trtower_export.plan.polygraphy import MIB, PLAN_OVERHEAD_MIB
+from trtower_export.plan.targets import Target, choose_target, describe_plan
 from trtower_export.precision.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
 

@@ -24,7 +24,7 @@ from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
-from trtower_export.plan.build import build_plan
+from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

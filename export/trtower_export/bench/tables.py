@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trtower_export.bench.benchmark import Benchmark, Timing
 from trtower_export.bench.entrants import LLAVA, TRTOWER
-from trtower_export.check.tables import print_whole
+from trtower_export.console import print_whole
 from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
 
 DPI = 200

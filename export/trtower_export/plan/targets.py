@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trtower.bundle.manifest import BuildSettings
+from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
 from trtower.flavour import FLAVOURS, capability_obstacle, known_capabilities, load_flavour
 from trtower.names import check_name, list_choices
+from trtower.runners.choose import PLATFORM
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -204,3 +205,22 @@ def _check_capabilities(
                 f"{precision} needs compute capability {NEEDS[precision]} or later, and this plan would be for "
                 f"{capability}: use fp16."
             )
+
+
+def describe_plan(target: Target) -> PlanEntry:
+    """Say what a plan for ``target`` needs, built by the TensorRT that is installed."""
+    version = load_flavour(target.flavour).__version__
+    return PlanEntry(
+        file=plan_name(target, version),
+        flavour=target.flavour,
+        version=version,
+        platform=PLATFORM,
+        compute_capabilities=target.compute_capabilities,
+        settings=target.settings,
+    )
+
+
+def plan_name(target: Target, version: str) -> str:
+    """Name a plan's file after what it needs: plans/FLAVOUR-VERSION.GPUS.plan."""
+    gpus = "+".join("sm" + capability.replace(".", "") for capability in target.compute_capabilities)
+    return f"{PLANS}/{target.flavour}-{version}.{gpus or 'any'}.plan"

@@ -13,7 +13,7 @@ from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower_export.console import LoggedStep
 from trtower_export.graph.onnx_graph import write_onnx
-from trtower_export.plan.build import build_plan
+from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
 from trtower_export.precision.search import trace_with_islands
 

@@ -17,7 +17,8 @@ from trtower.errors import BuildError
 from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress
 from trtower_export.plan import build
-from trtower_export.plan.build import add_plan, build_plan
+from trtower_export.plan.build import add_plan
+from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
 
 

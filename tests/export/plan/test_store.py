@@ -28,7 +28,8 @@ from trtower_export.console import LoggedProgress, LoggedStep
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan import build as module
 from trtower_export.plan import targets
-from trtower_export.plan.build import add_plan, build_plan
+from trtower_export.plan.build import add_plan
+from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import choose_target
 
 BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"

@@ -1,0 +1,263 @@
+"""Build a plan from an ONNX graph through Polygraphy, with either TensorRT."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
+
+from trtower.bundle.manifest import GRAPH_DATA, BuildSettings, PlanEntry
+from trtower.errors import BuildError
+from trtower.extras import import_extra
+from trtower.flavour import FLAVOURS, load_flavour
+from trtower.spec import BatchProfile, TensorSpec
+from trtower_export.console import Step
+from trtower_export.plan.targets import Target, describe_plan
+
+MIB = 1 << 20
+
+
+PLAN_OVERHEAD_MIB = 24
+"""What a plan may hold beside its weights. Measured with TensorRT-RTX 1.7.1: 1.7 MiB for two layers, 5.2 MiB for 23."""
+
+
+SIZE_TOLERANCE = 0.05
+"""Slack around the weights' own size; another precision would be off by half."""
+
+
+FOREIGN_SHARE = 0.01
+"""Weights a network may hold in another floating type: the handful of scalars that the parser adds."""
+
+
+def build_plan(
+    graph: Path,
+    target: Target,
+    tensor: TensorSpec,
+    profiles: Sequence[BatchProfile],
+    folder: Path,
+    step: Step,
+    *,
+    mixed: bool = False,
+    cache: Path | None = None,
+) -> tuple[PlanEntry, Path]:
+    """Build ``graph`` into a plan under ``folder`` and return what it needs, and where it lies; beside it is its log.
+
+    ``mixed``: the graph holds some weights in FP32, or in 8 bits. ``cache``: what TensorRT has timed on this GPU, read
+    and kept. Raises BuildError with TensorRT's own words when it refuses, and when the plan is not of the precision
+    that the graph is in.
+    """
+    module = load_flavour(target.flavour)
+    entry = describe_plan(target)
+    polygraphy = _import_polygraphy(target.flavour)
+    monitor = _monitor(module, step)
+    ranges = [
+        polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
+        for each in profiles
+    ]
+    settings: dict[str, Any] = {"profiles": ranges, "progress_monitor": monitor, **_settings(target.settings, module)}
+    path = folder / entry.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _keep_log(folder / entry.log) as errors, _hold_interrupts(monitor):
+        try:
+            parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
+            _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
+            if target.flavour == "tensorrt-rtx":
+                pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
+                made = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
+                config = _in_full_fp32(made, module)
+            else:
+                config = polygraphy.CreateConfig(load_timing_cache=str(cache) if cache else None, **settings)
+            save = str(cache) if cache else None
+            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=save))
+        except polygraphy.PolygraphyException as err:
+            monitor.raise_if_interrupted()
+            words = "; ".join(dict.fromkeys(errors)) or str(err)
+            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
+    monitor.raise_if_interrupted()  # TensorRT-RTX 1.7 is asked to stop and finishes all the same
+    if not target.settings.stripped:
+        _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
+    path.write_bytes(content)
+    return entry, path
+
+
+def _in_full_fp32(create_config: Callable[[Any, Any], Any], module: Any) -> Callable[[Any, Any], Any]:
+    """Have FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared.
+
+    Polygraphy does so for data-centre TensorRT, and not for TensorRT-RTX.
+    """
+
+    def create(builder: Any, network: Any) -> Any:
+        config = create_config(builder, network)
+        config.clear_flag(module.BuilderFlag.TF32)
+        return config
+
+    return create
+
+
+def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
+    """Put settings into Polygraphy's words, those that were asked for."""
+    found: dict[str, Any] = {}
+    if settings.workspace_mib is not None:
+        found["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: settings.workspace_mib * MIB}
+    if settings.optimization_level is not None:
+        found["builder_optimization_level"] = settings.optimization_level
+    if settings.hardware_compatible:
+        found["hardware_compatibility_level"] = module.HardwareCompatibilityLevel.AMPERE_PLUS
+    if settings.stripped:
+        found |= {"strip_plan": True, "refittable": True}
+    return found
+
+
+def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
+    """Have the parsed network hold its weights in ``dtype``: strongly typed, TensorRT must keep them so."""
+    wanted = {"float16": module.DataType.HALF, "bfloat16": module.DataType.BF16, "float32": module.DataType.FLOAT}[
+        dtype
+    ]
+    floats = (module.DataType.FLOAT, module.DataType.HALF, module.DataType.BF16)
+    values = dict.fromkeys(floats, 0)
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if layer.type == module.LayerType.CONSTANT and (tensor := layer.get_output(0)).dtype in values:
+            values[tensor.dtype] += prod(tensor.shape)
+    if mixed:
+        values.pop(module.DataType.FLOAT)
+    others = sum(values.values()) - values[wanted]
+    if others > FOREIGN_SHARE * values[wanted]:
+        raise BuildError(
+            f"the network holds {values[wanted]} weights in {dtype} and {others} in others: export it again."
+        )
+
+
+def _check_size(plan: int, weights: int, dtype: str) -> None:
+    """Have the plan weigh what the graph's weights do: in another precision it would be half or twice as heavy."""
+    least, most = weights * (1 - SIZE_TOLERANCE), weights * (1 + SIZE_TOLERANCE) + PLAN_OVERHEAD_MIB * MIB
+    if not least <= plan <= most:
+        raise BuildError(
+            f"the plan has {plan / MIB:.1f} MiB; {weights / MIB:.1f} MiB of {dtype} weights make {least / MIB:.1f} to "
+            f"{most / MIB:.1f} MiB: TensorRT did not keep the precision of the graph."
+        )
+
+
+def _monitor(module: Any, step: Step) -> Any:
+    """Make an IProgressMonitor that moves ``step`` and passes an interrupt on to TensorRT."""
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[str | None, int, int]] = {}
+            self.furthest = 0.0
+            self.interrupted = False
+
+        def raise_if_interrupted(self) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = (parent_phase, num_steps, 0)
+
+        def step_complete(self, phase_name: str, index: int) -> bool:
+            parent, total, _ = self.phases[phase_name]
+            self.phases[phase_name] = (parent, total, index + 1)
+            self.furthest = max(self.furthest, self.fraction(phase_name))  # phases are reported late at times
+            step.update(self.furthest, phase_name)
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.pop(phase_name, None)
+
+        def fraction(self, phase_name: str) -> float:
+            inner, name = 0.0, phase_name
+            while name in self.phases:
+                parent, total, done = self.phases[name]
+                inner = min(1.0, (done + inner) / max(total, 1))
+                if parent is None:
+                    break
+                name = parent
+            return inner
+
+    return Monitor()
+
+
+@contextmanager
+def _hold_interrupts(monitor: Any) -> Iterator[None]:
+    """Take note of Ctrl-C during a build instead of raising: C++ calls back into Python, and would swallow it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, which is not in here
+        return
+
+    def note(*_: object) -> None:
+        monitor.interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _import_polygraphy(flavour: str) -> Any:
+    """Import Polygraphy's builders for a flavour. Its choice of TensorRT holds for the whole process."""
+    extra = f"{FLAVOURS[flavour][1]}-build"
+    settings = import_extra("polygraphy.config", extra=extra, purpose=f"building a {flavour} plan")
+    rtx = flavour == "tensorrt-rtx"
+    if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:
+        raise BuildError(
+            "this process has loaded Polygraphy for the other TensorRT already: "
+            "build each flavour in a process of its own."
+        )
+    settings.USE_TENSORRT_RTX = rtx
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.use_python_logging_system = True
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        Profile,
+        engine_bytes_from_network,
+        network_from_onnx_path,
+    )
+    from polygraphy.exception import PolygraphyException
+
+    return SimpleNamespace(
+        CreateConfig=CreateConfig,
+        CreateConfigRTX=CreateConfigRTX,
+        PolygraphyException=PolygraphyException,
+        Profile=Profile,
+        engine_bytes_from_network=engine_bytes_from_network,
+        network_from_onnx_path=network_from_onnx_path,
+    )
+
+
+@contextmanager
+def _keep_log(path: Path) -> Iterator[list[str]]:
+    """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else.
+
+    To everybody else Polygraphy says no more than it would have, and of errors nothing: they are raised in one.
+    """
+    errors: list[str] = []
+    polygraphy_log = logging.getLogger("Polygraphy")
+    level, loud = polygraphy_log.level, polygraphy_log.getEffectiveLevel()
+
+    class Collector(logging.StreamHandler[TextIO]):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.ERROR:
+                errors.append(record.getMessage().strip().removeprefix("[E] "))
+            super().emit(record)
+            if loud <= record.levelno < logging.ERROR and polygraphy_log.parent:
+                polygraphy_log.parent.callHandlers(record)
+
+    with path.open("w", encoding="utf-8") as stream:
+        collector = Collector(stream)
+        polygraphy_log.addHandler(collector)
+        polygraphy_log.setLevel(min(loud, logging.INFO))
+        polygraphy_log.propagate = False
+        try:
+            yield errors
+        finally:
+            polygraphy_log.propagate = True
+            polygraphy_log.setLevel(level)
+            polygraphy_log.removeHandler(collector)
