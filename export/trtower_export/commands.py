@@ -225,7 +225,7 @@ def check(
         progress,
         backend=backend,
         by_layer=by_layer or pages is not None,
-        see=pages.see if pages else None,
+        on_image=pages.see if pages else None,
     )
     certificate = checked.manifest.certificate
     assert certificate is not None  # noqa: S101 - check_bundle has just written it

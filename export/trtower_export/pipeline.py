@@ -26,7 +26,7 @@ from trtower.fingerprint import hash_weights
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
-from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, cover
+from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, merge_profiles
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.certify import DRAWN, certify
 from trtower_export.check.photographs import (
@@ -88,7 +88,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.profiles:
-            cover(self.profiles)
+            merge_profiles(self.profiles)
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
         if self.images is not None and not self.check and self.precision not in (AUTO, *EIGHT_BIT):
             raise ConfigError(f"--images is read by the check, and precision {self.precision} reads none without it.")
@@ -127,7 +127,7 @@ def export_tower(
     )
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
     profiles = options.profiles or (checkpoint.recipe.batch if checkpoint.recipe else DEFAULT_BATCH,)
-    batch = cover(profiles)
+    batch = merge_profiles(profiles)
     input_, output = spec.input(precision), spec.output(precision)
     out = out or ENGINES / (checkpoint.name + (".rehearsal" if checkpoint.random_weights else ""))
     refuse_existing(out, overwrite=options.overwrite)

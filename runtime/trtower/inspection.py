@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, Extent, PlanEntry
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, PlanEntry, TowerCost
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
 from trtower.spec import TowerSpec
 
@@ -54,7 +54,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "versions": data["versions"],
         "backends": rows,
         "certificates": [
-            {**each, "void": bundle.certificate_void(certificate, altered)}
+            {**each, "void": bundle.changed_since(certificate, altered)}
             for each, certificate in zip(data["certificates"], manifest.certificates, strict=True)
         ],
         "altered": altered,
@@ -66,7 +66,7 @@ def _plan_verdicts(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> dict[
     spoilt = [name for name in _files_of(plan) if name in altered]
     return {
         **plan_verdicts(plan, default_device("cuda")),
-        "certificate": bundle.uncertified(plan.flavour, [plan.file], altered),
+        "certificate": bundle.why_uncertified(plan.flavour, [plan.file], altered),
         "sha256": f"{', '.join(spoilt)} was altered: copy the bundle again" if spoilt else None,
     }
 
@@ -94,7 +94,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
         f"{found['name']}: {spec['family']} tower from {source['checkpoint']}",
         f"  weights      {weights} (sha256 {source['weights_sha256']['float32'][:12]}…)",
         f"  reads        {TowerSpec(**spec).reading}",
-        f"  keeps        {describe_cut(Extent(**found['full']), Extent(**found['cut']), found['precision'])}",
+        f"  keeps        {describe_cut(TowerCost(**found['full']), TowerCost(**found['cut']), found['precision'])}",
         f"  precision    {describe_precision(found['precision'], found['keep_fp32'], found['calibration'])}",
         f"  pixel_values {_shape(found['input'])}, batch {batch['min']} to {batch['max']}, best at {tuned}",
         *([f"  pictures     by {source['image_aspect_ratio']}: {TO_PAD}"] if source["image_aspect_ratio"] else []),
@@ -132,7 +132,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
     return "\n".join(lines)
 
 
-def describe_cut(full: Extent, cut: Extent, precision: str) -> str:
+def describe_cut(full: TowerCost, cut: TowerCost, precision: str) -> str:
     """Say in one line what is left of a tower, and how much that is in this precision."""
     megabytes = ""
     if precision in ITEM_SIZE:

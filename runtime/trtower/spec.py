@@ -55,7 +55,7 @@ DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
 """What a bundle is tuned for, unless another is named."""
 
 
-def cover(profiles: Sequence[BatchProfile]) -> BatchProfile:
+def merge_profiles(profiles: Sequence[BatchProfile]) -> BatchProfile:
     """Give what several profiles take together, tuned as the last.
 
     Raises ConfigError where they leave a batch out, and where two are the same.
@@ -73,7 +73,7 @@ def cover(profiles: Sequence[BatchProfile]) -> BatchProfile:
     return BatchProfile(min=ordered[0].min, opt=profiles[-1].opt, max=reached)
 
 
-def sizes(profiles: Sequence[BatchProfile]) -> list[int]:
+def profile_batches(profiles: Sequence[BatchProfile]) -> list[int]:
     """List the batches that profiles name: least, as tuned, most."""
     return sorted({size for profile in profiles for size in (profile.min, profile.opt, profile.max)})
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Bound, Certificate, Figures, ImageFigures, LayerFigures
-from trtower.bundle.manifest import SCHEMA, Extent, FileEntry, Manifest, PlanEntry, Source
+from trtower.bundle.manifest import SCHEMA, FileEntry, Manifest, PlanEntry, Source, TowerCost
 from trtower.fingerprint import DTYPES
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
@@ -98,8 +98,8 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         "name": "tiny-dinov2",
         "trtower": "1.1.0",
         "spec": spec,
-        "full": Extent(layers=spec.num_layers, parameters=22_056_576, flop=60_400_000_000),
-        "cut": Extent(layers=spec.depth, parameters=20_300_000, flop=55_300_000_000),
+        "full": TowerCost(layers=spec.num_layers, parameters=22_056_576, flop=60_400_000_000),
+        "cut": TowerCost(layers=spec.depth, parameters=20_300_000, flop=55_300_000_000),
         "source": Source(
             checkpoint="facebook/dinov2-small",
             revision=None,

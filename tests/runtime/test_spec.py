@@ -1,7 +1,7 @@
 import pytest
 
 from trtower.errors import ConfigError, InputError
-from trtower.spec import BatchProfile, TowerSpec, cover, sizes
+from trtower.spec import BatchProfile, TowerSpec, merge_profiles, profile_batches
 
 
 def spec(**changes: object) -> TowerSpec:
@@ -84,12 +84,12 @@ def profiles(*numbers: tuple[int, int, int]) -> list[BatchProfile]:
 
 
 def test_several_profiles_take_what_any_of_them_takes() -> None:
-    assert cover(profiles((1, 1, 1), (1, 8, 32))) == BatchProfile(min=1, opt=8, max=32)
-    assert cover(profiles((9, 16, 32), (2, 4, 8))) == BatchProfile(min=2, opt=4, max=32)
-    assert cover(profiles((1, 8, 32), (2, 2, 4), (33, 40, 48))) == BatchProfile(min=1, opt=40, max=48)
-    assert sizes(profiles((1, 1, 1), (1, 8, 32))) == [1, 8, 32]
+    assert merge_profiles(profiles((1, 1, 1), (1, 8, 32))) == BatchProfile(min=1, opt=8, max=32)
+    assert merge_profiles(profiles((9, 16, 32), (2, 4, 8))) == BatchProfile(min=2, opt=4, max=32)
+    assert merge_profiles(profiles((1, 8, 32), (2, 2, 4), (33, 40, 48))) == BatchProfile(min=1, opt=40, max=48)
+    assert profile_batches(profiles((1, 1, 1), (1, 8, 32))) == [1, 8, 32]
 
 
 def test_profiles_that_leave_a_batch_out_are_refused() -> None:
     with pytest.raises(ConfigError, match="batch profiles 1 8 8, 10 16 32 leave out 9 to 9 images"):
-        cover(profiles((1, 8, 8), (10, 16, 32)))
+        merge_profiles(profiles((1, 8, 8), (10, 16, 32)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError
 from trtower.names import check_name
-from trtower.spec import cover, sizes
+from trtower.spec import merge_profiles, profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
 from trtower_export.bench.environment import describe_environment
@@ -68,7 +68,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cold:
+class ColdStart:
     """One entrant alone in a process of its own, at the smallest batch: seconds, and bytes at the peak.
 
     torch is imported before, and the backend is not. ``load_s`` is from files to something that can be called, None
@@ -100,7 +100,7 @@ class Benchmark:
     environment: dict[str, Any]
     ceilings: dict[str, float]
     timings: tuple[Timing, ...]
-    cold: tuple[Cold, ...]
+    cold: tuple[ColdStart, ...]
     tiles: ListTiming | None
     absent: dict[str, str]
     goals: tuple[Goal, ...]
@@ -146,7 +146,7 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
             "precision": manifest.precision,
             "random_weights": manifest.source.random_weights,
             "weights_sha256": manifest.source.weights_sha256["float32"],
-            "certified": bundle.uncertified(raced.backend, raced.files) is None,
+            "certified": bundle.why_uncertified(raced.backend, raced.files) is None,
             "flop_an_image": manifest.cut.flop,
         },
         environment=describe_environment(raced.device),
@@ -181,7 +181,9 @@ def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, pro
     with progress.step("Load the towers"):
         arena = Arena.open(bundle, checkpoint, options.backend)
     kind = arena.device.type
-    batches = options.batches or (tuple(sizes(profiles)) if kind == "cuda" else (cover(profiles).min,))
+    batches = options.batches or (
+        tuple(profile_batches(profiles)) if kind == "cuda" else (merge_profiles(profiles).min,)
+    )
     rounds = options.rounds or ROUNDS[kind]
     entrants, absent = _enter_all(arena, options.against, progress)
     with progress.step("Measure what the hardware can do"):
@@ -228,7 +230,7 @@ def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[
 
 def _run_cold(
     bundle: Bundle, checkpoint: Checkpoint, name: str, backend: str | None, batch: int, absent: dict[str, str]
-) -> Cold | None:
+) -> ColdStart | None:
     """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
     arguments = {
         "bundle": str(bundle.path),
@@ -253,7 +255,7 @@ def _run_cold(
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         absent[f"{name}, alone"] = words[-1]
         return None
-    return Cold(entrant=name, **json.loads(told[-1]))
+    return ColdStart(entrant=name, **json.loads(told[-1]))
 
 
 def _race(

@@ -11,7 +11,7 @@ from trtower_export.bench.entrants import LLAVA, TRTOWER
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trtower_export.bench.benchmark import Cold, ListTiming, Timing
+    from trtower_export.bench.benchmark import ColdStart, ListTiming, Timing
 
 YARDSTICK = ("clip", 336, 14, 1024, (23,))
 """Family, image size, patch size, width and what is read of the tower that the goals are set for."""
@@ -45,7 +45,7 @@ def judge_goals(
     spec: TowerSpec,
     backend: str,
     timings: "Sequence[Timing]",
-    cold: "Sequence[Cold]",
+    cold: "Sequence[ColdStart]",
     tiles: "ListTiming | None",
 ) -> tuple[Goal, ...]:
     """Judge every goal by what ran on ``backend``; what this machine cannot decide is named as not measured.

@@ -25,7 +25,7 @@ from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.errors import BundleError, CheckpointError
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
-from trtower.spec import PRECISIONS, BatchProfile, cover, sizes
+from trtower.spec import PRECISIONS, BatchProfile, merge_profiles, profile_batches
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.check.evidence import ImageEvidence
@@ -35,13 +35,13 @@ from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 from trtower_export.precision.bounds import judge
-from trtower_export.precision.metrics import Sums, total
+from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 
 DRAWN = "drawn"
 """What bounds call the images that are no photographs."""
 
-See = Callable[[ImageEvidence], None]
+OnImage = Callable[[ImageEvidence], None]
 """Is shown what became of each image, such as for a report."""
 
 
@@ -54,7 +54,7 @@ def certify(
     quick: bool = False,
     by_layer: bool = False,
     progress: Progress,
-    see: See | None = None,
+    on_image: OnImage | None = None,
 ) -> Certificate:
     """Check ``bundle`` on ``photographs`` and on drawn images; the result passes or not, and is written nowhere yet.
 
@@ -83,7 +83,7 @@ def certify(
     with progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
             step.update(start / len(images), f"from {images[start].name} on")
-            _compare(towers, images[start : start + max(batches)], found, see)
+            _compare(towers, images[start : start + max(batches)], found, on_image)
     runs = [*found.by_batch.values(), *([found.as_typed] if typed else [])]
     measured = {kind: ([by_kind[kind].figures() for by_kind in runs], own.figures()) for kind, own in found.own.items()}
     bounds = judge(manifest.precision, measured)
@@ -118,7 +118,7 @@ def certify(
 
 def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
     """List how many images are run at once: each minimum, optimum, maximum, and one more, which takes two calls."""
-    return [*sizes(profiles), cover(profiles).max + 1]
+    return [*profile_batches(profiles), merge_profiles(profiles).max + 1]
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ class _Towers:
 class _Found:
     """What was found so far; sums by the kind of the images, photographs or drawn."""
 
-    by_batch: dict[int, dict[str, Sums]]
-    as_typed: dict[str, Sums] = field(default_factory=dict)
-    own: dict[str, Sums] = field(default_factory=dict)
+    by_batch: dict[int, dict[str, MetricSums]]
+    as_typed: dict[str, MetricSums] = field(default_factory=dict)
+    own: dict[str, MetricSums] = field(default_factory=dict)
     images: list[ImageFigures] = field(default_factory=list)
     layers: LayerSums = field(default_factory=LayerSums)
 
 
-def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: See | None) -> None:
+def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, on_image: OnImage | None) -> None:
     """Run ``images`` one by one through PyTorch, and in every size of batch through the bundle."""
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
@@ -169,34 +169,34 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, see: 
         references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
-        own_sums.append(Sums.of(owns[-1], references[-1]))
-        found.own.setdefault(_kind(image), Sums()).add(own_sums[-1])
+        own_sums.append(MetricSums.of(owns[-1], references[-1]))
+        found.own.setdefault(_kind(image), MetricSums()).add(own_sums[-1])
         if towers.typed:
             repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
-            error = Sums.of(row[None].float(), references[-1])
-            found.as_typed.setdefault(_kind(image), Sums()).add(error)
+            error = MetricSums.of(row[None].float(), references[-1])
+            found.as_typed.setdefault(_kind(image), MetricSums()).add(error)
         if towers.states:
             found.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
-    sums = [Sums() for _ in images]
+    sums = [MetricSums() for _ in images]
     for batch, by_kind in found.by_batch.items():
         for start in range(0, len(images), batch):
             members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
             taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
             for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
                 features.setdefault(member, row.float().cpu())
-                error = Sums.of(row[None].float().cpu(), references[member])
+                error = MetricSums.of(row[None].float().cpu(), references[member])
                 sums[member].add(error)
-                by_kind.setdefault(_kind(images[member]), Sums()).add(error)
+                by_kind.setdefault(_kind(images[member]), MetricSums()).add(error)
     for index, image in enumerate(images):
         found.images.append(
             ImageFigures(
                 name=image.name, kind=image.kind, bundle=sums[index].figures(), torch=own_sums[index].figures()
             )
         )
-        if see:
-            see(
+        if on_image:
+            on_image(
                 ImageEvidence(
                     name=image.name,
                     kind=image.kind,

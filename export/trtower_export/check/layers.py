@@ -19,7 +19,7 @@ from trtower.bundle.certificate import Figures, LayerFigures
 from trtower.errors import BundleError
 from trtower_export.check.emulation import open_session, read_emulated
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
-from trtower_export.precision.metrics import Sums
+from trtower_export.precision.metrics import MetricSums
 
 JUMP = 3.0
 """How many times the error of the layer before, or of PyTorch's own, makes a jump. Rounding adds up: on a pretrained
@@ -73,17 +73,17 @@ def _index(name: str) -> int:
 class LayerSums:
     """What the figures of every layer are made of, over any number of images."""
 
-    bundle: dict[int, Sums] = field(default_factory=dict)
-    torch: dict[int, Sums] = field(default_factory=dict)
+    bundle: dict[int, MetricSums] = field(default_factory=dict)
+    torch: dict[int, MetricSums] = field(default_factory=dict)
     worst: dict[int, tuple[float, str, int]] = field(default_factory=dict)
 
     def add(self, name: str, reference: Sequence[Tensor], found: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
         """Take an image in: its states from FP32 PyTorch, from the graph, and from PyTorch in half precision."""
         for index, state in found.items():
             place = min(index, len(own) - 1)  # last_hidden_state comes last
-            sums = Sums.of(state, reference[index])
-            self.bundle.setdefault(index, Sums()).add(sums)
-            self.torch.setdefault(index, Sums()).add(Sums.of(own[place].float().cpu(), reference[index]))
+            sums = MetricSums.of(state, reference[index])
+            self.bundle.setdefault(index, MetricSums()).add(sums)
+            self.torch.setdefault(index, MetricSums()).add(MetricSums.of(own[place].float().cpu(), reference[index]))
             errors = sums.token_errors[0].nan_to_num(nan=float("inf"))
             worst = float(errors.max())
             if index not in self.worst or worst > self.worst[index][0]:

@@ -85,7 +85,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
             )
         )
 
-    bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, see=collect)
+    bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, on_image=collect)
     certificate = _print_certificate(console, bundle)
     picture = out / f"{PRETRAINED}.png"
     with progress.step("Draw the picture"):

@@ -19,20 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trtower.bundle.manifest import Extent
+from trtower.bundle.manifest import TowerCost
 from trtower.errors import BuildError
 from trtower_export.families import Family
 from trtower_export.graph.onnx_graph import INPUT_DTYPES
 
 
-def measure_module(model: nn.Module, family: Family, image_size: int) -> Extent:
+def measure_module(model: nn.Module, family: Family, image_size: int) -> TowerCost:
     """Count a full tower as transformers runs it on S pixels a side: every layer, and the pooling head of a SigLIP.
 
     Its parameters are those that it has: position embeddings in the checkpoint's own number, whatever S is.
     """
     states, flop = run_weightless(model, family.read_states, image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Extent(layers=len(states) - 2, parameters=parameters, flop=flop)  # states 0 to L, and last_hidden_state
+    return TowerCost(layers=len(states) - 2, parameters=parameters, flop=flop)  # states 0 to L, and last_hidden_state
 
 
 def run_weightless(model: nn.Module, run: Callable[[Any, Tensor], Any], image_size: int) -> tuple[Any, int]:
@@ -51,7 +51,7 @@ def run_weightless(model: nn.Module, run: Callable[[Any, Tensor], Any], image_si
     return output, counter.get_total_flops()
 
 
-def measure_graph(path: Path) -> Extent:
+def measure_graph(path: Path) -> TowerCost:
     """Count a tower in its ONNX file, without its weights. Raises BuildError on an operator of unknown cost.
 
     A layer is an attention: one Attention node, or the Softmax of one that is spelled out (opset 20). A parameter is
@@ -63,7 +63,7 @@ def measure_graph(path: Path) -> Extent:
     shapes, graph = _infer_shapes(model), model.graph
     reads = Counter(name for node in graph.node for name in node.input)
     scales = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
-    return Extent(
+    return TowerCost(
         layers=sum(node.op_type in ("Attention", "Softmax") for node in graph.node),
         parameters=sum(
             prod(tensor.dims) * (reads[tensor.name] if len(tensor.dims) == 1 else 1)

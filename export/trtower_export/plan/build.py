@@ -27,7 +27,7 @@ from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.store import PlanStore, Stored
 from trtower_export.plan.targets import Target, build_there, choose_target, describe_plan
 
-WAY = 2
+BUILD_PROCEDURE_VERSION = 2
 """Raise it when the same graph, TensorRT and settings are built in another way: what a store has is older then."""
 
 STAGING = ".staging-"
@@ -101,7 +101,7 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
         "target": dataclasses.asdict(target),
         "version": version,
         "platform": PLATFORM,
-        "way": WAY,
+        "way": BUILD_PROCEDURE_VERSION,
         "gpu": torch.cuda.get_device_name() if on_its_gpu else None,
     }
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()) if on_its_gpu else ""

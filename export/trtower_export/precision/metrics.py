@@ -14,7 +14,7 @@ TAIL = 0.999
 
 
 @dataclass
-class Sums:
+class MetricSums:
     """What the figures of one image, or of many, are made of, in FP64."""
 
     squared_error: float = 0.0
@@ -25,7 +25,7 @@ class Sums:
     token_errors: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, found: Tensor, reference: Tensor) -> "Sums":
+    def of(cls, found: Tensor, reference: Tensor) -> "MetricSums":
         """Compare tokens (..., D) with the reference's."""
         x, ref = found.double(), reference.double()
         error = x - ref
@@ -39,7 +39,7 @@ class Sums:
             token_errors=[(error.norm(dim=-1) / norms).flatten()],
         )
 
-    def add(self, other: "Sums") -> None:
+    def add(self, other: "MetricSums") -> None:
         """Take another image in."""
         self.squared_error += other.squared_error
         self.squared_reference += other.squared_reference
@@ -62,9 +62,9 @@ class Sums:
         )
 
 
-def total(parts: Iterable[Sums]) -> Sums:
+def total(parts: Iterable[MetricSums]) -> MetricSums:
     """Add up what was found in several places."""
-    whole = Sums()
+    whole = MetricSums()
     for part in parts:
         whole.add(part)
     return whole

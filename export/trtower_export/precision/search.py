@@ -22,7 +22,7 @@ from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import FP16, Extremes, named_weights, simulate
-from trtower_export.precision.metrics import Sums
+from trtower_export.precision.metrics import MetricSums
 from trtower_export.precision.rounding import Simulation, Values
 
 MONOTONOUS = ("non_finite", "token_cosine_min")
@@ -52,28 +52,28 @@ def find_islands(
     where the state that is read is itself too large for FP16.
     """
     cases: list[_Case] = []  # what missed a bound moves to the front, where it ends the next trial early
-    own = {kind: Sums() for kind in images}
+    own = {kind: MetricSums() for kind in images}
     count = sum(map(len, images.values()))
     with progress.step(f"Run PyTorch in FP32 and FP16 on {count} images") as step:
         half = copy.deepcopy(tower).half()
         for kind, pixel_values in ((kind, each) for kind, some in images.items() for each in some):
             step.update(len(cases) / count, kind)
             cases.append(_Case(kind, pixel_values, tower(pixel_values)))
-            own[kind].add(Sums.of(half(pixel_values.half()).float(), cases[-1].reference))
+            own[kind].add(MetricSums.of(half(pixel_values.half()).float(), cases[-1].reference))
         del half
         simulation = simulate(tower, spec)
     names = simulation.operations.names
     fixed = set(simulation.operations.match(always))
 
-    def bounds(found: Mapping[str, Sums]) -> tuple[Bound, ...]:
+    def bounds(found: Mapping[str, MetricSums]) -> tuple[Bound, ...]:
         return judge("fp16", {kind: ([sums.figures()], own[kind].figures()) for kind, sums in found.items()})
 
     def holds(kept: Collection[str]) -> bool:
         rounded = set(names) - set(kept) - fixed
-        found = {kind: Sums() for kind in images}
+        found = {kind: MetricSums() for kind in images}
         for index, case in enumerate(cases):
             output = simulation.run(case.pixel_values.half().float(), rounded=rounded)
-            sums = Sums.of(output.half().float(), case.reference)
+            sums = MetricSums.of(output.half().float(), case.reference)
             if not all(bound.holds for bound in bounds({case.kind: sums}) if bound.figure in MONOTONOUS):
                 cases.insert(0, cases.pop(index))
                 return False

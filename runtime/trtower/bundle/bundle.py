@@ -74,7 +74,7 @@ class Bundle:
         found = (each for each in self.manifest.certificates if each.backend == backend and file in each.executed)
         return next(found, None)
 
-    def certificate_void(self, certificate: Certificate, altered: Collection[str] = ()) -> list[str]:
+    def changed_since(self, certificate: Certificate, altered: Collection[str] = ()) -> list[str]:
         """List the files that a certificate speaks of and that are others now; all that are ``altered`` are."""
         files = self.manifest.files
         return [
@@ -91,7 +91,9 @@ class Bundle:
             return "it is a rehearsal, with random weights"
         return None
 
-    def uncertified(self, backend: str, executed: Sequence[str], altered: Collection[str] | None = None) -> str | None:
+    def why_uncertified(
+        self, backend: str, executed: Sequence[str], altered: Collection[str] | None = None
+    ) -> str | None:
         """Say why no certificate vouches for the files that a backend executes; None where one does.
 
         ``altered`` are the bundle's altered files. Without them what the certificate speaks of is read, but for
@@ -107,7 +109,7 @@ class Bundle:
             return f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
         if altered is None:
             altered = self.altered(certificate.files.keys() - set(executed))
-        if void := self.certificate_void(certificate, altered):
+        if void := self.changed_since(certificate, altered):
             return f"its certificate is void, {', '.join(void)} changed since"
         return None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from trtower.bundle.certificate import Certificate
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, cover
+from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, merge_profiles
 
 MANIFEST = "tower.json"
 GRAPH = "tower.onnx"
@@ -56,7 +56,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Extent:
+class TowerCost:
     """What a tower is and what it costs; ``flop`` are those of one image, two for a multiply-add.
 
     How each is counted stands in `trtower_export.graph.cost`.
@@ -149,8 +149,8 @@ class Manifest:
     name: str
     trtower: str
     spec: TowerSpec
-    full: Extent
-    cut: Extent
+    full: TowerCost
+    cut: TowerCost
     source: Source
     precision: str
     keep_fp32: tuple[str, ...]
@@ -176,7 +176,7 @@ class Manifest:
                 raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
         if not self.profiles:
             raise ConfigError("profiles is empty: one at least is expected.")
-        cover(self.profiles)
+        merge_profiles(self.profiles)
         if (self.cut.layers, self.full.layers) != (self.spec.depth, self.spec.num_layers):
             raise ConfigError(
                 f"{self.cut.layers} of {self.full.layers} layers are counted; the spec reads {self.spec.depth} of "
@@ -197,7 +197,7 @@ class Manifest:
     @functools.cached_property
     def batch(self) -> BatchProfile:
         """What one call takes, over all profiles."""
-        return cover(self.profiles)
+        return merge_profiles(self.profiles)
 
     @property
     def certificate(self) -> Certificate | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trtower.errors import ConfigError
 from trtower.fingerprint import count_layers
-from trtower.installation.find import Place
+from trtower.installation.find import TowerSlot
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
 from trtower.tower.outputs import served_layers
@@ -35,7 +35,7 @@ SAME_TOWER_8_BIT = 0.3
 
 
 @torch.no_grad()
-def check_answers(place: Place, ran: VisionTower, *, compared: bool) -> None:
+def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None:
     """Have both towers see one image, and raise ConfigError where they do not see the same, if they are ``compared``.
 
     ``ran`` gives every token of every layer that its bundle holds.

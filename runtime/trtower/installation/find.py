@@ -21,7 +21,7 @@ Slots = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TowerSlot:
     """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in.
 
     ``paths`` are all its names; it is called by the first.
@@ -51,7 +51,7 @@ class Place:
             raise
 
 
-def find_tower(model: nn.Module, path: str | None = None) -> Place:
+def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
     """Find the one tower in a model, or the one at ``path``; raise ConfigError where there is none, or two."""
     places = find_towers(model)
     found = " and ".join(place.path for place in places)
@@ -68,7 +68,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> Place:
     return places[0]
 
 
-def find_towers(model: nn.Module) -> list[Place]:
+def find_towers(model: nn.Module) -> list[TowerSlot]:
     """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
     check_is_model(model)
     found = _collect(model, "")
@@ -83,8 +83,8 @@ def check_is_model(model: Any) -> None:
         raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
 
 
-def _collect(root: nn.Module, prefix: str) -> list[Place]:
-    found: dict[int, Place] = {}
+def _collect(root: nn.Module, prefix: str) -> list[TowerSlot]:
+    found: dict[int, TowerSlot] = {}
     for place in _walk(root, prefix, set()):
         known = found.setdefault(id(place.module), place)
         if known is not place:
@@ -99,14 +99,14 @@ def _wrapper(model: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[TowerSlot]:
     if id(module) in seen:
         return
     seen.add(id(module))
     for container, key, name, child in _children(module):
         path = f"{prefix}{name}"
         if _is_tower(child):
-            yield Place(module=child, paths=[path], slots=[(container, key)], holder=module)
+            yield TowerSlot(module=child, paths=[path], slots=[(container, key)], holder=module)
         else:
             yield from _walk(child, f"{path}.", seen)
 

@@ -17,7 +17,7 @@ from torch import nn
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
-from trtower.installation.find import Place, check_is_model, find_tower, find_towers
+from trtower.installation.find import TowerSlot, check_is_model, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
 from trtower.installation.reach import check_reached
@@ -61,7 +61,7 @@ class Installation:
         if not self.is_installed:
             raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> list[TowerSlot]:
         return [place for place in find_towers(self.model) if (it := _installed(place)) and it.tower is self.tower]
 
     def __enter__(self) -> "Installation":
@@ -198,7 +198,7 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
             _take_out(place)
 
 
-def _take_out(place: Place) -> None:
+def _take_out(place: TowerSlot) -> None:
     stand_in, tower = place.module, place.module.installation.tower
     tower.refuse_own_call()
     place.put(stand_in.take_back())
@@ -214,7 +214,7 @@ def _path(value: Any, name: str) -> Path:
         raise ConfigError(f"{name} is {said}; the path of a folder is expected.") from err
 
 
-def _installed(place: Place) -> Installation | None:
+def _installed(place: TowerSlot) -> Installation | None:
     """Give the installation that a tower in a model is the stand-in of; None where it is an eager one."""
     installation: Installation | None = vars(place.module).get("installation")
     return installation

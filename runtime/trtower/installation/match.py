@@ -12,7 +12,7 @@ from trtower.bundle.manifest import CONFIG
 from trtower.bundle.suggest import export_command, export_command_of, name_layers
 from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import DTYPES, count_layers, read_parameters, weights_sha256
-from trtower.installation.find import Place
+from trtower.installation.find import TowerSlot
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.tower.outputs import served_layers
@@ -43,7 +43,7 @@ CHANGED = (
 
 
 def check_match(
-    model: nn.Module, place: Place, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
+    model: nn.Module, place: TowerSlot, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
 ) -> None:
     """Raise ConfigError, or BundleError for a rehearsal, naming what the bundle has and what the model has."""
     source = bundle.manifest.source
@@ -65,7 +65,7 @@ def check_match(
         _check_layers(code, feature, said, place, bundle)
 
 
-def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
+def check_replaceable(model: nn.Module, place: TowerSlot, *, dropped: bool) -> None:
     """Raise ConfigError where another module cannot take the tower's place, or its weights cannot be ``dropped``."""
     tower = place.module
     if type(place.holder).__name__ == "OptimizedModule":
@@ -103,14 +103,14 @@ def check_replaceable(model: nn.Module, place: Place, *, dropped: bool) -> None:
             )
 
 
-def _loaded_from(model: nn.Module, place: Place) -> str | None:
+def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
     """Give the checkpoint that a model says it was loaded from, a folder in full, as a bundle names its own."""
     configs = [getattr(each, "config", None) for each in (model, place.module)]
     name = next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_kind(place: Place, bundle: Bundle, made_of: dict[str, Any], export: str) -> None:
+def _check_kind(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], export: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
     if config.model_type != made_of["model_type"]:
         raise ConfigError(
@@ -131,7 +131,7 @@ def _if_exported(export: str, model_type: str) -> str:
     return export.replace("own checkpoint", f"own checkpoint, if `trtower export` supports {model_type}")
 
 
-def _check_config(place: Place, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
+def _check_config(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
     for name in COMPUTES:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
@@ -160,7 +160,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _codes(model: nn.Module, place: Place) -> Iterator[tuple[LayerCode, str, str]]:
+def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str, str]]:
     """Give what is known of what the model reads: layer code, feature code, and where it is said.
 
     Of a model that says nothing, nothing is checked here; the state that it then asks for is there or raises.
@@ -191,7 +191,7 @@ def _codes(model: nn.Module, place: Place) -> Iterator[tuple[LayerCode, str, str
         return
 
 
-def _check_layers(code: LayerCode, feature: str, said: str, place: Place, bundle: Bundle) -> None:
+def _check_layers(code: LayerCode, feature: str, said: str, place: TowerSlot, bundle: Bundle) -> None:
     spec, depth = bundle.manifest.spec, count_layers(place.module)
     wanted, _ = read_layer_code(code, feature, depth)
     lacking = set(wanted) - served_layers(spec, depth).keys()
@@ -207,7 +207,7 @@ def _check_layers(code: LayerCode, feature: str, said: str, place: Place, bundle
         )
 
 
-def _check_weights(place: Place, bundle: Bundle, own: str) -> None:
+def _check_weights(place: TowerSlot, bundle: Bundle, own: str) -> None:
     source, dtype = bundle.manifest.source, place.module.dtype
     name = next((name for name, each in DTYPES.items() if each == dtype), None)
     held = list(read_parameters(place.module, bundle.manifest.spec))

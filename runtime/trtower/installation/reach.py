@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trtower.errors import ConfigError
-from trtower.installation.find import Place, find_towers
+from trtower.installation.find import TowerSlot, find_towers
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Called(BaseException):
 
 
 @torch.no_grad()
-def check_reached(model: nn.Module, place: Place, *, named: bool) -> None:
+def check_reached(model: nn.Module, place: TowerSlot, *, named: bool) -> None:
     """Raise ConfigError if the model turns pixels into features without calling the tower at ``place``.
 
     A model whose way cannot be found, or wants more than pixels, is passed with a warning; so is one whose tower was
@@ -81,7 +81,7 @@ def _stopping(tower: nn.Module) -> Iterator[None]:
             vars(tower)["forward"] = before
 
 
-def _ways(model: nn.Module, place: Place) -> Iterator[tuple[str, Callable[..., Any]]]:
+def _ways(model: nn.Module, place: TowerSlot) -> Iterator[tuple[str, Callable[..., Any]]]:
     """List what may lead to the tower, the outermost first: methods of the modules around it, then its own holder."""
     parts = place.path.split(".")
     around = [model]
@@ -112,7 +112,7 @@ def _parameters(way: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _arguments(way: Callable[..., Any], place: Place) -> Iterator[dict[str, Any]]:
+def _arguments(way: Callable[..., Any], place: TowerSlot) -> Iterator[dict[str, Any]]:
     """List the inputs to try: one picture (1, 3, S, S), the same as a tile (1, 1, 3, S, S), and sizes beside it."""
     parameters = _parameters(way)
     name = next((name for name in PIXELS if name in parameters), None)

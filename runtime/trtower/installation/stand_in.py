@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.fingerprint import count_layers
-from trtower.installation.find import Place
+from trtower.installation.find import TowerSlot
 from trtower.installation.original import Original, wants_gradient
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
@@ -176,7 +176,7 @@ class _Ungraded(torch.autograd.Function):
         )
 
 
-def make_stand_in(place: Place, tower: VisionTower, installation: Any) -> StandIn:
+def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> StandIn:
     """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
     module = place.module
     replaced: Any = type(module)

@@ -164,7 +164,7 @@ def _ways(
 def _reservation(bundle: Bundle, backend: str, file: str | None, *, coarse: bool, certified: bool) -> str | None:
     """Read what the bundle's certificates, by their hashes in the manifest, say of a candidate."""
     certificate = bundle.find_certificate(backend, file)
-    if certificate is not None and not bundle.certificate_void(certificate):
+    if certificate is not None and not bundle.changed_since(certificate):
         return None if certificate.passed else f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
     if not coarse and not certified:
         return None

@@ -13,7 +13,7 @@ from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners.base import CLOSED, OnStart
 from trtower.runners.thread import Thread
-from trtower.spec import sizes
+from trtower.spec import profile_batches
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
@@ -102,7 +102,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
     def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
         self._bundle = bundle
-        self._buckets = frozenset(sizes(bundle.manifest.profiles))
+        self._buckets = frozenset(profile_batches(bundle.manifest.profiles))
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._capture = cuda_graphs
         try:
@@ -163,14 +163,14 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
                 if batch not in self._captured:
                     with torch.inference_mode(mode=False):  # they serve calls in any mode
                         self._captured[batch] = (torch.empty_like(pixel_values), torch.empty_like(hidden_states))
-                given, made = self._captured[batch]
-                given.copy_(pixel_values)
-                self._run(given, made, self._options(batch))
+                inputs, outputs = self._captured[batch]
+                inputs.copy_(pixel_values)
+                self._run(inputs, outputs, self._options(batch))
             except Exception as err:  # noqa: BLE001 - ONNX Runtime's own classes, and torch's where memory is full
                 self._launch_from_now_on(err)
                 self._stream.wait_stream(caller)
                 return False
-            hidden_states.copy_(made)
+            hidden_states.copy_(outputs)
         return True
 
     def _launch_from_now_on(self, err: Exception) -> None:

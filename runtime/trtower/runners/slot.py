@@ -127,13 +127,14 @@ class Slot:
             private.wait_stream(stream)
             try:
                 context = self._new_context(self._profile_for(len(images)), private.cuda_stream)
-                given, made = torch.zeros_like(images), torch.empty_like(features)
-                self._launch(context, given, made, private.cuda_stream)  # TensorRT wants a shape's first one uncaptured
+                inputs, outputs = torch.zeros_like(images), torch.empty_like(features)
+                # TensorRT wants a shape's first one uncaptured.
+                self._launch(context, inputs, outputs, private.cuda_stream)
                 graph = torch.cuda.CUDAGraph()
                 with _no_collection():
                     graph.capture_begin(capture_error_mode="thread_local")
                     try:
-                        self._launch(context, given, made, private.cuda_stream)
+                        self._launch(context, inputs, outputs, private.cuda_stream)
                     finally:
                         graph.capture_end()
             except BaseException:
@@ -141,7 +142,7 @@ class Slot:
                 raise
             finally:
                 stream.wait_stream(private)
-        return Graph(graph, context, given, made)
+        return Graph(graph, context, inputs, outputs)
 
     def _profile_for(self, batch: int) -> int:
         """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
@@ -169,11 +170,11 @@ class Slot:
         return context
 
     def _launch(self, context: Any, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
-        given, made = self._names
+        inputs, outputs = self._names
         accepted = (
-            context.set_input_shape(given, tuple(images.shape))
-            and context.set_tensor_address(given, images.data_ptr())
-            and context.set_tensor_address(made, features.data_ptr())
+            context.set_input_shape(inputs, tuple(images.shape))
+            and context.set_tensor_address(inputs, images.data_ptr())
+            and context.set_tensor_address(outputs, features.data_ptr())
             and context.execute_async_v3(stream)
         )
         if not accepted:
@@ -183,15 +184,15 @@ class Slot:
 class Graph:
     """A captured call, with tensors of its own: it reads and writes no address that it was not captured with."""
 
-    def __init__(self, graph: Any, context: Any, given: torch.Tensor, made: torch.Tensor) -> None:
-        self._graph, self._context, self._given, self._made = graph, context, given, made
+    def __init__(self, graph: Any, context: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        self._graph, self._context, self._inputs, self._outputs = graph, context, inputs, outputs
 
     def replay(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> None:
         """Run it on ``images``; two copies on the GPU are what it costs."""
         with torch.cuda.stream(stream):
-            self._given.copy_(images)
+            self._inputs.copy_(images)
             self._graph.replay()
-            features.copy_(self._made)
+            features.copy_(self._outputs)
 
 
 @contextmanager

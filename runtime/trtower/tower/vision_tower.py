@@ -24,7 +24,7 @@ from trtower.runners.choose import choose, parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.observation import OnBatch, observed
 from trtower.runners.tensorrt import EngineOptions
-from trtower.spec import sizes
+from trtower.spec import profile_batches
 from trtower.tower.anchor import Anchor
 from trtower.tower.attribute_dict import AttributeDict
 from trtower.tower.image_processor import ImageProcessor
@@ -199,7 +199,7 @@ class VisionTower(nn.Module):
         """
         manifest, side = self.bundle.manifest, self.spec.image_size
         with self._holder.lend() as runner:
-            for batch in sizes(manifest.profiles) if batches is None else batches:
+            for batch in profile_batches(manifest.profiles) if batches is None else batches:
                 pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
                 run_batch(runner, manifest.batch, manifest.output, pixel_values)
             if runner.device.type == "cuda":
@@ -375,12 +375,12 @@ class VisionTower(nn.Module):
             raise self._not_certified(reason, self._backend)
         certified = self._require_certificate
         runner = choose(self.bundle, self._backend, device, certified=certified, engine=self._engine)
-        if certified and (reason := self.bundle.uncertified(runner.backend, runner.files)):
+        if certified and (reason := self.bundle.why_uncertified(runner.backend, runner.files)):
             runner.close()
             raise self._not_certified(reason, runner.backend)
         close = self._holder.swap(runner)
         certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
-        if certificate and not certificate.passed and not self.bundle.certificate_void(certificate):
+        if certificate and not certificate.passed and not self.bundle.changed_since(certificate):
             logger.warning(
                 "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
             )

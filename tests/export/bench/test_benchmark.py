@@ -22,7 +22,7 @@ from trtower.runners.openvino import has_bf16
 from trtower.spec import BatchProfile
 from trtower_export.bench import benchmark as module
 from trtower_export.bench import entrants
-from trtower_export.bench.benchmark import Benchmark, BenchOptions, Cold, ListTiming, Timing, run_benchmark
+from trtower_export.bench.benchmark import Benchmark, BenchOptions, ColdStart, ListTiming, Timing, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
 from trtower_export.bench.environment import read_driver
@@ -247,7 +247,7 @@ def test_one_alone_that_answers_nothing_is_named(
     assert absent == {"eager, alone": said}
     done.stdout = '{"load_s": 1.0, "first_s": 2.0, "peak_bytes": 3}\nand a line after it\n'
     found = module._run_cold(bundle, checkpoint, "eager", None, 1, absent)
-    assert found == Cold(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
+    assert found == ColdStart(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
 
 
 def test_entrant_that_breaks_alone_is_named(
@@ -417,7 +417,7 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
         *(timing("sdpa", batch, seconds) for batch, seconds in ((1, 1.5), (8, 1.49), (32, 2.0))),
         timing("compile", 1, 1.15),
     ]
-    cold = (Cold(entrant="trtower", load_s=1.5, first_s=0.6, peak_bytes=1),)
+    cold = (ColdStart(entrant="trtower", load_s=1.5, first_s=0.6, peak_bytes=1),)
     tiles = ListTiming(images=16, rounds=1, llava_s=2.9, trtower_s=1.0)
     goals = judge_goals(yardstick(), "tensorrt", timings, cold, tiles)
     assert [(goal.met, goal.measured) for goal in goals] == [
@@ -435,7 +435,7 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
 
 def test_goals_of_a_plan_are_not_judged_on_another_backend() -> None:
     timings = [timing("trtower", 1, 1.0), timing("sdpa", 1, 9.0), timing("llava", 1, 4.0)]
-    cold = (Cold(entrant="trtower", load_s=1.0, first_s=0.5, peak_bytes=1),)
+    cold = (ColdStart(entrant="trtower", load_s=1.0, first_s=0.5, peak_bytes=1),)
     goals = judge_goals(yardstick(), "openvino-bf16", timings, cold, None)
     assert [goal.measured for goal in goals] == [None] * 8 + [4.0, 1.5]
     assert all(goal.note for goal in goals[:8])

@@ -188,7 +188,7 @@ def test_quick_check_takes_photographs_at_the_smallest_batch_alone(fp32_bundle: 
 
 def test_evidence_is_shown_of_every_image(export: Callable[..., Path], clip: Path) -> None:
     seen: list[ImageEvidence] = []
-    certificate = check(export("clip", flavour="none"), clip, see=seen.append)
+    certificate = check(export("clip", flavour="none"), clip, on_image=seen.append)
     assert [(each.name, each.kind) for each in seen] == [(image.name, image.kind) for image in certificate.images]
     for each in seen:
         assert each.pixel_values.shape == (3, 42, 42)

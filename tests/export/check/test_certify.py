@@ -25,7 +25,7 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
 from trtower_export.precision.bounds import judge
-from trtower_export.precision.metrics import Sums
+from trtower_export.precision.metrics import MetricSums
 
 FINE = {
     "token_cosine_mean": 1.0,
@@ -155,7 +155,7 @@ def test_emulation_rounds_after_every_operation(export: Callable[..., Path], che
 def test_figures_are_what_they_are_called() -> None:
     reference = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
     found = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])
-    figures = Sums.of(found, reference).figures()
+    figures = MetricSums.of(found, reference).figures()
     assert figures.token_cosine_min == pytest.approx(0.0)
     assert figures.token_cosine_mean == pytest.approx(0.5)
     assert figures.relative_error == pytest.approx(1.0)
@@ -165,15 +165,15 @@ def test_figures_are_what_they_are_called() -> None:
 
 def test_figures_over_all_images_are_not_the_mean_of_ratios() -> None:
     small, large = torch.full((1, 1, 2), 1.0), torch.full((1, 1, 2), 100.0)
-    total = Sums.of(small * 2, small)
-    total.add(Sums.of(large, large))
+    total = MetricSums.of(small * 2, small)
+    total.add(MetricSums.of(large, large))
     assert total.figures().relative_error == pytest.approx(1 / np.sqrt(1 + 1e4), rel=1e-6)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_nan_in_any_image_is_not_lost(order: int) -> None:
     fine = torch.ones(1, 2, 2)
-    parts = [Sums.of(fine, fine), Sums.of(fine * float("nan"), fine)][::order]
+    parts = [MetricSums.of(fine, fine), MetricSums.of(fine * float("nan"), fine)][::order]
     parts[0].add(parts[1])
     figures = parts[0].figures()
     assert figures.non_finite == 4

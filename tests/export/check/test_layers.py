@@ -142,7 +142,7 @@ def test_layer_that_is_read_is_named_as_well(spoilt: Path, checkpoints: dict[str
     """It bears the output's name in the graph."""
     damage(spoilt, "layers.2.mlp.fc1/MatMul")
     seen: list[ImageEvidence] = []
-    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, see=seen.append)
+    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, on_image=seen.append)
     jump = first_jump(certificate.layers)
     assert jump is not None
     assert jump.layer == 3

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, NUM_LAYERS, PATCH_SIZE, make_model
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, Extent
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TowerCost
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export import pipeline
@@ -74,14 +74,14 @@ def hollow(module: nn.Module, dtype: torch.dtype) -> Any:
     return module
 
 
-def count(tower: nn.Module, spec: TowerSpec) -> Extent:
+def count(tower: nn.Module, spec: TowerSpec) -> TowerCost:
     """Count a cut tower in PyTorch, tables that were computed for its size among its parameters."""
     _, flop = run_weightless(tower, lambda twin, pixel_values: twin(pixel_values), spec.image_size)
     floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
-    return Extent(layers=spec.depth, parameters=sum(tensor.numel() for tensor in floats), flop=flop)
+    return TowerCost(layers=spec.depth, parameters=sum(tensor.numel() for tensor in floats), flop=flop)
 
 
-def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch: BatchProfile = BATCH) -> Extent:
+def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch: BatchProfile = BATCH) -> TowerCost:
     """Write a cut tower, and count it in the file."""
     program = trace(tower, spec.input(precision), batch)
     write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
@@ -252,7 +252,7 @@ def test_file_of_full_size_costs_what_its_architecture_says(
     assert extent.flop / 1e9 == pytest.approx(gflop, rel=TOLERANCE)
 
 
-def write_full_size(config: Any, layer: int, precision: str, folder: Path) -> Extent:
+def write_full_size(config: Any, layer: int, precision: str, folder: Path) -> TowerCost:
     """Write a full-size tower of weights that take no memory; the file must agree with the modules."""
     model, family = on_meta(config)
     spec = family.spec(config, layer, "patch")

@@ -83,8 +83,9 @@ def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from trtower.bundle.bundle import GRAPH, Bundle
-from trtower_export.plan.build import build_plan
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH
+from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
 class Impatient:
     def update(self, fraction, note):

@@ -13,7 +13,7 @@ from trtower_export.precision.bounds import (
     TOKEN_ERROR_P999,
     judge,
 )
-from trtower_export.precision.metrics import Sums, total
+from trtower_export.precision.metrics import MetricSums, total
 
 FINE = Figures(
     token_cosine_mean=1.0,
@@ -25,12 +25,12 @@ FINE = Figures(
 )
 
 
-def tokens(errors: list[float], images: int = 1) -> Sums:
+def tokens(errors: list[float], images: int = 1) -> MetricSums:
     """Make tokens of length 5 that are off by so much of it, in so many images."""
     reference = torch.tensor([3.0, 4.0]).repeat(len(errors), 1)
     found = reference + torch.tensor(errors)[:, None] * torch.tensor([4.0, -3.0])  # across, as long as the token
     parts = zip(found.chunk(images), reference.chunk(images), strict=True)
-    return total(Sums.of(x[None], ref[None]) for x, ref in parts)
+    return total(MetricSums.of(x[None], ref[None]) for x, ref in parts)
 
 
 @pytest.mark.parametrize("images", [1, 10])
@@ -55,17 +55,17 @@ def test_two_bad_tokens_in_two_thousand_are_the_share_that_is_left_out(bad: int,
 def test_error_of_a_token_is_relative_to_its_own_length() -> None:
     reference = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
     found = reference + torch.tensor([[[4.0, -3.0], [4.0, -3.0]]])
-    figures = Sums.of(found, reference).figures()
+    figures = MetricSums.of(found, reference).figures()
     assert figures.token_error_p999 == 1.0
     assert figures.relative_error == pytest.approx((50 / (25 + 250_000)) ** 0.5)
 
 
 def test_token_of_zeros_that_is_met_is_no_error_and_nan_is_never_a_percentile() -> None:
     zeros = torch.zeros(1, 3, 2)
-    assert Sums.of(zeros, zeros).figures().token_error_p999 == 0.0
+    assert MetricSums.of(zeros, zeros).figures().token_error_p999 == 0.0
     found = torch.ones(1, 5000, 2)
     found[0, 7, 1] = float("nan")
-    figures = Sums.of(found, torch.ones(1, 5000, 2)).figures()
+    figures = MetricSums.of(found, torch.ones(1, 5000, 2)).figures()
     assert figures.token_error_p999 is None
     assert figures.non_finite == 1
 

@@ -15,7 +15,7 @@ from trtower_export.console import LoggedProgress
 from trtower_export.precision import search as module
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, simulate
-from trtower_export.precision.metrics import Sums
+from trtower_export.precision.metrics import MetricSums
 from trtower_export.precision.rounding import Simulation
 from trtower_export.precision.search import find_islands, trace_with_islands
 
@@ -87,12 +87,12 @@ def search(tower: nn.Module, spec: TowerSpec, **options: object) -> tuple[str, .
 def holds(fault: str, kept: Collection[str]) -> bool:
     """Judge a simulation by the bounds of the check."""
     tower, names = spoil(fault)[0], set(simulated(fault).operations.names)
-    half, found, own = copy.deepcopy(tower).half(), Sums(), Sums()
+    half, found, own = copy.deepcopy(tower).half(), MetricSums(), MetricSums()
     for pixel_values in IMAGES:
         reference = tower(pixel_values)
         output = simulated(fault).run(pixel_values.half().float(), rounded=names - set(kept))
-        found.add(Sums.of(output.half().float(), reference))
-        own.add(Sums.of(half(pixel_values.half()).float(), reference))
+        found.add(MetricSums.of(output.half().float(), reference))
+        own.add(MetricSums.of(half(pixel_values.half()).float(), reference))
     return all(bound.holds for bound in judge("fp16", {"photograph": ([found.figures()], own.figures())}))
 
 

@@ -211,7 +211,7 @@ def test_killed_writer_leaves_no_bundle_and_no_lock(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from trtower.bundle.bundle import staged
+        from trtower.bundle.staging import staged
         with staged(Path({str(tmp_path / "b")!r}), overwrite=False) as folder:
             (folder / "half").write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -233,7 +233,7 @@ def test_writer_killed_between_the_renames_costs_nothing(spoilt: Path) -> None:
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
     locking = f"with locked(Path({str(tmp_path / 'b')!r})): pass"
-    script = f"from pathlib import Path\nfrom trtower.bundle.bundle import locked\n{locking}"
+    script = f"from pathlib import Path\nfrom trtower.bundle.staging import locked\n{locking}"
     with locked(tmp_path / "b"):
         second = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert "another process is writing" in second.stderr

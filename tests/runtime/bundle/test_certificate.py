@@ -241,7 +241,7 @@ def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pyte
     plan = add_plan(certified)
     bundle = Bundle.open(certified)
     reason = f"{plan} on {PLAN_BACKEND} was not checked, {GRAPH} on {BACKEND} was"
-    assert bundle.uncertified(PLAN_BACKEND, (plan,)) == reason
+    assert bundle.why_uncertified(PLAN_BACKEND, (plan,)) == reason
     assert load(certified).is_loaded  # on the graph
     assert run(["inspect", str(certified)]) == 0
     assert f"NOT run      {plan}: built, and checked on no GPU" in capsys.readouterr().out
@@ -250,18 +250,18 @@ def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pyte
 def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it(certified: Path) -> None:
     plan = add_plan(certified)
     certify_plan(certified, plan)
-    assert Bundle.open(certified).uncertified(PLAN_BACKEND, (plan,)) is None
+    assert Bundle.open(certified).why_uncertified(PLAN_BACKEND, (plan,)) is None
     content = bytearray((certified / GRAPH_DATA).read_bytes())
     content[-1] ^= 1
     (certified / GRAPH_DATA).write_bytes(content)
     reason = f"its certificate is void, {GRAPH_DATA} changed since"
-    assert Bundle.open(certified).uncertified(PLAN_BACKEND, (plan,)) == reason
+    assert Bundle.open(certified).why_uncertified(PLAN_BACKEND, (plan,)) == reason
 
 
 def test_file_that_vanished_since_voids_the_certificate(certified: Path) -> None:
     bundle = Bundle.open(certified)
     (certified / CONFIG).unlink()
-    assert bundle.uncertified(BACKEND, (GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
+    assert bundle.why_uncertified(BACKEND, (GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
 
 
 @pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])

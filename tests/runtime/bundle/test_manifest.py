@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import MANIFEST, SCHEMA, Extent
+from trtower.bundle.manifest import MANIFEST, SCHEMA, TowerCost
 from trtower.errors import BundleError
 from trtower.inspection import describe_cut
 
-FULL = Extent(layers=24, parameters=303_507_456, flop=381_918_216_192)
-CUT = Extent(layers=23, parameters=290_909_184, flop=366_033_858_560)
+FULL = TowerCost(layers=24, parameters=303_507_456, flop=381_918_216_192)
+CUT = TowerCost(layers=23, parameters=290_909_184, flop=366_033_858_560)
 
 
 def edit(bundle: Path, **changes: Any) -> None:

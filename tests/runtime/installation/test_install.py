@@ -25,7 +25,7 @@ from tests.runtime.installation.hugging_face import inputs, make, tower
 from tests.runtime.installation.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.installation import install as installing
-from trtower.installation.find import Place
+from trtower.installation.find import TowerSlot
 from trtower.installation.original import Original
 from trtower.tower.vision_tower import VisionTower
 
@@ -418,7 +418,7 @@ def broken(*_: Any, **__: Any) -> Any:
         (installing, "check_answers"),
         (Original, "__init__"),
         (Original, "write"),
-        (Place, "put"),
+        (TowerSlot, "put"),
         (Original, "drop"),
         (Original, "_exchange"),
     ],

@@ -513,7 +513,7 @@ def test_capture_keeps_its_place_among_what_the_stream_holds(bundle: Bundle, cud
     stream.wait_stream(private)
     stream.synchronize()
     assert order == ["before", "the capture's last"]
-    assert graph._made.data_ptr() != features.data_ptr()
+    assert graph._outputs.data_ptr() != features.data_ptr()
 
 
 @pytest.mark.usefixtures("tensorrt")
