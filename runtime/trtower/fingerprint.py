@@ -11,10 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from trtower.dtypes import DTYPES
 from trtower.spec import TowerSpec
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""The dtypes that towers are held in, by their names in the manifest."""
 
 _ROOT = r"(?:vision_model\.)?"
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")

@@ -9,10 +9,8 @@ from typing import Any
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, PlanEntry, TowerCost
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
-from trtower.spec import TowerSpec
+from trtower.spec import EIGHT_BIT, MB, PRECISIONS, TowerSpec
 
-MB = 1_000_000
-ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes of almost every parameter. In 8 bits it depends on which layers are."""
 
 
@@ -135,8 +133,8 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
 def describe_cut(full: TowerCost, cut: TowerCost, precision: str) -> str:
     """Say in one line what is left of a tower, and how much that is in this precision."""
     megabytes = ""
-    if precision in ITEM_SIZE:
-        size = ITEM_SIZE[precision] / MB
+    if precision not in EIGHT_BIT:
+        size = PRECISIONS[precision].itemsize / MB
         megabytes = f" ({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
     return (
         f"{cut.layers} of {full.layers} layers, "

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError
-from trtower.spec import PRECISIONS
+from trtower.spec import BY_DTYPE, EIGHT_BIT, PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
@@ -93,8 +94,7 @@ class Arena:
     @property
     def precision(self) -> str:
         """What PyTorch runs in: on a GPU the bundle's dtype, on a CPU FP32: its FP16 takes many times as long."""
-        dtype = self.bundle.manifest.input.dtype
-        return "fp32" if self.device.type == "cpu" else next(name for name, each in PRECISIONS.items() if each == dtype)
+        return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.input.dtype].name
 
 
 def enter(arena: Arena, name: str) -> Entrant:
@@ -132,7 +132,7 @@ def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
     runner = tower._runner
     assert runner is not None  # noqa: S101 - it was loaded
     arithmetic = arena.bundle.manifest.precision
-    if tower.device.type == "cpu" and arithmetic in ("fp16", "bf16", "fp32"):
+    if tower.device.type == "cpu" and arithmetic not in EIGHT_BIT:
         arithmetic = "bf16" if runner.backend == "openvino-bf16" else "fp32"
 
     def call(images: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
 
 
 def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tensor], Tensor]) -> Entrant:
-    dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+    dtype = DTYPES[PRECISIONS[precision].dtype]
 
     @torch.no_grad()
     def call(images: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _cut_in(arena: Arena, precision: str, *, attention: str) -> nn.Module:
 
 def _shared(arena: Arena, model: nn.Module, precision: str) -> Any:
     """Copy a model in ``precision`` onto the device; where it is that already, it shares its weights with the copy."""
-    dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+    dtype = DTYPES[PRECISIONS[precision].dtype]
     if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
         return copy.deepcopy(model).to(arena.device, dtype)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trtower.spec import MB
 from trtower_export.bench.benchmark import Benchmark, Timing
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 from trtower_export.console import print_whole
@@ -28,7 +29,6 @@ PRODUCTS = {
 }
 """The first word of a runner's name -> the name of the product."""
 
-MB = 1e6
 
 UNEVEN = 1.5
 """The longest run over the median, from where on something else was running beside."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from trtower.errors import InputError
 from trtower.extras import import_extra
 from trtower_export.drawing import GREY, INK, RULE, new_figure, to_png
+from trtower_export.precision.rounding import FP16_RANGE
 
-FP16_MAX = 65504.0
-"""The largest finite FP16: 2**15 * (2 - 2**-10)."""
+LIMIT = f"{FP16_RANGE.max:,.0f}".replace(",", " ")
 
 PURPOSE = "the heat map"
 
@@ -27,12 +27,12 @@ MIN_WIDTH = 600  # of the legend, whatever the columns take
 MIN_COLUMNS = 6  # the headings of the two panels would touch
 
 SCALE_FLOOR = -4.0
-"""The headroom's colours reach at least from a ten-thousandth of 65 504 ..."""
+"""The headroom's colours reach at least from a ten-thousandth of FP16's largest number ..."""
 SCALE_TOP = 1.0
 """... to ten times as much."""
 
 CALM = ("#f4f7fa", "#c6dbe9", "#7fb0d0", "#3a7cae", "#17496f")
-"""Headroom left: pale where there is much of it, dark towards 65 504."""
+"""Headroom left: pale where there is much of it, dark towards FP16's largest number."""
 ALARM = ("#ff8c69", "#d7263d", "#8d0d1f")
 """None left."""
 COST = ("#fbf7ee", "#f3dca6", "#e0a94f", "#b36a1c", "#5f2d07")
@@ -61,7 +61,7 @@ class OperationFigures(Protocol):
 
     @property
     def overflow(self) -> int:
-        """How many values lie beyond 65504."""
+        """How many values lie beyond FP16's largest number."""
 
     @property
     def error(self) -> Mapping[str, float | None]:
@@ -87,7 +87,7 @@ class _Layout:
 
 
 def draw_heatmap(operations: Sequence[OperationFigures], *, precision: str = "fp16", title: str = "") -> bytes:
-    """Draw layers by operations, as a PNG: the largest magnitude beside 65 504, and the error of rounding it alone.
+    """Draw layers by operations, as a PNG: the largest magnitude beside FP16's, and the error of rounding it alone.
 
     What lies outside the layers has a row of its own, as wide as all columns, above them or below. A cell is blank
     where a layer has no such operation. The second panel is left out where no error in ``precision`` was measured.
@@ -121,7 +121,7 @@ def draw_heatmap(operations: Sequence[OperationFigures], *, precision: str = "fp
         _draw_cells(add(x, panel[0]), layout, columns, scale, labelled=labelled)
         _draw_bar(add(x + panel[0] + BAR_GAP, BAR_WIDTH), scale)
 
-    draw(left, "Largest magnitude, as a share of FP16's 65 504", _headroom(operations), labelled=True)
+    draw(left, f"Largest magnitude, as a share of FP16's {LIMIT}", _headroom(operations), labelled=True)
     if measured:
         name = precision.upper()
         draw(
@@ -154,7 +154,7 @@ class _Scale:
 
 
 def _headroom(operations: Sequence[OperationFigures]) -> _Scale:
-    shares = [operation.largest / FP16_MAX for operation in operations]
+    shares = [operation.largest / FP16_RANGE.max for operation in operations]
     logs = [math.log10(share) for share in shares if share > 0 and math.isfinite(share)]
     low = min([SCALE_FLOOR, *(math.floor(log) for log in logs)])
     high = max([SCALE_TOP, *(math.ceil(log) for log in logs)])
@@ -162,12 +162,12 @@ def _headroom(operations: Sequence[OperationFigures]) -> _Scale:
     stops = [(zero * index / (len(CALM) - 1), colour) for index, colour in enumerate(CALM)]
     stops += [(zero + (1 - zero) * index / (len(ALARM) - 1), colour) for index, colour in enumerate(ALARM)]
     return _Scale(
-        value=lambda operation: operation.largest / FP16_MAX,
-        beyond=lambda operation: operation.overflow > 0 or operation.largest > FP16_MAX,
+        value=lambda operation: operation.largest / FP16_RANGE.max,
+        beyond=lambda operation: operation.overflow > 0 or operation.largest > FP16_RANGE.max,
         colours=_colormap(stops),
         low=low,
         high=high,
-        line="65 504",
+        line=LIMIT,
     )
 
 
@@ -275,7 +275,7 @@ def _draw_bar(axes: Any, scale: _Scale) -> None:
 
 def _draw_legend(figure: Any, left: int, width: int, height: int, *, gaps: bool) -> None:
     rectangle = import_extra("matplotlib.patches", extra="report", purpose=PURPOSE).Rectangle
-    entries = [(ALARM[1], "✕", "beyond 65 504: infinite in FP16"), (BROKEN, "∞", "not finite")]
+    entries = [(ALARM[1], "✕", f"beyond {LIMIT}: infinite in FP16"), (BROKEN, "∞", "not finite")]
     if gaps:
         entries.append((UNMEASURED, "", "not measured"))
     x, y = left, 44

@@ -23,6 +23,9 @@ from trtower_export.graph.operations import Operation, Operations, is_cast, is_n
 
 aten = torch.ops.aten
 
+FP16_RANGE = torch.finfo(torch.float16)
+"""Its largest number is 65504, and its smallest with all eleven digits 6.1e-05."""
+
 
 class Observer(Protocol):
     """Is given every number that an operation computes: its ``result``, and what stands between."""

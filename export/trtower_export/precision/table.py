@@ -8,7 +8,8 @@ from rich.table import Table
 
 from trtower.inspection import describe_figure
 from trtower_export.console import print_whole
-from trtower_export.precision.doctor import DTYPES, OperationFigures
+from trtower_export.precision.doctor import HALVES, OperationFigures
+from trtower_export.precision.rounding import FP16_RANGE
 
 
 def print_operations(
@@ -20,7 +21,7 @@ def print_operations(
     operation was rounded alone.
     """
     table = Table(box=None, pad_edge=False)
-    measured = [precision for precision in DTYPES if any(precision in each.error for each in operations)]
+    measured = [precision for precision in HALVES if any(precision in each.error for each in operations)]
     heads = [f"alone, {precision.upper()}" for precision in measured]
     for column in ("operation", "largest", "headroom", "overflow", "subnormal", *heads):
         table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
@@ -43,18 +44,18 @@ def print_operations(
     alone = f"; alone: the error at the output when it alone rounds, on {', '.join(rounded_on)}" if rounded_on else ""
     console.print(
         f"largest: of all that it computes on {images} images, sums of squares included{'' if every else ', @layer'}; "
-        f"subnormal: results below 6.1e-05, where FP16 loses digits{alone}",
+        f"subnormal: results below {FP16_RANGE.smallest_normal:.2g}, where FP16 loses digits{alone}",
         highlight=False,
         soft_wrap=True,
     )
     overflowing = [operation.name for operation in operations if operation.overflow]
     if overflowing:
-        console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)
+        console.print(f"beyond FP16's {FP16_RANGE.max:.0f}: {', '.join(overflowing)}", highlight=False, soft_wrap=True)
     else:
         tightest = max(operations, key=lambda each: each.largest)
         console.print(
-            f"nothing is beyond FP16's 65504; the tightest is {tightest.name}, with {tightest.headroom:.3g} times as "
-            "much room",
+            f"nothing is beyond FP16's {FP16_RANGE.max:.0f}; the tightest is {tightest.name}, with "
+            f"{tightest.headroom:.3g} times as much room",
             highlight=False,
             soft_wrap=True,
         )

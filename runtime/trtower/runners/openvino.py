@@ -11,17 +11,15 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart
 from trtower.runners.pool import Pool
-from trtower.spec import EIGHT_BIT
+from trtower.spec import EIGHT_BIT, PRECISIONS
 
 ARITHMETIC = {"openvino": "f32", "openvino-bf16": "bf16"}
 """The backends, and OpenVINO's name for what each computes in."""
-
-TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-"""OpenVINO's names for a tensor's dtype."""
 
 PRODUCTS = ("Convolution", "MatMul")
 
@@ -32,7 +30,7 @@ class OpenVinoRunner:
     def __init__(self, bundle: Bundle, backend: str) -> None:
         ov = import_extra("openvino", extra="openvino", purpose=backend)
         arithmetic = ARITHMETIC[backend]
-        half = TYPES[bundle.manifest.input.dtype]
+        half = PRECISIONS[bundle.manifest.precision].openvino
         core = ov.Core()
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": arithmetic,
@@ -59,7 +57,7 @@ class OpenVinoRunner:
         self.backend = backend
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.dtype = DTYPES[bundle.manifest.input.dtype]
         self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {arithmetic.replace('f32', 'fp32').upper()}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
