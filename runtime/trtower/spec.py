@@ -18,8 +18,9 @@ class Precision:
     """What weights and activations are in, and what each library calls it.
 
     ``dtype`` is the name in torch and in a manifest, ``onnx`` the number in ONNX's TensorProto, ``tensorrt`` the name
-    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. ``opset`` is the one that graphs are written
-    in. GPUs before compute capability ``first_capability`` lack the format, and TensorRT refuses the graph for them.
+    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs before compute capability
+    ``first_capability`` lack the format, and TensorRT refuses the graph for them. Graphs are written in ``opset``: 23
+    gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision.
 
     An 8-bit precision is another one whose linear layers have weights of the type ``onnx_linear``, ONNX's number again.
     """
@@ -30,36 +31,25 @@ class Precision:
     onnx: int
     tensorrt: str
     openvino: str
-    opset: int
+    opset: int = 23
     first_capability: float = 0.0
     onnx_linear: int = 0  # UNDEFINED
 
-    @property
-    def eight_bit(self) -> bool:
-        """Whether linear layers are in 8 bits."""
-        return self.onnx_linear != 0
 
-    @property
-    def half(self) -> bool:
-        """Whether everything is in 16 bits."""
-        return self.itemsize == 2 and not self.eight_bit
-
-
-# Opset 23 gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision.
-FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HALF", openvino="f16", opset=23)
-BF16 = Precision(
-    name="bf16", dtype="bfloat16", itemsize=2, onnx=16, tensorrt="BF16", openvino="bf16", opset=23, first_capability=8.0
+FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HALF", openvino="f16")
+_ROWS = (
+    FP16,
+    replace(FP16, name="bf16", dtype="bfloat16", onnx=16, tensorrt="BF16", openvino="bf16", first_capability=8.0),
+    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32", opset=20),
+    replace(FP16, name="fp8", onnx_linear=17, first_capability=8.9),
+    replace(FP16, name="int8", onnx_linear=3),
 )
-FP32 = Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32", opset=20)
-FP8 = replace(FP16, name="fp8", onnx_linear=17, first_capability=8.9)
-INT8 = replace(FP16, name="int8", onnx_linear=3)
 
-PRECISIONS = {each.name: each for each in (FP16, BF16, FP32, FP8, INT8)}
-
-EIGHT_BIT = tuple(name for name, each in PRECISIONS.items() if each.eight_bit)
-
-BY_DTYPE = {each.dtype: each for each in PRECISIONS.values() if not each.eight_bit}
-"""The precision in which everything has a dtype."""
+PRECISIONS = {each.name: each for each in _ROWS}
+EIGHT_BIT = tuple(name for name, each in PRECISIONS.items() if each.onnx_linear)
+BY_DTYPE = {each.dtype: each for each in PRECISIONS.values() if not each.onnx_linear}
+"""The precision in which everything has that dtype."""
+HALVES = tuple(each.name for each in BY_DTYPE.values() if each.itemsize == 2)
 
 MOST_IMAGES = 65536
 """In one call: beyond any GPU's memory, and within what TensorRT counts with."""

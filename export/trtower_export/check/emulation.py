@@ -21,10 +21,10 @@ from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart
-from trtower.spec import PRECISIONS
+from trtower.spec import HALVES, PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 
-EMULATED = {f"emulated-{name}": name for name, each in PRECISIONS.items() if each.half}
+EMULATED = {f"emulated-{name}": name for name in HALVES}
 """The names by which `trtower check --backend` knows it, and the precision that each is for."""
 
 SMALL = 1024

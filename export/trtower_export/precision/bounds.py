@@ -50,8 +50,8 @@ def judge(precision: str, measured: Measured) -> tuple[Bound, ...]:
 
 def _judge(precision: str, images: str, found: Sequence[Figures], own: Figures) -> list[Bound]:
     def hold(figure: str, limit: float, values: Sequence[float | None], *, least: bool = False) -> Bound:
-        finite = [value for value in values if value is not None]
-        worst = None if len(finite) < len(values) else min(finite) if least else max(finite)
+        known = [value for value in values if value is not None]
+        worst = None if len(known) < len(values) else min(known) if least else max(known)
         holds = worst is not None and (worst >= limit if least else worst <= limit)
         return Bound(figure=figure, images=images, limit=limit, measured=worst, holds=holds)
 

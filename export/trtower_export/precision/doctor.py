@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from trtower.dtypes import DTYPES
 from trtower.errors import CheckpointError
-from trtower.spec import PRECISIONS, BatchProfile, TowerSpec
+from trtower.spec import HALVES, PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.operations import Operation, Operations, trace
 from trtower_export.graph.truncate import truncate
 from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
-
-HALVES = {name: DTYPES[each.dtype] for name, each in PRECISIONS.items() if each.half}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class OperationFigures:
 
     @property
     def headroom(self) -> float:
-        """How many times larger its numbers could be in FP16_RANGE."""
+        """How many times larger its numbers could be in FP16."""
         return FP16_RANGE.max / self.largest if self.largest else math.inf
 
 
@@ -176,8 +174,8 @@ def _round_one_by_one(
             reference = simulation.run(pixel_values, keep=kept)
             for place, operation in enumerate(operations):
                 step.update((index + place / len(operations)) / len(images), operation.name)
-                for precision, dtype in HALVES.items():
-                    found = simulation.rerun(kept, operation, dtype)
+                for precision in HALVES:
+                    found = simulation.rerun(kept, operation, DTYPES[PRECISIONS[precision].dtype])
                     error = float((found - reference).norm() / reference.norm())
                     worst = errors[operation.name][precision]
                     errors[operation.name][precision] = worst if worst >= error or math.isnan(worst) else error

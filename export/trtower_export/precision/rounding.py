@@ -24,7 +24,7 @@ from trtower_export.graph.operations import Operation, Operations, is_cast, is_n
 aten = torch.ops.aten
 
 FP16_RANGE = torch.finfo(torch.float16)
-"""Its largest number is 65504, and its smallest with all eleven digits 6.1e-05."""
+"""The largest number is 65504, and the smallest that has all its digits is 6.1e-05."""
 
 
 class Observer(Protocol):

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trtower.inspection import describe_figure
+from trtower.spec import HALVES
 from trtower_export.console import print_whole
-from trtower_export.precision.doctor import HALVES, OperationFigures
+from trtower_export.precision.doctor import OperationFigures
 from trtower_export.precision.rounding import FP16_RANGE
 
 
