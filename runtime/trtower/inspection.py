@@ -11,8 +11,6 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, Pl
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
 from trtower.spec import EIGHT_BIT, MB, PRECISIONS, TowerSpec
 
-"""Bytes of almost every parameter. In 8 bits it depends on which layers are."""
-
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Return the whole description as JSON has it. Files are hashed; none is executed or deserialised.
@@ -133,7 +131,7 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
 def describe_cut(full: TowerCost, cut: TowerCost, precision: str) -> str:
     """Say in one line what is left of a tower, and how much that is in this precision."""
     megabytes = ""
-    if precision not in EIGHT_BIT:
+    if precision not in EIGHT_BIT:  # in which the size depends on the layers that are
         size = PRECISIONS[precision].itemsize / MB
         megabytes = f" ({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
     return (
