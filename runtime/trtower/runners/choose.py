@@ -14,14 +14,14 @@ A backend that is named runs in spite of a reservation, or raises its obstacle. 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PlanEntry
-from trtower.errors import BackendError
+from trtower.errors import BackendError, one_line
 from trtower.names import check_name
 from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners.base import Backend, EngineOptions, Runner
@@ -95,7 +95,9 @@ def choose(
             passed_over[candidate] = candidate.obstacle or str(err)
             continue
         passed_over.pop(candidate, None)
-        _log_choice(bundle, candidate, runner, found, passed_over, certified=certified)
+        level = logging.WARNING if _is_news(candidate, passed_over, certified=certified) else logging.INFO
+        reasons = f"; passed over {_reasons(found, passed_over)}" if passed_over else ""
+        logger.log(level, "%s runs on %s%s", bundle.path, runner.name, reasons)
         return runner
     others = [] if backend == "auto" else [each.backend for each in candidates(bundle) if not each.obstacle]
     instead = f". Available on this machine: {', '.join(dict.fromkeys(others))}" if others else ""
@@ -106,24 +108,11 @@ def _reasons(found: Sequence[Candidate], passed_over: dict[Candidate, str]) -> s
     return "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
 
 
-def _log_choice(
-    bundle: Bundle,
-    candidate: Candidate,
-    runner: Runner,
-    found: Sequence[Candidate],
-    passed_over: dict[Candidate, str],
-    *,
-    certified: bool,
-) -> None:
-    """Log what runs and why nothing better does.
-
-    Where a GPU is present, running without TensorRT is news; on a laptop it is not. A failed check always is.
-    """
-    is_news = torch.cuda.is_available() and not candidate.plan
-    is_news |= not certified and any(each.reservation and not each.coarse for each in passed_over)
-    reasons = f"; passed over {_reasons(found, passed_over)}" if passed_over else ""
-    level = logging.WARNING if is_news else logging.INFO
-    logger.log(level, "%s runs on %s%s", bundle.path, runner.name, reasons)
+def _is_news(chosen: Candidate, passed_over: Iterable[Candidate], *, certified: bool) -> bool:
+    """Whether a choice deserves a warning: a failed check does, and no TensorRT where there is a GPU."""
+    if torch.cuda.is_available() and not chosen.plan:
+        return True
+    return not certified and any(each.reservation and not each.coarse for each in passed_over)
 
 
 def order_for_auto(found: Sequence[Candidate]) -> list[Candidate]:
@@ -187,7 +176,7 @@ def _obstacle(backend: Backend, bundle: Bundle, file: str | None, device: torch.
     except ImportError as err:
         return str(err)
     except Exception as err:  # noqa: BLE001 - whatever a broken installation raises
-        return f"the installed {backend.package} is broken: {err}"
+        return f"the installed {backend.package} is broken: {one_line(err)}"
 
 
 def _reservation(backend: Backend, bundle: Bundle, file: str | None, *, coarse: bool, certified: bool) -> str | None:
