@@ -13,7 +13,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import PLATFORM, capability_obstacle, load_flavour, sm_name
-from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, check_contract
+from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
@@ -163,13 +163,13 @@ def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) 
 def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profile, ...]:
     """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
     manifest, batch = bundle.manifest, bundle.manifest.batch
-    as_batch = {-1 if batch.min < batch.max else batch.max: "batch"}
-    inputs, outputs = (
-        [(name, (as_batch.get(first, first), *rest))]
-        for name in (manifest.input.name, manifest.output.name)
-        for first, *rest in [tuple(engine.get_tensor_shape(name))]
-    )
-    check_contract(bundle, plan.file, inputs, outputs)
+    any_batch = -1 if batch.min < batch.max else batch.max
+
+    def read(name: str) -> list[tuple[str, Shape]]:
+        shape = tuple(engine.get_tensor_shape(name))
+        return [(name, ("batch", *shape[1:]) if shape[:1] == (any_batch,) else shape)]
+
+    check_contract(bundle, plan.file, read(manifest.input.name), read(manifest.output.name))
     shapes = [
         engine.get_tensor_profile_shape(manifest.input.name, index) for index in range(engine.num_optimization_profiles)
     ]
