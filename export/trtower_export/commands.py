@@ -352,14 +352,14 @@ def bench(
         import_extra("matplotlib", extra="report", purpose="--plot")
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
-        from trtower_export.bench.entrants import AGAINST
+        from trtower_export.bench.entrants import competitors
         from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.layouts import Trust
 
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
-        against=AGAINST if against is None else read_names(against),
+        against=competitors() if against is None else read_names(against),
         backend=backend,
         rounds=rounds,
         tiles=tiles,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from trtower import __version__
 from trtower.bundle.bundle import Bundle
-from trtower.errors import ConfigError, TrtowerError
+from trtower.errors import ConfigError, TrtowerError, one_line
 from trtower.extras import extra_of, how_to_install, import_extra, why_broken
 from trtower.inspection import as_text, inspect_bundle
 
@@ -82,7 +82,7 @@ def gather(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"error: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 

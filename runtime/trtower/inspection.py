@@ -8,7 +8,9 @@ from typing import Any
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, PlanEntry, TowerCost
-from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
+from trtower.runners.choose import Candidate, auto_choice, candidates
+from trtower.runners.device import default_device
+from trtower.runners.tensorrt import plan_verdicts
 from trtower.spec import EIGHT_BIT, MB, PRECISIONS, TowerSpec
 
 

@@ -12,18 +12,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.errors import BackendError, ConfigError, TrtowerError
+from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.names import check_name
 from trtower.spec import merge_profiles, profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
-from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
+from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter
 from trtower_export.bench.environment import describe_environment
 from trtower_export.bench.goals import TILES, Goal, judge_goals
 from trtower_export.bench.race import race
@@ -111,14 +111,14 @@ class BenchOptions:
     """What to race: ``batches`` (None: the profile's on a GPU, its minimum elsewhere), ``against`` whom, how often."""
 
     batches: tuple[int, ...] | None = None
-    against: tuple[str, ...] = AGAINST
+    against: tuple[str, ...] = field(default_factory=competitors)
     backend: str = "auto"
     rounds: int | None = None
     tiles: int = TILES
 
     def __post_init__(self) -> None:
         for name in self.against:
-            check_name("competitor", name, AGAINST)
+            check_name("competitor", name, competitors())
         if len(set(self.against)) < len(self.against):
             raise ConfigError(f"--against {','.join(self.against)} names one twice.")
         if any(batch < 1 for batch in self.batches or ()):
@@ -349,7 +349,7 @@ def _race_over_a_list(
 
 def _words(err: Exception) -> str:
     """Put an error into one line that is not too long for a table."""
-    return " ".join(str(err).split())[:300] or type(err).__name__
+    return one_line(err)[:300]
 
 
 def _every_compilation() -> AbstractContextManager[Any]:

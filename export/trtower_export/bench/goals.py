@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtower.flavour import FLAVOURS
-from trtower.runners.choose import CPU_BACKENDS
+from trtower.runners.choose import find_backend
 from trtower.spec import TowerSpec
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 
@@ -93,7 +93,7 @@ def judge_goals(
     loop = tiles.llava_s / tiles.trtower_s if tiles and tiles.images >= TILES else None
     says = f"{OVER_LOOP} times LLaVA's loop over a list of {TILES}"
     goals.append(at_least(says, OVER_LOOP, loop, f"no list of {TILES} was raced"))
-    if backend in CPU_BACKENDS:
+    if find_backend(backend).kind == "cpu":
         says = f"{OVER_LLAVA} times as fast as LLaVA's FP32 tower on a CPU, batch 1"
         goals.append(at_least(says, OVER_LLAVA, over(LLAVA, 1), "one of the two did not run at batch 1"))
     seconds = first.load_s + first.first_s if first and first.load_s is not None else None

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trtower.runners import choose
 from trtower.spec import MB
 from trtower_export.bench.benchmark import Benchmark, Timing
 from trtower_export.bench.entrants import LLAVA, TRTOWER
@@ -20,14 +21,6 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 
 LEFT = 0.34
 """The share of the plot's width that batches and names take."""
-
-PRODUCTS = {
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT-RTX",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-}
-"""The first word of a runner's name -> the name of the product."""
 
 
 UNEVEN = 1.5
@@ -131,8 +124,10 @@ def label_entrant(timing: Timing) -> str:
     """Name an entrant for the plot, and what it computes in; of trtower, also the backend that ran."""
     name = timing.entrant
     if name == TRTOWER:
-        backend = timing.runs_on.partition(" ")[0]
-        name = f"trtower on {PRODUCTS.get(backend, backend)}"
+        software = timing.runs_on.partition(" ")[0]  # of a runner's name
+        by_name = sorted(choose.BACKENDS, key=lambda backend: backend.name)
+        product = next((backend.product for backend in by_name if backend.name.startswith(software)), software)
+        name = f"trtower on {product}"
     return f"{name} ({timing.arithmetic})"
 
 

@@ -18,11 +18,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
-from trtower_export.checkpoint.files import Files, download, expanded, one_line
+from trtower_export.checkpoint.files import Files, download, expanded
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
 from trtower_export.recipes import Recipe, find_recipe

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from trtower.errors import CheckpointError
-from trtower_export.checkpoint.files import Files, one_line
+from trtower.errors import CheckpointError, one_line
+from trtower_export.checkpoint.files import Files
 from trtower_export.families import FAMILIES, Family, family_of, refusal
 from trtower_export.families.base import square
 

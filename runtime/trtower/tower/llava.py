@@ -19,8 +19,7 @@ from trtower.bundle.suggest import export_command, name_layers
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.reading import says_trained
-from trtower.runners.base import Runner
-from trtower.runners.tensorrt import EngineOptions
+from trtower.runners.base import EngineOptions, Runner
 from trtower.tower.pick import whole_code
 from trtower.tower.s2 import Scales
 from trtower.tower.vision_tower import Self, VisionTower

@@ -18,13 +18,13 @@ from torch import nn
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import CONFIG, PREPROCESSOR
 from trtower.dtypes import DTYPES
-from trtower.errors import BackendError, BundleError, ConfigError, InputError
+from trtower.errors import BackendError, BundleError, ConfigError, InputError, one_line
 from trtower.layer_codes import LayerCode
-from trtower.runners.base import Runner, run_batch
-from trtower.runners.choose import choose, parse_device
+from trtower.runners.base import EngineOptions, Runner, run_batch
+from trtower.runners.choose import choose
+from trtower.runners.device import parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.runners.observation import OnBatch, observed
-from trtower.runners.tensorrt import EngineOptions
 from trtower.spec import profile_batches
 from trtower.tower.anchor import Anchor
 from trtower.tower.attribute_dict import AttributeDict
@@ -116,9 +116,8 @@ class VisionTower(nn.Module):
 
         Args:
             bundle: The folder that `trtower export` has made.
-            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or one of "tensorrt",
-                "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino" and "onnxruntime-cpu", which then runs
-                or raises.
+            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or a name that
+                `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
             device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
             select_layer: The hidden states to read of those that the bundle holds, by default all, in its order.
             select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.
@@ -418,7 +417,7 @@ class VisionTower(nn.Module):
             return fn(torch.empty(0, dtype=self.dtype, device=before)).device
         except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
             raise BackendError(
-                f"{self.vision_tower_name} cannot be moved from {before}: {' '.join(str(err).split())}. It stays there."
+                f"{self.vision_tower_name} cannot be moved from {before}: {one_line(err)}. It stays there."
             ) from err
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

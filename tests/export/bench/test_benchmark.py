@@ -24,7 +24,7 @@ from trtower_export.bench import benchmark as module
 from trtower_export.bench import entrants
 from trtower_export.bench.benchmark import Benchmark, BenchOptions, ColdStart, ListTiming, Timing, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
-from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
+from trtower_export.bench.entrants import Arena, Entrant, competitors, enter
 from trtower_export.bench.environment import read_driver
 from trtower_export.bench.goals import YARDSTICK, judge_goals
 from trtower_export.bench.race import race
@@ -73,7 +73,7 @@ def test_towers_compute_the_same(found: Benchmark) -> None:
     assert next(each.error for each in found.timings if each.entrant == "llava") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in AGAINST if name != "cudagraph")])
+@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name != "cudagraph")])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
