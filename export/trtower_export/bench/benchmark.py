@@ -63,7 +63,7 @@ class BenchOptions:
         if len(set(self.against)) < len(self.against):
             raise ConfigError(f"--against {','.join(self.against)} names one twice.")
         if any(batch < 1 for batch in self.batches or ()):
-            raise ConfigError(f"--batch {' '.join(map(str, self.batches or ()))}: each is 1 at least.")
+            raise ConfigError(f"--batch {','.join(map(str, self.batches or ()))}: each must be at least 1.")
 
 
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
