@@ -1,7 +1,5 @@
-"""Show a benchmark as tables, as JSON, and as a plot."""
+"""Show a benchmark as tables and as a plot."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,11 +94,6 @@ def _describe_list(tiles: ListTiming) -> str:
         f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms, {llava / ours:.2f} times as "
         f"fast (medians of {tiles.rounds})"
     )
-
-
-def to_json(found: Benchmark) -> str:
-    """Write all of it, with the environment it was measured in."""
-    return json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False) + "\n"
 
 
 def draw_benchmark(found: Benchmark) -> bytes:

@@ -28,10 +28,10 @@ from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
 from trtower_export.bench.environment import read_driver
 from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, Timing
-from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark, to_json
+from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
-from trtower_export.console import LoggedProgress
+from trtower_export.console import LoggedProgress, as_json
 
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
 
@@ -279,7 +279,7 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
     [
         ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or openvino-bf16"),
         ({"against": ("compiled",)}, "'compiled'; did you mean 'compile'"),
-        ({"batches": (1, 0)}, "--batch 1 0: each is 1 at least"),
+        ({"batches": (1, 0)}, "--batch 1,0: each must be at least 1"),
         ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager names one twice"),
     ],
 )
@@ -301,7 +301,7 @@ def test_rate_in_the_plot_is_written_out() -> None:
 
 
 def test_json_has_everything_and_where_it_was_measured(found: Benchmark) -> None:
-    data = json.loads(to_json(found))
+    data = json.loads(as_json(found))
     assert len(data["timings"]) == len(found.timings)
     assert {"date", "processor", "threads", "versions", "device"} <= data["environment"].keys()
     assert data["environment"]["versions"]["torch"] == torch.__version__
@@ -324,7 +324,7 @@ def test_error_that_is_not_finite_is_none_in_json_and_words_in_the_table(found: 
     assert module._error(torch.full((1, 2), torch.inf), torch.ones(1, 2)) is None
     assert module._error(torch.ones(1, 2), torch.ones(1, 2)) == 0.0
     broken = dataclasses.replace(found, timings=(dataclasses.replace(found.timings[0], error=None),))
-    assert json.loads(to_json(broken))["timings"][0]["error"] is None
+    assert json.loads(as_json(broken))["timings"][0]["error"] is None
     stream = io.StringIO()
     print_benchmark(Console(file=stream, width=200), broken)
     assert "not finite" in stream.getvalue()
@@ -409,13 +409,13 @@ def timing(entrant: str, batch: int, median_s: float, share: float | None = None
 def test_command_writes_what_it_is_asked_for(
     clip_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--batch", "1", "1", "1", "--against", "", "--rounds", "1", "--tiles", "0"]
+    options = ["--batch", "1,1,1", "--against", "", "--rounds", "1", "--tiles", "0"]
     assert run(["bench", str(clip_bundle), *options, "--json", "--plot", str(tmp_path / "b.png")]) == 0
     assert json.loads(capsys.readouterr().out)["tiles"] is None
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("batch", [["1", "2"], ["1,2"], ["1,", "2"], ["1", "--batch", "2"]])
+@pytest.mark.parametrize("batch", [["1,2"], ["1, 2"], ["1", "--batch", "2"]])
 def test_command_races_at_the_batches_that_are_named(
     clip_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: list[str]
 ) -> None:
@@ -432,9 +432,9 @@ def test_command_races_at_the_batches_that_are_named(
         (["--json", "b.json"], "unexpected extra argument"),
         (["--plot", "b.svg"], "b.svg cannot be written: a .png in a folder that exists"),
         (["--against", "eager,pytorch"], "did you mean 'eager', 'sdpa' or 'compile'?"),
-        (["--batch", "0", "1", "2"], "--batch 0 1 2: each is 1 at least"),
-        (["--batch", "0,1,2"], "--batch 0 1 2: each is 1 at least"),
-        (["--batch", "a"], "--batch a: whole numbers are expected"),
+        (["--batch", "1", "2"], "unexpected extra argument (2): numbers after --batch are separated by commas"),
+        (["--batch", "0,1,2"], "--batch 0,1,2: each must be at least 1"),
+        (["--batch", "a"], "--batch a: whole numbers separated by commas are expected, such as 1,8,32"),
         (["--backend", "cuda"], "unknown backend 'cuda'; did you mean 'onnxruntime-cuda'"),
         (["--backend", "tensorrt"], "tensorrt"),
     ],
