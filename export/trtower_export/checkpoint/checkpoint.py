@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from trtower.bundle.manifest import Source
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
@@ -273,6 +274,19 @@ def open_checkpoint(
         layout=layout,
         trust=request.trust,
         tower=tower,
+    )
+
+
+def reopen_checkpoint(
+    source: Source, *, moved_to: str | None = None, tower: str | None = None, trust: Trust | None = None
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was made of, where it was at export or where it is now."""
+    return open_checkpoint(
+        moved_to or source.checkpoint,
+        random_weights=source.random_weights,
+        revision=None if moved_to else source.revision,
+        tower=tower or source.tower,
+        trust=trust,
     )
 
 
