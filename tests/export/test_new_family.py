@@ -202,7 +202,7 @@ def test_new_family_is_exported_checked_loaded_and_inspected(
 @torch.no_grad()
 def test_new_family_is_installed_in_a_loaded_model(export: Export, eye: ToyEye, layer: LayerCode) -> None:
     bundle, model = export(layer), Model(copy_of(eye), layer)
-    unread = [model.tower.summary] if layer == LAST else [model.tower.closing, model.tower.trunk["blocks"][-1]]
+    unread = [model.tower.summary, *([] if layer == LAST else [model.tower.closing, model.tower.trunk["blocks"][-1]])]
     for parameter in (each for module in unread for each in module.parameters()):
         parameter.fill_(7.0)  # nobody reads it
     expected = model.encode_images(draw())
@@ -248,3 +248,12 @@ def test_weights_that_a_new_family_knows_nothing_of_are_refused(
     save_file({**load_file(tmp_path / "model.safetensors"), tensor: torch.ones(WIDTH)}, tmp_path / "model.safetensors")
     assert run(["export", str(tmp_path), "--flavour", "none", "--out", str(tmp_path / "bundle")]) == 1
     assert f"holds {tensor}, {refusal}" in capsys.readouterr().err
+
+
+def test_tower_of_a_new_family_is_found_in_a_folder_of_several(
+    eye: ToyEye, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eye.save_pretrained(tmp_path / "eye")
+    transformers.LlamaConfig().save_pretrained(tmp_path / "talk")
+    assert run(["export", str(tmp_path), "--flavour", "none"]) == 1
+    assert f"it has no config.json. Export {tmp_path / 'eye'}, which has one" in capsys.readouterr().err
