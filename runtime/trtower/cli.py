@@ -3,10 +3,8 @@
 The export side registers its commands as entry points, so this module never imports it.
 """
 
-import itertools
 import json
 import logging
-import re
 import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated
@@ -36,14 +34,16 @@ def run(arguments: list[str]) -> int:
         typer = import_extra("typer", extra="cli", purpose="the trtower command")
         import_extra("rich", extra="cli", purpose="the trtower command")
         command = typer.main.get_command(_app())
-        result = command.main(
-            gather([a for a in arguments if a != "--debug"]) or ["--help"], prog_name="trtower", standalone_mode=False
-        )
+        typed = [a for a in arguments if a != "--debug"] or ["--help"]
+        result = command.main(typed, prog_name="trtower", standalone_mode=False)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as err:
         if hasattr(err, "format_message"):  # click's own errors know their exit code and their words
-            return _fail(err.format_message(), getattr(err, "exit_code", 2))
+            message = err.format_message()
+            if any(a.startswith("--batch") for a in arguments) and "unexpected extra argument" in message:
+                message += ": numbers after --batch are separated by commas, as in --batch 1,8,32"
+            return _fail(message, getattr(err, "exit_code", 2))
         message = None if debug else _explain(err)
         if message is None:  # a bug, which shows its traceback
             raise
@@ -64,21 +64,6 @@ def _explain(err: Exception) -> str | None:
     if isinstance(err, OSError) and err.filename is not None:
         return f"{err.filename}: {err.strerror}"
     return None
-
-
-def gather(arguments: list[str]) -> list[str]:
-    """Join the numbers after `--batch` into one argument, because typer's options take one or a fixed few."""
-    gathered: list[str] = []
-    rest = list(arguments)
-    while rest:
-        gathered.append(rest.pop(0))
-        if re.fullmatch(r"--batch(=.*)?", gathered[-1]):
-            numbers = list(itertools.takewhile(lambda each: re.fullmatch(r"-?\d[\d,]*", each), rest))
-            del rest[: len(numbers)]
-            if numbers and gathered[-1] != "--batch":
-                numbers.insert(0, gathered.pop())
-            gathered += [" ".join(numbers)] if numbers else []
-    return gathered
 
 
 def _fail(message: str, code: int) -> int:
