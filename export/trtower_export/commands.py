@@ -11,6 +11,8 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
+from trtower.names import list_choices
+from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
 from trtower_export.console import ConsoleProgress, as_json
 
@@ -24,6 +26,13 @@ BatchOption = Annotated[
         "--batch",
         metavar="MIN,OPT,MAX",
         help="Images per engine call: at least, as tuned, at most. One number N is 1,N,N. Repeat for several profiles.",
+    ),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="fp16; auto, which is fp16 and fp32 where that is not enough; "
+        f"{list_choices([name for name in PRECISIONS if name != 'fp16'])}."
     ),
 ]
 FlavourOption = Annotated[
@@ -72,10 +81,7 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(help="Pixels a side; positions are interpolated. Default: the checkpoint's.")
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(help="fp16; auto, which is fp16 and fp32 where that is not enough; bf16, fp32, fp8 or int8."),
-    ] = "fp16",
+    precision: PrecisionOption = "fp16",
     keep_fp32: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +92,8 @@ def export(
         str | None,
         typer.Option(
             "--keep-fp16",
-            help="What fp8 or int8 leaves in FP16; '' is nothing. Default: of int8, what follows activations.",
+            help=f"What {list_choices(EIGHT_BIT)} leaves in FP16; '' is nothing. "
+            "Default: of int8, what follows activations.",
         ),
     ] = None,
     images: ImagesOption = None,

@@ -26,7 +26,7 @@ from trtower.fingerprint import hash_weights
 from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
-from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, PRECISIONS, BatchProfile, merge_profiles
+from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, MIB, PRECISIONS, BatchProfile, merge_profiles
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.certify import DRAWN, certify
 from trtower_export.check.photographs import (
@@ -46,7 +46,7 @@ from trtower_export.graph.cost import measure_graph, measure_module
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.truncate import TruncatedTower, release, truncate
 from trtower_export.plan.build import obtain_plan
-from trtower_export.plan.polygraphy import MIB, PLAN_OVERHEAD_MIB
+from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
 from trtower_export.plan.targets import Target, choose_target, describe_plan
 from trtower_export.precision.quantisation import calibrate, load_modelopt, write_quantised
 from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
@@ -242,8 +242,7 @@ def _add_first_plan(bundle: Bundle, target: Target, progress: Progress, store: P
 
 def _check_space(tower: TruncatedTower, precision: str, folder: Path, *, plans: bool) -> None:
     """Refuse a disk that cannot hold what is about to be written."""
-    itemsize = getattr(torch, PRECISIONS[precision]).itemsize
-    graph = sum(parameter.numel() for parameter in tower.parameters()) * itemsize
+    graph = sum(parameter.numel() for parameter in tower.parameters()) * PRECISIONS[precision].itemsize
     needed = graph * (2 if plans else 1) + (PLAN_OVERHEAD_MIB * MIB if plans else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:

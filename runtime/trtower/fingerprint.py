@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from trtower.dtypes import DTYPES
 from trtower.spec import Naming, TowerSpec
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""The dtypes that towers are held in, by their names in the manifest."""
 
 
 def count_layers(tower: nn.Module, naming: Naming) -> int:

@@ -11,11 +11,7 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BuildSettings, Pl
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
 from trtower.runners.tensorrt import plan_verdicts
-from trtower.spec import TowerSpec
-
-MB = 1_000_000
-ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
-"""Bytes of almost every parameter. In 8 bits it depends on which layers are."""
+from trtower.spec import EIGHT_BIT, MB, PRECISIONS, TowerSpec
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -137,8 +133,8 @@ def as_text(found: dict[str, Any], *, why: bool = False) -> str:
 def describe_cut(full: TowerCost, cut: TowerCost, precision: str) -> str:
     """Say in one line what is left of a tower, and how much that is in this precision."""
     megabytes = ""
-    if precision in ITEM_SIZE:
-        size = ITEM_SIZE[precision] / MB
+    if precision not in EIGHT_BIT:  # in which the size depends on the layers that are
+        size = PRECISIONS[precision].itemsize / MB
         megabytes = f" ({cut.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
     return (
         f"{cut.layers} of {full.layers} layers, "

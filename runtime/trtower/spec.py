@@ -6,17 +6,51 @@ N patches, D features a token.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtower.errors import ConfigError, InputError
 from trtower.layer_codes import FEATURES, name_layer
 
-PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8": "float16", "int8": "float16"}
-"""The precision of weights and activations, and the dtype by which torch and numpy know it; of the 8-bit ones, which
-are those of linear layers, the dtype of everything else."""
+MB, MIB = 10**6, 1 << 20
 
-EIGHT_BIT = ("fp8", "int8")
 
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What weights and activations are in, and what each library calls it.
+
+    ``dtype`` is the name in torch and in a manifest, ``onnx`` the number in ONNX's TensorProto, ``tensorrt`` the name
+    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs before compute capability
+    ``first_capability`` lack the format, and TensorRT refuses the graph for them. Graphs are written in ``opset``: 23
+    gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision.
+
+    An 8-bit precision is another one whose linear layers have weights of the type ``onnx_linear``, ONNX's number again.
+    """
+
+    name: str
+    dtype: str
+    itemsize: int
+    onnx: int
+    tensorrt: str
+    openvino: str
+    opset: int = 23
+    first_capability: float = 0.0
+    onnx_linear: int = 0  # UNDEFINED
+
+
+FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HALF", openvino="f16")
+_ROWS = (
+    FP16,
+    replace(FP16, name="bf16", dtype="bfloat16", onnx=16, tensorrt="BF16", openvino="bf16", first_capability=8.0),
+    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32", opset=20),
+    replace(FP16, name="fp8", onnx_linear=17, first_capability=8.9),
+    replace(FP16, name="int8", onnx_linear=3),
+)
+
+PRECISIONS = {each.name: each for each in _ROWS}
+EIGHT_BIT = tuple(name for name, each in PRECISIONS.items() if each.onnx_linear)
+BY_DTYPE = {each.dtype: each for each in PRECISIONS.values() if not each.onnx_linear}
+"""The precision in which everything has that dtype."""
+HALVES = tuple(each.name for each in BY_DTYPE.values() if each.itemsize == 2)
 
 MOST_IMAGES = 65536
 """In one call: beyond any GPU's memory, and within what TensorRT counts with."""
@@ -217,9 +251,9 @@ class TowerSpec:
     def input(self, precision: str) -> TensorSpec:
         """Describe the tensor that enters: normalised pixels, (B, 3, S, S)."""
         shape = ("batch", 3, self.image_size, self.image_size)
-        return TensorSpec(name="pixel_values", dtype=PRECISIONS[precision], shape=shape)
+        return TensorSpec(name="pixel_values", dtype=PRECISIONS[precision].dtype, shape=shape)
 
     def output(self, precision: str) -> TensorSpec:
         """Describe the tensor that leaves: all tokens of the layers read, (B, P + N, D)."""
         shape = ("batch", self.num_tokens, self.hidden_size)
-        return TensorSpec(name="hidden_states", dtype=PRECISIONS[precision], shape=shape)
+        return TensorSpec(name="hidden_states", dtype=PRECISIONS[precision].dtype, shape=shape)

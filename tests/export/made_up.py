@@ -9,8 +9,7 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Bound, Certificate, Figures, ImageFigures, LayerFigures
 from trtower.bundle.manifest import SCHEMA, FileEntry, Manifest, PlanEntry, Source, TowerCost
-from trtower.fingerprint import DTYPES
-from trtower.spec import BatchProfile, TowerSpec
+from trtower.spec import BY_DTYPE, BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
 
@@ -103,7 +102,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         "source": Source(
             checkpoint="facebook/dinov2-small",
             revision=None,
-            weights_sha256={name: sha256(f"weights in {name}") for name in DTYPES},
+            weights_sha256={name: sha256(f"weights in {name}") for name in BY_DTYPE},
             random_weights=random_weights,
         ),
         "precision": precision,

@@ -23,13 +23,13 @@ from trtower_export.check.certify import certify
 from trtower_export.check.photographs import Photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
-from trtower_export.precision.bounds import RELATIVE_ERROR
+from trtower_export.precision.bounds import BOUNDS
 
 pytestmark = pytest.mark.gpu
 
-SAME_ANSWER = 2 * RELATIVE_ERROR["fp16"]
+SAME_ANSWER = 2 * BOUNDS["fp16"].relative_error
 """Relative error between two runs of one FP16 plan. TensorRT may take other kernels for another batch, and each run may
-be RELATIVE_ERROR off the truth; another image's features, or half-written ones, are off by about 1."""
+be the bound of a relative error off the truth; another image's features, or half-written ones, are off by about 1."""
 
 SLEEP_CYCLES = 1_000_000_000
 """About half a second on a GPU of 1 to 2 GHz: a thousand times what a tiny tower takes."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from trtower.extras import how_to_install
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export.console import LoggedProgress
 from trtower_export.plan.build import add_plan
-from trtower_export.precision import bounds
+from trtower_export.precision.bounds import BOUNDS
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_check_exits_1_when_a_bound_is_missed(
 ) -> None:
     assert run(["check", str(spoilt)]) == 0
     assert "passed: the ONNX graph was run" in capsys.readouterr().out
-    monkeypatch.setitem(bounds.TOKEN_COSINE_MIN, "fp16", 1.1)
+    monkeypatch.setitem(BOUNDS, "fp16", replace(BOUNDS["fp16"], token_cosine_min=1.1))
     assert run(["check", str(spoilt), "--json"]) == 1
     certificate = json.loads(capsys.readouterr().out)
     assert not certificate["passed"]
@@ -355,7 +356,7 @@ def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
 ) -> None:
     bundle = shutil.copytree(export("clip", precision="fp32", flavour="none"), tmp_path / "b")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setitem(bounds.TOKEN_COSINE_MIN, "fp32", 1.1)
+    monkeypatch.setitem(BOUNDS, "fp32", replace(BOUNDS["fp32"], token_cosine_min=1.1))
     assert run(["check", str(bundle)]) == 1
     found = inspect_bundle(Bundle.open(bundle))
     (row,) = [row for row in found["backends"] if row["auto"]]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.conftest import MODELS, NUM_LAYERS, make_model
-from trtower.fingerprint import DTYPES, hash_weights, read_parameters, weights_sha256
+from trtower.dtypes import DTYPES
+from trtower.fingerprint import hash_weights, read_parameters, weights_sha256
 from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import TowerSpec
 from trtower_export.families import family_of

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from trtower.dtypes import DTYPES
 from trtower.errors import MissingExtraError
 from trtower.extras import import_extra
-from trtower.runners.openvino import HINTS
-from trtower.spec import PRECISIONS
+from trtower.spec import EIGHT_BIT, PRECISIONS
 
 SIZE = {"cpu": 3072, "cuda": 8192}
 """Rows and columns: 58 GFLOP a product on a CPU, 1100 on a GPU."""
@@ -28,7 +28,7 @@ def measure_ceilings(device: torch.device, arithmetics: Collection[str]) -> dict
     """Give FLOP a second by arithmetic. 8 bits are left out: what reaches them is not one product of one type."""
     found = {}
     for arithmetic in sorted(arithmetics):
-        if arithmetic not in ("fp32", "fp16", "bf16") or (device.type == "cpu" and arithmetic in SLOW):
+        if arithmetic in EIGHT_BIT or (device.type == "cpu" and arithmetic in SLOW):
             continue
         products = [_torch_product(device, arithmetic)]
         if device.type == "cpu":
@@ -51,7 +51,7 @@ def _best_s(device: torch.device, product: Callable[[], object]) -> float:
 
 def _torch_product(device: torch.device, arithmetic: str) -> Callable[[], object]:
     size = SIZE[device.type]
-    left, right = (torch.randn(size, size).to(device, getattr(torch, PRECISIONS[arithmetic])) for _ in range(2))
+    left, right = (torch.randn(size, size).to(device, DTYPES[PRECISIONS[arithmetic].dtype]) for _ in range(2))
     return lambda: left @ right
 
 
@@ -65,7 +65,7 @@ def _openvino_product(arithmetic: str) -> list[Callable[[], Any]]:
     given = ov.opset13.parameter([size, size], ov.Type.f32)
     model = ov.Model([ov.opset13.matmul(given, ov.opset13.constant(right), False, False)], [given])
     settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[arithmetic],
+        "INFERENCE_PRECISION_HINT": PRECISIONS[arithmetic].openvino,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()

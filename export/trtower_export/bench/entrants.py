@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError
 from trtower.flavour import FLAVOURS
 from trtower.runners import choose
 from trtower.runners.base import Backend
-from trtower.spec import PRECISIONS
+from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
@@ -98,8 +99,7 @@ class Arena:
     @property
     def precision(self) -> str:
         """What PyTorch runs in: on a GPU the bundle's dtype, on a CPU FP32: its FP16 takes many times as long."""
-        dtype = self.bundle.manifest.input.dtype
-        return "fp32" if self.device.type == "cpu" else next(name for name, each in PRECISIONS.items() if each == dtype)
+        return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.input.dtype].name
 
 
 def enter(arena: Arena, name: str) -> Entrant:
@@ -153,7 +153,7 @@ def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
 
 
 def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tensor], Tensor]) -> Entrant:
-    dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+    dtype = DTYPES[PRECISIONS[precision].dtype]
 
     @torch.no_grad()
     def call(images: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _cut_in(arena: Arena, precision: str, *, attention: str) -> nn.Module:
 
 def _shared(arena: Arena, model: nn.Module, precision: str) -> Any:
     """Copy a model in ``precision`` onto the device; where it is that already, it shares its weights with the copy."""
-    dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+    dtype = DTYPES[PRECISIONS[precision].dtype]
     if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
         return copy.deepcopy(model).to(arena.device, dtype)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trtower.runners import choose
+from trtower.spec import MB
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
 from trtower_export.console import print_whole
@@ -19,7 +20,6 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 LEFT = 0.34
 """The share of the plot's width that batches and names take."""
 
-MB = 1e6
 
 UNEVEN = 1.5
 """The longest run over the median, from where on something else was running beside."""

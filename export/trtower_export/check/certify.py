@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, ImageFigures
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
+from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, CheckpointError
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
-from trtower.spec import PRECISIONS, BatchProfile, merge_profiles, profile_batches
+from trtower.spec import BatchProfile, merge_profiles, profile_batches
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.check.evidence import ImageEvidence
@@ -212,7 +213,7 @@ def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
     """Bring PyTorch's tower into the precision of a bundle; 8 bits are simulated, with the bundle's own scales."""
     manifest = bundle.manifest
     if manifest.calibration is None:
-        return tower.to(getattr(torch, PRECISIONS[manifest.precision]))
+        return tower.to(DTYPES[manifest.input.dtype])
     return simulate_quantised(tower, manifest.precision, read_quantised(bundle))
 
 

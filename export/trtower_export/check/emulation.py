@@ -17,18 +17,15 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart
-from trtower.spec import EIGHT_BIT
+from trtower.spec import HALVES, PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 
-EMULATED = {"emulated-fp16": "fp16", "emulated-bf16": "bf16"}
+EMULATED = {f"emulated-{name}": name for name in HALVES}
 """The names by which `trtower check --backend` knows it, and the precision that each is for."""
-
-HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16} | dict.fromkeys(EIGHT_BIT, TensorProto.FLOAT16)
-"""The type of half precision in a bundle's graph, by its precision."""
-
 
 SMALL = 1024
 """Bytes of a weight that stays inside a graph. As one message a graph could have 2 GB at most."""
@@ -52,7 +49,7 @@ class EmulatedRunner:
         self.backend = f"emulated-{precision}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.dtype = DTYPES[bundle.manifest.input.dtype]
         self.name = f"onnxruntime {ort.__version__}, CPU, {precision.upper()} emulated"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
@@ -73,7 +70,7 @@ class EmulatedRunner:
 def read_emulated(bundle: Bundle, *, worst: bool = True) -> onnx.ModelProto:
     """Read a bundle's graph with its weights, as an FP32 one that rounds after every operation."""
     model = read_onnx(bundle)
-    emulate(model, HALF[bundle.manifest.precision], worst=worst)
+    emulate(model, PRECISIONS[bundle.manifest.precision].onnx, worst=worst)
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Figures, LayerFigures
+from trtower.dtypes import DTYPES
 from trtower.errors import BundleError
 from trtower_export.check.emulation import open_session, read_emulated
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
@@ -54,7 +55,7 @@ class GraphStates:
             raise BundleError(
                 f"{bundle.path}: its graph names no hidden state {min(absent)}: export it again, with --overwrite."
             )
-        self._dtype: torch.dtype = getattr(torch, manifest.input.dtype)
+        self._dtype = DTYPES[manifest.input.dtype]
         self._emulated = emulated
 
     def run(self, pixel_values: Tensor) -> dict[int, Tensor]:

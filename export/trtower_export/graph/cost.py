@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trtower.bundle.manifest import TowerCost
 from trtower.errors import BuildError
+from trtower.spec import PRECISIONS
 from trtower_export.families import Family
-from trtower_export.graph.onnx_graph import INPUT_DTYPES
 
 
 def measure_module(model: nn.Module, family: Family, image_size: int) -> TowerCost:
@@ -126,7 +126,7 @@ def _attention(node: onnx.NodeProto, shapes: _Shapes) -> int:
     return 2 * key[-2] * (prod(query) + prod(output))
 
 
-WEIGHTS = {*INPUT_DTYPES.values(), onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN}
+WEIGHTS = {number for each in PRECISIONS.values() for number in (each.onnx, each.onnx_linear)}
 """The types of weights."""
 
 WORK: dict[str, Callable[[onnx.NodeProto, _Shapes], int]] = {

@@ -22,17 +22,7 @@ from torch.export import ExportedProgram
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
-from trtower.spec import TensorSpec
-
-OPSETS = {"float16": 23, "bfloat16": 23, "float32": 20}
-"""Opset 23 gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision."""
-
-INPUT_DTYPES = {
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "float32": onnx.TensorProto.FLOAT,
-}
-
+from trtower.spec import BY_DTYPE, TensorSpec
 
 HIDDEN_STATE = "hidden_state."
 """What the names of hidden states in the graph begin with; their index follows."""
@@ -60,13 +50,14 @@ def write_onnx(
     the module of every node, and may write 8 bits into it. Raises BuildError where the graph is not what ``input_``
     and ``output`` promise.
     """
-    kinds = {INPUT_DTYPES[input_.dtype]} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
+    precision = BY_DTYPE[input_.dtype]
+    kinds = {precision.onnx} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
     with _quiet_exporter():
         written = torch.onnx.export(
             program,
             (),
             dynamo=True,
-            opset_version=OPSETS[input_.dtype],
+            opset_version=precision.opset,
             input_names=[input_.name],
             output_names=[output.name],
             dynamic_shapes={input_.name: {0: str(input_.shape[0])}},
@@ -175,14 +166,15 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
         if (
             [v.name for v in found] != [expected.name]
             or shapes != [expected.shape]
-            or types != [INPUT_DTYPES[expected.dtype]]
+            or types != [BY_DTYPE[expected.dtype].onnx]
         ):
             raise BuildError(
                 f"the traced graph has {[v.name for v in found]} of shape {shapes} and types {types}; "
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
+    floats = {each.onnx for each in BY_DTYPE.values()}
     for tensor in graph.initializer:
-        if tensor.data_type in INPUT_DTYPES.values() and tensor.data_type not in kinds:
+        if tensor.data_type in floats and tensor.data_type not in kinds:
             raise BuildError(f"initialiser {tensor.name} is not {input_.dtype}: the tower was not cast as a whole.")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from trtower.dtypes import DTYPES
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TensorSpec
 
@@ -65,7 +66,7 @@ class Operation:
 
 def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile) -> ExportedProgram:
     """Cast ``tower`` in place to the input's dtype and trace it, with a dynamic batch."""
-    dtype: torch.dtype = getattr(torch, input_.dtype)
+    dtype = DTYPES[input_.dtype]
     example = torch.zeros((2, *(int(size) for size in input_.shape[1:])), dtype=dtype)
     # A batch of exactly 1 would be a constant to torch.export, so the dimension reaches to 2 at least.
     dynamic_shapes = {input_.name: {0: torch.export.Dim("batch", min=1, max=max(batch.max, 2))}}
@@ -253,7 +254,7 @@ def module_path(node: fx.Node) -> str:
 def is_narrow(node: fx.Node) -> bool:
     """Whether a node's value was traced in half precision."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize == 2
 
 
 def is_cast(node: fx.Node) -> bool:

@@ -15,12 +15,9 @@ from trtower.bundle.manifest import GRAPH_DATA, BuildSettings, PlanEntry
 from trtower.errors import BuildError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
-from trtower.spec import BatchProfile, TensorSpec
+from trtower.spec import BY_DTYPE, MIB, BatchProfile, TensorSpec
 from trtower_export.console import Step
 from trtower_export.plan.targets import Target, describe_plan
-
-MIB = 1 << 20
-
 
 PLAN_OVERHEAD_MIB = 24
 """What a plan may hold beside its weights. Measured with TensorRT-RTX 1.7.1: 1.7 MiB for two layers, 5.2 MiB for 23."""
@@ -115,11 +112,8 @@ def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
     """Have the parsed network hold its weights in ``dtype``: strongly typed, TensorRT must keep them so."""
-    wanted = {"float16": module.DataType.HALF, "bfloat16": module.DataType.BF16, "float32": module.DataType.FLOAT}[
-        dtype
-    ]
-    floats = (module.DataType.FLOAT, module.DataType.HALF, module.DataType.BF16)
-    values = dict.fromkeys(floats, 0)
+    floats = {name: getattr(module.DataType, each.tensorrt) for name, each in BY_DTYPE.items()}
+    wanted, values = floats[dtype], dict.fromkeys(floats.values(), 0)
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if layer.type == module.LayerType.CONSTANT and (tensor := layer.get_output(0)).dtype in values:
             values[tensor.dtype] += prod(tensor.shape)

@@ -11,15 +11,21 @@ import torch
 from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
-from trtower.flavour import FLAVOURS, PLATFORM, capability_obstacle, known_capabilities, load_flavour, sm_name
+from trtower.flavour import (
+    FLAVOURS,
+    PLATFORM,
+    PORTABLE_FROM,
+    capability_obstacle,
+    known_capabilities,
+    load_flavour,
+    sm_name,
+)
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of
+from trtower.spec import PRECISIONS
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-NEEDS = {"bf16": 8.0, "fp8": 8.9}
-"""The first compute capability that has a format; for those before TensorRT refuses the graph."""
 
 FIRST_GENERATION = 5.0
 """The oldest compute capability that a spelling without a point may mean: "10" is more likely 10.0 than 1.0."""
@@ -94,10 +100,11 @@ def choose_target(
         return None, reason
     module = _load_builder(flavour)
     _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
-    if flavour == "tensorrt-rtx" and precision == "fp8" and not compute_capabilities:
+    needed = PRECISIONS[precision].first_capability
+    if flavour == "tensorrt-rtx" and needed > float(PORTABLE_FROM) and not compute_capabilities:
         # The portable form builds with FP8, and claims GPUs that have none.
-        compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= NEEDS["fp8"])
-        reason += f", for compute capability {', '.join(compute_capabilities)}, which have fp8"
+        compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= needed)
+        reason += f", for compute capability {', '.join(compute_capabilities)}, which have {precision}"
     settings = settings or BuildSettings()
     if settings.hardware_compatible and (flavour == "tensorrt-rtx" or compute_capabilities):
         raise ConfigError(
@@ -199,10 +206,11 @@ def _check_capabilities(
                     f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for: "
                     f"{', '.join(known)} are."
                 )
+    needed = PRECISIONS[precision].first_capability
     for capability in built:
-        if float(capability) < NEEDS.get(precision, 0.0):
+        if float(capability) < needed:
             raise ConfigError(
-                f"{precision} needs compute capability {NEEDS[precision]} or later, and this plan would be for "
+                f"{precision} needs compute capability {needed} or later, and this plan would be for "
                 f"{capability}: use fp16."
             )
 

@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from trtower.dtypes import DTYPES
 from trtower.errors import CheckpointError
-from trtower.spec import BatchProfile, TowerSpec
+from trtower.spec import HALVES, PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.operations import Operation, Operations, trace
 from trtower_export.graph.truncate import truncate
-from trtower_export.precision.rounding import Simulation, Values
-
-FP16 = torch.finfo(torch.float16)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,8 @@ class OperationFigures:
     """What the doctor found of one operation.
 
     ``largest`` is the largest magnitude of all that it computes: its results, its products before a bias is added,
-    the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond 65504, weights among them, and
-    ``subnormal`` is the share of its non-zero results below FP16's smallest normal number, 6.1e-5. ``error`` is the
+    the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond FP16's largest number, weights among
+    them, and ``subnormal`` is the share of its non-zero results below FP16's smallest normal number. ``error`` is the
     relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite. It is
     empty where that was not measured. ``headroom`` is how many times larger its numbers could be in FP16; None if all
     of them are 0.
@@ -47,7 +45,7 @@ class OperationFigures:
     headroom: float | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "headroom", FP16.max / self.largest if self.largest else None)
+        object.__setattr__(self, "headroom", FP16_RANGE.max / self.largest if self.largest else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +87,11 @@ class Extremes:
                 "mends that: look at its weights."
             )
         self.largest[name] = max(largest, self.largest.get(name, 0.0))
-        if largest > FP16.max:
-            self.overflow[name] += int((numbers.abs() > FP16.max).sum())
+        if largest > FP16_RANGE.max:
+            self.overflow[name] += int((numbers.abs() > FP16_RANGE.max).sum())
         if result:
             nonzero = int(numbers.count_nonzero())
-            below = int((numbers.abs() < FP16.smallest_normal).count_nonzero())
+            below = int((numbers.abs() < FP16_RANGE.smallest_normal).count_nonzero())
             self.nonzero[name] += nonzero
             self.small[name] += below - (numbers.numel() - nonzero)
 
@@ -101,7 +99,7 @@ class Extremes:
         """Count the weights that FP16 cannot hold; weights are otherwise no result."""
         for operation in operations:
             for weight in (weights[name] for name in operation.weights if weights[name].is_floating_point()):
-                if beyond := int((weight.abs() > FP16.max).sum()):
+                if beyond := int((weight.abs() > FP16_RANGE.max).sum()):
                     self.overflow[operation.name] += beyond
 
     def add(self, other: "Extremes") -> None:
@@ -185,15 +183,15 @@ def _round_one_by_one(
 ) -> dict[str, dict[str, float]]:
     """Find the relative error that each operation alone causes in each precision; of several images the worst."""
     operations = simulation.operations
-    errors: dict[str, dict[str, float]] = {name: dict.fromkeys(DTYPES, 0.0) for name in operations.names}
+    errors: dict[str, dict[str, float]] = {name: dict.fromkeys(HALVES, 0.0) for name in operations.names}
     with progress.step(f"Round {len(operations)} operations one by one") as step:
         for index, pixel_values in enumerate(images):
             kept: Values = {}
             reference = simulation.run(pixel_values, keep=kept)
             for place, operation in enumerate(operations):
                 step.update((index + place / len(operations)) / len(images), operation.name)
-                for precision, dtype in DTYPES.items():
-                    found = simulation.rerun(kept, operation, dtype)
+                for precision in HALVES:
+                    found = simulation.rerun(kept, operation, DTYPES[PRECISIONS[precision].dtype])
                     error = float((found - reference).norm() / reference.norm())
                     worst = errors[operation.name][precision]
                     errors[operation.name][precision] = worst if worst >= error or math.isnan(worst) else error

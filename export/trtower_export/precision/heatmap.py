@@ -9,7 +9,10 @@ from typing import Any
 from trtower.errors import InputError
 from trtower.extras import import_extra
 from trtower_export.drawing import GREY, INK, RULE, new_figure, to_png
-from trtower_export.precision.doctor import FP16, OperationFigures
+from trtower_export.precision.doctor import OperationFigures
+from trtower_export.precision.rounding import FP16_RANGE
+
+LIMIT = f"{FP16_RANGE.max:,.0f}".replace(",", " ")
 
 # The figure's size follows from these, in pixels; matplotlib lays out what is in it.
 DPI = 200
@@ -21,7 +24,7 @@ GAP = 0.06
 """Between two cells, as a share of one."""
 
 CALM = ("#f4f7fa", "#c6dbe9", "#7fb0d0", "#3a7cae", "#17496f")
-"""Headroom left: pale where there is much of it, dark towards 65 504."""
+"""Headroom left: pale where there is much of it, dark towards FP16's largest number."""
 ALARM = ("#ff8c69", "#d7263d", "#8d0d1f")
 """None left."""
 COST = ("#fbf7ee", "#f3dca6", "#e0a94f", "#b36a1c", "#5f2d07")
@@ -59,16 +62,16 @@ class _Panel:
 
 
 def draw_heatmap(operations: Sequence[OperationFigures]) -> bytes:
-    """Draw layers by operations, as a PNG: the largest magnitude beside 65 504, and the error of rounding it alone.
+    """Draw layers by operations, as a PNG: the largest magnitude beside FP16's, and the error of rounding it alone.
 
     What lies outside the layers has a row of its own, as wide as all columns. A cell is blank where a layer has no
     such operation. The second panel is left out where no error in FP16 was measured.
     """
     if not operations:
         raise InputError("the heat map has no operation; expected one or more")
-    shares = [each.largest / FP16.max for each in operations]
+    shares = [each.largest / FP16_RANGE.max for each in operations]
     errors = [_error(each) for each in operations]
-    panels = [_Panel("Largest magnitude, as a share of FP16's 65 504", shares, (-4, 1), CALM, ALARM)]
+    panels = [_Panel(f"Largest magnitude, as a share of FP16's {LIMIT}", shares, (-4, 1), CALM, ALARM)]
     if any(error is not None for error in errors):
         panels.append(_Panel("Error at the output, this operation alone in FP16", errors, (-5, -3), COST))
     parts = list(dict.fromkeys(each.part for each in operations if each.layer is not None))
@@ -107,7 +110,7 @@ def _mark(operation: OperationFigures, value: float | None, *, limited: bool) ->
     """Return the sign in an operation's cell."""
     if value is not None and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
-    return BEYOND if limited and (operation.overflow or operation.largest > FP16.max) else ""
+    return BEYOND if limited and (operation.overflow or operation.largest > FP16_RANGE.max) else ""
 
 
 def _arrange(operations: Sequence[OperationFigures]) -> dict[str, float]:
@@ -145,7 +148,7 @@ def _draw_cells(
 
 
 def _label_scale(bar: Any, decades: range, *, limited: bool) -> None:
-    names = {each: rf"$10^{{{each}}}$" for each in decades} | ({0: "65 504"} if limited else {})
+    names = {each: rf"$10^{{{each}}}$" for each in decades} | ({0: LIMIT} if limited else {})
     bar.set_ticks([10.0**each for each in decades], labels=list(names.values()))
     bar.minorticks_off()
     bar.ax.tick_params(length=2, color=RULE, labelsize=6.6, labelcolor=GREY)
@@ -157,7 +160,7 @@ def _label_scale(bar: Any, decades: range, *, limited: bool) -> None:
 def _draw_legend(figure: Any, *, gaps: bool) -> None:
     patch = _matplotlib("matplotlib.patches").Patch
     entries = [
-        patch(facecolor=ALARM[1], edgecolor=BROKEN, label=f"{BEYOND} beyond 65 504: infinite in FP16"),
+        patch(facecolor=ALARM[1], edgecolor=BROKEN, label=f"{BEYOND} beyond {LIMIT}: infinite in FP16"),
         patch(facecolor=BROKEN, label="∞ not finite"),
         *([patch(facecolor=UNMEASURED, edgecolor=RULE, label="not measured")] if gaps else []),
     ]

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir
 import torch
@@ -25,29 +24,38 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
+from trtower.spec import PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.graph.truncate import TruncatedTower
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """An 8-bit format: the largest number it holds, its type in numpy and in ONNX, and modelopt's word for it.
+    """The numbers of an 8-bit precision: their type in torch, the largest of them, and modelopt's word for them.
 
     ``per_channel``: whether every output of a layer has a weight scale of its own, or the whole layer one.
+    ``spares_activated``: whether layers that an activation feeds stay in half precision by default.
     """
 
+    precision: str
+    dtype: torch.dtype
     largest: float
-    numpy: Any
-    onnx: DataType
     num_bits: int | tuple[int, int]
-    per_channel: bool
+    per_channel: bool = False
+    spares_activated: bool = False
+
+    @property
+    def onnx(self) -> DataType:
+        """Their type in ONNX."""
+        return DataType(PRECISIONS[self.precision].onnx_linear)
 
 
 FORMATS = {
-    "int8": Format(largest=127.0, numpy=np.int8, onnx=DataType.INT8, num_bits=8, per_channel=True),
-    "fp8": Format(
-        largest=448.0, numpy=ml_dtypes.float8_e4m3fn, onnx=DataType.FLOAT8E4M3FN, num_bits=(4, 3), per_channel=False
-    ),
+    each.precision: each
+    for each in (
+        Format(precision="int8", dtype=torch.int8, largest=127.0, num_bits=8, per_channel=True, spares_activated=True),
+        Format(precision="fp8", dtype=torch.float8_e4m3fn, largest=448.0, num_bits=(4, 3)),
+    )
 }
 
 INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
@@ -137,7 +145,7 @@ def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quan
 
 def _rounded(numbers: Tensor, scale: Tensor, form: Format) -> Tensor:
     steps = (numbers / scale.to(numbers.device)).clamp(-form.largest, form.largest)
-    eight = steps.to(torch.float8_e4m3fn).float() if form.onnx == DataType.FLOAT8E4M3FN else steps.round()
+    eight = steps.to(form.dtype).float() if form.dtype.is_floating_point else steps.round()
     return eight * scale.to(numbers.device)
 
 
@@ -168,8 +176,8 @@ def write_quantised(
         node.replace_input_with(0, done[x, scale])
         steps = scales[module].weight.numpy()
         values = weight.const_value.numpy().astype(np.float32) / steps  # (I, O) by () or (O,)
-        values = (np.rint(values) if form.onnx == DataType.INT8 else values).clip(-form.largest, form.largest)
-        stored = _constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.numpy)), form.onnx)
+        values = (values if form.dtype.is_floating_point else np.rint(values)).clip(-form.largest, form.largest)
+        stored = _constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.onnx.numpy())), form.onnx)
         step = _constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
         axis = {"axis": 1} if form.per_channel else {}
         back = _insert(node, "DequantizeLinear", [stored, step], axis, DataType.FLOAT)

@@ -23,6 +23,9 @@ from trtower_export.graph.operations import Operation, Operations, is_cast, is_n
 
 aten = torch.ops.aten
 
+FP16_RANGE = torch.finfo(torch.float16)
+"""The largest number is 65504, and the smallest that has all its digits is 6.1e-05."""
+
 
 class Observer(Protocol):
     """Is given every number that an operation computes: its ``result``, and what stands between."""

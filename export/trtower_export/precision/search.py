@@ -21,9 +21,10 @@ from trtower_export.console import Progress
 from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.precision.bounds import judge
-from trtower_export.precision.doctor import FP16, Extremes, named_weights, simulate
+from trtower_export.precision.doctor import Extremes, named_weights, simulate
 from trtower_export.precision.metrics import MetricSums
-from trtower_export.precision.rounding import Simulation, Values
+from trtower_export.precision.quantisation import FORMATS
+from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 MONOTONOUS = ("non_finite", "token_cosine_min")
 """Bounds that one image can miss for all."""
@@ -131,13 +132,13 @@ def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[st
     operations = Operations(program)
     if patterns is not None:
         return set(operations.match(patterns))
-    return {
-        operation.name for operation in operations if precision == "int8" and operations.follows_activation(operation)
-    }
+    if not FORMATS[precision].spares_activated:
+        return set()
+    return {operation.name for operation in operations if operations.follows_activation(operation)}
 
 
 def _why(cases: Sequence[_Case]) -> str:
-    if any(float(case.reference.abs().max()) > FP16.max for case in cases):
+    if any(float(case.reference.abs().max()) > FP16_RANGE.max for case in cases):
         return "the hidden state that is read does not fit. Export with --precision bf16, whose range is FP32's."
     return "rounding pixels and features is too much for this tower already. Export with --precision fp32."
 

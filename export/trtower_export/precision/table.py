@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from trtower.inspection import describe_figure
+from trtower.spec import HALVES
 from trtower_export.console import print_whole
-from trtower_export.precision.doctor import DTYPES, Diagnosis, OperationFigures
+from trtower_export.precision.doctor import Diagnosis, OperationFigures
+from trtower_export.precision.rounding import FP16_RANGE
 
 
 def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> None:
@@ -16,7 +18,7 @@ def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> 
 
     Then what FP16 cannot hold, and what costs most.
     """
-    measured = [precision for precision in DTYPES if any(precision in each.error for each in diagnosis.operations)]
+    measured = [precision for precision in HALVES if any(precision in each.error for each in diagnosis.operations)]
     print_whole(console, _table(diagnosis.operations, measured, every=every))
     for line in _notes(diagnosis, measured, every=every):
         console.print(line, highlight=False, soft_wrap=True)
@@ -51,14 +53,15 @@ def _notes(diagnosis: Diagnosis, measured: Sequence[str], *, every: bool) -> Ite
     alone = f"; alone: the error at the output when it alone rounds, on {images}" if images else ""
     yield (
         f"largest: of all that it computes on {len(diagnosis.images)} images, sums of squares included"
-        f"{'' if every else ', @layer'}; subnormal: results below 6.1e-05, where FP16 loses digits{alone}"
+        f"{'' if every else ', @layer'}; subnormal: results below {FP16_RANGE.smallest_normal:.2g}, where FP16 loses "
+        f"digits{alone}"
     )
     if diagnosis.overflowing:
-        yield f"beyond FP16's 65504: {', '.join(diagnosis.overflowing)}"
+        yield f"beyond FP16's {FP16_RANGE.max:.0f}: {', '.join(diagnosis.overflowing)}"
     else:
         tightest = max(diagnosis.operations, key=lambda each: each.largest)
         room = f"the tightest is {tightest.name}, with {_headroom(tightest)} times as much room"
-        yield f"nothing is beyond FP16's 65504; {room}"
+        yield f"nothing is beyond FP16's {FP16_RANGE.max:.0f}; {room}"
     if "fp16" in measured:
         costly = sorted(diagnosis.operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
         says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)

@@ -22,9 +22,8 @@ from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
 from trtower.installation.reach import check_reached
 from trtower.runners.base import EngineOptions
+from trtower.spec import MB
 from trtower.tower.vision_tower import VisionTower
-
-MB = 1e6
 
 logger = logging.getLogger(__name__)
 

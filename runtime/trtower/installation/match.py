@@ -10,8 +10,9 @@ from torch import nn
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import CONFIG
 from trtower.bundle.suggest import export_command, export_command_of, name_layers
+from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, ConfigError
-from trtower.fingerprint import DTYPES, count_layers, read_parameters, weights_sha256
+from trtower.fingerprint import count_layers, read_parameters, weights_sha256
 from trtower.installation.find import TowerSlot
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer

@@ -9,16 +9,14 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, one_line
 from trtower.extras import how_to_install, import_extra
 from trtower.runners.base import CLOSED, Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.pool import SerialThread
-from trtower.spec import profile_batches
+from trtower.spec import PRECISIONS, profile_batches
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-
-_ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
-"""ONNX's TensorProto numbers: numpy has no name for bfloat16."""
 
 FAST_FP16_FROM = (1, 25)
 """ONNX Runtime whose FP16 attention on the CPU is fast. One image of ViT-B/16 took 1.24.4 11.5 s, 1.25.0 and later
@@ -61,12 +59,13 @@ class OnnxRuntimeRunner:
         check_contract(bundle, GRAPH, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
             _check_placement(self._session, f"onnxruntime {ort.__version__}")
-        self._ort, self._place = ort, (device.type, device.index or 0, _ELEMENT_TYPES[bundle.manifest.input.dtype])
+        element_type = PRECISIONS[bundle.manifest.precision].onnx  # numpy has no name for bfloat16
+        self._ort, self._place = ort, (device.type, device.index or 0, element_type)
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self.backend = f"onnxruntime-{device.type}"
         self.files = (GRAPH, GRAPH_DATA)
         self.device = device
-        self.dtype: torch.dtype = getattr(torch, self._input.dtype)
+        self.dtype = DTYPES[self._input.dtype]
         self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:

@@ -12,17 +12,12 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError, one_line
 from trtower.extras import import_extra
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.pool import Pool
-from trtower.spec import EIGHT_BIT
-
-HINTS = {"fp32": "f32", "bf16": "bf16"}
-"""OpenVINO's names for what it computes in."""
-
-TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-"""OpenVINO's names for a tensor's dtype."""
+from trtower.spec import EIGHT_BIT, PRECISIONS
 
 PRODUCTS = ("Convolution", "MatMul")
 
@@ -32,8 +27,8 @@ class OpenVinoRunner:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         ov = import_extra("openvino", extra="openvino", purpose=backend.name)
-        hint = HINTS[backend.arithmetic]
-        half = TYPES[bundle.manifest.input.dtype]
+        hint = PRECISIONS[backend.arithmetic].openvino
+        half = PRECISIONS[bundle.manifest.precision].openvino
         core = ov.Core()
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": hint,
@@ -61,7 +56,7 @@ class OpenVinoRunner:
         self.backend = backend.name
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.dtype = DTYPES[bundle.manifest.input.dtype]
         self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {backend.arithmetic.upper()}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import PLATFORM, capability_obstacle, load_flavour, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
@@ -44,7 +45,7 @@ class TensorRTRunner:
         self.backend = plan.flavour
         self.files = (plan.file,)
         self.device = device
-        self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
+        self.dtype = DTYPES[bundle.manifest.input.dtype]
         self.name = f"{plan.flavour} {module.__version__}, {gpu}"
         self._module, self._options, self._bundle, self._plan = module, options, bundle, plan
         with torch.cuda.device(device):

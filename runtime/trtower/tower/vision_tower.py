@@ -17,6 +17,7 @@ from torch import nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import CONFIG, PREPROCESSOR
+from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError, ConfigError, InputError, one_line
 from trtower.layer_codes import LayerCode
 from trtower.runners.base import EngineOptions, Runner, run_batch
@@ -488,8 +489,7 @@ class VisionTower(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the engine computes in, whatever dtype the images have."""
-        dtype: torch.dtype = getattr(torch, self.bundle.manifest.input.dtype)
-        return dtype
+        return DTYPES[self.bundle.manifest.input.dtype]
 
     @property
     def device(self) -> torch.device:

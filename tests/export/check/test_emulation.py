@@ -21,8 +21,9 @@ from tests.export.checking import Wrapped, check
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BundleError, ConfigError
+from trtower.spec import PRECISIONS
 from trtower_export.check import certify
-from trtower_export.check.emulation import EMULATED, HALF, EmulatedRunner, emulate, read_emulated
+from trtower_export.check.emulation import EMULATED, EmulatedRunner, emulate, read_emulated
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -208,7 +209,7 @@ def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
     size: float, precision: str, fits: bool
 ) -> None:
     """Of 256 numbers +-10 the squares add up to 25600, of +-20 to 102400, which is infinite in FP16."""
-    half = HALF[precision]
+    half = PRECISIONS[precision].onnx
     word = {"fp16": "float16", "bf16": "bfloat16"}[precision]
     inputs = f"{word}[n, m] x, {word}[m] one, {word}[m] bias"
     model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, f"{word}[n, m] y"), half)
@@ -221,7 +222,7 @@ def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
 def test_layer_norm_sums_its_numbers_in_half_precision(mean: float, fits: bool) -> None:
     """Of 256 numbers of 300 the sum is 76800, which is infinite in FP16, though none of their squares around it is."""
     inputs = "float16[n, m] x, float16[m] one, float16[m] bias"
-    model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, "float16[n, m] y"), HALF["fp16"])
+    model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, "float16[n, m] y"), TensorProto.FLOAT16)
     row = np.tile(np.float32([mean + 1, mean - 1]), (1, 128))
     found = run(model, x=row, one=np.ones(256, np.float32), bias=np.zeros(256, np.float32))
     assert np.isfinite(found).all() == fits

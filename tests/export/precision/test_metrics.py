@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from trtower.bundle.certificate import Figures
-from trtower_export.precision.bounds import (
-    RATIO_TO_TORCH,
-    RELATIVE_ERROR,
-    TOKEN_COSINE_MIN,
-    TOKEN_ERROR_P999,
-    judge,
-)
+from trtower_export.precision.bounds import BOUNDS, judge
 from trtower_export.precision.metrics import MetricSums, total
+
+LIMITS = BOUNDS["fp16"]
 
 FINE = Figures(
     token_cosine_mean=1.0,
@@ -78,9 +74,9 @@ def missed(found: list[Figures], own: Figures = FINE, precision: str = "fp16") -
     ("change", "figure"),
     [
         ({"non_finite": 1}, "non_finite"),
-        ({"token_cosine_min": TOKEN_COSINE_MIN["fp16"] - 1e-6}, "token_cosine_min"),
-        ({"token_error_p999": TOKEN_ERROR_P999["fp16"] + 1e-6}, "token_error_p999"),
-        ({"relative_error": RATIO_TO_TORCH * 2e-3 + 1e-6}, "relative_error_over_torch"),
+        ({"token_cosine_min": LIMITS.token_cosine_min - 1e-6}, "token_cosine_min"),
+        ({"token_error_p999": LIMITS.token_error_p999 + 1e-6}, "token_error_p999"),
+        ({"relative_error": LIMITS.relative_error_over_torch * 2e-3 + 1e-6}, "relative_error_over_torch"),
         ({"token_cosine_min": None}, "token_cosine_min"),
         ({"token_error_p999": None}, "token_error_p999"),
     ],
@@ -94,9 +90,9 @@ def test_each_bound_fails_alone_at_whichever_batch(change: dict[str, float | Non
 
 
 def test_relative_error_fails_alone_where_pytorch_is_no_better() -> None:
-    own = replace(FINE, relative_error=RELATIVE_ERROR["fp16"])
-    assert missed([replace(FINE, relative_error=RELATIVE_ERROR["fp16"])], own) == set()
-    assert missed([replace(FINE, relative_error=RELATIVE_ERROR["fp16"] + 1e-6)], own) == {"relative_error"}
+    own = replace(FINE, relative_error=LIMITS.relative_error)
+    assert missed([replace(FINE, relative_error=LIMITS.relative_error)], own) == set()
+    assert missed([replace(FINE, relative_error=LIMITS.relative_error + 1e-6)], own) == {"relative_error"}
 
 
 def test_worst_batch_is_what_is_measured() -> None:
