@@ -28,6 +28,9 @@ PLANS = "plans"
 SCHEMA = 6
 """Raised whenever a key is removed or changes its meaning, or one without a default is added."""
 
+ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+"""Bytes of almost every parameter. In 8 bits it depends on which layers are."""
+
 TO_PAD = (
     "padding and tiling stay with you: process_images([image], tower.image_processor, model.config) of llava.mm_utils, "
     "or for a model of transformers its own AutoProcessor"
@@ -65,6 +68,18 @@ class TowerCost:
     layers: int
     parameters: int
     flop: int
+
+    def describe_cut(self, full: "TowerCost", precision: str) -> str:
+        """Say in one line what this is of the ``full`` tower, and how much that is in a precision."""
+        megabytes = ""
+        if precision in ITEM_SIZE:
+            size = ITEM_SIZE[precision] / 1e6
+            megabytes = f" ({self.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
+        return (
+            f"{self.layers} of {full.layers} layers, "
+            f"{self.parameters / 1e6:.1f} of {full.parameters / 1e6:.1f} M parameters{megabytes}, "
+            f"{self.flop / 1e9:.1f} of {full.flop / 1e9:.1f} GFLOP an image"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +122,17 @@ class BuildSettings:
             raise ConfigError(f"--workspace-mib {self.workspace_mib}: 1 to {MOST_WORKSPACE_MIB} is expected.")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise ConfigError(f"--optimization-level {self.optimization_level}: 0 to 5 is expected.")
+
+    def describe(self) -> str:
+        """Say in a few words how a plan was built."""
+        says = []
+        if self.optimization_level is not None:
+            says.append(f"at optimization level {self.optimization_level}")
+        if self.workspace_mib is not None:
+            says.append(f"with {self.workspace_mib} MiB of workspace")
+        says += ["hardware-compatible"] if self.hardware_compatible else []
+        says += ["without its weights"] if self.stripped else []
+        return ", ".join(says) or "with TensorRT's own settings"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import pytest
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import MANIFEST, SCHEMA, TowerCost
 from trtower.errors import BundleError
-from trtower.inspection import describe_cut
 
 FULL = TowerCost(layers=24, parameters=303_507_456, flop=381_918_216_192)
 CUT = TowerCost(layers=23, parameters=290_909_184, flop=366_033_858_560)
@@ -31,7 +30,7 @@ def edit(bundle: Path, **changes: Any) -> None:
     ],
 )
 def test_cut_is_told_in_one_line(precision: str, megabytes: str) -> None:
-    assert describe_cut(FULL, CUT, precision) == (
+    assert CUT.describe_cut(FULL, precision) == (
         f"23 of 24 layers, 290.9 of 303.5 M parameters{megabytes}, 366.0 of 381.9 GFLOP an image"
     )
 
