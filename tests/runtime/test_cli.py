@@ -30,6 +30,8 @@ from trtower_export.precision import bounds
     ("arguments", "code", "message"),
     [
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
+        (["inspect", "a\0b"], 2, "the path of a folder is expected, which has no NUL in it"),
+        (["inspect", "~nobody-of-this-name/x"], 2, "'~nobody-of-this-name/x'; the path of a folder is expected"),
         (["inspect"], 2, "Missing argument"),
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["export"], 2, "Missing argument"),

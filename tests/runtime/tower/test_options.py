@@ -71,3 +71,12 @@ def test_layer_of_llavas_class_stands_in_its_config_alone(clip_bundle: Path) -> 
 def test_options_are_checked_before_anything_is_loaded(clip_bundle: Path, make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"engine is 'fast'; expected trtower\.EngineOptions"):
         make(clip_bundle, engine="fast")
+
+
+@pytest.mark.parametrize("make", [VisionTower, VisionTower.load, CLIPVisionTower.load])
+@pytest.mark.parametrize(
+    ("bundle", "said"), [(None, "of type NoneType"), (5, "of type int"), ("~nobody-of-this-name/x", "'~nobody")]
+)
+def test_what_is_no_path_is_refused_in_one_line(make: Callable[..., Any], bundle: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"bundle is {said}.*; the path of a folder is expected"):
+        make(bundle)
