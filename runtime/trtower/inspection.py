@@ -4,13 +4,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, Calibration, PlanEntry, Source, TowerCost
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BundleFacts, PlanEntry
 from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
-from trtower.spec import BatchProfile, TensorSpec, TowerSpec
+from trtower.spec import BatchProfile
 
 MB = 1_000_000
 
@@ -44,32 +43,18 @@ class InspectedCertificate(Certificate):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(BundleFacts):
     """What `trtower inspect` says of a bundle; as JSON it is this, key by key. ``size`` is that of all files, in bytes.
 
     No row of ``backends`` is that of `auto` if its files were altered, because `auto` then raises.
     """
 
     path: str
-    name: str
-    schema: int
-    trtower: str
-    spec: TowerSpec
-    full: TowerCost
-    cut: TowerCost
-    source: Source
-    precision: str
-    keep_fp32: tuple[str, ...]
-    calibration: Calibration | None
-    input: TensorSpec
-    output: TensorSpec
     batch: BatchProfile
-    profiles: tuple[BatchProfile, ...]
     hidden_size: int
     num_patches: int
     plans: list[InspectedPlan]
     size: int
-    versions: dict[str, str]
     backends: list[BackendRow]
     certificates: list[InspectedCertificate]
     altered: list[str]
@@ -80,35 +65,30 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     manifest, altered = bundle.manifest, bundle.altered()
     found = candidates(bundle)
     choice = auto_choice(found)
-    names = [each.name for each in dataclasses.fields(Inspection)]
-    described: dict[str, Any] = {name: getattr(manifest, name) for name in names if hasattr(manifest, name)}
-    described |= {
-        "path": str(bundle.path),
-        "hidden_size": manifest.spec.hidden_size,
-        "num_patches": manifest.spec.num_patches,
-        "plans": [
-            InspectedPlan(
-                **vars(plan), size=manifest.files[plan.file].size, verdicts=_plan_verdicts(bundle, plan, altered)
-            )
-            for plan in manifest.plans
-        ],
-        "size": sum(entry.size for entry in manifest.files.values()),
-        "backends": [_backend_row(each, altered, auto=each is choice) for each in found],
-        "certificates": [
+    return Inspection(
+        **{each.name: getattr(manifest, each.name) for each in dataclasses.fields(BundleFacts)},
+        path=str(bundle.path),
+        batch=manifest.batch,
+        hidden_size=manifest.spec.hidden_size,
+        num_patches=manifest.spec.num_patches,
+        plans=[_inspect_plan(bundle, plan, altered) for plan in manifest.plans],
+        size=sum(entry.size for entry in manifest.files.values()),
+        backends=[_backend_row(each, altered, auto=each is choice) for each in found],
+        certificates=[
             InspectedCertificate(**vars(each), void=bundle.changed_since(each, altered))
             for each in manifest.certificates
         ],
-        "altered": altered,
-    }
-    return Inspection(**described)
+        altered=altered,
+    )
 
 
-def _plan_verdicts(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> dict[str, str | None]:
-    return {
+def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> InspectedPlan:
+    verdicts = {
         **plan_verdicts(plan, default_device("cuda")),
         "certificate": bundle.why_uncertified(plan.flavour, [plan.file], altered),
         "sha256": _spoilt(plan, altered),
     }
+    return InspectedPlan(**vars(plan), size=bundle.manifest.files[plan.file].size, verdicts=verdicts)
 
 
 def _backend_row(candidate: Candidate, altered: list[str], *, auto: bool) -> BackendRow:

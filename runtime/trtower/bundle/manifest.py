@@ -162,13 +162,12 @@ class PlanEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All of tower.json.
+class BundleFacts:
+    """What tower.json says of the tower, and `trtower inspect` says again.
 
     ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
     operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
     ``profiles`` are what plans are tuned for; the graph takes any batch that they cover.
-    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
     """
 
     schema: int
@@ -184,9 +183,18 @@ class Manifest:
     input: TensorSpec
     output: TensorSpec
     profiles: tuple[BatchProfile, ...]
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest(BundleFacts):
+    """All of tower.json.
+
+    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
+    """
+
     files: dict[str, FileEntry]
     plans: tuple[PlanEntry, ...]
-    versions: dict[str, str]
     certificates: tuple[Certificate, ...]
 
     def __post_init__(self) -> None:

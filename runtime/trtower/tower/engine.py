@@ -34,12 +34,6 @@ class Engine(Holder):
         runner = self.runner
         return self._anchor.empty.device if runner is None else runner.device
 
-    @property
-    def _placed_on(self) -> torch.device | None:
-        """The GPU on which accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map."""
-        device = self._anchor.empty.device
-        return None if device.type == "cpu" else device
-
     def load(self, device_map: Any) -> None:
         """Open the bundle unless it is open. Raises BackendError if it is, on another device than is asked for."""
         refuse_fork()
@@ -47,7 +41,9 @@ class Engine(Holder):
         if self.runner is None:
             with self.changing:
                 if self.runner is None:
-                    known = (asked, self._asked_device, self._placed_on)
+                    # Where accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map.
+                    placed = self.device if self.device.type != "cpu" else None
+                    known = (asked, self._asked_device, placed)
                     self.open(next((device for device in known if device is not None), None))
                     return
         if asked is not None and parse_device(asked) != self.device:
@@ -58,10 +54,25 @@ class Engine(Holder):
         """Open the bundle on a device; return what closes what was open before, once its calls have ended."""
         refuse_fork()
         self.refuse_own_call()
-        runner = open_runner(self._bundle, self._options, device)
+        runner = self._open_certified(device)
         close = self.swap(runner)
         self._anchor.place(runner.device)
         return close
+
+    def _open_certified(self, device: str | torch.device | None) -> Runner:
+        """Open the bundle, certified if that is demanded; if not, one that failed its check runs with a warning."""
+        bundle, options, certified = self._bundle, self._options, self._options.require_certificate
+        if certified and (reason := bundle.uncertifiable()):
+            raise _not_certified(bundle, reason, options.backend)
+        runner = choose(bundle, options.backend, device, certified=certified, engine=options.engine)
+        if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
+            runner.close()
+            raise _not_certified(bundle, reason, runner.backend)
+        found = bundle.find_certificate(runner.backend, runner.files[0])
+        if found and not found.passed and not bundle.changed_since(found):
+            said = "%s failed its check on %s: `trtower inspect` says what was missed."
+            logger.warning(said, bundle.path, runner.backend)
+        return runner
 
     def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Follow a function that moves tensors. Raises before anything has moved."""
@@ -99,27 +110,6 @@ class Engine(Holder):
             if runner.device.type == "cuda":
                 torch.cuda.current_stream(runner.device).synchronize()
             runner.keep()
-
-
-def open_runner(bundle: Bundle, options: TowerOptions, device: str | torch.device | None) -> Runner:
-    """Open a bundle on a device, which is not the one of the options.
-
-    A backend that has failed its check runs, with a warning, unless the options demand a certificate. Raises
-    BundleError without the one demanded, and BackendError if no requested backend can run it.
-    """
-    certified = options.require_certificate
-    if certified and (reason := bundle.uncertifiable()):
-        raise _not_certified(bundle, reason, options.backend)
-    runner = choose(bundle, options.backend, device, certified=certified, engine=options.engine)
-    if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
-        runner.close()
-        raise _not_certified(bundle, reason, runner.backend)
-    certificate = bundle.find_certificate(runner.backend, runner.files[0])
-    if certificate and not certificate.passed and not bundle.changed_since(certificate):
-        logger.warning(
-            "%s failed its check on %s: `trtower inspect` says what was missed.", bundle.path, runner.backend
-        )
-    return runner
 
 
 def _not_certified(bundle: Bundle, reason: str, backend: str) -> BundleError:

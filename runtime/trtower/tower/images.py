@@ -4,7 +4,7 @@ Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,16 +17,9 @@ PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensor
 """The call that turns pictures into features, for whoever passes something else."""
 
 
-class Call(NamedTuple):
-    """What one call of a tower has: a runner, what is picked of its answers, and what turns pixels into that.
-
-    ``run`` turns any number of images (B, 3, S, S), as the runner takes them, into (B, N, D), and may write that into
-    its second argument.
-    """
-
-    runner: Runner
-    pick: Pick
-    run: Callable[..., torch.Tensor]
+Run = Callable[[Runner, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Turns any number of images (B, 3, S, S), as a runner takes them, into features (B, N, D), and may write these into
+its last argument."""
 
 
 class Images:
@@ -35,45 +28,44 @@ class Images:
     def __init__(self, manifest: Manifest) -> None:
         self.spec, self._least = manifest.spec, manifest.batch.min
 
-    def encode(self, images: Any, out: Any, call: Call) -> torch.Tensor | list[torch.Tensor]:
+    def encode(
+        self, images: Any, out: torch.Tensor | None, runner: Runner, run: Run, pick: Pick
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Turn a tensor into one of features, or a list into a list; raise InputError if it is neither, or ill-formed.
 
         The features of a tensor are written into ``out`` if there is one.
         """
         if not isinstance(images, (list, tuple)):
-            return self._encode_tensor(images, out, call)
+            self.check(images, "images", in_list=False)
+            if out is not None:
+                check_out(out, (*images.shape[:-3], *self.feature_shape(pick)), runner.device)
+            (features,) = self._run_together([images], runner, run, out)
+            features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
+            if out is None:
+                return features
+            return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
         if out is not None:
             raise InputError("out is for the features of one tensor, and images is a list.")
         if not images:
             raise InputError("images is an empty list; at least one image is expected.")
         for index, image in enumerate(images):
             self.check(image, f"images[{index}]", in_list=True)
-        return self._run_together(images, None, call)
+        return self._run_together(images, runner, run, None)
 
-    def _encode_tensor(self, images: torch.Tensor, out: Any, call: Call) -> torch.Tensor:
-        self.check(images, "images", in_list=False)
-        if out is not None:
-            check_out(out, (*images.shape[:-3], *self.feature_shape(call.pick)), call.runner.device)
-        (features,) = self._run_together([images], out, call)
-        features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
-        if out is None:
-            return features
-        written: torch.Tensor = out if features.data_ptr() == out.data_ptr() else out.copy_(features)
-        return written
-
-    def _run_together(self, images: Sequence[torch.Tensor], out: torch.Tensor | None, call: Call) -> list[torch.Tensor]:
+    def _run_together(
+        self, images: Sequence[torch.Tensor], runner: Runner, run: Run, out: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """Run images (..., 3, S, S) of one or several ranks, and return (T, N, D) for the T in each.
 
         For ``out`` they are in the engine's dtype, and already there if they can be.
         """
-        runner = call.runner
         if len(images) == 1:
             image = images[0]
             pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
-            features = call.run(pixel_values.view(-1, *image.shape[-3:]), out)
+            features = run(runner, pixel_values.view(-1, *image.shape[-3:]), out)
             return [features.to(image.dtype) if out is None else features]
         counts = [image.shape[:-3].numel() for image in images]
-        parts = call.run(self._pack(images, sum(counts), runner)).split(counts)
+        parts = run(runner, self._pack(images, sum(counts), runner), None).split(counts)
         return [part.to(image.dtype) for part, image in zip(parts, images, strict=True)]
 
     def _pack(self, images: Iterable[torch.Tensor], total: int, runner: Runner) -> torch.Tensor:

@@ -41,10 +41,6 @@ class PixelRange:
         if finite and not (math.isfinite(low) and math.isfinite(high)):
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {pixel_values.dtype}.")
-        self._look(low, high)
-
-    def _look(self, low: float, high: float) -> None:
-        """Take the smallest and the largest value of some images, normalised or not."""
         self._looked = True
         if self._warned:
             return

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from trtower.bundle.manifest import Manifest
 from trtower.errors import ConfigError
-from trtower.tower.images import Call, Images
+from trtower.runners.base import Runner
+from trtower.tower.images import Images, Run
 from trtower.tower.pick import Pick
 
 DEFAULT_SCALES = "336,672,1008"
@@ -104,25 +105,26 @@ class ScaledImages(Images):
         super().__init__(manifest)
         self._scales = scales
 
-    def _run_together(self, images: Sequence[torch.Tensor], out: torch.Tensor | None, call: Call) -> list[torch.Tensor]:
+    def _run_together(
+        self, images: Sequence[torch.Tensor], runner: Runner, run: Run, out: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """Run images (..., 3, H, H) of one or several ranks at all scales, and return (B, P + M, D) for the B in each.
 
         They are in the dtype of the images, and never in ``out`` already.
         """
-        scales, prefix = self._scales, self._count_prefix(call.pick)
-        batches = [image.to(call.runner.device).reshape(-1, *image.shape[-3:]) for image in images]
+        scales = self._scales
+        batches = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
         counts = [len(batch) * scales.num_tiles for batch in batches]
         tiles = (tile for batch in batches for tile in scales.tiles(batch))
-        parts = call.run(self._pack(tiles, sum(counts), call.runner)).split(counts)  # (K * B, P + N, D) each
+        features = run(runner, self._pack(tiles, sum(counts), runner), None)  # (K * B over all, P + N, D)
+        prefix = features.shape[1] - self.spec.num_patches
+        parts = features.split(counts)
         return [scales.merge(part.to(batch.dtype), prefix) for part, batch in zip(parts, batches, strict=True)]
 
     def feature_shape(self, pick: Pick) -> tuple[int, int]:
         """Return (P + M, D), the shape of one image's features, over all scales."""
         patches = self._scales.count_patches(self.spec.num_patches_per_side)
-        return self._count_prefix(pick) + patches, pick.hidden_size * len(self._scales.sizes)
-
-    def _count_prefix(self, pick: Pick) -> int:
-        return self.spec.num_prefix_tokens - pick.first_token
+        return pick.num_tokens - self.spec.num_patches + patches, pick.hidden_size * len(self._scales.sizes)
 
     def _fits(self, shape: torch.Size) -> bool:
         return shape[0] == 3 and shape[1] == shape[2]

@@ -29,7 +29,6 @@ class VisionModel(nn.Module):
 
     _tower: Any  # a VisionTower, whose module imports this one
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor, *, output_hidden_states: bool | None = None, **options: Any) -> Any:
         """Turn pixels (B, 3, S, S) into an object with `last_hidden_state` and `hidden_states`, each (B, P + N, D).
 
@@ -40,7 +39,7 @@ class VisionModel(nn.Module):
         asked = sorted(changes - {"return_dict"})
         if asked:
             raise ConfigError(f"{asked[0]} cannot be followed by a compiled tower: leave it out.")
-        tokens = self._tower.read_tokens(pixel_values)
+        tokens = self._tower.read_tokens(pixel_values).to(pixel_values.dtype)
         outputs = Outputs(self._tower.bundle, self._tower.spec.num_layers, instead=None)
         return SimpleNamespace(
             last_hidden_state=outputs.last_hidden_state(tokens),

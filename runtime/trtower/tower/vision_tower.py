@@ -3,7 +3,6 @@
 Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
 """
 
-import functools
 import json
 import os
 import weakref
@@ -24,7 +23,7 @@ from trtower.tower.anchor import Anchor
 from trtower.tower.attribute_dict import AttributeDict
 from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
-from trtower.tower.images import Call, Images, can_fill, one_input
+from trtower.tower.images import Images, can_fill, one_input
 from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
@@ -206,9 +205,9 @@ class VisionTower(nn.Module):
         """
         given = one_input(images, pixel_values)
         with self._engine.lend() as runner:
-            return self._images.encode(given, out, Call(runner, self._pick, functools.partial(self._run, runner)))
+            return self._images.encode(given, out, runner, self._run, self._pick)
 
-    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
         whole = out is not None and self._pick.whole and can_fill(out, pixel_values, runner.dtype)
         tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
@@ -222,10 +221,11 @@ class VisionTower(nn.Module):
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
 
-    def read_tokens(self, images: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def read_tokens(self, images: Any) -> torch.Tensor:
         """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
 
-        They come side by side in the bundle's order, in the dtype of the images. Raises InputError.
+        They come side by side in the bundle's order, in the tower's dtype. Raises InputError.
         """
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
@@ -235,7 +235,7 @@ class VisionTower(nn.Module):
             raise InputError(f"pixel_values has shape {tuple(images.shape)}; this engine takes (B, 3, {side}, {side}).")
         self._images.check(images, "pixel_values", in_list=False)
         with self._engine.lend() as runner:
-            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous()).to(images.dtype)
+            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
