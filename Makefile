@@ -65,7 +65,8 @@ bench: $(STAMP)
 			--flavour $(BENCH_FLAVOUR) --no-check --overwrite --out engines/vit-l-$$precision && \
 		$(BIN)/trtower bench engines/vit-l-$$precision $(BENCH_OPTIONS) \
 			--json --plot $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).png \
-			>$(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json || exit 1; \
+			>$(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json && \
+		$(BIN)/python benchmarks/judge.py $(BENCH_OUT)/vit-l-$$precision$(BENCH_SUFFIX).json || exit 1; \
 	done
 
 # The same where a GPU is, on a plan if one runs.

@@ -3,24 +3,23 @@
 from pathlib import Path
 
 from trtower.errors import ConfigError
+from trtower.extras import import_extra
 from trtower.spec import BatchProfile
 
 
 def check_png(path: Path, option: str) -> None:
-    """Raise ConfigError unless ``path`` is that of a PNG that can be written."""
+    """Raise ConfigError unless ``path`` is that of a PNG that can be written, MissingExtraError if nothing draws it."""
     if path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != ".png":
         raise ConfigError(f"{path} cannot be written: a .png in a folder that exists is expected of {option}.")
+    import_extra("matplotlib", extra="report", purpose=option)
 
 
 def read_numbers(text: str) -> list[int]:
-    """Read numbers that are separated by commas, or by the spaces with which `cli.gather` has joined them."""
+    """Read numbers that are separated by commas."""
     try:
-        numbers = [int(number) for number in text.replace(",", " ").split()]
+        return [int(number) for number in text.split(",")]
     except ValueError as err:
-        raise ConfigError(f"--batch {text}: whole numbers are expected, such as 1,8,32.") from err
-    if not numbers:
-        raise ConfigError(f"--batch {text!r} names no number: write it as 1,8,32.")
-    return numbers
+        raise ConfigError(f"--batch {text}: whole numbers separated by commas are expected, such as 1,8,32.") from err
 
 
 def read_profile(text: str) -> BatchProfile:

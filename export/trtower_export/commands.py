@@ -1,7 +1,6 @@
 """The export side's commands. They are found by entry point; nothing heavy is imported before one runs."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +9,15 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR
-from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.console import ConsoleProgress
+from trtower_export.console import ConsoleProgress, as_json
 
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
+]
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 BatchOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -37,9 +39,16 @@ CapabilityOption = Annotated[
 StoreOption = Annotated[
     bool, typer.Option("--store/--no-store", help="Keep plans in the user's cache, and take those that are there.")
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="Where the weights are now. Default: where they were at export."),
+]
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")]
-PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights.")]
-RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")]
+PickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights, which may run their author's code.")
+]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")]
 TowerOption = Annotated[
     str | None,
     typer.Option("--tower", help="Which tower of a checkpoint that has several. Default of a check: the exported one."),
@@ -48,9 +57,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
-    ],
+    checkpoint: CheckpointArgument,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: engines/NAME.")] = None,
     select_layer: Annotated[
         str | None,
@@ -86,17 +93,13 @@ def export(
     batch: BatchOption = None,
     flavour: FlavourOption = "auto",
     compute_capability: CapabilityOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: RevisionOption = None,
     tower: TowerOption = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Rehearse without weights: same size, build time and latency.")
     ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights, which may run their author's code.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
-    ] = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
     store: StoreOption = True,
@@ -138,7 +141,7 @@ def export(
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: BundleArgument,
     flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: what this machine can do.")] = "auto",
     compute_capability: CapabilityOption = None,
     workspace_mib: Annotated[
@@ -174,11 +177,9 @@ def build(
 
 
 def check(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: BundleArgument,
     images: ImagesOption = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
-    ] = None,
+    checkpoint: WeightsOption = None,
     tower: TowerOption = None,
     backend: Annotated[
         str, typer.Option(help="auto, a backend to run the bundle on, or emulated-fp16: every rounding there could be.")
@@ -200,53 +201,40 @@ def check(
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report import Report, make_folder
-        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.checkpoint import reopen_checkpoint
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.pipeline import check_bundle
 
-    source = opened.manifest.source
-    pages = page = None
+    pages = None
     if report:
         make_folder(report)
         pages = Report(opened.manifest.spec, ImageProcessor.from_file(opened.verify(PREPROCESSOR)))
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
-    found = open_checkpoint(
-        checkpoint or source.checkpoint,
-        random_weights=source.random_weights,
-        revision=None if checkpoint else source.revision,
-        tower=tower or source.tower,
-        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
-    )
+    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
     checked = check_bundle(
         opened,
-        found,
+        reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust),
         photographs,
         progress,
         backend=backend,
         by_layer=by_layer or pages is not None,
         on_image=pages.see if pages else None,
     )
-    certificate = checked.manifest.certificate
-    assert certificate is not None  # noqa: S101 - check_bundle has just written it
+    page = None
     if pages and report:
         with progress.step("Draw the report"):
             page = pages.write(report, checked)
-        if json_:
-            progress.say(str(page))
-    if json_:
-        typer.echo(json.dumps(dataclasses.asdict(certificate), indent=2))
-        return 0 if certificate.passed else 1
-    code = _verdict(console, checked)
-    if page:
+    code = _verdict(console, checked, json_=json_)
+    if page and json_:
+        progress.say(str(page))
+    elif page:
         _say(console, str(page))
     return code
 
 
 def doctor(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
-    ],
+    checkpoint: CheckpointArgument,
     images: ImagesOption = None,
     select_layer: Annotated[str | None, typer.Option(help="As for export.")] = None,
     image_size: Annotated[int | None, typer.Option(help="As for export.")] = None,
@@ -258,7 +246,7 @@ def doctor(
     ] = 1,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
     every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: RevisionOption = None,
     tower: TowerOption = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Examine a rehearsal.")] = False,
     allow_pickle: PickleOption = False,
@@ -267,6 +255,8 @@ def doctor(
 ) -> int:
     """Say what half precision costs in every operation of a tower, and where it overflows."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
+    if picture:
+        check_png(picture, "--picture")
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.photographs import load_photographs, prepare, say_skipped
@@ -277,8 +267,6 @@ def doctor(
         from trtower_export.precision.heatmap import draw_heatmap
         from trtower_export.precision.table import print_operations
 
-    if picture:
-        check_png(picture, "--picture")
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
     found = open_checkpoint(
@@ -292,28 +280,21 @@ def doctor(
     processor = ImageProcessor(fit_preprocessor(found, spec.image_size, progress))
     progress.say(found.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
-    diagnosis = examine(found, spec, prepare(photographs.images, processor), progress, error_images=error_images)
-    names = [each.name for each in photographs.images]
-    rounded_on = [names[place] for place in diagnosis.error_images]
+    pixels = prepare(photographs.images, processor)
+    named = {each.name: pixel_values for each, pixel_values in zip(photographs.images, pixels, strict=True)}
+    diagnosis = examine(found, spec, named, progress, error_images=error_images)
     if picture:
         picture.write_bytes(draw_heatmap(diagnosis.operations))
         progress.say(str(picture))
     if json_:
-        rows = [
-            {**dataclasses.asdict(operation), "headroom": operation.headroom if operation.largest else None}
-            for operation in diagnosis.operations
-        ]
-        about = {"checkpoint": found.source, "image_size": spec.image_size, "layers": spec.layers}
-        read = {"images": names, "error_images": rounded_on, "skipped": photographs.skipped}
-        overflowing = [operation.name for operation in diagnosis.operations if operation.overflow]
-        typer.echo(json.dumps({**about, **read, "overflowing": overflowing, "operations": rows}, indent=2))
+        typer.echo(as_json(dataclasses.replace(diagnosis, skipped=photographs.skipped)))
     else:
-        print_operations(console, diagnosis.operations, every=every, images=len(names), rounded_on=rounded_on)
+        print_operations(console, diagnosis, every=every)
     return 0
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: BundleArgument,
     batch: Annotated[
         list[str] | None,
         typer.Option(
@@ -325,9 +306,7 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Comma-separated competitors: eager, sdpa, compile, onnxruntime, … Default: all.")
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Where the weights are now. Default: where they were at export.")
-    ] = None,
+    checkpoint: WeightsOption = None,
     tower: TowerOption = None,
     backend: Annotated[str, typer.Option(help="What the bundle runs on, as for VisionTower.load.")] = "auto",
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: 100 on a GPU, 7 elsewhere.")] = None,
@@ -342,32 +321,25 @@ def bench(
     opened = Bundle.open(bundle)
     if plot:
         check_png(plot, "--plot")
-        import_extra("matplotlib", extra="report", purpose="--plot")
     with progress.step("Import PyTorch and transformers"):
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
-        from trtower_export.bench.entrants import AGAINST
-        from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
-        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.bench.entrants import competitors
+        from trtower_export.bench.tables import draw_benchmark, print_benchmark
+        from trtower_export.checkpoint.checkpoint import reopen_checkpoint
         from trtower_export.checkpoint.layouts import Trust
 
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
-        against=AGAINST if against is None else read_names(against),
+        against=competitors() if against is None else read_names(against),
         backend=backend,
         rounds=rounds,
         tiles=tiles,
     )
-    source = opened.manifest.source
-    found = open_checkpoint(
-        checkpoint or source.checkpoint,
-        random_weights=source.random_weights,
-        revision=None if checkpoint else source.revision,
-        tower=tower or source.tower,
-        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
-    )
+    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
+    found = reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust)
     benchmark = run_benchmark(opened, found, options, progress)
     if json_:
-        typer.echo(to_json(benchmark), nl=False)
+        typer.echo(as_json(benchmark))
     else:
         print_benchmark(console, benchmark)
     if plot:
@@ -391,7 +363,7 @@ def recipes(json_: JsonOption = False) -> int:
 
     rows = [describe_recipe(recipe) for recipe in all_recipes()]
     if json_:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(as_json(rows))
     else:
         print_recipes(Console(), rows)
     return 0
@@ -401,11 +373,14 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _verdict(console: Console, bundle: Bundle) -> int:
-    """Print what a check found, and give its exit code."""
+def _verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:
+    """Print what a check found, and return its exit code."""
     from trtower_export.check.tables import print_certificate
 
     certificate = bundle.manifest.certificate
     assert certificate is not None  # noqa: S101 - the bundle was checked
-    print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
+    if json_:
+        typer.echo(as_json(certificate))
+    else:
+        print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
     return 0 if certificate.passed else 1

@@ -1,11 +1,13 @@
 """What a command prints: how it is getting on, live on a terminal and one line per step elsewhere, and wide tables."""
 
+import dataclasses
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +107,12 @@ class ConsoleStep:
     def update(self, fraction: float, note: str) -> None:
         """Move the bar."""
         self._bars.update(self._task, total=1.0, completed=fraction, note=note)  # type: ignore[attr-defined]
+
+
+def as_json(found: Any) -> str:
+    """Write a dataclass, or what JSON has, as indented JSON; NaN and infinities are a bug."""
+    data = dataclasses.asdict(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else found
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 def print_whole(console: "Console", table: "Table") -> None:

@@ -16,8 +16,8 @@ from trtower.errors import (
 )
 from trtower.installation.encode import encode_for
 from trtower.installation.install import Installation, install, uninstall
+from trtower.runners.base import EngineOptions
 from trtower.runners.observation import BatchReport
-from trtower.runners.tensorrt import EngineOptions
 from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
 from trtower.tower.vision_tower import VisionTower
 

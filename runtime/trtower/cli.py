@@ -3,10 +3,8 @@
 The export side registers its commands as entry points, so this module never imports it.
 """
 
-import itertools
 import json
 import logging
-import re
 import sys
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from trtower import __version__
 from trtower.bundle.bundle import Bundle
-from trtower.errors import ConfigError, TrtowerError
+from trtower.errors import ConfigError, TrtowerError, one_line
 from trtower.extras import extra_of, how_to_install, import_extra, why_broken
 from trtower.inspection import as_text, inspect_bundle
 
@@ -37,14 +35,16 @@ def run(arguments: list[str]) -> int:
         typer = import_extra("typer", extra="cli", purpose="the trtower command")
         import_extra("rich", extra="cli", purpose="the trtower command")
         command = typer.main.get_command(_app())
-        result = command.main(
-            gather([a for a in arguments if a != "--debug"]) or ["--help"], prog_name="trtower", standalone_mode=False
-        )
+        typed = [a for a in arguments if a != "--debug"] or ["--help"]
+        result = command.main(typed, prog_name="trtower", standalone_mode=False)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as err:
         if hasattr(err, "format_message"):  # click's own errors know their exit code and their words
-            return _fail(err.format_message(), getattr(err, "exit_code", 2))
+            message = err.format_message()
+            if any(a.startswith("--batch") for a in arguments) and "unexpected extra argument" in message:
+                message += ": numbers after --batch are separated by commas, as in --batch 1,8,32"
+            return _fail(message, getattr(err, "exit_code", 2))
         message = None if debug else _explain(err)
         if message is None:  # a bug, which shows its traceback
             raise
@@ -67,23 +67,8 @@ def _explain(err: Exception) -> str | None:
     return None
 
 
-def gather(arguments: list[str]) -> list[str]:
-    """Join the numbers after `--batch` into one argument, because typer's options take one or a fixed few."""
-    gathered: list[str] = []
-    rest = list(arguments)
-    while rest:
-        gathered.append(rest.pop(0))
-        if re.fullmatch(r"--batch(=.*)?", gathered[-1]):
-            numbers = list(itertools.takewhile(lambda each: re.fullmatch(r"-?\d[\d,]*", each), rest))
-            del rest[: len(numbers)]
-            if numbers and gathered[-1] != "--batch":
-                numbers.insert(0, gathered.pop())
-            gathered += [" ".join(numbers)] if numbers else []
-    return gathered
-
-
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"error: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "TrtowerError",
+    "one_line",
 ]
 
 
@@ -56,3 +57,8 @@ class BuildError(TrtowerError):
 
 class MissingExtraError(TrtowerError, ImportError):
     """A package that is not installed; the message names the extra that brings it."""
+
+
+def one_line(err: BaseException | str) -> str:
+    """Put a message, or an error of another library, on one line; its class if it says nothing."""
+    return " ".join(str(err).split()) or type(err).__name__

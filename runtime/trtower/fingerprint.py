@@ -5,31 +5,21 @@ know most towers again. A bundle has one for each dtype that a tower may be roun
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from trtower.spec import TowerSpec
+from trtower.spec import Naming, TowerSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The dtypes that towers are held in, by their names in the manifest."""
 
-_ROOT = r"(?:vision_model\.)?"
-_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
-_POOLED = re.compile(rf"{_ROOT}(?:head|pooler)\.|.*\bmask_token$")
-"""What makes one vector of an image, and what only training reads."""
-_FINAL_NORM = re.compile(rf"{_ROOT}(?:post_layernorm|layernorm|norm|rms_norm)\.")
 
-NORMS_ONLY_THE_POOLED = ("clip", "metaclip_2")
-"""Families whose final norm is not on the way to `last_hidden_state`."""
-
-
-def count_layers(tower: nn.Module) -> int:
+def count_layers(tower: nn.Module, naming: Naming) -> int:
     """Count the transformer layers of a full tower of transformers, which may be fewer than its config says."""
-    found = (_LAYER.search(name) for name, _ in tower.named_parameters())
-    return 1 + max((int(layer[1]) for layer in found if layer), default=-1)
+    found = (naming.find_layer(name) for name, _ in tower.named_parameters())
+    return 1 + max((layer for layer in found if layer is not None), default=-1)
 
 
 def hash_weights(tower: nn.Module, spec: TowerSpec) -> dict[str, str]:
@@ -52,15 +42,8 @@ def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.floa
 
 
 def read_parameters(tower: nn.Module, spec: TowerSpec) -> Iterator[Tensor]:
-    """Give the parameters of a full tower of transformers that the states a bundle holds depend on.
+    """Return the parameters of a full tower of transformers that the states a bundle holds depend on.
 
-    Left out is what is known not to be on the way to them, so that whatever was added to a tower counts.
+    What is known not to be on the way to them is left out, so that whatever was added to a tower counts.
     """
-    reads_final_norm = spec.reads_final_norm and spec.family not in NORMS_ONLY_THE_POOLED
-    for name, parameter in tower.named_parameters():
-        layer = _LAYER.search(name)
-        if layer and int(layer[1]) >= spec.depth:
-            continue
-        if _POOLED.match(name) or (_FINAL_NORM.match(name) and not reads_final_norm):
-            continue
-        yield parameter
+    return (parameter for name, parameter in tower.named_parameters() if spec.reads(name))

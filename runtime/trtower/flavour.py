@@ -3,6 +3,7 @@
 Their Python modules have the same names inside, so all code here takes the module as a parameter.
 """
 
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Flavour -> its Python module, and the extra of trtower that brings it."""
+
+PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
+"""Plans are bound to the operating system and processor they were built for."""
 
 PORTABLE_FROM = "8.0"
 """Plans that name no compute capability start at Ampere, with either TensorRT."""
@@ -31,6 +35,11 @@ def load_flavour(flavour: str) -> "ModuleType":
             f"{how_to_install(extra)}"
         )
     return module
+
+
+def sm_name(capability: str) -> str:
+    """Write a compute capability such as "8.9" as NVIDIA's compilers and the names of files have it: "sm89"."""
+    return "sm" + capability.replace(".", "")
 
 
 def known_capabilities(module: "ModuleType") -> list[str]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BundleFacts, PlanEntry
-from trtower.runners.choose import Candidate, auto_choice, candidates, default_device, plan_verdicts
+from trtower.runners.choose import Candidate, auto_choice, candidates
+from trtower.runners.device import default_device
+from trtower.runners.tensorrt import plan_verdicts
 from trtower.spec import BatchProfile
 
 MB = 1_000_000

@@ -4,6 +4,7 @@ Letters used for shapes everywhere: B images, S pixels a side, P prefix tokens (
 N patches, D features a token.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,49 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Naming:
+    """What transformers calls the parts of the model that a tower was cut from, so that a bundle knows it again.
+
+    Names are dotted, as in `named_parameters()`, and each field lists what its part may be called. They count from
+    inside ``wrapper``, a module that some releases of transformers put around the whole tower; those of the list of
+    ``layers`` may lie anywhere. ``final_norm`` turns hidden state L into `last_hidden_state`; if it is empty, the two
+    are one state. No hidden state depends on what is ``unread``. The ``config_fields`` decide what a tower computes,
+    beside its weights.
+    """
+
+    wrapper: str = "vision_model"
+    layers: tuple[str, ...] = ("layer", "layers")
+    final_norm: tuple[str, ...] = ("post_layernorm", "layernorm", "norm", "rms_norm")
+    unread: tuple[str, ...] = ("head", "pooler", "embeddings.mask_token")
+    config_fields: tuple[str, ...] = (
+        "hidden_size",
+        "num_attention_heads",
+        "patch_size",
+        "num_channels",
+        "hidden_act",
+        "layer_norm_eps",
+        "rms_norm_eps",
+        "num_register_tokens",
+        "use_swiglu_ffn",
+        "use_gated_mlp",
+        "rope_theta",
+        "norm_type",
+        "use_qk_norm",
+        "is_native",
+    )
+
+    def inside(self, parameter: str) -> str:
+        """Return the name of a parameter as it counts from inside the wrapper, if there is one."""
+        return parameter.removeprefix(f"{self.wrapper}.")
+
+    def find_layer(self, parameter: str) -> int | None:
+        """Return the index of the layer that a parameter is part of; None if it is outside the layers."""
+        layers = "|".join(map(re.escape, self.layers))
+        found = re.search(rf"(?:^|\.)(?:{layers})\.(\d+)\.", parameter)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
     """A cut tower of ``num_layers`` layers L.
 
@@ -102,6 +146,7 @@ class TowerSpec:
     width: int
     layers: tuple[int, ...]
     select_feature: str = "patch"
+    naming: Naming = Naming()
 
     def __post_init__(self) -> None:
         if min(self.image_size, self.patch_size, self.num_layers, self.width) < 1 or self.num_prefix_tokens < 0:
@@ -142,6 +187,14 @@ class TowerSpec:
     def reads_final_norm(self) -> bool:
         """Whether `last_hidden_state` is among what is read."""
         return self.num_layers + 1 in self.layers
+
+    def reads(self, parameter: str) -> bool:
+        """Return whether a state that is read may depend on a parameter of the full model, by its name there."""
+        naming, layer = self.naming, self.naming.find_layer(parameter)
+        if layer is not None and layer >= self.depth:
+            return False
+        unread = naming.unread if self.reads_final_norm else (*naming.unread, *naming.final_norm)
+        return not f"{naming.inside(parameter)}.".startswith(tuple(f"{part}." for part in unread))
 
     @property
     def reading(self) -> str:

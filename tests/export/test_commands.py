@@ -36,8 +36,7 @@ def exported(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., Path
     [
         (["--batch", "3"], [(1, 3, 3)]),
         (["--batch=1,2,3"], [(1, 2, 3)]),
-        (["--batch", "1", "2", "3"], [(1, 2, 3)]),
-        (["--batch", "1,1,1", "--batch", "1", "2", "3"], [(1, 1, 1), (1, 2, 3)]),
+        (["--batch", "1,1,1", "--batch", "1,2,3"], [(1, 1, 1), (1, 2, 3)]),
     ],
 )
 def test_profile_is_taken_as_people_write_it(

@@ -21,7 +21,7 @@ from trtower.flavour import FLAVOURS, capability_obstacle, load_flavour
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.check.photographs import Photographs, load_photographs
 
-BATCH = ("1", "1", "1", "--batch", "1", "2", "4")
+BATCH = ("--batch", "1,1,1", "--batch", "1,2,4")
 """Two profiles."""
 
 PICTURES = 4
@@ -85,7 +85,7 @@ def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         key = (family, precision, flavour)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("gpu") / f"tiny-{family}"
-            options = ["--out", str(made[key]), "--precision", precision, "--flavour", flavour, "--batch", *BATCH]
+            options = ["--out", str(made[key]), "--precision", precision, "--flavour", flavour, *BATCH]
             arguments = ["export", str(checkpoints[family]), *options, "--no-check", "--debug"]
             command = [sys.executable, "-c", "from trtower.cli import main; main()", *arguments]
             done = subprocess.run(command, check=False, capture_output=True, text=True)

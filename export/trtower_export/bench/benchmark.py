@@ -1,6 +1,6 @@
 """Race a bundle against what else could run its tower, and say what share of the hardware each uses.
 
-entrants -> ceiling -> race (in turn, in this process) -> cold (each alone: load, first answer, memory) -> goals
+entrants -> ceiling -> race (in turn, in this process) -> cold (each alone: load, first answer, memory)
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.errors import BackendError, ConfigError, TrtowerError
+from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.names import check_name
 from trtower.spec import merge_profiles, profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
-from trtower_export.bench.entrants import AGAINST, LLAVA, TRTOWER, Arena, Entrant, enter
+from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter
 from trtower_export.bench.environment import describe_environment
-from trtower_export.bench.goals import TILES, Goal, judge_goals
 from trtower_export.bench.race import race
+from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 
@@ -38,6 +38,9 @@ ALONE_S = 1800
 
 COMPILATIONS = 64
 
+TILES = 16
+"""Images in a list: what AnyRes makes of about three pictures."""
+
 LIST_ROUNDS = 3
 """How often a list is run at the least, unless fewer rounds are asked for: a ratio of one run is none."""
 
@@ -45,84 +48,22 @@ SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One entrant at one batch: seconds over ``rounds``, images a second, and what it is of two yardsticks.
-
-    ``share`` is the floor over the median, the floor being the cut tower's FLOP over what a large matrix product
-    reaches here in the same ``arithmetic``; None where that was not measured. ``times_llava`` is LLaVA's median over
-    this one's. ``error`` is ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None where that is
-    not finite.
-    """
-
-    entrant: str
-    runs_on: str
-    arithmetic: str
-    batch: int
-    rounds: int
-    median_s: float
-    p99_s: float
-    images_per_s: float
-    share: float | None
-    times_llava: float | None
-    error: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColdStart:
-    """One entrant alone in a process of its own, at the smallest batch: seconds, and bytes at the peak.
-
-    torch is imported before, and the backend is not. ``load_s`` is from files to something that can be called, None
-    where there are no files because weights are drawn; ``first_s`` is the first call. On a GPU ``peak_bytes`` is what
-    the device lost, elsewhere the resident set.
-    """
-
-    entrant: str
-    load_s: float | None
-    first_s: float
-    peak_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListTiming:
-    """A list of images: LLaVA's loop and the bundle's batches, median seconds."""
-
-    images: int
-    rounds: int
-    llava_s: float
-    trtower_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """Everything that was measured in one run. ``absent`` says of each entrant that could not run why not."""
-
-    bundle: dict[str, Any]
-    environment: dict[str, Any]
-    ceilings: dict[str, float]
-    timings: tuple[Timing, ...]
-    cold: tuple[ColdStart, ...]
-    tiles: ListTiming | None
-    absent: dict[str, str]
-    goals: tuple[Goal, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What to race: ``batches`` (None: the profile's on a GPU, its minimum elsewhere), ``against`` whom, how often."""
 
     batches: tuple[int, ...] | None = None
-    against: tuple[str, ...] = AGAINST
+    against: tuple[str, ...] = field(default_factory=competitors)
     backend: str = "auto"
     rounds: int | None = None
     tiles: int = TILES
 
     def __post_init__(self) -> None:
         for name in self.against:
-            check_name("competitor", name, AGAINST)
+            check_name("competitor", name, competitors())
         if len(set(self.against)) < len(self.against):
             raise ConfigError(f"--against {','.join(self.against)} names one twice.")
         if any(batch < 1 for batch in self.batches or ()):
-            raise ConfigError(f"--batch {' '.join(map(str, self.batches or ()))}: each is 1 at least.")
+            raise ConfigError(f"--batch {','.join(map(str, self.batches or ()))}: each must be at least 1.")
 
 
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
@@ -155,7 +96,6 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
         cold=tuple(cold),
         tiles=raced.tiles,
         absent=absent,
-        goals=judge_goals(manifest.spec, raced.backend, raced.timings, cold, raced.tiles),
     )
 
 
@@ -349,7 +289,7 @@ def _race_over_a_list(
 
 def _words(err: Exception) -> str:
     """Put an error into one line that is not too long for a table."""
-    return " ".join(str(err).split())[:300] or type(err).__name__
+    return one_line(err)[:300]
 
 
 def _every_compilation() -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ import torch
 
 from trtower.errors import MissingExtraError
 from trtower.extras import import_extra
+from trtower.runners.openvino import HINTS
 from trtower.spec import PRECISIONS
 
 SIZE = {"cpu": 3072, "cuda": 8192}
@@ -64,7 +65,7 @@ def _openvino_product(arithmetic: str) -> list[Callable[[], Any]]:
     given = ov.opset13.parameter([size, size], ov.Type.f32)
     model = ov.Model([ov.opset13.matmul(given, ov.opset13.constant(right), False, False)], [given])
     settings = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[arithmetic],
+        "INFERENCE_PRECISION_HINT": HINTS[arithmetic],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()

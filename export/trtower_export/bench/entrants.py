@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError
+from trtower.flavour import FLAVOURS
+from trtower.runners import choose
+from trtower.runners.base import Backend
 from trtower.spec import PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint.checkpoint import Checkpoint
@@ -18,18 +21,20 @@ from trtower_export.graph.truncate import TruncatedTower, check_weights, truncat
 
 TRTOWER, LLAVA = "trtower", "llava"
 
-AGAINST = (
-    "eager",
-    "sdpa",
-    "sdpa-bf16",
-    "compile",
-    "compile-bf16",
-    "cudagraph",
-    "onnxruntime",
-    "openvino",
-    "openvino-bf16",
-)
-"""Whom a bundle is raced against besides LLaVA's tower. The bundle's own graph on another backend is one of them."""
+PYTORCH = ("eager", "sdpa", "sdpa-bf16", "compile", "compile-bf16", "cudagraph")
+"""The ways in which PyTorch can run the cut tower."""
+
+
+def competitors() -> tuple[str, ...]:
+    """List whom a bundle is raced against besides LLaVA's tower: PyTorch, and its own graph on each backend.
+
+    A backend for the CPU and its counterpart for CUDA are one competitor.
+    """
+    return (*PYTORCH, *sorted({_competitor(each) for each in choose.BACKENDS if each.name not in FLAVOURS}))
+
+
+def _competitor(backend: Backend) -> str:
+    return backend.name.removesuffix(f"-{backend.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +108,9 @@ def enter(arena: Arena, name: str) -> Entrant:
         return _enter_bundle(arena, name, arena.tower)
     if name == LLAVA:
         return _enter_torch(arena, name, arena.precision, _llava(arena))
-    if name.startswith(("onnxruntime", "openvino")):
-        backend = f"onnxruntime-{arena.device.type}" if name == "onnxruntime" else name
+    if name not in PYTORCH:
+        named = [each for each in choose.BACKENDS if _competitor(each) == name]
+        backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
         runner = arena.tower._runner
         if runner is not None and runner.backend == backend:
             raise BackendError("it is what trtower runs here")
@@ -131,9 +137,6 @@ def enter(arena: Arena, name: str) -> Entrant:
 def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
     runner = tower._runner
     assert runner is not None  # noqa: S101 - it was loaded
-    arithmetic = arena.bundle.manifest.precision
-    if tower.device.type == "cpu" and arithmetic in ("fp16", "bf16", "fp32"):
-        arithmetic = "bf16" if runner.backend == "openvino-bf16" else "fp32"
 
     def call(images: Tensor) -> Tensor:
         features: Any = tower(images)
@@ -142,7 +145,7 @@ def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
     return Entrant(
         name=name,
         runs_on=runner.name,
-        arithmetic=arithmetic,
+        arithmetic=choose.find_backend(runner.backend).computes_in(arena.bundle.manifest.precision),
         backend=runner.backend,
         prepare=lambda images: images.to(tower.dtype),
         call=call,

@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "trtower",
-    "torch",
-    "transformers",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
-)
+from trtower.runners import choose
+from trtower.runners.device import capability_of
 
+PACKAGES = ("trtower", "torch", "transformers")
+"""Whose versions matter, besides those of the backends' packages."""
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
 """Of the environment, what changes speed."""
@@ -31,6 +25,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Give processor, GPU, versions and date."""
+    backends = sorted({backend.package for backend in choose.BACKENDS})
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "system": platform.platform(),
@@ -42,13 +37,13 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "versions": {name: number for name in PACKAGES if (number := _version(name))},
+        "versions": {name: number for name in (*PACKAGES, *backends) if (number := _version(name))},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {
             "name": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
+            "compute_capability": capability_of(device),
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,

@@ -1,15 +1,14 @@
-"""Show a benchmark as tables, as JSON, and as a plot."""
+"""Show a benchmark as tables and as a plot."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trtower_export.bench.benchmark import Benchmark, Timing
+from trtower.runners import choose
 from trtower_export.bench.entrants import LLAVA, TRTOWER
+from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
 from trtower_export.console import print_whole
 from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
 
@@ -20,14 +19,6 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 LEFT = 0.34
 """The share of the plot's width that batches and names take."""
 
-PRODUCTS = {
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT-RTX",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-}
-"""The first word of a runner's name -> the name of the product."""
-
 MB = 1e6
 
 UNEVEN = 1.5
@@ -35,14 +26,37 @@ UNEVEN = 1.5
 
 
 def print_benchmark(console: Console, found: Benchmark) -> None:
-    """Print what raced at each batch, each alone, who could not run, and the goals."""
+    """Print what raced at each batch, each alone, who could not run, and on what machine."""
     weights = ", random weights" if found.bundle["random_weights"] else ""
     certified = "certified here" if found.bundle["certified"] else "not certified for what ran here"
     _say(console, f"{found.bundle['path']}: {found.bundle['precision']}{weights}, {certified}")
+    print_whole(console, _race_table(found.timings))
+    ceilings = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in found.ceilings.items())
+    flop = found.bundle["flop_an_image"] / 1e9
+    _say(console, f"{flop:.1f} GFLOP an image; a large product here: {ceilings or 'not measured'}")
+    print_whole(console, _cold_table(found.cold))
+    if found.tiles:
+        _say(console, _describe_list(found.tiles))
+    uneven = max(found.timings, key=lambda each: each.p99_s / each.median_s)
+    if uneven.p99_s > UNEVEN * uneven.median_s:
+        _say(
+            console,
+            f"this machine was busy: {uneven.entrant} took up to {uneven.p99_s / uneven.median_s:.1f} times its "
+            "median; run it again on a quiet one",
+        )
+    for name, reason in found.absent.items():
+        _say(console, f"{name} did not run: {reason}")
+    where, versions = found.environment, found.environment["versions"]
+    hardware = where["gpu"]["name"] if "gpu" in where else where["processor"]
+    names = ", ".join(f"{name} {number}" for name, number in versions.items())
+    _say(console, f"{hardware}, {where['threads']} threads, {where['date']}; {names}")
+
+
+def _race_table(timings: Sequence[Timing]) -> Table:
     table = _table(
         "entrant", "runs on", "in", right=("batch", "ms", "p99", "img/s", "of ceiling", "x LLaVA's", "error")
     )
-    for each in found.timings:
+    for each in timings:
         table.add_row(
             each.entrant,
             each.runs_on,
@@ -54,47 +68,25 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
             "" if each.share is None else f"{each.share:.0%}",
             "" if each.times_llava is None else f"{each.times_llava:.2f}",
             "not finite" if each.error is None else f"{each.error:.1e}",
-            style="bold" if each.entrant == "trtower" else "",
+            style="bold" if each.entrant == TRTOWER else "",
         )
-    print_whole(console, table)
-    ceilings = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in found.ceilings.items())
-    flop = found.bundle["flop_an_image"] / 1e9
-    _say(console, f"{flop:.1f} GFLOP an image; a large product here: {ceilings or 'not measured'}")
-    alone = _table("alone", right=("load s", "first call s", "peak MB"))
-    for cold in found.cold:
-        load = "drawn" if cold.load_s is None else f"{cold.load_s:.2f}"
-        alone.add_row(cold.entrant, load, f"{cold.first_s:.2f}", f"{cold.peak_bytes / MB:.0f}")
-    print_whole(console, alone)
-    if found.tiles:
-        tiles = found.tiles
-        llava, ours = tiles.llava_s * 1e3, tiles.trtower_s * 1e3
-        _say(
-            console,
-            f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms, {llava / ours:.2f} times "
-            f"as fast (medians of {tiles.rounds})",
-        )
-    uneven = max(found.timings, key=lambda each: each.p99_s / each.median_s)
-    if uneven.p99_s > UNEVEN * uneven.median_s:
-        _say(
-            console,
-            f"this machine was busy: {uneven.entrant} took up to {uneven.p99_s / uneven.median_s:.1f} times its "
-            "median; run it again on a quiet one",
-        )
-    for name, reason in found.absent.items():
-        _say(console, f"{name} did not run: {reason}")
-    for goal in found.goals:
-        verdict = "met" if goal.met else "MISSED" if goal.measured is not None else "not measured"
-        measured = goal.note if goal.measured is None else f"{goal.measured:.2f}"
-        _say(console, f"{verdict}: {goal.says}: {measured}")
-    where, versions = found.environment, found.environment["versions"]
-    hardware = where["gpu"]["name"] if "gpu" in where else where["processor"]
-    names = ", ".join(f"{name} {number}" for name, number in versions.items())
-    _say(console, f"{hardware}, {where['threads']} threads, {where['date']}; {names}")
+    return table
 
 
-def to_json(found: Benchmark) -> str:
-    """Write all of it, with the environment it was measured in."""
-    return json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False) + "\n"
+def _cold_table(cold: Sequence[ColdStart]) -> Table:
+    table = _table("alone", right=("load s", "first call s", "peak MB"))
+    for each in cold:
+        load = "drawn" if each.load_s is None else f"{each.load_s:.2f}"
+        table.add_row(each.entrant, load, f"{each.first_s:.2f}", f"{each.peak_bytes / MB:.0f}")
+    return table
+
+
+def _describe_list(tiles: ListTiming) -> str:
+    llava, ours = tiles.llava_s * 1e3, tiles.trtower_s * 1e3
+    return (
+        f"a list of {tiles.images}: LLaVA's loop {llava:.0f} ms, trtower {ours:.0f} ms, {llava / ours:.2f} times as "
+        f"fast (medians of {tiles.rounds})"
+    )
 
 
 def draw_benchmark(found: Benchmark) -> bytes:
@@ -131,8 +123,10 @@ def label_entrant(timing: Timing) -> str:
     """Name an entrant for the plot, and what it computes in; of trtower, also the backend that ran."""
     name = timing.entrant
     if name == TRTOWER:
-        backend = timing.runs_on.partition(" ")[0]
-        name = f"trtower on {PRODUCTS.get(backend, backend)}"
+        software = timing.runs_on.partition(" ")[0]  # of a runner's name
+        by_name = sorted(choose.BACKENDS, key=lambda backend: backend.name)
+        product = next((backend.product for backend in by_name if backend.name.startswith(software)), software)
+        name = f"trtower on {product}"
     return f"{name} ({timing.arithmetic})"
 
 

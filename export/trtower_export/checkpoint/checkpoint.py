@@ -6,7 +6,6 @@ random layer behind.
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ import transformers
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from trtower.errors import CheckpointError, ConfigError, TrtowerError
+from trtower.bundle.manifest import Source
+from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import TowerSpec
-from trtower_export.checkpoint.files import Files, download, expanded, one_line
+from trtower_export.checkpoint.files import Files, download, expanded
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
 from trtower_export.recipes import Recipe, find_recipe
@@ -204,14 +204,15 @@ class Checkpoint:
 
     def _refuse_unknown(self, unexpected: Any) -> None:
         """Refuse weights that the config knows nothing of: of another tower, and of one layer more, -2 is another."""
+        stem, naming = self.family.patch_embedding.partition(".")[0], self.family.naming
         for name in sorted(unexpected):
-            layer = re.search(r"layers?\.(\d+)\.", name)
-            if layer and int(layer[1]) >= self.config.num_hidden_layers:
+            layer = naming.find_layer(name)
+            if layer is not None and layer >= self.config.num_hidden_layers:
                 raise CheckpointError(
                     f"{self._folder} holds {self._named(name)}, but its config has num_hidden_layers="
                     f"{self.config.num_hidden_layers}: one of them is not this tower's."
                 )
-            if (layer or "embeddings." in name) and not name.endswith(OF_TRAINING):
+            if (layer is not None or f"{stem}." in name) and not name.endswith(OF_TRAINING):
                 raise CheckpointError(
                     f"{self._folder} holds {self._named(name)}, which a {self.family.model_class} of its config has "
                     "not: without it this is another tower. Is config.json the one that belongs to the weights?"
@@ -219,7 +220,7 @@ class Checkpoint:
 
     def _named(self, name: str) -> str:
         """Give a tensor the name that it has in the checkpoint, as far as that is known."""
-        return name if self.layout.translate else f"{self.layout.root}{name.removeprefix('vision_model.')}"
+        return name if self.layout.translate else f"{self.layout.root}{self.family.naming.inside(name)}"
 
     def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None) -> None:
         parameters = dict(model.named_parameters())
@@ -273,6 +274,19 @@ def open_checkpoint(
         layout=layout,
         trust=request.trust,
         tower=tower,
+    )
+
+
+def reopen_checkpoint(
+    source: Source, *, moved_to: str | None = None, tower: str | None = None, trust: Trust | None = None
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was made of, where it was at export or where it is now."""
+    return open_checkpoint(
+        moved_to or source.checkpoint,
+        random_weights=source.random_weights,
+        revision=None if moved_to else source.revision,
+        tower=tower or source.tower,
+        trust=trust,
     )
 
 

@@ -149,11 +149,6 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], *, off
     return Path(folder)
 
 
-def one_line(err: BaseException) -> str:
-    """Put all of an error of another library on one line, where its first one alone says little."""
-    return " ".join(str(err).split()) or type(err).__name__
-
-
 def first_line(err: BaseException) -> str:
     """Take the line of an error of another library that says what happened."""
     lines = str(err).strip().splitlines()

@@ -11,7 +11,7 @@ from typing import NoReturn
 from trtower.bundle.manifest import MANIFEST
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.files import Files, check_arrived
-from trtower_export.checkpoint.vision_config import VISION_TYPES
+from trtower_export.families import is_exported
 
 WEIGHTS = "a file of weights"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")
@@ -143,7 +143,7 @@ def _has_tower(folder: Path) -> bool:
         written = Files(folder=folder).read_json("config.json") or {}
     except CheckpointError:
         return False
-    return "vision_config" in written or "mm_vision_tower" in written or written.get("model_type") in VISION_TYPES
+    return "vision_config" in written or "mm_vision_tower" in written or is_exported(written.get("model_type"))
 
 
 def unfinished_in(folder: Path) -> str | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from trtower.errors import CheckpointError
-from trtower_export.checkpoint.files import Files, one_line
+from trtower.errors import CheckpointError, one_line
+from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request
 from trtower_export.checkpoint.tensors import list_tensors
 from trtower_export.checkpoint.tower_tensors import with_tower

@@ -16,16 +16,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from trtower.errors import CheckpointError
-from trtower_export.checkpoint.files import Files, one_line
-from trtower_export.families import FAMILIES, Family, family_of, refusal
+from trtower.errors import CheckpointError, one_line
+from trtower_export.checkpoint.files import Files
+from trtower_export.families import Family, family_of, is_exported, refusal
 from trtower_export.families.base import square
 
 VISION_CONFIG = "vision_config"
 LANGUAGE_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES} | {
     *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 }
-VISION_TYPES = {model_type for family in FAMILIES for model_type in family.model_types}
 
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_patches")
 CHANNELS = 3
@@ -76,7 +75,7 @@ def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: boo
     is_known = model_type in transformers.CONFIG_MAPPING
     if not is_known and isinstance(raw.get(key), dict):
         return SimpleNamespace(**raw)  # somebody's own model around a tower, whose config is all that is needed
-    if is_known and model_type not in VISION_TYPES:
+    if is_known and not is_exported(model_type):
         return transformers.AutoConfig.from_pretrained(files.folder)
     # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
     config_class: Any = getattr(transformers, family_of(model_type).model_class).config_class
@@ -88,7 +87,7 @@ def _key_of(raw: dict[str, Any], tower: str | None) -> str:
     described = [
         key
         for key, value in raw.items()
-        if key.endswith("_config") and isinstance(value, dict) and value.get("model_type") in VISION_TYPES
+        if key.endswith("_config") and isinstance(value, dict) and is_exported(value.get("model_type"))
     ]
     named = [key for key in described if key.removesuffix("_config") in (tower or "")]
     return max(named, key=len, default=VISION_CONFIG)

@@ -18,7 +18,7 @@ from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.photographs import PHOTOGRAPH, load_photographs
 from trtower_export.check.report import as_image
-from trtower_export.check.report.pca import PcaRow, draw_pca
+from trtower_export.check.report.pca import PcaRow, draw_sheet
 from trtower_export.check.tables import print_certificate
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.console import ConsoleProgress, Progress
@@ -89,7 +89,7 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     certificate = _print_certificate(console, bundle)
     picture = out / f"{PRETRAINED}.png"
     with progress.step("Draw the picture"):
-        draw_pca(rows, picture, bundle_label=f"bundle: {certificate.runner}")
+        draw_sheet(rows, picture, runner=certificate.runner)
     return bundle, picture
 
 

@@ -1,5 +1,7 @@
 """The architectures that can be exported. To add one: a module that defines FAMILY, and its line below."""
 
+from typing import Any
+
 from trtower.errors import CheckpointError
 from trtower_export.families import (
     aimv2,
@@ -44,6 +46,11 @@ REFUSED = {
 """Why some towers that people ask for are in no family, and what is nearest; by how their `model_type` begins."""
 
 
+def is_exported(model_type: Any) -> bool:
+    """Return whether a config's `model_type` belongs to a family."""
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def family_of(model_type: str) -> Family:
     """Find the family of a config's `model_type`; raise CheckpointError with the reason, or listing those there are."""
     for family in FAMILIES:
@@ -62,4 +69,4 @@ def refusal(model_type: str) -> str | None:
     return next((reason for begin, reason in REFUSED.items() if model_type.startswith(begin)), None)
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "refusal"]
+__all__ = ["FAMILIES", "Family", "family_of", "is_exported", "refusal"]

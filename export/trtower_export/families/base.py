@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode, read_layer_code
-from trtower.spec import TowerSpec
+from trtower.spec import Naming, TowerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,9 @@ class Family:
     patch_size: Callable[[Any], int] = lambda config: square(config.patch_size)
     """Pixels a patch, along one side."""
 
+    naming: Naming = field(default_factory=Naming)
+    """What transformers calls the parts of the tower, so that a bundle knows it in a loaded model."""
+
     run_layer: Callable[[nn.Module, Tensor], Tensor] = run_layer
 
     read_states: Callable[[nn.Module, Tensor], tuple[Tensor, ...]] = read_states
@@ -117,6 +120,7 @@ class Family:
             width=config.hidden_size,
             layers=layers,
             select_feature=feature,
+            naming=self.naming,
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtower.spec import Naming
 from trtower_export.families.base import Family, Pieces, interpolate_positions, read_states, replaced, run_layer
 
 
@@ -43,6 +44,7 @@ FAMILY = Family(
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 1,
     cut=cut,
+    naming=Naming(final_norm=(), unread=("post_layernorm",)),  # norms only what it pools
     # transformers 4.57 demands causal_attention_mask; 5.x passes the name through.
     run_layer=partial(run_layer, attention_mask=None, causal_attention_mask=None),
     read_states=partial(read_states, interpolate_pos_encoding=True),

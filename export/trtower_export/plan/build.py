@@ -18,9 +18,8 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, BuildSettings
 from trtower.bundle.staging import disk_errors, locked
 from trtower.errors import BuildError, MissingExtraError
-from trtower.flavour import FLAVOURS, load_flavour
+from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
-from trtower.runners.choose import PLATFORM
 from trtower_export.console import Progress
 from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.store import PlanStore, Stored

@@ -11,9 +11,9 @@ import torch
 from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
-from trtower.flavour import FLAVOURS, capability_obstacle, known_capabilities, load_flavour
+from trtower.flavour import FLAVOURS, PLATFORM, capability_obstacle, known_capabilities, load_flavour, sm_name
 from trtower.names import check_name, list_choices
-from trtower.runners.choose import PLATFORM
+from trtower.runners.device import capability_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -107,10 +107,10 @@ def choose_target(
     if settings.stripped and not torch.cuda.is_available():
         raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
     if flavour == "tensorrt" and not settings.hardware_compatible:
-        compute_capabilities = ("{}.{}".format(*torch.cuda.get_device_capability()),)
+        compute_capabilities = (capability_of(),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
     if torch.cuda.is_available():
-        here = "{}.{}".format(*torch.cuda.get_device_capability())
+        here = capability_of()
         if obstacle := capability_obstacle(flavour, module, capabilities, here):
             reason += f"; the plan is for other machines than this one: it {obstacle}"
     return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
@@ -184,7 +184,7 @@ def _check_capabilities(
     flavour: str, module: "ModuleType", capabilities: Sequence[str], precision: str, bundle: Path | None
 ) -> None:
     if flavour == "tensorrt":
-        here = "{}.{}".format(*torch.cuda.get_device_capability())
+        here = capability_of()
         if others := [each for each in capabilities if each != here]:
             raise ConfigError(
                 f"flavour tensorrt builds for the GPU it runs on, here compute capability {here}, and not for "
@@ -222,5 +222,5 @@ def describe_plan(target: Target) -> PlanEntry:
 
 def plan_name(target: Target, version: str) -> str:
     """Name a plan's file after what it needs: plans/FLAVOUR-VERSION.GPUS.plan."""
-    gpus = "+".join("sm" + capability.replace(".", "") for capability in target.compute_capabilities)
+    gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
     return f"{PLANS}/{target.flavour}-{version}.{gpus or 'any'}.plan"

@@ -7,7 +7,7 @@ exact, so that its error at the output is its own. What counts as half precision
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,8 @@ class OperationFigures:
     the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond 65504, weights among them, and
     ``subnormal`` is the share of its non-zero results below FP16's smallest normal number, 6.1e-5. ``error`` is the
     relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite. It is
-    empty where that was not measured.
+    empty where that was not measured. ``headroom`` is how many times larger its numbers could be in FP16; None if all
+    of them are 0.
     """
 
     name: str
@@ -43,22 +44,29 @@ class OperationFigures:
     overflow: int
     subnormal: float
     error: dict[str, float | None]
+    headroom: float | None = field(init=False)
 
-    @property
-    def headroom(self) -> float:
-        """How many times larger its numbers could be in FP16."""
-        return FP16.max / self.largest if self.largest else math.inf
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "headroom", FP16.max / self.largest if self.largest else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the doctor found: every operation in the order in which they run.
+    """What the doctor found of a checkpoint, as `trtower doctor --json` writes it.
 
-    ``error_images`` are the places, among all images, of those on which each operation was rounded alone.
+    ``images`` were looked at, and on those in ``error_images``, the hardest first, each operation was rounded alone.
+    ``skipped`` are files that could not be read. ``overflowing`` names what FP16 cannot hold. Operations stand in the
+    order in which they run.
     """
 
+    checkpoint: str
+    image_size: int
+    layers: tuple[int, ...]
+    images: tuple[str, ...]
+    error_images: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    overflowing: tuple[str, ...]
     operations: tuple[OperationFigures, ...]
-    error_images: tuple[int, ...]
 
 
 @dataclass
@@ -126,7 +134,7 @@ def named_weights(tower: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def examine(
-    checkpoint: Checkpoint, spec: TowerSpec, images: Sequence[Tensor], progress: Progress, *, error_images: int = 1
+    checkpoint: Checkpoint, spec: TowerSpec, images: Mapping[str, Tensor], progress: Progress, *, error_images: int = 1
 ) -> Diagnosis:
     """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the hardest ``error_images``.
 
@@ -138,17 +146,17 @@ def examine(
     with progress.step("Load PyTorch's tower"):
         tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
         simulation = simulate(tower, spec)
-    operations, extremes, hardness = simulation.operations, Extremes(), list[tuple[int, float]]()
+    operations, extremes, hardness = simulation.operations, Extremes(), dict[str, tuple[int, float]]()
     extremes.observe_weights(operations, named_weights(tower))
     with progress.step(f"Run in FP32 on {len(images)} images") as step:
-        for index, pixel_values in enumerate(images):
-            step.update(index / len(images), f"image {index + 1}")
+        for name, pixel_values in images.items():
+            step.update(len(hardness) / len(images), name)
             found = Extremes()
             simulation.run(pixel_values, observe=found.observe)
-            hardness.append((len(found.overflow), max(found.largest.values())))
+            hardness[name] = (len(found.overflow), max(found.largest.values()))
             extremes.add(found)
-    hardest = sorted(range(len(images)), key=hardness.__getitem__, reverse=True)[:error_images]
-    errors = _round_one_by_one(simulation, [images[place] for place in hardest], progress) if hardest else {}
+    hardest = sorted(hardness, key=hardness.__getitem__, reverse=True)[:error_images]
+    errors = _round_one_by_one(simulation, [images[name] for name in hardest], progress) if hardest else {}
     examined = tuple(
         OperationFigures(
             name=operation.name,
@@ -161,7 +169,15 @@ def examine(
         )
         for operation in operations
     )
-    return Diagnosis(examined, tuple(hardest))
+    return Diagnosis(
+        checkpoint=checkpoint.source,
+        image_size=spec.image_size,
+        layers=spec.layers,
+        images=tuple(images),
+        error_images=tuple(hardest),
+        overflowing=tuple(extremes.overflowing(operations)),
+        operations=examined,
+    )
 
 
 def _round_one_by_one(

@@ -1,26 +1,29 @@
 """Show what the doctor found as a table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from trtower.inspection import describe_figure
 from trtower_export.console import print_whole
-from trtower_export.precision.doctor import DTYPES, OperationFigures
+from trtower_export.precision.doctor import DTYPES, Diagnosis, OperationFigures
 
 
-def print_operations(
-    console: Console, operations: Sequence[OperationFigures], *, every: bool, images: int, rounded_on: Sequence[str]
-) -> None:
-    """Print what the doctor found: every operation, or of the same one in all layers the worst of each figure.
+def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> None:
+    """Print every operation, or of the same one in all layers the worst of each figure.
 
-    Then what FP16 cannot hold, and what costs most. ``images`` were looked at, and on those in ``rounded_on`` each
-    operation was rounded alone.
+    Then what FP16 cannot hold, and what costs most.
     """
+    measured = [precision for precision in DTYPES if any(precision in each.error for each in diagnosis.operations)]
+    print_whole(console, _table(diagnosis.operations, measured, every=every))
+    for line in _notes(diagnosis, measured, every=every):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _table(operations: Sequence[OperationFigures], measured: Sequence[str], *, every: bool) -> Table:
     table = Table(box=None, pad_edge=False)
-    measured = [precision for precision in DTYPES if any(precision in each.error for each in operations)]
     heads = [f"alone, {precision.upper()}" for precision in measured]
     for column in ("operation", "largest", "headroom", "overflow", "subnormal", *heads):
         table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
@@ -33,36 +36,37 @@ def print_operations(
         table.add_row(
             name,
             _at(f"{largest.largest:.4g}", largest, same),
-            f"{largest.headroom:.3g}x",
+            _headroom(largest) + "x",
             str(sum(each.overflow for each in same)),
             f"{max(each.subnormal for each in same):.2%}",
             *(_worst(same, precision) for precision in measured),
             style="bold red" if any(each.overflow for each in same) else None,
         )
-    print_whole(console, table)
-    alone = f"; alone: the error at the output when it alone rounds, on {', '.join(rounded_on)}" if rounded_on else ""
-    console.print(
-        f"largest: of all that it computes on {images} images, sums of squares included{'' if every else ', @layer'}; "
-        f"subnormal: results below 6.1e-05, where FP16 loses digits{alone}",
-        highlight=False,
-        soft_wrap=True,
+    return table
+
+
+def _notes(diagnosis: Diagnosis, measured: Sequence[str], *, every: bool) -> Iterator[str]:
+    """Say what the columns are, what FP16 cannot hold, and what costs most of its error."""
+    images = ", ".join(diagnosis.error_images)
+    alone = f"; alone: the error at the output when it alone rounds, on {images}" if images else ""
+    yield (
+        f"largest: of all that it computes on {len(diagnosis.images)} images, sums of squares included"
+        f"{'' if every else ', @layer'}; subnormal: results below 6.1e-05, where FP16 loses digits{alone}"
     )
-    overflowing = [operation.name for operation in operations if operation.overflow]
-    if overflowing:
-        console.print(f"beyond FP16's 65504: {', '.join(overflowing)}", highlight=False, soft_wrap=True)
+    if diagnosis.overflowing:
+        yield f"beyond FP16's 65504: {', '.join(diagnosis.overflowing)}"
     else:
-        tightest = max(operations, key=lambda each: each.largest)
-        console.print(
-            f"nothing is beyond FP16's 65504; the tightest is {tightest.name}, with {tightest.headroom:.3g} times as "
-            "much room",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if "fp16" not in measured:
-        return
-    costly = sorted(operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
-    says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
-    console.print(f"most of the error of FP16: {says}", highlight=False, soft_wrap=True)
+        tightest = max(diagnosis.operations, key=lambda each: each.largest)
+        room = f"the tightest is {tightest.name}, with {_headroom(tightest)} times as much room"
+        yield f"nothing is beyond FP16's 65504; {room}"
+    if "fp16" in measured:
+        costly = sorted(diagnosis.operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
+        says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
+        yield f"most of the error of FP16: {says}"
+
+
+def _headroom(operation: OperationFigures) -> str:
+    return "inf" if operation.headroom is None else f"{operation.headroom:.3g}"
 
 
 def _worst(same: Sequence[OperationFigures], precision: str) -> str:

@@ -26,7 +26,13 @@ PLANS = "plans"
 """The files of a bundle, and the folder of its plans."""
 
 SCHEMA = 6
-"""Raised whenever a key is removed or changes its meaning, or one without a default is added."""
+"""Raised only if a key is removed or changes its meaning.
+
+A new key has a default with which every manifest that lacks it means what it meant, so no bundle is exported again.
+"""
+
+NORM_ONLY_THE_POOLED = ("clip", "metaclip_2")
+"""Families whose final norm is not on the way to `last_hidden_state`, for manifests that lack `spec.naming`."""
 
 ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes of almost every parameter. In 8 bits it depends on which layers are."""
@@ -45,7 +51,7 @@ class Source:
     """Where the weights came from.
 
     ``weights_sha256`` is over the tensors of the checkpoint that the cut tower was made of, in each dtype that a model
-    may hold them in (see weights.py). With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
+    may hold them in (see fingerprint.py). With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
     ``image_aspect_ratio`` is how the model's own code pads or tiles pictures before the image processor sees them, such
     as "pad" or "anyres"; None if it does not. ``tower`` was named at export, in a checkpoint that holds several.
     """
@@ -259,6 +265,9 @@ class Manifest(BundleFacts):
             )
         if schema > SCHEMA:
             raise BundleError(f"tower.json has schema {schema}; this trtower reads {SCHEMA}: install a newer trtower.")
+        spec = data.get("spec")
+        if isinstance(spec, dict) and spec.get("family") in NORM_ONLY_THE_POOLED:
+            spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:

@@ -36,5 +36,5 @@ def _build_options(bundle: Bundle) -> list[str]:
     options = ["--precision", manifest.precision]
     options += [] if manifest.plans else ["--flavour", "none"]
     if manifest.profiles != (DEFAULT_BATCH,):
-        options += [each for p in manifest.profiles for each in ("--batch", str(p.min), str(p.opt), str(p.max))]
+        options += [each for p in manifest.profiles for each in ("--batch", f"{p.min},{p.opt},{p.max}")]
     return options

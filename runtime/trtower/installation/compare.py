@@ -53,7 +53,7 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
         return
     if getattr(output, "hidden_states", None) is None:
         raise ConfigError(f"{place.path} of this model gives no hidden states when its config asks for them.")
-    depth = count_layers(module)
+    depth = count_layers(module, spec.naming)
     states = {layer: output.hidden_states[layer] for layer in served_layers(spec, depth) if layer <= depth}
     if depth + 1 in served_layers(spec, depth):
         states[depth + 1] = output.last_hidden_state

@@ -20,7 +20,7 @@ from trtower.installation.find import TowerSlot, check_is_model, find_tower, fin
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
 from trtower.installation.reach import check_reached
-from trtower.runners.tensorrt import EngineOptions
+from trtower.runners.base import EngineOptions
 from trtower.tower.options import TowerOptions
 from trtower.tower.vision_tower import VisionTower
 

@@ -17,25 +17,6 @@ from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_laye
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.tower.outputs import served_layers
 
-COMPUTES = (
-    "hidden_size",
-    "num_attention_heads",
-    "patch_size",
-    "num_channels",
-    "hidden_act",
-    "layer_norm_eps",
-    "rms_norm_eps",
-    "num_register_tokens",
-    "use_swiglu_ffn",
-    "use_gated_mlp",
-    "rope_theta",
-    "norm_type",
-    "use_qk_norm",
-    "is_native",
-)
-"""Fields of a vision config that decide what a tower computes, beside its weights."""
-
-
 CHANGED = (
     "The model was changed since it was loaded, or is of another revision: merge what was added to the tower, and "
     "export the folder that model.save_pretrained writes."
@@ -133,17 +114,17 @@ def _if_exported(export: str, model_type: str) -> str:
 
 def _check_config(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
     config, spec = place.module.config, bundle.manifest.spec
-    for name in COMPUTES:
+    for name in spec.naming.config_fields:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
         if None not in (found, expected) and found != expected:
             raise ConfigError(
                 f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {found}. "
                 f"{own}"
             )
-    if spec.depth > count_layers(place.module):
+    depth = count_layers(place.module, spec.naming)
+    if spec.depth > depth:
         raise ConfigError(
-            f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has "
-            f"{count_layers(place.module)} layers. {own}"
+            f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has {depth} layers. {own}"
         )
 
 
@@ -192,7 +173,8 @@ def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str,
 
 
 def _check_layers(code: LayerCode, feature: str, said: str, place: TowerSlot, bundle: Bundle) -> None:
-    spec, depth = bundle.manifest.spec, count_layers(place.module)
+    spec = bundle.manifest.spec
+    depth = count_layers(place.module, spec.naming)
     wanted, _ = read_layer_code(code, feature, depth)
     lacking = set(wanted) - served_layers(spec, depth).keys()
     if lacking:

@@ -190,7 +190,7 @@ def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> St
         "original": Original(module),
         "installation": installation,
         "_path": place.path,
-        "_outputs": Outputs(tower.bundle, count_layers(module)),
+        "_outputs": Outputs(tower.bundle, count_layers(module, tower.spec.naming)),
     }
     return stand_in
 

@@ -9,10 +9,10 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
-from trtower.errors import BackendError, BundleError
-from trtower.extras import import_extra
-from trtower.runners.base import CLOSED, OnStart
-from trtower.runners.thread import Thread
+from trtower.errors import BackendError, one_line
+from trtower.extras import how_to_install, import_extra
+from trtower.runners.base import CLOSED, Backend, EngineOptions, OnStart, Runner, Shape, check_contract
+from trtower.runners.pool import SerialThread
 from trtower.spec import profile_batches
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -58,7 +58,7 @@ class OnnxRuntimeRunner:
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
                 f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
             )
-        _check_contract(self._session, bundle)
+        check_contract(bundle, GRAPH, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
             _check_placement(self._session, f"onnxruntime {ort.__version__}")
         self._ort, self._place = ort, (device.type, device.index or 0, _ELEMENT_TYPES[bundle.manifest.input.dtype])
@@ -113,7 +113,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             self._capture = False
             self._open_session(device)  # raises where graphs were not the reason
             _say_launched(err)
-        self._thread = Thread(f"trtower {self.backend}")
+        self._thread = SerialThread(f"trtower {self.backend}")
 
     def _open_session(self, device: torch.device) -> None:
         """Open the session, in a stream that no capture has touched."""
@@ -197,8 +197,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
 
 def _say_launched(err: Exception) -> None:
-    words = " ".join(str(err).split())
-    logger.warning("CUDA graphs are left out, and every call is launched: %s", words)
+    logger.warning("CUDA graphs are left out, and every call is launched: %s", one_line(err))
 
 
 def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
@@ -211,12 +210,9 @@ def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
         )
 
 
-def _check_contract(session: Any, bundle: Bundle) -> None:
-    """Have the graph take and give what the manifest says: outputs are written into memory sized by it."""
-    for found, spec in ((session.get_inputs(), bundle.manifest.input), (session.get_outputs(), bundle.manifest.output)):
-        shapes = [(tensor.name, tuple(tensor.shape)) for tensor in found]
-        if shapes != [(spec.name, spec.shape)]:
-            raise BundleError(f"{bundle.path}: {GRAPH} has {shapes}; tower.json says {(spec.name, spec.shape)}.")
+def _shapes(tensors: Any) -> list[tuple[str, Shape]]:
+    """Read the names and shapes of a session's inputs or outputs."""
+    return [(tensor.name, tuple(tensor.shape)) for tensor in tensors]
 
 
 def _check_placement(session: Any, name: str) -> None:
@@ -242,3 +238,29 @@ def _check_placement(session: Any, name: str) -> None:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime, with its provider for one kind of device."""
+
+    def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
+        """See Backend.obstacle."""
+        ort = import_extra("onnxruntime", extra=self.kind, purpose=self.name)
+        if PROVIDERS[self.kind] not in ort.get_available_providers():
+            return (
+                f"the installed onnxruntime has no {PROVIDERS[self.kind]}: pip uninstall onnxruntime, "
+                f"then {how_to_install(self.kind)}"
+            )
+        if self.kind == "cpu" and bundle.manifest.precision == "bf16":
+            return "ONNX Runtime has no BF16 kernels for the CPU: export with --precision fp16 or fp32 to run there"
+        return None
+
+    def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
+        """See Backend.open."""
+        if self.kind == "cuda":
+            return OnnxRuntimeCudaRunner(bundle, device, cuda_graphs=engine.cuda_graphs)
+        return OnnxRuntimeRunner(bundle, device)
+
+
+CUDA = OnnxRuntime(name="onnxruntime-cuda", product="ONNX Runtime", package="onnxruntime-gpu", kind="cuda")
+CPU = OnnxRuntime(name="onnxruntime-cpu", product="ONNX Runtime", package="onnxruntime", kind="cpu", arithmetic="fp32")

@@ -5,20 +5,21 @@ lost accuracy: here results stay in FP32 between the operations, and what `trtow
 the graph as it was written. In BF16 OpenVINO computes products in BF16, and decides what else.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
-from trtower.errors import BackendError, BundleError
+from trtower.errors import BackendError, BundleError, one_line
 from trtower.extras import import_extra
-from trtower.runners.base import OnStart
+from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.pool import Pool
 from trtower.spec import EIGHT_BIT
 
-ARITHMETIC = {"openvino": "f32", "openvino-bf16": "bf16"}
-"""The backends, and OpenVINO's name for what each computes in."""
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""OpenVINO's names for what it computes in."""
 
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """OpenVINO's names for a tensor's dtype."""
@@ -29,13 +30,13 @@ PRODUCTS = ("Convolution", "MatMul")
 class OpenVinoRunner:
     """One compiled model, whose threads are as many as torch has; calls take turns, since each uses all of them."""
 
-    def __init__(self, bundle: Bundle, backend: str) -> None:
-        ov = import_extra("openvino", extra="openvino", purpose=backend)
-        arithmetic = ARITHMETIC[backend]
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        ov = import_extra("openvino", extra="openvino", purpose=backend.name)
+        hint = HINTS[backend.arithmetic]
         half = TYPES[bundle.manifest.input.dtype]
         core = ov.Core()
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": arithmetic,
+            "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
@@ -48,19 +49,20 @@ class OpenVinoRunner:
             try:
                 model = core.read_model(str(bundle.path / GRAPH))
                 if half != "f32":
-                    model = _widen(ov, model, half, keep_products=half == arithmetic)
-                _check_contract(model, bundle)
+                    model = _widen(ov, model, half, keep_products=half == hint)
+                check_contract(bundle, GRAPH, _shapes(model.inputs), _shapes(model.outputs))
                 self._compiled: Any = core.compile_model(model, "CPU", settings)
             except RuntimeError as err:  # of whatever goes wrong in OpenVINO
-                words = " ".join(str(err).split())
-                raise BackendError(f"openvino {ov.__version__} could not load {bundle.path / GRAPH}: {words}") from err
+                raise BackendError(
+                    f"openvino {ov.__version__} could not load {bundle.path / GRAPH}: {one_line(err)}"
+                ) from err
         self._requests = Pool(self._compiled.create_infer_request, 1)
         self._ov, self._type = ov, getattr(ov.Type, half)
-        self.backend = backend
+        self.backend = backend.name
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
-        self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {arithmetic.replace('f32', 'fp32').upper()}"
+        self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {backend.arithmetic.upper()}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
@@ -141,13 +143,28 @@ def _check_locations(bundle: Bundle) -> None:
         )
 
 
-def _check_contract(model: Any, bundle: Bundle) -> None:
-    """Have the graph take and give what the manifest says: outputs are written into memory sized by it."""
-    for found, spec in ((model.inputs, bundle.manifest.input), (model.outputs, bundle.manifest.output)):
-        shapes = [
-            (port.get_any_name(), tuple(-1 if size.is_dynamic else size.get_length() for size in port.partial_shape))
-            for port in found
-        ]
-        expected = (spec.name, tuple(-1 if size == "batch" else size for size in spec.shape))
-        if shapes != [expected]:
-            raise BundleError(f"{bundle.path}: {GRAPH} has {shapes}; tower.json says {(spec.name, spec.shape)}.")
+def _shapes(ports: Any) -> list[tuple[str, Shape]]:
+    """Read the names and shapes of a model's inputs or outputs."""
+    return [
+        (port.get_any_name(), tuple("batch" if size.is_dynamic else size.get_length() for size in port.partial_shape))
+        for port in ports
+    ]
+
+
+class OpenVino(Backend):
+    """OpenVINO on the CPU, in the arithmetic that it is told."""
+
+    def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
+        """See Backend.obstacle."""
+        ov = import_extra("openvino", extra="openvino", purpose=self.name)
+        if self.arithmetic == "bf16" and not has_bf16(ov):
+            return "this processor has no BF16 products, as OpenVINO says: take openvino"
+        return None
+
+    def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
+        """See Backend.open."""
+        return OpenVinoRunner(bundle, self)
+
+
+FP32 = OpenVino(name="openvino", product="OpenVINO", package="openvino", kind="cpu", arithmetic="fp32")
+BF16 = replace(FP32, name="openvino-bf16", arithmetic="bf16")

@@ -2,17 +2,19 @@
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
-from trtower.errors import BackendError, BundleError, ConfigError
-from trtower.flavour import load_flavour
-from trtower.runners.base import OnStart
+from trtower.errors import BackendError, BundleError
+from trtower.flavour import PLATFORM, capability_obstacle, load_flavour, sm_name
+from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
+from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.slot import Capturing, Profile, Slot
@@ -24,35 +26,6 @@ ALIGNMENT = 256
 
 ERRORS = 3
 """As many of TensorRT's last ones are told where a plan cannot be loaded."""
-
-SPECIALIZATIONS = ("lazy", "eager", "none")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How a bundle is run on a GPU: a plan, or where it says so the graph.
-
-    ``contexts``: calls in flight at once, each with scratch memory of its own; more wait for their turn. They are made
-    on demand, and as many as the GPU has room for.
-    ``cuda_graphs``: replay a captured graph for the batches that the profiles name (minimum, optimum, maximum), with
-    TensorRT and with ONNX Runtime; TensorRT-RTX captures by itself, for any.
-    ``kernel_specialization``, of TensorRT-RTX: compile kernels for each shape that comes ("lazy", in the background,
-    or "eager", before it is served), or for none.
-    ``runtime_cache``, of TensorRT-RTX: keep compiled kernels beside the bundle, for the next process.
-    """
-
-    contexts: int = 4
-    cuda_graphs: bool = True
-    kernel_specialization: str = "lazy"
-    runtime_cache: bool = True
-
-    def __post_init__(self) -> None:
-        if self.contexts < 1:
-            raise ConfigError(f"contexts={self.contexts}: 1 at least is expected.")
-        if self.kernel_specialization not in SPECIALIZATIONS:
-            raise ConfigError(
-                f"kernel_specialization={self.kernel_specialization!r} is unknown: {', '.join(SPECIALIZATIONS)} are."
-            )
 
 
 class TensorRTRunner:
@@ -67,12 +40,12 @@ class TensorRTRunner:
     def __init__(self, bundle: Bundle, plan: PlanEntry, device: torch.device, options: EngineOptions) -> None:
         module = load_flavour(plan.flavour)
         content = bundle.read(plan.file)
-        major, minor = torch.cuda.get_device_capability(device)
+        gpu = sm_name(capability_of(device))
         self.backend = plan.flavour
         self.files = (plan.file,)
         self.device = device
         self.dtype: torch.dtype = getattr(torch, bundle.manifest.input.dtype)
-        self.name = f"{plan.flavour} {module.__version__}, sm{major}{minor}"
+        self.name = f"{plan.flavour} {module.__version__}, {gpu}"
         self._module, self._options, self._bundle, self._plan = module, options, bundle, plan
         with torch.cuda.device(device):
             log = _bridge(module)
@@ -93,7 +66,7 @@ class TensorRTRunner:
             if plan.settings.stripped:
                 _refit(module, engine, runtime.logger, bundle, plan)
             self._profiles = _read_profiles(engine, bundle, plan)
-            self._cache = self._open_cache(f"sm{major}{minor}")
+            self._cache = self._open_cache(gpu)
             self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
             self._capturing = Capturing(device, wanted=options.cuda_graphs and self._config is None)
             self._own_stream = torch.cuda.Stream(device)
@@ -188,15 +161,15 @@ def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) 
 
 
 def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profile, ...]:
-    """Have the engine take and give what the manifest says, for outputs are written into memory sized by it.
-
-    Give the profiles it was built with.
-    """
+    """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
     manifest, batch = bundle.manifest, bundle.manifest.batch
-    for spec in (manifest.input, manifest.output):
-        shape = tuple(engine.get_tensor_shape(spec.name))
-        if shape != (-1 if batch.min < batch.max else batch.max, *spec.shape[1:]):
-            raise BundleError(f"{bundle.path}: {plan.file} has {spec.name} {shape}; tower.json says {spec.shape}.")
+    any_batch = -1 if batch.min < batch.max else batch.max
+
+    def read(name: str) -> list[tuple[str, Shape]]:
+        shape = tuple(engine.get_tensor_shape(name))
+        return [(name, ("batch", *shape[1:]) if shape[:1] == (any_batch,) else shape)]
+
+    check_contract(bundle, plan.file, read(manifest.input.name), read(manifest.output.name))
     shapes = [
         engine.get_tensor_profile_shape(manifest.input.name, index) for index in range(engine.num_optimization_profiles)
     ]
@@ -236,3 +209,49 @@ def _bridge(module: Any) -> Any:
                 logger.log(level, "%s", message)
 
     return Bridge()
+
+
+class TensorRT(Backend):
+    """Either TensorRT, on the plans of its flavour, which has the name of the backend."""
+
+    def files(self, bundle: Bundle) -> Sequence[str]:
+        """See Backend.files."""
+        return [plan.file for plan in bundle.manifest.plans if plan.flavour == self.name]
+
+    def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
+        """See Backend.obstacle."""
+        for what, obstacle in plan_verdicts(_find_plan(bundle, file), device).items():
+            if obstacle:
+                return obstacle if what == "flavour" else f"{file} {obstacle}"
+        return None
+
+    def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
+        """See Backend.open."""
+        return TensorRTRunner(bundle, _find_plan(bundle, file), device, engine)
+
+
+def _find_plan(bundle: Bundle, file: str) -> PlanEntry:
+    return next(plan for plan in bundle.manifest.plans if plan.file == file)
+
+
+def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:
+    """Hold everything that a plan needs against this machine; None where it is met. Nothing is deserialised."""
+    found: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
+    module = None
+    try:
+        module = load_flavour(plan.flavour)
+        if plan.version != module.__version__:
+            found["version"] = f"was built by {plan.flavour} {plan.version}, {module.__version__} is installed"
+    except (ImportError, OSError) as err:  # not installed, or installed and broken
+        found["flavour"] = str(err)
+        found["version"] = f"was built by {plan.flavour} {plan.version}, none is installed"
+    if plan.platform != PLATFORM:
+        found["platform"] = f"was built for {plan.platform}, this is {PLATFORM}"
+    found["compute capability"] = device_obstacle(device) or capability_obstacle(
+        plan.flavour, module, plan.compute_capabilities, capability_of(device)
+    )
+    return found
+
+
+TENSORRT = TensorRT(name="tensorrt", product="TensorRT", package="tensorrt", kind="cuda")
+TENSORRT_RTX = replace(TENSORRT, name="tensorrt-rtx", product="TensorRT-RTX", package="tensorrt-rtx")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.errors import BackendError, BundleError, ConfigError
+from trtower.errors import BackendError, BundleError, ConfigError, one_line
 from trtower.runners.base import Runner, run_batch
-from trtower.runners.choose import choose, parse_device
+from trtower.runners.choose import choose
+from trtower.runners.device import parse_device
 from trtower.runners.holder import Holder, refuse_fork
 from trtower.spec import profile_batches
 from trtower.tower.anchor import Anchor
@@ -95,9 +96,7 @@ class Engine(Holder):
         try:
             return move(torch.empty(0, dtype=self._anchor.empty.dtype, device=before)).device
         except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
-            raise BackendError(
-                f"{self.name} cannot be moved from {before}: {' '.join(str(err).split())}. It stays there."
-            ) from err
+            raise BackendError(f"{self.name} cannot be moved from {before}: {one_line(err)}. It stays there.") from err
 
     def warm_up(self, batches: Iterable[int] | None) -> None:
         """Run each number of images once, by default those that the profiles name, and keep what was compiled."""

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from trtower.errors import ConfigError
-from trtower.runners.tensorrt import EngineOptions
+from trtower.runners.base import EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 

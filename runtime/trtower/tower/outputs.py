@@ -12,7 +12,6 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command, name_layers
 from trtower.errors import ConfigError
-from trtower.fingerprint import NORMS_ONLY_THE_POOLED
 from trtower.layer_codes import LAST, name_layer
 from trtower.spec import TowerSpec
 
@@ -91,7 +90,7 @@ def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
     served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
     if last in spec.layers and depth == spec.num_layers:
         served[last] = last
-    if spec.family in NORMS_ONLY_THE_POOLED and depth == spec.num_layers:  # two names of one state
+    if not spec.naming.final_norm and depth == spec.num_layers:  # two names of one state
         served |= {depth: served[last]} if last in served else {}
         served |= {last: served[depth]} if depth in served else {}
     return served

@@ -100,9 +100,8 @@ class VisionTower(nn.Module):
 
         Args:
             bundle: The folder that `trtower export` has made.
-            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or one of "tensorrt",
-                "tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino" and "onnxruntime-cpu", which then runs
-                or raises.
+            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or a name that
+                `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
             device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
             select_layer: The hidden states to read of those that the bundle holds, by default all, in its order.
             select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.

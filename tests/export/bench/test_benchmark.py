@@ -1,4 +1,4 @@
-"""A benchmark races towers that compute the same thing, says who could not run, and holds itself to its goals."""
+"""A benchmark races towers that compute the same thing, and says who could not run."""
 
 import dataclasses
 import io
@@ -22,16 +22,16 @@ from trtower.runners.openvino import has_bf16
 from trtower.spec import BatchProfile
 from trtower_export.bench import benchmark as module
 from trtower_export.bench import entrants
-from trtower_export.bench.benchmark import Benchmark, BenchOptions, ColdStart, ListTiming, Timing, run_benchmark
+from trtower_export.bench.benchmark import BenchOptions, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
-from trtower_export.bench.entrants import AGAINST, Arena, Entrant, enter
+from trtower_export.bench.entrants import Arena, Entrant, competitors, enter
 from trtower_export.bench.environment import read_driver
-from trtower_export.bench.goals import YARDSTICK, judge_goals
 from trtower_export.bench.race import race
-from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark, to_json
+from trtower_export.bench.results import Benchmark, ColdStart, Timing
+from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.layouts import Trust
-from trtower_export.console import LoggedProgress
+from trtower_export.console import LoggedProgress, as_json
 
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
 
@@ -73,7 +73,7 @@ def test_towers_compute_the_same(found: Benchmark) -> None:
     assert next(each.error for each in found.timings if each.entrant == "llava") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in AGAINST if name != "cudagraph")])
+@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name != "cudagraph")])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -279,7 +279,7 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
     [
         ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or openvino-bf16"),
         ({"against": ("compiled",)}, "'compiled'; did you mean 'compile'"),
-        ({"batches": (1, 0)}, "--batch 1 0: each is 1 at least"),
+        ({"batches": (1, 0)}, "--batch 1,0: each must be at least 1"),
         ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager names one twice"),
     ],
 )
@@ -301,11 +301,12 @@ def test_rate_in_the_plot_is_written_out() -> None:
 
 
 def test_json_has_everything_and_where_it_was_measured(found: Benchmark) -> None:
-    data = json.loads(to_json(found))
+    data = json.loads(as_json(found))
     assert len(data["timings"]) == len(found.timings)
     assert {"date", "processor", "threads", "versions", "device"} <= data["environment"].keys()
     assert data["environment"]["versions"]["torch"] == torch.__version__
     assert data["bundle"]["precision"] == "fp16"
+    assert data.keys() == {"bundle", "environment", "ceilings", "timings", "cold", "tiles", "absent"}
 
 
 def test_table_is_whole_on_a_narrow_console_and_names_who_did_not_run(found: Benchmark) -> None:
@@ -317,14 +318,13 @@ def test_table_is_whole_on_a_narrow_console_and_names_who_did_not_run(found: Ben
         assert each.runs_on in text
     assert "cudagraph did not run: CUDA graphs need a GPU" in text
     assert "…" not in text
-    assert "MISSED" not in text  # the goals are another tower's
 
 
 def test_error_that_is_not_finite_is_none_in_json_and_words_in_the_table(found: Benchmark) -> None:
     assert module._error(torch.full((1, 2), torch.inf), torch.ones(1, 2)) is None
     assert module._error(torch.ones(1, 2), torch.ones(1, 2)) == 0.0
     broken = dataclasses.replace(found, timings=(dataclasses.replace(found.timings[0], error=None),))
-    assert json.loads(to_json(broken))["timings"][0]["error"] is None
+    assert json.loads(as_json(broken))["timings"][0]["error"] is None
     stream = io.StringIO()
     print_benchmark(Console(file=stream, width=200), broken)
     assert "not finite" in stream.getvalue()
@@ -406,75 +406,16 @@ def timing(entrant: str, batch: int, median_s: float, share: float | None = None
     )
 
 
-def yardstick() -> Any:
-    family, image_size, patch_size, width, layers = YARDSTICK
-    return SimpleNamespace(family=family, image_size=image_size, patch_size=patch_size, width=width, layers=layers)
-
-
-def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
-    timings = [
-        *(timing("trtower", batch, 1.0, share=0.7) for batch in (1, 8, 32)),
-        *(timing("sdpa", batch, seconds) for batch, seconds in ((1, 1.5), (8, 1.49), (32, 2.0))),
-        timing("compile", 1, 1.15),
-    ]
-    cold = (ColdStart(entrant="trtower", load_s=1.5, first_s=0.6, peak_bytes=1),)
-    tiles = ListTiming(images=16, rounds=1, llava_s=2.9, trtower_s=1.0)
-    goals = judge_goals(yardstick(), "tensorrt", timings, cold, tiles)
-    assert [(goal.met, goal.measured) for goal in goals] == [
-        (True, 1.5),
-        (False, 1.49),
-        (True, 2.0),
-        (True, 1.15),
-        (False, None),
-        (False, None),
-        (True, 0.7),
-        (False, 2.9),
-        (False, pytest.approx(2.1)),
-    ]
-
-
-def test_goals_of_a_plan_are_not_judged_on_another_backend() -> None:
-    timings = [timing("trtower", 1, 1.0), timing("sdpa", 1, 9.0), timing("llava", 1, 4.0)]
-    cold = (ColdStart(entrant="trtower", load_s=1.0, first_s=0.5, peak_bytes=1),)
-    goals = judge_goals(yardstick(), "openvino-bf16", timings, cold, None)
-    assert [goal.measured for goal in goals] == [None] * 8 + [4.0, 1.5]
-    assert all(goal.note for goal in goals[:8])
-    assert [goal.met for goal in goals[8:]] == [True, True]
-
-
-def test_goal_that_was_not_measured_says_why() -> None:
-    timings = [timing("trtower", batch, 1.0) for batch in (1, 32)] + [timing("sdpa", 1, 2.0)]
-    tiles = ListTiming(images=15, rounds=3, llava_s=9.0, trtower_s=1.0)
-    notes = [goal.note for goal in judge_goals(yardstick(), "tensorrt-rtx", timings, (), tiles)]
-    assert notes == [
-        "",
-        "trtower and sdpa did not run at batch 8",
-        "sdpa did not run at batch 32",
-        "compile did not run at batch 1",
-        "trtower and compile did not run at batch 8",
-        "compile did not run at batch 32",
-        "its ceiling was not measured",
-        "no list of 16 was raced",
-        "it did not run alone",
-    ]
-
-
-@pytest.mark.parametrize("other", [{"layers": (1,)}, {"width": 768}, {"image_size": 224}])
-def test_goals_are_of_one_tower(other: dict[str, Any]) -> None:
-    spec = SimpleNamespace(**vars(yardstick()) | other)
-    assert judge_goals(spec, "openvino", [timing("trtower", 1, 1.0), timing("llava", 1, 9.0)], (), None) == ()
-
-
 def test_command_writes_what_it_is_asked_for(
     clip_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--batch", "1", "1", "1", "--against", "", "--rounds", "1", "--tiles", "0"]
+    options = ["--batch", "1,1,1", "--against", "", "--rounds", "1", "--tiles", "0"]
     assert run(["bench", str(clip_bundle), *options, "--json", "--plot", str(tmp_path / "b.png")]) == 0
     assert json.loads(capsys.readouterr().out)["tiles"] is None
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("batch", [["1", "2"], ["1,2"], ["1,", "2"], ["1", "--batch", "2"]])
+@pytest.mark.parametrize("batch", [["1,2"], ["1, 2"], ["1", "--batch", "2"]])
 def test_command_races_at_the_batches_that_are_named(
     clip_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: list[str]
 ) -> None:
@@ -491,9 +432,9 @@ def test_command_races_at_the_batches_that_are_named(
         (["--json", "b.json"], "unexpected extra argument"),
         (["--plot", "b.svg"], "b.svg cannot be written: a .png in a folder that exists"),
         (["--against", "eager,pytorch"], "did you mean 'eager', 'sdpa' or 'compile'?"),
-        (["--batch", "0", "1", "2"], "--batch 0 1 2: each is 1 at least"),
-        (["--batch", "0,1,2"], "--batch 0 1 2: each is 1 at least"),
-        (["--batch", "a"], "--batch a: whole numbers are expected"),
+        (["--batch", "1", "2"], "(2): numbers after --batch are separated by commas"),
+        (["--batch", "0,1,2"], "--batch 0,1,2: each must be at least 1"),
+        (["--batch", "a"], "--batch a: whole numbers separated by commas are expected, such as 1,8,32"),
         (["--backend", "cuda"], "unknown backend 'cuda'; did you mean 'onnxruntime-cuda'"),
         (["--backend", "tensorrt"], "tensorrt"),
     ],

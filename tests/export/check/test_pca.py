@@ -1,7 +1,7 @@
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +10,12 @@ from PIL import Image, ImageColor
 
 from trtower.errors import InputError
 from trtower_export.check.report import pca
-from trtower_export.check.report.pca import PcaRow, draw_pca, draw_strips, pca_colours
+from trtower_export.check.report.pca import PcaRow, draw_sheet, draw_strips, pca_colours, strip_png
+from trtower_export.drawing import to_png
 
 SIDE, WIDTH = 16, 24
+PANEL = 368
+RUNNER = "onnxruntime 1.32.0, CPU"
 
 
 @pytest.fixture
@@ -30,59 +33,110 @@ def rows(reference: list[torch.Tensor], bundle: list[torch.Tensor]) -> list[PcaR
     ]
 
 
-def panels(path: Path, index: int) -> list[np.ndarray]:
-    """Cut the three panels of a photograph out of the pca."""
-    image = np.asarray(Image.open(path).convert("RGB"))
-    size = SIDE * round(pca.PANEL / SIDE)
-    left = pca.MARGIN + index % 3 * (3 * size + 2 * pca.GAP + pca.GUTTER)
-    top = pca.TITLE + pca.HEADER + index // 3 * (size + pca.CAPTION)
-    step = size + pca.GAP
-    return [image[top : top + size, left + place * step : left + place * step + size] for place in range(3)]
+def cut(strip: np.ndarray, count: int) -> list[np.ndarray]:
+    """Cut a strip into its panels."""
+    size, width = strip.shape[:2]
+    gap = round(size * pca.GAP)
+    assert width == count * size + (count - 1) * gap
+    return [strip[:, place * (size + gap) : place * (size + gap) + size] for place in range(count)]
 
 
-def test_equal_features_have_equal_panels_and_a_changed_patch_shows(
+def strips(reference: list[torch.Tensor], bundle: list[torch.Tensor], mark: int = 0) -> list[list[np.ndarray]]:
+    """Draw the four panels of every photograph."""
+    return [cut(strip, 4) for strip in draw_strips(rows(reference, bundle), panel=PANEL, mark=mark, limit=1e-3)]
+
+
+class Sheet:
+    """A sheet as it is drawn: its pixels, and what is written on it, by the pixel of its middle."""
+
+    def __init__(self, drawn: list[PcaRow], path: Path) -> None:
+        figures: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pca, "to_png", lambda figure: figures.append(figure) or to_png(figure))
+            draw_sheet(drawn, path, runner=RUNNER)
+        self.pixels = np.asarray(Image.open(path).convert("RGB"))
+        self.boxes = {}
+        for text in figures[0].texts:
+            box = text.get_window_extent()
+            top, bottom = (len(self.pixels) - y for y in (box.y1, box.y0))
+            self.boxes.setdefault(text.get_text(), []).append((box.x0, top, box.x1, bottom))
+
+    def places(self, strip: np.ndarray) -> list[tuple[int, int]]:
+        """Find where a strip lies: the tops and lefts from which on all of its pixels are there."""
+        height, width = strip.shape[:2]
+        corner = (self.pixels[: 1 - height, : 1 - width] == strip[0, 0]).all(axis=-1)
+        return [
+            (int(top), int(left))
+            for top, left in np.argwhere(corner)
+            if np.array_equal(self.pixels[top : top + height, left : left + width], strip)
+        ]
+
+
+def test_sheet_has_the_strip_of_each_photograph_between_its_heads_and_its_name(
     tmp_path: Path, features: list[torch.Tensor]
 ) -> None:
     pytest.importorskip("matplotlib")
     changed = [f.clone() for f in features]
+    changed[3][SIDE + 2] = changed[3][SIDE + 2].neg() + 20
+    drawn = [replace(row, caption=f"caption {index}") for index, row in enumerate(rows(features, changed))]
+    sheet = Sheet(drawn, tmp_path / "pca.png")
+    expected = draw_strips(drawn, panel=pca.PANEL)
+    height, width, _ = expected[0].shape
+    assert len({strip.tobytes() for strip in expected}) == 4
+    for index, (row, strip) in enumerate(zip(drawn, expected, strict=True)):
+        (place,) = sheet.places(strip)
+        (name,), (caption,) = sheet.boxes[row.name], sheet.boxes[row.caption]
+        top, left = place
+        assert name[0] == pytest.approx(left, abs=2)
+        assert caption[2] == pytest.approx(left + width, abs=2)
+        assert all(top + height < box[1] < box[3] < top + height + pca.CAPTION for box in (name, caption))
+        if index < 3:
+            for panel, head in enumerate(("photograph", "PyTorch FP32", "bundle")):
+                box = sheet.boxes[head][index]
+                assert box[0] == pytest.approx(left + panel * (width - height) / 2, abs=2)
+                assert box[3] < top
+    assert len(sheet.boxes["bundle"]) == 3
+    boxes = np.array([box for same in sheet.boxes.values() for box in same])
+    assert (boxes[:, :2] > 0).all()
+    assert (boxes[:, 2:] < sheet.pixels.shape[1::-1]).all()
+    assert sheet.boxes.keys() >= {"Patch features on one PCA basis", f"bundle: {RUNNER}"}
+
+
+def test_equal_features_have_equal_panels_and_a_changed_patch_shows(features: list[torch.Tensor]) -> None:
+    changed = [f.clone() for f in features]
     changed[3][SIDE + 2] = changed[3][SIDE + 2].neg() + 20  # second line of patches, third place
-    draw_pca(rows(features, changed), tmp_path / "pca.png")
-    photograph, left, right = panels(tmp_path / "pca.png", 0)
+    drawn = [cut(strip, 3) for strip in draw_strips(rows(features, changed), panel=pca.PANEL)]
+    photograph, left, right = drawn[0]
     assert (photograph == (200, 0, 0)).all()
     assert np.array_equal(left, right)
     assert left.std() > 20
-    _, left, right = panels(tmp_path / "pca.png", 3)
-    cell = round(pca.PANEL / SIDE)
-    different = np.argwhere((left != right).any(axis=-1)) // cell
+    _, left, right = drawn[3]
+    different = np.argwhere((left != right).any(axis=-1)) // (len(left) // SIDE)
     assert {tuple(place) for place in different.tolist()} == {(1, 2)}
+
+
+def test_every_patch_is_as_large_as_any_other() -> None:
+    features = [torch.randn(37 * 37, WIDTH, generator=torch.Generator().manual_seed(0))]
+    _, colours, _ = cut(draw_strips(rows(features, features), panel=pca.PANEL)[0], 3)
+    assert len(colours) == 37 * 5
+    blocks = colours.reshape(37, 5, 37, 5, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()
 
 
 def test_picture_is_the_same_file_each_time(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
     for name in ("a.png", "b.png"):
-        draw_pca(rows(features, features), tmp_path / name)
+        draw_sheet(rows(features, features), tmp_path / name, runner=RUNNER)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    one, other = (strip_png(draw_strips(rows(features, features), panel=PANEL)[0]) for _ in range(2))
+    assert one == other
 
 
 def test_drawing_leaves_pyplot_out(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
     loaded = "matplotlib.pyplot" in sys.modules
-    draw_pca(rows(features, features), tmp_path / "pca.png")
+    draw_sheet(rows(features, features), tmp_path / "pca.png", runner=RUNNER)
     assert ("matplotlib.pyplot" in sys.modules) == loaded
-
-
-def test_long_names_are_cut_before_the_caption(tmp_path: Path, features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
-    row = rows(features[:1], features[:1])[0]
-    draw_pca([replace(row, name="W")], tmp_path / "short.png")
-    draw_pca([replace(row, name="W" * 200)], tmp_path / "long.png", title="M" * 200, bundle_label="W" * 200)
-    short, long = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("short", "long"))
-    assert (long[:, -pca.MARGIN + 2 :] == 255).all()
-    words = slice(len(short) - pca.CAPTION, None)
-    inked = np.flatnonzero((short[words] < 255).any(axis=0))
-    caption = inked[np.diff(inked).argmax() + 1] - pca.GAP  # it starts after the widest gap
-    assert np.array_equal(short[words, caption:], long[words, caption:])
-    assert (long[words, :caption] < 255).sum() > 5 * (short[words, :caption] < 255).sum()
 
 
 def test_bundle_is_coloured_on_the_basis_of_the_reference(features: list[torch.Tensor]) -> None:
@@ -119,14 +173,14 @@ def test_what_is_not_finite_is_drawn_black(features: list[torch.Tensor]) -> None
     assert bundle[0][5:7].tolist() == [[0, 0, 0]] * 2
 
 
-def test_features_that_are_no_square_of_patches_are_refused(tmp_path: Path, features: list[torch.Tensor]) -> None:
+def test_features_that_are_no_square_of_patches_are_refused(features: list[torch.Tensor]) -> None:
     with pytest.raises(InputError, match="no photograph"):
-        draw_pca([], tmp_path / "pca.png")
+        draw_strips([], panel=PANEL)
     with_prefix = [torch.cat([f[:1], f]) for f in features]
     with pytest.raises(InputError, match=r"shape \(257, 24\).*drop the prefix tokens"):
-        draw_pca(rows(with_prefix, with_prefix), tmp_path / "pca.png")
+        draw_strips(rows(with_prefix, with_prefix), panel=PANEL)
     with pytest.raises(InputError, match=r"bundle features of photograph 0 have shape \(257, 24\).*\(256, 24\)"):
-        draw_pca(rows(features, with_prefix), tmp_path / "pca.png")
+        draw_strips(rows(features, with_prefix), panel=PANEL)
 
 
 def spoil(features: list[torch.Tensor], *patches: tuple[int, int]) -> list[torch.Tensor]:
@@ -143,14 +197,6 @@ def colour(name: str) -> tuple[int, ...]:
     return ImageColor.getrgb(name)
 
 
-def strip_panels(png: bytes) -> list[np.ndarray]:
-    """Cut the four panels out of a strip."""
-    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    size, step = image.shape[0], image.shape[0] + pca.STRIP_GAP
-    assert size == SIDE * round(pca.STRIP_PANEL / SIDE)
-    return [image[:, place * step : place * step + size] for place in range(4)]
-
-
 def framed(panel: np.ndarray, shade: str) -> tuple[int, int, int, int]:
     """Give the top, left, bottom and right of what has this colour."""
     places = np.argwhere((panel == colour(shade)).all(axis=-1))
@@ -159,10 +205,8 @@ def framed(panel: np.ndarray, shade: str) -> tuple[int, int, int, int]:
 
 
 def test_worst_patch_is_framed_where_it_lies(features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
     changed = spoil(features, (3, 9))
-    strips = draw_strips(rows(features, changed), limit=1e-3, mark=1)
-    photograph, *others = strip_panels(strips[0])
+    (photograph, *others), (exact, *_), *_ = strips(features, changed, mark=1)
     cell = len(photograph) // SIDE
     top, left, bottom, right = framed(photograph, pca.WORST)
     frame = len(photograph) // pca.PANEL_OF_ONE_PIXEL
@@ -171,13 +215,12 @@ def test_worst_patch_is_framed_where_it_lies(features: list[torch.Tensor]) -> No
     inside = photograph[3 * cell : 4 * cell, 9 * cell : 10 * cell]
     assert (inside == (200, 0, 0)).all(), "a frame lies around its patch, not on it"
     assert not any((panel == colour(pca.WORST)).all(axis=-1).any() for panel in others)
-    assert (strip_panels(strips[1])[0] == (200, 0, 0)).all(), "an exact photograph has no worst patch"
+    assert (exact == (200, 0, 0)).all(), "an exact photograph has no worst patch"
 
 
 def test_next_worst_patches_are_framed_in_another_colour_and_no_more_than_asked(features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
     changed = spoil(features, (3, 9), (12, 2), (8, 13))
-    two = strip_panels(draw_strips(rows(features, changed), limit=1e-3, mark=2)[0])[0]
+    two = strips(features, changed, mark=2)[0][0]
     cell = len(two) // SIDE
     top, left, bottom, right = framed(two, pca.WORSE)
     assert (top // cell, left // cell) == (11, 1)
@@ -185,10 +228,9 @@ def test_next_worst_patches_are_framed_in_another_colour_and_no_more_than_asked(
 
 
 def test_frame_at_the_border_stays_whole(features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
     for row, column in ((0, 0), (SIDE - 1, SIDE - 1), (0, SIDE - 1)):
         changed = spoil(features, (row, column))
-        panel = strip_panels(draw_strips(rows(features, changed), limit=1e-3, mark=1)[0])[0]
+        panel = strips(features, changed, mark=1)[0][0]
         cell, frame = len(panel) // SIDE, len(panel) // pca.PANEL_OF_ONE_PIXEL
         top, left, bottom, right = framed(panel, pca.WORST)
         edge = (panel == colour(pca.EDGE)).all(axis=-1)
@@ -198,10 +240,9 @@ def test_frame_at_the_border_stays_whole(features: list[torch.Tensor]) -> None:
 
 
 def test_patch_that_is_not_finite_is_the_worst_and_pink_among_the_errors(features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
     changed = spoil(features, (3, 9))
     changed[0][SIDE * 5 + 6, 2] = torch.nan
-    panel, _, _, error = strip_panels(draw_strips(rows(features, changed), limit=1e-3, mark=1)[0])
+    panel, _, _, error = strips(features, changed, mark=1)[0]
     cell = len(panel) // SIDE
     top, left, _, _ = framed(panel, pca.WORST)
     assert ((top + cell // 2) // cell, (left + cell // 2) // cell) == (5, 6)
@@ -209,35 +250,29 @@ def test_patch_that_is_not_finite_is_the_worst_and_pink_among_the_errors(feature
 
 
 def test_error_panel_is_white_at_the_limit_and_black_far_below(features: list[torch.Tensor]) -> None:
-    pytest.importorskip("matplotlib")
     changed = spoil(features, (3, 9))
-    error = strip_panels(draw_strips(rows(features, changed), limit=1e-3)[0])[3]
+    error = strips(features, changed)[0][3]
     cell = len(error) // SIDE
     assert (error[3 * cell : 4 * cell, 9 * cell : 10 * cell] == 255).all()
     assert (error == 0).all(axis=-1).sum() == error[..., 0].size - cell**2
 
 
-def test_demo_picture_frames_nothing_unless_asked(tmp_path: Path, features: list[torch.Tensor]) -> None:
+def test_sheet_frames_nothing(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
-    changed = spoil(features, (3, 9))
-    draw_pca(rows(features, changed), tmp_path / "plain.png")
-    draw_pca(rows(features, changed), tmp_path / "marked.png", mark=1)
-    assert (panels(tmp_path / "plain.png", 0)[0] == (200, 0, 0)).all()
-    cell = round(pca.PANEL / SIDE)
-    top, left, _, _ = framed(panels(tmp_path / "marked.png", 0)[0], pca.WORST)
-    assert (top + 1, left + 1) == (3 * cell, 9 * cell)
+    sheet = Sheet(rows(features, spoil(features, (3, 9))), tmp_path / "pca.png")
+    assert not (sheet.pixels == colour(pca.WORST)).all(axis=-1).any()
 
 
 def test_name_with_dollars_is_written_as_it_is(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
-    row = rows(features[:1], features[:1])[0]
-    draw_pca([replace(row, name=r"$\frac{$.png")], tmp_path / "pca.png")
+    row = replace(rows(features[:1], features[:1])[0], name=r"$\frac{$.png")
+    assert row.name in Sheet([row], tmp_path / "pca.png").boxes
 
 
 @pytest.mark.parametrize(("patches", "width"), [(1, 24), (4, 1), (9, 2)])
 def test_few_patches_and_narrow_features_are_drawn(patches: int, width: int) -> None:
     features = [torch.randn(patches, width, generator=torch.Generator().manual_seed(1))]
-    assert len(draw_strips(rows(features, features), limit=1e-3)) == 1
+    assert len(draw_strips(rows(features, features), panel=PANEL, limit=1e-3)) == 1
 
 
 def test_reference_that_is_not_finite_leaves_the_basis_alone(features: list[torch.Tensor]) -> None:

@@ -1,9 +1,12 @@
 """A plot is held by the ink that a fact must leave in it."""
 
 import io
+import itertools
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from PIL import Image, ImageColor
 from tests.export import made_up
 from trtower.errors import InputError
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
-from trtower_export.drawing import BLUE, ORANGE, RED
+from trtower_export.drawing import BLUE, ORANGE, RED, to_png
 from trtower_export.precision import heatmap
+from trtower_export.precision.doctor import OperationFigures
 from trtower_export.precision.heatmap import draw_heatmap
 
 pytest.importorskip("matplotlib")
@@ -24,24 +28,23 @@ LINE = 200
 LABELS = {"num_layers": 4, "torch_label": "PyTorch FP16"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    name: str
-    layer: int | None
-    part: str
-    largest: float = 10.0
-    overflow: int = 0
-    error: dict[str, float | None] = field(default_factory=lambda: {"fp16": 1e-5})
+def operation(name: str, layer: int | None = None, part: str = "") -> OperationFigures:
+    return OperationFigures(
+        name=name,
+        layer=layer,
+        part=part or name,
+        largest=10.0,
+        overflow=0,
+        subnormal=0.0,
+        error={"fp16": 1e-5, "bf16": 1e-4},
+    )
 
 
-def tower(layers: int, parts: int) -> list[Operation]:
+def tower(layers: int, parts: int) -> list[OperationFigures]:
     inner = [
-        Operation(name=f"layers.{layer}.op{part}", layer=layer, part=f"op{part}")
-        for layer in range(layers)
-        for part in range(parts)
+        operation(f"layers.{layer}.op{part}", layer, f"op{part}") for layer in range(layers) for part in range(parts)
     ]
-    stem, norm = (Operation(name=name, layer=None, part=name) for name in ("stem.0.patch", "final_norm"))
-    return [stem, *inner, norm]
+    return [operation("stem.0.patch"), *inner, operation("final_norm")]
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -123,79 +126,205 @@ def test_plot_is_the_same_file_each_time() -> None:
     assert draw_heatmap(tower(2, 2)) == draw_heatmap(tower(2, 2))
 
 
-def cells(png: bytes, operations: list[Operation], longest: str) -> np.ndarray:
-    """Cut the left panel out of a heat map, from the first row of layers: its place follows from the labels."""
-    measure = heatmap._measurer()
-    left = heatmap.MARGIN + measure([longest]) + 14
-    rows = len({operation.layer for operation in operations if operation.layer is not None})
-    columns = len({operation.part for operation in operations if operation.layer is not None})
-    top = heatmap.TITLE + heatmap.CELL_HEIGHT + heatmap.GAP
-    image = pixels(png)[top : top + rows * heatmap.CELL_HEIGHT, left : left + columns * heatmap.CELL_WIDTH]
-    return image.reshape(rows, heatmap.CELL_HEIGHT, columns, heatmap.CELL_WIDTH, 3).transpose(0, 2, 1, 3, 4)
+class HeatMap:
+    """A heat map as it is drawn: what is inked in its cells and written in them, by panel, row and column."""
+
+    def __init__(self, operations: Sequence[OperationFigures]) -> None:
+        figures: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heatmap, "to_png", lambda figure: figures.append(figure) or to_png(figure))
+            self.pixels = pixels(draw_heatmap(operations))
+        (self.figure,) = figures
+        # A panel is followed by its scale in the order of axes.
+        self.panels = [axes for axes in self.figure.axes if axes.get_title(loc="left")]
+        self.scales = [axes for axes in self.figure.axes if axes not in self.panels]
+
+    def box(self, row: str, column: str | None, panel: int) -> tuple[slice, slice]:
+        """Find a cell by the labels of its row and column; without a column, the whole row."""
+        axes, first = self.panels[panel], self.panels[0]  # which has the names of the rows
+        y = dict(zip(map(said, first.get_yticklabels()), first.get_yticks(), strict=True))[row]
+        places = dict(zip(map(said, axes.get_xticklabels()), axes.get_xticks(), strict=True))
+        left, right = axes.get_xlim() if column is None else (places[column] - 0.5, places[column] + 0.5)
+        (x0, y0), (x1, y1) = axes.transData.transform([(left, y - 0.5), (right, y + 0.5)]).round().astype(int)
+        height = len(self.pixels)
+        return slice(height - y0, height - y1), slice(x0, x1)
+
+    def cell(self, row: str, column: str | None = None, panel: int = 0) -> np.ndarray:
+        return self.pixels[self.box(row, column, panel)]
+
+    def fill(self, row: str, column: str | None = None, panel: int = 0) -> tuple[int, ...]:
+        """Find the colour that most of a cell has."""
+        shades, counts = np.unique(self.cell(row, column, panel).reshape(-1, 3), axis=0, return_counts=True)
+        return tuple(shades[counts.argmax()].tolist())
+
+    def mark(self, row: str, column: str | None = None, panel: int = 0) -> str:
+        """Find what is written in the middle of a cell."""
+        rows, columns = self.box(row, column, panel)
+        found = ""
+        for text in self.panels[panel].texts:
+            box = text.get_window_extent()
+            x, y = (box.x0 + box.x1) / 2, len(self.pixels) - (box.y0 + box.y1) / 2
+            if said(text) and rows.start < y < rows.stop and columns.start < x < columns.stop:
+                found += said(text)
+        return found
+
+    def marks(self) -> list[str]:
+        return [said(text) for axes in self.panels for text in axes.texts if said(text)]
+
+    def legend(self) -> list[str]:
+        return [said(text) for text in self.figure.legends[0].get_texts()]
+
+
+def said(text: Any) -> str:
+    return str(text.get_text())
+
+
+def outlined(cell: np.ndarray) -> bool:
+    """Say whether a dark line goes all around a cell, which may be a pixel or two inside it."""
+    dark = (cell == ImageColor.getrgb(heatmap.BROKEN)).all(axis=-1)
+    sides = (dark[:6].any(axis=0), dark[-6:].any(axis=0), dark[:, :6].any(axis=1), dark[:, -6:].any(axis=1))
+    return all(side.mean() > 0.9 for side in sides)
 
 
 def test_cells_beyond_the_largest_fp16_are_outlined_and_red_and_no_others() -> None:
     operations = tower(3, 7)
     operations[1 + 7 + 4] = replace(operations[1 + 7 + 4], largest=3e5, overflow=2)  # layer 1, op4
-    grid = cells(draw_heatmap(operations), operations, "stem.0.patch")
-    dark = (grid == ImageColor.getrgb(heatmap.BROKEN)).all(axis=-1).sum(axis=(2, 3))
-    assert dark[1, 4] > 2 * heatmap.CELL_WIDTH
-    dark[1, 4] = 0
-    assert not dark.any()
-    red, _, blue = grid[1, 4].reshape(-1, 3).mean(axis=0)
+    drawn = HeatMap(operations)
+    assert drawn.mark("layer 1", "op4") == "✕"
+    assert outlined(drawn.cell("layer 1", "op4"))
+    red, _, blue = drawn.fill("layer 1", "op4")
     assert red > 2 * blue
-    calm = grid[0, 0].reshape(-1, 3).mean(axis=0)
-    assert calm[2] > calm[0]
+    assert drawn.marks() == ["✕"]
+    calm = drawn.cell("layer 0", "op0")
+    assert not outlined(calm)
+    assert drawn.fill("layer 0", "op0")[2] > drawn.fill("layer 0", "op0")[0]
+    assert not outlined(drawn.cell("layer 1", "op4", panel=1))
 
 
-def test_overflow_alone_marks_a_cell() -> None:
+@pytest.mark.parametrize("changes", [{"largest": 65504.0, "overflow": 1}, {"largest": 65505.0}])
+def test_overflow_alone_marks_a_cell_as_does_a_magnitude(changes: dict[str, Any]) -> None:
     operations = tower(3, 7)
-    operations[1] = replace(operations[1], largest=65504.0, overflow=1)
-    grid = cells(draw_heatmap(operations), operations, "stem.0.patch")
-    assert (grid[0, 0] == ImageColor.getrgb(heatmap.BROKEN)).all(axis=-1).sum() > 2 * heatmap.CELL_WIDTH
+    operations[1] = replace(operations[1], **changes)
+    drawn = HeatMap(operations)
+    assert drawn.mark("layer 0", "op0") == "✕"
+    assert outlined(drawn.cell("layer 0", "op0"))
 
 
-@pytest.mark.parametrize("largest", [math.nan, math.inf])
-def test_cell_that_is_not_finite_is_black(largest: float) -> None:
+def test_operation_that_fits_exactly_is_not_marked() -> None:
+    operations = tower(3, 7)
+    operations[1] = replace(operations[1], largest=65504.0)
+    assert HeatMap(operations).marks() == []
+
+
+def test_operation_outside_the_layers_is_marked_as_well() -> None:
+    operations = tower(3, 7)
+    operations[0] = replace(operations[0], largest=1e5, overflow=1)
+    drawn = HeatMap(operations)
+    assert drawn.mark("stem.0.patch") == "✕"
+    assert outlined(drawn.cell("stem.0.patch"))
+
+
+@pytest.mark.parametrize(("largest", "sign"), [(math.nan, "NaN"), (math.inf, "∞")])
+def test_cell_that_is_not_finite_is_black(largest: float, sign: str) -> None:
     operations = tower(3, 7)
     operations[1] = replace(operations[1], largest=largest, error={"fp16": None})
-    grid = cells(draw_heatmap(operations), operations, "stem.0.patch")
-    black = (grid == ImageColor.getrgb(heatmap.BROKEN)).all(axis=-1).mean(axis=(2, 3))
-    assert black[0, 0] > 0.5
-    assert black.sum() == black[0, 0]
+    drawn = HeatMap(operations)
+    for panel, mark in enumerate((sign, "∞")):
+        assert drawn.fill("layer 0", "op0", panel) == ImageColor.getrgb(heatmap.BROKEN)
+        assert drawn.mark("layer 0", "op0", panel) == mark
+        assert drawn.fill("layer 0", "op1", panel) != ImageColor.getrgb(heatmap.BROKEN)
+    assert drawn.marks() == [sign, "∞"]
 
 
 def test_operation_that_a_layer_lacks_is_blank() -> None:
-    operations = [op for op in tower(3, 7) if op.name != "layers.2.op5"]
-    grid = cells(draw_heatmap(operations), operations, "stem.0.patch")
-    assert (grid[2, 5] == 255).all()
-    assert (grid[1, 5] != 255).any()
+    drawn = HeatMap([each for each in tower(3, 7) if each.name != "layers.2.op5"])
+    for panel in (0, 1):
+        assert (drawn.cell("layer 2", "op5", panel) == 255).all()
+        assert drawn.fill("layer 1", "op5", panel) != (255, 255, 255)
+
+
+def test_cell_has_the_colour_that_the_scale_has_at_its_value() -> None:
+    operations = tower(1, 5)
+    for place, (largest, error) in enumerate([(40.0, 2e-5), (4e2, 5e-5), (4e3, 1e-4), (3e4, 5e-4), (2e5, 9e-4)], 1):
+        operations[place] = replace(operations[place], largest=largest, error={"fp16": error})
+    drawn = HeatMap(operations)
+    for panel, axes in enumerate(drawn.scales):
+        fills = []
+        for place in range(5):
+            shown = operations[1 + place]
+            value = (shown.largest / 65504, shown.error["fp16"])[panel]
+            x, y = axes.transAxes.transform((0.5, 0))[0], axes.transData.transform((0.5, value))[1]
+            fills.append(drawn.fill("layer 0", f"op{place}", panel))
+            on_scale = drawn.pixels[len(drawn.pixels) - round(y), round(x)]
+            assert np.abs(on_scale - np.array(fills[-1])).max() <= 6
+        brightness = [sum(fill) for fill in fills]
+        assert brightness[:4] == sorted(brightness[:4], reverse=True), "darker towards the limit"
+
+
+def test_scales_name_the_largest_fp16_and_powers_of_ten() -> None:
+    headroom, cost = HeatMap(tower(3, 7)).scales
+    names = dict(zip(headroom.get_yticks(), map(said, headroom.get_yticklabels()), strict=True))
+    assert names[1.0] == "65 504"
+    assert names[0.1] == "$10^{-1}$"
+    assert list(map(said, cost.get_yticklabels())) == [f"$10^{{{power}}}$" for power in (-5, -4, -3)]
 
 
 def test_panel_of_errors_is_left_out_where_none_was_measured() -> None:
-    measured = tower(3, 7)
-    bare = [replace(operation, error={}) for operation in measured]
-    assert pixels(draw_heatmap(measured)).shape[1] > 1.5 * pixels(draw_heatmap(bare)).shape[1]
-    assert draw_heatmap(measured, precision="bf16") == draw_heatmap(bare)
+    measured, bare = (HeatMap([replace(each, error=error) for each in tower(3, 7)]) for error in ({"fp16": 1e-5}, {}))
+    titles = [[axes.get_title(loc="left") for axes in drawn.panels] for drawn in (measured, bare)]
+    assert titles[0] == [
+        "Largest magnitude, as a share of FP16's 65 504",
+        "Error at the output, this operation alone in FP16",
+    ]
+    assert titles[1] == titles[0][:1]
+    assert bare.pixels.shape[1] < 0.7 * measured.pixels.shape[1]
 
 
-def test_operation_whose_error_was_not_measured_adds_a_word_to_the_legend() -> None:
+def test_operation_whose_error_was_not_measured_is_grey_and_adds_a_word_to_the_legend() -> None:
     whole = tower(3, 7)
-    partly = [replace(whole[0], error={}), *whole[1:]]
-    legend = [pixels(draw_heatmap(operations))[-heatmap.LEGEND :] for operations in (whole, partly)]
-    assert (legend[0] != legend[1]).any()
+    signs = ["✕ beyond 65 504: infinite in FP16", "∞ not finite"]
+    assert HeatMap(whole).legend() == signs
+    partly = HeatMap([replace(whole[0], error={}), *whole[1:]])
+    assert partly.legend() == [*signs, "not measured"]
+    assert partly.fill("stem.0.patch", panel=1) == ImageColor.getrgb(heatmap.UNMEASURED)
+    assert partly.fill("stem.0.patch", panel=0) != ImageColor.getrgb(heatmap.UNMEASURED)
+    assert HeatMap([replace(each, error={}) for each in whole]).legend() == signs
 
 
-@pytest.mark.parametrize(("layers", "parts"), [(24, 14), (12, 16), (4, 3), (1, 1), (0, 0)])
-def test_towers_of_any_shape_are_drawn(layers: int, parts: int) -> None:
-    height, _, _ = pixels(draw_heatmap(tower(layers, parts), title="t" * 90)).shape
-    assert height > heatmap.TITLE + layers * heatmap.CELL_HEIGHT
+@pytest.mark.parametrize(("layers", "parts"), [(48, 16), (24, 14), (12, 16), (4, 3), (1, 1), (0, 0)])
+def test_towers_of_any_shape_are_legible(layers: int, parts: int) -> None:
+    drawn = HeatMap(tower(layers, parts))
+    expected = ["stem.0.patch", *(f"layer {layer}" for layer in range(layers)), "final_norm"]
+    assert [said(label) for label in drawn.panels[0].get_yticklabels()] == expected
+    assert [said(label) for label in drawn.panels[0].get_xticklabels()] == [f"op{part}" for part in range(parts)]
+    for row in expected:
+        height, width, _ = drawn.cell(row, "op0" if row.startswith("layer") else None).shape
+        assert height > 30
+        assert width > 30
+    frame = drawn.figure.bbox
+    for axis in (drawn.panels[0].xaxis, drawn.panels[0].yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 for box in boxes)
+        assert not any(box.overlaps(after) for box, after in itertools.pairwise(boxes))
+    titles = [axes._left_title.get_window_extent() for axes in drawn.panels]
+    assert titles[0].x1 < titles[1].x0
+    assert titles[1].x1 < frame.x1
+
+
+def test_rows_outside_the_layers_are_as_wide_as_all_columns_and_stand_apart() -> None:
+    drawn = HeatMap(tower(3, 7))
+    stem, first, second = (drawn.box(row, None, 0)[0] for row in ("stem.0.patch", "layer 0", "layer 1"))
+    assert first.start - stem.stop > 10
+    assert abs(second.start - first.stop) <= 1
+    row = drawn.cell("stem.0.patch")
+    assert (row[len(row) // 2, 5:-5] == drawn.fill("stem.0.patch")).all()
 
 
 def test_heat_map_of_zeros_and_none_is_drawn() -> None:
-    zeros = [replace(operation, largest=0.0, error={"fp16": 0.0}) for operation in tower(2, 2)]
-    nothing = [replace(operation, error={"fp16": None}) for operation in tower(2, 2)]
+    zeros = [replace(each, largest=0.0, error={"fp16": 0.0}) for each in tower(2, 2)]
+    nothing = [replace(each, error={"fp16": None}) for each in tower(2, 2)]
     for operations in (zeros, nothing, zeros[1:3]):
         pixels(draw_heatmap(operations))
+    assert HeatMap(zeros).fill("layer 0", "op0") == ImageColor.getrgb(heatmap.CALM[0])
     with pytest.raises(InputError, match="no operation"):
         draw_heatmap([])

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -65,13 +66,17 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def named(images: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {str(place): pixel_values for place, pixel_values in enumerate(images)}
+
+
 def opened(folder: Path) -> tuple[Checkpoint, TowerSpec]:
     checkpoint = open_checkpoint(str(folder))
     return checkpoint, checkpoint.spec()
 
 
 def diagnose(folder: Path, images: Sequence[Tensor], **options: int) -> dict[str, OperationFigures]:
-    found = examine(*opened(folder), images, LoggedProgress(), **options)
+    found = examine(*opened(folder), named(images), LoggedProgress(), **options)
     return {operation.name: operation for operation in found.operations}
 
 
@@ -154,7 +159,7 @@ def test_largest_of_a_layer_norm_is_that_of_its_sums_and_squares(checkpoints: di
 def test_every_operation_of_every_layer_is_reported_in_the_order_in_which_they_run(
     checkpoints: dict[str, Path],
 ) -> None:
-    found = examine(*opened(checkpoints["dinov2"]), drawn(1), LoggedProgress())
+    found = examine(*opened(checkpoints["dinov2"]), named(drawn(1)), LoggedProgress())
     names = [name for name in operations("dinov2").names if not name.startswith(("layers.3", "final_norm"))]
     assert [operation.name for operation in found.operations] == names  # state -2 is read
     for operation in found.operations:
@@ -199,8 +204,8 @@ def test_error_is_measured_on_the_hardest_image_first_and_stays_not_finite(
         getattr(model, "vision_model", model).embeddings.patch_embedding.weight.mul_(2.0**7)
     model.save_pretrained(tmp_path)
     images = [pixel_values * (500 if place == hardest else 1) for place, pixel_values in enumerate(drawn(3))]
-    found = examine(*opened(tmp_path), images, LoggedProgress(), error_images=error_images)
-    assert found.error_images[0] == hardest
+    found = examine(*opened(tmp_path), named(images), LoggedProgress(), error_images=error_images)
+    assert found.error_images[0] == str(hardest)
     assert len(found.error_images) == error_images
     (embedding,) = (each for each in found.operations if each.name == "stem.0.patch_embedding")
     assert embedding.overflow
@@ -286,7 +291,7 @@ def test_tower_with_broken_weights_is_refused_with_the_first_operation() -> None
 
 def test_examining_leaves_the_images_as_they_were(checkpoints: dict[str, Path]) -> None:
     before = [image.clone() for image in drawn(2)]
-    examine(*opened(checkpoints["clip"]), drawn(2), LoggedProgress())
+    examine(*opened(checkpoints["clip"]), named(drawn(2)), LoggedProgress())
     assert all(map(torch.equal, before, drawn(2)))
 
 
@@ -310,6 +315,7 @@ def test_json_is_valid_and_complete(hot: Path, photographs: Path, capsys: pytest
     assert found["images"] == ["0.png", "1.png"]
     assert found["overflowing"] == [HOT]
     assert found["error_images"] in (["0.png"], ["1.png"])
+    assert found["skipped"] == []
     assert (found["checkpoint"], found["image_size"], found["layers"]) == (str(hot), IMAGE_SIZE, [3])
     checkpoint, spec = opened(hot)
     processor = ImageProcessor(fit_preprocessor(checkpoint, spec.image_size, LoggedProgress()))
@@ -317,7 +323,7 @@ def test_json_is_valid_and_complete(hot: Path, photographs: Path, capsys: pytest
     assert [row["name"] for row in found["operations"]] == list(expected)
     for row in found["operations"]:
         operation = expected[row["name"]]
-        assert row == {**vars(operation), "headroom": operation.headroom}
+        assert row == vars(operation)
     (broken,) = (row for row in found["operations"] if row["overflow"])
     assert broken["name"] == HOT
     assert broken["error"]["fp16"] is None
@@ -333,6 +339,7 @@ def test_json_is_valid_where_an_operation_computes_nothing_but_zeros(
     assert doctor(tmp_path / "idle", "--images", photographs, "--json") == 0
     (row,) = (row for row in strict(capsys.readouterr().out)["operations"] if row["name"] == "layers.1.layer_scale1")
     assert row["largest"] == 0
+    assert row["headroom"] is None
     assert row["subnormal"] == 0
 
 
@@ -392,6 +399,15 @@ def test_picture_that_cannot_be_written_is_refused_before_the_examination(
         assert doctor(hot, "--images", photographs, "--picture", place) == 2
         assert "Run in FP32" not in (said := capsys.readouterr().err)
         assert f"error: {place} cannot be written" in said.splitlines()[-1]
+
+
+def test_picture_that_nothing_can_draw_is_refused_before_the_examination(
+    hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert doctor(hot, "--images", photographs, "--picture", tmp_path / "p.png") == 1
+    assert "Run in FP32" not in (said := capsys.readouterr().err)
+    assert re.match(r"error: --picture needs .*matplotlib.*report", said.splitlines()[-1])
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

@@ -85,7 +85,8 @@ def test_planted_fault_is_found_named_and_mended(fault: str, tmp_path: Path) -> 
     opened = open_checkpoint(checkpoint)
     spec = opened.spec()
     processor = ImageProcessor(fit_preprocessor(opened, spec.image_size, LoggedProgress()))
-    found = examine(opened, spec, prepare(load_photographs(None, limit=2).images, processor), LoggedProgress())
+    images = dict(zip("ab", prepare(load_photographs(None, limit=2).images, processor), strict=True))
+    found = examine(opened, spec, images, LoggedProgress())
     assert [each.name for each in found.operations if each.overflow] == [name]
     assert [each.name for each in found.operations if each.error["fp16"] is None] == [name]
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import IMAGE_SIZE, MODELS, make_model
+from tests.export.made_up import manifest
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import MANIFEST, SCHEMA, TowerCost
+from trtower.bundle.manifest import MANIFEST, SCHEMA, Manifest, TowerCost
 from trtower.errors import BundleError
+from trtower.layer_codes import LAST
+from trtower_export.families import family_of
 
 FULL = TowerCost(layers=24, parameters=303_507_456, flop=381_918_216_192)
 CUT = TowerCost(layers=23, parameters=290_909_184, flop=366_033_858_560)
@@ -67,3 +71,13 @@ def test_layers_that_the_spec_does_not_read_are_refused(spoilt: Path, key: str, 
     edit(spoilt, **{key: {**extent, "layers": 9}})
     with pytest.raises(BundleError, match=f"contradicts itself: {counted} layers are counted; the spec reads 3 of 4"):
         Bundle.open(spoilt)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_manifest_from_before_names_were_in_it_means_what_it_meant(name: str) -> None:
+    config = make_model(name).config
+    written = manifest(family_of(config.model_type).spec(config, LAST, "patch", IMAGE_SIZE))
+    data = json.loads(written.to_json())
+    assert Manifest.from_json(json.dumps(data)) == written
+    del data["spec"]["naming"]
+    assert Manifest.from_json(json.dumps(data)) == written

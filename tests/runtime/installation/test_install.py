@@ -331,7 +331,7 @@ def test_mismatch_has_the_command_that_exports_the_checkpoint_of_the_model(
 ) -> None:
     spoil(model)
     model.config._name_or_path = "acme/eyes-7b"
-    command = r"trtower export acme/eyes-7b --precision fp32 --flavour none --batch 1 2 4 --out \S+-own$"
+    command = r"trtower export acme/eyes-7b --precision fp32 --flavour none --batch 1,2,4 --out \S+-own$"
     with pytest.raises(ConfigError, match=rf"Export the model's own checkpoint: {command}"):
         trtower.install(model, bundles(**options))
 

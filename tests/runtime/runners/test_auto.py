@@ -13,8 +13,8 @@ from tests.export import made_up
 from trtower import Bundle, EngineOptions, VisionTower
 from trtower.bundle.staging import describe, locked
 from trtower.errors import BackendError
-from trtower.extras import import_extra
 from trtower.runners import choose as choosing
+from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners.choose import Candidate, candidates, choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what ha
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take every processor for one with BF16: OpenVINO computes in FP32 where there is none."""
-    monkeypatch.setattr(choosing, "has_bf16", lambda _: True)
+    monkeypatch.setattr(openvino, "has_bf16", lambda _: True)
 
 
 @pytest.fixture
@@ -97,7 +97,8 @@ def test_named_backend_runs_whatever_a_check_said(bundle: Bundle) -> None:
 def test_says_everything_that_stood_against_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, export: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(choosing, "import_extra", lambda *_, **__: (_ for _ in ()).throw(ImportError("gone")))
+    for module in (openvino, onnxruntime):
+        monkeypatch.setattr(module, "import_extra", lambda *_, **__: (_ for _ in ()).throw(ImportError("gone")))
     with pytest.raises(BackendError) as failure:
         choose(bundle)
     for backend in ("tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino", "onnxruntime-cpu"):
@@ -111,9 +112,7 @@ def test_goes_on_where_openvino_is_broken(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(
-        choosing, "import_extra", lambda *a, **k: fail() if a[0] == "openvino" else import_extra(*a, **k)
-    )
+    monkeypatch.setattr(openvino, "import_extra", fail)
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "onnxruntime-cpu"
     assert f"the installed openvino is broken: {error}" in caplog.text
@@ -136,8 +135,9 @@ def test_named_backend_takes_the_plan_that_is_certified_where_that_is_required(
     )
     manifest = replace(bundle.manifest, plans=tuple(plans), files=files, certificates=(certificate,))
     opened: list[str | None] = []
-    monkeypatch.setattr(choosing, "_device_obstacle", lambda _: None)
-    monkeypatch.setattr(choosing, "capability_of", lambda _: "8.9")
+    monkeypatch.setattr(choosing, "device_obstacle", lambda _: None)
+    monkeypatch.setattr(tensorrt, "device_obstacle", lambda _: None)
+    monkeypatch.setattr(tensorrt, "capability_of", lambda _: "8.9")
     monkeypatch.setattr(
         choosing.Candidate, "open", lambda each, *_: opened.append(each.file) or SimpleNamespace(name="")
     )
@@ -148,14 +148,14 @@ def test_named_backend_takes_the_plan_that_is_certified_where_that_is_required(
 
 def test_engine_options_arrive_at_the_runner(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, arrived = EngineOptions(cuda_graphs=False, contexts=2), []
-    monkeypatch.setattr(choosing, "TensorRTRunner", lambda *a: arrived.append(a[3]))
-    monkeypatch.setattr(choosing, "OnnxRuntimeCudaRunner", lambda *_, cuda_graphs: arrived.append(cuda_graphs))
+    monkeypatch.setattr(tensorrt, "TensorRTRunner", lambda *a: arrived.append(a[3]))
+    monkeypatch.setattr(onnxruntime, "OnnxRuntimeCudaRunner", lambda *_, cuda_graphs: arrived.append(cuda_graphs))
     monkeypatch.setattr(
         "trtower.tower.engine.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle)
     )
     (plan,) = bundle.manifest.plans
     cuda = Candidate(backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), obstacle=None)
-    replace(cuda, backend="tensorrt-rtx", plan=plan).open(bundle, engine)
+    replace(cuda, backend="tensorrt-rtx", file=plan.file, plan=plan).open(bundle, engine)
     cuda.open(bundle, engine)
     VisionTower.load(bundle.path, engine=engine)
     assert arrived == [engine, False, engine]

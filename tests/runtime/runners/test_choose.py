@@ -14,7 +14,9 @@ from trtower import Bundle, VisionTower
 from trtower.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
 from trtower.flavour import load_flavour
+from trtower.names import list_choices
 from trtower.runners import choose as choosing
+from trtower.runners import tensorrt
 from trtower.runners.choose import candidates
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
@@ -84,7 +86,7 @@ def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytes
 def test_unknown_backend_names_the_nearest_first(clip_bundle: Path, backend: str, meant: str) -> None:
     with pytest.raises(ConfigError) as caught:
         VisionTower.load(clip_bundle, backend=backend)
-    choices = ", ".join(["auto", *choosing.BACKENDS[:-1]]) + f" or {choosing.BACKENDS[-1]}"
+    choices = list_choices(["auto", *(each.name for each in choosing.BACKENDS)])
     assert str(caught.value) == f"unknown backend {backend!r}; did you mean {meant}? choose {choices}."
 
 
@@ -146,8 +148,9 @@ def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: py
     def broken(flavour: str) -> None:
         raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(choosing, "load_flavour", broken)
-    monkeypatch.setattr(choosing, "_device_obstacle", lambda _: None)
+    monkeypatch.setattr(tensorrt, "load_flavour", broken)
+    for module in (choosing, tensorrt):
+        monkeypatch.setattr(module, "device_obstacle", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert VisionTower.load(clip_bundle, "onnxruntime-cpu").is_loaded
     (plan,) = [c for c in candidates(Bundle.open(clip_bundle)) if c.backend == "tensorrt-rtx"]
@@ -221,7 +224,7 @@ def test_plan_of_another_gpu_is_passed_over_with_its_reason(
 def test_plan_of_another_version_is_passed_over(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(clip_bundle)
     object.__setattr__(bundle.manifest.plans[0], "version", "1.0.0")
-    obstacle = choosing._plan_obstacle(bundle.manifest.plans[0], torch.device("cuda", 0))
+    obstacle = tensorrt.TENSORRT_RTX.obstacle(bundle, bundle.manifest.plans[0].file, torch.device("cuda", 0))
     assert obstacle
     assert "was built by tensorrt-rtx 1.0.0, " in obstacle
 

@@ -90,7 +90,7 @@ def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
         runner_module, "_widen", lambda *args, **rest: widened.append(widen(*args, **rest)) or widened[-1]
     )
     bundle = Bundle.open(export("clip", precision="bf16", flavour="none"))
-    for backend in ("openvino", "openvino-bf16"):
+    for backend in (runner_module.FP32, runner_module.BF16):
         OpenVinoRunner(bundle, backend)
     kinds = [
         {
@@ -152,13 +152,13 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_refused(
         shutil.copy(clip_bundle / "tower.onnx.data", spoilt / "again")
         (spoilt / "again").replace(spoilt / "tower.onnx.data")
 
-    monkeypatch.setattr(runner_module, "_check_contract", replace_it)
+    monkeypatch.setattr(runner_module, "check_contract", replace_it)
     with pytest.raises(BundleError, match=r"tower\.onnx\.data was replaced while it was loaded"):
         VisionTower.load(spoilt, "openvino")
 
 
 def test_processor_without_bf16_says_so(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtower.runners.choose.has_bf16", lambda _: False)
+    monkeypatch.setattr("trtower.runners.openvino.has_bf16", lambda _: False)
     with pytest.raises(BackendError, match="this processor has no BF16 products"):
         VisionTower.load(clip_bundle, "openvino-bf16")
     assert VisionTower.load(clip_bundle).backend.endswith("CPU, FP32")

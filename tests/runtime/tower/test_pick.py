@@ -211,11 +211,11 @@ def test_layer_that_the_bundle_lacks_names_both_and_the_command(
     message = str(caught.value)
     assert "\n" not in message
     assert option in message
-    assert " --select-feature patch --image-size 42 --precision fp32 --flavour none --batch 1 2 4 --out " in message
+    assert " --select-feature patch --image-size 42 --precision fp32 --flavour none --batch 1,2,4 --out " in message
 
 
 def test_command_leaves_a_plan_to_the_machine_where_the_bundle_has_one(clip_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--precision fp16 --batch 1 2 4 --out "):
+    with pytest.raises(ConfigError, match=r"--precision fp16 --batch 1,2,4 --out "):
         CLIPVisionTower(clip_bundle, config(0, "patch"))
 
 

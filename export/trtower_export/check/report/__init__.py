@@ -26,13 +26,19 @@ from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import first_jump
 from trtower_export.check.photographs import PHOTOGRAPH
 from trtower_export.check.report.page import Picture, render
-from trtower_export.check.report.pca import PcaRow, draw_strips, token_distances, worst_tokens
+from trtower_export.check.report.pca import PcaRow, draw_strips, strip_png, token_distances, worst_tokens
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
 
 PAGE = "report.html"
 LAYERS, TOKENS = "report-layers.png", "report-tokens.png"
 OURS = re.compile(r"report-(layers|tokens|(worst|best)-\d+)\.png")
 """The pictures that an earlier report may have left; nothing else in the folder is touched."""
+
+PANEL = 370
+"""Pixels of a panel's side."""
+
+MARKED = 5
+"""How many of the worst patches are outlined in a photograph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +146,17 @@ class Report:
             PcaRow(name=shown.name, image=shown.image, reference=shown.reference, bundle=shown.bundle, caption="")
             for _, shown in names
         ]
-        strips = draw_strips(rows, limit=_limit(certificate, "token_cosine_min", PHOTOGRAPH, distance=True) or 1e-3)
+        limit = _limit(certificate, "token_cosine_min", PHOTOGRAPH, distance=True) or 1e-3
+        strips = draw_strips(rows, panel=PANEL, mark=MARKED, limit=limit)
         return [
             Picture(
                 file=f"report-{name}.png",
                 group=name.partition("-")[0],
                 name=shown.name,
                 caption=describe_worst(shown.distances, self._spec),
-                png=png,
+                png=strip_png(strip),
             )
-            for (name, shown), png in zip(names, strips, strict=True)
+            for (name, shown), strip in zip(names, strips, strict=True)
         ]
 
     def _draw_tokens(self, certificate: Certificate) -> bytes:

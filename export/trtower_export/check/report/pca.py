@@ -30,9 +30,6 @@ SWEEPS = 30
 """Subspace iteration on 16 directions, of which three are shown: each sweep shrinks what is wrong with them by the
 ratio of the 17th variance to the third. An eigendecomposition of (D, D) takes minutes where D is five layers wide."""
 
-MARKED = 5
-"""How many patches are outlined where somebody asks for the worst."""
-
 WORST, WORSE, EDGE = "#ff2d95", "#ffd400", "#101418"
 """The worst patch, the next ones, and the hairline around both that shows them on a photograph of any colour."""
 
@@ -42,22 +39,20 @@ DECADES = 4
 EXACT = 1e-12
 """Below it 1 - cosine is the rounding of FP64, and a token is as good as equal."""
 
-# The layout of the picture, in pixels.
-DPI = 150
-PANEL = 192
-GAP = 6
-GUTTER = 40
-MARGIN = 36
-TITLE = 66
-HEADER = 34
-CAPTION = 46
-COLUMNS = 3
+GAP = 1 / 37
+"""Between two panels, as a share of a panel's side."""
 
 PANEL_OF_ONE_PIXEL = 120
 """A frame is one pixel wide for so many of a panel's side."""
 
-STRIP_PANEL = 370
-STRIP_GAP = 10
+# The layout of a sheet, in pixels.
+DPI = 150
+PANEL = 192
+GUTTER = 40
+MARGIN = 36
+HEADINGS = 100
+CAPTION = 46
+COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -71,80 +66,57 @@ class PcaRow:
     caption: str
 
 
-def draw_pca(
-    rows: Sequence[PcaRow],
-    path: Path,
-    *,
-    title: str = "Patch features on one PCA basis",
-    reference_label: str = "PyTorch FP32",
-    bundle_label: str = "bundle",
-    mark: int = 0,
-) -> None:
-    """Write a PNG of photograph, PyTorch's colours and the bundle's colours, three photographs to a line.
+def draw_strips(rows: Sequence[PcaRow], *, panel: int, mark: int = 0, limit: float | None = None) -> list[Pixels]:
+    """Draw each row as a strip of panels without words: the photograph, PyTorch's colours, the bundle's colours.
 
-    ``mark`` is how many of the worst patches are outlined in each photograph.
+    ``panel`` is about how many pixels the side of one takes, and ``mark`` how many of the worst patches are outlined in
+    the photograph. With ``limit`` a fourth panel shows the error of each patch, 1 - cosine, on a log scale whose white
+    is ``limit`` and beyond. What is not finite has the colour of the worst patch there.
     """
     side = _check(rows)
+    cell = max(1, round(panel / side))  # whole pixels per patch, so that every patch is drawn the same size
+    gap = np.full((side * cell, round(side * cell * GAP), 3), 255, np.uint8)
     references, bundles = pca_colours([row.reference for row in rows], [row.bundle for row in rows])
-    cell = max(1, round(PANEL / side))  # whole pixels per patch, so that every patch is drawn the same size
-    panel = side * cell
-    columns = min(COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
-    triple = 3 * panel + 2 * GAP
-    width = 2 * MARGIN + columns * triple + (columns - 1) * GUTTER
-    height = TITLE + HEADER + lines * (panel + CAPTION) + GAP
+    strips = []
+    for row, *colours in zip(rows, references, bundles, strict=True):
+        if limit is not None:
+            colours.append(_error_colours(token_distances(row.bundle, row.reference), limit))
+        panels = [_photograph(row, cell, mark), *(_grid(each, cell) for each in colours)]
+        strips.append(np.concatenate([piece for each in panels for piece in (gap, each)][1:], axis=1))
+    return strips
 
+
+def draw_sheet(rows: Sequence[PcaRow], path: Path, *, runner: str) -> None:
+    """Write a PNG of all strips, three to a line, each with its name and caption; the bundle ran on ``runner``.
+
+    Raises MissingExtraError if matplotlib is not installed.
+    """
+    strips = draw_strips(rows, panel=PANEL)
+    high, wide, _ = strips[0].shape
+    width = 2 * MARGIN + COLUMNS * wide + (COLUMNS - 1) * GUTTER
+    height = HEADINGS + -(-len(rows) // COLUMNS) * (high + CAPTION)
     figure = new_figure(width, height, dpi=DPI, purpose="the PCA picture")
-    renderer = figure.canvas.get_renderer()
-
-    def write(x: float, y: float, text: str, size: float, room: float, **style: object) -> float:
-        """Write ``text``, cut to ``room``, and return the pixels it takes."""
-        style |= {"fontsize": size, "va": "center", "parse_math": False}
-        artist = figure.text(x / width, 1 - y / height, text, **style)
-        while artist.get_window_extent(renderer).width > room and len(text) > 1:
-            text = text[:-1]
-            artist.set_text(text.rstrip() + "…")
-        return float(artist.get_window_extent(renderer).width)
-
-    write(MARGIN, TITLE / 2 + 6, title, 12, width - 2 * MARGIN, color=INK, weight="bold")
-    for column in range(columns):
-        x, y = MARGIN + column * (triple + GUTTER), TITLE + HEADER / 2
-        write(x, y, "photograph", 6.5, panel, color=GREY)
-        taken = write(x + panel + GAP, y, reference_label, 6.5, panel, color=GREY)
-        write(x + triple, y, bundle_label, 6.5, 2 * panel - taken, color=GREY, ha="right")
-    for index, row in enumerate(rows):
-        x = MARGIN + index % columns * (triple + GUTTER)
-        y = TITLE + HEADER + index // columns * (panel + CAPTION)
-        panels = (_photograph(row, cell, mark), _grid(references[index], cell), _grid(bundles[index], cell))
-        for place, pixels in enumerate(panels):
-            figure.figimage(pixels, x + place * (panel + GAP), height - y - panel, origin="upper")
-        taken = write(x + triple, y + panel + 15, row.caption, 6.5, 2 * panel, color=GREY, ha="right")
-        write(x, y + panel + 15, row.name, 7, triple - taken - 2 * GAP, color=INK, weight="bold")
+    small = {"fontsize": 6.5, "color": GREY, "va": "center", "parse_math": False, "transform": None}  # None: in pixels
+    bold = small | {"color": INK, "weight": "bold"}
+    figure.text(MARGIN, height - 39, "Patch features on one PCA basis", **bold | {"fontsize": 12})
+    figure.text(width - MARGIN, height - 39, f"bundle: {runner}", ha="right", **small)
+    for index, (row, strip) in enumerate(zip(rows, strips, strict=True)):
+        line, column = divmod(index, COLUMNS)
+        x, y = MARGIN + column * (wide + GUTTER), height - HEADINGS - line * (high + CAPTION)  # its upper left corner
+        figure.figimage(strip, x, y - high, origin="upper")
+        if line == 0:
+            for place, heading in enumerate(("photograph", "PyTorch FP32", "bundle")):
+                figure.text(x + place * (wide - high) / 2, y + 17, heading, **small)
+        figure.text(x, y - high - 15, row.name, **bold | {"fontsize": 7})
+        figure.text(x + wide, y - high - 15, row.caption, ha="right", **small)
     path.write_bytes(to_png(figure))
 
 
-def draw_strips(rows: Sequence[PcaRow], *, limit: float, mark: int = MARKED) -> list[bytes]:
-    """Make a PNG without words of each row: photograph with its worst patches, both towers' colours, the error.
-
-    The error of a patch is 1 - cosine, on a log scale whose white is ``limit`` and beyond. What is not finite has the
-    colour of the worst patch.
-    """
-    side = _check(rows)
-    references, bundles = pca_colours([row.reference for row in rows], [row.bundle for row in rows])
-    cell = max(1, round(STRIP_PANEL / side))
-    strips = []
-    for row, reference, bundle in zip(rows, references, bundles, strict=True):
-        error = _error_colours(token_distances(row.bundle, row.reference), limit)
-        panels = [
-            _photograph(row, cell, mark),
-            *(_grid(colours, cell) for colours in (reference, bundle, error)),
-        ]
-        gap = np.full((side * cell, STRIP_GAP, 3), 255, np.uint8)
-        spaced = [piece for panel in panels for piece in (gap, panel)][1:]
-        stream = io.BytesIO()
-        Image.fromarray(np.concatenate(spaced, axis=1)).save(stream, format="png", optimize=True)
-        strips.append(stream.getvalue())
-    return strips
+def strip_png(strip: Pixels) -> bytes:
+    """Encode a strip."""
+    stream = io.BytesIO()
+    Image.fromarray(strip).save(stream, format="png", optimize=True)
+    return stream.getvalue()
 
 
 def pca_colours(references: Sequence[Tensor], bundles: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

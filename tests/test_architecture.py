@@ -1,0 +1,103 @@
+"""The plan of the house: which folder may import which. docs/architecture.md draws it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+PLANS = {
+    "trtower": (
+        "errors extras names layer_codes reading spec flavour",
+        "bundle",
+        "fingerprint runners",
+        "inspection tower",
+        "installation",
+        "__init__",
+        "cli",
+        "__main__",
+    ),
+    "trtower_export": (
+        "arguments console drawing recipes families",
+        "checkpoint",
+        "graph",
+        "precision plan",
+        "check",
+        "pipeline",
+        "bench demo",
+        "commands",
+        "__init__",
+    ),
+}
+"""The rooms of each package, a line for each floor, from the one that knows nothing of the rest to the one that knows
+all. A room imports from its own floor and from those that stand above it here, and no two rooms import each other."""
+
+MODULES = {
+    ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path
+    for source in (ROOT / "runtime", ROOT / "export")
+    for path in source.rglob("*.py")
+}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Name the modules of ours that a module imports: at its top, in a function, or for types only."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from {each if each in MODULES else node.module for each in inner}
+
+
+ARROWS = {name: set(imports(name)) - {name} for name in MODULES}
+
+
+def room(name: str) -> str:
+    package, _, rest = name.partition(".")
+    return f"{package}.{rest.partition('.')[0] or '__init__'}"
+
+
+def floor(name: str) -> tuple[int, int]:
+    package, _, own = room(name).partition(".")
+    floors = PLANS[package]
+    return [*PLANS].index(package), next(number for number, rooms in enumerate(floors) if own in rooms.split())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_arrow_points_the_same_way(name: str) -> None:
+    assert not [f"{name} imports {other}" for other in ARROWS[name] if floor(other) > floor(name)]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    TopologicalSorter(ARROWS).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    rooms: dict[str, set[str]] = {}
+    for name, others in ARROWS.items():
+        rooms.setdefault(room(name), set()).update({room(other) for other in others} - {room(name)})
+    TopologicalSorter(rooms).prepare()
+
+
+def test_page_shows_every_file_and_no_other() -> None:
+    shown: set[str] = set()
+    (tree,) = re.findall(r"```text\n((?:runtime|export)/.*?)```", PAGE, flags=re.DOTALL)
+    folders: list[str] = []
+    for line in filter(None, tree.splitlines()):
+        indent, names = re.match(r"( *)(\S+(?:  ?\S+)*?)(?:   +|$)", line).groups()  # type: ignore[union-attr]
+        folders[len(indent) // 2 :] = [names] if names.endswith("/") else []
+        parts = [] if names.endswith("/") else names.split()
+        shown |= {"".join(folders) + part for part in parts}
+    files = {str(path.relative_to(ROOT)) for path in MODULES.values() if path.name != "__init__.py"}
+    assert {name for name in shown if name.endswith(".py")} == files
+
+
+def test_page_draws_the_floors_as_they_are() -> None:
+    for floors in PLANS.values():
+        for rooms in floors[1:-1]:
+            assert all(re.search(rf"\b{own.strip('_')}\b", PAGE) for own in rooms.split()), rooms
