@@ -23,7 +23,6 @@ from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, SCH
 from trtower.bundle.staging import describe, disk_errors, locked, refuse_existing, staged, write_manifest
 from trtower.errors import BuildError, BundleError, ConfigError
 from trtower.fingerprint import hash_weights
-from trtower.inspection import describe_cut
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, MIB, PRECISIONS, BatchProfile, merge_profiles
@@ -191,7 +190,7 @@ def export_tower(
             versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
             certificates=(),
         )
-        progress.say(f"keeps {describe_cut(manifest.full, manifest.cut, manifest.precision)}")
+        progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
         if target:
             manifest = _add_first_plan(Bundle(folder, manifest), target, progress, options.store)
         write_manifest(folder, manifest)

@@ -6,6 +6,7 @@ The export side registers its commands as entry points, so this module never imp
 import json
 import logging
 import sys
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,9 +112,9 @@ def _app() -> "typer.Typer":
     ) -> int:
         """Say what a bundle is, what of it would run here, and why the rest would not; exit 1 if it was altered."""
         found = inspect_bundle(Bundle.open(bundle, whole=False))
-        print(json.dumps(found, indent=2) if json_ else as_text(found, why=why))  # noqa: T201
-        if found["altered"]:
-            return _fail(f"{bundle}: {', '.join(found['altered'])} was altered: copy the bundle again", 1)
+        print(json.dumps(asdict(found), indent=2) if json_ else as_text(found, why=why))  # noqa: T201
+        if found.altered:
+            return _fail(f"{bundle}: {', '.join(found.altered)} was altered: copy the bundle again", 1)
         return 0
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):

@@ -79,6 +79,7 @@ def _normalise(code: object, num_layers: int) -> int:
     if not _is_integer(code):
         raise ConfigError(
             f"select_layer={code!r} is no layer code: an integer such as -2 is, a list of them, or {LAST!r}."
+            f"{_unquoted(code)}"
         )
     if not -(num_layers + 1) <= code <= num_layers:
         raise ConfigError(
@@ -94,9 +95,17 @@ def _slice_four(select_layer: LayerCode, num_layers: int) -> tuple[int, ...]:
     if not _is_integer(select_layer) or not 0 <= step + select_layer < states or not step:
         raise ConfigError(
             f"select_layer={select_layer!r} is no shift for slicefour: {num_layers} layers accept "
-            f"-{step} to {states - step - 1}."
+            f"-{step} to {states - step - 1}.{_unquoted(select_layer)}"
         )
     return tuple(range(step + select_layer, states, step))
+
+
+def _unquoted(code: object) -> str:
+    """Say what to write instead of a layer code as it is typed in a command; nothing for anything else."""
+    read = parse_layer_code(code) if isinstance(code, str) else code
+    codes = read if isinstance(read, list) else [read]
+    is_meant = read != code and all(_is_integer(each) or each == LAST for each in codes)
+    return f" Write {read!r}, without quotes." if is_meant else ""
 
 
 def _is_integer(code: object) -> TypeGuard[int]:

@@ -30,6 +30,8 @@ from trtower_export.precision.bounds import BOUNDS
     ("arguments", "code", "message"),
     [
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
+        (["inspect", "a\0b"], 2, "the path of a folder is expected, which has no NUL in it"),
+        (["inspect", "~nobody-of-this-name/x"], 2, "'~nobody-of-this-name/x'; the path of a folder is expected"),
         (["inspect"], 2, "Missing argument"),
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["export"], 2, "Missing argument"),
@@ -135,7 +137,7 @@ def test_export_and_inspect_say_what_was_cut_in_the_same_words(
 
 def test_inspect_names_the_state_that_stands_in_no_list(clip_bundle: Path) -> None:
     found = inspect_bundle(Bundle.open(clip_bundle))
-    found["spec"]["layers"] = (3, 5)
+    found = replace(found, spec=replace(found.spec, layers=(3, 5)))
     assert "\n  reads        hidden states 3, last_hidden_state of 4 layers, patch tokens\n" in as_text(found)
 
 
@@ -359,8 +361,8 @@ def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
     monkeypatch.setitem(BOUNDS, "fp32", replace(BOUNDS["fp32"], token_cosine_min=1.1))
     assert run(["check", str(bundle)]) == 1
     found = inspect_bundle(Bundle.open(bundle))
-    (row,) = [row for row in found["backends"] if row["auto"]]
-    assert (row["backend"], row["runs"]) == ("onnxruntime-cpu", True)
+    (row,) = [row for row in found.backends if row.auto]
+    assert (row.backend, row.runs) == ("onnxruntime-cpu", True)
     assert re.search(r"and auto takes it, although its check of \S+ missed", as_text(found))
 
 

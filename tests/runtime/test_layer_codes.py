@@ -124,3 +124,24 @@ def test_typing_errors_are_refused_when_they_are_used(text: str) -> None:
 
 def test_layers_are_named_as_they_are_typed() -> None:
     assert [name_layer(layer, 24) for layer in (0, 24, 25)] == ["0", "24", "last_hidden_state"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "meant"),
+    [("-2", "-2"), ("-2,-5", r"\[-2, -5\]"), ("last_hidden_state,3", r"\['last_hidden_state', 3\]"), (["6", -2], "6")],
+)
+def test_code_in_quotes_is_told_to_be_written_without(layer: str | list[str | int], meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"is no layer code: .* Write {meant}, without quotes"):
+        read_layer_code(layer, "patch", 24)
+
+
+def test_shift_in_quotes_is_told_to_be_written_without() -> None:
+    with pytest.raises(ConfigError, match=r"no shift for slicefour: .* Write -2, without quotes"):
+        read_layer_code("-2", "slicefour_patch", 24)
+
+
+@pytest.mark.parametrize("layer", ["sliceseven", "1.5", "", "a,b", 1.5, True])
+def test_what_is_no_code_in_quotes_either_is_not_told_so(layer: object) -> None:
+    with pytest.raises(ConfigError) as failure:
+        read_layer_code(layer, "patch", 24)
+    assert "without quotes" not in str(failure.value)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
-from trtower.inspection import describe_figure, describe_run
+from trtower.inspection import describe_figure
 from trtower_export.check.layers import first_jump
 from trtower_export.console import print_whole
 from trtower_export.precision.bounds import why_not_finite
@@ -36,7 +36,7 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     verdict = "passed" if certificate.passed else "FAILED"
     if rehearsal:
         verdict += " (a rehearsal, with random weights)"
-    ran = describe_run(certificate.ran, certificate.runner, certificate.gpu)
+    ran = certificate.describe_run()
     not_run = ""
     if certificate.not_run:
         not_run = f". Built but not run: {', '.join(certificate.not_run)}; `trtower check` on its GPU does"

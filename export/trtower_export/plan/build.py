@@ -19,7 +19,6 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA, BuildSettings
 from trtower.bundle.staging import disk_errors, locked
 from trtower.errors import BuildError, MissingExtraError
 from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
-from trtower.inspection import describe_settings
 from trtower.names import check_name
 from trtower_export.console import Progress
 from trtower_export.plan.polygraphy import build_plan
@@ -71,7 +70,7 @@ def add_plan(
     now = (built.settings, added.manifest.files[built.file])
     for old in manifest.plans:
         if built.replaces(old) and (old.settings, manifest.files[old.file]) != now:
-            progress.say(f"it takes the place of the plan that was built {describe_settings(old.settings)}")
+            progress.say(f"it takes the place of the plan that was built {old.settings.describe()}")
     return bundle.path / built.file
 
 

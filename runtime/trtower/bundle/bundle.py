@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
 from trtower.bundle.staging import describe, disk_errors, sha256_of, staged, write_manifest
-from trtower.errors import BundleError
+from trtower.errors import BundleError, ConfigError
 
 
 class Bundle:
@@ -31,8 +31,9 @@ class Bundle:
         """Read the manifest; raise BundleError where it or a file it lists is missing, cut short or misplaced.
 
         Without ``whole`` a file may be missing or cut short: for whoever tells of it. The log of a build always may.
+        Raises ConfigError if ``path`` is not a path.
         """
-        folder = Path(path).expanduser()
+        folder = read_folder(path, "bundle")
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
@@ -253,6 +254,18 @@ class Bundle:
                 f"{self.path / name} was altered: its sha256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…. "
                 "Copy the bundle again."
             )
+
+
+def read_folder(path: object, name: str) -> Path:
+    """Return the path of a folder as the user named it, ``name`` being the option; raise ConfigError if it is none."""
+    try:
+        folder = Path(path).expanduser()  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as err:  # another type, or the home of nobody
+        said = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
+        raise ConfigError(f"{name} is {said}; the path of a folder is expected.") from err
+    if "\0" in str(folder):
+        raise ConfigError(f"{name} is {str(folder)!r}; the path of a folder is expected, which has no NUL in it.")
+    return folder
 
 
 def _identity(path: Path) -> tuple[int, ...]:

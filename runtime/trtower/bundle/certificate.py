@@ -116,3 +116,8 @@ class Certificate:
     def missed(self) -> tuple[str, ...]:
         """The figures whose bounds do not hold."""
         return tuple(dict.fromkeys(bound.figure for bound in self.bounds if not bound.holds))
+
+    def describe_run(self) -> str:
+        """Say what was executed, and where."""
+        subject = "the plan was run" if self.ran == "plan" else "the ONNX graph was run"
+        return f"{subject} on {self.runner}, {self.gpu or 'not run on a GPU'}"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from trtower.bundle.certificate import Certificate
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, merge_profiles
+from trtower.spec import EIGHT_BIT, MB, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, merge_profiles
 
 MANIFEST = "tower.json"
 GRAPH = "tower.onnx"
@@ -72,6 +72,18 @@ class TowerCost:
     parameters: int
     flop: int
 
+    def describe_cut(self, full: "TowerCost", precision: str) -> str:
+        """Say in one line what this is of the ``full`` tower, and how much that is in a precision."""
+        megabytes = ""
+        if precision not in EIGHT_BIT:  # in which the size depends on the layers that are
+            size = PRECISIONS[precision].itemsize / MB
+            megabytes = f" ({self.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
+        return (
+            f"{self.layers} of {full.layers} layers, "
+            f"{self.parameters / 1e6:.1f} of {full.parameters / 1e6:.1f} M parameters{megabytes}, "
+            f"{self.flop / 1e9:.1f} of {full.flop / 1e9:.1f} GFLOP an image"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -114,6 +126,17 @@ class BuildSettings:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise ConfigError(f"--optimization-level {self.optimization_level}: 0 to 5 is expected.")
 
+    def describe(self) -> str:
+        """Say in a few words how a plan was built."""
+        says = []
+        if self.optimization_level is not None:
+            says.append(f"at optimization level {self.optimization_level}")
+        if self.workspace_mib is not None:
+            says.append(f"with {self.workspace_mib} MiB of workspace")
+        says += ["hardware-compatible"] if self.hardware_compatible else []
+        says += ["without its weights"] if self.stripped else []
+        return ", ".join(says) or "with TensorRT's own settings"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanEntry:
@@ -142,13 +165,12 @@ class PlanEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All of tower.json.
+class BundleFacts:
+    """What tower.json says of the tower, and `trtower inspect` says again.
 
     ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
     operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
     ``profiles`` are what plans are tuned for; the graph takes any batch that they cover.
-    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
     """
 
     schema: int
@@ -164,9 +186,18 @@ class Manifest:
     input: TensorSpec
     output: TensorSpec
     profiles: tuple[BatchProfile, ...]
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest(BundleFacts):
+    """All of tower.json.
+
+    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
+    """
+
     files: dict[str, FileEntry]
     plans: tuple[PlanEntry, ...]
-    versions: dict[str, str]
     certificates: tuple[Certificate, ...]
 
     def __post_init__(self) -> None:

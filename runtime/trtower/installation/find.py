@@ -54,6 +54,8 @@ class TowerSlot:
 def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
     """Find the one tower in a model, or the one at ``path``; raise ConfigError where there is none, or two."""
     places = find_towers(model)
+    if not isinstance(path, str | None):
+        raise ConfigError(f"tower is of type {type(path).__name__}; its path in the model is expected.")
     found = " and ".join(place.path for place in places)
     if path is not None:
         places = [place for place in places if path in place.paths]

@@ -3,18 +3,17 @@
 find -> match -> load -> compare -> reach -> stand in -> drop. Whatever fails on the way leaves the model as it was.
 """
 
-import copy
 import logging
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from trtower.bundle.bundle import Bundle
+from trtower.bundle.bundle import Bundle, read_folder
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
 from trtower.installation.find import TowerSlot, check_is_model, find_tower, find_towers
@@ -23,6 +22,7 @@ from trtower.installation.original import give_memory_back
 from trtower.installation.reach import check_reached
 from trtower.runners.base import EngineOptions
 from trtower.spec import MB
+from trtower.tower.options import TowerOptions
 from trtower.tower.vision_tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Installation:
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
-        self._is_first = True
+        self._holders = 0
 
     @property
     def is_installed(self) -> bool:
@@ -61,39 +61,39 @@ class Installation:
             raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
 
     def _places(self) -> list[TowerSlot]:
-        return [place for place in find_towers(self.model) if (it := _installed(place)) and it.tower is self.tower]
+        return [place for place in find_towers(self.model) if _installed(place) is self]
 
     def __enter__(self) -> "Installation":
-        """Give itself. The end of the block takes the bundle out, unless a call before put it in.
+        """Return itself. The end of the block takes the bundle out, unless a call before the block put it in.
 
         Raises ConfigError where it was taken out before the block.
         """
-        self._check_installed()
+        with _changing:
+            self._check_installed()
+            self._holders += 1
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Take the bundle out, where that was not done in the block."""
-        if self._is_first and self.is_installed:
-            self.uninstall()
+        with _changing:
+            self._holders -= 1
+            if not self._holders and self.is_installed:
+                self.uninstall()
 
     def __repr__(self) -> str:
         if not self.is_installed:
             return f"<{self.tower.bundle.path}, taken out of {self._where}>"
         weights = f"freed {self.freed / MB:.1f} MB" if self.freed else "the eager tower is kept"
-        before = "" if self._is_first else "; was installed before"
-        return f"<{self.tower.bundle.path} in {self._where}, on {self.tower.backend}; {weights}{before}>"
+        return f"<{self.tower.bundle.path} in {self._where}, on {self.tower.backend}; {weights}>"
 
     @property
     def _where(self) -> str:
         return f"{type(self.model).__name__}.{self.path}"
 
-    def again(self, options: dict[str, Any]) -> "Installation":
-        """Give what a second call gets; raise ConfigError where it asks for something else."""
-        others = [name for name, value in options.items() if value != self._options[name]]
-        asked = ", ".join(f"{name}={options[name]}" for name in others)
-        if not others and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
+    def _ask_again(self, options: dict[str, Any]) -> "Installation":
+        """Return itself, for a second call; raise ConfigError if that asks for something else."""
+        asked = ", ".join(f"{name}={value}" for name, value in options.items() if value != self._options[name])
+        if not asked and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
             asked = "the same bundle as it is by now, exported or built anew,"
         if asked:
             raise ConfigError(
@@ -101,10 +101,8 @@ class Installation:
                 "trtower.uninstall(model) first."
             )
         self.tower.load_model()  # should it have been closed
-        second = copy.copy(self)
-        second._is_first = False
-        logger.info("%r", second)
-        return second
+        self._holders = self._holders or 1  # the first call, if it was in no block
+        return self
 
 
 def install(
@@ -130,55 +128,50 @@ def install(
 
     Raises ConfigError where the bundle is not of this tower: its family, size, layers, or weights, which
     ``allow_other_weights`` permits; BundleError for a rehearsal, unless ``allow_random_weights``; BackendError where it
-    cannot run. The model is then as it was. A second call with the same arguments does nothing.
+    cannot run. The model is then as it was. A second call with the same arguments returns what the first did.
     """
     check_is_model(model)
-    options = {
-        "bundle": _path(bundle, "bundle").resolve(),
-        "backend": backend,
-        "engine": engine,
-        "require_certificate": require_certificate,
-        "keep_original": keep_original,
-        "allow_other_weights": allow_other_weights,
-        "allow_random_weights": allow_random_weights,
-    }
-    folder = None if offload_folder is None else _path(offload_folder, "offload_folder")
-    if not isinstance(engine, EngineOptions | None):
-        raise ConfigError(f"engine is {engine!r}; EngineOptions are expected.")
-    if not isinstance(tower, str | None):
-        raise ConfigError(f"tower is of type {type(tower).__name__}; its path in the model is expected.")
+    served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
+    allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
+    path = read_folder(bundle, "bundle").resolve()
+    options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
+    folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
     with _changing:
         place = find_tower(model, tower)
-        if (installed := _installed(place)) is not None:
-            return installed.again(options)
+        if installed := _installed(place):
+            return installed._ask_again(options)
         check_replaceable(model, place, dropped=not keep_original)
-        allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
         check_match(model, place, Bundle.open(bundle), **allowed)
-        device = next(place.module.parameters()).device
-        ran = VisionTower.load(
-            bundle, backend, device, select_feature="cls_patch", require_certificate=require_certificate, engine=engine
-        )
-        installation = Installation(model, place.path, ran, options)
+        on_its_device = replace(served, device=next(place.module.parameters()).device)
+        ran = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
         with ExitStack() as undo:
             undo.callback(ran.close)
             check_answers(place, ran, compared=not any(allowed.values()))
             check_reached(model, place, named=tower is not None)
-            # Here and not above: it imports transformers, which such a model has imported already.
-            from trtower.installation.stand_in import make_stand_in
-
-            stand_in = make_stand_in(place, ran, installation)
-            if not keep_original:
-                stand_in.original.write(folder)
-                undo.callback(stand_in.take_back)
-            place.put(stand_in)
-            undo.callback(place.put, place.module)
-            if not keep_original:
-                installation.freed = stand_in.original.drop()
+            installation = Installation(model, place.path, ran, options)
+            _put_in(place, installation, folder, keep_original=keep_original)
             undo.pop_all()
     if installation.freed:
-        give_memory_back(device)
+        give_memory_back(ran.device)
     logger.info("%r", installation)
     return installation
+
+
+def _put_in(place: TowerSlot, installation: Installation, folder: Path | None, *, keep_original: bool) -> None:
+    """Hang a stand-in in the place of the tower, and drop the tower's weights; if that fails, neither."""
+    # Here and not above: it imports transformers, which such a model has imported already.
+    from trtower.installation.stand_in import make_stand_in
+
+    stand_in = make_stand_in(place, installation.tower, installation)
+    with ExitStack() as undo:
+        if not keep_original:
+            stand_in.original.write(folder)
+            undo.callback(stand_in.take_back)
+        place.put(stand_in)
+        undo.callback(place.put, place.module)
+        if not keep_original:
+            installation.freed = stand_in.original.drop()
+        undo.pop_all()
 
 
 def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
@@ -203,14 +196,6 @@ def _take_out(place: TowerSlot) -> None:
     place.put(stand_in.take_back())
     tower.close()
     logger.info("%s: the eager tower is back", place.path)
-
-
-def _path(value: Any, name: str) -> Path:
-    try:
-        return Path(value).expanduser()
-    except (TypeError, RuntimeError) as err:
-        said = f"{value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
-        raise ConfigError(f"{name} is {said}; the path of a folder is expected.") from err
 
 
 def _installed(place: TowerSlot) -> Installation | None:

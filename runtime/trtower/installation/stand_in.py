@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trtower.errors import BackendError, ConfigError, InputError
+from trtower.errors import BackendError, ConfigError
 from trtower.fingerprint import count_layers
 from trtower.installation.find import TowerSlot
 from trtower.installation.original import Original, wants_gradient
@@ -68,9 +68,6 @@ class StandIn(nn.Module):
         for name in CHANGE_THE_TOWER:
             if self._default(name, options.get(name), otherwise=False) is not False:
                 raise ConfigError(f"{name} is not for {self._path}, which is compiled: {BACK}.")
-        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
-            found = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
         tokens = self._run(pixel_values)
         wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
@@ -80,12 +77,10 @@ class StandIn(nn.Module):
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
 
-    def _run(self, pixel_values: Tensor) -> Tensor:
+    def _run(self, pixel_values: Any) -> Tensor:
         """Give all tokens of all layers that the bundle holds, in the dtype of the tower that was replaced."""
         anchor = self.anchor.empty
-        if pixel_values.is_floating_point():  # anything else is refused by the tower
-            pixel_values = pixel_values.to(self._tower.dtype)
-        tokens: Tensor = self._tower(pixel_values).to(anchor.dtype)
+        tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
         if anchor.requires_grad:
             tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
         return tokens

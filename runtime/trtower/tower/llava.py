@@ -7,21 +7,20 @@ have. Shapes: B images, H pixels a side, K tiles of an image, M patches of it, D
 import logging
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+from typing_extensions import Unpack
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command, name_layers
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.reading import says_trained
-from trtower.runners.base import EngineOptions, Runner
+from trtower.tower.options import TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pick import whole_code
-from trtower.tower.s2 import Scales
+from trtower.tower.s2 import ScaledImages, Scales
 from trtower.tower.vision_tower import Self, VisionTower
 
 logger = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ class CLIPVisionTower(VisionTower):
     out the layer, which is -2 then. `load` needs no config and reads what the bundle holds.
     """
 
+    @takes_options
     def __init__(
         self,
         vision_tower: str | os.PathLike[str],
@@ -45,23 +45,10 @@ class CLIPVisionTower(VisionTower):
         delay_load: bool = False,
         *,
         vision_tower_cfg: Any = None,
-        backend: str = "auto",
-        device: str | torch.device | None = None,
-        check_finite: bool | None = None,
-        count_cls: bool = False,
-        require_certificate: bool = False,
-        engine: EngineOptions | None = None,
+        **options: Unpack[TowerKeywords],
     ) -> None:
         args = vision_tower_cfg if args is None else args
-        super().__init__(
-            vision_tower,
-            backend=backend,
-            device=device,
-            check_finite=check_finite,
-            count_cls=count_cls,
-            require_certificate=require_certificate,
-            engine=engine,
-        )
+        super().__init__(vision_tower, **vars(TowerOptions(**options)))  # the layer is the config's to say
         layer = getattr(args, "mm_vision_select_layer", VILA_LAYER if _is_vila(args) else None)
         if layer is None:
             raise ConfigError(
@@ -88,7 +75,7 @@ class CLIPVisionTower(VisionTower):
         bundle: str | os.PathLike[str],
         select_layer: LayerCode | None,
         select_feature: str | None,
-        **options: Any,
+        **options: Unpack[TowerKeywords],
     ) -> Self:
         spec = Bundle.open(bundle).manifest.spec
         args = SimpleNamespace(
@@ -178,6 +165,7 @@ class CLIPVisionTowerS2(_ScaledTower):
 
     def _configure(self, args: Any) -> None:
         super()._configure(args)
+        self._images = ScaledImages(self.bundle.manifest, self._scales)
         self._enlarge(self.s2_image_size)
 
     @property
@@ -194,29 +182,6 @@ class CLIPVisionTowerS2(_ScaledTower):
     def s2_image_size(self) -> int:
         """The largest scale."""
         return self._scales.sizes[-1]
-
-    def _encode(
-        self, runner: Runner, images: Sequence[torch.Tensor], out: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """Run images (..., 3, H, H) of one or several ranks at all scales, and give (B, M, D) for the B in each."""
-        scales = self._scales
-        batches = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
-        counts = [len(batch) * scales.num_tiles for batch in batches]
-        tiles = (tile for batch in batches for tile in scales.tiles(batch))
-        features = self._run(runner, self._pack(runner, tiles, sum(counts))).split(counts)  # (K * B, P + N, D) each
-        prefix = self.spec.num_prefix_tokens - self._pick.first_token
-        return [scales.merge(part.to(batch.dtype), prefix) for part, batch in zip(features, batches, strict=True)]
-
-    @property
-    def _tokens_of_an_image(self) -> int:
-        prefix = self.spec.num_prefix_tokens - self._pick.first_token
-        return prefix + self._scales.count_patches(self.spec.num_patches_per_side)
-
-    def _fits(self, shape: torch.Size) -> bool:
-        return shape[0] == 3 and shape[1] == shape[2]
-
-    def _expectation(self, *, in_list: bool) -> str:
-        return f"square images {'(3, H, H)' if in_list else '(B, 3, H, H)'} of any H"
 
 
 class CLIPVisionTowerDynamicS2(_ScaledTower):

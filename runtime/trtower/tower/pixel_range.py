@@ -1,9 +1,12 @@
-"""Notice pixel values that no image processor made: floats that were not normalised, or not even rescaled."""
+"""Notice pixel values that no image processor made: not finite, not normalised, or not even rescaled."""
 
 import logging
+import math
 
 import numpy as np
+import torch
 
+from trtower.errors import InputError
 from trtower.tower.image_processor import ImageProcessor
 
 FAR = 3.0
@@ -21,11 +24,24 @@ class PixelRange:
 
     def __init__(self, tower: str, processor: ImageProcessor) -> None:
         self._tower, self._processor = tower, processor
-        self.looked = self._warned = False
+        self._looked = self._warned = False
 
-    def look(self, low: float, high: float) -> None:
-        """Take the smallest and the largest value of some images, normalised or not."""
-        self.looked = True
+    def check(self, pixel_values: torch.Tensor, *, finite: bool | None) -> None:
+        """Look at images where the engine reads them; raise InputError for NaN and infinity if they must be ``finite``.
+
+        None is for those on the CPU. On a GPU images that need not be finite are looked at once only.
+        """
+        if finite is None:
+            finite = pixel_values.device.type == "cpu"
+        # Reading an extreme of pixels on a GPU waits for it, which a capture forbids: the runner refuses that in words.
+        captured = pixel_values.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not finite and (self._looked or captured):
+            return
+        low, high = (float(extreme) for extreme in pixel_values.aminmax())  # NaN is both, if any is
+        if finite and not (math.isfinite(low) and math.isfinite(high)):
+            bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
+            raise InputError(f"images holds {bad} values that are NaN or infinite in {pixel_values.dtype}.")
+        self._looked = True
         if self._warned:
             return
         try:

@@ -8,14 +8,18 @@ Shapes: B images, H pixels a side, S pixels a tile's side, K tiles of an image o
 one, P prefix tokens, N patches of a tile and p along its side, M patches of an image, D features a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from trtower.bundle.manifest import Manifest
 from trtower.errors import ConfigError
+from trtower.runners.base import Runner
+from trtower.tower.images import Images, Run
+from trtower.tower.pick import Pick
 
 DEFAULT_SCALES = "336,672,1008"
 """LLaVA's, where a config has no `s2_scales`."""
@@ -92,6 +96,41 @@ class Scales:
             return patches
         means = [part[:, :num_prefix_tokens].unflatten(0, (-1, batch)).mean(dim=0) for part in parts]  # (B, P, D) each
         return torch.cat([torch.cat(means, dim=-1), patches], dim=1)
+
+
+class ScaledImages(Images):
+    """Square images (3, H, H) of any H, each read at all scales."""
+
+    def __init__(self, manifest: Manifest, scales: Scales) -> None:
+        super().__init__(manifest)
+        self._scales = scales
+
+    def _run_together(
+        self, images: Sequence[torch.Tensor], runner: Runner, run: Run, out: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Run images (..., 3, H, H) of one or several ranks at all scales, and return (B, P + M, D) for the B in each.
+
+        They are in the dtype of the images, and never in ``out`` already.
+        """
+        scales = self._scales
+        batches = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
+        counts = [len(batch) * scales.num_tiles for batch in batches]
+        tiles = (tile for batch in batches for tile in scales.tiles(batch))
+        features = run(runner, self._pack(tiles, sum(counts), runner), None)  # (K * B over all, P + N, D)
+        prefix = features.shape[1] - self.spec.num_patches
+        parts = features.split(counts)
+        return [scales.merge(part.to(batch.dtype), prefix) for part, batch in zip(parts, batches, strict=True)]
+
+    def feature_shape(self, pick: Pick) -> tuple[int, int]:
+        """Return (P + M, D), the shape of one image's features, over all scales."""
+        patches = self._scales.count_patches(self.spec.num_patches_per_side)
+        return pick.num_tokens - self.spec.num_patches + patches, pick.hidden_size * len(self._scales.sizes)
+
+    def _fits(self, shape: torch.Size) -> bool:
+        return shape[0] == 3 and shape[1] == shape[2]
+
+    def _expectation(self, *, in_list: bool) -> str:
+        return f"square images {'(3, H, H)' if in_list else '(B, 3, H, H)'} of any H"
 
 
 def _grid(tiles: torch.Tensor, n: int, side: int) -> torch.Tensor:

@@ -11,16 +11,13 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trtower.errors import ConfigError
 from trtower.tower.outputs import Outputs
-
-if TYPE_CHECKING:
-    from trtower.tower.vision_tower import VisionTower
 
 
 class VisionModel(nn.Module):
@@ -30,9 +27,8 @@ class VisionModel(nn.Module):
     because tinychat asks for CLIP's.
     """
 
-    _tower: Any  # a VisionTower: transformers evaluates the annotations of its subclasses, and this one is a cycle
+    _tower: Any  # a VisionTower, whose module imports this one
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor, *, output_hidden_states: bool | None = None, **options: Any) -> Any:
         """Turn pixels (B, 3, S, S) into an object with `last_hidden_state` and `hidden_states`, each (B, P + N, D).
 
@@ -43,7 +39,7 @@ class VisionModel(nn.Module):
         asked = sorted(changes - {"return_dict"})
         if asked:
             raise ConfigError(f"{asked[0]} cannot be followed by a compiled tower: leave it out.")
-        tokens = self._tower.read_tokens(pixel_values)
+        tokens = self._tower.read_tokens(pixel_values).to(pixel_values.dtype)
         outputs = Outputs(self._tower.bundle, self._tower.spec.num_layers, instead=None)
         return SimpleNamespace(
             last_hidden_state=outputs.last_hidden_state(tokens),
@@ -80,8 +76,8 @@ class VisionModel(nn.Module):
         return str(self._tower.extra_repr())
 
 
-def make_vision_model(tower: "VisionTower", anchor: nn.Module) -> VisionModel:
-    """Make the vision model of a tower. Its one parameter is that of ``anchor``."""
+def make_vision_model(tower: Any, anchor: nn.Module) -> VisionModel:
+    """Make the vision model of a `VisionTower`. Its one parameter is that of ``anchor``."""
     model: VisionModel = object.__new__(_class_for(str(tower.config.model_type)))
     nn.Module.__init__(model)
     vars(model)["_tower"] = tower  # not registered: the tower is around this, not in it

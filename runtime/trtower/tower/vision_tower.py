@@ -4,37 +4,31 @@ Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D
 """
 
 import json
-import logging
-import math
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import CONFIG, PREPROCESSOR
 from trtower.dtypes import DTYPES
-from trtower.errors import BackendError, BundleError, ConfigError, InputError, one_line
+from trtower.errors import BackendError, InputError
 from trtower.layer_codes import LayerCode
-from trtower.runners.base import EngineOptions, Runner, run_batch
-from trtower.runners.choose import choose
-from trtower.runners.device import parse_device
-from trtower.runners.holder import Holder, refuse_fork
+from trtower.runners.base import Runner, run_batch
 from trtower.runners.observation import OnBatch, observed
-from trtower.spec import profile_batches
 from trtower.tower.anchor import Anchor
 from trtower.tower.attribute_dict import AttributeDict
+from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
-from trtower.tower.inputs import can_fill, check_images, check_out, one_input
+from trtower.tower.images import Images, can_fill, one_input
+from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
-
-logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="VisionTower")
 
@@ -60,45 +54,39 @@ class VisionTower(nn.Module):
     is not pickled, and refuses after a fork. Threads may share it, and close or move it while others call it.
     """
 
+    @takes_options
     def __init__(
         self,
         bundle: str | os.PathLike[str],
         *,
         select_layer: LayerCode | None = None,
         select_feature: str | None = None,
-        backend: str = "auto",
-        device: str | torch.device | None = None,
-        check_finite: bool | None = None,
-        count_cls: bool = False,
-        require_certificate: bool = False,
-        engine: EngineOptions | None = None,
+        **options: Unpack[TowerKeywords],
     ) -> None:
         super().__init__()
-        if not isinstance(engine, EngineOptions | None):
-            raise ConfigError(f"engine is {engine!r}; expected trtower.EngineOptions(…).")
+        given = TowerOptions(**options)
         self.bundle = Bundle.open(bundle)
         self.spec = self.bundle.manifest.spec
         self.vision_tower_name = str(bundle)
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
-        self.check_finite, self.count_cls = check_finite, count_cls
+        self._images = Images(self.bundle.manifest)
+        self.check_finite, self.count_cls = given.check_finite, given.count_cls
         self.on_batch: OnBatch | None = None
         self._nvtx = False
-        self._backend, self._asked_device, self._engine = backend, device, engine
-        self._require_certificate = require_certificate
         self.select(
             whole_code(self.spec) if select_layer is None else select_layer,
             self.spec.select_feature if select_feature is None else select_feature,
         )
-        self._holder = Holder(self.vision_tower_name)
-        self._loading = threading.RLock()
-        # Not at the end of Python, which would then wait for calls of threads that end with it.
-        weakref.finalize(self, self._holder.close).atexit = False
         # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
         self._anchor = Anchor(self.dtype, torch.device("cpu"))
+        self._engine = Engine(self.vision_tower_name, self.bundle, given, self._anchor)
+        # Not at the end of Python, which would then wait for calls of threads that end with it.
+        weakref.finalize(self, self._engine.close).atexit = False
 
     @classmethod
+    @takes_options
     def load(
         cls: type[Self],
         bundle: str | os.PathLike[str],
@@ -107,10 +95,7 @@ class VisionTower(nn.Module):
         *,
         select_layer: LayerCode | None = None,
         select_feature: str | None = None,
-        check_finite: bool | None = None,
-        count_cls: bool = False,
-        require_certificate: bool = False,
-        engine: EngineOptions | None = None,
+        **options: Unpack[OtherKeywords],
     ) -> Self:
         """Open a bundle and make it ready to run; `from_pretrained` is another name for it.
 
@@ -131,17 +116,7 @@ class VisionTower(nn.Module):
             BackendError: No requested backend can run it here.
             ConfigError: An option has a value that it cannot have.
         """
-        tower = cls._make(
-            bundle,
-            select_layer,
-            select_feature,
-            backend=backend,
-            device=device,
-            check_finite=check_finite,
-            count_cls=count_cls,
-            require_certificate=require_certificate,
-            engine=engine,
-        )
+        tower = cls._make(bundle, select_layer, select_feature, backend=backend, device=device, **options)
         tower.load_model()
         return tower
 
@@ -153,7 +128,7 @@ class VisionTower(nn.Module):
         bundle: str | os.PathLike[str],
         select_layer: LayerCode | None,
         select_feature: str | None,
-        **options: Any,
+        **options: Unpack[TowerKeywords],
     ) -> Self:
         """Make a tower that is not loaded yet."""
         return cls(bundle, select_layer=select_layer, select_feature=select_feature, **options)
@@ -165,13 +140,7 @@ class VisionTower(nn.Module):
 
     @property
     def _runner(self) -> Runner | None:
-        return self._holder.runner
-
-    @property
-    def _placed_on(self) -> torch.device | None:
-        """The GPU on which accelerate has put the anchor, past `.to`, as it dispatches a model by its device_map."""
-        device = self._anchor.empty.device
-        return None if device.type == "cpu" else device
+        return self._engine.runner
 
     def load_model(self, device_map: Any = None) -> None:
         """Verify the bundle's files and load them; a second call does nothing.
@@ -179,17 +148,7 @@ class VisionTower(nn.Module):
         `device_map`: a device; Hugging Face's {"": device}, or that of a whole model, with an entry for its
         vision_tower; None and "auto" keep the device given before.
         """
-        refuse_fork()
-        asked = _device_from_map(device_map)
-        if not self.is_loaded:
-            with self._loading:
-                if not self.is_loaded:
-                    known = (asked, self._asked_device, self._placed_on)
-                    self._open(next((device for device in known if device is not None), None))
-                    return
-        if asked is not None and parse_device(asked) != self.device:
-            raise BackendError(f"{self.vision_tower_name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
-        logger.info("%s is already loaded, `load_model` called again, skipping.", self.vision_tower_name)
+        self._engine.load(device_map)
 
     def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
         """Run the engine once on each number of images, so that no later call pays for what the first one does.
@@ -197,14 +156,7 @@ class VisionTower(nn.Module):
         By default every profile's minimum, optimum and maximum. On a GPU that holds for calls in the current stream:
         warm up in each stream that will serve. Returns the tower.
         """
-        manifest, side = self.bundle.manifest, self.spec.image_size
-        with self._holder.lend() as runner:
-            for batch in profile_batches(manifest.profiles) if batches is None else batches:
-                pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
-                run_batch(runner, manifest.batch, manifest.output, pixel_values)
-            if runner.device.type == "cuda":
-                torch.cuda.current_stream(runner.device).synchronize()
-            runner.keep()
+        self._engine.warm_up(batches)
         return self
 
     def close(self) -> None:
@@ -213,11 +165,11 @@ class VisionTower(nn.Module):
         In a fork it does nothing either: threads that a backend would wait for are in the process that loaded it.
         A tower that nobody holds any more is closed.
         """
-        self._holder.close()
+        self._engine.close()
 
     def refuse_own_call(self) -> None:
         """Raise BackendError inside a call of this tower, in `on_batch`, where it cannot be closed."""
-        self._holder.refuse_own_call()
+        self._engine.refuse_own_call()
 
     def __enter__(self: Self) -> Self:
         """Give the tower, which is closed at the end of the block."""
@@ -252,55 +204,10 @@ class VisionTower(nn.Module):
         returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
         """
         given = one_input(images, pixel_values)
-        with self._holder.lend() as runner:
-            if not isinstance(given, (list, tuple)):
-                return self._encode_tensor(runner, given, out)
-            if out is not None:
-                raise InputError("out is for the features of one tensor, and images is a list.")
-            if not given:
-                raise InputError("images is an empty list; at least one image is expected.")
-            for index, image in enumerate(given):
-                self._check(image, f"images[{index}]", in_list=True)
-            return self._encode(runner, given)
+        with self._engine.lend() as runner:
+            return self._images.encode(given, out, runner, self._run, self._pick)
 
-    def _encode_tensor(self, runner: Runner, images: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        self._check(images, "images", in_list=False)
-        if out is not None:
-            check_out(out, (*images.shape[:-3], self._tokens_of_an_image, self.hidden_size), runner.device)
-        (features,) = self._encode(runner, [images], out)
-        features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
-        if out is None:
-            return features
-        return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
-
-    def _encode(
-        self, runner: Runner, images: Sequence[torch.Tensor], out: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """Run images (..., 3, S, S) of one or several ranks together, and give (T, N, D) for the T in each.
-
-        For ``out`` they are in the engine's dtype, and already there if they can be.
-        """
-        if len(images) == 1:
-            image = images[0]
-            pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
-            features = self._run(runner, pixel_values.view(-1, *image.shape[-3:]), out)
-            return [features.to(image.dtype) if out is None else features]
-        counts = [image.shape[:-3].numel() for image in images]
-        features = self._run(runner, self._pack(runner, images, sum(counts))).split(counts)
-        return [part.to(image.dtype) for part, image in zip(features, images, strict=True)]
-
-    def _pack(self, runner: Runner, images: Iterable[torch.Tensor], total: int) -> torch.Tensor:
-        """Copy images (3, S, S) and (T, 3, S, S), ``total`` in all, into one batch where the engine reads it."""
-        side = self.spec.image_size
-        pixel_values = torch.empty((total, 3, side, side), dtype=runner.dtype, device=runner.device)
-        start = 0
-        for image in images:
-            stop = start + image.shape[:-3].numel()
-            pixel_values[start:stop] = image
-            start = stop
-        return pixel_values
-
-    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
         whole = out is not None and self._pick.whole and can_fill(out, pixel_values, runner.dtype)
         tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
@@ -308,24 +215,17 @@ class VisionTower(nn.Module):
 
     def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
-        finite = runner.device.type == "cpu" if self.check_finite is None else self.check_finite
-        # Reading an extreme of pixels on a GPU waits for it, which a capture forbids: the runner refuses that in words.
-        captured = pixel_values.is_cuda and torch.cuda.is_current_stream_capturing()
-        if finite or not (self._pixel_range.looked or captured):
-            low, high = (float(extreme) for extreme in pixel_values.aminmax())  # NaN is both, if any is
-            if finite and not (math.isfinite(low) and math.isfinite(high)):
-                bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
-                raise InputError(f"images holds {bad} values that are NaN or infinite in {runner.dtype}.")
-            self._pixel_range.look(low, high)
+        self._pixel_range.check(pixel_values, finite=self.check_finite)
         manifest = self.bundle.manifest
         watched = self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
 
-    def read_tokens(self, images: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def read_tokens(self, images: Any) -> torch.Tensor:
         """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
 
-        They come side by side in the bundle's order, in the dtype of the images. Raises InputError.
+        They come side by side in the bundle's order, in the tower's dtype. Raises InputError.
         """
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
@@ -333,9 +233,9 @@ class VisionTower(nn.Module):
         side = self.spec.image_size  # of the engine, whatever sizes the tower takes
         if images.shape[1:] != (3, side, side):
             raise InputError(f"pixel_values has shape {tuple(images.shape)}; this engine takes (B, 3, {side}, {side}).")
-        self._check(images, "pixel_values", in_list=False)
-        with self._holder.lend() as runner:
-            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous()).to(images.dtype)
+        self._images.check(images, "pixel_values", in_list=False)
+        with self._engine.lend() as runner:
+            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
@@ -344,81 +244,10 @@ class VisionTower(nn.Module):
         """
         return self._pick.cut(image_forward_outs)
 
-    def _check(self, images: Any, name: str, *, in_list: bool) -> None:
-        def expected() -> str:
-            return self._expectation(in_list=in_list)
-
-        check_images(images, name, dims=(3, 4) if in_list else (4, 5), fits=self._fits, expected=expected)
-
-    @property
-    def _tokens_of_an_image(self) -> int:
-        """The tokens of one image among the features."""
-        return self._pick.num_tokens
-
-    def _fits(self, shape: torch.Size) -> bool:
-        """Whether one image may be (C, H, W)."""
-        return shape == (3, self.spec.image_size, self.spec.image_size)
-
-    def _expectation(self, *, in_list: bool) -> str:
-        """Say which shapes are taken."""
-        image, batch = f"3, {self.spec.image_size}, {self.spec.image_size}", self.bundle.manifest.batch
-        if in_list:
-            return f"({image}) or tiles (T, {image}) in a list"
-        least = f", B {batch.min} at least," if batch.min > 1 else ""
-        return f"(B, {image}){least} or tiles (B, T, {image})"
-
-    def _open(self, device: str | torch.device | None) -> Callable[[], None]:
-        """Open the bundle on a device; give what closes what was open before, once its calls have ended."""
-        refuse_fork()
-        self._holder.refuse_own_call()
-        if self._require_certificate and (reason := self.bundle.uncertifiable()):
-            raise self._not_certified(reason, self._backend)
-        certified = self._require_certificate
-        runner = choose(self.bundle, self._backend, device, certified=certified, engine=self._engine)
-        if certified and (reason := self.bundle.why_uncertified(runner.backend, runner.files)):
-            runner.close()
-            raise self._not_certified(reason, runner.backend)
-        close = self._holder.swap(runner)
-        certificate = self.bundle.find_certificate(runner.backend, runner.files[0])
-        if certificate and not certificate.passed and not self.bundle.changed_since(certificate):
-            logger.warning(
-                "%s failed its check on %s: `trtower inspect` says what was missed.", self.bundle.path, runner.backend
-            )
-        self._anchor.place(runner.device)
-        return close
-
-    def _not_certified(self, reason: str, backend: str) -> BundleError:
-        path = self.bundle.path
-        check = f"trtower check {path} --backend {backend}"
-        rehearsal = self.bundle.manifest.source.random_weights
-        mend = "Export the checkpoint itself" if rehearsal else f"{check} certifies what runs here"
-        return BundleError(f"{path} is not certified: {reason}. {mend}.")
-
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)`, called here or on the model around this tower. The dtype stays the engine's."""
-        before = self.device
-        after = self._device_after(fn, before)
-        closes: Callable[[], None] | None = None
-        if after != before and self.is_loaded:
-            refuse_fork()
-            with self._loading:
-                closes = self._open(after)  # raises before anything has moved
-        if self._anchor.empty.device != after:
-            self._anchor.place(after)
-        if after not in (before, torch.device("meta")):
-            self._asked_device = after
-        if closes:
-            closes()
+        self._engine.move(fn)
         return self
-
-    def _device_after(self, fn: Callable[[torch.Tensor], torch.Tensor], before: torch.device) -> torch.device:
-        """Ask a function that moves tensors where it would move this tower."""
-        try:
-            return fn(torch.empty(0, dtype=self.dtype, device=before)).device
-        except (AssertionError, RuntimeError) as err:  # torch's words for a device that is not here
-            raise BackendError(
-                f"{self.vision_tower_name} cannot be moved from {before}: {one_line(err)}. It stays there."
-            ) from err
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing: the weights are in the bundle."""
@@ -494,8 +323,7 @@ class VisionTower(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tower runs; before loading, where it was moved to."""
-        runner = self._runner
-        return self._anchor.empty.device if runner is None else runner.device
+        return self._engine.device
 
     @property
     def config(self) -> "TowerConfig":
@@ -535,18 +363,3 @@ class TowerConfig(AttributeDict):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as config.json has it."""
         return dict(self)
-
-
-def _device_from_map(device_map: Any) -> str | torch.device | None:
-    if isinstance(device_map, dict):
-        named = [key for key in device_map if str(key).rpartition(".")[2] == "vision_tower"]
-        named = named or ([*device_map][:1] if len(set(device_map.values())) == 1 else [*device_map.keys() & {""}])
-        if len(named) != 1:
-            raise ConfigError(
-                f"device_map={device_map} splits the tower or leaves it out; an engine is whole: pass {{'': device}}, "
-                "or a map with one entry that ends in vision_tower."
-            )
-        device_map = device_map[named[0]]
-    if device_map is None or device_map == "auto":
-        return None
-    return torch.device("cuda", device_map) if isinstance(device_map, int) else device_map

@@ -54,7 +54,7 @@ def test_padding_and_tiling_of_a_llava_stay_with_the_caller(
     found = inspect_bundle(bundle)
     assert f"by {ratio}: padding and tiling stay with you" in as_text(found)
     assert line in as_text(found)
-    assert found["source"]["image_aspect_ratio"] == ratio
+    assert found.source.image_aspect_ratio == ratio
     assert Bundle.open(bundle.path).manifest.source.image_aspect_ratio == ratio
 
 

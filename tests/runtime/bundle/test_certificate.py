@@ -105,7 +105,7 @@ def test_bundle_that_passed_loads(certified: Path, capsys: pytest.CaptureFixture
     tower = load(certified)
     assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 64)
     assert inspected(certified, capsys).startswith("passed on ")
-    assert inspect_bundle(Bundle.open(certified))["certificates"][0]["void"] == []
+    assert inspect_bundle(Bundle.open(certified)).certificates[0].void == []
 
 
 def test_bundle_without_certificate_is_refused(fp32_bundle: Path) -> None:
@@ -141,7 +141,7 @@ def test_other_file_in_the_place_of_one_that_was_checked_makes_the_certificate_v
     assert inspected(certified, capsys) == (
         f"of {BACKEND} is void: {name} changed since: trtower check {certified} --backend {BACKEND}"
     )
-    assert inspect_bundle(Bundle.open(certified))["certificates"][0]["void"] == [name]
+    assert inspect_bundle(Bundle.open(certified)).certificates[0].void == [name]
 
 
 @pytest.mark.parametrize("name", DEPENDS)

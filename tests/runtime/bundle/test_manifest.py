@@ -11,7 +11,6 @@ from tests.export.made_up import manifest
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import MANIFEST, SCHEMA, Manifest, TowerCost
 from trtower.errors import BundleError
-from trtower.inspection import describe_cut
 from trtower.layer_codes import LAST
 from trtower_export.families import family_of
 
@@ -35,7 +34,7 @@ def edit(bundle: Path, **changes: Any) -> None:
     ],
 )
 def test_cut_is_told_in_one_line(precision: str, megabytes: str) -> None:
-    assert describe_cut(FULL, CUT, precision) == (
+    assert CUT.describe_cut(FULL, precision) == (
         f"23 of 24 layers, 290.9 of 303.5 M parameters{megabytes}, 366.0 of 381.9 GFLOP an image"
     )
 

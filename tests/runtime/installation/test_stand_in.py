@@ -208,7 +208,7 @@ def test_options_that_change_the_tower_are_refused(install: Install, option: str
 @pytest.mark.parametrize(
     ("pixel_values", "words"),
     [
-        (None, "pixel_values is NoneType"),
+        (None, "pixel_values is a NoneType"),
         (torch.zeros(3, 42, 42), r"pixel_values is \(3, 42, 42\); a tensor \(B, 3, S, S\) is expected"),
         (torch.zeros(1, 2, 3, 42, 42), r"pixel_values is \(1, 2, 3, 42, 42\)"),
         (torch.zeros(1, 3, 56, 56), r"has shape \(1, 3, 56, 56\); this engine takes \(B, 3, 42, 42\)"),

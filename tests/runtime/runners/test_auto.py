@@ -151,7 +151,7 @@ def test_engine_options_arrive_at_the_runner(bundle: Bundle, monkeypatch: pytest
     monkeypatch.setattr(tensorrt, "TensorRTRunner", lambda *a: arrived.append(a[3]))
     monkeypatch.setattr(onnxruntime, "OnnxRuntimeCudaRunner", lambda *_, cuda_graphs: arrived.append(cuda_graphs))
     monkeypatch.setattr(
-        "trtower.tower.vision_tower.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle)
+        "trtower.tower.engine.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle)
     )
     (plan,) = bundle.manifest.plans
     cuda = Candidate(backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), obstacle=None)

@@ -64,7 +64,7 @@ def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytes
         done.append(device)
         return lambda: done.append("what was open before is closed")
 
-    monkeypatch.setattr(tower, "_open", open_there)
+    monkeypatch.setattr(tower._engine, "open", open_there)
     torch.nn.ModuleDict({"vision_tower": tower}).to("meta")
     assert done == [torch.device("meta"), "what was open before is closed"]
 

@@ -166,7 +166,7 @@ def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: Vis
     with ThreadPoolExecutor(4) as threads:
         served = [threads.submit(serve) for _ in range(4)]
         for _ in range(5):
-            tower._open(torch.device("cpu"))()
+            tower._engine.open(torch.device("cpu"))()
         stop.set()
         assert all(each.result(PATIENCE_S) for each in served)
 
@@ -190,7 +190,7 @@ def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch
         opened.append(choose(*args, **kwargs))
         return opened[-1]
 
-    monkeypatch.setattr("trtower.tower.vision_tower.choose", watch)
+    monkeypatch.setattr("trtower.tower.engine.choose", watch)
     tower = CLIPVisionTower(clip_bundle, SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: (tower.load_model(), tower(draw(1))), range(4)))
@@ -221,8 +221,8 @@ def test_tower_is_moved_and_loaded_while_a_callback_asks_for_both(
     with ThreadPoolExecutor(2) as threads:
         call = threads.submit(tower, draw(1))
         assert begun.wait(PATIENCE_S)
-        with tower._loading:
-            close = tower._open(torch.device("cpu"))
+        with tower._engine.changing:
+            close = tower._engine.open(torch.device("cpu"))
         moving = threads.submit(close)
         go_on.set()
         assert call.result(PATIENCE_S).shape == (1, 9, 64)
@@ -336,7 +336,7 @@ def test_capture_of_a_cuda_graph_around_the_tower_is_refused(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     tower(draw(1))  # a CUDA graph says nothing of what runs on the CPU
-    monkeypatch.setattr(tower._holder, "runner", SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(tower._engine, "runner", SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(BackendError, match="cannot run while a CUDA graph is captured around it"):
         tower(draw(1))
     monkeypatch.undo()

@@ -228,6 +228,7 @@ def test_dynamic_s2_multiplies_the_width_alone(fp32_bundle: Path) -> None:
     assert tower.image_processor.crop_size == {"height": 42, "width": 42}
     tiles = images(5, S)
     assert torch.equal(tower(tiles), VisionTower.load(fp32_bundle)(tiles))
+    assert torch.equal(tower(tiles, out=torch.empty(5, N, WIDTH)), tower(tiles))
     with pytest.raises(InputError, match="this engine takes"):
         tower(images(1, 84))
 

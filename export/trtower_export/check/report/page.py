@@ -9,7 +9,7 @@ from typing import Any
 from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
 from trtower.bundle.manifest import Manifest
 from trtower.extras import import_extra
-from trtower.inspection import describe_cut, describe_figure, describe_run
+from trtower.inspection import describe_figure
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
 from trtower_export.check.photographs import PHOTOGRAPH
@@ -63,9 +63,9 @@ def render(
         own=f"PyTorch {manifest.precision.upper()}",
         eight_bit=manifest.precision in EIGHT_BIT,
         why=why_not_finite(certificate),
-        run=describe_run(certificate.ran, certificate.runner, certificate.gpu),
+        run=certificate.describe_run(),
         emulated="emulated" in certificate.backend,
-        cut=describe_cut(manifest.full, manifest.cut, manifest.precision),
+        cut=manifest.cut.describe_cut(manifest.full, manifest.precision),
         columns=COLUMNS,
         bounds=[_bound(bound) for bound in certificate.bounds],
         overall=[
