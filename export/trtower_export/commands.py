@@ -198,29 +198,22 @@ def check(
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
+        from trtower_export.check.certify import check_bundle
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report import Report, make_folder
-        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.checkpoint import open_source
         from trtower_export.checkpoint.layouts import Trust
-        from trtower_export.pipeline import check_bundle
 
-    source = opened.manifest.source
     pages = page = None
     if report:
         make_folder(report)
         pages = Report(opened.manifest.spec, ImageProcessor.from_file(opened.verify(PREPROCESSOR)))
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
-    found = open_checkpoint(
-        checkpoint or source.checkpoint,
-        random_weights=source.random_weights,
-        revision=None if checkpoint else source.revision,
-        tower=tower or source.tower,
-        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
-    )
+    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
     checked = check_bundle(
         opened,
-        found,
+        open_source(opened.manifest.source, checkpoint, tower=tower, trust=trust),
         photographs,
         progress,
         backend=backend,
@@ -347,7 +340,7 @@ def bench(
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
         from trtower_export.bench.entrants import AGAINST
         from trtower_export.bench.tables import draw_benchmark, print_benchmark, to_json
-        from trtower_export.checkpoint.checkpoint import open_checkpoint
+        from trtower_export.checkpoint.checkpoint import open_source
         from trtower_export.checkpoint.layouts import Trust
 
     options = BenchOptions(
@@ -357,14 +350,8 @@ def bench(
         rounds=rounds,
         tiles=tiles,
     )
-    source = opened.manifest.source
-    found = open_checkpoint(
-        checkpoint or source.checkpoint,
-        random_weights=source.random_weights,
-        revision=None if checkpoint else source.revision,
-        tower=tower or source.tower,
-        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
-    )
+    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
+    found = open_source(opened.manifest.source, checkpoint, tower=tower, trust=trust)
     benchmark = run_benchmark(opened, found, options, progress)
     if json_:
         typer.echo(to_json(benchmark), nl=False)

@@ -18,10 +18,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from trtower.bundle.manifest import Source
 from trtower.errors import CheckpointError, ConfigError, TrtowerError
 from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
-from trtower.spec import TowerSpec
+from trtower.spec import DEFAULT_BATCH, BatchProfile, TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded, one_line
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
@@ -65,6 +66,16 @@ class Checkpoint:
     def random_weights(self) -> bool:
         """Whether the weights are drawn and not read: a rehearsal."""
         return self.layout.tensors is None
+
+    @property
+    def bundle_name(self) -> str:
+        """What its bundle is called unless somebody names it."""
+        return f"{self.name}.rehearsal" if self.random_weights else self.name
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """What its plans are tuned for unless somebody says it."""
+        return (self.recipe.batch if self.recipe else DEFAULT_BATCH,)
 
     def describe(self) -> str:
         """Say what was recognised, and where in it the tower lies."""
@@ -273,6 +284,22 @@ def open_checkpoint(
         layout=layout,
         trust=request.trust,
         tower=tower,
+    )
+
+
+def open_source(
+    source: Source, moved_to: str | None = None, *, tower: str | None = None, trust: Trust | None = None
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was made of: where it was at export, or where it is now.
+
+    ``tower`` names another of several towers. Raises CheckpointError as `open_checkpoint`.
+    """
+    return open_checkpoint(
+        moved_to or source.checkpoint,
+        random_weights=source.random_weights,
+        revision=None if moved_to else source.revision,
+        trust=trust,
+        tower=tower or source.tower,
     )
 
 

@@ -45,19 +45,41 @@ def add_plan(
     settings: BuildSettings | None = None,
     store: Path | None = None,
 ) -> Path:
-    """Add a plan to a bundle that exists, and return its path; it is built unless ``store`` has it already."""
-    manifest = bundle.manifest
+    """Add a plan to a bundle; it is built unless ``store`` has it already.
+
+    Args:
+        bundle: the bundle, whose folder and the one around it can be written.
+        flavour: tensorrt, tensorrt-rtx, or auto: what this machine can do.
+        compute_capabilities: GPUs to build for, such as ("8.9",); () is a portable plan, or the GPU that is here.
+        progress: who is told of every step.
+        settings: how to build; TensorRT's defaults unless given.
+        store: a folder of plans that were built before (see store.py).
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        ConfigError, BackendError, MissingExtraError: if no TensorRT here can build such a plan.
+        BuildError: if TensorRT refuses, the disk is full, or the bundle is read-only.
+        BundleError: if the bundle was altered, or another process writes it.
+    """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
-    target, reason = choose_target(flavour, compute_capabilities, manifest.precision, settings, bundle.path)
+    target, reason = choose_target(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
     if target is None:
         raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")
     progress.say(reason)
+    added = build_into(bundle, target, progress, store)
+    return bundle.path / added.manifest.plans[-1].file
+
+
+def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path | None) -> Bundle:
+    """Add the plan for ``target`` to a bundle, and return the bundle with it. Raises as `add_plan`."""
     path = bundle.path.resolve()
     for folder in (path, path.parent):  # the lock lies beside the bundle
         if not os.access(folder, os.W_OK):
             raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
     entry = describe_plan(target)
-    with disk_errors(bundle.path):
+    with disk_errors(f"the plan of {bundle.path}"):
         for name in (GRAPH, GRAPH_DATA):
             bundle.verify(name)
         stored = obtain_plan(bundle, target, progress, store) if store else None
@@ -70,10 +92,10 @@ def add_plan(
             added = bundle.add_plan(entry, staged.plan, staged.log)
     built = added.manifest.plans[-1]
     now = (built.settings, added.manifest.files[built.file])
-    for old in manifest.plans:
-        if built.replaces(old) and (old.settings, manifest.files[old.file]) != now:
+    for old in bundle.manifest.plans:
+        if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
             progress.say(f"it takes the place of the plan that was built {describe_settings(old.settings)}")
-    return bundle.path / built.file
+    return added
 
 
 @contextmanager
