@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
@@ -52,6 +53,11 @@ class ExportOptions:
             raise ConfigError(
                 f"--keep-fp16 is for {' and '.join(EIGHT_BIT)}; precision {self.precision} was asked for."
             )
+
+    @property
+    def of_checkpoint(self) -> dict[str, Any]:
+        """The options of `open_checkpoint`."""
+        return {name: getattr(self, name) for name in ("random_weights", "revision", "trust", "tower")}
 
     @property
     def graph_precision(self) -> str:

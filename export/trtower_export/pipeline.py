@@ -17,7 +17,7 @@ from trtower_export.check.certify import check_bundle
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS, load_for_export, make_samples
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
-from trtower_export.checkpoint.remarks import remarks
+from trtower_export.checkpoint.remarks import say_what_is_read
 from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.load import load_tower
 from trtower_export.graph.truncate import release
@@ -25,7 +25,6 @@ from trtower_export.options import ExportOptions as ExportOptions
 from trtower_export.plan.build import build_into
 from trtower_export.plan.targets import Target, choose_target
 from trtower_export.precision.program import trace_in_precision
-from trtower_export.precision.quantisation import load_modelopt
 
 ENGINES = Path("engines")
 
@@ -44,34 +43,21 @@ def export_tower(
         options: what to make of the checkpoint.
         progress: who is told of every step; the log unless given.
 
-    Returns:
-        The bundle; its certificate says whether the check passed.
+    Returns: the bundle, whose certificate says whether the check passed.
 
-    Raises:
-        ConfigError, BundleError, MissingExtraError: before any work.
-        CheckpointError, BuildError: in the course of it. If only the plan cannot be built, the bundle stays without it.
+    Raises ConfigError, BundleError and MissingExtraError before any work, and CheckpointError and BuildError in the
+    course of it. If only the plan cannot be built, the bundle stays, whole and without it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     target, choice = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
-    if options.calibrates:
-        load_modelopt(options.precision)  # so that its absence is no surprise later
     photographs = load_for_export(options, progress)
-    checkpoint = open_checkpoint(
-        source,
-        random_weights=options.random_weights,
-        revision=options.revision,
-        trust=options.trust,
-        tower=options.tower,
-    )
+    checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
     profiles = options.profiles or checkpoint.profiles
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)
     preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
-    progress.say(checkpoint.describe())
-    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.graph_precision}; {choice}")
-    for remark in remarks(checkpoint, spec, layer_asked=options.select_layer is not None):
-        progress.say(remark)
+    say_what_is_read(checkpoint, spec, options, choice, progress)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
         cut = load_tower(checkpoint, spec, progress)
