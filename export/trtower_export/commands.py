@@ -14,7 +14,7 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.console import ConsoleProgress
+from trtower_export.console import ConsoleProgress, importing
 
 BatchOption = Annotated[
     list[str] | None,
@@ -103,7 +103,7 @@ def export(
 ) -> int:
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
-    with progress.step("Import PyTorch and transformers"):
+    with importing(progress):
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.plan.store import default_store

@@ -1,5 +1,6 @@
 """What a command prints: how it is getting on, live on a terminal and one line per step elsewhere, and wide tables."""
 
+import gc
 import logging
 import threading
 import time
@@ -105,6 +106,21 @@ class ConsoleStep:
     def update(self, fraction: float, note: str) -> None:
         """Move the bar."""
         self._bars.update(self._task, total=1.0, completed=fraction, note=note)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def importing(progress: Progress) -> Iterator[None]:
+    """Show the step in which a command imports what it needs.
+
+    What is imported stays, so no garbage is looked for in it, then or later: a second of an export.
+    """
+    gc.disable()
+    try:
+        with progress.step("Import PyTorch and transformers"):
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def print_whole(console: "Console", table: "Table") -> None:

@@ -128,8 +128,7 @@ def test_disk_that_fills_while_the_plan_is_built_leaves_the_bundle_without_it(
     assert_whole_without_a_plan(small_disk / "b")
 
 
-@pytest.mark.parametrize("store", ["--store", "--no-store"])
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(("store", "there"), [("--store", False), ("--no-store", True)])
 def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_builds_it(
     clip: Path,
     spoilt: Path,
@@ -141,6 +140,7 @@ def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_
 ) -> None:
     out = spoilt if there else spoilt.parent / "another one"
     flavour = ["--flavour", "tensorrt-rtx", "--compute-capability", "8.9", "--compute-capability", "12.0"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt.parent / "cache"))
     refusal = BuildError("tensorrt-rtx could not build tower.onnx: out of words.")
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_plan", lambda *_, **__: (_ for _ in ()).throw(refusal))
