@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
-	living precisions clients clean
+	living precisions export-speed clients clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -99,6 +99,16 @@ living: $(STAMP)
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)
 	$(BIN)/python benchmarks/precisions.py
+
+# An export against optimum-onnx, in turn in one run; the peer has an environment of its own.
+ROUNDS ?= 3
+export-speed: $(STAMP) .venv-peer/.installed
+	$(BIN)/python benchmarks/export_speed.py .venv-peer/bin/python $(ROUNDS)
+
+.venv-peer/.installed: benchmarks/requirements-peer.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
 # make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path

@@ -12,11 +12,12 @@ from typing import Any
 from trtower.bundle.manifest import GRAPH_DATA
 from trtower.runners.choose import candidates
 from trtower.spec import BatchProfile
+from trtower_export.check.certify import check_bundle
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.console import LoggedProgress
 from trtower_export.demo.pretrained import write_checkpoint
-from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
+from trtower_export.pipeline import ExportOptions, export_tower
 
 CHOICES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},

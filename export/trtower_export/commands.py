@@ -14,7 +14,7 @@ from trtower.layer_codes import parse_layer_code
 from trtower.names import list_choices
 from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.console import ConsoleProgress, as_json
+from trtower_export.console import ConsoleProgress, as_json, importing
 
 CheckpointArgument = Annotated[
     str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
@@ -113,7 +113,7 @@ def export(
 ) -> int:
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
-    with progress.step("Import PyTorch and transformers"):
+    with importing(progress):
         from trtower_export.checkpoint.layouts import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.plan.store import default_store
@@ -206,11 +206,11 @@ def check(
     opened = Bundle.open(bundle)
     with progress.step("Import PyTorch and transformers"):
         from trtower.tower.image_processor import ImageProcessor
+        from trtower_export.check.certify import check_bundle
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
         from trtower_export.checkpoint.layouts import Trust
-        from trtower_export.pipeline import check_bundle
 
     pages = None
     if report:

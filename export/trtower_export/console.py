@@ -1,6 +1,7 @@
 """What a command prints: how it is getting on, live on a terminal and one line per step elsewhere, and wide tables."""
 
 import dataclasses
+import gc
 import json
 import logging
 import threading
@@ -113,6 +114,21 @@ def as_json(found: Any) -> str:
     """Write a dataclass, or what JSON has, as indented JSON; NaN and infinities are a bug."""
     data = dataclasses.asdict(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else found
     return json.dumps(data, indent=2, allow_nan=False)
+
+
+@contextmanager
+def importing(progress: Progress) -> Iterator[None]:
+    """Show the step in which a command imports what it needs.
+
+    What is imported stays, so no garbage is looked for in it, then or later: a second of an export.
+    """
+    gc.disable()
+    try:
+        with progress.step("Import PyTorch and transformers"):
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def print_whole(console: "Console", table: "Table") -> None:

@@ -6,6 +6,7 @@ know most towers again. A bundle has one for each dtype that a tower may be roun
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,20 @@ def count_layers(tower: nn.Module, naming: Naming) -> int:
 
 def hash_weights(tower: nn.Module, spec: TowerSpec) -> dict[str, str]:
     """Hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it."""
-    return {name: weights_sha256(read_parameters(tower, spec), dtype) for name, dtype in DTYPES.items()}
+    return hash_later(tower, spec).result()
+
+
+def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
+    """Begin to hash as `hash_weights` does, beside what else the program does; ``tower`` may be cast meanwhile."""
+    parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # of what is in them now
+
+    def hash_each() -> dict[str, str]:
+        return {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()}
+
+    with_one_thread = ThreadPoolExecutor(max_workers=1)
+    future = with_one_thread.submit(hash_each)
+    with_one_thread.shutdown(wait=False)
+    return future
 
 
 def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> str:

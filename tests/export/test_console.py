@@ -1,5 +1,6 @@
 """Progress says what is done, and that it is still being done."""
 
+import gc
 import io
 import time
 
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from trtower_export import console
-from trtower_export.console import ConsoleProgress
+from trtower_export.console import ConsoleProgress, importing
 
 
 def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +25,15 @@ def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest
         pass
     time.sleep(0.7)
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["Think", "Think", "Act"]
+
+
+def test_no_garbage_is_looked_for_in_what_a_command_imports() -> None:
+    stream = io.StringIO()
+    try:
+        with importing(ConsoleProgress(Console(file=stream, width=100))):
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert stream.getvalue().startswith("  Import PyTorch and transformers ")

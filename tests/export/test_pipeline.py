@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,13 +19,16 @@ from PIL import Image
 from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import MANIFEST, SCHEMA
+from trtower.cli import run
 from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
 from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.vision_tower import VisionTower
 from trtower_export import pipeline
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
 from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.plan import build
 
 
 @pytest.fixture
@@ -105,13 +109,84 @@ def test_killed_export_leaves_no_bundle_and_the_next_succeeds(clip: Path, tmp_pa
     assert not (tmp_path / ".b.staging").exists()
 
 
-def test_disk_that_fills_during_export_leaves_nothing(
+def test_disk_that_fills_while_the_graph_is_written_leaves_nothing(
     clip: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_check_space", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "check_space", lambda *_, **__: None)
+    (small_disk / "in the way").write_bytes(bytes(900_000))
     with pytest.raises(BuildError, match="the disk filled up while"):
         export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
-    assert [p.name for p in small_disk.iterdir()] == [".b.lock"]
+    assert sorted(p.name for p in small_disk.iterdir()) == [".b.lock", "in the way"]
+
+
+def test_disk_that_fills_while_the_plan_is_built_leaves_the_bundle_without_it(
+    clip: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "check_space", lambda *_, **__: None)
+    with pytest.raises(BuildError, match=r"the disk filled up while .*/b is whole, and serves without a plan"):
+        export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
+    assert_whole_without_a_plan(small_disk / "b")
+
+
+@pytest.mark.parametrize(("store", "there"), [("--store", False), ("--no-store", True)])
+def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_builds_it(
+    clip: Path,
+    spoilt: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    store: str,
+    *,
+    there: bool,
+) -> None:
+    out = spoilt if there else spoilt.parent / "another one"
+    flavour = ["--flavour", "tensorrt-rtx", "--compute-capability", "8.9", "--compute-capability", "12.0"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt.parent / "cache"))
+    refusal = BuildError("tensorrt-rtx could not build tower.onnx: out of words.")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_plan", lambda *_, **__: (_ for _ in ()).throw(refusal))
+        assert run(["export", str(clip), "--out", str(out), "--overwrite", store, *flavour]) == 1
+    printed = capsys.readouterr()
+    error, _, command = printed.err.splitlines()[-1].rpartition(" To add a plan later: trtower ")
+    assert error.startswith("error: tensorrt-rtx could not build tower.onnx: out of words. ")
+    assert f"{out} is whole, and serves without a plan; it was not checked" in error
+    assert_whole_without_a_plan(out)
+    assert VisionTower.load(out).is_loaded
+    assert shlex.split(command) == ["build", str(out), *flavour]
+    assert run(shlex.split(command)) == 0
+    (plan,) = Bundle.open(out).manifest.plans
+    assert plan.compute_capabilities == ("8.9", "12.0")
+
+
+def assert_whole_without_a_plan(out: Path) -> None:
+    bundle = Bundle.open(out)
+    assert not bundle.manifest.plans
+    assert not bundle.manifest.certificates
+    assert not bundle.altered()
+    assert sorted(p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.")) == [f".{out.name}.lock"]
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files == {MANIFEST, *bundle.manifest.files}
+
+
+def test_interrupt_during_the_build_leaves_the_bundle_without_a_plan(clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    script = """
+import os, signal
+from trtower.cli import main
+from trtower_export.plan import polygraphy
+check = polygraphy._check_network
+def interrupt(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    check(*arguments, **options)
+polygraphy._check_network = interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    command = [sys.executable, "-c", script, "export", str(clip), "--out", str(out), "--no-store"]
+    done = subprocess.run([*command, "--flavour", "tensorrt-rtx"], check=False, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: interrupted"
+    assert f"{out} is whole, and serves without a plan; the plan follows" in done.stderr
+    assert_whole_without_a_plan(out)
 
 
 def test_disk_that_is_too_small_is_refused_at_once(clip: Path, small_disk: Path) -> None:

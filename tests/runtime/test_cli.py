@@ -218,8 +218,8 @@ def test_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> Non
 def test_interrupt_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     script = """
 import os, signal, sys
-from trtower_export import pipeline
-pipeline.write_onnx = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+from trtower_export.precision import program
+program.write_onnx = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 from trtower.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()

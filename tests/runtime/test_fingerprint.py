@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import MODELS, NUM_LAYERS, make_model
 from trtower.dtypes import DTYPES
-from trtower.fingerprint import hash_weights, read_parameters, weights_sha256
+from trtower.fingerprint import hash_later, hash_weights, read_parameters, weights_sha256
 from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import TowerSpec
 from trtower_export.families import family_of
@@ -67,3 +67,14 @@ def test_dead_layers_and_heads_do_not_count_and_whatever_is_added_does() -> None
     assert hash_weights(model, spec) == known
     vision.encoder.layers[0].mlp.fc1.lora_A = nn.Linear(4, 4)
     assert hash_weights(model, spec) != known
+
+
+def test_weights_are_hashed_as_they_were_though_the_tower_is_cast_meanwhile() -> None:
+    model = make_model("clip")
+    spec = spec_of(model)
+    known = hash_weights(model, spec)
+    begun = hash_later(model, spec)
+    model.half()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    assert begun.result() == known

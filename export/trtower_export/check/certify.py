@@ -11,9 +11,11 @@ need not overflow there. Without a GPU the graph is therefore run once more, wit
 
 import copy
 import datetime
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, ImageFigures
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
+from trtower.bundle.staging import disk_errors, locked
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, CheckpointError
 from trtower.runners.base import Runner, run_batch
@@ -31,16 +34,13 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.emulation import EMULATED, EmulatedRunner, require_precision
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import GraphStates, LayerSums
-from trtower_export.check.photographs import PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
+from trtower_export.check.photographs import DRAWN, PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
-
-DRAWN = "drawn"
-"""What bounds call the images that are no photographs."""
 
 OnImage = Callable[[ImageEvidence], None]
 """Is shown what became of each image, such as for a report."""
@@ -60,61 +60,47 @@ def certify(
     """Check ``bundle`` on ``photographs`` and on drawn images; the result passes or not, and is written nowhere yet.
 
     ``quick`` takes photographs alone, and the smallest batch. ``by_layer`` compares every hidden state on the way.
-    Raises BackendError where nothing here can run the bundle, BundleError where a file of it was altered, executed
-    here or not, and CheckpointError where ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
+    Raises BackendError if nothing here can run the bundle, BundleError if a file of it was altered, executed here or
+    not, and CheckpointError if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
     """
+    towers = _load_towers(bundle, checkpoint, backend, progress, by_layer=by_layer)
     manifest = bundle.manifest
-    runner = _open(bundle, backend)
-    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # which compared its own
-        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or build the plan again.")
-    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # which has no kernels on the CPU
-    states = GraphStates(bundle, emulated=emulated) if by_layer else None
-    with progress.step("Load PyTorch's tower"):
-        model = checkpoint.load_model(manifest.spec)
-        check_weights(model, manifest, checkpoint.source)
-        own_tower = copy.deepcopy(truncate(model, checkpoint.family, manifest.spec))
-        own_tower = _in_precision(own_tower, bundle).to(runner.device)
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
-    half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
-    typed = EmulatedRunner(bundle, worst=False) if half else None
-    towers = _Towers(bundle, checkpoint, model, own_tower, runner, typed, states)
-    found = _Found(by_batch={batch: {} for batch in batches})
+    comparison = _Comparison(by_batch={batch: {} for batch in batches})
     title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
     with progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
             step.update(start / len(images), f"from {images[start].name} on")
-            _compare(towers, images[start : start + max(batches)], found, on_image)
-    runs = [*found.by_batch.values(), *([found.as_typed] if typed else [])]
-    measured = {kind: ([by_kind[kind].figures() for by_kind in runs], own.figures()) for kind, own in found.own.items()}
-    bounds = judge(manifest.precision, measured)
-    plans = [plan.file for plan in manifest.plans]
-    depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
-    return Certificate(
-        passed=all(bound.holds for bound in bounds),
-        ran="plan" if runner.files[0] in plans else "graph",
-        backend=runner.backend,
-        runner=runner.name,
-        executed=tuple(runner.files),
-        files={name: manifest.files[name].sha256 for name in depends},
-        not_run=tuple(plan for plan in plans if plan not in runner.files),
-        reference=f"{checkpoint.family.model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU",
-        images=tuple(found.images),
-        images_sha256=photographs.sha256,
-        skipped=photographs.skipped,
-        batches=tuple(
-            BatchFigures(batch=batch, bundle=total(sums.values()).figures()) for batch, sums in found.by_batch.items()
-        ),
-        as_typed=total(found.as_typed.values()).figures() if typed else None,
-        layers=found.layers.figures(),
-        bundle=total(sums for by_kind in found.by_batch.values() for sums in by_kind.values()).figures(),
-        torch=total(found.own.values()).figures(),
-        bounds=bounds,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        gpu=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None,
-        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    )
+            _compare(towers, images[start : start + max(batches)], comparison, on_image)
+    return _make_certificate(towers, comparison, photographs)
+
+
+def check_bundle(
+    bundle: Bundle, checkpoint: Checkpoint, photographs: Photographs, progress: Progress, **options: Any
+) -> Bundle:
+    """Certify a bundle and write the certificate into it, passed or not.
+
+    Args:
+        bundle: the bundle, whose folder can be written.
+        checkpoint: what it was exported from.
+        photographs: what both towers are run on.
+        progress: who is told of every step.
+        **options: as `certify` takes them.
+
+    Returns:
+        The bundle with its certificate.
+
+    Raises:
+        BackendError: if nothing here can run the bundle.
+        BundleError: if the bundle is read-only, or was altered.
+        CheckpointError: if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
+    """
+    if not os.access(bundle.path, os.W_OK):
+        raise BundleError(f"{bundle.path} is read-only, and its certificate is written into it: check a copy of it.")
+    certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
+    with disk_errors(bundle.path), locked(bundle.path):
+        return bundle.add_certificate(certificate)
 
 
 def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
@@ -122,7 +108,7 @@ def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
     return [*profile_batches(profiles), merge_profiles(profiles).max + 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Towers:
     """What is compared: the full model in FP32, the cut tower in the bundle's precision, and the bundle.
 
@@ -149,8 +135,8 @@ class _Towers:
 
 
 @dataclass(kw_only=True)
-class _Found:
-    """What was found so far; sums by the kind of the images, photographs or drawn."""
+class _Comparison:
+    """What was measured so far; sums by the kind of the images, photographs or drawn."""
 
     by_batch: dict[int, dict[str, MetricSums]]
     as_typed: dict[str, MetricSums] = field(default_factory=dict)
@@ -159,7 +145,33 @@ class _Found:
     layers: LayerSums = field(default_factory=LayerSums)
 
 
-def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, on_image: OnImage | None) -> None:
+def _load_towers(
+    bundle: Bundle, checkpoint: Checkpoint, backend: str, progress: Progress, *, by_layer: bool
+) -> _Towers:
+    """Open what runs the bundle, every file of which must be as it was written, and load PyTorch's towers."""
+    manifest = bundle.manifest
+    runner = _open(bundle, backend)
+    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # which compared its own
+        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or build the plan again.")
+    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # which has no kernels on the CPU
+    half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
+    states = GraphStates(bundle, emulated=emulated) if by_layer else None
+    with progress.step("Load PyTorch's tower"):
+        model = checkpoint.load_model(manifest.spec)
+        check_weights(model, manifest, checkpoint.source)
+        own = _in_precision(copy.deepcopy(truncate(model, checkpoint.family, manifest.spec)), bundle)
+    return _Towers(
+        bundle=bundle,
+        checkpoint=checkpoint,
+        model=model,
+        own=own.to(runner.device),
+        runner=runner,
+        typed=EmulatedRunner(bundle, worst=False) if half else None,
+        states=states,
+    )
+
+
+def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Comparison, on_image: OnImage | None) -> None:
     """Run ``images`` one by one through PyTorch, and in every size of batch through the bundle."""
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
@@ -171,17 +183,17 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, on_im
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
         own_sums.append(MetricSums.of(owns[-1], references[-1]))
-        found.own.setdefault(_kind(image), MetricSums()).add(own_sums[-1])
+        comparison.own.setdefault(_kind(image), MetricSums()).add(own_sums[-1])
         if towers.typed:
             repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
             error = MetricSums.of(row[None].float(), references[-1])
-            found.as_typed.setdefault(_kind(image), MetricSums()).add(error)
+            comparison.as_typed.setdefault(_kind(image), MetricSums()).add(error)
         if towers.states:
-            found.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
+            comparison.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
     sums = [MetricSums() for _ in images]
-    for batch, by_kind in found.by_batch.items():
+    for batch, by_kind in comparison.by_batch.items():
         for start in range(0, len(images), batch):
             members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
             taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
@@ -191,7 +203,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, on_im
                 sums[member].add(error)
                 by_kind.setdefault(_kind(images[member]), MetricSums()).add(error)
     for index, image in enumerate(images):
-        found.images.append(
+        comparison.images.append(
             ImageFigures(
                 name=image.name, kind=image.kind, bundle=sums[index].figures(), torch=own_sums[index].figures()
             )
@@ -207,6 +219,42 @@ def _compare(towers: _Towers, images: Sequence[Photograph], found: _Found, on_im
                     torch=owns[index][0],
                 )
             )
+
+
+def _make_certificate(towers: _Towers, comparison: _Comparison, photographs: Photographs) -> Certificate:
+    """Judge what was measured by the bounds, and write it down with what it was measured on."""
+    manifest, runner, by_batch = towers.bundle.manifest, towers.runner, comparison.by_batch
+    runs = [*by_batch.values(), *([comparison.as_typed] if towers.typed else [])]
+    measured = {
+        kind: ([by_kind[kind].figures() for by_kind in runs], own.figures()) for kind, own in comparison.own.items()
+    }
+    bounds = judge(manifest.precision, measured)
+    plans = [plan.file for plan in manifest.plans]
+    depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
+    model_class = towers.checkpoint.family.model_class
+    return Certificate(
+        passed=all(bound.holds for bound in bounds),
+        ran="plan" if runner.files[0] in plans else "graph",
+        backend=runner.backend,
+        runner=runner.name,
+        executed=tuple(runner.files),
+        files={name: manifest.files[name].sha256 for name in depends},
+        not_run=tuple(plan for plan in plans if plan not in runner.files),
+        reference=f"{model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU",
+        images=tuple(comparison.images),
+        images_sha256=photographs.sha256,
+        skipped=photographs.skipped,
+        batches=tuple(BatchFigures(batch=n, bundle=total(sums.values()).figures()) for n, sums in by_batch.items()),
+        as_typed=total(comparison.as_typed.values()).figures() if towers.typed else None,
+        layers=comparison.layers.figures(),
+        bundle=total(sums for by_kind in by_batch.values() for sums in by_kind.values()).figures(),
+        torch=total(comparison.own.values()).figures(),
+        bounds=bounds,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        gpu=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None,
+        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    )
 
 
 def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:

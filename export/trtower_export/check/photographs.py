@@ -48,6 +48,8 @@ _DAMAGED = "that are no readable image"
 
 
 PHOTOGRAPH = "photograph"
+DRAWN = "drawn"
+"""What bounds call the images."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trtower.bundle.manifest import Source
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
-from trtower.spec import TowerSpec
+from trtower.spec import DEFAULT_BATCH, BatchProfile, TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded
 from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
 from trtower_export.families import Family
@@ -65,6 +65,16 @@ class Checkpoint:
     def random_weights(self) -> bool:
         """Whether the weights are drawn and not read: a rehearsal."""
         return self.layout.tensors is None
+
+    @property
+    def bundle_name(self) -> str:
+        """What its bundle is called unless somebody names it."""
+        return f"{self.name}.rehearsal" if self.random_weights else self.name
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """What its plans are tuned for unless somebody says it."""
+        return (self.recipe.batch if self.recipe else DEFAULT_BATCH,)
 
     def describe(self) -> str:
         """Say what was recognised, and where in it the tower lies."""

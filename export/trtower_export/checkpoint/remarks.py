@@ -6,6 +6,21 @@ from trtower.bundle.manifest import TO_PAD
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.checkpoint.preprocessor import image_aspect_ratio
+from trtower_export.console import Progress
+from trtower_export.options import ExportOptions
+
+
+def say_what_is_read(
+    checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptions, choice: str, progress: Progress
+) -> None:
+    """Say what an export recognised and reads, and what of it its reader would not expect.
+
+    ``choice`` says which plan is built.
+    """
+    progress.say(checkpoint.describe())
+    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.graph_precision}; {choice}")
+    for remark in remarks(checkpoint, spec, layer_asked=options.select_layer is not None):
+        progress.say(remark)
 
 
 def remarks(checkpoint: Checkpoint, spec: TowerSpec, *, layer_asked: bool) -> Iterator[str]:

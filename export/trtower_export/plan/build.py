@@ -43,35 +43,55 @@ def add_plan(
     settings: BuildSettings | None = None,
     store: Path | None = None,
 ) -> Path:
-    """Add a plan to a bundle that exists, and return its path; it is built unless ``store`` has it already."""
-    manifest = bundle.manifest
+    """Add a plan to a bundle; it is built unless ``store`` has it already.
+
+    Args:
+        bundle: the bundle, whose folder and the one around it can be written.
+        flavour: tensorrt, tensorrt-rtx, or auto: what this machine can do.
+        compute_capabilities: GPUs to build for, such as ("8.9",); () is a portable plan, or the GPU that is here.
+        progress: who is told of every step.
+        settings: how to build; TensorRT's defaults unless given.
+        store: a folder of plans that were built before (see store.py).
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        ConfigError, BackendError, MissingExtraError: if no TensorRT here can build such a plan.
+        BuildError: if TensorRT refuses, the disk is full, or the bundle is read-only.
+        BundleError: if the bundle was altered, or another process writes it.
+    """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
-    target, reason = choose_target(flavour, compute_capabilities, manifest.precision, settings, bundle.path)
+    target, reason = choose_target(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
     if target is None:
         raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")
     progress.say(reason)
+    added = build_into(bundle, target, progress, store)
+    return bundle.path / added.manifest.plans[-1].file
+
+
+def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path | None) -> Bundle:
+    """Add the plan for ``target`` to a bundle, and return the bundle with it. Raises as `add_plan`."""
     path = bundle.path.resolve()
     for folder in (path, path.parent):  # the lock lies beside the bundle
         if not os.access(folder, os.W_OK):
             raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
     entry = describe_plan(target)
-    with disk_errors(bundle.path):
-        for name in (GRAPH, GRAPH_DATA):
-            bundle.verify(name)
+    with disk_errors(f"the plan of {bundle.path}"):
         stored = obtain_plan(bundle, target, progress, store) if store else None
         with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
-            staged = Stored(plan=folder / "staged.plan", log=folder / "staged.log")
             if stored:
-                stored.copy_to(staged.plan, staged.log)
+                plan, log = folder / "staged.plan", folder / "staged.log"
+                stored.copy_to(plan, log)
             else:
-                staged = obtain_plan(bundle, target, progress, folder)
-            added = bundle.add_plan(entry, staged.plan, staged.log)
+                plan, log = _build(bundle, target, progress, folder)
+            added = bundle.add_plan(entry, plan, log)
     built = added.manifest.plans[-1]
     now = (built.settings, added.manifest.files[built.file])
-    for old in manifest.plans:
-        if built.replaces(old) and (old.settings, manifest.files[old.file]) != now:
+    for old in bundle.manifest.plans:
+        if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
             progress.say(f"it takes the place of the plan that was built {old.settings.describe()}")
-    return bundle.path / built.file
+    return added
 
 
 @contextmanager
@@ -84,13 +104,13 @@ def _staging(bundle: Path) -> Iterator[Path]:
 
 
 def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Stored:
-    """Give the plan of a bundle's graph: from the store, or built now and kept there.
+    """Return the plan of a bundle's graph from the store, or build it and keep it there.
 
-    Raises BundleError, and keeps nothing, where another graph takes its place while it is read.
+    Raises BundleError, and keeps nothing, if the graph was altered, or another takes its place while it is read.
     """
     manifest = bundle.manifest
     version = load_flavour(target.flavour).__version__
-    on_its_gpu = target.flavour == "tensorrt"
+    gpu = torch.cuda.get_device_name() if target.flavour == "tensorrt" else None
     facts = {
         "graph": manifest.files[GRAPH].sha256,
         "weights": manifest.files[GRAPH_DATA].sha256,
@@ -100,15 +120,25 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
         "version": version,
         "platform": PLATFORM,
         "way": BUILD_PROCEDURE_VERSION,
-        "gpu": torch.cuda.get_device_name() if on_its_gpu else None,
+        "gpu": gpu,
     }
-    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()) if on_its_gpu else ""
-    cache = store / f"{target.flavour}-{version}.{gpu}.timing" if on_its_gpu else None
+    timings = "{}-{}.{}.timing".format(target.flavour, version, re.sub(r"\W+", "-", gpu)) if gpu else None
+    for name in (GRAPH, GRAPH_DATA):
+        bundle.verify(name)
 
     def build(folder: Path) -> tuple[Path, Path]:
-        graph, input_, mixed = bundle.path / GRAPH, manifest.input, manifest.is_mixed
-        with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
-            entry, plan = build_plan(graph, target, input_, manifest.profiles, folder, step, mixed=mixed, cache=cache)
-        return plan, folder / entry.log
+        return _build(bundle, target, progress, folder, cache=store / timings if timings else None)
 
     return PlanStore(store).obtain(facts, build, progress)
+
+
+def _build(
+    bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None
+) -> tuple[Path, Path]:
+    """Build a plan under ``folder`` from a graph that is verified, and the same to the end; return it and its log."""
+    graph, manifest = bundle.path / GRAPH, bundle.manifest
+    with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
+        entry, plan = build_plan(
+            graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache
+        )
+    return plan, folder / entry.log

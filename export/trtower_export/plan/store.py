@@ -51,7 +51,7 @@ class Stored:
 
 
 class PlanStore:
-    """A folder of plans. Where it is only for the time of one build, nothing is found in it."""
+    """A folder of plans."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

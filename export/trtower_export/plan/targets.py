@@ -106,13 +106,7 @@ def choose_target(
         compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= needed)
         reason += f", for compute capability {', '.join(compute_capabilities)}, which have {precision}"
     settings = settings or BuildSettings()
-    if settings.hardware_compatible and (flavour == "tensorrt-rtx" or compute_capabilities):
-        raise ConfigError(
-            "--hardware-compatible is for flavour tensorrt, for every GPU from Ampere on; TensorRT-RTX makes such a "
-            "plan where no --compute-capability is named."
-        )
-    if settings.stripped and not torch.cuda.is_available():
-        raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
+    _check_settings(settings, flavour, compute_capabilities)
     if flavour == "tensorrt" and not settings.hardware_compatible:
         compute_capabilities = (capability_of(),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
@@ -213,6 +207,17 @@ def _check_capabilities(
                 f"{precision} needs compute capability {needed} or later, and this plan would be for "
                 f"{capability}: use fp16."
             )
+
+
+def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequence[str]) -> None:
+    """Refuse settings that this flavour, these GPUs or this machine cannot build with."""
+    if settings.hardware_compatible and (flavour == "tensorrt-rtx" or capabilities):
+        raise ConfigError(
+            "--hardware-compatible is for flavour tensorrt, for every GPU from Ampere on; TensorRT-RTX makes such a "
+            "plan where no --compute-capability is named."
+        )
+    if settings.stripped and not torch.cuda.is_available():
+        raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
 
 
 def describe_plan(target: Target) -> PlanEntry:

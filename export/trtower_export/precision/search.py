@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from trtower.bundle.certificate import Bound
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile, TowerSpec
-from trtower_export.console import Progress
+from trtower_export.console import Progress, Step
 from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.precision.bounds import judge
@@ -37,6 +37,35 @@ class _Case:
     reference: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trials:
+    """A simulation of FP16 that is judged by the bounds of the check, on every image or until one misses them.
+
+    ``own`` is PyTorch's own error, by the kind of the images; ``fixed`` are operations that stay in FP32 in any case.
+    """
+
+    simulation: Simulation
+    cases: list[_Case]
+    own: Mapping[str, MetricSums]
+    fixed: Collection[str]
+
+    def hold(self, kept: Collection[str]) -> bool:
+        """Whether the bounds hold with these operations in FP32."""
+        rounded = set(self.simulation.operations.names).difference(kept, self.fixed)
+        sums = {kind: MetricSums() for kind in self.own}
+        for index, case in enumerate(self.cases):
+            output = self.simulation.run(case.pixel_values.half().float(), rounded=rounded)
+            error = MetricSums.of(output.half().float(), case.reference)
+            if not all(bound.holds for bound in self._bounds({case.kind: error}) if bound.figure in MONOTONOUS):
+                self.cases.insert(0, self.cases.pop(index))  # where it ends the next trial early
+                return False
+            sums[case.kind].add(error)
+        return all(bound.holds for bound in self._bounds(sums))
+
+    def _bounds(self, measured: Mapping[str, MetricSums]) -> tuple[Bound, ...]:
+        return judge("fp16", {kind: ([sums.figures()], self.own[kind].figures()) for kind, sums in measured.items()})
+
+
 @torch.no_grad()
 def find_islands(
     tower: nn.Module,
@@ -49,10 +78,30 @@ def find_islands(
     """Find the fewest operations that must stay in FP32 for the bounds of FP16 to hold on ``images``.
 
     These are (1, 3, S, S), by what bounds call them: "photograph", "drawn". ``always`` are patterns of operations that
-    stay in FP32 whatever is found. Raises BuildError where the bounds are missed with every operation in FP32, as
-    where the state that is read is itself too large for FP16.
+    stay in FP32 whatever is found. Raises BuildError if the bounds are missed with every operation in FP32, as when the
+    state that is read is itself too large for FP16.
     """
-    cases: list[_Case] = []  # what missed a bound moves to the front, where it ends the next trial early
+    trials = _prepare_trials(tower, spec, images, always, progress)
+    names = trials.simulation.operations.names
+    with progress.step("Search for what must stay in FP32") as step:
+        step.update(0.0, "all in FP16")
+        kept: list[str] = []
+        if not trials.hold(kept):
+            kept = _find_enough(trials, tower, step)
+            step.update(0.2, f"which of {len(kept)} can go")
+            kept = _least(kept, trials.hold)
+    return tuple(name for name in names if name in trials.fixed or name in kept)
+
+
+def _prepare_trials(
+    tower: nn.Module,
+    spec: TowerSpec,
+    images: Mapping[str, Sequence[Tensor]],
+    always: Sequence[str],
+    progress: Progress,
+) -> _Trials:
+    """Run PyTorch in FP32, which is the reference, and in FP16, which may be as wrong as the bounds allow."""
+    cases: list[_Case] = []
     own = {kind: MetricSums() for kind in images}
     count = sum(map(len, images.values()))
     with progress.step(f"Run PyTorch in FP32 and FP16 on {count} images") as step:
@@ -63,42 +112,25 @@ def find_islands(
             own[kind].add(MetricSums.of(half(pixel_values.half()).float(), cases[-1].reference))
         del half
         simulation = simulate(tower, spec)
+    return _Trials(simulation=simulation, cases=cases, own=own, fixed=set(simulation.operations.match(always)))
+
+
+def _find_enough(trials: _Trials, tower: nn.Module, step: Step) -> list[str]:
+    """Find operations with which the bounds hold: those that overflow, and as many more as it takes."""
+    simulation, cases = trials.simulation, trials.cases
+    extremes = Extremes()
+    extremes.observe_weights(simulation.operations, named_weights(tower))
+    for case in cases:
+        simulation.run(case.pixel_values, observe=extremes.observe)
+    kept = extremes.overflowing(simulation.operations)
+    if trials.hold(kept):
+        return kept
+    step.update(0.1, "what rounds worst")
     names = simulation.operations.names
-    fixed = set(simulation.operations.match(always))
-
-    def bounds(found: Mapping[str, MetricSums]) -> tuple[Bound, ...]:
-        return judge("fp16", {kind: ([sums.figures()], own[kind].figures()) for kind, sums in found.items()})
-
-    def holds(kept: Collection[str]) -> bool:
-        rounded = set(names) - set(kept) - fixed
-        found = {kind: MetricSums() for kind in images}
-        for index, case in enumerate(cases):
-            output = simulation.run(case.pixel_values.half().float(), rounded=rounded)
-            sums = MetricSums.of(output.half().float(), case.reference)
-            if not all(bound.holds for bound in bounds({case.kind: sums}) if bound.figure in MONOTONOUS):
-                cases.insert(0, cases.pop(index))
-                return False
-            found[case.kind].add(sums)
-        return all(bound.holds for bound in bounds(found))
-
-    with progress.step("Search for what must stay in FP32") as step:
-        step.update(0.0, "all in FP16")
-        if holds(()):
-            return tuple(name for name in names if name in fixed)
-        extremes = Extremes()
-        extremes.observe_weights(simulation.operations, named_weights(tower))
-        for case in cases:
-            simulation.run(case.pixel_values, observe=extremes.observe)
-        kept = extremes.overflowing(simulation.operations)
-        if not holds(kept):
-            step.update(0.1, "what rounds worst")
-            if not holds(names):
-                raise BuildError(f"the bounds of FP16 are missed with every operation in FP32: {_why(cases)}")
-            ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
-            kept += _shortest(ranked, lambda more: holds([*kept, *more]))
-        step.update(0.2, f"which of {len(kept)} can go")
-        kept = _least(kept, holds)
-    return tuple(name for name in names if name in fixed.union(kept))
+    if not trials.hold(names):
+        raise BuildError(f"the bounds of FP16 are missed with every operation in FP32: {_why(cases)}")
+    ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
+    return kept + _shortest(ranked, lambda more: trials.hold([*kept, *more]))
 
 
 def trace_with_islands(

@@ -80,7 +80,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path | str) -> Iterator[None]:
     """Turn a disk that fills up, wherever that is noticed, into one clear BuildError."""
     try:
         yield

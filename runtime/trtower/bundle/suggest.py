@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.layer_codes import LayerCode, name_layer
@@ -29,6 +30,12 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
 def export_command_of(checkpoint: str, bundle: Bundle) -> str:
     """Write the command that makes a bundle of another checkpoint, built as this one, which may have its usual name."""
     return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle), "--out", f"{bundle.path}-own"])
+
+
+def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str]) -> str:
+    """Write the command that adds a plan to a bundle that has none."""
+    command = ["trtower", "build", str(bundle), *([] if flavour == "auto" else ["--flavour", flavour])]
+    return shlex.join([*command, *(each for one in compute_capabilities for each in ("--compute-capability", one))])
 
 
 def _build_options(bundle: Bundle) -> list[str]:

@@ -21,7 +21,6 @@ from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
 from trtower.spec import BatchProfile
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export import pipeline
 from trtower_export.check import certify
 from trtower_export.check.certify import batches_of
 from trtower_export.checkpoint.checkpoint import open_checkpoint
@@ -358,7 +357,7 @@ def test_report_that_cannot_be_written_is_refused_before_the_check(
     pytest.importorskip("matplotlib")
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    monkeypatch.setattr(pipeline, "check_bundle", lambda *_, **__: pytest.fail("the check was begun"))
+    monkeypatch.setattr(certify, "check_bundle", lambda *_, **__: pytest.fail("the check was begun"))
     assert run(["check", str(checkable), "--report", str(taken)]) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert line == f"error: {taken} is a file, or lies in one; a report takes a folder: name another."

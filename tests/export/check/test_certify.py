@@ -19,11 +19,11 @@ from trtower.bundle.staging import describe
 from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import hash_weights
 from trtower.spec import BatchProfile
-from trtower_export.check.certify import certify
+from trtower_export.check.certify import certify, check_bundle
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
-from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
+from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import MetricSums
 

@@ -1,6 +1,8 @@
+import copy
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,16 @@ import onnx
 import pytest
 import transformers
 from onnx import TensorProto, numpy_helper
+from onnxscript import rewriter
 
-from tests.conftest import NUM_LAYERS
+from tests.conftest import BATCH, NUM_LAYERS
+from tests.export.small_towers import cut
 from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
 from trtower.layer_codes import LAST
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.graph import onnx_graph
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
@@ -120,3 +125,21 @@ def test_hidden_state_bears_its_index_where_it_is_not_the_output(
     for index in range(len({name for name in makers.values() if re.search(r"layers\.\d+\.norm1/", name)})):
         (norm,) = (node for node in graph.node if node.name == f"layers.{index}.norm1/LayerNormalization")
         assert norm.input[0] == f"hidden_state.{index}"
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3_vit"])  # which rotates halves of its queries and keys
+def test_rule_that_is_left_out_would_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = rewriter._DEFAULT_REWRITE_RULES
+
+    def write(path: Path) -> bytes:
+        tower, spec = cut(name)
+        program = trace(copy.deepcopy(tower), spec.input("fp16"), BATCH)
+        write_onnx(program, spec.input("fp16"), spec.output("fp16"), path)
+        return path.read_bytes()
+
+    without = write(tmp_path / GRAPH)
+    assert rewriter._DEFAULT_REWRITE_RULES is rules
+    with onnx_graph._without_slices_split():
+        assert len(rewriter._DEFAULT_REWRITE_RULES) == len(rules) - 1
+    monkeypatch.setattr(onnx_graph, "_without_slices_split", nullcontext)
+    assert write(tmp_path / GRAPH) == without

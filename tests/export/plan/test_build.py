@@ -16,7 +16,7 @@ from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
 from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress
-from trtower_export.plan import build
+from trtower_export.plan import polygraphy
 from trtower_export.plan.build import add_plan
 from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
@@ -42,11 +42,11 @@ def test_plan_holds_the_weights_in_the_precision_asked_for(export: Callable[...,
 
 
 def test_plan_in_another_precision_is_refused() -> None:
-    weights = 100 * build.MIB
-    build._check_size(weights + 6 * build.MIB, weights, "float16")
+    weights = 100 * polygraphy.MIB
+    polygraphy._check_size(weights + 6 * polygraphy.MIB, weights, "float16")
     for wrong in (weights // 2, weights * 2):
         with pytest.raises(BuildError, match="did not keep the precision"):
-            build._check_size(wrong, weights, "float16")
+            polygraphy._check_size(wrong, weights, "float16")
 
 
 def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Path) -> None:

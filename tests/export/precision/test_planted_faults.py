@@ -14,11 +14,12 @@ from trtower.cli import run
 from trtower.errors import BuildError, ConfigError
 from trtower.inspection import as_text, inspect_bundle
 from trtower.tower.image_processor import ImageProcessor
+from trtower_export.check.certify import check_bundle
 from trtower_export.check.photographs import load_photographs, prepare
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
 from trtower_export.console import LoggedProgress
-from trtower_export.pipeline import ExportOptions, check_bundle, export_tower
+from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan.build import add_plan
 from trtower_export.precision.doctor import examine
 

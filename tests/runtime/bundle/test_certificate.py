@@ -22,10 +22,10 @@ from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import inspect_bundle
 from trtower.runners.onnxruntime import OnnxRuntimeRunner
+from trtower_export.check.certify import check_bundle
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
-from trtower_export.pipeline import check_bundle
 
 BACKEND = "onnxruntime-cpu"
 PLAN_BACKEND = "tensorrt-rtx"

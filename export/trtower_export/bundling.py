@@ -1,0 +1,80 @@
+"""Make a bundle of a graph: the disk has room for it, and config, preprocessor and manifest lie beside it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+import transformers
+from torch import nn
+
+import trtower
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, SCHEMA, Manifest, Source
+from trtower.bundle.staging import describe, write_manifest
+from trtower.errors import BuildError
+from trtower.spec import MIB, PRECISIONS, BatchProfile, TowerSpec
+from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.checkpoint.preprocessor import image_aspect_ratio
+from trtower_export.graph.cost import measure_graph
+from trtower_export.graph.load import CutTower
+from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
+from trtower_export.precision.program import TypedProgram
+
+
+def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:
+    """Refuse a disk that cannot hold what is about to be written. Raises BuildError."""
+    itemsize = PRECISIONS[precision].itemsize
+    graph = sum(parameter.numel() for parameter in tower.parameters()) * itemsize
+    needed = graph * (2 if plans else 1) + (PLAN_OVERHEAD_MIB * MIB if plans else 0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BuildError(
+            f"{folder.parent} has {free / MIB:.0f} MiB free; this bundle needs about {needed / MIB:.0f} MiB: "
+            "free some, or name another disk with --out."
+        )
+
+
+def write_bundle(
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    spec: TowerSpec,
+    profiles: tuple[BatchProfile, ...],
+    preprocessor: dict[str, Any],
+    cut: CutTower,
+    typed: TypedProgram,
+) -> Manifest:
+    """Write all that a bundle has beside its graph, the manifest last, and return it. Raises ConfigError."""
+    checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
+    (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=name,
+        trtower=trtower.__version__,
+        spec=spec,
+        full=cut.full,
+        cut=measure_graph(folder / GRAPH, cut.flop),
+        source=Source(
+            checkpoint=checkpoint.source,
+            revision=checkpoint.revision,
+            weights_sha256=cut.weights_sha256.result(),
+            random_weights=checkpoint.random_weights,
+            image_aspect_ratio=image_aspect_ratio(checkpoint),
+            tower=checkpoint.tower,
+        ),
+        precision=typed.precision,
+        keep_fp32=typed.keep_fp32,
+        calibration=typed.calibration,
+        input=spec.input(typed.precision),
+        output=spec.output(typed.precision),
+        profiles=profiles,
+        files={file: describe(folder / file) for file in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
+        plans=(),
+        versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
+        certificates=(),
+    )
+    write_manifest(folder, manifest)
+    return manifest

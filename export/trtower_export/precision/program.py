@@ -1,0 +1,78 @@
+"""Trace a truncated tower with every operation in the precision that was asked for, named, or found on images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from trtower.bundle.manifest import Calibration
+from trtower.spec import BatchProfile, TowerSpec
+from trtower_export.console import Progress
+from trtower_export.graph.onnx_graph import Quantise, write_onnx
+from trtower_export.options import ExportOptions
+from trtower_export.precision.quantisation import calibrate, write_quantised
+from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The images that a precision is decided on: pixel values, each (1, 3, S, S), by what bounds call them.
+
+    Empty for a precision that is decided without any. ``sha256`` is that of the photographs.
+    """
+
+    pixel_values: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedProgram:
+    """A traced tower, the operations that it keeps in FP32, and how the graph gets its 8 bits, if it has any."""
+
+    precision: str
+    program: ExportedProgram
+    keep_fp32: tuple[str, ...]
+    calibration: Calibration | None = None
+    quantise: Quantise | None = None
+
+    def write(self, spec: TowerSpec, path: Path) -> None:
+        """Write the graph to ``path``, with its weights beside it. Raises BuildError."""
+        input_, output = spec.input(self.precision), spec.output(self.precision)
+        write_onnx(self.program, input_, output, path, islands=bool(self.keep_fp32), quantise=self.quantise)
+
+
+def trace_in_precision(
+    tower: nn.Module,
+    spec: TowerSpec,
+    batch: BatchProfile,
+    options: ExportOptions,
+    samples: Samples,
+    progress: Progress,
+) -> TypedProgram:
+    """Trace ``tower``, which may be cast in place, in the precision of ``options``.
+
+    Raises ConfigError if a pattern names no operation, and BuildError if no choice of operations holds the bounds.
+    """
+    precision, keep = options.graph_precision, options.keep_fp32
+    if options.searches:
+        keep = find_islands(tower, spec, samples.pixel_values, progress, always=keep)
+    with progress.step("Trace"):
+        program, kept = trace_with_islands(tower, spec, precision, batch, keep, spare=options.calibrates)
+    if options.searches or kept:
+        progress.say(f"in FP32: {', '.join(kept) or 'nothing, FP16 holds the bounds as it is'}")
+    if not options.calibrates:
+        return TypedProgram(precision=precision, program=program, keep_fp32=kept)
+    images = [each for some in samples.pixel_values.values() for each in some]
+    with progress.step(f"Calibrate {precision} on {len(images)} images"):
+        leave = left_in_half(program, precision, options.keep_fp16).union(kept)
+        scales = calibrate(tower, precision, images, leave)
+    return TypedProgram(
+        precision=precision,
+        program=program,
+        keep_fp32=kept,
+        calibration=Calibration(layers=len(scales), images=len(images), images_sha256=samples.sha256),
+        quantise=partial(write_quantised, precision=precision, scales=scales),
+    )

@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import trtower_export
+
+
+def test_public_names_are_these() -> None:
+    assert sorted(trtower_export.__all__) == [
+        "Checkpoint",
+        "ExportOptions",
+        "add_plan",
+        "check_bundle",
+        "export_tower",
+        "open_checkpoint",
+    ]
+    for name in trtower_export.__all__:
+        assert getattr(trtower_export, name).__name__ == name
+
+
+def test_names_load_only_when_they_are_used() -> None:
+    script = """
+import sys
+import trtower_export, trtower_export.commands
+assert not {"transformers", "onnx", "onnxscript", "tensorrt_rtx"} & sys.modules.keys()
+trtower_export.add_plan
+assert not {"transformers", "onnx", "onnxscript"} & sys.modules.keys()
+trtower_export.open_checkpoint
+assert "transformers" in sys.modules
+assert not hasattr(trtower_export, "export_twoer")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
