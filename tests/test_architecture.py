@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 PLANS = {
     "trtower": (
-        "errors extras names layer_codes reading spec flavour",
+        "errors extras names layer_codes reading spec dtypes flavour",
         "bundle",
         "fingerprint runners",
         "inspection tower",
@@ -23,11 +23,11 @@ PLANS = {
         "__main__",
     ),
     "trtower_export": (
-        "arguments console drawing recipes families",
+        "arguments console drawing options recipes families",
         "checkpoint",
         "graph",
         "precision plan",
-        "check",
+        "check bundling",
         "pipeline",
         "bench demo",
         "commands",

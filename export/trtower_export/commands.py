@@ -114,7 +114,7 @@ def export(
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with importing(progress):
-        from trtower_export.checkpoint.layouts import Trust
+        from trtower_export.options import Trust
         from trtower_export.pipeline import ExportOptions, export_tower
         from trtower_export.plan.store import default_store
 
@@ -210,7 +210,7 @@ def check(
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-        from trtower_export.checkpoint.layouts import Trust
+        from trtower_export.options import Trust
 
     pages = None
     if report:
@@ -268,8 +268,8 @@ def doctor(
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.photographs import load_photographs, prepare, say_skipped
         from trtower_export.checkpoint.checkpoint import open_checkpoint
-        from trtower_export.checkpoint.layouts import Trust
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
+        from trtower_export.options import Trust
         from trtower_export.precision.doctor import examine
         from trtower_export.precision.heatmap import draw_heatmap
         from trtower_export.precision.table import print_operations
@@ -333,7 +333,7 @@ def bench(
         from trtower_export.bench.entrants import competitors
         from trtower_export.bench.tables import draw_benchmark, print_benchmark
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-        from trtower_export.checkpoint.layouts import Trust
+        from trtower_export.options import Trust
 
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,

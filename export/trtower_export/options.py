@@ -8,9 +8,16 @@ from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, merge_profiles
-from trtower_export.checkpoint.layout import Trust
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What a checkpoint may do that could run its author's code. Both are off unless the user asks."""
+
+    allow_pickle: bool = False
+    remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

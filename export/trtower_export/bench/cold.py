@@ -33,7 +33,7 @@ def main(
     if not backend:
         from trtower_export.bench.entrants import Arena, enter
         from trtower_export.checkpoint.checkpoint import open_checkpoint
-        from trtower_export.checkpoint.layouts import Trust
+        from trtower_export.options import Trust
 
         found = open_checkpoint(
             checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust), tower=tower

@@ -9,14 +9,7 @@ from torch import Tensor
 from trtower.layer_codes import LayerCode
 from trtower_export.checkpoint.tensors import Tensors
 from trtower_export.families import Family
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trust:
-    """What a checkpoint may do that could run its author's code. Both are off unless the user asks."""
-
-    allow_pickle: bool = False
-    remote_code: bool = False
+from trtower_export.options import Trust
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from trtower.errors import CheckpointError
 from trtower.reading import is_contrastive, read_vision_feature_layer, says_trained
 from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
-from trtower_export.checkpoint.layout import Layout, Request, Trust
+from trtower_export.checkpoint.layout import Layout, Request
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
 from trtower_export.checkpoint.tensors import find_tensors
 from trtower_export.checkpoint.tower_tensors import no_tower, say_adapter, with_tower
 from trtower_export.checkpoint.vision_config import read_vision_config
 from trtower_export.families import family_of
+from trtower_export.options import Trust
 from trtower_export.recipes import Recipe, find_recipe
 
 __all__ = ["Layout", "Request", "Trust", "from_recipe", "recognise", "recognise_file"]

@@ -30,8 +30,8 @@ from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, Timing
 from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.layouts import Trust
 from trtower_export.console import LoggedProgress, as_json
+from trtower_export.options import Trust
 
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
 

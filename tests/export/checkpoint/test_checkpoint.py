@@ -21,7 +21,7 @@ from tests.conftest import WIDTH
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint import files as module
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.layouts import Trust
+from trtower_export.options import Trust
 from trtower_export.recipes import all_recipes
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_model
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.layouts import Trust
+from trtower_export.options import Trust
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.layouts import Trust
 from trtower_export.checkpoint.open_clip import preprocessor
 from trtower_export.graph.truncate import truncate
+from trtower_export.options import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
 
 WIDTH, HEADS, LAYERS, IMAGE_SIZE, PATCH_SIZE = 64, 2, 3, 42, 14

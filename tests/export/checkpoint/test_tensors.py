@@ -16,8 +16,8 @@ from tests.conftest import make_model
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.files import Files
-from trtower_export.checkpoint.layouts import Trust
 from trtower_export.checkpoint.tensors import find_tensors
+from trtower_export.options import Trust
 
 GIB = 2**30
 MARGIN = GIB // 2

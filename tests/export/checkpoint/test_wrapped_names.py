@@ -12,7 +12,7 @@ from tests.conftest import make_model
 from tests.export.checkpoint.test_layouts import assert_same_tower
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.layouts import Trust
+from trtower_export.options import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
 
 
