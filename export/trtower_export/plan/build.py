@@ -123,13 +123,17 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
         "gpu": gpu,
     }
     timings = "{}-{}.{}.timing".format(target.flavour, version, re.sub(r"\W+", "-", gpu)) if gpu else None
-    for name in (GRAPH, GRAPH_DATA):
-        bundle.verify(name)
+    built = False
 
     def build(folder: Path) -> tuple[Path, Path]:
+        nonlocal built
+        built = True
         return _build(bundle, target, progress, folder, cache=store / timings if timings else None)
 
-    return PlanStore(store).obtain(facts, build, progress)
+    stored = PlanStore(store).obtain(facts, build, progress)
+    for name in () if built else (GRAPH, GRAPH_DATA):  # whoever builds verifies them
+        bundle.verify(name)
+    return stored
 
 
 def _build(
