@@ -29,7 +29,7 @@ ERRORS = 3
 """As many of TensorRT's last ones are told where a plan cannot be loaded."""
 
 
-class TensorRTRunner:
+class TensorRTRunner(Runner):
     """One engine, and a pool of slots to run it in.
 
     A call takes the slot that its stream used last, or an idle one, which then waits on the GPU for its call before.
