@@ -38,7 +38,7 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
         if nvtx:
             torch.cuda.nvtx.range_push(f"trtower {runner.backend} batch {len(pixel_values)}")
         try:
-            watch = _CudaWatch(runner.device) if runner.device.type == "cuda" else _Watch()
+            watch = _Watch(runner.device)
             runner.run(pixel_values, hidden_states, watch.start)
             ran = watch.stop()
         finally:
@@ -51,40 +51,30 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
 
 
 class _Watch:
-    """Times a call that has ended when it returns."""
+    """Times a call: by the clock, or on CUDA, where it is only queued when it returns, by two events in its streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         self._asked = time.perf_counter()
 
-    def start(self, stream: Any = None) -> None:
+    def start(self, stream: Any) -> None:
         """Take note that the call has its turn."""
-        del stream
         self._started = time.perf_counter()
         self.queue_s = self._started - self._asked
+        if self._events:
+            self._events[0].record(stream)
 
     def stop(self) -> Callable[[], float]:
         """Take note that the call has returned; give what tells how long it ran."""
-        seconds = time.perf_counter() - self._started
-        return lambda: seconds
-
-
-class _CudaWatch(_Watch):
-    """Times a call that has only been queued when it returns, by two events in the streams it is queued in."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def start(self, stream: Any = None) -> None:
-        super().start()
-        self._begin.record(stream)
-
-    def stop(self) -> Callable[[], float]:
-        self._end.record(torch.cuda.current_stream(self._device))
+        if not self._events:
+            seconds = time.perf_counter() - self._started
+            return lambda: seconds
+        begin, end = self._events
+        end.record(torch.cuda.current_stream(self._device))
 
         def ran() -> float:
-            self._end.synchronize()
-            return float(self._begin.elapsed_time(self._end)) / 1e3
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
 
         return ran

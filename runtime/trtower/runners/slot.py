@@ -5,22 +5,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from trtower.errors import BackendError
 from trtower.runners.base import OnStart
+from trtower.spec import BatchProfile, profile_batches
 
 logger = logging.getLogger(__name__)
-
-
-class Profile(NamedTuple):
-    """The batches that an engine was built for: at least, as tuned, at most."""
-
-    least: int
-    tuned: int
-    most: int
 
 
 class Capturing:
@@ -56,20 +49,16 @@ class Slot:
         self,
         make_context: Callable[[], Any],
         scratch_bytes: int,
-        profiles: Sequence[Profile],
+        profiles: Sequence[BatchProfile],
         names: tuple[str, str],
         device: torch.device,
         capturing: Capturing,
     ) -> None:
         self.stream: int | None = None
-        self._make_context, self._scratch_bytes, self._profiles, self._names = (
-            make_context,
-            scratch_bytes,
-            profiles,
-            names,
-        )
+        self._make_context, self._scratch_bytes = make_context, scratch_bytes
+        self._profiles, self._names = profiles, names
         self._device, self._capturing = device, capturing
-        self._buckets = {batch for profile in profiles for batch in profile}
+        self._to_capture = profile_batches(profiles)
         try:
             self._scratch = allocate(scratch_bytes, device)
         except torch.OutOfMemoryError as err:
@@ -110,7 +99,7 @@ class Slot:
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
         """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
         batch = len(images)
-        if self._capturing.wanted and batch in self._buckets and batch not in self._graphs:
+        if self._capturing.wanted and batch in self._to_capture and batch not in self._graphs:
             with self._capturing.turn:
                 try:
                     if self._capturing.wanted:
@@ -146,16 +135,14 @@ class Slot:
 
     def _profile_for(self, batch: int) -> int:
         """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
-        fitting = [index for index, each in enumerate(self._profiles) if each.least <= batch <= each.most]
+        fitting = [
+            (abs(each.opt - batch), each.max - each.min, index)
+            for index, each in enumerate(self._profiles)
+            if each.min <= batch <= each.max
+        ]
         if not fitting:
             raise BackendError(f"no profile of the plan takes {batch} images: {self._profiles} are there.")
-        return min(
-            fitting,
-            key=lambda index: (
-                abs(self._profiles[index].tuned - batch),
-                self._profiles[index].most - self._profiles[index].least,
-            ),
-        )
+        return min(fitting)[-1]
 
     def _new_context(self, profile: int, stream: int) -> Any:
         context = self._make_context()

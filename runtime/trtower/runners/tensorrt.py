@@ -18,7 +18,8 @@ from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape,
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
-from trtower.runners.slot import Capturing, Profile, Slot
+from trtower.runners.slot import Capturing, Slot
+from trtower.spec import BatchProfile
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ class TensorRTRunner(Runner):
             if plan.settings.stripped:
                 _refit(module, engine, runtime.logger, bundle, plan)
             self._profiles = _read_profiles(engine, bundle, plan)
-            self._cache = self._open_cache(gpu)
-            self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
+            self._cache: RuntimeCache | None = None
+            self._config = self._configure(gpu) if plan.flavour == "tensorrt-rtx" else None
             self._capturing = Capturing(device, wanted=options.cuda_graphs and self._config is None)
             self._own_stream = torch.cuda.Stream(device)
             self._slots = Pool(self._make_slot, options.contexts)
@@ -126,13 +127,7 @@ class TensorRTRunner(Runner):
             return self._engine.create_execution_context(self._config)
         return self._engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
 
-    def _open_cache(self, gpu: str) -> RuntimeCache | None:
-        if self._plan.flavour != "tensorrt-rtx" or not self._options.runtime_cache:
-            return None
-        sha256 = self._bundle.manifest.files[self._plan.file].sha256
-        return RuntimeCache(self._bundle.path, sha256, self._module.__version__, gpu)
-
-    def _configure(self) -> Any:
+    def _configure(self, gpu: str) -> Any:
         """Settle what TensorRT-RTX decides while it runs."""
         module, options = self._module, self._options
         config = self._engine.create_runtime_config()
@@ -142,9 +137,13 @@ class TensorRTRunner(Runner):
         config.dynamic_shapes_kernel_specialization_strategy = getattr(
             module.DynamicShapesKernelSpecializationStrategy, options.kernel_specialization.upper()
         )
-        if self._cache and not config.set_runtime_cache(self._cache.read_into(config.create_runtime_cache())):
-            logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
-            self._cache = None
+        if options.runtime_cache:
+            sha256 = self._bundle.manifest.files[self._plan.file].sha256
+            cache = RuntimeCache(self._bundle.path, sha256, module.__version__, gpu)
+            if config.set_runtime_cache(cache.read_into(config.create_runtime_cache())):
+                self._cache = cache
+            else:
+                logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
         return config
 
 
@@ -161,7 +160,7 @@ def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) 
             )
 
 
-def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profile, ...]:
+def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchProfile]:
     """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
     manifest, batch = bundle.manifest, bundle.manifest.batch
     any_batch = -1 if batch.min < batch.max else batch.max
@@ -174,8 +173,8 @@ def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profil
     shapes = [
         engine.get_tensor_profile_shape(manifest.input.name, index) for index in range(engine.num_optimization_profiles)
     ]
-    profiles = tuple(Profile(*(shape[0] for shape in each)) for each in shapes)
-    least, most = min(profile.least for profile in profiles), max(profile.most for profile in profiles)
+    profiles = [BatchProfile(min=low[0], opt=tuned[0], max=high[0]) for low, tuned, high in shapes]
+    least, most = min(profile.min for profile in profiles), max(profile.max for profile in profiles)
     if (least, most) != (batch.min, batch.max):
         raise BundleError(
             f"{bundle.path}: {plan.file} takes {least} to {most} images; tower.json says {batch.min} to {batch.max}."
@@ -194,7 +193,6 @@ def _bridge(module: Any) -> Any:
         module.ILogger.ERROR: logging.ERROR,
         module.ILogger.WARNING: logging.WARNING,
         module.ILogger.INFO: logging.DEBUG,
-        module.ILogger.VERBOSE: logging.NOTSET,
     }
 
     class Bridge(module.ILogger):  # type: ignore[misc]
