@@ -68,11 +68,8 @@ def extra_of(module: str) -> str | None:
     except PackageNotFoundError:
         return None
     name = module.partition(".")[0].replace("_", "-")
-    for line in lines:
-        match = re.match(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", line, flags=re.IGNORECASE)
-        if match:
-            return match.group(1)
-    return None
+    wanted = re.compile(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", flags=re.IGNORECASE)
+    return next((match[1] for match in map(wanted.match, lines) if match), None)
 
 
 def why_broken(err: BaseException) -> str | None:

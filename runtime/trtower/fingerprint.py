@@ -27,13 +27,9 @@ def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
     That goes on beside what else the program does, and ``tower`` may be cast meanwhile.
     """
     parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # of what is in them now
-
-    def hash_each() -> dict[str, str]:
-        return {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()}
-
-    with_one_thread = ThreadPoolExecutor(max_workers=1)
-    future = with_one_thread.submit(hash_each)
-    with_one_thread.shutdown(wait=False)
+    executor = ThreadPoolExecutor(max_workers=1)
+    future = executor.submit(lambda: {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()})
+    executor.shutdown(wait=False)
     return future
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +36,11 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
     """Give `runner.run`, with ``on_batch`` told of every call, and an NVTX range around each."""
 
     def run(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        if nvtx:
-            torch.cuda.nvtx.range_push(f"trtower {runner.backend} batch {len(pixel_values)}")
-        try:
+        name = f"trtower {runner.backend} batch {len(pixel_values)}"
+        with torch.cuda.nvtx.range(name) if nvtx else nullcontext():
             watch = _Watch(runner.device)
             runner.run(pixel_values, hidden_states, watch.start)
             ran = watch.stop()
-        finally:
-            if nvtx:
-                torch.cuda.nvtx.range_pop()
         if on_batch is not None:
             on_batch(BatchReport(batch=len(pixel_values), backend=runner.backend, queue_s=watch.queue_s, _ran=ran))
 

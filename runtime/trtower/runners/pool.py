@@ -116,8 +116,7 @@ class SerialThread:
             call, done = work
             try:
                 call()
+                done.set_result(None)
             except BaseException as err:  # noqa: BLE001 - the caller gets it
                 done.set_exception(err)
-            else:
-                done.set_result(None)
             del call, done, work  # they hold tensors

@@ -69,9 +69,8 @@ class RuntimeCache:
             try:
                 staged.write_bytes(content)
                 staged.replace(self._folder / name)
-            except OSError:
+            finally:
                 _remove(staged)
-                raise
         except OSError as err:
             logger.warning("compiled kernels are not kept for the next process: %s: %s", self._folder, err.strerror)
             return

@@ -18,7 +18,7 @@ from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape,
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
-from trtower.runners.slot import Capturing, Slot
+from trtower.runners.slot import Shared, Slot
 from trtower.spec import BatchProfile
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,21 @@ class TensorRTRunner(Runner):
             self._runtime, self._engine = runtime, engine
             if plan.settings.stripped:
                 _refit(module, engine, runtime.logger, bundle, plan)
-            self._profiles = _read_profiles(engine, bundle, plan)
+            profiles = _read_profiles(engine, bundle, plan)
             self._cache: RuntimeCache | None = None
-            self._config = self._configure(gpu) if plan.flavour == "tensorrt-rtx" else None
-            self._capturing = Capturing(device, wanted=options.cuda_graphs and self._config is None)
+            is_rtx = plan.flavour == "tensorrt-rtx"
+            managed = module.ExecutionContextAllocationStrategy.USER_MANAGED  # contexts are given their scratch memory
+            self._config = self._configure(gpu, managed) if is_rtx else managed
+            self._shared = Shared(
+                make_context=lambda: self._engine.create_execution_context(self._config),
+                scratch_bytes=engine.device_memory_size_v2,
+                profiles=profiles,
+                names=(bundle.manifest.input.name, bundle.manifest.output.name),
+                device=device,
+                captures=options.cuda_graphs and not is_rtx,
+            )
             self._own_stream = torch.cuda.Stream(device)
-            self._slots = Pool(self._make_slot, options.contexts)
+            self._slots = Pool(lambda: Slot(self._shared), options.contexts)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
@@ -81,7 +90,7 @@ class TensorRTRunner(Runner):
         images = pixel_values if _is_aligned(pixel_values) else pixel_values.clone()
         features = hidden_states if _is_aligned(hidden_states) else torch.empty_like(hidden_states)
         fitting = (None, stream.cuda_stream)
-        with self._slots.lend(lambda slot: slot.stream in fitting) as slot, torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), self._slots.lend(lambda slot: slot.stream in fitting) as slot:
             if stream is not caller:
                 stream.wait_stream(caller)
             try:
@@ -94,8 +103,7 @@ class TensorRTRunner(Runner):
 
     def keep(self) -> None:
         """See Runner.keep."""
-        cache = self._cache
-        if cache:
+        if cache := self._cache:
             cache.write()
 
     def close(self) -> None:
@@ -109,29 +117,11 @@ class TensorRTRunner(Runner):
         self.keep()
         self._cache = self._config = self._engine = self._runtime = None
 
-    def _make_slot(self) -> Slot:
-        with torch.cuda.device(self.device):
-            manifest = self._bundle.manifest
-            return Slot(
-                self._make_context,
-                self._engine.device_memory_size_v2,
-                self._profiles,
-                (manifest.input.name, manifest.output.name),
-                self.device,
-                self._capturing,
-            )
-
-    def _make_context(self) -> Any:
-        """Make a context without scratch memory; None where TensorRT cannot."""
-        if self._config is not None:
-            return self._engine.create_execution_context(self._config)
-        return self._engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
-
-    def _configure(self, gpu: str) -> Any:
+    def _configure(self, gpu: str, allocation: Any) -> Any:
         """Settle what TensorRT-RTX decides while it runs."""
         module, options = self._module, self._options
         config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.set_execution_context_allocation_strategy(allocation)
         graphs = module.CudaGraphStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
         config.dynamic_shapes_kernel_specialization_strategy = getattr(
@@ -162,17 +152,15 @@ def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) 
 
 def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchProfile]:
     """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
-    manifest, batch = bundle.manifest, bundle.manifest.batch
+    manifest, batch, images = bundle.manifest, bundle.manifest.batch, bundle.manifest.input.name
     any_batch = -1 if batch.min < batch.max else batch.max
 
     def read(name: str) -> list[tuple[str, Shape]]:
         shape = tuple(engine.get_tensor_shape(name))
         return [(name, ("batch", *shape[1:]) if shape[:1] == (any_batch,) else shape)]
 
-    check_contract(bundle, plan.file, read(manifest.input.name), read(manifest.output.name))
-    shapes = [
-        engine.get_tensor_profile_shape(manifest.input.name, index) for index in range(engine.num_optimization_profiles)
-    ]
+    check_contract(bundle, plan.file, read(images), read(manifest.output.name))
+    shapes = [engine.get_tensor_profile_shape(images, index) for index in range(engine.num_optimization_profiles)]
     profiles = [BatchProfile(min=low[0], opt=tuned[0], max=high[0]) for low, tuned, high in shapes]
     least, most = min(profile.min for profile in profiles), max(profile.max for profile in profiles)
     if (least, most) != (batch.min, batch.max):
