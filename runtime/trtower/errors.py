@@ -14,18 +14,6 @@
 A message says what was found, what was expected, and the next step.
 """
 
-__all__ = [
-    "BackendError",
-    "BuildError",
-    "BundleError",
-    "CheckpointError",
-    "ConfigError",
-    "InputError",
-    "MissingExtraError",
-    "TrtowerError",
-    "one_line",
-]
-
 
 class TrtowerError(Exception):
     """Base of every error that trtower raises on purpose."""

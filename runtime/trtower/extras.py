@@ -18,8 +18,6 @@ WAYS_OUT = {
 }
 """What mends a package that breaks over another one: (the package, what its error names) -> the way out."""
 
-OWN_ENVIRONMENT = "install trtower and its command in an environment of their own"
-
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
     """Import ``module``; raise MissingExtraError naming ``extra`` where its package is not installed.
@@ -43,28 +41,24 @@ def how_to_install(extra: str) -> str:
 
     Several extras are one string, joined by commas. The command is quoted for a shell.
     """
-    return f"pip install {_requirement(extra)}"
-
-
-def _requirement(extra: str) -> str:
-    """Name trtower with an extra as pip takes it, by the `direct_url.json` that pip wrote when it installed trtower."""
     name = f"trtower[{extra}]"
-    try:
+    try:  # pip wrote this when it installed trtower
         origin = json.loads(distribution("trtower").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         origin = {}
     url = origin.get("url", "")
     if "dir_info" in origin:
         folder = url2pathname(urlsplit(url).path)
-        if not Path(folder).is_dir():  # built from a folder that is gone, as in a container
-            return shlex.quote(name)
-        return ("-e " if origin["dir_info"].get("editable") else "") + shlex.quote(f"{folder}[{extra}]")
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        if Path(folder).is_dir():
+            return f"pip install {editable}{shlex.quote(f'{folder}[{extra}]')}"
+        origin, url = {}, ""  # built from a folder that is gone, as in a container
     if "vcs_info" in origin:
         revision = origin["vcs_info"].get("requested_revision")
         url = f"{origin['vcs_info']['vcs']}+{url}{f'@{revision}' if revision else ''}"
     if origin.get("subdirectory"):
         url += f"#subdirectory={origin['subdirectory']}"
-    return shlex.quote(f"{name} @ {url}" if url else name)
+    return f"pip install {shlex.quote(f'{name} @ {url}' if url else name)}"
 
 
 def extra_of(module: str) -> str | None:
@@ -74,11 +68,8 @@ def extra_of(module: str) -> str | None:
     except PackageNotFoundError:
         return None
     name = module.partition(".")[0].replace("_", "-")
-    for line in lines:
-        match = re.match(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", line, flags=re.IGNORECASE)
-        if match:
-            return match.group(1)
-    return None
+    wanted = re.compile(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", flags=re.IGNORECASE)
+    return next((match[1] for match in map(wanted.match, lines) if match), None)
 
 
 def why_broken(err: BaseException) -> str | None:
@@ -100,5 +91,5 @@ def why_broken(err: BaseException) -> str | None:
     remedy = next(remedies, f"install {package} again")
     return (
         f"the installed {package} {version(installed[package][0])} breaks when it is imported ({reason}): "
-        f"{remedy}, or {OWN_ENVIRONMENT}"
+        f"{remedy}, or install trtower and its command in an environment of their own"
     )

@@ -21,21 +21,15 @@ def count_layers(tower: nn.Module, naming: Naming) -> int:
     return 1 + max((layer for layer in found if layer is not None), default=-1)
 
 
-def hash_weights(tower: nn.Module, spec: TowerSpec) -> dict[str, str]:
-    """Hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it."""
-    return hash_later(tower, spec).result()
-
-
 def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
-    """Begin to hash as `hash_weights` does, beside what else the program does; ``tower`` may be cast meanwhile."""
+    """Begin to hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it.
+
+    That goes on beside what else the program does, and ``tower`` may be cast meanwhile.
+    """
     parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # of what is in them now
-
-    def hash_each() -> dict[str, str]:
-        return {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()}
-
-    with_one_thread = ThreadPoolExecutor(max_workers=1)
-    future = with_one_thread.submit(hash_each)
-    with_one_thread.shutdown(wait=False)
+    executor = ThreadPoolExecutor(max_workers=1)
+    future = executor.submit(lambda: {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()})
+    executor.shutdown(wait=False)
     return future
 
 

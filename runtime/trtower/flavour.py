@@ -5,14 +5,11 @@ Their Python modules have the same names inside, so all code here takes the modu
 
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 from trtower.errors import MissingExtraError
 from trtower.extras import how_to_install, import_extra
 from trtower.names import check_name
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Flavour -> its Python module, and the extra of trtower that brings it."""
@@ -24,7 +21,7 @@ PORTABLE_FROM = "8.0"
 """Plans that name no compute capability start at Ampere, with either TensorRT."""
 
 
-def load_flavour(flavour: str) -> "ModuleType":
+def load_flavour(flavour: str) -> ModuleType:
     """Import a flavour's module; raise MissingExtraError where it is not installed."""
     check_name("flavour", flavour, tuple(FLAVOURS))
     name, extra = FLAVOURS[flavour]
@@ -42,14 +39,14 @@ def sm_name(capability: str) -> str:
     return "sm" + capability.replace(".", "")
 
 
-def known_capabilities(module: "ModuleType") -> list[str]:
+def known_capabilities(module: ModuleType) -> list[str]:
     """List the compute capabilities that a TensorRT-RTX builds for, as "8.6", in order."""
     names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
     return [f"{name[:-1]}.{name[-1]}" for name in names]
 
 
 def capability_obstacle(
-    flavour: str, module: "ModuleType | None", compute_capabilities: Sequence[str], here: str
+    flavour: str, module: ModuleType | None, compute_capabilities: Sequence[str], here: str
 ) -> str | None:
     """Say why a plan does not run on a GPU of compute capability ``here``; None where it does.
 

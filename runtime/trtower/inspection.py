@@ -92,15 +92,15 @@ def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> Inspec
 
 
 def _backend_row(candidate: Candidate, altered: list[str], *, auto: bool) -> BackendRow:
-    spoilt = None if candidate.obstacle else _spoilt(candidate.plan, altered)
+    obstacle = candidate.obstacle or _spoilt(candidate.plan, altered)
     return BackendRow(
         backend=candidate.backend,
         file=candidate.file,
         device=str(candidate.device),
-        runs=not candidate.obstacle and not spoilt,
-        obstacle=candidate.obstacle or spoilt,
+        runs=not obstacle,
+        obstacle=obstacle,
         reservation=candidate.reservation,
-        auto=auto and not spoilt,
+        auto=auto and not obstacle,
     )
 
 
@@ -175,18 +175,18 @@ def _describe_backends(found: Inspection) -> Iterator[str]:
 def _describe_certificates(found: Inspection) -> Iterator[str]:
     """Say in a line each what certificates prove, and which plans no check has executed."""
     for each in found.certificates:
-        yield f"  certificate  {_describe_void(found, each) if each.void else _describe_proof(each)}"
+        if each.void:
+            next_step = "" if found.altered else f": trtower check {found.path} --backend {each.backend}"
+            said = f"of {each.backend} is void: {', '.join(each.void)} changed since{next_step}"
+        else:
+            said = _describe_proof(each)
+        yield f"  certificate  {said}"
     if not found.certificates:
         yield f"  certificate  none: trtower check {found.path} makes one"
         return
     seen = {*found.altered, *(name for each in found.certificates for name in each.executed)}
     if not_run := [plan.file for plan in found.plans if plan.file not in seen]:
         yield f"  NOT run      {', '.join(not_run)}: built, and checked on no GPU"
-
-
-def _describe_void(found: Inspection, certificate: InspectedCertificate) -> str:
-    next_step = "" if found.altered else f": trtower check {found.path} --backend {certificate.backend}"
-    return f"of {certificate.backend} is void: {', '.join(certificate.void)} changed since{next_step}"
 
 
 def _describe_proof(certificate: Certificate) -> str:

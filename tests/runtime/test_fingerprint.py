@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import MODELS, NUM_LAYERS, make_model
 from trtower.dtypes import DTYPES
-from trtower.fingerprint import hash_later, hash_weights, read_parameters, weights_sha256
+from trtower.fingerprint import hash_later, read_parameters, weights_sha256
 from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import TowerSpec
 from trtower_export.families import family_of
@@ -34,7 +34,7 @@ def test_what_is_read_is_what_the_cut_tower_is_made_of(name: str, layer: LayerCo
 def test_tower_is_known_in_the_dtype_that_it_is_held_in(dtype: str) -> None:
     model = make_model("clip")
     spec = spec_of(model)
-    known = hash_weights(model, spec)
+    known = hash_later(model, spec).result()
     assert len(set(known.values())) == 3
     held = make_model("clip").to(DTYPES[dtype])
     assert weights_sha256(read_parameters(held, spec), DTYPES[dtype]) == known[dtype]
@@ -43,7 +43,7 @@ def test_tower_is_known_in_the_dtype_that_it_is_held_in(dtype: str) -> None:
 def test_checkpoint_in_half_precision_is_known_in_full() -> None:
     half = make_model("clip").half()
     spec = spec_of(half)
-    assert hash_weights(half.float(), spec) == hash_weights(make_model("clip").half(), spec)
+    assert hash_later(half.float(), spec).result() == hash_later(make_model("clip").half(), spec).result()
 
 
 def test_hash_follows_values_and_not_names() -> None:
@@ -58,21 +58,21 @@ def test_hash_follows_values_and_not_names() -> None:
 def test_dead_layers_and_heads_do_not_count_and_whatever_is_added_does() -> None:
     model = make_model("siglip")
     spec = spec_of(model)
-    known = hash_weights(model, spec)
+    known = hash_later(model, spec).result()
     vision = getattr(model, "vision_model", model)
     with torch.no_grad():
         vision.encoder.layers[NUM_LAYERS - 1].mlp.fc1.weight.zero_()
         vision.post_layernorm.weight.zero_()
         vision.head.probe.zero_()
-    assert hash_weights(model, spec) == known
+    assert hash_later(model, spec).result() == known
     vision.encoder.layers[0].mlp.fc1.lora_A = nn.Linear(4, 4)
-    assert hash_weights(model, spec) != known
+    assert hash_later(model, spec).result() != known
 
 
 def test_weights_are_hashed_as_they_were_though_the_tower_is_cast_meanwhile() -> None:
     model = make_model("clip")
     spec = spec_of(model)
-    known = hash_weights(model, spec)
+    known = hash_later(model, spec).result()
     begun = hash_later(model, spec)
     model.half()
     for parameter in model.parameters():

@@ -20,7 +20,7 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
-from trtower.runners.base import OnStart
+from trtower.runners.base import OnStart, Runner
 from trtower.spec import HALVES, PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 
@@ -39,7 +39,7 @@ def require_precision(bundle: Bundle, backend: str) -> None:
         )
 
 
-class EmulatedRunner:
+class EmulatedRunner(Runner):
     """A Runner on the CPU, in FP32 between roundings."""
 
     def __init__(self, bundle: Bundle, *, worst: bool) -> None:
@@ -58,9 +58,6 @@ class EmulatedRunner:
             on_start(None)
         (found,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
         hidden_states.copy_(torch.from_numpy(found))
-
-    def keep(self) -> None:
-        """See Runner.keep. There is nothing."""
 
     def close(self) -> None:
         """See Runner.close."""

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
-from trtower.bundle.staging import describe, disk_errors, sha256_of, staged, write_manifest
+from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
 from trtower.errors import BundleError, ConfigError
 
 
@@ -55,20 +55,17 @@ class Bundle:
     def verify(self, name: str) -> Path:
         """Compare a file with its sha256 in the manifest and return its path."""
         path = self._check_present(name)
-        with path.open("rb") as stream:
-            self._compare(name, sha256_of(stream))
+        self._compare(name, describe(path).sha256)
         return path
 
     def altered(self, names: Collection[str] | None = None) -> list[str]:
         """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all."""
         wanted = self.manifest.files.keys() if names is None else names
-        return [name for name in self.manifest.files if name in wanted and self._is_altered(name)]
-
-    def _is_altered(self, name: str) -> bool:
-        try:
-            return describe(self.path / name) != self.manifest.files[name]
-        except FileNotFoundError:  # since the bundle was opened
-            return True
+        return [
+            name
+            for name, entry in self.manifest.files.items()
+            if name in wanted and not ((self.path / name).is_file() and describe(self.path / name) == entry)
+        ]
 
     def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
         """Find the certificate of what a backend executes, ``file`` among it; None where it was not checked."""
@@ -149,7 +146,7 @@ class Bundle:
         A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
         finds the old plan under the old manifest, or the new one under the new.
         """
-        current = self._reread()
+        current = Bundle.open(self.path).manifest
         for name in (GRAPH, GRAPH_DATA):
             if current.files.get(name) != self.manifest.files[name]:
                 raise BundleError(f"{self.path} was exported again meanwhile, and the plan is of what it was before.")
@@ -176,12 +173,9 @@ class Bundle:
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
         """Write the certificate into the manifest, in the place of one for the same. Call it under `locked`."""
-        current = self._reread()
-        others = (
-            each
-            for each in current.certificates
-            if (each.backend, each.executed) != (certificate.backend, certificate.executed)
-        )
+        current = Bundle.open(self.path).manifest
+        checked = (certificate.backend, certificate.executed)
+        others = [each for each in current.certificates if (each.backend, each.executed) != checked]
         return self._rewrite(replace(current, certificates=(*others, certificate)))
 
     def copy_to(self, folder: Path) -> "Bundle":
@@ -214,9 +208,6 @@ class Bundle:
             write_manifest(staging, self.manifest)
         return Bundle.open(folder)
 
-    def _reread(self) -> Manifest:
-        return Bundle.open(self.path).manifest
-
     def _rewrite(self, manifest: Manifest) -> "Bundle":
         write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
@@ -225,14 +216,9 @@ class Bundle:
         """Return the path of a listed file, which is inside the bundle."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so nothing vouches for it.")
-        path = self.path / name
-        pure = PurePosixPath(name)
-        if (
-            "\0" in name
-            or pure.is_absolute()
-            or ".." in pure.parts
-            or not path.resolve().is_relative_to(self.path.resolve())
-        ):
+        path, pure = self.path / name, PurePosixPath(name)
+        is_odd = "\0" in name or pure.is_absolute() or ".." in pure.parts
+        if is_odd or not path.resolve().is_relative_to(self.path.resolve()):
             raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle: refused.")
         return path
 
@@ -284,12 +270,9 @@ def _say_what_instead(folder: Path) -> str:
         of = (folder, " of it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
         return f"it has no {MANIFEST}{found}. `trtower export {of[0]}` makes one{of[1]}."
     beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
+    made = "`trtower export CHECKPOINT` makes one."
     # Such as openai/clip-vit-base-patch32, on the hub, and no bundle that lies elsewhere.
-    is_id = len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines"
-    made = (
-        f"`trtower export {folder}` makes one of that on the hub."
-        if is_id
-        else "`trtower export CHECKPOINT` makes one."
-    )
+    if len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines":
+        made = f"`trtower export {folder}` makes one of that on the hub."
     where = "" if folder.is_absolute() else f" in {Path.cwd()}"
     return f"it does not exist{where}. {f'There is {beside[0]}.' if beside else made}"

@@ -205,10 +205,8 @@ class Manifest(BundleFacts):
             raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
         if (self.precision in EIGHT_BIT) != (self.calibration is not None):
             raise ConfigError(f"precision {self.precision} and calibration {self.calibration} contradict each other.")
-        for found, expected in (
-            (self.input, self.spec.input(self.precision)),
-            (self.output, self.spec.output(self.precision)),
-        ):
+        tensors = (self.spec.input(self.precision), self.spec.output(self.precision))
+        for found, expected in zip((self.input, self.output), tensors, strict=True):
             if found != expected:
                 raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
         if not self.profiles:

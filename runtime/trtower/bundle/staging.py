@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -21,8 +20,11 @@ from trtower.errors import BuildError, BundleError
 
 def describe(path: Path) -> FileEntry:
     """Take a file's size and sha256."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return FileEntry(sha256=sha256_of(stream), size=path.stat().st_size)
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return FileEntry(sha256=digest.hexdigest(), size=path.stat().st_size)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -40,15 +42,12 @@ def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Be the only writer of the bundle at ``target``; raise BundleError where another process is, and remains."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_beside(target, "lock"))
     try:
-        lock.acquire(timeout=wait_s)
+        held = FileLock(_beside(target, "lock")).acquire(timeout=wait_s)
     except Timeout as err:
         raise BundleError(f"another process is writing {target}: wait for it, or name another folder.") from err
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -114,11 +113,3 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-
-
-def sha256_of(stream: BinaryIO) -> str:
-    """Hash what is left of a stream."""
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

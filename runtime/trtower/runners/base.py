@@ -24,27 +24,18 @@ OnStart = Callable[[Any], None]
 
 
 class Runner(Protocol):
-    """An opened tower. It may be shared by threads."""
+    """An opened tower. It may be shared by threads.
 
-    @property
-    def backend(self) -> str:
-        """The name by which it is asked for, such as "tensorrt-rtx"."""
+    ``backend`` is the name by which it is asked for, such as "tensorrt-rtx"; ``name`` is what really runs, such as
+    "tensorrt-rtx 1.7.1, sm89". ``files`` are those of the bundle that it executes, and ``dtype`` is that of both
+    tensors.
+    """
 
-    @property
-    def name(self) -> str:
-        """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files of the bundle that it executes."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of both tensors."""
+    backend: str
+    name: str
+    files: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """Fill ``hidden_states`` (B, P + N, D) from ``pixel_values`` (B, 3, S, S).
@@ -54,7 +45,8 @@ class Runner(Protocol):
         """
 
     def keep(self) -> None:
-        """Keep what the backend has compiled so far for the next process, where it can."""
+        """Keep what the backend has compiled so far for the next process. By default that is nothing."""
+        return  # so that a runner may do without its own
 
     def close(self) -> None:
         """Let calls in flight end, and free what this runner holds; a later `run` raises BackendError."""

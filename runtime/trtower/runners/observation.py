@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +36,11 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
     """Give `runner.run`, with ``on_batch`` told of every call, and an NVTX range around each."""
 
     def run(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        if nvtx:
-            torch.cuda.nvtx.range_push(f"trtower {runner.backend} batch {len(pixel_values)}")
-        try:
-            watch = _CudaWatch(runner.device) if runner.device.type == "cuda" else _Watch()
+        name = f"trtower {runner.backend} batch {len(pixel_values)}"
+        with torch.cuda.nvtx.range(name) if nvtx else nullcontext():
+            watch = _Watch(runner.device)
             runner.run(pixel_values, hidden_states, watch.start)
             ran = watch.stop()
-        finally:
-            if nvtx:
-                torch.cuda.nvtx.range_pop()
         if on_batch is not None:
             on_batch(BatchReport(batch=len(pixel_values), backend=runner.backend, queue_s=watch.queue_s, _ran=ran))
 
@@ -51,40 +48,30 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
 
 
 class _Watch:
-    """Times a call that has ended when it returns."""
+    """Times a call: by the clock, or on CUDA, where it is only queued when it returns, by two events in its streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         self._asked = time.perf_counter()
 
-    def start(self, stream: Any = None) -> None:
+    def start(self, stream: Any) -> None:
         """Take note that the call has its turn."""
-        del stream
         self._started = time.perf_counter()
         self.queue_s = self._started - self._asked
+        if self._events:
+            self._events[0].record(stream)
 
     def stop(self) -> Callable[[], float]:
         """Take note that the call has returned; give what tells how long it ran."""
-        seconds = time.perf_counter() - self._started
-        return lambda: seconds
-
-
-class _CudaWatch(_Watch):
-    """Times a call that has only been queued when it returns, by two events in the streams it is queued in."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def start(self, stream: Any = None) -> None:
-        super().start()
-        self._begin.record(stream)
-
-    def stop(self) -> Callable[[], float]:
-        self._end.record(torch.cuda.current_stream(self._device))
+        if not self._events:
+            seconds = time.perf_counter() - self._started
+            return lambda: seconds
+        begin, end = self._events
+        end.record(torch.cuda.current_stream(self._device))
 
         def ran() -> float:
-            self._end.synchronize()
-            return float(self._begin.elapsed_time(self._end)) / 1e3
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
 
         return ran

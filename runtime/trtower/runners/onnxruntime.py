@@ -31,7 +31,7 @@ LAUNCH = -1
 logger = logging.getLogger(__name__)
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Runner):
     """One session on the CPU, which ONNX Runtime lets threads share; each call binds its own tensors."""
 
     def __init__(self, bundle: Bundle, device: torch.device, **settings: str) -> None:
@@ -83,9 +83,6 @@ class OnnxRuntimeRunner:
         binding.bind_output(self._output.name, *self._place, tuple(hidden_states.shape), hidden_states.data_ptr())
         session.run_with_iobinding(binding, options)
 
-    def keep(self) -> None:
-        """See Runner.keep. There is nothing."""
-
     def close(self) -> None:
         """See Runner.close. A call in flight holds the session, which goes with the last of them."""
         self._session = None
@@ -100,62 +97,52 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
-        self._bundle = bundle
-        self._buckets = frozenset(profile_batches(bundle.manifest.profiles))
+        self._bundle, self.device = bundle, device
+        self._to_capture = profile_batches(bundle.manifest.profiles) if cuda_graphs else []
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._capture = cuda_graphs
         try:
-            self._open_session(device)
+            self._open_session()
         except BackendError as err:
             if not cuda_graphs:
                 raise
-            self._capture = False
-            self._open_session(device)  # raises where graphs were not the reason
-            _say_launched(err)
+            self._launch_from_now_on(err)  # raises if graphs were not the reason
         self._thread = SerialThread(f"trtower {self.backend}")
 
-    def _open_session(self, device: torch.device) -> None:
+    def _open_session(self) -> None:
         """Open the session, in a stream that no capture has touched."""
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(self.device)
         settings = {
             "user_compute_stream": str(self._stream.cuda_stream),
             "use_tf32": "0",  # which has FP16's ten bits, where a graph says FP32
             "arena_extend_strategy": "kSameAsRequested",  # not the next power of two, which for weights is half unused
         }
-        if device.index:  # ONNX Runtime 1.31 warns of a plugin that is missing wherever a device is named
-            settings["device_id"] = str(device.index)
-        graphs = {"enable_cuda_graph": "1"} if self._capture else {}
-        super().__init__(self._bundle, device, **settings, **graphs)
+        if self.device.index:  # ONNX Runtime 1.31 warns of a plugin that is missing wherever a device is named
+            settings["device_id"] = str(self.device.index)
+        if self._to_capture:
+            settings["enable_cuda_graph"] = "1"
+        super().__init__(self._bundle, self.device, **settings)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
-        """See Runner.run."""
+        """See Runner.run. A call is queued in the mode of its caller, whose tensors take part in no other."""
         caller, inference = torch.cuda.current_stream(self.device), torch.is_inference_mode_enabled()
-        self._thread.run(lambda: self._take_turn(pixel_values, hidden_states, caller, on_start, inference=inference))
 
-    def _take_turn(
-        self,
-        pixel_values: torch.Tensor,
-        hidden_states: torch.Tensor,
-        caller: Any,
-        on_start: OnStart | None,
-        *,
-        inference: bool,
-    ) -> None:
-        """Queue a call, in the mode of its caller, whose tensors take part in no other."""
-        with torch.no_grad(), torch.inference_mode(inference), torch.cuda.device(self.device):
-            self._stream.wait_stream(caller)
-            try:
-                if on_start:
-                    on_start(self._stream)
-                if not self._replay(pixel_values, hidden_states, caller):
-                    self._run(pixel_values, hidden_states, self._options(LAUNCH))
-            finally:
-                caller.wait_stream(self._stream)
+        def take_turn() -> None:
+            with torch.no_grad(), torch.inference_mode(inference), torch.cuda.device(self.device):
+                self._stream.wait_stream(caller)
+                try:
+                    if on_start:
+                        on_start(self._stream)
+                    if not self._replay(pixel_values, hidden_states, caller):
+                        self._run(pixel_values, hidden_states, self._options(LAUNCH))
+                finally:
+                    caller.wait_stream(self._stream)
+
+        self._thread.run(take_turn)
 
     def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, caller: Any) -> bool:
         """Run from a graph, captured now if this is the batch's first; False where it is to be launched."""
         batch = len(pixel_values)
-        if not self._capture or batch not in self._buckets:
+        if batch not in self._to_capture:
             return False
         with torch.cuda.stream(self._stream):
             try:
@@ -177,9 +164,9 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
 
         The old one goes first, for memory may be what was missing; where none can be opened the runner is closed.
         """
-        self._capture, self._captured, self._session = False, {}, None
-        self._open_session(self.device)
-        _say_launched(err)
+        self._to_capture, self._captured, self._session = [], {}, None
+        self._open_session()
+        logger.warning("CUDA graphs are left out, and every call is launched: %s", one_line(err))
 
     def _options(self, graph: int) -> Any:
         options = self._ort.RunOptions()
@@ -195,12 +182,9 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             super().close()
 
 
-def _say_launched(err: Exception) -> None:
-    logger.warning("CUDA graphs are left out, and every call is launched: %s", one_line(err))
-
-
 def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
-    if bundle.manifest.precision == "fp16" and _version(ort.__version__) < FAST_FP16_FROM:
+    version = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
+    if bundle.manifest.precision == "fp16" and version < FAST_FP16_FROM:
         logger.warning(
             "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
             "export with --precision fp32 for this machine",
@@ -233,10 +217,6 @@ def _check_placement(session: Any, name: str) -> None:
             f"{name} has no CUDA kernels for {what} of this graph and would run them on the CPU, with every tensor "
             "copied there and back."
         )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 class OnnxRuntime(Backend):

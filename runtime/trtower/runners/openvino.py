@@ -22,7 +22,7 @@ from trtower.spec import EIGHT_BIT, PRECISIONS
 PRODUCTS = ("Convolution", "MatMul")
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Runner):
     """One compiled model, whose threads are as many as torch has; calls take turns, since each uses all of them."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
@@ -67,9 +67,6 @@ class OpenVinoRunner:
             request.set_input_tensor(self._wrap(pixel_values))
             request.set_output_tensor(self._wrap(hidden_states))
             request.infer()
-
-    def keep(self) -> None:
-        """See Runner.keep. There is nothing."""
 
     def close(self) -> None:
         """See Runner.close."""

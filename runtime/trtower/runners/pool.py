@@ -18,20 +18,15 @@ Work = tuple[Callable[[], None], "Future[None]"]
 logger = logging.getLogger(__name__)
 
 
-def log(err: BackendError) -> None:
-    """Say that a pool stays smaller than it might be."""
-    logger.warning("no more callers at once than now: %s", err)
-
-
 class Pool(Generic[T]):
     """Up to ``most`` things of one kind, of which a caller has one to itself; the others wait their turn.
 
-    The first is made here, and its error is raised. Where a further one cannot be made, for want of memory above all,
-    the bound is what there is from then on, and ``complain`` is told why.
+    The first is made here, and its error is raised. If a further one cannot be made, for want of memory above all, the
+    bound is what there is from then on, and the log says why.
     """
 
-    def __init__(self, make: Callable[[], T], most: int, complain: Callable[[BackendError], None] = log) -> None:
-        self._make, self._most, self._complain = make, most, complain
+    def __init__(self, make: Callable[[], T], most: int) -> None:
+        self._make, self._most = make, most
         self._idle: list[T] = [make()]
         self._made = 1
         self._closed = False
@@ -74,7 +69,7 @@ class Pool(Generic[T]):
                     self._change.notify_all()
                 if not isinstance(err, BackendError):
                     raise
-                self._complain(err)
+                logger.warning("no more callers at once than now: %s", err)
 
     def close(self) -> list[T]:
         """Wait until all are back, let go of them and give them. Who still waits for one gets a BackendError."""
@@ -121,8 +116,7 @@ class SerialThread:
             call, done = work
             try:
                 call()
+                done.set_result(None)
             except BaseException as err:  # noqa: BLE001 - the caller gets it
                 done.set_exception(err)
-            else:
-                done.set_result(None)
             del call, done, work  # they hold tensors

@@ -26,7 +26,6 @@ class RuntimeCache:
         self._plan, self._own = plan_sha256[:DIGITS], f"{plan_sha256[:DIGITS]}.{version}.{gpu}."
         self._gpu = gpu
         self._handle: Any = None
-        self._kept = ""
 
     def read_into(self, handle: Any) -> Any:
         """Fill TensorRT's ``handle`` with what the process before has kept, and give it."""
@@ -52,7 +51,6 @@ class RuntimeCache:
             return "it was cut short or altered"
         if not self._handle.deserialize(content):
             return "TensorRT-RTX does not take it: the driver is another one"
-        self._kept = path.name
         return None
 
     def write(self) -> None:
@@ -63,7 +61,7 @@ class RuntimeCache:
             return
         content = bytes(memoryview(serialised))
         name = f"{self._own}{hashlib.sha256(content).hexdigest()[:DIGITS]}.cache"
-        if name == self._kept and (self._folder / name).exists():
+        if (self._folder / name).exists():
             return
         staged = self._folder / f"{name}.{os.getpid()}.{threading.get_ident()}.staging"
         try:
@@ -71,16 +69,14 @@ class RuntimeCache:
             try:
                 staged.write_bytes(content)
                 staged.replace(self._folder / name)
-            except OSError:
+            finally:
                 _remove(staged)
-                raise
         except OSError as err:
             logger.warning("compiled kernels are not kept for the next process: %s: %s", self._folder, err.strerror)
             return
         for older in self._folder.glob(f"{self._own}*.cache"):
             if older.name != name:
                 _remove(older)
-        self._kept = name
 
 
 def _remove(path: Path) -> None:

@@ -5,42 +5,39 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trtower.errors import BackendError
 from trtower.runners.base import OnStart
+from trtower.spec import BatchProfile, profile_batches
 
 logger = logging.getLogger(__name__)
 
 
-class Profile(NamedTuple):
-    """The batches that an engine was built for: at least, as tuned, at most."""
+@dataclass(kw_only=True)
+class Shared:
+    """What the slots of an engine share: what their contexts are made of, and whether to capture still, and where.
 
-    least: int
-    tuned: int
-    most: int
-
-
-class Capturing:
-    """What the slots of an engine share of CUDA graphs: whether to capture still, and where.
+    ``make_context`` returns None if TensorRT has no memory for one. ``names`` are those of the input and the output.
 
     One call at a time captures, in a stream that nobody else queues into: what another thread queued there meanwhile
     would become part of the graph. After the first capture that fails there is no other.
     """
 
-    def __init__(self, device: torch.device, *, wanted: bool) -> None:
-        self.wanted = wanted
+    make_context: Callable[[], Any]
+    scratch_bytes: int
+    profiles: Sequence[BatchProfile]
+    names: tuple[str, str]
+    device: torch.device
+    captures: bool
+
+    def __post_init__(self) -> None:
         self.turn = threading.Lock()
         # Few programs take streams of high priority, so that torch has not given this one to another, too.
-        self.stream: Any = torch.cuda.Stream(device, priority=-1) if wanted else None
-
-    def give_up(self, batch: int, err: Exception) -> None:
-        """Say once that what has no graph yet is launched from now on."""
-        if self.wanted:
-            logger.warning("CUDA graphs are left out from now on, and calls are launched: batch %d: %s", batch, err)
-        self.wanted = False
+        self.stream: Any = torch.cuda.Stream(self.device, priority=-1) if self.captures else None
 
 
 class Slot:
@@ -52,33 +49,20 @@ class Slot:
     Raises BackendError where there is no room for all of that.
     """
 
-    def __init__(
-        self,
-        make_context: Callable[[], Any],
-        scratch_bytes: int,
-        profiles: Sequence[Profile],
-        names: tuple[str, str],
-        device: torch.device,
-        capturing: Capturing,
-    ) -> None:
+    def __init__(self, shared: Shared) -> None:
         self.stream: int | None = None
-        self._make_context, self._scratch_bytes, self._profiles, self._names = (
-            make_context,
-            scratch_bytes,
-            profiles,
-            names,
-        )
-        self._device, self._capturing = device, capturing
-        self._buckets = {batch for profile in profiles for batch in profile}
+        self._shared = shared
+        self._to_capture = profile_batches(shared.profiles)
         try:
-            self._scratch = allocate(scratch_bytes, device)
+            self._scratch = allocate(shared.scratch_bytes, shared.device)
         except torch.OutOfMemoryError as err:
             raise BackendError(
-                f"no room for an execution context on {device}: it needs {scratch_bytes} bytes of GPU memory."
+                f"no room for an execution context on {shared.device}: it needs {shared.scratch_bytes} bytes of GPU "
+                "memory."
             ) from err
-        here = torch.cuda.current_stream(device)
+        here = torch.cuda.current_stream(shared.device)
         self._graphs: dict[int, Graph] = {}
-        self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(profiles))]
+        self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(shared.profiles))]
         # Torch gives memory that this stream may still be using to this stream alone; calls come in others.
         self._last_use = torch.cuda.Event()
         self._last_use.record(here)
@@ -91,8 +75,7 @@ class Slot:
         try:
             if on_start:
                 on_start(stream)
-            graph = self._graph_for(images, features, stream)
-            if graph:
+            if graph := self._graph_for(images, features, stream):
                 graph.replay(images, features, stream)
             else:
                 self._launch(self._contexts[self._profile_for(len(images))], images, features, stream.cuda_stream)
@@ -109,19 +92,21 @@ class Slot:
 
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
         """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
-        batch = len(images)
-        if self._capturing.wanted and batch in self._buckets and batch not in self._graphs:
-            with self._capturing.turn:
+        batch, shared = len(images), self._shared
+        if shared.captures and batch in self._to_capture and batch not in self._graphs:
+            with shared.turn:
                 try:
-                    if self._capturing.wanted:
+                    if shared.captures:
                         self._graphs[batch] = self._capture_graph(images, features, stream)
                 except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
-                    self._capturing.give_up(batch, err)
+                    shared.captures = False
+                    said = "CUDA graphs are left out from now on, and calls are launched: batch %d: %s"
+                    logger.warning(said, batch, err)
         return self._graphs.get(batch)
 
     def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
         """Capture a call on tensors of its own, after what ``stream`` holds and before what it is given next."""
-        private = self._capturing.stream
+        private = self._shared.stream
         # Inference mode would bind the tensors to it, and the graph serves calls outside of it, too.
         with torch.cuda.stream(private), torch.inference_mode(mode=False):
             private.wait_stream(stream)
@@ -146,31 +131,31 @@ class Slot:
 
     def _profile_for(self, batch: int) -> int:
         """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
-        fitting = [index for index, each in enumerate(self._profiles) if each.least <= batch <= each.most]
+        profiles = self._shared.profiles
+        fitting = [
+            (abs(each.opt - batch), each.max - each.min, index)
+            for index, each in enumerate(profiles)
+            if each.min <= batch <= each.max
+        ]
         if not fitting:
-            raise BackendError(f"no profile of the plan takes {batch} images: {self._profiles} are there.")
-        return min(
-            fitting,
-            key=lambda index: (
-                abs(self._profiles[index].tuned - batch),
-                self._profiles[index].most - self._profiles[index].least,
-            ),
-        )
+            raise BackendError(f"no profile of the plan takes {batch} images: {profiles} are there.")
+        return min(fitting)[-1]
 
     def _new_context(self, profile: int, stream: int) -> Any:
-        context = self._make_context()
+        shared = self._shared
+        context = shared.make_context()
         if context is None:
             raise BackendError(
-                f"no execution context on {self._device}, for want of GPU memory beside {self._scratch_bytes} bytes of "
-                "scratch; TensorRT's reason is in the log."
+                f"no execution context on {shared.device}, for want of GPU memory beside {shared.scratch_bytes} bytes "
+                "of scratch; TensorRT's reason is in the log."
             )
-        context.set_device_memory(self._scratch.data_ptr(), self._scratch_bytes)
+        context.set_device_memory(self._scratch.data_ptr(), shared.scratch_bytes)
         if profile and not context.set_optimization_profile_async(profile, stream):
             raise BackendError(f"profile {profile} of the plan could not be set; TensorRT's reason is in the log.")
         return context
 
     def _launch(self, context: Any, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
-        inputs, outputs = self._names
+        inputs, outputs = self._shared.names
         accepted = (
             context.set_input_shape(inputs, tuple(images.shape))
             and context.set_tensor_address(inputs, images.data_ptr())

@@ -18,7 +18,8 @@ from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape,
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
-from trtower.runners.slot import Capturing, Profile, Slot
+from trtower.runners.slot import Shared, Slot
+from trtower.spec import BatchProfile
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ ERRORS = 3
 """As many of TensorRT's last ones are told where a plan cannot be loaded."""
 
 
-class TensorRTRunner:
+class TensorRTRunner(Runner):
     """One engine, and a pool of slots to run it in.
 
     A call takes the slot that its stream used last, or an idle one, which then waits on the GPU for its call before.
@@ -66,12 +67,21 @@ class TensorRTRunner:
             self._runtime, self._engine = runtime, engine
             if plan.settings.stripped:
                 _refit(module, engine, runtime.logger, bundle, plan)
-            self._profiles = _read_profiles(engine, bundle, plan)
-            self._cache = self._open_cache(gpu)
-            self._config = self._configure() if plan.flavour == "tensorrt-rtx" else None
-            self._capturing = Capturing(device, wanted=options.cuda_graphs and self._config is None)
+            profiles = _read_profiles(engine, bundle, plan)
+            self._cache: RuntimeCache | None = None
+            is_rtx = plan.flavour == "tensorrt-rtx"
+            managed = module.ExecutionContextAllocationStrategy.USER_MANAGED  # contexts are given their scratch memory
+            self._config = self._configure(gpu, managed) if is_rtx else managed
+            self._shared = Shared(
+                make_context=lambda: self._engine.create_execution_context(self._config),
+                scratch_bytes=engine.device_memory_size_v2,
+                profiles=profiles,
+                names=(bundle.manifest.input.name, bundle.manifest.output.name),
+                device=device,
+                captures=options.cuda_graphs and not is_rtx,
+            )
             self._own_stream = torch.cuda.Stream(device)
-            self._slots = Pool(self._make_slot, options.contexts)
+            self._slots = Pool(lambda: Slot(self._shared), options.contexts)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
@@ -80,7 +90,7 @@ class TensorRTRunner:
         images = pixel_values if _is_aligned(pixel_values) else pixel_values.clone()
         features = hidden_states if _is_aligned(hidden_states) else torch.empty_like(hidden_states)
         fitting = (None, stream.cuda_stream)
-        with self._slots.lend(lambda slot: slot.stream in fitting) as slot, torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), self._slots.lend(lambda slot: slot.stream in fitting) as slot:
             if stream is not caller:
                 stream.wait_stream(caller)
             try:
@@ -93,8 +103,7 @@ class TensorRTRunner:
 
     def keep(self) -> None:
         """See Runner.keep."""
-        cache = self._cache
-        if cache:
+        if cache := self._cache:
             cache.write()
 
     def close(self) -> None:
@@ -108,43 +117,23 @@ class TensorRTRunner:
         self.keep()
         self._cache = self._config = self._engine = self._runtime = None
 
-    def _make_slot(self) -> Slot:
-        with torch.cuda.device(self.device):
-            manifest = self._bundle.manifest
-            return Slot(
-                self._make_context,
-                self._engine.device_memory_size_v2,
-                self._profiles,
-                (manifest.input.name, manifest.output.name),
-                self.device,
-                self._capturing,
-            )
-
-    def _make_context(self) -> Any:
-        """Make a context without scratch memory; None where TensorRT cannot."""
-        if self._config is not None:
-            return self._engine.create_execution_context(self._config)
-        return self._engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
-
-    def _open_cache(self, gpu: str) -> RuntimeCache | None:
-        if self._plan.flavour != "tensorrt-rtx" or not self._options.runtime_cache:
-            return None
-        sha256 = self._bundle.manifest.files[self._plan.file].sha256
-        return RuntimeCache(self._bundle.path, sha256, self._module.__version__, gpu)
-
-    def _configure(self) -> Any:
+    def _configure(self, gpu: str, allocation: Any) -> Any:
         """Settle what TensorRT-RTX decides while it runs."""
         module, options = self._module, self._options
         config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.set_execution_context_allocation_strategy(allocation)
         graphs = module.CudaGraphStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
         config.dynamic_shapes_kernel_specialization_strategy = getattr(
             module.DynamicShapesKernelSpecializationStrategy, options.kernel_specialization.upper()
         )
-        if self._cache and not config.set_runtime_cache(self._cache.read_into(config.create_runtime_cache())):
-            logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
-            self._cache = None
+        if options.runtime_cache:
+            sha256 = self._bundle.manifest.files[self._plan.file].sha256
+            cache = RuntimeCache(self._bundle.path, sha256, module.__version__, gpu)
+            if config.set_runtime_cache(cache.read_into(config.create_runtime_cache())):
+                self._cache = cache
+            else:
+                logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
         return config
 
 
@@ -161,21 +150,19 @@ def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) 
             )
 
 
-def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> tuple[Profile, ...]:
+def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchProfile]:
     """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
-    manifest, batch = bundle.manifest, bundle.manifest.batch
+    manifest, batch, images = bundle.manifest, bundle.manifest.batch, bundle.manifest.input.name
     any_batch = -1 if batch.min < batch.max else batch.max
 
     def read(name: str) -> list[tuple[str, Shape]]:
         shape = tuple(engine.get_tensor_shape(name))
         return [(name, ("batch", *shape[1:]) if shape[:1] == (any_batch,) else shape)]
 
-    check_contract(bundle, plan.file, read(manifest.input.name), read(manifest.output.name))
-    shapes = [
-        engine.get_tensor_profile_shape(manifest.input.name, index) for index in range(engine.num_optimization_profiles)
-    ]
-    profiles = tuple(Profile(*(shape[0] for shape in each)) for each in shapes)
-    least, most = min(profile.least for profile in profiles), max(profile.most for profile in profiles)
+    check_contract(bundle, plan.file, read(images), read(manifest.output.name))
+    shapes = [engine.get_tensor_profile_shape(images, index) for index in range(engine.num_optimization_profiles)]
+    profiles = [BatchProfile(min=low[0], opt=tuned[0], max=high[0]) for low, tuned, high in shapes]
+    least, most = min(profile.min for profile in profiles), max(profile.max for profile in profiles)
     if (least, most) != (batch.min, batch.max):
         raise BundleError(
             f"{bundle.path}: {plan.file} takes {least} to {most} images; tower.json says {batch.min} to {batch.max}."
@@ -194,7 +181,6 @@ def _bridge(module: Any) -> Any:
         module.ILogger.ERROR: logging.ERROR,
         module.ILogger.WARNING: logging.WARNING,
         module.ILogger.INFO: logging.DEBUG,
-        module.ILogger.VERBOSE: logging.NOTSET,
     }
 
     class Bridge(module.ILogger):  # type: ignore[misc]

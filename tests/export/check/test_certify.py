@@ -17,7 +17,7 @@ from trtower.bundle.certificate import Certificate, Figures
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST
 from trtower.bundle.staging import describe
 from trtower.errors import CheckpointError, ConfigError
-from trtower.fingerprint import hash_weights
+from trtower.fingerprint import hash_later
 from trtower.spec import BatchProfile
 from trtower_export.check.certify import certify, check_bundle
 from trtower_export.check.photographs import load_photographs
@@ -83,7 +83,7 @@ def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints:
     cut = replace(bundle.manifest.cut, layers=3)  # or the manifest would contradict itself
     lying = Bundle(bundle.path, replace(bundle.manifest, spec=replace(bundle.manifest.spec, layers=(3,)), cut=cut))
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    weights = hash_weights(checkpoint.load_model(), lying.manifest.spec)
+    weights = hash_later(checkpoint.load_model(), lying.manifest.spec).result()
     lying.manifest = replace(lying.manifest, source=replace(lying.manifest.source, weights_sha256=weights))
     certificate = certify(lying, checkpoint, load_photographs(None, limit=1), quick=True, progress=LoggedProgress())
     assert not certificate.passed

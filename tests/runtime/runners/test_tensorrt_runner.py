@@ -501,7 +501,7 @@ def test_graph_serves_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda
 def test_capture_keeps_its_place_among_what_the_stream_holds(bundle: Bundle, cuda: FakeCuda) -> None:
     """After what was queued before, whose memory it may use, and before what comes next."""
     order, stream, runner = list[str](), cuda.new_stream(), captured(bundle)
-    private = runner._capturing.stream
+    private = runner._shared.stream
     with cuda.stream(stream):
         stream.submit(lambda: order.append("before"))
         images, features = draw_images(bundle, 2), empty_features(bundle, 2)
