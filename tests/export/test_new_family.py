@@ -27,6 +27,7 @@ from trtower.layer_codes import LAST, LayerCode
 from trtower.spec import Naming
 from trtower.tower.vision_tower import VisionTower
 from trtower_export import families
+from trtower_export.checkpoint import checkpoint, vision_config
 from trtower_export.families.base import Family, Pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread", "known")
@@ -132,7 +133,8 @@ def known() -> Iterator[None]:
     """Add the family's one line, and have its class where every family's is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "FAMILIES", (*families.FAMILIES, FAMILY))
-        patch.setattr(transformers, "ToyEye", ToyEye, raising=False)
+        for module in (checkpoint, vision_config):  # importing some models leaves another `transformers` behind
+            patch.setattr(module.transformers, "ToyEye", ToyEye, raising=False)
         yield
 
 
