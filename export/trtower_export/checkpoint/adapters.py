@@ -15,8 +15,6 @@ from trtower_export.checkpoint.tensors import Tensors, names_in
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-MERGE = "merge it into the model with merge_and_unload(), write that with save_pretrained(), and export the result"
-
 _NAMES = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
 
 _ADAPTER_PART = re.compile(
@@ -33,69 +31,59 @@ _OF_A_DECODER = re.compile(r"(model\.)*layers\.\d+\.")
 """How causal language models of transformers call what is in their layers, in a LLaVA or VILA model."""
 
 
-def describe_adapter(files: Files) -> str | None:
-    """Say which kind of adapter lies in a folder; None if there is none."""
-    config = files.read_json(CONFIG)
-    if config is None:
-        return None
-    kind = str(config.get("peft_type") or "LORA").upper()
-    return f"{'an' if kind[0] in 'AIO' else 'a'} {_NAMES.get(kind, kind)} adapter"
-
-
 def refuse_adapter_alone(files: Files) -> None:
     """Raise CheckpointError if a folder holds an adapter; the caller has found that there is no model beside it."""
-    kind = describe_adapter(files)
-    if kind is None:
-        return
-    raise CheckpointError(
-        f"{files.folder} is {kind}: merge it into {_base(files) or 'its base model'} with merge_and_unload(), write "
-        "that with save_pretrained(), and export the result."
-    )
+    kind, base = _read_adapter(files)
+    if kind:
+        raise CheckpointError(f"{files.folder} is {kind}: {_merge_into(base or 'its base model')}.")
 
 
-def check_adapter(
-    files: Files, tower: Collection[str], others: Collection[str], *, larger: bool, allow_pickle: bool
-) -> tuple[str, ...]:
+def _read_adapter(files: Files) -> tuple[str | None, str | None]:
+    """Say which kind of adapter lies in a folder, and the name of the model it was made for; None if it has none."""
+    config = files.read_json(CONFIG)
+    if config is None:
+        return None, None
+    kind, base = str(config.get("peft_type") or "LORA").upper(), config.get("base_model_name_or_path")
+    article = "an" if kind[0] in "AIO" else "a"
+    return f"{article} {_NAMES.get(kind, kind)} adapter", base if isinstance(base, str) and base else None
+
+
+def _merge_into(model: str) -> str:
+    return f"merge it into {model} with merge_and_unload(), write that with save_pretrained(), and export the result"
+
+
+def check_adapter(files: Files, tower: Tensors, others: Collection[str], *, larger: bool) -> tuple[str, ...]:
     """Return what to say of the adapters in a folder; raise CheckpointError if the one beside the model is the tower's.
 
-    ``tower`` and ``others`` are the names of the tensors of the tower and of the rest; ``larger`` says whether the
-    folder's model is more than its tower.
+    ``others`` are the names of the tensors of the rest; ``larger`` says whether the folder's model is more than its
+    tower.
     """
     said = [
         f"{path.parent} holds an adapter, which transformers does not apply when it loads {files.folder}: left out"
         for path in sorted(files.folder.glob(f"*/{CONFIG}"))
     ]
-    kind = describe_adapter(files)
+    kind, base = _read_adapter(files)
     if kind is None:
         return tuple(said)
-    where = f"{files.folder}/{CONFIG} is {kind}: {MERGE}"
+    where = f"{files.folder}/{CONFIG} is {kind}: {_merge_into('the model')}"
     files.fetch(*WEIGHTS)
     path = next((files.folder / name for name in WEIGHTS if (files.folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{where}. No {WEIGHTS[0]} beside it says what it changes.")
-    if path.suffix != ".safetensors" and not allow_pickle:
+    if path.suffix != ".safetensors" and not tower.allow_pickle:
         raise CheckpointError(f"{where}. What it changes is in a pickle, {path.name}, which is not read.")
-    if touched := _first_in_tower(names_in(path), tower, others, larger=larger):
+    if touched := _first_in_tower(names_in(path), tower.shards, others, larger=larger):
         raise CheckpointError(
             f"{where}. transformers applies it when it loads the folder, and {touched} in {path.name} may be of the "
             f"tower. To export the model without it, leave {CONFIG} out of a copy."
         )
-    return (*said, f"{path.name} is {kind} that leaves the tower as it is{_say_base(files)}")
-
-
-def _say_base(files: Files) -> str:
-    base = _base(files)
-    if base in (None, files.repo, str(files.folder), str(files.folder.resolve())):
-        return ""
-    return (
-        f". It was made for {base!r}, from which transformers may load the model itself: export that one instead, "
-        "unless its tower is the same"
-    )
-
-
-def _base(files: Files) -> str | None:
-    base = (files.read_json(CONFIG) or {}).get("base_model_name_or_path")
-    return base if isinstance(base, str) and base else None
+    said.append(f"{path.name} is {kind} that leaves the tower as it is")
+    if base not in (None, files.repo, str(files.folder), str(files.folder.resolve())):
+        said[-1] += (
+            f". It was made for {base!r}, from which transformers may load the model itself: export that one instead, "
+            "unless its tower is the same"
+        )
+    return tuple(said)
 
 
 def check_unmerged(tensors: Tensors, patch_embedding: str, *, larger: bool) -> tuple[str, ...]:
@@ -107,7 +95,9 @@ def check_unmerged(tensors: Tensors, patch_embedding: str, *, larger: bool) -> t
     tower = {name for name in tensors.shards if name.startswith(roots)} if roots else set()
     touched = _first_in_tower(found, tower, tensors.shards.keys() - tower, larger=larger) if tower else found[0]
     if touched:
-        raise CheckpointError(f"{tensors.files.folder} holds {touched}, of an adapter that was not merged: {MERGE}.")
+        raise CheckpointError(
+            f"{tensors.files.folder} holds {touched}, of an adapter that was not merged: {_merge_into('the model')}."
+        )
     return (f"{found[0]} is of an adapter that was not merged, and that leaves the tower as it is",)
 
 

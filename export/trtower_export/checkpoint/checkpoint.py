@@ -6,7 +6,7 @@ random layer behind.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,11 @@ from trtower.fingerprint import read_parameters
 from trtower.layer_codes import LayerCode, read_layer_code
 from trtower.spec import DEFAULT_BATCH, BatchProfile, TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded
-from trtower_export.checkpoint.layouts import Layout, Request, Trust, from_recipe, recognise, recognise_file
+from trtower_export.checkpoint.layout import Layout, Request
+from trtower_export.checkpoint.layouts import from_recipe, recognise, recognise_file
+from trtower_export.checkpoint.tensors import Tensors
 from trtower_export.families import Family
+from trtower_export.options import Trust
 from trtower_export.recipes import Recipe, find_recipe
 
 DEFAULT_LAYER = -2
@@ -101,7 +104,7 @@ class Checkpoint:
         says, recipe = self.layout, self.recipe
         layer = says.select_layer if select_layer is None else select_layer
         feature = says.select_feature if select_feature is None else select_feature
-        if layer is None and says.unsaid:
+        if layer is None and says.said_as:
             raise CheckpointError(
                 f"{self.source} does not say which layer of its tower it reads: --select-layer says it."
             )
@@ -146,7 +149,8 @@ class Checkpoint:
         """
         try:
             with quiet_transformers():
-                model = self._draw_weights() if self.random_weights else self._load_weights(spec)
+                tensors = self.layout.tensors
+                model = self._draw_weights() if tensors is None else self._load_weights(tensors, spec)
         except TrtowerError:
             raise
         except Exception as err:  # whatever transformers makes of a config that it has read
@@ -160,71 +164,68 @@ class Checkpoint:
             model: nn.Module = model_class._from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
         return model
 
-    def _load_weights(self, spec: TowerSpec | None) -> nn.Module:
-        tensors = self._read_tensors()
-        model, report = self._model_class().from_pretrained(
+    def _load_weights(self, tensors: Tensors, spec: TowerSpec | None) -> nn.Module:
+        folder = tensors.files.folder
+        model_class = self._model_class(folder)
+        weights = self._read_weights(tensors, model_class)
+        model, report = model_class.from_pretrained(
             None,
             config=self.config,
-            state_dict=tensors,
+            state_dict=weights,
             dtype=torch.float32,
             attn_implementation="sdpa",
             ignore_mismatched_sizes=True,  # so that they are reported: refused below
             output_loading_info=True,
         )
         loaded: nn.Module = model
-        self._refuse_mismatched(loaded, tensors, report["mismatched_keys"])
-        self._refuse_unknown(report["unexpected_keys"])
-        self._refuse_missing(loaded, set(report["missing_keys"]), spec)
+        self._refuse_mismatched(loaded, weights, report["mismatched_keys"], folder)
+        self._refuse_unknown(report["unexpected_keys"], folder)
+        self._refuse_missing(loaded, set(report["missing_keys"]), spec, folder)
         return loaded
 
-    def _model_class(self) -> Any:
+    def _model_class(self, folder: Path) -> Any:
         auto_map = getattr(self.config, "auto_map", None) or {}
         if self.trust.remote_code and "AutoModel" in auto_map:
-            return get_class_from_dynamic_module(auto_map["AutoModel"], self._folder)
+            return get_class_from_dynamic_module(auto_map["AutoModel"], folder)
         return getattr(transformers, self.family.model_class)
 
-    def _read_tensors(self) -> dict[str, Tensor]:
+    def _read_weights(self, tensors: Tensors, model_class: Any) -> dict[str, Tensor]:
         """Read the tower's tensors under the names that the installed transformers gives them."""
-        layout = self.layout
-        assert layout.tensors is not None  # noqa: S101 - narrows the type
-        tensors = {name.removeprefix(layout.root): tensor for name, tensor in layout.tensors.read().items()}
-        if layout.translate:
-            tensors = layout.translate(tensors)
+        weights = {name.removeprefix(self.layout.root): tensor for name, tensor in tensors.read().items()}
+        if self.layout.translate:
+            weights = self.layout.translate(weights)
         with torch.device("meta"):
-            names = self._model_class()(self.config).state_dict()
+            names = model_class(self.config).state_dict()
         home = next(name for name in names if name.endswith(self.family.patch_embedding))
         home = home.removesuffix(self.family.patch_embedding)
-        return {home + name: tensor for name, tensor in tensors.items()}
+        return {home + name: tensor for name, tensor in weights.items()}
 
-    @property
-    def _folder(self) -> Path:
-        assert self.layout.tensors is not None  # noqa: S101 - narrows the type
-        return self.layout.tensors.files.folder
-
-    def _refuse_mismatched(self, model: nn.Module, tensors: dict[str, Tensor], mismatched: Any) -> None:
+    def _refuse_mismatched(
+        self, model: nn.Module, weights: dict[str, Tensor], mismatched: Iterable[Any], folder: Path
+    ) -> None:
         for mismatch in mismatched:
             # transformers 4.57 gives the name only.
             name, *shapes = [mismatch] if isinstance(mismatch, str) else mismatch
-            found = tuple(shapes[0] if shapes else tensors[name].shape)
+            found = tuple(shapes[0] if shapes else weights[name].shape)
             expected = tuple(model.get_parameter(name).shape)
             raise CheckpointError(
-                f"{self._folder}: {self._named(name)} has shape {found}; {expected} is expected of a tower as its "
-                "config describes it."
+                f"{folder}: {self._named(name)} has shape {found}; {expected} is expected of a tower as its config "
+                "describes it."
             )
 
-    def _refuse_unknown(self, unexpected: Any) -> None:
+    def _refuse_unknown(self, unexpected: Iterable[str], folder: Path) -> None:
         """Refuse weights that the config knows nothing of: of another tower, and of one layer more, -2 is another."""
         stem, naming = self.family.patch_embedding.partition(".")[0], self.family.naming
         for name in sorted(unexpected):
             layer = naming.find_layer(name)
             if layer is not None and layer >= self.config.num_hidden_layers:
                 raise CheckpointError(
-                    f"{self._folder} holds {self._named(name)}, but its config has num_hidden_layers="
+                    f"{folder} holds {self._named(name)}, but its config has num_hidden_layers="
                     f"{self.config.num_hidden_layers}: one of them is not this tower's."
                 )
             if (layer is not None or f"{stem}." in name) and not name.endswith(OF_TRAINING):
                 raise CheckpointError(
-                    f"{self._folder} holds {self._named(name)}, which a {self.family.model_class} of its config has "
+                    f"{folder} holds {self._named(name)}, which a {self.family.model_class} of its config has "
                     "not: without it this is another tower. Is config.json the one that belongs to the weights?"
                 )
 
@@ -232,7 +233,7 @@ class Checkpoint:
         """Give a tensor the name that it has in the checkpoint, as far as that is known."""
         return name if self.layout.translate else f"{self.layout.root}{self.family.naming.inside(name)}"
 
-    def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None) -> None:
+    def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None, folder: Path) -> None:
         parameters = dict(model.named_parameters())
         if spec is not None:
             needed = {id(parameter) for parameter in read_parameters(model, spec)}
@@ -240,7 +241,7 @@ class Checkpoint:
         missing &= parameters.keys()
         if missing:
             raise CheckpointError(
-                f"{self._folder} lacks {len(missing)} tensors of a {self.family.model_class}, {min(missing)} among "
+                f"{folder} lacks {len(missing)} tensors of a {self.family.model_class}, {min(missing)} among "
                 "them: the layers without weights would be random. Is this the whole checkpoint?"
             )
 

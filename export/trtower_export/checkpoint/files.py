@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ _KNOWN = "openai/clip-vit-large-patch14-336"
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The files of one checkpoint, in ``folder``. On the hub (``repo``) they are there once they were fetched."""
+    """The files of one checkpoint, in ``folder``. On the hub (``repo``) they are there once they were fetched.
+
+    ``inside`` is what their names begin with there, of a folder inside a repository.
+    """
 
     folder: Path
     repo: str | None = None
     revision: str | None = None
     offline: bool = False
+    inside: str = ""
 
     def fetch(self, *patterns: str) -> None:
         """Have the files that match lie in ``folder``; those that the repository has not are passed over.
@@ -35,17 +39,17 @@ class Files:
         A pattern without a slash means the top folder alone. Raises CheckpointError.
         """
         if self.repo is not None:
-            _snapshot(self.repo, self.revision, patterns, offline=self.offline)
+            names = [f"{self.inside}{pattern}" for pattern in patterns]
+            _snapshot(self.repo, self.revision, names, offline=self.offline)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object; None where there is no such file."""
         path = self.folder / name
-        if path.is_file():
-            check_arrived(path)
+        if not path.exists():
+            return None
+        check_arrived(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, RecursionError) as err:
             raise CheckpointError(f"{path} is not JSON: {first_line(err)}") from err
         if not isinstance(data, dict):
@@ -54,17 +58,9 @@ class Files:
 
     def inner(self, name: str) -> "Files":
         """Give a folder inside, with the configs that are in it."""
-        self.fetch(f"{name}/*.json")
-        return InnerFiles(folder=self.folder / name, repo=self.repo, revision=self.revision, offline=self.offline)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InnerFiles(Files):
-    """The files of a folder inside a checkpoint."""
-
-    def fetch(self, *patterns: str) -> None:
-        """Have the files that match lie in this inner folder."""
-        super().fetch(*(f"{self.folder.name}/{pattern}" for pattern in patterns))
+        files = replace(self, folder=self.folder / name, inside=f"{self.inside}{name}/")
+        files.fetch("*.json")
+        return files
 
 
 def expanded(path: str) -> Path:
@@ -118,7 +114,7 @@ def download(repo: str, revision: str | None) -> Files:
     except Exception as err:  # noqa: BLE001 - the hub's transport, and so its errors, changed twice between releases
         unreachable = err
     try:
-        folder = _snapshot(repo, revision, ("*.json",), offline=unreachable is not None)
+        folder = _snapshot(repo, revision, ["*.json"], offline=unreachable is not None)
     except CheckpointError:
         if unreachable is None:
             raise
@@ -133,14 +129,13 @@ def download(repo: str, revision: str | None) -> Files:
     return Files(folder=folder, repo=repo, revision=revision, offline=unreachable is not None)
 
 
-def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...], *, offline: bool) -> Path:
-    top_alone = not any("/" in pattern for pattern in patterns)
+def _snapshot(repo: str, revision: str | None, patterns: list[str], *, offline: bool) -> Path:
     try:
         folder = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"] if top_alone else None,
+            allow_patterns=patterns,
+            ignore_patterns=None if any("/" in pattern for pattern in patterns) else ["*/*"],
             etag_timeout=HUB_TIMEOUT_S,
             local_files_only=offline,
         )

@@ -15,16 +15,12 @@ from trtower.errors import CheckpointError
 from trtower.reading import is_contrastive, read_vision_feature_layer, says_trained
 from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
-from trtower_export.checkpoint.layout import Layout, Request
+from trtower_export.checkpoint.layout import Layout, Request, inside_model, no_tower, with_tower
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
 from trtower_export.checkpoint.tensors import find_tensors
-from trtower_export.checkpoint.tower_tensors import no_tower, say_adapter, with_tower
 from trtower_export.checkpoint.vision_config import read_vision_config
 from trtower_export.families import family_of
-from trtower_export.options import Trust
 from trtower_export.recipes import Recipe, find_recipe
-
-__all__ = ["Layout", "Request", "Trust", "from_recipe", "recognise", "recognise_file"]
 
 VILA_TOWER = "vision_tower"
 
@@ -91,40 +87,25 @@ def _original_llava(files: Files, raw: dict[str, Any], request: Request) -> Layo
         )
     layout = _named_tower(files, named, replace(request, weights=False))
     if request.weights:
-        layout = _inner_tower(layout, files, raw, request) or _outer_tower(files, named, request)
+        tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
+        inner = with_tower(layout, tensors, layout.family.patch_embedding, request, larger=True)
+        if inner is None and (trained := says_trained(raw.get)):
+            raise CheckpointError(
+                f"{files.folder}/config.json says that its tower was trained ({trained}), but the checkpoint holds no "
+                f"{layout.family.name} tower: {raw.get('mm_vision_tower')} would have other weights."
+            )
+        layout = inner or inside_model(_named_tower(files, named, request), files, tensors.shards)
     return replace(
         layout,
         kind="LLaVA checkpoint",
         preprocessor=layout.preprocessor or _read_preprocessor(files),  # LLaVA takes that of the tower it names
+        said_as="mm_vision_select_layer",
         select_layer=raw.get("mm_vision_select_layer"),
         select_feature=raw.get("mm_vision_select_feature"),
-        said_as="mm_vision_select_layer",
-        unsaid=raw.get("mm_vision_select_layer") is None,
         drops_first=None,
         contrastive=False,
         image_aspect_ratio=_aspect_ratio(raw),
     )
-
-
-def _inner_tower(layout: Layout, files: Files, raw: dict[str, Any], request: Request) -> Layout | None:
-    """Find the tower in LLaVA's own shards; None if it lies only where the config says, untrained."""
-    tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
-    found = with_tower(layout, tensors, layout.family.patch_embedding, request, larger=True)
-    if found is None and (trained := says_trained(raw.get)):
-        raise CheckpointError(
-            f"{files.folder}/config.json says that its tower was trained ({trained}), but the checkpoint holds no "
-            f"{layout.family.name} tower: {raw.get('mm_vision_tower')} would have other weights."
-        )
-    return found
-
-
-def _outer_tower(files: Files, named: str, request: Request) -> Layout:
-    """Open the tower that a LLaVA checkpoint names, which an adapter beside the checkpoint may change."""
-    layout = _named_tower(files, named, request)
-    assert layout.tensors is not None  # noqa: S101 - narrows the type
-    others = find_tensors(files, allow_pickle=request.trust.allow_pickle).shards
-    remarks = say_adapter(files, layout.tensors, others, request, larger=True)
-    return replace(layout, remarks=(*layout.remarks, *remarks))
 
 
 def _aspect_ratio(raw: dict[str, Any]) -> str | None:
@@ -166,16 +147,12 @@ def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:
             f"{tower.folder}/config.json is missing: {files.folder}/config.json is VILA's, and its tower lies there."
         )
     layer, feature = raw.get("mm_vision_select_layer"), raw.get("mm_vision_select_feature")
-    layout = _hugging_face(tower, config, request)
-    if layout.tensors is not None:
-        remarks = say_adapter(files, layout.tensors, (), request, larger=True)
-        layout = replace(layout, remarks=(*layout.remarks, *remarks))
     return replace(
-        layout,
+        inside_model(_hugging_face(tower, config, request), files, ()),
         kind="VILA checkpoint",
+        said_as="mm_vision_select_layer",
         select_layer=-2 if layer is None else layer,  # VILA's own defaults
         select_feature=feature or "patch",
-        unsaid=False,
         drops_first="mm_vision_select_feature='patch'" if feature in (None, "patch") else None,
         contrastive=False,
         image_aspect_ratio=_aspect_ratio(raw),
@@ -211,7 +188,6 @@ def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
     """Find which layer a model of transformers reads of its tower."""
     if is_contrastive(config, layout.config):
         return replace(layout, contrastive=True)
-    layer = read_vision_feature_layer(config)
     strategy = getattr(config, "vision_feature_select_strategy", None)
     if strategy is None:
         strategy = "default" if config.model_type == "vipllava" else "full"
@@ -220,10 +196,9 @@ def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
         raise CheckpointError(f"{where}: vision_feature_select_strategy={strategy!r} is unknown: {known} are known.")
     return replace(
         layout,
-        select_layer=layer,
-        select_feature=HF_FEATURES[strategy],
         said_as="vision_feature_layer",
-        unsaid=layer is None,
+        select_layer=read_vision_feature_layer(config),
+        select_feature=HF_FEATURES[strategy],
         drops_first=f"vision_feature_select_strategy={strategy!r}" if strategy == "default" else None,
     )
 

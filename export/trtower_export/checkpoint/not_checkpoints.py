@@ -18,30 +18,22 @@ UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")
 MANY = 5
 """Folders to name at most."""
 
+_CONVERTED = "export the checkpoint that it was converted from"
 _EXPORT_PYTORCH = "export the PyTorch checkpoint that it was made from"
-_UNPACK = "unpack it, and export the folder"
-_MAGIC = (
-    (b"GGUF", "a GGUF file of llama.cpp: export the checkpoint that it was converted from"),
-    (b"ggml", "a GGML file of llama.cpp: export the checkpoint that it was converted from"),
-    (b"ftrt", f"a TensorRT engine: {_EXPORT_PYTORCH}"),
-    (b"ptrt", f"a TensorRT engine: {_EXPORT_PYTORCH}"),
-    (b"\x89HDF", f"a Keras file: {_EXPORT_PYTORCH}"),
-    (b"\x1f\x8b", f"an archive: {_UNPACK}"),
-    (b"7z\xbc\xaf", f"an archive: {_UNPACK}"),
-    (b"\xfd7zXZ", f"an archive: {_UNPACK}"),
-    (b"(\xb5/\xfd", f"an archive: {_UNPACK}"),
+ARCHIVE = "an archive: unpack it, and export the folder"
+_FORMATS: tuple[tuple[str, tuple[bytes, ...], tuple[str, ...]], ...] = (
+    (f"a GGUF file of llama.cpp: {_CONVERTED}", (b"GGUF",), (".gguf",)),
+    (f"a GGML file of llama.cpp: {_CONVERTED}", (b"ggml",), ()),
+    (f"a TensorRT engine: {_EXPORT_PYTORCH}", (b"ftrt", b"ptrt"), (".engine", ".plan", ".trt")),
+    (f"an ONNX graph: {_EXPORT_PYTORCH}", (), (".onnx",)),
+    (f"a TensorFlow Lite model: {_EXPORT_PYTORCH}", (), (".tflite",)),
+    (f"a Keras file: {_EXPORT_PYTORCH}", (b"\x89HDF",), (".h5",)),
+    (f"Flax weights: {_EXPORT_PYTORCH}", (), (".msgpack",)),
+    (f"a program of torch.export: {_EXPORT_PYTORCH}", (), (".pt2",)),
+    (ARCHIVE, (b"\x1f\x8b", b"7z\xbc\xaf", b"\xfd7zXZ", b"(\xb5/\xfd"), ()),
 )
-_SUFFIXES = {
-    ".gguf": _MAGIC[0][1],
-    ".onnx": f"an ONNX graph: {_EXPORT_PYTORCH}",
-    ".engine": f"a TensorRT engine: {_EXPORT_PYTORCH}",
-    ".plan": f"a TensorRT engine: {_EXPORT_PYTORCH}",
-    ".trt": f"a TensorRT engine: {_EXPORT_PYTORCH}",
-    ".tflite": f"a TensorFlow Lite model: {_EXPORT_PYTORCH}",
-    ".h5": f"a Keras file: {_EXPORT_PYTORCH}",
-    ".msgpack": f"Flax weights: {_EXPORT_PYTORCH}",
-    ".pt2": f"a program of torch.export: {_EXPORT_PYTORCH}",
-}
+"""What a file is and what to do, by how its content begins and by its suffix."""
+_SUFFIXES = {suffix: what for what, _, suffixes in _FORMATS for suffix in suffixes}
 _OTHER_FOLDERS = {"model_index.json": "a pipeline of diffusers", "modules.json": "a model of sentence-transformers"}
 """What folders are that have such a file and no config.json."""
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -76,7 +68,7 @@ def refuse_file(path: Path, config: str) -> None:
 def _what(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(16)
-    if found := next((what for magic, what in _MAGIC if head.startswith(magic)), None):
+    if found := next((what for what, magic, _ in _FORMATS if head.startswith(magic)), None):
         return found
     if path.suffix in _SUFFIXES:
         return _SUFFIXES[path.suffix]
@@ -85,11 +77,11 @@ def _what(path: Path) -> str | None:
             names = archive.namelist()
         if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
             return f"a TorchScript program: {_EXPORT_PYTORCH}"
-        return WEIGHTS if any(name.endswith("data.pkl") for name in names) else f"an archive: {_UNPACK}"
+        return WEIGHTS if any(name.endswith("data.pkl") for name in names) else ARCHIVE
     if head[8:9] == b"{" or head.startswith(_PICKLES):
         return WEIGHTS
     if tarfile.is_tarfile(path):
-        return f"an archive: {_UNPACK}"
+        return ARCHIVE
     return WEIGHTS if path.suffix in _OF_WEIGHTS else None
 
 

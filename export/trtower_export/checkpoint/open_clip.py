@@ -13,9 +13,8 @@ from transformers import CLIPVisionConfig
 
 from trtower.errors import CheckpointError, one_line
 from trtower_export.checkpoint.files import Files
-from trtower_export.checkpoint.layout import Layout, Request
+from trtower_export.checkpoint.layout import Layout, Request, with_tower
 from trtower_export.checkpoint.tensors import list_tensors
-from trtower_export.checkpoint.tower_tensors import with_tower
 from trtower_export.checkpoint.vision_config import check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.base import square
@@ -23,9 +22,8 @@ from trtower_export.families.base import square
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PATCH_EMBEDDING = "conv1.weight"
-HEAD_WIDTH = 64
 
-_READ = {"width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size"}
+_DEFAULTS = {"width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
 _INERT = {"patch_dropout", "pos_embed_type", "pool_type", "output_tokens", "final_ln_after_pool"}
 _INERT |= {"attentional_pool", "attn_pooler_queries", "attn_pooler_heads"}
 """Settings of `vision_cfg` that are of training, of what the weights hold anyway, or of the pooling at the end.
@@ -95,23 +93,23 @@ def vision_config(written: dict[str, Any]) -> dict[str, Any]:
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
         raise CheckpointError("has no model_cfg.vision_cfg, so it describes no vision tower.")
-    other = sorted(name for name, value in vision.items() if value and name not in _READ | _INERT)
-    if other or not isinstance(vision.get("layers", 12), int):
+    other = sorted(name for name, value in vision.items() if value and name not in {*_DEFAULTS, *_INERT})
+    vision = _DEFAULTS | vision
+    if other or not isinstance(vision["layers"], int):
         reason = f"{other[0]}={vision[other[0]]!r}" if other else f"layers={vision['layers']!r}, a ResNet"
         raise CheckpointError(
             f"asks for {reason}, which a CLIP tower of transformers has not: "
             "export the checkpoint's conversion to transformers, where there is one."
         )
-    width = vision.get("width", 768)
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "hidden_size": width,
-        "image_size": vision.get("image_size", 224),
-        "intermediate_size": int(width * float(vision.get("mlp_ratio", 4.0))),
+        "hidden_size": vision["width"],
+        "image_size": vision["image_size"],
+        "intermediate_size": int(vision["width"] * float(vision["mlp_ratio"])),
         "layer_norm_eps": 1e-5,
-        "num_attention_heads": width // vision.get("head_width", HEAD_WIDTH),
-        "num_hidden_layers": vision.get("layers", 12),
-        "patch_size": vision.get("patch_size", 16),
+        "num_attention_heads": vision["width"] // vision["head_width"],
+        "num_hidden_layers": vision["layers"],
+        "patch_size": vision["patch_size"],
         "projection_dim": model.get("embed_dim", 512),
     }
 

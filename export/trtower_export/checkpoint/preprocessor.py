@@ -45,7 +45,6 @@ BY_DEFAULT = {
 }
 """What processors do that do not write their settings of tiles and padding down."""
 
-
 BOUNDS = [{"shortest_edge", "longest_edge"}, {"longest_edge"}, {"max_height", "max_width"}]
 """Forms of `size` that leave the shape of a picture to the picture."""
 

@@ -1,7 +1,5 @@
 """Say of an export what its reader would not expect: defaults that nobody chose, and what stays with the caller."""
 
-from collections.abc import Iterator
-
 from trtower.bundle.manifest import TO_PAD
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
@@ -17,29 +15,25 @@ def say_what_is_read(
 
     ``choice`` says which plan is built.
     """
+    layout = checkpoint.layout
     progress.say(checkpoint.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.graph_precision}; {choice}")
-    for remark in remarks(checkpoint, spec, layer_asked=options.select_layer is not None):
+    for remark in layout.remarks:
         progress.say(remark)
-
-
-def remarks(checkpoint: Checkpoint, spec: TowerSpec, *, layer_asked: bool) -> Iterator[str]:
-    """Yield one line per fact; ``layer_asked`` says whether the caller named a layer."""
-    layout = checkpoint.layout
-    yield from layout.remarks
-    by_default = not layer_asked and layout.select_layer is None and checkpoint.recipe is None
     if layout.contrastive:
-        yield (
+        progress.say(
             f"this {layout.kind} embeds an image as one pooled vector; a bundle gives the features of {spec.reading}, "
             "and not the pooled embedding"
         )
-    if by_default:
-        yield "nothing says which layer to read: hidden state -2 is LLaVA's default; --select-layer chooses another"
+    if options.select_layer is None and layout.select_layer is None and checkpoint.recipe is None:
+        progress.say(
+            "nothing says which layer to read: hidden state -2 is LLaVA's default; --select-layer chooses another"
+        )
     if ratio := image_aspect_ratio(checkpoint):
-        yield f"the model prepares pictures by {ratio}: {TO_PAD}"
+        progress.say(f"the model prepares pictures by {ratio}: {TO_PAD}")
     if rest := spec.image_size % spec.patch_size:
         whole = spec.image_size - rest
-        yield (
+        progress.say(
             f"{spec.image_size} pixels are not a multiple of the patch's {spec.patch_size}: the last {rest} of each "
             f"row and column are not read; {whole} and {whole + spec.patch_size} are the nearest sizes read whole"
         )

@@ -7,7 +7,8 @@ hub only the shards that hold it are downloaded.
 
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,18 +73,19 @@ class Tensors:
 
     def _called(self, tower: str, roots: list[str]) -> list[str]:
         """Choose the roots that are called ``tower``: all of their name, or a part that no other root has."""
-        exact = [root for root in roots if root.rstrip(".") == tower.strip(".")]
+        name = tower.strip(".")
+        if exact := [root for root in roots if root.rstrip(".") == name]:
+            return exact
         # In a loaded model a tower may lie one deeper: `model.image_tower` is `image_tower` in the file.
-        parts = (f".{tower.strip('.')}.", f".{tower.strip('.').removeprefix('model.')}.")
-        called = exact or next((some for part in parts if (some := [r for r in roots if part in f".{r}"])), [])
-        if not called:
-            there = " and ".join(root.rstrip(".") for root in roots if root)
-            raise CheckpointError(
-                f"{self.files.folder} has no tower {tower!r}; it has {there}."
-                if there
-                else f"{self.files.folder} is one tower and nothing else: leave --tower {tower} out."
-            )
-        return called
+        for part in (name, name.removeprefix("model.")):
+            if called := [root for root in roots if f".{part}." in f".{root}"]:
+                return called
+        there = " and ".join(root.rstrip(".") for root in roots if root)
+        raise CheckpointError(
+            f"{self.files.folder} has no tower {tower!r}; it has {there}."
+            if there
+            else f"{self.files.folder} is one tower and nothing else: leave --tower {tower} out."
+        )
 
     def select(self, root: str) -> "Tensors":
         """Keep the tensors under ``root``, and have the shards that hold them here and whole."""
@@ -127,20 +129,17 @@ def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
     The index of pickled shards is JSON and is read; the pickles themselves only where they are allowed.
     """
     files.fetch(SAFETENSORS)
-    if not (files.folder / SAFETENSORS).is_file():
-        for index in (f"{SAFETENSORS}.index.json", f"{PICKLE}.index.json"):
-            data = files.read_json(index)
-            if data is not None:
-                return Tensors.of(files, _shards(files.folder / index, data), allow_pickle=allow_pickle)
-        files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
-    found = [files.folder / SAFETENSORS]
-    if not found[0].is_file():
-        found = [
-            path for path in sorted(files.folder.glob("*.safetensors")) if not path.name.startswith(NOT_THE_MODELS)
-        ]
+    whole, pickled = files.folder / SAFETENSORS, files.folder / PICKLE
+    if whole.is_file():
+        return list_tensors(files, [whole], allow_pickle=allow_pickle)
+    for index in (f"{SAFETENSORS}.index.json", f"{PICKLE}.index.json"):
+        data = files.read_json(index)
+        if data is not None:
+            return Tensors.of(files, _shards(files.folder / index, data), allow_pickle=allow_pickle)
+    files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
+    found = [path for path in sorted(files.folder.glob("*.safetensors")) if not path.name.startswith(NOT_THE_MODELS)]
     if not found:
-        exact = files.folder / PICKLE
-        found = [exact] if exact.is_file() else sorted(files.folder.glob(PICKLES))
+        found = [pickled] if pickled.is_file() else sorted(files.folder.glob(PICKLES))
     return list_tensors(files, found, allow_pickle=allow_pickle)
 
 
@@ -175,31 +174,31 @@ def names_in(path: Path) -> set[str]:
     check_arrived(path)
     if path.suffix != ".safetensors":
         return set(_unpickle(path))
+    with _reading(path), safe_open(path, framework="pt") as tensors:
+        return set(tensors.keys())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (OSError, SafetensorError) as err:
-        raise _unreadable(path, err) from err
+        yield
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
+        raise CheckpointError(f"{path} could not be read, it may be cut short: {first_line(err)}.") from err
 
 
 def _read(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         tensors = _unpickle(path)
         return {name: tensors[written] for name, written in names.items()}
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(written) for name, written in names.items()}
-    except (OSError, SafetensorError) as err:
-        raise _unreadable(path, err) from err
+    with _reading(path), safe_open(path, framework="pt") as tensors:
+        return {name: tensors.get_tensor(written) for name, written in names.items()}
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Map a pickled state dict, with PyTorch's own unpickler, which builds tensors and nothing else."""
-    try:
+    with _reading(path):
         # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
         loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
-        raise _unreadable(path, err) from err
     tensors = loaded
     if isinstance(loaded, dict):
         tensors = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), dict)), loaded)
@@ -213,7 +212,3 @@ def _pickle_refused(folder: Path, name: str) -> CheckpointError:
         f"{folder} holds its weights only as a pickle ({name}), which may run code when it is read. "
         "Convert it to safetensors, or pass --allow-pickle if you trust its author."
     )
-
-
-def _unreadable(path: Path, err: BaseException) -> CheckpointError:
-    return CheckpointError(f"{path} could not be read, it may be cut short: {first_line(err)}.")

@@ -10,11 +10,7 @@ from typing import Any
 
 import transformers
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from trtower.errors import CheckpointError, one_line
 from trtower_export.checkpoint.files import Files
@@ -22,8 +18,10 @@ from trtower_export.families import Family, family_of, is_exported, refusal
 from trtower_export.families.base import square
 
 VISION_CONFIG = "vision_config"
-LANGUAGE_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES} | {
-    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+LANGUAGE_TYPES = {
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_patches")

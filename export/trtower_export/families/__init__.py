@@ -1,35 +1,26 @@
 """The architectures that can be exported. To add one: a module that defines FAMILY, and its line below."""
 
+from importlib import import_module
 from typing import Any
 
 from trtower.errors import CheckpointError
-from trtower_export.families import (
-    aimv2,
-    clip,
-    dinov2,
-    dinov2_with_registers,
-    dinov3_vit,
-    eva_clip,
-    internvl_vision,
-    metaclip_2,
-    siglip,
-    siglip2,
-)
 from trtower_export.families.base import Family
 
-FAMILIES: tuple[Family, ...] = (
-    clip.FAMILY,
-    metaclip_2.FAMILY,
-    siglip.FAMILY,
-    siglip2.FAMILY,
-    dinov2.FAMILY,
-    dinov2_with_registers.FAMILY,
-    dinov3_vit.FAMILY,
-    internvl_vision.FAMILY,
-    aimv2.FAMILY,
-    eva_clip.FAMILY,
+FAMILIES: tuple[Family, ...] = tuple(
+    import_module(f"{__name__}.{name}").FAMILY
+    for name in (
+        "clip",
+        "metaclip_2",
+        "siglip",
+        "siglip2",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "internvl_vision",
+        "aimv2",
+        "eva_clip",
+    )
 )
-
 
 FREE_SHAPES = "its 2-D RoPE takes pictures of any shape, an engine one; nearest is a model whose tower has one size"
 REFUSED = {

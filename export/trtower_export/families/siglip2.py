@@ -57,9 +57,9 @@ def _read_states(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
 
 
 def _obstacle(config: Any) -> str | None:
-    if isqrt(config.num_patches) ** 2 == config.num_patches:
-        return None
     near = isqrt(config.num_patches) ** 2
+    if near == config.num_patches:
+        return None
     return f"num_patches={config.num_patches} makes no square grid, whose positions could be resized; {near} would."
 
 

@@ -7,13 +7,20 @@ precision. Attention that is kept is spelled out, since half precision is all th
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from trtower_export.graph.operations import Operations, decompose_attention, is_cast, is_narrow
+from trtower_export.graph.operations import (
+    Operations,
+    decompose_attention,
+    evaluate,
+    insert,
+    is_cast,
+    is_float,
+    is_narrow,
+)
 
 aten = torch.ops.aten
 
@@ -41,12 +48,12 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
         for argument in node.all_input_nodes:
             if argument in handed_on and (operation is None or operations.of.get(argument) is not operation):
                 node.replace_input_with(argument, handed_on[argument])
-        floats = [argument for argument in node.all_input_nodes if _is_float(argument)]
+        floats = [argument for argument in node.all_input_nodes if is_float(argument)]
         if node.op == "output":
             (result,) = floats
             if result.meta["val"].dtype != narrow:
                 with graph.inserting_before(node):
-                    node.replace_input_with(result, _cast(graph, result, narrow, like=result))
+                    node.replace_input_with(result, insert(graph, result, aten._to_copy.default, result, dtype=narrow))
                 program.graph_signature.output_specs[0].arg.name = node.all_input_nodes[0].name
             continue
         if operation is not None or len({argument.meta["val"].dtype for argument in floats}) > 1:
@@ -55,38 +62,20 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
             for argument in floats:
                 if argument.meta["val"].dtype != dtype and not is_cast(node):
                     with graph.inserting_before(node):
-                        node.replace_input_with(argument, _cast(graph, argument, dtype, like=node))
+                        cast = insert(graph, node, aten._to_copy.default, argument, dtype=dtype)
+                        node.replace_input_with(argument, cast)
         if not floats:
             continue
         if is_cast(node) and is_narrow(node) and node in wide:  # model code's own way back from FP32
             node.args = (node.args[0], torch.float32, *node.args[2:])
         if node.target == aten.linear.default and node in wide:
             node = _as_convolution(graph, node)
-        node.meta["val"] = _evaluate(node)
+        node.meta["val"] = evaluate(node)
         if operation is not None and node in wide and operation.name not in kept:
             with graph.inserting_after(node):
-                handed_on[node] = _cast(graph, node, narrow, like=node)
+                handed_on[node] = insert(graph, node, aten._to_copy.default, node, dtype=narrow)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype, *, like: fx.Node) -> fx.Node:
-    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-    cast.meta = {**like.meta, "val": node.meta["val"].to(dtype)}
-    return cast
-
-
-def _evaluate(node: fx.Node) -> Any:
-    """Run one node on the fake tensors of its arguments."""
-    args = fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
-    kwargs = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["val"])
-    target: Any = node.target
-    return target(*args, **kwargs)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
@@ -101,19 +90,12 @@ def _as_convolution(graph: fx.Graph, linear: fx.Node) -> fx.Node:
     """
     rows, weight, *bias = linear.args
     with graph.inserting_before(linear):
-        columns = _call(graph, linear, aten.transpose.int, rows, 1, 2)
-        kernel = _call(graph, linear, aten.unsqueeze.default, weight, -1)
-        product = _call(graph, linear, aten.conv1d.default, columns, kernel, *bias)
-        result = _call(graph, linear, aten.transpose.int, product, 1, 2)
+        columns = insert(graph, linear, aten.transpose.int, rows, 1, 2)
+        kernel = insert(graph, linear, aten.unsqueeze.default, weight, -1)
+        product = insert(graph, linear, aten.conv1d.default, columns, kernel, *bias)
+        result = insert(graph, linear, aten.transpose.int, product, 1, 2)
     linear.replace_all_uses_with(result)
     return result
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = dict(like.meta)
-    node.meta["val"] = _evaluate(node)
-    return node
 
 
 def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]:
@@ -127,20 +109,18 @@ def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]
         operation = operations.of.get(node)
         if node.op == "placeholder":
             readers = operations.reading(operations.weights.get(node.name, ""))
-            if readers and all(reader.name in kept for reader in readers):
-                wide.add(node)
-                leaving.add(node)
+            inside = leaves = bool(readers) and all(reader.name in kept for reader in readers)
         elif operation is None:
-            if not leaving.isdisjoint(node.all_input_nodes):
-                wide.add(node)
-                leaving.add(node)
+            inside = leaves = not leaving.isdisjoint(node.all_input_nodes)
         else:
-            seen = [
+            seen = (
                 argument in (wide if operations.of.get(argument) is operation else leaving)
                 for argument in node.all_input_nodes
-            ]
-            if operation.name in kept or (any(seen) and not operation.multiplies):
-                wide.add(node)
-            if operation.name in kept:
-                leaving.add(node)
+            )
+            leaves = operation.name in kept
+            inside = leaves or (any(seen) and not operation.multiplies)
+        if inside:
+            wide.add(node)
+        if leaves:
+            leaving.add(node)
     return frozenset(wide)

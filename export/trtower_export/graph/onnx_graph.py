@@ -162,16 +162,12 @@ def _copied_when_written(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
 
 
 def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSpec, kinds: Collection[int]) -> None:
-    for found, expected in ((list(graph.input), input_), (list(graph.output), output)):
-        shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in found]
-        types = [v.type.tensor_type.elem_type for v in found]
-        if (
-            [v.name for v in found] != [expected.name]
-            or shapes != [expected.shape]
-            or types != [BY_DTYPE[expected.dtype].onnx]
-        ):
+    for values, expected in ((graph.input, input_), (graph.output, output)):
+        tensors = [(value.name, value.type.tensor_type) for value in values]
+        found = [(name, tuple(d.dim_param or d.dim_value for d in t.shape.dim), t.elem_type) for name, t in tensors]
+        if found != [(expected.name, expected.shape, BY_DTYPE[expected.dtype].onnx)]:
             raise BuildError(
-                f"the traced graph has {[v.name for v in found]} of shape {shapes} and types {types}; "
+                f"the traced graph has {found}, by name, shape and type; "
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
     floats = {each.onnx for each in BY_DTYPE.values()}

@@ -91,7 +91,6 @@ class Operations(Sequence[Operation]):
         if spelled_out:
             graph = copy.deepcopy(graph)
             decompose_attention(graph)
-        self.graph = graph
         self.nodes = tuple(graph.nodes)
         self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         """The name of a weight by that of its placeholder."""
@@ -164,10 +163,7 @@ class Operations(Sequence[Operation]):
             if not word and opname(node) == "add" and self._is_residual(node, path, residuals):
                 residuals.add(node)
                 word = "residual"
-            if last and not word and module_path(last[-1]) == path:
-                last.append(node)
-                continue
-            if word and last and last[-1].meta.get("part") == word and module_path(last[-1]) == path:
+            if last and module_path(last[-1]) == path and word in ("", last[-1].meta.get("part")):
                 last.append(node)
                 continue
             group = [node]
@@ -228,21 +224,30 @@ def decompose_attention(graph: fx.Graph, which: Collection[str] | None = None) -
             raise BuildError(f"attention {node.name} has a mask or a dropout, which no tower here has.")
         scale = node.kwargs.get("scale") or query.meta["val"].shape[-1] ** -0.5
         with graph.inserting_before(node):
-            scaled = _insert(graph, node, "scores", aten.mul.Tensor, query, scale)
-            transposed = _insert(graph, node, "scores", aten.transpose.int, key, -2, -1)
-            scores = _insert(graph, node, "scores", aten.matmul.default, scaled, transposed)
-            shares = _insert(graph, node, "scores", aten.softmax.int, scores, -1)
-            context = _insert(graph, node, "context", aten.matmul.default, shares, value)
+            scaled = insert(graph, node, aten.mul.Tensor, query, scale)
+            transposed = insert(graph, node, aten.transpose.int, key, -2, -1)
+            scores = insert(graph, node, aten.matmul.default, scaled, transposed)
+            shares = insert(graph, node, aten.softmax.int, scores, -1)
+            context = insert(graph, node, aten.matmul.default, shares, value)
             node.replace_all_uses_with(context)
+        for inserted in (scaled, transposed, scores, shares, context):
+            inserted.meta |= {"attention": node.name, "part": "context" if inserted is context else "scores"}
         graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, like: fx.Node, part: str, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {**like.meta, "part": part, "attention": like.name}
-    values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in args]
-    node.meta["val"] = target(*values)
+def insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call of ``target`` that belongs to where ``like`` does."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {**like.meta, "val": evaluate(node)}
     return node
+
+
+def evaluate(node: fx.Node) -> Any:
+    """Run one node on the fake tensors of its arguments."""
+    args: Any = fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["val"])
+    target: Any = node.target
+    return target(*args, **kwargs)
 
 
 def module_path(node: fx.Node) -> str:
@@ -251,10 +256,15 @@ def module_path(node: fx.Node) -> str:
     return paths[-1] if paths else ""
 
 
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor of floats."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def is_narrow(node: fx.Node) -> bool:
     """Whether a node's value was traced in half precision."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize == 2
+    return is_float(node) and node.meta["val"].itemsize == 2
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -263,8 +273,7 @@ def is_cast(node: fx.Node) -> bool:
 
 
 def _computes(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+    if node.op != "call_function" or not is_float(node):
         return False
     if opname(node) in CASTS:  # model code that goes back from FP32 rounds
         return is_narrow(node) and not is_narrow(node.all_input_nodes[0])

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trtower_export.console import print_whole
 from trtower_export.families import family_of
 from trtower_export.recipes import Recipe
 
@@ -35,9 +36,6 @@ def print_recipes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in COLUMNS))
-    Console(file=console.file, width=max(console.width, 120)).print(table)
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        cells = [row[column] for column in COLUMNS]
+        table.add_row(*(", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in cells))
+    print_whole(console, table)

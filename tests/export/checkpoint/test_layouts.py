@@ -172,12 +172,13 @@ def test_strategy_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
 def test_model_that_reads_its_last_state_does_so_whatever_its_config_says(model_type: str) -> None:
     config = SimpleNamespace(model_type=model_type, vision_feature_layer=-2)
     read = _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json")
-    assert (read.select_layer, read.select_feature, read.unsaid) == ("last_hidden_state", "cls_patch", False)
+    assert (read.select_layer, read.select_feature) == ("last_hidden_state", "cls_patch")
 
 
 def test_model_that_reads_layers_of_its_own_is_not_taken_at_an_inherited_default() -> None:
     config = SimpleNamespace(model_type="granite4_vision", vision_feature_layer=-2)
-    assert _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json").unsaid
+    read = _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json")
+    assert (read.select_layer, read.said_as) == (None, "vision_feature_layer")
 
 
 def test_registers_that_eager_code_keeps_are_asked_about(tmp_path: Path) -> None:
