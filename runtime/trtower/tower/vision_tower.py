@@ -249,22 +249,6 @@ class VisionTower(nn.Module):
         self._engine.move(fn)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Save nothing: the weights are in the bundle."""
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take nothing, and report weights that were meant for the tower: the engine cannot take them in."""
-        unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
-
     def select(self, select_layer: LayerCode, select_feature: str) -> None:
         """Pick layers and tokens out of what the bundle holds; raise ConfigError naming what it lacks."""
         self._pick = pick(self.bundle, select_layer, select_feature)
