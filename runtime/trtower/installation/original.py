@@ -60,8 +60,8 @@ class Original:
         return freed
 
     @torch.inference_mode(mode=False)
-    def bring_back(self, anchor: Tensor, *, training: bool) -> None:
-        """Have the weights in the module again, where its stand-in is by now, in the dtype and mode that it is in."""
+    def bring_back(self, anchor: Tensor, *, training: bool) -> nn.Module:
+        """Return the module with its weights, where its stand-in is by now, in the dtype and mode that it is in."""
         if self._left:
             for parameter, weight in zip(self._parameters, list(self._read()), strict=True):
                 parameter.data = weight.to(anchor.device)
@@ -69,13 +69,14 @@ class Original:
             self._left = []
         if self._file is not None:
             self._file.close()
-        self.module.to(anchor.device)
+        module: nn.Module = self.module.to(anchor.device)
         if anchor.dtype != self._dtype:
-            self.module.to(anchor.dtype)
+            module.to(anchor.dtype)
         if anchor.requires_grad != self._trained:
-            self.module.requires_grad_(anchor.requires_grad)
+            module.requires_grad_(anchor.requires_grad)
         if training != self._training:
-            self.module.train(training)
+            module.train(training)
+        return module
 
     @torch.inference_mode(mode=False)
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
