@@ -129,13 +129,13 @@ def install(
     ``allow_other_weights`` permits; BundleError for a rehearsal, unless ``allow_random_weights``; BackendError where it
     cannot run. The model is then as it was. A second call with the same arguments returns what the first did.
     """
-    served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
-    allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
-    path = read_folder(bundle, "bundle").resolve()
-    options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
-    folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
     with _changing:
         place = find_tower(model, tower)
+        served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
+        allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
+        path = read_folder(bundle, "bundle").resolve()
+        options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
+        folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
         if isinstance(place.installation, Installation):
             return place.installation._ask_again(options)
         check_replaceable(model, place, dropped=not keep_original)
