@@ -54,9 +54,7 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
     if getattr(output, "hidden_states", None) is None:
         raise ConfigError(f"{place.path} of this model gives no hidden states when its config asks for them.")
     depth = count_layers(module, spec.naming)
-    states = {layer: output.hidden_states[layer] for layer in served_layers(spec, depth) if layer <= depth}
-    if depth + 1 in served_layers(spec, depth):
-        states[depth + 1] = output.last_hidden_state
+    states = (*output.hidden_states[: depth + 1], output.last_hidden_state)
     tokens = ran(pixel_values)
     for layer, held in served_layers(spec, depth).items():
         (columns,) = spec.columns([held])
@@ -82,9 +80,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 @contextmanager
 def _asked_for_states(config: Any) -> Iterator[None]:
     """Have a tower give every state: InternVL's of transformers 4.57 can be asked by its config alone."""
-    names = ("output_hidden_states", "return_dict")
-    before = {name: getattr(config, name, None) for name in names}
-    for name in names:
+    before = {name: getattr(config, name, None) for name in ("output_hidden_states", "return_dict")}
+    for name in before:
         setattr(config, name, True)
     try:
         yield

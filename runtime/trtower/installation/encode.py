@@ -27,7 +27,7 @@ def encode_for(model: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str
     """
     if not isinstance(images, Tensor | Mapping):
         raise InputError(f"images is of type {type(images).__name__}; what the model's processor makes is expected.")
-    if not any("installation" in vars(place.module) for place in find_towers(model)):
+    if not any(place.installation for place in find_towers(model)):
         raise ConfigError(f"{type(model).__name__} has no bundle installed: trtower.install(model, bundle) first.")
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling

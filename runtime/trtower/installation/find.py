@@ -7,6 +7,7 @@ every member of a wrapper that model code touches.
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,17 @@ from trtower.errors import ConfigError
 from trtower.tower.vision_model import VisionModel
 from trtower.tower.vision_tower import VisionTower
 
-Slots = list[tuple[Any, Any]]
-"""Where a module hangs: dicts and lists, each with its key there."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSlot:
     """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in.
 
-    ``paths`` are all its names; it is called by the first.
+    ``paths`` are all its names; it is called by the first. ``slots`` are dicts and lists, each with its key there.
     """
 
     module: Any
     paths: list[str]
-    slots: Slots
+    slots: list[tuple[Any, Any]]
     holder: nn.Module
 
     @property
@@ -37,18 +35,19 @@ class TowerSlot:
         """Where it is, such as "model.vision_tower"."""
         return self.paths[0]
 
+    @property
+    def installation(self) -> Any:
+        """What `trtower.install` has returned for the bundle that is here; None if an eager tower is."""
+        return vars(self.module).get("installation")
+
     def put(self, module: nn.Module) -> None:
         """Hang another module in every slot, or if that fails in none."""
-        done: list[tuple[Any, Any, nn.Module]] = []
-        try:
+        with ExitStack() as undo:
             for container, key in self.slots:
                 before = container[key]
                 container[key] = module
-                done.append((container, key, before))
-        except BaseException:
-            for container, key, before in done:
-                container[key] = before
-            raise
+                undo.callback(container.__setitem__, key, before)
+            undo.pop_all()
 
 
 def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
@@ -56,33 +55,26 @@ def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
     places = find_towers(model)
     if not isinstance(path, str | None):
         raise ConfigError(f"tower is of type {type(path).__name__}; its path in the model is expected.")
-    found = " and ".join(place.path for place in places)
+    name, found = type(model).__name__, " and ".join(place.path for place in places)
     if path is not None:
         places = [place for place in places if path in place.paths]
         if not places:
-            raise ConfigError(f"{_name(model)} has no vision tower at {path!r}; it has {found or 'none'}.")
+            raise ConfigError(f"{name} has no vision tower at {path!r}; it has {found or 'none'}.")
     if len(places) > 1:
-        raise ConfigError(
-            f"{_name(model)} has {len(places)} vision towers, {found}: say which with tower={places[0].path!r}."
-        )
+        raise ConfigError(f"{name} has {len(places)} vision towers, {found}: say which with tower={places[0].path!r}.")
     if not places:
-        raise ConfigError(f"{_name(model)} {_say_absent(model)}")
+        raise ConfigError(f"{name} {_say_absent(model)}")
     return places[0]
 
 
 def find_towers(model: nn.Module) -> list[TowerSlot]:
     """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
-    check_is_model(model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
     found = _collect(model, "")
     if not found and isinstance(wrapper := _wrapper(model), nn.Module):  # should it hang out of sight
         found = _collect(wrapper, "get_vision_tower().")
     return found
-
-
-def check_is_model(model: Any) -> None:
-    """Raise ConfigError where this is no module."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
 
 
 def _collect(root: nn.Module, prefix: str) -> list[TowerSlot]:
@@ -96,7 +88,6 @@ def _collect(root: nn.Module, prefix: str) -> list[TowerSlot]:
 
 
 def _wrapper(model: Any) -> Any:
-    """Give what LLaVA's code asks a model for."""
     get = getattr(model, "get_vision_tower", None)
     return get() if callable(get) else None
 
@@ -165,12 +156,8 @@ def _say_absent(model: nn.Module) -> str:
         return f"is served by a compiled tower already, at {served or 'get_vision_tower()'}."
     if wrapper is not None and not getattr(wrapper, "is_loaded", True):
         return (
-            f"has a {_name(wrapper)} that is not loaded: get_vision_tower().load_model() first, or build it with "
-            "trtower.build_vision_tower, which never loads the eager tower."
+            f"has a {type(wrapper).__name__} that is not loaded: get_vision_tower().load_model() first, or build "
+            "it with trtower.build_vision_tower, which never loads the eager tower."
         )
-    has = f"its {_name(wrapper)} holds none" if wrapper is not None else "it holds none"
+    has = f"its {type(wrapper).__name__} holds none" if wrapper is not None else "it holds none"
     return f"has no vision tower: a model of transformers that takes pixel_values is looked for, and {has}."
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

@@ -16,7 +16,7 @@ from torch import nn
 from trtower.bundle.bundle import Bundle, read_folder
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
-from trtower.installation.find import TowerSlot, check_is_model, find_tower, find_towers
+from trtower.installation.find import TowerSlot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
 from trtower.installation.reach import check_reached
@@ -26,7 +26,6 @@ from trtower.tower.options import TowerOptions
 from trtower.tower.vision_tower import VisionTower
 
 logger = logging.getLogger(__name__)
-
 
 _changing = threading.RLock()
 """One model is changed at a time: two of them may share a tower."""
@@ -61,7 +60,7 @@ class Installation:
             raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
 
     def _places(self) -> list[TowerSlot]:
-        return [place for place in find_towers(self.model) if _installed(place) is self]
+        return [place for place in find_towers(self.model) if place.installation is self]
 
     def __enter__(self) -> "Installation":
         """Return itself. The end of the block takes the bundle out, unless a call before the block put it in.
@@ -130,16 +129,15 @@ def install(
     ``allow_other_weights`` permits; BundleError for a rehearsal, unless ``allow_random_weights``; BackendError where it
     cannot run. The model is then as it was. A second call with the same arguments returns what the first did.
     """
-    check_is_model(model)
-    served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
-    allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
-    path = read_folder(bundle, "bundle").resolve()
-    options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
-    folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
     with _changing:
         place = find_tower(model, tower)
-        if installed := _installed(place):
-            return installed._ask_again(options)
+        served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
+        allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
+        path = read_folder(bundle, "bundle").resolve()
+        options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
+        folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
+        if isinstance(place.installation, Installation):
+            return place.installation._ask_again(options)
         check_replaceable(model, place, dropped=not keep_original)
         check_match(model, place, Bundle.open(bundle), **allowed)
         on_its_device = replace(served, device=next(place.module.parameters()).device)
@@ -181,9 +179,7 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
     without it every bundle is taken out. Raises ConfigError where none is installed.
     """
     with _changing:
-        places = [
-            place for place in find_towers(model) if _installed(place) and (tower is None or tower in place.paths)
-        ]
+        places = [place for place in find_towers(model) if place.installation and tower in (None, *place.paths)]
         if not places:
             raise ConfigError(f"{type(model).__name__} has no bundle installed{f' at {tower!r}' if tower else ''}.")
         for place in places:
@@ -196,9 +192,3 @@ def _take_out(place: TowerSlot) -> None:
     place.put(stand_in.take_back())
     tower.close()
     logger.info("%s: the eager tower is back", place.path)
-
-
-def _installed(place: TowerSlot) -> Installation | None:
-    """Give the installation that a tower in a model is the stand-in of; None where it is an eager one."""
-    installation: Installation | None = vars(place.module).get("installation")
-    return installation

@@ -37,9 +37,7 @@ def check_match(
     checkpoint = _loaded_from(model, place)
     export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
     own = CHANGED if checkpoint == source.checkpoint else export
-    made_of = json.loads(bundle.read(CONFIG))
-    _check_kind(place, bundle, made_of, export)
-    _check_config(place, bundle, made_of, own)
+    _check_config(place, bundle, export, own)
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
         _check_weights(place, bundle, own)
@@ -92,29 +90,22 @@ def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_kind(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], export: str) -> None:
-    config, spec = place.module.config, bundle.manifest.spec
+def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> None:
+    config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
     if config.model_type != made_of["model_type"]:
+        supported = f"own checkpoint, if `trtower export` supports {config.model_type}"  # which is not known here
+        if_exported = export.replace("own checkpoint", supported)
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
-            f"{type(place.module).__name__} ({config.model_type}). {_if_exported(export, config.model_type)}"
+            f"{type(place.module).__name__} ({config.model_type}). {if_exported}"
         )
-    side = _side(config)
-    if side is None:
+    side = _plain(getattr(config, "image_size", None))
+    if not isinstance(side, int):
         raise ConfigError(f"{place.path} of this model takes pictures of free shape, and an engine those of one.")
     if side != spec.image_size:
         raise ConfigError(
             f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {export}"
         )
-
-
-def _if_exported(export: str, model_type: str) -> str:
-    """Advise an export where nobody here knows whether it has this kind of tower."""
-    return export.replace("own checkpoint", f"own checkpoint, if `trtower export` supports {model_type}")
-
-
-def _check_config(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], own: str) -> None:
-    config, spec = place.module.config, bundle.manifest.spec
     for name in spec.naming.config_fields:
         found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
         if None not in (found, expected) and found != expected:
@@ -127,12 +118,6 @@ def _check_config(place: TowerSlot, bundle: Bundle, made_of: dict[str, Any], own
         raise ConfigError(
             f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has {depth} layers. {own}"
         )
-
-
-def _side(config: Any) -> int | None:
-    """Give the side of the square pictures that a tower takes; None where they are of no such shape."""
-    size = _plain(getattr(config, "image_size", None))
-    return size if isinstance(size, int) else None
 
 
 def _plain(value: Any) -> Any:

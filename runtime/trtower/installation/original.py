@@ -26,8 +26,7 @@ class Original:
         self._dtype: torch.dtype = module.dtype
         self._trained, self._training = wants_gradient(module), module.training
         self._parameters: list[nn.Parameter] = list(module.parameters())
-        self._shapes = [(parameter.shape, parameter.dtype) for parameter in self._parameters]
-        self._dropped: dict[int, nn.Parameter] = {}
+        self._left: list[nn.Parameter] = []  # what `drop` leaves in their places, on the meta device
         self._file: IO[bytes] | None = None
 
     def write(self, folder: Path | None) -> None:
@@ -53,63 +52,58 @@ class Original:
 
         Whoever holds the module besides finds them on the meta device, of which torch says that it holds no data.
         """
-        freed = 0
-        for parameter in self._parameters:
-            self._dropped[id(parameter)] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-            freed += parameter.nbytes
-        self._exchange(self._dropped)
+        freed = sum(parameter.nbytes for parameter in self._parameters)
+        self._left = [nn.Parameter(parameter.to("meta"), parameter.requires_grad) for parameter in self._parameters]
+        self._exchange(self._parameters, self._left)
         for parameter in self._parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return freed
 
     @torch.inference_mode(mode=False)
-    def bring_back(self, anchor: Tensor, *, training: bool) -> None:
-        """Have the weights in the module again, where its stand-in is by now, in the dtype and mode that it is in."""
-        if self._file is not None:
-            weights = list(self._read())
-            for parameter, weight in zip(self._parameters, weights, strict=True):
+    def bring_back(self, anchor: Tensor, *, training: bool) -> nn.Module:
+        """Return the module with its weights, where its stand-in is by now, in the dtype and mode that it is in."""
+        if self._left:
+            for parameter, weight in zip(self._parameters, list(self._read()), strict=True):
                 parameter.data = weight.to(anchor.device)
-            back = {id(self._dropped[id(each)]): each for each in self._parameters if id(each) in self._dropped}
-            self._exchange(back)
-            self._dropped = {}
+            self._exchange(self._left, self._parameters)
+            self._left = []
+        if self._file is not None:
             self._file.close()
-            self._file = None
-        self.module.to(anchor.device)
+        module: nn.Module = self.module.to(anchor.device)
         if anchor.dtype != self._dtype:
-            self.module.to(anchor.dtype)
+            module.to(anchor.dtype)
         if anchor.requires_grad != self._trained:
-            self.module.requires_grad_(anchor.requires_grad)
+            module.requires_grad_(anchor.requires_grad)
         if training != self._training:
-            self.module.train(training)
+            module.train(training)
+        return module
 
     @torch.inference_mode(mode=False)
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Give the state dict of the module, on the CPU where its weights are out of memory."""
         state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
-        if self._dropped:
-            read = {
-                id(self._dropped[id(parameter)]): weight
-                for parameter, weight in zip(self._parameters, self._read(), strict=True)
-            }
+        if self._left:
+            read = {id(left): weight for left, weight in zip(self._left, self._read(), strict=True)}
             state = {name: read.get(id(tensor), tensor) for name, tensor in state.items()}
         cast = dtype if dtype != self._dtype else None
         return {
             name: tensor.detach().to(cast if tensor.is_floating_point() else None) for name, tensor in state.items()
         }
 
-    def _exchange(self, others: dict[int, nn.Parameter]) -> None:
-        """Put other parameters in the places of those that are named by their id."""
+    def _exchange(self, before: list[nn.Parameter], after: list[nn.Parameter]) -> None:
+        """Put other parameters into the module, wherever it holds these."""
+        others = {id(each): other for each, other in zip(before, after, strict=True)}
         for module in self.module.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in others:
+                if id(parameter) in others:
                     module._parameters[name] = others[id(parameter)]
 
     def _read(self) -> Iterator[Tensor]:
         """Read the weights, at offsets and not where the file is at: other threads read it, and forks have it too."""
         assert self._file is not None  # noqa: S101 - narrows the type
         offset = 0
-        for shape, dtype in self._shapes:
-            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        for left in self._left:
+            tensor = torch.empty(left.shape, dtype=left.dtype, device="cpu")
             rest = _bytes_of(tensor)
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], offset)

@@ -3,13 +3,13 @@
 Shapes: B images, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from typing_extensions import Self
 
 from trtower.errors import BackendError, ConfigError
 from trtower.fingerprint import count_layers
@@ -17,9 +17,8 @@ from trtower.installation.find import TowerSlot
 from trtower.installation.original import Original, wants_gradient
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
+from trtower.tower.vision_model import named_as
 from trtower.tower.vision_tower import VisionTower
-
-Self = TypeVar("Self", bound="StandIn")
 
 OF_ANOTHER = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 """What accelerate and torch.compile hang into a module, to run the one that it is."""
@@ -68,7 +67,10 @@ class StandIn(nn.Module):
         for name in CHANGE_THE_TOWER:
             if self._default(name, options.get(name), otherwise=False) is not False:
                 raise ConfigError(f"{name} is not for {self._path}, which is compiled: {BACK}.")
-        tokens = self._run(pixel_values)
+        anchor = self.anchor.empty
+        tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
+        if anchor.requires_grad:
+            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
         wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
             last_hidden_state=self._outputs.last_hidden_state(tokens),
@@ -76,14 +78,6 @@ class StandIn(nn.Module):
             hidden_states=None if wanted is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
-
-    def _run(self, pixel_values: Any) -> Tensor:
-        """Give all tokens of all layers that the bundle holds, in the dtype of the tower that was replaced."""
-        anchor = self.anchor.empty
-        tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
-        if anchor.requires_grad:
-            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
-        return tokens
 
     def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
         """Take an option as it was given, else from the config, as models of transformers do."""
@@ -99,17 +93,15 @@ class StandIn(nn.Module):
         if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
             raise BackendError(f"pixel_values wants a gradient, which no engine gives: {BACK}.")
 
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)` of the model, and its casts."""
         self._tower._apply(fn)  # raises before anything has moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def take_back(self) -> nn.Module:
-        """Give the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
-        self.original.bring_back(self.anchor.empty, training=self.training)
-        module: nn.Module = self.original.module
-        return module
+        """Return the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
+        return self.original.bring_back(self.anchor.empty, training=self.training)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
@@ -117,17 +109,9 @@ class StandIn(nn.Module):
         for name, tensor in self.original.state_dict(self.anchor.empty.dtype).items():
             destination[prefix + name] = tensor
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         """Refuse weights that are meant for the tower: the engine cannot take them in."""
+        *_, error_msgs = others
         if any(key.startswith(prefix) for key in state_dict):
             error_msgs.append(f"{prefix}* is for the eager tower, which is compiled: {BACK}.")
 
@@ -143,7 +127,6 @@ class StandIn(nn.Module):
             raise
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be pickled or copied."""
         raise BackendError(
             f"{self._path} is compiled, and its engine belongs to this process: install the bundle where the model is "
             f"needed; to copy or pickle this one, {BACK}."
@@ -174,16 +157,13 @@ class _Ungraded(torch.autograd.Function):
 def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> StandIn:
     """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
     module = place.module
-    replaced: Any = type(module)
-    stand_in: StandIn = object.__new__(_class_of(replaced))
+    stand_in: StandIn = object.__new__(named_as(module.__class__, StandIn))
     nn.Module.__init__(stand_in)
     attributes = vars(stand_in)
-    registries = set(attributes) | set(OF_ANOTHER)
-    attributes |= {name: value for name, value in vars(module).items() if name not in registries}
+    not_taken = {*attributes, *OF_ANOTHER} - {*HOOKS, "training"}
+    attributes |= {name: value for name, value in vars(module).items() if name not in not_taken}
     first = next(module.parameters())
     stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
-    stand_in.training = module.training
-    attributes |= {name: vars(module)[name] for name in HOOKS}
     # Not registered: a module of its own would be seen by whoever walks the model.
     attributes |= {
         "_tower": tower,
@@ -193,10 +173,3 @@ def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> St
         "_outputs": Outputs(tower.bundle, count_layers(module, tower.spec.naming)),
     }
     return stand_in
-
-
-@functools.cache
-def _class_of(replaced: Any) -> type[StandIn]:
-    """Make the subclass that is named as what it replaces: save_pretrained writes the name into config.json."""
-    names = {"__module__": replaced.__module__, "__qualname__": replaced.__qualname__}
-    return type(replaced.__name__, (StandIn, replaced), names)

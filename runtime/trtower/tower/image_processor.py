@@ -22,14 +22,11 @@ import torch
 
 from trtower.bundle.manifest import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
-from trtower.tower.attribute_dict import AttributeDict
+from trtower.tower.dicts import AttributeDict, Size
 from trtower.tower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
-from trtower.tower.size import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = ["BatchFeature", "ImageProcessor"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,21 +188,18 @@ class ImageProcessor:
     def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
         try:
             read = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
-            pixels = self._processed(read)
+            pixels = read
+            if self.do_resize:
+                pixels = _resize(pixels, self.size, self.resample)
+            if self.do_center_crop:
+                pixels = _center_crop(pixels, self.crop_size)
+            if self.do_rescale:
+                pixels = _scale(pixels, self.rescale_factor)
+            if self.do_normalize:
+                pixels = _normalize(pixels, self.image_mean, self.image_std)
         except InputError as err:
             raise InputError(f"{name}: {err}") from err
         self._warn_of_range(name, read)
-        return pixels
-
-    def _processed(self, pixels: Array) -> Array:
-        if self.do_resize:
-            pixels = _resize(pixels, self.size, self.resample)
-        if self.do_center_crop:
-            pixels = _center_crop(pixels, self.crop_size)
-        if self.do_rescale:
-            pixels = _scale(pixels, self.rescale_factor)
-        if self.do_normalize:
-            pixels = _normalize(pixels, self.image_mean, self.image_std)
         return pixels
 
     def _warn_of_range(self, name: str, pixels: Array) -> None:

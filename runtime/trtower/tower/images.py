@@ -16,7 +16,6 @@ from trtower.tower.pick import Pick
 PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
 """The call that turns pictures into features, for whoever passes something else."""
 
-
 Run = Callable[[Runner, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Turns any number of images (B, 3, S, S), as a runner takes them, into features (B, N, D), and may write these into
 its last argument."""
@@ -106,11 +105,9 @@ class Images:
             raise InputError(f"{name} has layout {images.layout}; a dense tensor is expected: pass images.to_dense().")
 
     def _fits(self, shape: torch.Size) -> bool:
-        """Whether one image may be (C, H, W)."""
         return shape == (3, self.spec.image_size, self.spec.image_size)
 
     def _expectation(self, *, in_list: bool) -> str:
-        """Say which shapes are taken."""
         image = f"3, {self.spec.image_size}, {self.spec.image_size}"
         if in_list:
             return f"({image}) or tiles (T, {image}) in a list"

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command, name_layers
@@ -21,7 +21,7 @@ from trtower.reading import says_trained
 from trtower.tower.options import TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pick import whole_code
 from trtower.tower.s2 import ScaledImages, Scales
-from trtower.tower.vision_tower import Self, VisionTower
+from trtower.tower.vision_tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class CLIPVisionTower(VisionTower):
 
     @classmethod
     def _make(
-        cls: type[Self],
+        cls,
         bundle: str | os.PathLike[str],
         select_layer: LayerCode | None,
         select_feature: str | None,
@@ -82,9 +82,7 @@ class CLIPVisionTower(VisionTower):
             mm_vision_select_layer=whole_code(spec) if select_layer is None else select_layer,
             mm_vision_select_feature=spec.select_feature if select_feature is None else select_feature,
         )
-        make: Any = cls
-        tower: Self = make(bundle, args, delay_load=True, **options)
-        return tower
+        return cls(bundle, args, delay_load=True, **options)
 
     def _refuse_dropped_patch(self) -> None:
         """Ask what VILA's "patch" shall mean for a tower whose first token is not a CLS token.
@@ -119,6 +117,7 @@ class _ScaledTower(CLIPVisionTower):
     """What the towers of several scales have in common: the scales, and the width of their features."""
 
     _scales: Scales
+    _pictured: int  # which of the scales the image processor makes pictures of
 
     def _configure(self, args: Any) -> None:
         self._scales = Scales.from_config(args)
@@ -129,6 +128,8 @@ class _ScaledTower(CLIPVisionTower):
                 f"the scales {self.scales} are read in tiles of {self._scales.tile_size} pixels; {self.bundle.path} "
                 f"takes {self.spec.image_size}. Export it with that --image-size: {command}"
             )
+        processor, side = self.image_processor, self.scales[self._pictured]
+        processor.size, processor.crop_size = processor.size.resized(side), processor.crop_size.resized(side)
 
     @property
     def scales(self) -> list[int]:
@@ -150,11 +151,6 @@ class _ScaledTower(CLIPVisionTower):
         """D: the picked layers, once a scale."""
         return super().hidden_size * len(self._scales.sizes)
 
-    def _enlarge(self, side: int) -> None:
-        """Have the image processor make pictures of this side."""
-        self.image_processor.size = self.image_processor.size.resized(side)
-        self.image_processor.crop_size = self.image_processor.crop_size.resized(side)
-
 
 class CLIPVisionTowerS2(_ScaledTower):
     """LLaVA's and VILA's multi-scale tower: every image at each of `scales`, in tiles of the engine's size.
@@ -163,10 +159,11 @@ class CLIPVisionTowerS2(_ScaledTower):
     scales run together. `num_patches` stays that of one tile, as in the eager towers.
     """
 
+    _pictured = -1
+
     def _configure(self, args: Any) -> None:
         super()._configure(args)
         self._images = ScaledImages(self.bundle.manifest, self._scales)
-        self._enlarge(self.s2_image_size)
 
     @property
     def s2_scales(self) -> list[int]:
@@ -190,9 +187,7 @@ class CLIPVisionTowerDynamicS2(_ScaledTower):
     So `forward` is the plain one, and only `hidden_size` is that of all scales, which the model concatenates.
     """
 
-    def _configure(self, args: Any) -> None:
-        super()._configure(args)
-        self._enlarge(self.scales[0])
+    _pictured = 0
 
 
 def build_vision_tower(

@@ -37,14 +37,15 @@ class Scales:
     output_index: int = 0
 
     def __post_init__(self) -> None:
+        sizes = ",".join(map(str, self.sizes))
         if any(size % self.tile_size for size in self.sizes):
             raise ConfigError(
-                f"s2_scales={_join(self.sizes)} cannot be cut into tiles of {self.tile_size} pixels: "
+                f"s2_scales={sizes} cannot be cut into tiles of {self.tile_size} pixels: "
                 f"multiples of {self.tile_size} are expected."
             )
         if not -len(self.sizes) <= self.output_index < len(self.sizes):
             raise ConfigError(
-                f"s2_resize_output_to_scale_idx={self.output_index} is none of s2_scales={_join(self.sizes)}: "
+                f"s2_resize_output_to_scale_idx={self.output_index} is none of s2_scales={sizes}: "
                 f"{-len(self.sizes)} to {len(self.sizes) - 1} are."
             )
 
@@ -163,7 +164,3 @@ def _read_sizes(written: Any) -> tuple[int, ...]:
             f"s2_scales={written!r} are no sizes in pixels: {DEFAULT_SCALES!r} are, or a list of numbers."
         )
     return tuple(sizes)
-
-
-def _join(sizes: tuple[int, ...]) -> str:
-    return ",".join(map(str, sizes))

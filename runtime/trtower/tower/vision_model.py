@@ -85,13 +85,14 @@ def make_vision_model(tower: Any, anchor: nn.Module) -> VisionModel:
     return model.eval()
 
 
-def _class_for(model_type: str) -> type[VisionModel]:
+def _class_for(model_type: str) -> Any:
     auto = sys.modules.get("transformers.models.auto.modeling_auto")
     name = None if auto is None else auto.MODEL_MAPPING_NAMES.get(model_type)
-    return VisionModel if name is None else _subclass_of(getattr(sys.modules["transformers"], name))
+    return VisionModel if name is None else named_as(getattr(sys.modules["transformers"], name), VisionModel)
 
 
 @functools.cache
-def _subclass_of(replaced: Any) -> type[VisionModel]:
+def named_as(replaced: Any, kind: Any) -> Any:
+    """Make a ``kind`` that is named as what it replaces: save_pretrained writes the name into config.json."""
     names = {"__module__": replaced.__module__, "__qualname__": replaced.__qualname__}
-    return type(replaced.__name__, (VisionModel, replaced), names)
+    return type(replaced.__name__, (kind, replaced), names)

@@ -7,11 +7,11 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import CONFIG, PREPROCESSOR
@@ -21,7 +21,7 @@ from trtower.layer_codes import LayerCode
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.observation import OnBatch, observed
 from trtower.tower.anchor import Anchor
-from trtower.tower.attribute_dict import AttributeDict
+from trtower.tower.dicts import AttributeDict
 from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.images import Images, can_fill, one_input
@@ -29,8 +29,6 @@ from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, ta
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
-
-Self = TypeVar("Self", bound="VisionTower")
 
 
 class VisionTower(nn.Module):
@@ -40,14 +38,8 @@ class VisionTower(nn.Module):
     parameter is an empty anchor that tells callers the device and dtype, and its state dict is empty. Casting
     it (`.half()`, `.to(dtype)`) leaves the engine as it was exported; `.to(device)` opens the bundle there.
 
-    `select_layer` and `select_feature` pick among the hidden states that the bundle holds, with any code of
-    layer_codes.py; without them everything is read, in the bundle's order. LLaVA's `num_patches` never counts the
-    CLS token; with `count_cls` it does under `cls_patch`, as LLaVA-NeXT's.
-
-    `check_finite` refuses images with NaN or infinity. By default that is done where it costs nothing, on the
-    CPU; on CUDA it would wait for the GPU in every call, and such images give NaN as they do in eager PyTorch.
-    A warning names the range of images that the image processor did not make, once: on CUDA only the first call is
-    looked at.
+    `load` says what its options mean. A warning names the range of images that the image processor did not make,
+    once: on CUDA only the first call is looked at.
 
     `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
     raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
@@ -88,7 +80,7 @@ class VisionTower(nn.Module):
     @classmethod
     @takes_options
     def load(
-        cls: type[Self],
+        cls,
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         device: str | torch.device | None = None,
@@ -104,10 +96,13 @@ class VisionTower(nn.Module):
             backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or a name that
                 `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
             device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
-            select_layer: The hidden states to read of those that the bundle holds, by default all, in its order.
+            select_layer: The hidden states to read of those that the bundle holds, by any code of layer_codes.py. By
+                default all, in its order.
             select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.
-            check_finite: Whether to refuse images with NaN or infinity. None: on the CPU only.
-            count_cls: Whether `num_patches` counts the CLS token, as LLaVA-NeXT's does.
+            check_finite: Whether to refuse images with NaN or infinity. None: on the CPU only, where it costs nothing;
+                on CUDA it waits for the GPU in every call, and such images give NaN as they do in eager PyTorch.
+            count_cls: Whether `num_patches` counts the CLS token under `cls_patch`, as LLaVA-NeXT's does and LLaVA's
+                does not.
             require_certificate: Refuse the bundle unless its check passed, on these very files, for what runs here.
             engine: How a TensorRT plan is run.
 
@@ -124,7 +119,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def _make(
-        cls: type[Self],
+        cls,
         bundle: str | os.PathLike[str],
         select_layer: LayerCode | None,
         select_feature: str | None,
@@ -150,7 +145,7 @@ class VisionTower(nn.Module):
         """
         self._engine.load(device_map)
 
-    def warmup(self: Self, batches: Iterable[int] | None = None) -> Self:
+    def warmup(self, batches: Iterable[int] | None = None) -> Self:
         """Run the engine once on each number of images, so that no later call pays for what the first one does.
 
         By default every profile's minimum, optimum and maximum. On a GPU that holds for calls in the current stream:
@@ -171,16 +166,13 @@ class VisionTower(nn.Module):
         """Raise BackendError inside a call of this tower, in `on_batch`, where it cannot be closed."""
         self._engine.refuse_own_call()
 
-    def __enter__(self: Self) -> Self:
-        """Give the tower, which is closed at the end of the block."""
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the tower."""
         self.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be pickled or copied."""
         raise BackendError(
             f"{self.vision_tower_name} cannot be pickled or copied: its engine belongs to this process. Hand over the "
             "bundle's path, and load it where it is needed."
@@ -227,12 +219,11 @@ class VisionTower(nn.Module):
 
         They come side by side in the bundle's order, in the tower's dtype. Raises InputError.
         """
-        if not isinstance(images, torch.Tensor) or images.ndim != 4:
-            found = tuple(images.shape) if isinstance(images, torch.Tensor) else f"a {type(images).__name__}"
-            raise InputError(f"pixel_values is {found}; a tensor (B, 3, S, S) is expected.")
         side = self.spec.image_size  # of the engine, whatever sizes the tower takes
-        if images.shape[1:] != (3, side, side):
-            raise InputError(f"pixel_values has shape {tuple(images.shape)}; this engine takes (B, 3, {side}, {side}).")
+        if not isinstance(images, torch.Tensor) or images.shape[1:] != (3, side, side):
+            is_tensor = isinstance(images, torch.Tensor)
+            found = f"has shape {tuple(images.shape)}" if is_tensor else f"is a {type(images).__name__}"
+            raise InputError(f"pixel_values {found}; this engine takes a tensor (B, 3, {side}, {side}).")
         self._images.check(images, "pixel_values", in_list=False)
         with self._engine.lend() as runner:
             return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous())
@@ -244,26 +235,10 @@ class VisionTower(nn.Module):
         """
         return self._pick.cut(image_forward_outs)
 
-    def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow `.to(device)`, called here or on the model around this tower. The dtype stays the engine's."""
         self._engine.move(fn)
         return self
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Save nothing: the weights are in the bundle."""
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take nothing, and report weights that were meant for the tower: the engine cannot take them in."""
-        unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
     def select(self, select_layer: LayerCode, select_feature: str) -> None:
         """Pick layers and tokens out of what the bundle holds; raise ConfigError naming what it lacks."""

@@ -209,9 +209,12 @@ def test_options_that_change_the_tower_are_refused(install: Install, option: str
     ("pixel_values", "words"),
     [
         (None, "pixel_values is a NoneType"),
-        (torch.zeros(3, 42, 42), r"pixel_values is \(3, 42, 42\); a tensor \(B, 3, S, S\) is expected"),
-        (torch.zeros(1, 2, 3, 42, 42), r"pixel_values is \(1, 2, 3, 42, 42\)"),
-        (torch.zeros(1, 3, 56, 56), r"has shape \(1, 3, 56, 56\); this engine takes \(B, 3, 42, 42\)"),
+        (torch.zeros(3, 42, 42), r"pixel_values has shape \(3, 42, 42\); this engine takes a tensor \(B, 3, 42, 42\)"),
+        (torch.zeros(1, 2, 3, 42, 42), r"pixel_values has shape \(1, 2, 3, 42, 42\)"),
+        (
+            torch.zeros(1, 3, 56, 56),
+            r"pixel_values has shape \(1, 3, 56, 56\); this engine takes a tensor \(B, 3, 42, 42\)",
+        ),
         (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), "has dtype torch.uint8"),
         (torch.full((1, 3, 42, 42), float("nan")), "NaN or infinite"),
     ],

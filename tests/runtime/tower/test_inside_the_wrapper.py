@@ -15,8 +15,8 @@ from tests.runtime.tower.test_vision_tower import FP32_TOLERANCE, PATCHES, WIDTH
 from trtower import CLIPVisionTower, CLIPVisionTowerS2, VisionTower, build_vision_tower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BundleError, ConfigError, InputError
+from trtower.tower.dicts import Size
 from trtower.tower.image_processor import ImageProcessor
-from trtower.tower.size import Size
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 
@@ -160,7 +160,9 @@ def test_model_inside_refuses_what_an_engine_cannot_follow(fp32_bundle: Path) ->
     inner = VisionTower.load(fp32_bundle).vision_tower
     with pytest.raises(ConfigError, match="output_attentions cannot be followed by a compiled tower"):
         inner(images(1), output_attentions=True)
-    with pytest.raises(InputError, match=r"pixel_values is \(3, 42, 42\); a tensor \(B, 3, S, S\)"):
+    with pytest.raises(
+        InputError, match=r"pixel_values has shape \(3, 42, 42\); this engine takes a tensor \(B, 3, 42, 42\)"
+    ):
         inner(images(1)[0])
 
 
@@ -225,7 +227,7 @@ def test_model_inside_a_tower_of_several_scales_takes_one_tile(fp32_bundle: Path
     args = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
     inner = CLIPVisionTowerS2(fp32_bundle, args).vision_tower
     assert inner(images(1)).hidden_states is None
-    with pytest.raises(InputError, match=r"shape \(1, 3, 84, 84\); this engine takes \(B, 3, 42, 42\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 3, 84, 84\); this engine takes a tensor \(B, 3, 42, 42\)"):
         inner(torch.zeros(1, 3, 84, 84))
     with pytest.raises(ConfigError, match="attention_mask cannot be followed"):
         inner(images(1), attention_mask=torch.ones(2, 10))

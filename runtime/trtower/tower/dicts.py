@@ -1,7 +1,26 @@
-"""The size of a picture as configs of image processors write it, read in every way that model code reads it."""
+"""Dicts that model code reads in more ways than as dicts: by attribute, and sizes of pictures in every form."""
 
 from collections.abc import Iterator
 from typing import Any
+
+
+class AttributeDict(dict[str, Any]):
+    """Reads, sets and deletes a key by its name as an attribute. It is JSON as it stands, and pickled like any dict."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this {type(self).__name__} has no {name!r}; it holds {', '.join(self)}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"this {type(self).__name__} has no {name!r} to delete") from None
 
 
 class Size(dict[str, int]):
@@ -16,9 +35,7 @@ class Size(dict[str, int]):
             raise KeyError(key)
         height, width = self.sides
         answers: dict[Any, int] = {"shortest_edge": min(height, width), "height": height, "width": width}
-        answers |= dict(enumerate(self.sides)) | {-1: width, -2: height}
-        if key not in answers:
-            raise KeyError(key)
+        answers |= {0: height, 1: width, -2: height, -1: width}
         return answers[key]
 
     def __iter__(self) -> Iterator[Any]:
