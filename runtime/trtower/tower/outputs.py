@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command, name_layers
@@ -38,8 +37,7 @@ class Absent:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Raise in whichever function of torch it was given to."""
-        given, _ = tree_flatten((args, kwargs))
-        return _refuse(next(each for each in given if isinstance(each, Absent)))
+        raise ConfigError(next(_absent_among((args, kwargs)))._why)
 
 
 def _refuse(absent: Absent, *_: Any) -> Any:
@@ -48,6 +46,14 @@ def _refuse(absent: Absent, *_: Any) -> Any:
 
 for _operator in ("getitem", "len", "iter", "bool", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul"):
     setattr(Absent, f"__{_operator}__", _refuse)
+
+
+def _absent_among(value: Any) -> Iterator[Absent]:
+    if isinstance(value, Absent):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _absent_among(item)
 
 
 class Held(Sequence[Any]):
