@@ -193,8 +193,8 @@ def test_half_precision_alone_does_not_keep_full_precision_beside_it(
     arena = Arena.open_torch(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])), torch.device("cpu"))
     arena.model.to(torch.bfloat16)
     before = {id(parameter) for parameter in arena.model.parameters()}
-    assert {id(parameter) for parameter in entrants._shared(arena, arena.model, "bf16").parameters()} == before
-    assert not {id(parameter) for parameter in entrants._shared(arena, arena.model, "fp32").parameters()} & before
+    assert {id(parameter) for parameter in entrants._copy_of_model(arena, "bf16").parameters()} == before
+    assert not {id(parameter) for parameter in entrants._copy_of_model(arena, "fp32").parameters()} & before
 
 
 def test_entrant_that_breaks_is_named_and_the_others_go_on(
@@ -346,7 +346,7 @@ def test_table_says_what_it_is_of_and_whether_the_machine_was_busy(found: Benchm
 def test_longest_is_the_99th_percentile_of_a_few_and_not_of_many() -> None:
     few, many = [1.0, 2.0, 9.0], [*(1.0 for _ in range(199)), 9.0]
     entrant = SimpleNamespace(name="a", runs_on="", arithmetic="fp32")
-    made = [module._timing(entrant, 1, seconds, 1, {}, None, 0.0) for seconds in (few, many)]
+    made = [module._timing(entrant, 1, seconds, None, None, 0.0) for seconds in (few, many)]
     assert [(each.median_s, each.p99_s) for each in made] == [(2.0, 9.0), (1.0, 1.0)]
 
 
