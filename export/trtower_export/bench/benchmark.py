@@ -161,11 +161,9 @@ def _run_cold(
         "name": name,
         "backend": backend,
         "batch": batch,
-        "checkpoint": checkpoint.source,
-        "revision": checkpoint.revision,
-        "random_weights": checkpoint.random_weights,
+        "source": checkpoint.source,
         "trust": dataclasses.asdict(checkpoint.trust),
-        "tower": checkpoint.tower,
+        **{name: getattr(checkpoint, name) for name in ("revision", "random_weights", "tower")},
     }
     command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
     try:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from trtower_export.console import new_table, print_whole
 from trtower_export.families import family_of
 from trtower_export.recipes import Recipe
 
@@ -31,12 +31,11 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def print_recipes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Print described recipes as a table, every name whole."""
-    table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), no_wrap=True)
+    columns = [column.replace("_", " ") for column in COLUMNS]
+    table = new_table(*columns, left=columns)
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in COLUMNS))
-    Console(file=console.file, width=max(console.width, 120)).print(table)
+    print_whole(console, table)
 
 
 def _cell(value: Any) -> str:

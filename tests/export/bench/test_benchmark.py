@@ -352,9 +352,9 @@ def test_longest_is_the_99th_percentile_of_a_few_and_not_of_many() -> None:
 
 def test_ceiling_is_two_flop_a_product_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure_ceilings.__globals__["SIZE"], "cpu", 100)
-    monkeypatch.setitem(measure_ceilings.__globals__, "_best_s", lambda _, product: product())
-    monkeypatch.setitem(measure_ceilings.__globals__, "_torch_product", lambda *_: lambda: 0.5)
-    monkeypatch.setitem(measure_ceilings.__globals__, "_openvino_product", lambda _: [lambda: 0.25])
+    monkeypatch.setitem(
+        measure_ceilings.__globals__, "race", lambda *_, **__: {"torch": [0.5], "openvino": [0.9, 0.25]}
+    )
     assert measure_ceilings(torch.device("cpu"), {"fp32"}) == {"fp32": 2 * 100**3 / 0.25}
 
 

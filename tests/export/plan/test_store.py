@@ -24,7 +24,7 @@ from trtower.bundle.staging import write_manifest
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
 from trtower.spec import BatchProfile
-from trtower_export.console import LoggedProgress, LoggedStep
+from trtower_export.console import LoggedProgress, Step
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan import build as module
 from trtower_export.plan import targets
@@ -47,9 +47,9 @@ class Recorder(LoggedProgress):
         self.said.append(message)
 
     @contextmanager
-    def step(self, title: str) -> Iterator[LoggedStep]:
+    def step(self, title: str) -> Iterator[Step]:
         self.steps.append(title)
-        yield LoggedStep()
+        yield Step()
 
 
 @pytest.fixture
