@@ -112,8 +112,7 @@ def draw_benchmark(found: Benchmark) -> bytes:
     )
     hardware = found.environment.get("gpu", {}).get("name") or found.environment["processor"]
     axes.set_title(f"{found.bundle['name']}, {hardware}, {found.environment['date']}", fontsize=7, color=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     return to_png(figure)
 
 
@@ -130,16 +129,14 @@ def label_entrant(timing: Timing) -> str:
 
 def _mark_batches(axes: Any, batches: Sequence[int]) -> None:
     """Write each batch beside the first of its rows, and draw a line between batches."""
-    rows_and_axes = axes.get_yaxis_transform()  # x in widths of the axes, y in rows
-    left_edge = -LEFT / (0.94 - LEFT)
+    left = 0.03 - LEFT / (0.94 - LEFT)  # of the axes, in their widths
+    place = axes.get_yaxis_transform()  # x in these, y in rows
     for row, batch in enumerate(batches):
         if row and batch == batches[row - 1]:
             continue
-        axes.text(
-            left_edge + 0.03, row, f"batch {batch}", transform=rows_and_axes, va="center", fontsize=6, weight="bold"
-        )
+        axes.text(left, row, f"batch {batch}", transform=place, va="center", fontsize=6, weight="bold")
         if row:
-            axes.plot([left_edge + 0.03, 1], [row - 0.5] * 2, transform=rows_and_axes, color=RULE, lw=1, clip_on=False)
+            axes.axhline(row - 0.5, left, color=RULE, lw=1, clip_on=False)
 
 
 def _rate(images_per_s: float) -> str:
