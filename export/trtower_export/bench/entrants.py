@@ -127,6 +127,8 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
     if suffix and not multiplies_bf16():
         raise BackendError("this processor has no BF16 products")
+    if kind == "cudagraph" and arena.device.type != "cuda":
+        raise BackendError("CUDA graphs need a GPU")
     model = _copy_of_model(arena, precision)
     model.config._attn_implementation = "eager" if kind == "eager" else "sdpa"
     tower: Callable[[Tensor], Tensor] = truncate(model, arena.checkpoint.family, arena.bundle.manifest.spec)
@@ -136,9 +138,7 @@ def enter(arena: Arena, name: str) -> Entrant:
         select_algorithm.PRINT_AUTOTUNE = False  # on a GPU pages of candidates, in which the result is lost
         tower = torch.compile(tower, mode="max-autotune", dynamic=False)
     if kind == "cudagraph":
-        if arena.device.type != "cuda":
-            raise BackendError("CUDA graphs need a GPU")
-        tower = _Captured(tower)
+        tower = _captured(tower)
     return _enter_torch(arena, name, precision, tower)
 
 
@@ -192,27 +192,26 @@ def _copy_of_model(arena: Arena, precision: str) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-class _Captured:
-    """PyTorch's own CUDA graphs: one for each batch, with inputs and outputs of its own."""
+def _captured(tower: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Replay PyTorch's own CUDA graphs: one for each batch, with inputs and outputs of its own."""
+    graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
-    def __init__(self, tower: Callable[[Tensor], Tensor]) -> None:
-        self._tower = tower
-        self._graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if len(images) not in self._graphs:
+    def run(images: Tensor) -> Tensor:
+        if len(images) not in graphs:
             given = images.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self._tower(given)
+                    tower(given)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                features = self._tower(given)
-            self._graphs[len(images)] = (graph, given, features)
-        graph, given, features = self._graphs[len(images)]
+                features = tower(given)
+            graphs[len(images)] = (graph, given, features)
+        graph, given, features = graphs[len(images)]
         given.copy_(images)
         graph.replay()
         return features
+
+    return run

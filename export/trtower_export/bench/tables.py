@@ -37,12 +37,10 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
     if found.tiles:
         say(console, _describe_list(found.tiles))
     uneven = max(found.timings, key=lambda each: each.p99_s / each.median_s)
-    if uneven.p99_s > UNEVEN * uneven.median_s:
-        say(
-            console,
-            f"this machine was busy: {uneven.entrant} took up to {uneven.p99_s / uneven.median_s:.1f} times its "
-            "median; run it again on a quiet one",
-        )
+    longest = uneven.p99_s / uneven.median_s
+    if longest > UNEVEN:
+        busy = f"this machine was busy: {uneven.entrant} took up to {longest:.1f} times its median"
+        say(console, f"{busy}; run it again on a quiet one")
     for name, reason in found.absent.items():
         say(console, f"{name} did not run: {reason}")
     where, versions = found.environment, found.environment["versions"]

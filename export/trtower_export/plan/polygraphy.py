@@ -62,14 +62,9 @@ def build_plan(
                 polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
                 for each in profiles
             ]
-            config = _make_config(
-                polygraphy,
-                module,
-                target,
-                profiles=ranges,
-                progress_monitor=_monitor(module, step, interrupted),
-                load_timing_cache=kept,
-            )
+            monitor = _monitor(module, step, interrupted)
+            of_build = {"profiles": ranges, "progress_monitor": monitor, "load_timing_cache": kept}
+            config = _make_config(polygraphy, module, target, of_build)
             content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=kept))
         except PolygraphyException as err:
             words = "; ".join(dict.fromkeys(errors)) or str(err)
@@ -80,11 +75,11 @@ def build_plan(
     return entry, path
 
 
-def _make_config(polygraphy: Any, module: Any, target: Target, **of_build: Any) -> Any:
-    """Put settings into Polygraphy's words, in which None is TensorRT's default."""
+def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[str, Any]) -> Any:
+    """Make what makes TensorRT's config: ``of_build`` and the settings, in words in which None is its default."""
     settings = target.settings
     workspace, compatible = settings.workspace_mib, settings.hardware_compatible
-    of_build |= {
+    options = of_build | {
         "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
         "builder_optimization_level": settings.optimization_level,
         "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS if compatible else None,
@@ -92,14 +87,14 @@ def _make_config(polygraphy: Any, module: Any, target: Target, **of_build: Any) 
         "refittable": settings.stripped,
     }
     if target.flavour == "tensorrt":
-        return polygraphy.CreateConfig(**of_build)
+        return polygraphy.CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
     # FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared. Polygraphy does
     # so for data-centre TensorRT by itself.
     return polygraphy.PostprocessConfig(
-        CreateConfigRTX(compute_capabilities=pairs or None, **of_build),
+        CreateConfigRTX(compute_capabilities=pairs or None, **options),
         lambda builder, network, config: config.clear_flag(module.BuilderFlag.TF32),
     )
 
