@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import PREPROCESSOR
+from trtower.bundle.manifest import PREPROCESSOR, BuildSettings
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
 from trtower.names import list_choices
@@ -16,6 +16,7 @@ from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
 from trtower_export.console import ConsoleProgress, as_json, importing, say
 from trtower_export.options import ExportOptions, Trust
+from trtower_export.plan.store import default_store
 
 CheckpointArgument = Annotated[
     str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
@@ -116,7 +117,6 @@ def export(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with importing(progress):
         from trtower_export.pipeline import export_tower
-        from trtower_export.plan.store import default_store
 
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
@@ -166,9 +166,7 @@ def build(
     store: StoreOption = True,
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
-    from trtower.bundle.manifest import BuildSettings
     from trtower_export.plan.build import add_plan
-    from trtower_export.plan.store import default_store
 
     progress = ConsoleProgress(Console(stderr=True))
     settings = BuildSettings(

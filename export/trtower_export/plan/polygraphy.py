@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from trtower.bundle.manifest import GRAPH_DATA, PlanEntry
+from trtower.bundle.manifest import GRAPH_DATA, BuildSettings, PlanEntry
 from trtower.errors import BuildError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
@@ -76,16 +76,8 @@ def build_plan(
 
 
 def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[str, Any]) -> Any:
-    """Make what makes TensorRT's config: ``of_build`` and the settings, in words in which None is its default."""
-    settings = target.settings
-    workspace, compatible = settings.workspace_mib, settings.hardware_compatible
-    options = of_build | {
-        "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
-        "builder_optimization_level": settings.optimization_level,
-        "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS if compatible else None,
-        "strip_plan": settings.stripped,
-        "refittable": settings.stripped,
-    }
+    """Make what makes TensorRT's config of ``of_build`` and the settings."""
+    options = of_build | _settings(target.settings, module)
     if target.flavour == "tensorrt":
         return polygraphy.CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
@@ -97,6 +89,18 @@ def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[st
         CreateConfigRTX(compute_capabilities=pairs or None, **options),
         lambda builder, network, config: config.clear_flag(module.BuilderFlag.TF32),
     )
+
+
+def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
+    """Put settings into Polygraphy's words, in which None is TensorRT's default."""
+    workspace, compatible = settings.workspace_mib, settings.hardware_compatible
+    return {
+        "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
+        "builder_optimization_level": settings.optimization_level,
+        "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS if compatible else None,
+        "strip_plan": settings.stripped,
+        "refittable": settings.stripped,
+    }
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:

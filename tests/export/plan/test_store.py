@@ -29,7 +29,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan import build as module
 from trtower_export.plan import targets
 from trtower_export.plan.build import add_plan
-from trtower_export.plan.polygraphy import build_plan
+from trtower_export.plan.polygraphy import _settings, build_plan
 from trtower_export.plan.targets import choose_target
 
 BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"
@@ -408,18 +408,16 @@ def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pyte
 
 
 def test_settings_reach_tensorrt() -> None:
-    module = pytest.importorskip("tensorrt_rtx")
-    made = module._settings(
-        BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True), module
-    )
-    assert made == {
-        "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: 3 << 20},
+    tensorrt = pytest.importorskip("tensorrt_rtx")
+    asked = BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True)
+    assert _settings(asked, tensorrt) == {
+        "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: 3 << 20},
         "builder_optimization_level": 0,
-        "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS,
+        "hardware_compatibility_level": tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS,
         "strip_plan": True,
         "refittable": True,
     }
-    assert module._settings(BuildSettings(), module) == {}
+    assert not any(_settings(BuildSettings(), tensorrt).values())  # TensorRT's own
 
 
 def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
