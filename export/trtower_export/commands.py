@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import PREPROCESSOR
+from trtower.bundle.manifest import PREPROCESSOR, BuildSettings
 from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
 from trtower.names import list_choices
 from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.console import ConsoleProgress, as_json, importing
+from trtower_export.console import ConsoleProgress, as_json, importing, say
+from trtower_export.options import ExportOptions, Trust
+from trtower_export.plan.store import default_store
 
 CheckpointArgument = Annotated[
     str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
@@ -114,9 +116,7 @@ def export(
     """Cut, trace and build a checkpoint's tower into a bundle."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with importing(progress):
-        from trtower_export.options import Trust
-        from trtower_export.pipeline import ExportOptions, export_tower
-        from trtower_export.plan.store import default_store
+        from trtower_export.pipeline import export_tower
 
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
@@ -139,11 +139,11 @@ def export(
     )
     bundle = export_tower(checkpoint, out, options, progress)
     if bundle.manifest.source.random_weights:
-        _say(console, "  random weights: this bundle is a rehearsal, its features mean nothing")
-    _say(console, str(bundle.path))
+        say(console, "  random weights: this bundle is a rehearsal, its features mean nothing")
+    say(console, str(bundle.path))
     code = _verdict(console, bundle) if bundle.manifest.certificate else 0
     if code == 0:
-        _say(console, describe_loading(bundle.path))
+        say(console, describe_loading(bundle.path))
     return code
 
 
@@ -166,9 +166,7 @@ def build(
     store: StoreOption = True,
 ) -> int:
     """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
-    from trtower.bundle.manifest import BuildSettings
     from trtower_export.plan.build import add_plan
-    from trtower_export.plan.store import default_store
 
     progress = ConsoleProgress(Console(stderr=True))
     settings = BuildSettings(
@@ -204,13 +202,12 @@ def check(
     """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
-    with progress.step("Import PyTorch and transformers"):
+    with importing(progress):
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.certify import check_bundle
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-        from trtower_export.options import Trust
 
     pages = None
     if report:
@@ -236,7 +233,7 @@ def check(
     if page and json_:
         progress.say(str(page))
     elif page:
-        _say(console, str(page))
+        say(console, str(page))
     return code
 
 
@@ -264,12 +261,11 @@ def doctor(
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     if picture:
         check_png(picture, "--picture")
-    with progress.step("Import PyTorch and transformers"):
+    with importing(progress):
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.photographs import load_photographs, prepare, say_skipped
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
-        from trtower_export.options import Trust
         from trtower_export.precision.doctor import examine
         from trtower_export.precision.heatmap import draw_heatmap
         from trtower_export.precision.table import print_operations
@@ -328,12 +324,11 @@ def bench(
     opened = Bundle.open(bundle)
     if plot:
         check_png(plot, "--plot")
-    with progress.step("Import PyTorch and transformers"):
+    with importing(progress):
         from trtower_export.bench.benchmark import BenchOptions, run_benchmark
         from trtower_export.bench.entrants import competitors
         from trtower_export.bench.tables import draw_benchmark, print_benchmark
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-        from trtower_export.options import Trust
 
     options = BenchOptions(
         batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
@@ -374,10 +369,6 @@ def recipes(json_: JsonOption = False) -> int:
     else:
         print_recipes(Console(), rows)
     return 0
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:

@@ -6,12 +6,13 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
     from rich.table import Table
 
 WIDTH = 160
@@ -24,8 +25,8 @@ LONG_S = 10.0
 logger = logging.getLogger(__name__)
 
 
-class Step(Protocol):
-    """A step under way."""
+class Step:
+    """A step under way. This one says nothing between start and end: a log wants facts, not movement."""
 
     def update(self, fraction: float, note: str) -> None:
         """Say what is done now, and how much of the step lies behind, 0 to 1."""
@@ -41,13 +42,6 @@ class Progress(Protocol):
         """Tell something that was decided and is not an error."""
 
 
-class LoggedStep:
-    """Writes nothing between start and end."""
-
-    def update(self, fraction: float, note: str) -> None:
-        """Keep silent: a log wants facts, not movement."""
-
-
 class LoggedProgress:
     """Progress for programs: the log, at INFO."""
 
@@ -55,7 +49,7 @@ class LoggedProgress:
     def step(self, title: str) -> Iterator[Step]:
         """Log a step with its seconds once it ended well."""
         start = time.perf_counter()
-        yield LoggedStep()
+        yield Step()
         logger.info("%s: %.1f s", title, time.perf_counter() - start)
 
     def say(self, message: str) -> None:
@@ -95,19 +89,24 @@ class ConsoleProgress:
 
     def say(self, message: str) -> None:
         """Print a message."""
-        self._console.print(f"  {message}", highlight=False, markup=False, soft_wrap=True)
+        say(self._console, f"  {message}")
 
 
-class ConsoleStep:
+class ConsoleStep(Step):
     """One bar of ConsoleProgress."""
 
-    def __init__(self, bars: "object", title: str) -> None:
+    def __init__(self, bars: "Bars", title: str) -> None:
         self._bars = bars
-        self._task = bars.add_task(title, total=None, note="")  # type: ignore[attr-defined]
+        self._task = bars.add_task(title, total=None, note="")
 
     def update(self, fraction: float, note: str) -> None:
         """Move the bar."""
-        self._bars.update(self._task, total=1.0, completed=fraction, note=note)  # type: ignore[attr-defined]
+        self._bars.update(self._task, total=1.0, completed=fraction, note=note)
+
+
+def say(console: "Console", text: str) -> None:
+    """Print text as it is: not folded, not coloured, and no brackets of it read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def as_json(found: Any) -> str:
@@ -129,6 +128,16 @@ def importing(progress: Progress) -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def new_table(*columns: str, left: Collection[str]) -> "Table":
+    """Make a table without lines; no column is folded, and those in ``left`` are words, the others numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
 
 
 def print_whole(console: "Console", table: "Table") -> None:

@@ -11,8 +11,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.names import check_name
+from trtower.runners.base import Runner
 from trtower.spec import merge_profiles, profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
-from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter
+from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter, runner_of
 from trtower_export.bench.environment import describe_environment
 from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
@@ -37,6 +38,7 @@ ALONE_S = 1800
 """Seconds after which one alone is given up."""
 
 COMPILATIONS = 64
+"""How many batches may be compiled; beyond that torch would give one up for eager without a word."""
 
 TILES = 16
 """Images in a list: what AnyRes makes of about three pictures."""
@@ -71,52 +73,23 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
 
     Raises BackendError where the bundle itself cannot run here, CheckpointError where the checkpoint is not its own.
     """
-    manifest = bundle.manifest
-    raced = _race_all(bundle, checkpoint, options, progress)
+    found, entrants = _race_all(bundle, checkpoint, options, progress)
     gc.collect()  # of the towers, whose memory and threads would be in the way of those that load alone
-    cold, absent = [], dict(raced.absent)
-    batch = min(timing.batch for timing in raced.timings)
-    for name, backend in raced.entrants:
+    cold = []
+    batch = min(timing.batch for timing in found.timings)
+    for name, backend in entrants:
         with progress.step(f"{name}, alone"):
-            found = _run_cold(bundle, checkpoint, name, backend, batch, absent)
-        cold += [found] if found else []
-    return Benchmark(
-        bundle={
-            "path": str(bundle.path),
-            "name": manifest.name,
-            "precision": manifest.precision,
-            "random_weights": manifest.source.random_weights,
-            "weights_sha256": manifest.source.weights_sha256["float32"],
-            "certified": bundle.why_uncertified(raced.backend, raced.files) is None,
-            "flop_an_image": manifest.cut.flop,
-        },
-        environment=describe_environment(raced.device),
-        ceilings=raced.ceilings,
-        timings=raced.timings,
-        cold=tuple(cold),
-        tiles=raced.tiles,
-        absent=absent,
-    )
+            cold.append(_run_cold(bundle, checkpoint, name, backend, batch, found.absent))
+    return dataclasses.replace(found, cold=tuple(each for each in cold if each))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Raced:
-    """What the race has left behind. ``entrants`` are who ran, with trtower's name for the backend of each.
+def _race_all(
+    bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress
+) -> tuple[Benchmark, list[tuple[str, str | None]]]:
+    """Return the benchmark as far as one process makes it, and who raced, with trtower's name for the backend of each.
 
-    ``backend`` and ``files`` are what the bundle ran on.
+    No tower outlives it.
     """
-
-    device: torch.device
-    backend: str
-    files: tuple[str, ...]
-    entrants: tuple[tuple[str, str | None], ...]
-    ceilings: dict[str, float]
-    timings: tuple[Timing, ...]
-    tiles: ListTiming | None
-    absent: dict[str, str]
-
-
-def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> _Raced:
     profiles = bundle.manifest.profiles
     with progress.step("Load the towers"):
         arena = Arena.open(bundle, checkpoint, options.backend)
@@ -130,10 +103,10 @@ def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, pro
         ceilings = measure_ceilings(arena.device, {entrant.arithmetic for entrant in entrants})
     timings: list[Timing] = []
     for batch in sorted(set(batches)):
-        with progress.step(f"Race at batch {batch}, {rounds} rounds"), _every_compilation():
-            raced = _race(arena, entrants, batch, rounds, ceilings, absent)
-        timings += raced
-        if ours := next((each for each in raced if each.entrant == TRTOWER), None):
+        each_compiled = torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True)
+        with progress.step(f"Race at batch {batch}, {rounds} rounds"), each_compiled:
+            timings += _race(arena, entrants, batch, rounds, ceilings, absent)
+        if ours := next((each for each in timings if (each.entrant, each.batch) == (TRTOWER, batch)), None):
             ratio = "" if ours.times_llava is None else f", {ours.times_llava:.2f} times as fast as LLaVA's way"
             progress.say(f"trtower at batch {batch}: {ours.median_s * 1e3:.1f} ms{ratio}")
     if not any(each.entrant == TRTOWER for each in timings):
@@ -143,18 +116,29 @@ def _race_all(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, pro
         often = max(min(rounds, LIST_ROUNDS), rounds // 4)
         with progress.step(f"Race over a list of {options.tiles} images, {often} rounds"):
             tiles = _race_over_a_list(arena, entrants, options.tiles, often, absent)
-    ran = arena.tower._runner
-    assert ran is not None  # noqa: S101 - it has just run
-    return _Raced(
-        device=arena.device,
-        backend=ran.backend,
-        files=ran.files,
-        entrants=tuple((entrant.name, entrant.backend) for entrant in entrants),
+    found = Benchmark(
+        bundle=_describe_bundle(bundle, runner_of(arena.tower)),
+        environment=describe_environment(arena.device),
         ceilings=ceilings,
         timings=tuple(timings),
+        cold=(),
         tiles=tiles,
         absent=absent,
     )
+    return found, [(entrant.name, entrant.backend) for entrant in entrants]
+
+
+def _describe_bundle(bundle: Bundle, runner: Runner) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "random_weights": manifest.source.random_weights,
+        "weights_sha256": manifest.source.weights_sha256["float32"],
+        "certified": bundle.why_uncertified(runner.backend, runner.files) is None,
+        "flop_an_image": manifest.cut.flop,
+    }
 
 
 def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[list[Entrant], dict[str, str]]:
@@ -177,11 +161,9 @@ def _run_cold(
         "name": name,
         "backend": backend,
         "batch": batch,
-        "checkpoint": checkpoint.source,
-        "revision": checkpoint.revision,
-        "random_weights": checkpoint.random_weights,
+        "source": checkpoint.source,
         "trust": dataclasses.asdict(checkpoint.trust),
-        "tower": checkpoint.tower,
+        **{name: getattr(checkpoint, name) for name in ("revision", "random_weights", "tower")},
     }
     command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
     try:
@@ -206,45 +188,42 @@ def _race(
     ceilings: dict[str, float],
     absent: dict[str, str],
 ) -> list[Timing]:
-    running, errors = {}, {}
+    """Race at one batch; who cannot run it is named in ``absent``, and the others go on."""
+
+    def drop(name: str, err: Exception) -> None:
+        absent[f"{name} at batch {batch}"] = _words(err)
+
     try:
         images = draw_images(arena, batch)
         reference = arena.reference(images[:1])
     except RuntimeError as err:  # torch's, for want of memory
         absent[f"batch {batch}"] = _words(err)
         return []
+    calls, errors = {}, {}
     for entrant in entrants:
         try:
             given = entrant.prepare(images)
             errors[entrant.name] = _error(entrant.call(given)[:1], reference)
         except Exception as err:  # noqa: BLE001 - whatever a compiler or a full memory says, the others go on
-            absent[f"{entrant.name} at batch {batch}"] = _words(err)
+            drop(entrant.name, err)
             continue
-        running[entrant.name] = (entrant, lambda entrant=entrant, given=given: entrant.call(given))
-
-    def drop(name: str, err: Exception) -> None:
-        absent[f"{name} at batch {batch}"] = _words(err)
-
-    seconds = race({name: call for name, (_, call) in running.items()}, rounds=rounds, drop=drop)
+        calls[entrant.name] = partial(entrant.call, given)
+    seconds = race(calls, rounds=rounds, drop=drop)
     llava = statistics.median(seconds[LLAVA]) if LLAVA in seconds else None
+    flop = batch * arena.bundle.manifest.cut.flop
+    floors = {arithmetic: flop / ceiling for arithmetic, ceiling in ceilings.items()}
     return [
-        _timing(entrant, batch, seconds[name], arena.bundle.manifest.cut.flop, ceilings, llava, errors[name])
-        for name, (entrant, _) in running.items()
-        if name in seconds
+        _timing(each, batch, seconds[each.name], floors.get(each.arithmetic), llava, errors[each.name])
+        for each in entrants
+        if each.name in seconds
     ]
 
 
 def _timing(
-    entrant: Entrant,
-    batch: int,
-    seconds: list[float],
-    flop: int,
-    ceilings: dict[str, float],
-    llava: float | None,
-    error: float | None,
+    entrant: Entrant, batch: int, seconds: list[float], floor: float | None, llava: float | None, error: float | None
 ) -> Timing:
+    """Make one of the seconds of each round, and those of its floor and of LLaVA's tower."""
     median = statistics.median(seconds)
-    ceiling = ceilings.get(entrant.arithmetic)
     return Timing(
         entrant=entrant.name,
         runs_on=entrant.runs_on,
@@ -254,7 +233,7 @@ def _timing(
         median_s=median,
         p99_s=sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1],
         images_per_s=batch / median,
-        share=batch * flop / ceiling / median if ceiling else None,
+        share=floor / median if floor else None,
         times_llava=llava / median if llava else None,
         error=error,
     )
@@ -270,33 +249,19 @@ def _race_over_a_list(
         one_by_one = [llava.prepare(image[None]) for image in images]
         given = [image.to(arena.tower.dtype) for image in images]
         seconds = race(
-            {
-                LLAVA: lambda: [llava.call(image) for image in one_by_one],
-                TRTOWER: lambda: arena.tower(given),
-            },
+            {LLAVA: lambda: [llava.call(image) for image in one_by_one], TRTOWER: lambda: arena.tower(given)},
             rounds=rounds,
         )
     except Exception as err:  # noqa: BLE001 - what was measured before is not lost for a list that does not fit
         absent[f"a list of {count}"] = _words(err)
         return None
-    return ListTiming(
-        images=count,
-        rounds=rounds,
-        llava_s=statistics.median(seconds[LLAVA]),
-        trtower_s=statistics.median(seconds[TRTOWER]),
-    )
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return ListTiming(images=count, rounds=rounds, llava_s=medians[LLAVA], trtower_s=medians[TRTOWER])
 
 
 def _words(err: Exception) -> str:
     """Put an error into one line that is not too long for a table."""
     return one_line(err)[:300]
-
-
-def _every_compilation() -> AbstractContextManager[Any]:
-    """Have every batch compiled, and none given up for eager without a word."""
-    patch: Any = torch._dynamo.config.patch
-    context: AbstractContextManager[Any] = patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True)
-    return context
 
 
 def draw_images(arena: Arena, batch: int) -> Tensor:

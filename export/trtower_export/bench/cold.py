@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,17 +17,12 @@ KIB = 1024
 
 
 def main(
-    bundle: str,
-    name: str,
-    backend: str | None,
-    batch: int,
-    checkpoint: str,
-    revision: str | None,
-    random_weights: bool,
-    trust: dict[str, bool],
-    tower: str | None,
+    bundle: str, name: str, backend: str | None, batch: int, source: str, trust: dict[str, bool], **options: Any
 ) -> None:
-    """Measure, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs."""
+    """Measure, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs.
+
+    ``source``, ``trust`` and ``options`` are those of the checkpoint.
+    """
     opened = Bundle.open(bundle)
     side = opened.manifest.spec.image_size
     images = torch.randn(batch, 3, side, side)
@@ -35,9 +31,7 @@ def main(
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.options import Trust
 
-        found = open_checkpoint(
-            checkpoint, revision=revision, random_weights=random_weights, trust=Trust(**trust), tower=tower
-        )
+        checkpoint = open_checkpoint(source, trust=Trust(**trust), **options)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     start = time.perf_counter()
@@ -46,7 +40,7 @@ def main(
         loaded = time.perf_counter()
         served(images.to(served.device, served.dtype))
     else:
-        arena = Arena.open_torch(opened, found, device)
+        arena = Arena.open_torch(opened, checkpoint, device)
         if name.endswith("-bf16"):
             arena.model.to(torch.bfloat16)  # in its place: nobody who runs it so keeps the weights in FP32 beside it
         entrant = enter(arena, name)
@@ -58,7 +52,7 @@ def main(
         torch.cuda.synchronize()
         peak = free - torch.cuda.mem_get_info()[0]
     answered = time.perf_counter()
-    load_s = None if random_weights and not backend else loaded - start
+    load_s = None if options["random_weights"] and not backend else loaded - start
     print(json.dumps({"load_s": load_s, "first_s": answered - loaded, "peak_bytes": peak}))  # noqa: T201
 
 

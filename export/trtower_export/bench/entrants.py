@@ -14,7 +14,7 @@ from trtower.dtypes import DTYPES
 from trtower.errors import BackendError
 from trtower.flavour import FLAVOURS
 from trtower.runners import choose
-from trtower.runners.base import Backend
+from trtower.runners.base import Backend, Runner
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.checkpoint.checkpoint import Checkpoint
@@ -102,6 +102,13 @@ class Arena:
         return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.input.dtype].name
 
 
+def runner_of(tower: VisionTower) -> Runner:
+    """Return what runs a loaded tower."""
+    runner = tower._runner
+    assert runner is not None  # noqa: S101 - it was loaded
+    return runner
+
+
 def enter(arena: Arena, name: str) -> Entrant:
     """Make an entrant; raise BackendError saying why it cannot run here."""
     if name == TRTOWER:
@@ -111,8 +118,7 @@ def enter(arena: Arena, name: str) -> Entrant:
     if name not in PYTORCH:
         named = [each for each in choose.BACKENDS if _competitor(each) == name]
         backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
-        runner = arena.tower._runner
-        if runner is not None and runner.backend == backend:
+        if runner_of(arena.tower).backend == backend:
             raise BackendError("it is what trtower runs here")
         return _enter_bundle(arena, name, VisionTower.load(arena.bundle.path, backend, arena.device))
     kind, _, suffix = name.partition("-")
@@ -121,34 +127,30 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
     if suffix and not multiplies_bf16():
         raise BackendError("this processor has no BF16 products")
-    tower = _cut_in(arena, precision, attention="eager" if kind == "eager" else "sdpa")
+    if kind == "cudagraph" and arena.device.type != "cuda":
+        raise BackendError("CUDA graphs need a GPU")
+    model = _copy_of_model(arena, precision)
+    model.config._attn_implementation = "eager" if kind == "eager" else "sdpa"
+    tower: Callable[[Tensor], Tensor] = truncate(model, arena.checkpoint.family, arena.bundle.manifest.spec)
     if kind == "compile":
         from torch._inductor import select_algorithm
 
         select_algorithm.PRINT_AUTOTUNE = False  # on a GPU pages of candidates, in which the result is lost
-        return _enter_torch(arena, name, precision, torch.compile(tower, mode="max-autotune", dynamic=False))
+        tower = torch.compile(tower, mode="max-autotune", dynamic=False)
     if kind == "cudagraph":
-        if arena.device.type != "cuda":
-            raise BackendError("CUDA graphs need a GPU")
-        return _enter_torch(arena, name, precision, _Captured(tower))
+        tower = _captured(tower)
     return _enter_torch(arena, name, precision, tower)
 
 
 def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
-    runner = tower._runner
-    assert runner is not None  # noqa: S101 - it was loaded
-
-    def call(images: Tensor) -> Tensor:
-        features: Any = tower(images)
-        return features  # type: ignore[no-any-return]
-
+    runner = runner_of(tower)
     return Entrant(
         name=name,
         runs_on=runner.name,
         arithmetic=choose.find_backend(runner.backend).computes_in(arena.bundle.manifest.precision),
         backend=runner.backend,
         prepare=lambda images: images.to(tower.dtype),
-        call=call,
+        call=tower,
     )
 
 
@@ -171,7 +173,7 @@ def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tenso
 
 def _llava(arena: Arena) -> Callable[[Tensor], Tensor]:
     """Do what LLaVA's tower does: run every layer, keep every state, read those that are selected."""
-    model = _shared(arena, arena.model, arena.precision)
+    model = _copy_of_model(arena, arena.precision)
     layers, family = arena.bundle.manifest.spec.layers, arena.checkpoint.family
 
     def run(images: Tensor) -> Tensor:
@@ -181,41 +183,35 @@ def _llava(arena: Arena) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _cut_in(arena: Arena, precision: str, *, attention: str) -> nn.Module:
-    model = _shared(arena, arena.model, precision)
-    model.config._attn_implementation = attention
-    return truncate(model, arena.checkpoint.family, arena.bundle.manifest.spec)
-
-
-def _shared(arena: Arena, model: nn.Module, precision: str) -> Any:
-    """Copy a model in ``precision`` onto the device; where it is that already, it shares its weights with the copy."""
+def _copy_of_model(arena: Arena, precision: str) -> Any:
+    """Copy the model in ``precision`` onto the device; if it is that already, the copy shares its weights."""
+    model = arena.model
     dtype = DTYPES[PRECISIONS[precision].dtype]
     if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
         return copy.deepcopy(model).to(arena.device, dtype)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-class _Captured:
-    """PyTorch's own CUDA graphs: one for each batch, with inputs and outputs of its own."""
+def _captured(tower: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Replay PyTorch's own CUDA graphs: one for each batch, with inputs and outputs of its own."""
+    graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
-    def __init__(self, tower: nn.Module) -> None:
-        self._tower = tower
-        self._graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if len(images) not in self._graphs:
+    def run(images: Tensor) -> Tensor:
+        if len(images) not in graphs:
             given = images.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self._tower(given)
+                    tower(given)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                features = self._tower(given)
-            self._graphs[len(images)] = (graph, given, features)
-        graph, given, features = self._graphs[len(images)]
+                features = tower(given)
+            graphs[len(images)] = (graph, given, features)
+        graph, given, features = graphs[len(images)]
         given.copy_(images)
         graph.replay()
         return features
+
+    return run

@@ -10,7 +10,7 @@ from trtower.runners import choose
 from trtower.spec import MB
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
-from trtower_export.console import print_whole
+from trtower_export.console import new_table, print_whole, say
 from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RULE, new_figure, to_png
 
 DPI = 200
@@ -20,7 +20,6 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 LEFT = 0.34
 """The share of the plot's width that batches and names take."""
 
-
 UNEVEN = 1.5
 """The longest run over the median, from where on something else was running beside."""
 
@@ -29,33 +28,30 @@ def print_benchmark(console: Console, found: Benchmark) -> None:
     """Print what raced at each batch, each alone, who could not run, and on what machine."""
     weights = ", random weights" if found.bundle["random_weights"] else ""
     certified = "certified here" if found.bundle["certified"] else "not certified for what ran here"
-    _say(console, f"{found.bundle['path']}: {found.bundle['precision']}{weights}, {certified}")
+    say(console, f"{found.bundle['path']}: {found.bundle['precision']}{weights}, {certified}")
     print_whole(console, _race_table(found.timings))
     ceilings = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in found.ceilings.items())
     flop = found.bundle["flop_an_image"] / 1e9
-    _say(console, f"{flop:.1f} GFLOP an image; a large product here: {ceilings or 'not measured'}")
+    say(console, f"{flop:.1f} GFLOP an image; a large product here: {ceilings or 'not measured'}")
     print_whole(console, _cold_table(found.cold))
     if found.tiles:
-        _say(console, _describe_list(found.tiles))
+        say(console, _describe_list(found.tiles))
     uneven = max(found.timings, key=lambda each: each.p99_s / each.median_s)
-    if uneven.p99_s > UNEVEN * uneven.median_s:
-        _say(
-            console,
-            f"this machine was busy: {uneven.entrant} took up to {uneven.p99_s / uneven.median_s:.1f} times its "
-            "median; run it again on a quiet one",
-        )
+    longest = uneven.p99_s / uneven.median_s
+    if longest > UNEVEN:
+        busy = f"this machine was busy: {uneven.entrant} took up to {longest:.1f} times its median"
+        say(console, f"{busy}; run it again on a quiet one")
     for name, reason in found.absent.items():
-        _say(console, f"{name} did not run: {reason}")
+        say(console, f"{name} did not run: {reason}")
     where, versions = found.environment, found.environment["versions"]
     hardware = where["gpu"]["name"] if "gpu" in where else where["processor"]
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
-    _say(console, f"{hardware}, {where['threads']} threads, {where['date']}; {names}")
+    say(console, f"{hardware}, {where['threads']} threads, {where['date']}; {names}")
 
 
 def _race_table(timings: Sequence[Timing]) -> Table:
-    table = _table(
-        "entrant", "runs on", "in", right=("batch", "ms", "p99", "img/s", "of ceiling", "x LLaVA's", "error")
-    )
+    names = ("entrant", "runs on", "in")
+    table = new_table(*names, "batch", "ms", "p99", "img/s", "of ceiling", "x LLaVA's", "error", left=names)
     for each in timings:
         table.add_row(
             each.entrant,
@@ -74,7 +70,7 @@ def _race_table(timings: Sequence[Timing]) -> Table:
 
 
 def _cold_table(cold: Sequence[ColdStart]) -> Table:
-    table = _table("alone", right=("load s", "first call s", "peak MB"))
+    table = new_table("alone", "load s", "first call s", "peak MB", left=("alone",))
     for each in cold:
         load = "drawn" if each.load_s is None else f"{each.load_s:.2f}"
         table.add_row(each.entrant, load, f"{each.first_s:.2f}", f"{each.peak_bytes / MB:.0f}")
@@ -114,8 +110,7 @@ def draw_benchmark(found: Benchmark) -> bytes:
     )
     hardware = found.environment.get("gpu", {}).get("name") or found.environment["processor"]
     axes.set_title(f"{found.bundle['name']}, {hardware}, {found.environment['date']}", fontsize=7, color=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     return to_png(figure)
 
 
@@ -132,29 +127,14 @@ def label_entrant(timing: Timing) -> str:
 
 def _mark_batches(axes: Any, batches: Sequence[int]) -> None:
     """Write each batch beside the first of its rows, and draw a line between batches."""
-    rows_and_axes = axes.get_yaxis_transform()  # x in widths of the axes, y in rows
-    left_edge = -LEFT / (0.94 - LEFT)
+    left = 0.03 - LEFT / (0.94 - LEFT)  # of the axes, in their widths
+    place = axes.get_yaxis_transform()  # x in these, y in rows
     for row, batch in enumerate(batches):
         if row and batch == batches[row - 1]:
             continue
-        axes.text(
-            left_edge + 0.03, row, f"batch {batch}", transform=rows_and_axes, va="center", fontsize=6, weight="bold"
-        )
+        axes.text(left, row, f"batch {batch}", transform=place, va="center", fontsize=6, weight="bold")
         if row:
-            axes.plot([left_edge + 0.03, 1], [row - 0.5] * 2, transform=rows_and_axes, color=RULE, lw=1, clip_on=False)
-
-
-def _table(*left: str, right: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+            axes.axhline(row - 0.5, left, color=RULE, lw=1, clip_on=False)
 
 
 def _rate(images_per_s: float) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
 from trtower.inspection import describe_figure
 from trtower_export.check.layers import first_jump
-from trtower_export.console import print_whole
+from trtower_export.console import new_table, print_whole
 from trtower_export.precision.bounds import why_not_finite
 
 COLUMNS = ("cos mean", "cos min", "p99.9", "rel error", "NaN/inf")
@@ -16,10 +15,8 @@ COLUMNS = ("cos mean", "cos min", "p99.9", "rel error", "NaN/inf")
 
 def print_certificate(console: Console, certificate: Certificate, *, rehearsal: bool) -> None:
     """Print every image's figures, those of PyTorch in the same precision, the bounds and the verdict."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("image", no_wrap=True, max_width=18)
-    for column in (*COLUMNS, "PyTorch's"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("image", *COLUMNS, "PyTorch's", left=("image",))
+    table.columns[0].max_width = 18
     for row in certificate.images:
         table.add_row(row.name, *_cells(row.bundle), describe_figure(row.torch.relative_error))
     table.add_row("all", *_cells(certificate.bundle), describe_figure(certificate.torch.relative_error), style="bold")
@@ -47,10 +44,9 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
 
 
 def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
-    table = Table(box=None, pad_edge=False)
+    columns = ("hidden state", "cos min", "rel error", "PyTorch's", "worst image", "token")
+    table = new_table(*columns, left=("worst image",))
     console.print("the ONNX graph, on the CPU, layer by layer", highlight=False)
-    for column in ("hidden state", "cos min", "rel error", "PyTorch's", "worst image", "token"):
-        table.add_column(column, justify="left" if column == "worst image" else "right", no_wrap=True)
     for layer in layers:
         figures = (layer.bundle.token_cosine_min, layer.bundle.relative_error, layer.torch.relative_error)
         table.add_row(str(layer.layer), *map(describe_figure, figures), layer.worst_image, str(layer.worst_token))

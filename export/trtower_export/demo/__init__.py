@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 import torch
 from platformdirs import user_cache_path
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
@@ -23,7 +22,7 @@ from trtower_export.check.report.pca import PcaRow, draw_sheet
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS
 from trtower_export.check.tables import print_certificate
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
-from trtower_export.console import ConsoleProgress, Progress
+from trtower_export.console import ConsoleProgress, Progress, new_table, say
 from trtower_export.demo.pretrained import write_checkpoint
 from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
@@ -41,16 +40,9 @@ def run_demo(out: Path, console: Console) -> int:
     console.rule("2  a rehearsal of CLIP ViT-L/14-336, at full size")
     rehearsal = show_latency(out, console, progress)
     console.rule("done")
-    console.print(f"weights  {weights()}", highlight=False, soft_wrap=True)
-    console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
-    console.print(f"bundles  {pretrained.path}\n         {rehearsal.path}", highlight=False, soft_wrap=True)
-    console.print(
-        f'\nfrom trtower import VisionTower\ntower = VisionTower.load("{pretrained.path}")\n'
-        "print(tower.backend, tower.hidden_size, tower.num_patches)",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    say(console, f"weights  {weights()}\npicture  {picture}\nbundles  {pretrained.path}\n         {rehearsal.path}")
+    say(console, f'\nfrom trtower import VisionTower\ntower = VisionTower.load("{pretrained.path}")')
+    say(console, "print(tower.backend, tower.hidden_size, tower.num_patches)")
     certificates = [bundle.manifest.certificate for bundle in (pretrained, rehearsal)]
     return 0 if all(certificate and certificate.passed for certificate in certificates) else 1
 
@@ -110,9 +102,7 @@ def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(tower.device)
     with progress.step(f"Time both towers, {ROUNDS} rounds in turn"):
         seconds = race({EAGER: lambda: _llava_forward(eager, images), "trtower": lambda: tower(images)})
-    table = Table(box=None, pad_edge=False)
-    for column in ("tower", "runs on", "ms per image", "times as fast"):
-        table.add_column(column, justify="left" if column in ("tower", "runs on") else "right")
+    table = new_table("tower", "runs on", "ms per image", "times as fast", left=("tower", "runs on"))
     places = {EAGER: f"PyTorch {torch.__version__}, {tower.device}", "trtower": tower.backend}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():

@@ -4,12 +4,12 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 from trtower.bundle.manifest import GRAPH_DATA, BuildSettings, PlanEntry
 from trtower.errors import BuildError
@@ -22,10 +22,8 @@ from trtower_export.plan.targets import Target, describe_plan
 PLAN_OVERHEAD_MIB = 24
 """What a plan may hold beside its weights. Measured with TensorRT-RTX 1.7.1: 1.7 MiB for two layers, 5.2 MiB for 23."""
 
-
 SIZE_TOLERANCE = 0.05
 """Slack around the weights' own size; another precision would be off by half."""
-
 
 FOREIGN_SHARE = 0.01
 """Weights a network may hold in another floating type: the handful of scalars that the parser adds."""
@@ -51,63 +49,58 @@ def build_plan(
     module = load_flavour(target.flavour)
     entry = describe_plan(target)
     polygraphy = _import_polygraphy(target.flavour)
-    monitor = _monitor(module, step)
-    ranges = [
-        polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
-        for each in profiles
-    ]
-    settings: dict[str, Any] = {"profiles": ranges, "progress_monitor": monitor, **_settings(target.settings, module)}
+    from polygraphy.exception import PolygraphyException
+
+    kept = str(cache) if cache else None
     path = folder / entry.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _keep_log(folder / entry.log) as errors, _hold_interrupts(monitor):
+    with _keep_log(folder / entry.log) as errors, _hold_interrupts() as interrupted:
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
             _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
-            if target.flavour == "tensorrt-rtx":
-                pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
-                made = polygraphy.CreateConfigRTX(compute_capabilities=pairs or None, **settings)
-                config = _in_full_fp32(made, module)
-            else:
-                config = polygraphy.CreateConfig(load_timing_cache=str(cache) if cache else None, **settings)
-            save = str(cache) if cache else None
-            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=save))
-        except polygraphy.PolygraphyException as err:
-            monitor.raise_if_interrupted()
+            ranges = [
+                polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
+                for each in profiles
+            ]
+            monitor = _monitor(module, step, interrupted)
+            of_build = {"profiles": ranges, "progress_monitor": monitor, "load_timing_cache": kept}
+            config = _make_config(polygraphy, module, target, of_build)
+            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=kept))
+        except PolygraphyException as err:
             words = "; ".join(dict.fromkeys(errors)) or str(err)
             raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
-    monitor.raise_if_interrupted()  # TensorRT-RTX 1.7 is asked to stop and finishes all the same
     if not target.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     path.write_bytes(content)
     return entry, path
 
 
-def _in_full_fp32(create_config: Callable[[Any, Any], Any], module: Any) -> Callable[[Any, Any], Any]:
-    """Have FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared.
+def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[str, Any]) -> Any:
+    """Make what makes TensorRT's config of ``of_build`` and the settings."""
+    options = of_build | _settings(target.settings, module)
+    if target.flavour == "tensorrt":
+        return polygraphy.CreateConfig(**options)
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    Polygraphy does so for data-centre TensorRT, and not for TensorRT-RTX.
-    """
-
-    def create(builder: Any, network: Any) -> Any:
-        config = create_config(builder, network)
-        config.clear_flag(module.BuilderFlag.TF32)
-        return config
-
-    return create
+    pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
+    # FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared. Polygraphy does
+    # so for data-centre TensorRT by itself.
+    return polygraphy.PostprocessConfig(
+        CreateConfigRTX(compute_capabilities=pairs or None, **options),
+        lambda builder, network, config: config.clear_flag(module.BuilderFlag.TF32),
+    )
 
 
 def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
-    """Put settings into Polygraphy's words, those that were asked for."""
-    found: dict[str, Any] = {}
-    if settings.workspace_mib is not None:
-        found["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: settings.workspace_mib * MIB}
-    if settings.optimization_level is not None:
-        found["builder_optimization_level"] = settings.optimization_level
-    if settings.hardware_compatible:
-        found["hardware_compatibility_level"] = module.HardwareCompatibilityLevel.AMPERE_PLUS
-    if settings.stripped:
-        found |= {"strip_plan": True, "refittable": True}
-    return found
+    """Put settings into Polygraphy's words, in which None is TensorRT's default."""
+    workspace, compatible = settings.workspace_mib, settings.hardware_compatible
+    return {
+        "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
+        "builder_optimization_level": settings.optimization_level,
+        "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS if compatible else None,
+        "strip_plan": settings.stripped,
+        "refittable": settings.stripped,
+    }
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
@@ -136,7 +129,7 @@ def _check_size(plan: int, weights: int, dtype: str) -> None:
         )
 
 
-def _monitor(module: Any, step: Step) -> Any:
+def _monitor(module: Any, step: Step, interrupted: threading.Event) -> Any:
     """Make an IProgressMonitor that moves ``step`` and passes an interrupt on to TensorRT."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
@@ -144,11 +137,6 @@ def _monitor(module: Any, step: Step) -> Any:
             module.IProgressMonitor.__init__(self)
             self.phases: dict[str, tuple[str | None, int, int]] = {}
             self.furthest = 0.0
-            self.interrupted = False
-
-        def raise_if_interrupted(self) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.phases[phase_name] = (parent_phase, num_steps, 0)
@@ -158,39 +146,38 @@ def _monitor(module: Any, step: Step) -> Any:
             self.phases[phase_name] = (parent, total, index + 1)
             self.furthest = max(self.furthest, self.fraction(phase_name))  # phases are reported late at times
             step.update(self.furthest, phase_name)
-            return not self.interrupted
+            return not interrupted.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.pop(phase_name, None)
 
-        def fraction(self, phase_name: str) -> float:
-            inner, name = 0.0, phase_name
-            while name in self.phases:
-                parent, total, done = self.phases[name]
+        def fraction(self, phase_name: str | None) -> float:
+            inner = 0.0
+            while phase_name is not None and phase_name in self.phases:
+                phase_name, total, done = self.phases[phase_name]
                 inner = min(1.0, (done + inner) / max(total, 1))
-                if parent is None:
-                    break
-                name = parent
             return inner
 
     return Monitor()
 
 
 @contextmanager
-def _hold_interrupts(monitor: Any) -> Iterator[None]:
-    """Take note of Ctrl-C during a build instead of raising: C++ calls back into Python, and would swallow it."""
+def _hold_interrupts() -> Iterator[threading.Event]:
+    """Take note of Ctrl-C during a build, and raise it at the end: C++ calls back into Python, and would swallow it.
+
+    It is raised whatever came of the build: TensorRT-RTX 1.7 is asked to stop and finishes all the same.
+    """
+    interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread, which is not in here
+        yield interrupted  # signals go to the main thread, which is not in here
         return
-
-    def note(*_: object) -> None:
-        monitor.interrupted = True
-
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
-        yield
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def _import_polygraphy(flavour: str) -> Any:
@@ -207,23 +194,7 @@ def _import_polygraphy(flavour: str) -> Any:
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.use_python_logging_system = True
-    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-    from polygraphy.backend.trt import (
-        CreateConfig,
-        Profile,
-        engine_bytes_from_network,
-        network_from_onnx_path,
-    )
-    from polygraphy.exception import PolygraphyException
-
-    return SimpleNamespace(
-        CreateConfig=CreateConfig,
-        CreateConfigRTX=CreateConfigRTX,
-        PolygraphyException=PolygraphyException,
-        Profile=Profile,
-        engine_bytes_from_network=engine_bytes_from_network,
-        network_from_onnx_path=network_from_onnx_path,
-    )
+    return import_module("polygraphy.backend.trt")
 
 
 @contextmanager
@@ -236,7 +207,7 @@ def _keep_log(path: Path) -> Iterator[list[str]]:
     polygraphy_log = logging.getLogger("Polygraphy")
     level, loud = polygraphy_log.level, polygraphy_log.getEffectiveLevel()
 
-    class Collector(logging.StreamHandler[TextIO]):
+    class Collector(logging.FileHandler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno == logging.ERROR:
                 errors.append(record.getMessage().strip().removeprefix("[E] "))
@@ -244,14 +215,14 @@ def _keep_log(path: Path) -> Iterator[list[str]]:
             if loud <= record.levelno < logging.ERROR and polygraphy_log.parent:
                 polygraphy_log.parent.callHandlers(record)
 
-    with path.open("w", encoding="utf-8") as stream:
-        collector = Collector(stream)
-        polygraphy_log.addHandler(collector)
-        polygraphy_log.setLevel(min(loud, logging.INFO))
-        polygraphy_log.propagate = False
-        try:
-            yield errors
-        finally:
-            polygraphy_log.propagate = True
-            polygraphy_log.setLevel(level)
-            polygraphy_log.removeHandler(collector)
+    collector = Collector(path, mode="w", encoding="utf-8")
+    polygraphy_log.addHandler(collector)
+    polygraphy_log.setLevel(min(loud, logging.INFO))
+    polygraphy_log.propagate = False
+    try:
+        yield errors
+    finally:
+        polygraphy_log.propagate = True
+        polygraphy_log.setLevel(level)
+        polygraphy_log.removeHandler(collector)
+        collector.close()

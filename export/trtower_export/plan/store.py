@@ -69,15 +69,12 @@ class PlanStore:
             ) from err
         lock = FileLock(self.folder / f"{key}.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             progress.say(f"another process builds this very plan: waiting for it ({place})")
-            lock.acquire()
-        try:
-            stored = self._read(place, progress)
-            return stored or self._build(place, build)
-        finally:
-            lock.release()
+            held = lock.acquire()
+        with held:
+            return self._read(place, progress) or self._build(place, build)
 
     def _read(self, place: Path, progress: Progress) -> Stored | None:
         """Read what was built before, if it is what was written then."""

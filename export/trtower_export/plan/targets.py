@@ -110,10 +110,9 @@ def choose_target(
     if flavour == "tensorrt" and not settings.hardware_compatible:
         compute_capabilities = (capability_of(),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
-    if torch.cuda.is_available():
-        here = capability_of()
-        if obstacle := capability_obstacle(flavour, module, capabilities, here):
-            reason += f"; the plan is for other machines than this one: it {obstacle}"
+    here = capability_of() if torch.cuda.is_available() else None
+    if here and (obstacle := capability_obstacle(flavour, module, capabilities, here)):
+        reason += f"; the plan is for other machines than this one: it {obstacle}"
     return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
 
 
@@ -174,10 +173,9 @@ def _auto_flavour() -> tuple[str, str]:
             continue
         try:
             _load_builder(flavour)
+            return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
         except MissingExtraError as err:
             missing.append(str(err))
-            continue
-        return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
     return "none", "no plan is built, for want of a TensorRT: " + "; ".join(missing)
 
 
@@ -221,19 +219,14 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
 
 
 def describe_plan(target: Target) -> PlanEntry:
-    """Say what a plan for ``target`` needs, built by the TensorRT that is installed."""
+    """Say what a plan for ``target`` needs, built by the TensorRT that is installed, and name its file after it."""
     version = load_flavour(target.flavour).__version__
+    gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
     return PlanEntry(
-        file=plan_name(target, version),
+        file=f"{PLANS}/{target.flavour}-{version}.{gpus or 'any'}.plan",
         flavour=target.flavour,
         version=version,
         platform=PLATFORM,
         compute_capabilities=target.compute_capabilities,
         settings=target.settings,
     )
-
-
-def plan_name(target: Target, version: str) -> str:
-    """Name a plan's file after what it needs: plans/FLAVOUR-VERSION.GPUS.plan."""
-    gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
-    return f"{PLANS}/{target.flavour}-{version}.{gpus or 'any'}.plan"

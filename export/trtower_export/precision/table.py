@@ -8,7 +8,7 @@ from rich.table import Table
 
 from trtower.inspection import describe_figure
 from trtower.spec import HALVES
-from trtower_export.console import print_whole
+from trtower_export.console import new_table, print_whole
 from trtower_export.precision.doctor import Diagnosis, OperationFigures
 from trtower_export.precision.rounding import FP16_RANGE
 
@@ -25,10 +25,8 @@ def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> 
 
 
 def _table(operations: Sequence[OperationFigures], measured: Sequence[str], *, every: bool) -> Table:
-    table = Table(box=None, pad_edge=False)
-    heads = [f"alone, {precision.upper()}" for precision in measured]
-    for column in ("operation", "largest", "headroom", "overflow", "subnormal", *heads):
-        table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
+    alone = [f"alone, {precision.upper()}" for precision in measured]
+    table = new_table("operation", "largest", "headroom", "overflow", "subnormal", *alone, left=("operation",))
     parts: dict[str, list[OperationFigures]] = {}
     for operation in operations:
         general = f"layers.*.{operation.part}" if operation.layer is not None else operation.name

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from trtower_export.console import print_whole
+from trtower_export.console import new_table, print_whole
 from trtower_export.families import family_of
 from trtower_export.recipes import Recipe
 
@@ -32,10 +31,12 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def print_recipes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Print described recipes as a table, every name whole."""
-    table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), no_wrap=True)
+    columns = [column.replace("_", " ") for column in COLUMNS]
+    table = new_table(*columns, left=columns)
     for row in rows:
-        cells = [row[column] for column in COLUMNS]
-        table.add_row(*(", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in cells))
+        table.add_row(*(_cell(row[column]) for column in COLUMNS))
     print_whole(console, table)
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -29,7 +29,7 @@ from trtower_export.bench.environment import read_driver
 from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, Timing
 from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark
-from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.console import LoggedProgress, as_json
 from trtower_export.options import Trust
 
@@ -42,9 +42,34 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what ha
 
 
 @pytest.fixture(scope="module")
-def found(clip_bundle: Path, checkpoints: dict[str, Path]) -> Benchmark:
-    checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    return run_benchmark(Bundle.open(clip_bundle), checkpoint, OPTIONS, LoggedProgress())
+def bundle(clip_bundle: Path) -> Bundle:
+    return Bundle.open(clip_bundle)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints: dict[str, Path]) -> Checkpoint:
+    return open_checkpoint(str(checkpoints["clip"]))
+
+
+@pytest.fixture
+def arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
+    return Arena.open(bundle, checkpoint)
+
+
+@pytest.fixture
+def torch_arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
+    return Arena.open_torch(bundle, checkpoint, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Bundle, checkpoint: Checkpoint) -> Benchmark:
+    return run_benchmark(bundle, checkpoint, OPTIONS, LoggedProgress())
+
+
+def printed(found: Benchmark, width: int) -> str:
+    stream = io.StringIO()
+    print_benchmark(Console(file=stream, width=width), found)
+    return stream.getvalue()
 
 
 def test_everybody_races_at_every_batch(found: Benchmark) -> None:
@@ -94,22 +119,18 @@ def test_every_entrant_reads_the_tower_of_the_bundle(
 
 @pytest.mark.parametrize(("flags", "multiplies"), [("avx2 fma", False), ("avx2 avx512_bf16", True)])
 def test_pytorch_races_in_bf16_where_the_processor_has_it(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, flags: str, *, multiplies: bool
+    torch_arena: Arena, monkeypatch: pytest.MonkeyPatch, flags: str, *, multiplies: bool
 ) -> None:
     monkeypatch.setattr("trtower_export.bench.environment._processor_fields", lambda: {"flags": flags})
-    arena = Arena.open_torch(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])), torch.device("cpu"))
     if multiplies:
-        assert enter(arena, "sdpa-bf16").arithmetic == "bf16"
+        assert enter(torch_arena, "sdpa-bf16").arithmetic == "bf16"
     else:
         with pytest.raises(BackendError, match="this processor has no BF16 products"):
-            enter(arena, "sdpa-bf16")
+            enter(torch_arena, "sdpa-bf16")
 
 
-def test_half_precision_entrant_leaves_the_others_weights_alone(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_entrant_leaves_the_others_weights_alone(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)
-    arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
     before = arena.reference(module.draw_images(arena, 1))
     full = enter(arena, "sdpa")
     enter(arena, "sdpa-bf16")
@@ -130,10 +151,7 @@ def test_list_is_raced_against_the_loop(found: Benchmark) -> None:
     assert found.tiles.llava_s > 0 < found.tiles.trtower_s
 
 
-def test_both_read_the_whole_list(
-    clip_bundle: Path, checkpoints: dict[str, Path], count_calls: Callable[[VisionTower], list[int]]
-) -> None:
-    arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
+def test_both_read_the_whole_list(arena: Arena, count_calls: Callable[[VisionTower], list[int]]) -> None:
     ours, seen = count_calls(arena.tower), list[int]()
     llava = enter(arena, "llava")
     llava = dataclasses.replace(llava, call=lambda images: seen.append(len(images)))
@@ -143,13 +161,10 @@ def test_both_read_the_whole_list(
     assert seen == [1] * 18
 
 
-def test_list_that_cannot_be_run_is_named_and_the_rest_stays(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_list_that_cannot_be_run_is_named_and_the_rest_stays(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no room for\nso many")
 
-    arena = Arena.open(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])))
     monkeypatch.setattr(module, "draw_images", fail)
     absent: dict[str, str] = {}
     entrants = [enter(arena, "trtower"), enter(arena, "llava")]
@@ -158,47 +173,42 @@ def test_list_that_cannot_be_run_is_named_and_the_rest_stays(
     assert absent == {"a list of 6": "no room for so many", "batch 2": "no room for so many"}
 
 
-def test_bundle_that_does_not_run_is_an_error(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+def test_bundle_that_does_not_run_is_an_error(export: Callable[..., Path], checkpoint: Checkpoint) -> None:
     folder = export("clip", flavour="none", profiles=(BatchProfile(min=2, opt=2, max=4),))
     options = dataclasses.replace(OPTIONS, batches=(1,), against=(), rounds=1)
     with pytest.raises(BackendError, match="did not run: images has batch 1; this engine takes 2 to 4 at once"):
-        run_benchmark(Bundle.open(folder), open_checkpoint(str(checkpoints["clip"])), options, LoggedProgress())
+        run_benchmark(Bundle.open(folder), checkpoint, options, LoggedProgress())
 
 
-def test_checkpoint_of_other_weights_is_refused(
-    clip_bundle: Path, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_checkpoint_of_other_weights_is_refused(bundle: Bundle, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(checkpoints["clip"], tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
     save_file({**weights, name: 2 * weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="are not the ones that"):
-        run_benchmark(Bundle.open(clip_bundle), open_checkpoint(str(other)), OPTIONS, LoggedProgress())
+        run_benchmark(bundle, open_checkpoint(str(other)), OPTIONS, LoggedProgress())
 
 
 def test_what_a_checkpoint_is_trusted_with_reaches_those_that_run_alone(
-    clip_bundle: Path, checkpoints: dict[str, Path], tmp_path: Path
+    bundle: Bundle, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     pickled = Path(shutil.copytree(checkpoints["clip"], tmp_path / "pickled"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     checkpoint = open_checkpoint(str(pickled), trust=Trust(allow_pickle=True))
     absent: dict[str, str] = {}
-    assert module._run_cold(Bundle.open(clip_bundle), checkpoint, "sdpa", None, 1, absent), absent
+    assert module._run_cold(bundle, checkpoint, "sdpa", None, 1, absent), absent
 
 
-def test_half_precision_alone_does_not_keep_full_precision_beside_it(
-    clip_bundle: Path, checkpoints: dict[str, Path]
-) -> None:
-    arena = Arena.open_torch(Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"])), torch.device("cpu"))
-    arena.model.to(torch.bfloat16)
-    before = {id(parameter) for parameter in arena.model.parameters()}
-    assert {id(parameter) for parameter in entrants._shared(arena, arena.model, "bf16").parameters()} == before
-    assert not {id(parameter) for parameter in entrants._shared(arena, arena.model, "fp32").parameters()} & before
+def test_half_precision_alone_does_not_keep_full_precision_beside_it(torch_arena: Arena) -> None:
+    torch_arena.model.to(torch.bfloat16)
+    before = {id(parameter) for parameter in torch_arena.model.parameters()}
+    assert {id(parameter) for parameter in entrants._copy_of_model(torch_arena, "bf16").parameters()} == before
+    assert not {id(parameter) for parameter in entrants._copy_of_model(torch_arena, "fp32").parameters()} & before
 
 
 def test_entrant_that_breaks_is_named_and_the_others_go_on(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def break_eager(arena: Arena, name: str) -> Entrant:
         def fail(images: torch.Tensor) -> torch.Tensor:
@@ -210,8 +220,7 @@ def test_entrant_that_breaks_is_named_and_the_others_go_on(
     monkeypatch.setattr(module, "enter", break_eager)
     monkeypatch.setattr(module, "_run_cold", lambda *_: None)
     options = dataclasses.replace(OPTIONS, against=("eager", "sdpa"), batches=(1,), tiles=0)
-    checkpoint = open_checkpoint(str(checkpoints["clip"]))
-    found = run_benchmark(Bundle.open(clip_bundle), checkpoint, options, LoggedProgress())
+    found = run_benchmark(bundle, checkpoint, options, LoggedProgress())
     assert found.absent == {"eager at batch 1": "no room for 1 images"}
     assert [each.entrant for each in found.timings] == ["trtower", "llava", "sdpa"]
     assert found.tiles is None
@@ -232,29 +241,22 @@ def test_entrant_that_breaks_in_the_race_is_out_and_the_others_go_on() -> None:
         race({"a": lambda: calls.clear() or calls.extend("aa") or tire()}, rounds=1)
 
 
-@pytest.mark.parametrize(
-    ("stdout", "said"),
-    [("", "exit status 0"), ("a line of a library's\n", "exit status 0")],
-)
+@pytest.mark.parametrize("stdout", ["", "a line of a library's\n"])
 def test_one_alone_that_answers_nothing_is_named(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, stdout: str, said: str
+    bundle: Bundle, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stdout: str
 ) -> None:
     absent: dict[str, str] = {}
     done = SimpleNamespace(returncode=0, stdout=stdout, stderr="")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: done)
-    bundle, checkpoint = Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"]))
     assert module._run_cold(bundle, checkpoint, "eager", None, 1, absent) is None
-    assert absent == {"eager, alone": said}
+    assert absent == {"eager, alone": "exit status 0"}
     done.stdout = '{"load_s": 1.0, "first_s": 2.0, "peak_bytes": 3}\nand a line after it\n'
     found = module._run_cold(bundle, checkpoint, "eager", None, 1, absent)
     assert found == ColdStart(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
 
 
-def test_entrant_that_breaks_alone_is_named(
-    clip_bundle: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entrant_that_breaks_alone_is_named(bundle: Bundle, checkpoint: Checkpoint) -> None:
     absent: dict[str, str] = {}
-    bundle, checkpoint = Bundle.open(clip_bundle), open_checkpoint(str(checkpoints["clip"]))
     gone = dataclasses.replace(checkpoint, source="nowhere/at-all")
     assert module._run_cold(bundle, gone, "eager", None, 1, absent) is None
     assert "CheckpointError" in absent["eager, alone"]
@@ -310,9 +312,7 @@ def test_json_has_everything_and_where_it_was_measured(found: Benchmark) -> None
 
 
 def test_table_is_whole_on_a_narrow_console_and_names_who_did_not_run(found: Benchmark) -> None:
-    stream = io.StringIO()
-    print_benchmark(Console(file=stream, width=40), found)
-    text = stream.getvalue()
+    text = printed(found, width=40)
     for each in found.timings:
         assert f"{each.median_s * 1e3:.1f}" in text
         assert each.runs_on in text
@@ -325,19 +325,13 @@ def test_error_that_is_not_finite_is_none_in_json_and_words_in_the_table(found: 
     assert module._error(torch.ones(1, 2), torch.ones(1, 2)) == 0.0
     broken = dataclasses.replace(found, timings=(dataclasses.replace(found.timings[0], error=None),))
     assert json.loads(as_json(broken))["timings"][0]["error"] is None
-    stream = io.StringIO()
-    print_benchmark(Console(file=stream, width=200), broken)
-    assert "not finite" in stream.getvalue()
+    assert "not finite" in printed(broken, width=200)
 
 
 def test_table_says_what_it_is_of_and_whether_the_machine_was_busy(found: Benchmark) -> None:
     even = tuple(dataclasses.replace(each, p99_s=1.4 * each.median_s) for each in found.timings)
     uneven = (*even[:-1], dataclasses.replace(even[-1], p99_s=2.5 * even[-1].median_s))
-    texts = []
-    for timings in (even, uneven):
-        stream = io.StringIO()
-        print_benchmark(Console(file=stream, width=200), dataclasses.replace(found, timings=timings))
-        texts.append(stream.getvalue())
+    texts = [printed(dataclasses.replace(found, timings=timings), width=200) for timings in (even, uneven)]
     assert all(f"{found.bundle['path']}: fp16, not certified for what ran here" in text for text in texts)
     assert ["this machine was busy" in text for text in texts] == [False, True]
     assert f"{uneven[-1].entrant} took up to 2.5 times its median" in texts[1]
@@ -346,15 +340,15 @@ def test_table_says_what_it_is_of_and_whether_the_machine_was_busy(found: Benchm
 def test_longest_is_the_99th_percentile_of_a_few_and_not_of_many() -> None:
     few, many = [1.0, 2.0, 9.0], [*(1.0 for _ in range(199)), 9.0]
     entrant = SimpleNamespace(name="a", runs_on="", arithmetic="fp32")
-    made = [module._timing(entrant, 1, seconds, 1, {}, None, 0.0) for seconds in (few, many)]
+    made = [module._timing(entrant, 1, seconds, None, None, 0.0) for seconds in (few, many)]
     assert [(each.median_s, each.p99_s) for each in made] == [(2.0, 9.0), (1.0, 1.0)]
 
 
 def test_ceiling_is_two_flop_a_product_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure_ceilings.__globals__["SIZE"], "cpu", 100)
-    monkeypatch.setitem(measure_ceilings.__globals__, "_best_s", lambda _, product: product())
-    monkeypatch.setitem(measure_ceilings.__globals__, "_torch_product", lambda *_: lambda: 0.5)
-    monkeypatch.setitem(measure_ceilings.__globals__, "_openvino_product", lambda _: [lambda: 0.25])
+    monkeypatch.setitem(
+        measure_ceilings.__globals__, "race", lambda *_, **__: {"torch": [0.5], "openvino": [0.9, 0.25]}
+    )
     assert measure_ceilings(torch.device("cpu"), {"fp32"}) == {"fp32": 2 * 100**3 / 0.25}
 
 
@@ -374,8 +368,8 @@ def test_plot_has_a_bar_for_each(found: Benchmark) -> None:
     ],
 )
 def test_plot_names_the_backend_that_ran(runs_on: str, label: str) -> None:
-    assert label_entrant(dataclasses.replace(timing("trtower", 1, 1.0), runs_on=runs_on)) == label
-    assert label_entrant(dataclasses.replace(timing("sdpa", 1, 1.0), runs_on="PyTorch 2.13.0")) == "sdpa (fp16)"
+    assert label_entrant(dataclasses.replace(timing("trtower"), runs_on=runs_on)) == label
+    assert label_entrant(dataclasses.replace(timing("sdpa"), runs_on="PyTorch 2.13.0")) == "sdpa (fp16)"
 
 
 def test_plot_says_each_batch_once(found: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,17 +384,17 @@ def test_plot_says_each_batch_once(found: Benchmark, monkeypatch: pytest.MonkeyP
     assert names[0] == "trtower on OpenVINO (fp32)"
 
 
-def timing(entrant: str, batch: int, median_s: float, share: float | None = None) -> Timing:
+def timing(entrant: str) -> Timing:
     return Timing(
         entrant=entrant,
         runs_on="",
         arithmetic="fp16",
-        batch=batch,
+        batch=1,
         rounds=1,
-        median_s=median_s,
-        p99_s=median_s,
-        images_per_s=batch / median_s,
-        share=share,
+        median_s=1.0,
+        p99_s=1.0,
+        images_per_s=1.0,
+        share=None,
         times_llava=None,
         error=0.0,
     )

@@ -11,7 +11,7 @@ from tests.conftest import BATCH
 from tests.export.small_towers import cut
 from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
-from trtower_export.console import LoggedStep
+from trtower_export.console import Step
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.plan.polygraphy import build_plan
 from trtower_export.plan.targets import Target
@@ -46,7 +46,7 @@ def test_pattern_that_matches_nothing_names_the_nearest(tmp_path: Path) -> None:
 def build(folder: Path, *capabilities: str) -> Path:
     spec = cut("clip")[1].input("fp16")
     target = Target(flavour="tensorrt-rtx", compute_capabilities=capabilities)
-    return build_plan(folder / GRAPH, target, spec, [BATCH], folder, LoggedStep(), mixed=True)[1]
+    return build_plan(folder / GRAPH, target, spec, [BATCH], folder, Step(), mixed=True)[1]
 
 
 @pytest.mark.parametrize("capabilities", [(), ("7.5",), ("8.9", "12.0")])
