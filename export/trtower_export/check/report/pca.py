@@ -55,7 +55,7 @@ CAPTION = 46
 COLUMNS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PcaRow:
     """One photograph, square as the tower saw it, and its patch features, prefix tokens dropped, each (N, D)."""
 
