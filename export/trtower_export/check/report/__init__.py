@@ -24,7 +24,7 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import first_jump
 from trtower_export.check.photographs import DRAWN, PHOTOGRAPH
-from trtower_export.check.report.page import Picture, render
+from trtower_export.check.report.page import Pictures, render
 from trtower_export.check.report.pca import PcaRow, draw_strips, strip_png, token_distances, worst_tokens
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
 
@@ -82,7 +82,7 @@ class Report:
         if certificate is None:
             raise BundleError(f"{bundle.path} has no certificate to report: trtower check {bundle.path} makes one.")
         make_folder(folder)
-        pictures = self._pictures(certificate)
+        worst, best = self._pictures(certificate)
         plots = {}
         if any(each.isfinite().any() for label in KINDS for each in self._distances[label]):
             plots[TOKENS] = self._draw_tokens(certificate)
@@ -99,7 +99,8 @@ class Report:
         page = render(
             bundle.manifest,
             certificate,
-            pictures=pictures,
+            worst=worst,
+            best=best,
             layers=plots.get(LAYERS),
             tokens=plots.get(TOKENS),
             jump=jump,
@@ -107,30 +108,23 @@ class Report:
         for path in folder.iterdir():
             if OURS.fullmatch(path.name):
                 path.unlink()
-        for name, png in [*plots.items(), *((picture.file, picture.png) for picture in pictures)]:
+        for group, pictures in (("worst", worst), ("best", best)):
+            plots |= {f"report-{group}-{place}.png": png for place, (_, png) in enumerate(pictures, 1)}
+        for name, png in plots.items():
             (folder / name).write_bytes(png)
         (folder / PAGE).write_text(page, encoding="utf-8")
         return folder / PAGE
 
-    def _pictures(self, certificate: Certificate) -> list[Picture]:
-        """Draw the worst photographs, the worst first, then those of the best that are not among them."""
+    def _pictures(self, certificate: Certificate) -> tuple[Pictures, Pictures]:
+        """Draw the worst photographs, the worst first, and those of the best that are not among them."""
         worst = [row for _, row in self._worst]
-        best = [row for _, row in self._best if row not in worst]
-        if not worst:
-            return []
+        rows = worst + [row for _, row in self._best if row not in worst]
+        if not rows:
+            return [], []
         limit = _limit(certificate, "token_cosine_min", PHOTOGRAPH, distance=True) or 1e-3
-        strips = iter(draw_strips([*worst, *best], panel=PANEL, mark=MARKED, limit=limit))
-        return [
-            Picture(
-                file=f"report-{group}-{place}.png",
-                group=group,
-                name=row.name,
-                caption=row.caption,
-                png=strip_png(next(strips)),
-            )
-            for group, rows in (("worst", worst), ("best", best))
-            for place, row in enumerate(rows, 1)
-        ]
+        strips = draw_strips(rows, panel=PANEL, mark=MARKED, limit=limit)
+        pictures = [(row, strip_png(strip)) for row, strip in zip(rows, strips, strict=True)]
+        return pictures[: len(worst)], pictures[len(worst) :]
 
     def _draw_tokens(self, certificate: Certificate) -> bytes:
         return draw_tokens(

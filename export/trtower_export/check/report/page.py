@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from trtower.bundle.certificate import Certificate, LayerFigures
@@ -11,27 +10,22 @@ from trtower.extras import import_extra
 from trtower.inspection import describe_figure
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
+from trtower_export.check.report.pca import PcaRow
 from trtower_export.precision.bounds import why_not_finite
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One photograph of the page: ``group`` is "worst" or "best", ``png`` the strip of its four panels."""
-
-    file: str
-    group: str
-    name: str
-    caption: str
-    png: bytes
+Pictures = Sequence[tuple[PcaRow, bytes]]
+"""Photographs of the page, each with the PNG of its four panels."""
 
 
 def render(
     manifest: Manifest,
     certificate: Certificate,
     *,
-    pictures: Sequence[Picture],
+    worst: Pictures,
+    best: Pictures,
     layers: bytes | None,
     tokens: bytes | None,
     jump: LayerFigures | None,
@@ -56,7 +50,7 @@ def render(
         layers_png=layers,
         tokens_png=tokens,
         jump=jump,
-        worst=[picture for picture in pictures if picture.group == "worst"],
-        best=[picture for picture in pictures if picture.group == "best"],
+        worst=worst,
+        best=best,
     )
     return page
