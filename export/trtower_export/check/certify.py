@@ -13,25 +13,26 @@ import copy
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.certificate import BatchFigures, Certificate, ImageFigures
+from trtower.bundle.certificate import BatchFigures, Certificate, Figures, ImageFigures
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.bundle.staging import disk_errors, locked
 from trtower.dtypes import DTYPES
-from trtower.errors import BundleError, CheckpointError
+from trtower.errors import BundleError, CheckpointError, ConfigError
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import BatchProfile, merge_profiles, profile_batches
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.check.emulation import EMULATED, EmulatedRunner, require_precision
+from trtower_export.check.emulation import EMULATED, EmulatedRunner
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import GraphStates, LayerSums
 from trtower_export.check.photographs import DRAWN, PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
@@ -67,13 +68,13 @@ def certify(
     manifest = bundle.manifest
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
-    comparison = _Comparison(by_batch={batch: {} for batch in batches})
+    comparison = _Comparison(batches=batches)
     title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
     with progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
             step.update(start / len(images), f"from {images[start].name} on")
             _compare(towers, images[start : start + max(batches)], comparison, on_image)
-    return _make_certificate(towers, comparison, photographs)
+    return _make_certificate(towers, comparison, images, photographs)
 
 
 def check_bundle(
@@ -134,15 +135,22 @@ class _Towers:
         return states
 
 
+Run: TypeAlias = int | str
+"""A batch of the bundle, or one of the two runs beside it: PyTorch in its precision, and its graph as typed."""
+TORCH, TYPED = "torch", "typed"
+
+
 @dataclass(kw_only=True)
 class _Comparison:
-    """What was measured so far; sums by the kind of the images, photographs or drawn."""
+    """What was measured so far, of every run on every image by its name."""
 
-    by_batch: dict[int, dict[str, MetricSums]]
-    as_typed: dict[str, MetricSums] = field(default_factory=dict)
-    own: dict[str, MetricSums] = field(default_factory=dict)
-    images: list[ImageFigures] = field(default_factory=list)
+    batches: Sequence[int]
+    sums: dict[tuple[Run, str], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     layers: LayerSums = field(default_factory=LayerSums)
+
+    def figures(self, runs: Iterable[Run], images: Sequence[Photograph]) -> Figures:
+        """Make the figures of runs on images, taken together."""
+        return total(self.sums[run, image.name] for run in runs for image in images).figures()
 
 
 def _load_towers(
@@ -176,58 +184,51 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
     pixels = prepare(images, processor)
-    references, owns, own_sums = [], [], []
+    references, owns = [], []
     for image, pixel_values in zip(images, pixels, strict=True):
         states = towers.reference(image.name, pixel_values)
         references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
-        own_sums.append(MetricSums.of(owns[-1], references[-1]))
-        comparison.own.setdefault(_kind(image), MetricSums()).add(own_sums[-1])
+        comparison.sums[TORCH, image.name] = MetricSums.of(owns[-1], references[-1])
         if towers.typed:
             repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
-            error = MetricSums.of(row[None].float(), references[-1])
-            comparison.as_typed.setdefault(_kind(image), MetricSums()).add(error)
+            comparison.sums[TYPED, image.name] = MetricSums.of(row[None].float(), references[-1])
         if towers.states:
             comparison.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
-    sums = [MetricSums() for _ in images]
-    for batch, by_kind in comparison.by_batch.items():
+    for batch in comparison.batches:
         for start in range(0, len(images), batch):
             members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
             taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
             for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
                 features.setdefault(member, row.float().cpu())
                 error = MetricSums.of(row[None].float().cpu(), references[member])
-                sums[member].add(error)
-                by_kind.setdefault(_kind(images[member]), MetricSums()).add(error)
+                comparison.sums[batch, images[member].name].add(error)
     for index, image in enumerate(images):
-        comparison.images.append(
-            ImageFigures(
-                name=image.name, kind=image.kind, bundle=sums[index].figures(), torch=own_sums[index].figures()
-            )
+        evidence = ImageEvidence(
+            name=image.name,
+            kind=image.kind,
+            pixel_values=pixels[index][0].to(runner.dtype).float(),
+            reference=references[index][0],
+            bundle=features[index],
+            torch=owns[index][0],
         )
         if on_image:
-            on_image(
-                ImageEvidence(
-                    name=image.name,
-                    kind=image.kind,
-                    pixel_values=pixels[index][0].to(runner.dtype).float(),
-                    reference=references[index][0],
-                    bundle=features[index],
-                    torch=owns[index][0],
-                )
-            )
+            on_image(evidence)
 
 
-def _make_certificate(towers: _Towers, comparison: _Comparison, photographs: Photographs) -> Certificate:
+def _make_certificate(
+    towers: _Towers, comparison: _Comparison, images: Sequence[Photograph], photographs: Photographs
+) -> Certificate:
     """Judge what was measured by the bounds, and write it down with what it was measured on."""
-    manifest, runner, by_batch = towers.bundle.manifest, towers.runner, comparison.by_batch
-    runs = [*by_batch.values(), *([comparison.as_typed] if towers.typed else [])]
-    measured = {
-        kind: ([by_kind[kind].figures() for by_kind in runs], own.figures()) for kind, own in comparison.own.items()
-    }
+    manifest, runner = towers.bundle.manifest, towers.runner
+    batches, figures = comparison.batches, comparison.figures
+    runs: list[Run] = [*batches, *([TYPED] if towers.typed else [])]
+    drawn = [image for image in images if image.kind != PHOTOGRAPH]
+    kinds = {PHOTOGRAPH: photographs.images} | ({DRAWN: drawn} if drawn else {})
+    measured = {kind: ([figures([run], of) for run in runs], figures([TORCH], of)) for kind, of in kinds.items()}
     bounds = judge(manifest.precision, measured)
     plans = [plan.file for plan in manifest.plans]
     depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
@@ -241,14 +242,19 @@ def _make_certificate(towers: _Towers, comparison: _Comparison, photographs: Pho
         files={name: manifest.files[name].sha256 for name in depends},
         not_run=tuple(plan for plan in plans if plan not in runner.files),
         reference=f"{model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU",
-        images=tuple(comparison.images),
+        images=tuple(
+            ImageFigures(
+                name=image.name, kind=image.kind, bundle=figures(batches, [image]), torch=figures([TORCH], [image])
+            )
+            for image in images
+        ),
         images_sha256=photographs.sha256,
         skipped=photographs.skipped,
-        batches=tuple(BatchFigures(batch=n, bundle=total(sums.values()).figures()) for n, sums in by_batch.items()),
-        as_typed=total(comparison.as_typed.values()).figures() if towers.typed else None,
+        batches=tuple(BatchFigures(batch=batch, bundle=figures([batch], images)) for batch in batches),
+        as_typed=figures([TYPED], images) if towers.typed else None,
         layers=comparison.layers.figures(),
-        bundle=total(sums for by_kind in by_batch.values() for sums in by_kind.values()).figures(),
-        torch=total(comparison.own.values()).figures(),
+        bundle=figures(batches, images),
+        torch=figures([TORCH], images),
         bounds=bounds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         gpu=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None,
@@ -265,16 +271,14 @@ def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
     return simulate_quantised(tower, manifest.precision, read_quantised(bundle))
 
 
-def _kind(image: Photograph) -> str:
-    return PHOTOGRAPH if image.kind == PHOTOGRAPH else DRAWN
-
-
 def _open(bundle: Bundle, backend: str) -> Runner:
     """Open what a tower would run on; a BF16 bundle that nothing here can run is checked in emulation."""
     stuck = all(candidate.obstacle for candidate in candidates(bundle))
     if backend == "auto" and bundle.manifest.precision == "bf16" and stuck:
         backend = "emulated-bf16"
     if backend in EMULATED:
-        require_precision(bundle, backend)
+        if EMULATED[backend] != bundle.manifest.precision:
+            found = f"{bundle.path} is {bundle.manifest.precision}"
+            raise ConfigError(f"--backend {backend} is for {EMULATED[backend]}; {found}.")
         return EmulatedRunner(bundle, worst=True)
     return choose(bundle, backend)

@@ -18,7 +18,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.dtypes import DTYPES
-from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart, Runner
 from trtower.spec import HALVES, PRECISIONS
@@ -29,14 +28,6 @@ EMULATED = {f"emulated-{name}": name for name in HALVES}
 
 SMALL = 1024
 """Bytes of a weight that stays inside a graph. As one message a graph could have 2 GB at most."""
-
-
-def require_precision(bundle: Bundle, backend: str) -> None:
-    """Raise ConfigError where ``backend`` emulates another precision than the bundle's."""
-    if EMULATED[backend] != bundle.manifest.precision:
-        raise ConfigError(
-            f"--backend {backend} is for {EMULATED[backend]}; {bundle.path} is {bundle.manifest.precision}."
-        )
 
 
 class EmulatedRunner(Runner):
@@ -110,9 +101,13 @@ def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
                 attribute.i = TensorProto.FLOAT
-        halves = [name for name in node.output if kinds.get(name) == half]
+        halves = [(index, name) for index, name in enumerate(node.output) if kinds.get(name) == half]
+        for index, name in halves:
+            node.output[index] = f"{name}.exact"
         spelled_out = SPELLED_OUT.get(node.op_type) if worst and halves and half == TensorProto.FLOAT16 else None
-        graph.node.extend(_rounded(spelled_out(node, half) if spelled_out else iter([node]), halves, half))
+        graph.node.extend(spelled_out(node, half) if spelled_out else [node])
+        for _, name in halves:
+            graph.node.extend(_round(name, half))
 
 
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:
@@ -134,22 +129,10 @@ def _kinds(model: onnx.ModelProto) -> dict[str, int]:
     return kinds | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
-def _rounded(nodes: Iterator[NodeProto], names: list[str], half: int) -> Iterator[NodeProto]:
-    """Put the rounding of the values ``names`` behind the nodes that make them."""
-    for node in nodes:
-        made = [index for index, name in enumerate(node.output) if name in names]
-        exact = {index: f"{node.output[index]}.exact" for index in made}
-        rounded = {index: node.output[index] for index in made}
-        for index in made:
-            node.output[index] = exact[index]
-        yield node
-        for index in made:
-            yield from _round(exact[index], rounded[index], half)
-
-
-def _round(exact: str, rounded: str, half: int) -> Iterator[NodeProto]:
-    yield helper.make_node("Cast", [exact], [f"{rounded}.half"], to=half)
-    yield helper.make_node("Cast", [f"{rounded}.half"], [rounded], to=TensorProto.FLOAT)
+def _round(name: str, half: int) -> Iterator[NodeProto]:
+    """Round the value ``name``.exact into ``name``."""
+    yield helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=half)
+    yield helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
 
 
 def _layer_norm(node: NodeProto, half: int) -> Iterator[NodeProto]:
@@ -160,12 +143,12 @@ def _layer_norm(node: NodeProto, half: int) -> Iterator[NodeProto]:
     yield helper.make_node("Shape", [x], [f"{name}.size"], start=-1)
     yield helper.make_node("Cast", [f"{name}.size"], [f"{name}.count"], to=TensorProto.FLOAT)
     yield helper.make_node("ReduceSum", [x, f"{name}.axes"], [f"{name}.sum.exact"])
-    yield from _round(f"{name}.sum.exact", f"{name}.sum", half)
+    yield from _round(f"{name}.sum", half)
     yield helper.make_node("Div", [f"{name}.sum", f"{name}.count"], [f"{name}.mean"])
     yield helper.make_node("Sub", [x, f"{name}.mean"], [f"{name}.centred"])
     yield helper.make_node("Mul", [f"{name}.centred"] * 2, [f"{name}.squares"])
     yield helper.make_node("ReduceSum", [f"{name}.squares", f"{name}.axes"], [f"{name}.total.exact"])
-    yield from _round(f"{name}.total.exact", f"{name}.total", half)
+    yield from _round(f"{name}.total", half)
     yield helper.make_node("Div", [f"{name}.total", f"{name}.count"], [f"{name}.variance"])
     yield helper.make_node("Add", [f"{name}.variance", f"{name}.epsilon"], [f"{name}.positive"])
     yield helper.make_node("Sqrt", [f"{name}.positive"], [f"{name}.deviation"])
@@ -182,12 +165,12 @@ def _attention(node: NodeProto, half: int) -> Iterator[NodeProto]:
     name, scale = node.name, next(attribute.f for attribute in node.attribute if attribute.name == "scale")
     yield helper.make_node("Constant", [], [f"{name}.scale"], value_float=scale)
     yield helper.make_node("Mul", [query, f"{name}.scale"], [f"{name}.scaled.exact"])
-    yield from _round(f"{name}.scaled.exact", f"{name}.scaled", half)
+    yield from _round(f"{name}.scaled", half)
     yield helper.make_node("Transpose", [key], [f"{name}.keys"], perm=[0, 1, 3, 2])
     yield helper.make_node("MatMul", [f"{name}.scaled", f"{name}.keys"], [f"{name}.scores.exact"])
-    yield from _round(f"{name}.scores.exact", f"{name}.scores", half)
+    yield from _round(f"{name}.scores", half)
     yield helper.make_node("Softmax", [f"{name}.scores"], [f"{name}.shares.exact"], axis=-1)
-    yield from _round(f"{name}.shares.exact", f"{name}.shares", half)
+    yield from _round(f"{name}.shares", half)
     yield helper.make_node("MatMul", [f"{name}.shares", value], [node.output[0]])
 
 

@@ -6,6 +6,7 @@ gives only what it was built to give, so this is of the graph, whatever else was
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -74,33 +75,31 @@ def _index(name: str) -> int:
 class LayerSums:
     """What the figures of every layer are made of, over any number of images."""
 
-    bundle: dict[int, MetricSums] = field(default_factory=dict)
-    torch: dict[int, MetricSums] = field(default_factory=dict)
-    worst: dict[int, tuple[float, str, int]] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    bundle: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
+    torch: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
 
     def add(self, name: str, reference: Sequence[Tensor], found: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
         """Take an image in: its states from FP32 PyTorch, from the graph, and from PyTorch in half precision."""
+        self.images.append(name)
         for index, state in found.items():
             place = min(index, len(own) - 1)  # last_hidden_state comes last
-            sums = MetricSums.of(state, reference[index])
-            self.bundle.setdefault(index, MetricSums()).add(sums)
-            self.torch.setdefault(index, MetricSums()).add(MetricSums.of(own[place].float().cpu(), reference[index]))
-            errors = sums.token_errors[0].nan_to_num(nan=float("inf"))
-            worst = float(errors.max())
-            if index not in self.worst or worst > self.worst[index][0]:
-                self.worst[index] = (worst, name, int(errors.argmax()))
+            self.bundle[index].add(MetricSums.of(state, reference[index]))
+            self.torch[index].add(MetricSums.of(own[place].float().cpu(), reference[index]))
 
     def figures(self) -> tuple[LayerFigures, ...]:
         """Make the figures of every layer, from the first on."""
-        return tuple(
-            LayerFigures(
-                layer=index,
-                bundle=self.bundle[index].figures(),
-                torch=self.torch[index].figures(),
-                worst_image=self.worst[index][1],
-                worst_token=self.worst[index][2],
-            )
-            for index in sorted(self.bundle)
+        return tuple(self._of_layer(index) for index in sorted(self.bundle))
+
+    def _of_layer(self, index: int) -> LayerFigures:
+        errors = torch.stack(self.bundle[index].token_errors).nan_to_num(nan=float("inf"))  # (images, tokens)
+        image, token = divmod(int(errors.argmax()), errors.shape[1])
+        return LayerFigures(
+            layer=index,
+            bundle=self.bundle[index].figures(),
+            torch=self.torch[index].figures(),
+            worst_image=self.images[image],
+            worst_token=token,
         )
 
 

@@ -6,7 +6,7 @@ Real photographs, because noise excites none of the outlier channels that half p
 import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -63,20 +63,32 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Photographs:
-    """The images in order, the files that were skipped, and a digest of what was read.
-
-    ``sha256`` runs over names, sizes and decoded RGB pixels: it identifies what the tower
-    was given, whichever file format it came in. ``reasons`` says of each skipped file why.
-    """
+    """The images in order, and of each file that was skipped the reason."""
 
     images: tuple[Photograph, ...]
-    skipped: tuple[str, ...]
-    sha256: str
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The files that were skipped."""
+        return tuple(self.reasons)
+
+    @property
+    def sha256(self) -> str:
+        """A digest of names, sizes and decoded RGB pixels.
+
+        It identifies what the tower was given, whichever file format it came in.
+        """
+        digest = hashlib.sha256()
+        for photograph in self.images:
+            width, height = photograph.image.size
+            digest.update(f"{photograph.name}\0{width}x{height}\0".encode())
+            digest.update(photograph.image.tobytes())
+        return digest.hexdigest()
 
     def first(self, count: int) -> "Photographs":
         """Take the first ``count`` of them."""
-        return replace(self, images=self.images[:count], sha256=_digest(self.images[:count]))
+        return replace(self, images=self.images[:count])
 
 
 def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photographs:
@@ -91,26 +103,34 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
     paths = _shipped() if folder is None else _image_files(folder)
     skipped: dict[str, str] = {}
     images = tuple(islice(_read(paths, skipped), limit))
-    photographs = Photographs(images, tuple(skipped), _digest(images), skipped)
     if not images:
-        why = "; ".join(reason for reason, _ in _by_reason(photographs) if reason != _DAMAGED)
+        why = "; ".join(reason for reason in dict.fromkeys(skipped.values()) if reason != _DAMAGED)
         raise InputError(
-            f"{paths[0].parent} has no readable image: found {_named(photographs.skipped)}, "
+            f"{paths[0].parent} has no readable image: found {_named([*skipped])}, "
             f"{why or 'damaged or of another format'}; "
             "expected at least one photograph: replace the files or name another folder"
         )
-    return photographs
+    return Photographs(images, skipped)
 
 
 def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> list[Tensor]:
     """Turn photographs into pixel_values, each (1, 3, S, S), in FP32; InputError names one that cannot be."""
-    return [_pixel_values(each, processor).float() for each in photographs]
+    prepared = []
+    for photograph in photographs:
+        try:
+            prepared.append(processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"].float())
+        except InputError as err:
+            raise InputError(f"{photograph.name}: {err}") from err
+    return prepared
 
 
 def say_skipped(photographs: Photographs, progress: Progress) -> None:
     """Say which files were skipped, how many, and why."""
-    for reason, names in _by_reason(photographs):
-        progress.say(f"skipped {len(names)} {reason}: {_named(names)}")
+    names: dict[str, list[str]] = {}
+    for name, reason in photographs.reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, some in names.items():
+        progress.say(f"skipped {len(some)} {reason}: {_named(some)}")
 
 
 def draw_images(size: int) -> tuple[Photograph, ...]:
@@ -162,29 +182,5 @@ def _read(paths: Iterable[Path], skipped: dict[str, str]) -> Iterable[Photograph
             yield Photograph(path.name, picture)
 
 
-def _pixel_values(photograph: Photograph, processor: ImageProcessor) -> Tensor:
-    try:
-        pixel_values: Tensor = processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"]
-    except InputError as err:
-        raise InputError(f"{photograph.name}: {err}") from err
-    return pixel_values
-
-
-def _by_reason(photographs: Photographs) -> list[tuple[str, list[str]]]:
-    names: dict[str, list[str]] = {}
-    for name in photographs.skipped:
-        names.setdefault(photographs.reasons.get(name, _DAMAGED), []).append(name)
-    return list(names.items())
-
-
 def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _digest(images: Iterable[Photograph]) -> str:
-    digest = hashlib.sha256()
-    for photograph in images:
-        width, height = photograph.image.size
-        digest.update(f"{photograph.name}\0{width}x{height}\0".encode())
-        digest.update(photograph.image.tobytes())
-    return digest.hexdigest()

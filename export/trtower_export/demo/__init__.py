@@ -1,6 +1,7 @@
 """The whole way on one machine, offline: a pretrained DINOv2 with photographs, and CLIP ViT-L/14-336 at full size."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,7 @@ from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.photographs import PHOTOGRAPH, load_photographs
-from trtower_export.check.report import as_image
+from trtower_export.check.report import make_row
 from trtower_export.check.report.pca import PcaRow, draw_sheet
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS
 from trtower_export.check.tables import print_certificate
@@ -63,22 +64,14 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     options = ExportOptions(profiles=(BatchProfile(min=1, opt=4, max=8),), overwrite=True, check=False)
     bundle = export_tower(str(folder), out / PRETRAINED, options, progress)
     rows: list[PcaRow] = []
-    prefix = bundle.manifest.spec.num_prefix_tokens
-    processor = VisionTower(bundle.path).image_processor
+    spec, processor = bundle.manifest.spec, VisionTower(bundle.path).image_processor
 
     def collect(evidence: ImageEvidence) -> None:
         if evidence.kind != PHOTOGRAPH:
             return
         cosine = torch.nn.functional.cosine_similarity(evidence.bundle, evidence.reference, dim=-1)
-        rows.append(
-            PcaRow(
-                name=Path(evidence.name).stem,
-                image=as_image(evidence.pixel_values, processor),
-                reference=evidence.reference[prefix:],
-                bundle=evidence.bundle[prefix:],
-                caption=f"token cosine {cosine.mean():.6f}, worst {cosine.min():.6f}",
-            )
-        )
+        caption = f"token cosine {cosine.mean():.6f}, worst {cosine.min():.6f}"
+        rows.append(make_row(replace(evidence, name=Path(evidence.name).stem), spec, processor, caption))
 
     bundle = check_bundle(bundle, open_checkpoint(str(folder)), load_photographs(None), progress, on_image=collect)
     certificate = _print_certificate(console, bundle)

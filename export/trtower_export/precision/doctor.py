@@ -106,12 +106,9 @@ class Extremes:
         """Take in what was observed of another image."""
         for name, largest in other.largest.items():
             self.largest[name] = max(largest, self.largest.get(name, 0.0))
-        for mine, theirs in (
-            (self.overflow, other.overflow),
-            (self.small, other.small),
-            (self.nonzero, other.nonzero),
-        ):
-            mine.update(theirs)
+        self.overflow.update(other.overflow)
+        self.small.update(other.small)
+        self.nonzero.update(other.nonzero)
 
     def overflowing(self, operations: Operations) -> list[str]:
         """List the operations that compute or read what FP16 cannot hold, in the order in which they run."""

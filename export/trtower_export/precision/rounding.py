@@ -45,6 +45,9 @@ class Simulation:
         self.operations = operations
         self._weights = weights
         self._last_use = {argument: node for node in operations.nodes for argument in node.all_input_nodes}
+        (self._input,) = (
+            node for node in operations.nodes if node.op == "placeholder" and node.name not in operations.weights
+        )
         (self._output,) = (node for node in operations.nodes if node.op == "output")
 
     def run(
@@ -60,7 +63,7 @@ class Simulation:
 
         ``keep`` is filled with every value but attention scores, for `rerun`.
         """
-        values: Values = {}
+        values: Values = {self._input: pixel_values}
         rounded = frozenset(rounded)
         wide = widened(self.operations, frozenset(self.operations.names) - rounded) if rounded else frozenset()
         fused = self._fused(rounded) if observe is None else frozenset()
@@ -71,8 +74,8 @@ class Simulation:
                 if _holds_scores(node):
                     continue
                 values[node] = _attend(node, values)
-            else:
-                values[node] = self._value(node, values, pixel_values, rounded, wide, dtype, observe)
+            elif node is not self._input:
+                values[node] = self._value(node, values, rounded, wide, dtype, observe)
             if keep is not None:
                 if not _holds_scores(node):
                     keep[node] = values[node]
@@ -85,7 +88,6 @@ class Simulation:
     def rerun(self, kept: Values, operation: Operation, dtype: torch.dtype) -> Tensor:
         """Run on from ``kept``, the values of an exact run, with ``operation`` alone in half precision."""
         alone, values, dirty = frozenset({operation.name}), dict(kept), set[fx.Node]()
-        (pixel_values,) = (kept[node] for node in self.operations.nodes if self._is_input(node))
         fused = self._fused(alone)
         for node in self.operations.nodes:
             if node.op == "output":
@@ -101,7 +103,7 @@ class Simulation:
                 continue
             for argument in node.all_input_nodes:
                 self._restore(argument, values)
-            values[node] = self._value(node, values, pixel_values, alone, frozenset(), dtype, None)
+            values[node] = self._value(node, values, alone, frozenset(), dtype, None)
         return self._result(values)
 
     def _fused(self, rounded: frozenset[str]) -> frozenset[fx.Node]:
@@ -122,23 +124,23 @@ class Simulation:
         self,
         node: fx.Node,
         values: Values,
-        pixel_values: Tensor,
         rounded: frozenset[str],
         wide: frozenset[fx.Node],
         dtype: torch.dtype,
         observe: Observer | None,
     ) -> Tensor:
         if node.op == "placeholder":
-            return self._placeholder(node, pixel_values, rounded, dtype)
+            return self._weight(node, rounded, dtype)
         operation = self.operations.of.get(node)
         if operation is None:
             moved: Tensor = _call(node, values)
             return moved
         last = node is operation.nodes[-1]
 
-        def seen(numbers: Tensor, *, result: bool = False) -> None:
+        def seen(numbers: Tensor, *, result: bool = False) -> Tensor:
             if observe:
                 observe(operation, numbers, result=result)
+            return numbers
 
         if operation.name in rounded and operation.multiplies and not wide.isdisjoint(node.all_input_nodes):
             factors = wide.intersection(node.all_input_nodes)
@@ -150,17 +152,14 @@ class Simulation:
         inside = node in wide  # computes in FP32, and rounds what leaves it
 
         def round_(number: Tensor) -> Tensor:
-            seen(number)
-            return number if inside else number.to(dtype).float()
+            return seen(number) if inside else seen(number).to(dtype).float()
 
         value = _call(node, values, seen=round_)
         seen(value, result=last)
         leaves = not inside or any(self.operations.of.get(user) is not operation for user in node.users)
         return value.to(dtype).float() if leaves else value
 
-    def _placeholder(self, node: fx.Node, pixel_values: Tensor, rounded: frozenset[str], dtype: torch.dtype) -> Tensor:
-        if self._is_input(node):
-            return pixel_values
+    def _weight(self, node: fx.Node, rounded: frozenset[str], dtype: torch.dtype) -> Tensor:
         name = self.operations.weights[node.name]
         value = self._weights[name]
         if not value.is_floating_point() or not is_narrow(node):
@@ -170,33 +169,22 @@ class Simulation:
             return value
         return value.to(dtype).float()
 
-    def _is_input(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" and node.name not in self.operations.weights
-
     def _result(self, values: Values) -> Tensor:
         (result,) = self._output.all_input_nodes
         return values[result]
 
 
-def _ignore(number: Tensor) -> Tensor:
-    return number
-
-
-def _call(node: fx.Node, values: Values, seen: Callable[[Tensor], Any] = _ignore) -> Any:
-    """Run one node in FP32; ``seen`` is given, and may round, what a half-precision kernel would hold meanwhile."""
+def _call(node: fx.Node, values: Values, seen: Callable[[Tensor], Tensor] = lambda number: number) -> Any:
+    """Run one node in FP32; ``seen`` is given what a half-precision kernel would hold meanwhile, and may round it."""
     if is_cast(node):
         return values[node.all_input_nodes[0]]
     args: Any = fx.node.map_arg(node.args, lambda argument: values[argument])
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda argument: values[argument])
 
-    def between(number: Tensor) -> Tensor:
-        found = seen(number)
-        return number if found is None else found
-
     if node.target == aten.linear.default and len(args) == 3:
-        return between(aten.linear.default(*args[:2])) + args[2]
+        return seen(aten.linear.default(*args[:2])) + args[2]
     if node.target == aten.layer_norm.default:
-        return _layer_norm(*args, between=between)
+        return _layer_norm(*args, between=seen)
     target: Any = node.target
     return target(*args, **kwargs)
 

@@ -7,6 +7,7 @@ does not have; an operation or two in FP32 cost little.
 """
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -185,10 +186,7 @@ def _worst_first(simulation: Simulation, pixel_values: Tensor, names: Collection
 
 def _shortest(ranked: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
     """Find a beginning of ``ranked`` that holds, of which the whole does: the shortest, as far as more never hurts."""
-    too_few, enough = 0, len(ranked)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if holds(ranked[:middle]) else (middle, enough)
+    enough = bisect_left(range(len(ranked)), True, lo=1, key=lambda count: holds(ranked[:count]))
     return ranked[:enough]
 
 

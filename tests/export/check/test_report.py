@@ -260,9 +260,9 @@ def test_tokens_are_kept_of_the_best_and_the_worst_alone() -> None:
     del one
     gc.collect()
     assert not any(tensor() is not None for tensor in watched), "evidence outlives see()"
-    assert sorted(shown.name for shown in report._worst + report._best) == ["0.png", "17.png", "23.png", "34.png"]
-    kept = [tensor for held in vars(report).values() if isinstance(held, list) for tensor in held]
-    assert sum(tensor.numel() for tensor in kept if isinstance(tensor, torch.Tensor)) == 2 * 40 * 17
+    assert sorted(row.name for _, row in report._worst + report._best) == ["0.png", "17.png", "23.png", "34.png"]
+    kept = [tensor for distances in report._distances.values() for tensor in distances]
+    assert sum(tensor.numel() for tensor in kept) == 2 * 40 * 17
 
 
 def test_kept_tokens_do_not_hold_on_to_the_batch_they_came_in() -> None:
@@ -270,7 +270,7 @@ def test_kept_tokens_do_not_hold_on_to_the_batch_they_came_in() -> None:
     one = made_up.evidence()
     batch = torch.stack([one.bundle] * 50)
     report.see(replace(one, bundle=batch[0]))
-    (kept,) = report._worst
+    ((_, kept),) = report._worst
     assert kept.bundle.untyped_storage().nbytes() == 16 * 24 * 4
 
 

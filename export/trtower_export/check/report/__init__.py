@@ -8,7 +8,6 @@ Letters: S pixels a side, P prefix tokens, N patches, D features a token.
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +23,8 @@ from trtower.spec import TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import first_jump
-from trtower_export.check.photographs import PHOTOGRAPH
-from trtower_export.check.report.page import Picture, render
+from trtower_export.check.photographs import DRAWN, PHOTOGRAPH
+from trtower_export.check.report.page import Pictures, render
 from trtower_export.check.report.pca import PcaRow, draw_strips, strip_png, token_distances, worst_tokens
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
 
@@ -41,16 +40,9 @@ MARKED = 5
 """How many of the worst patches are outlined in a photograph."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A photograph that may come into the report: its patches (N, D), and 1 - cosine of all its tokens (P + N)."""
-
-    name: str
-    image: Image.Image
-    reference: Tensor
-    bundle: Tensor
-    distances: Tensor
-    worst: float
+OWN = "PyTorch's own, on the photographs"
+KINDS = {"photographs": PHOTOGRAPH, "drawn images": DRAWN}
+"""How the plot of the tokens calls what bounds call otherwise."""
 
 
 class Report:
@@ -64,38 +56,22 @@ class Report:
         for module in ("matplotlib", "jinja2"):
             import_extra(module, extra="report", purpose="a report")
         self._spec, self._processor, self._keep = spec, processor, keep
-        self._worst: list[Shown] = []
-        self._best: list[Shown] = []
-        self._photographs: list[Tensor] = []  # 1 - cosine by image, of the bundle
-        self._drawn: list[Tensor] = []
-        self._torch: list[Tensor] = []  # of PyTorch in the bundle's precision, on the photographs
+        self._worst: list[tuple[float, PcaRow]] = []  # with 1 - cosine of the worst token
+        self._best: list[tuple[float, PcaRow]] = []
+        self._distances: dict[str, list[Tensor]] = {label: [] for label in (*KINDS, OWN)}  # 1 - cosine, by image
 
     def see(self, evidence: ImageEvidence) -> None:
-        """Take in one image. Of its tensors none is kept but as `Shown`, where it is among the best or the worst."""
+        """Take in one image. Its tokens are kept only while it is among the best or the worst photographs."""
         distances = token_distances(evidence.bundle, evidence.reference)
         if evidence.kind != PHOTOGRAPH:
-            self._drawn.append(distances.float())
+            self._distances["drawn images"].append(distances.float())
             return
-        self._photographs.append(distances.float())
-        self._torch.append(token_distances(evidence.torch, evidence.reference).float())
+        self._distances["photographs"].append(distances.float())
+        self._distances[OWN].append(token_distances(evidence.torch, evidence.reference).float())
         worst = float(distances.nan_to_num(nan=torch.inf).max())
-        among_worst = len(self._worst) < self._keep or worst > self._worst[-1].worst
-        among_best = len(self._best) < self._keep or worst < self._best[-1].worst
-        if not (among_worst or among_best):
-            return
-        prefix = self._spec.num_prefix_tokens
-        shown = Shown(
-            name=evidence.name,
-            image=as_image(evidence.pixel_values, self._processor),
-            reference=evidence.reference[prefix:].clone(),
-            bundle=evidence.bundle[prefix:].clone(),
-            distances=distances,
-            worst=worst,
-        )
-        if among_worst:
-            self._worst = sorted([*self._worst, shown], key=lambda one: -one.worst)[: self._keep]
-        if among_best:
-            self._best = sorted([*self._best, shown], key=lambda one: one.worst)[: self._keep]
+        row = make_row(evidence, self._spec, self._processor, describe_worst(distances, self._spec))
+        self._worst = sorted([*self._worst, (worst, row)], key=lambda one: -one[0])[: self._keep]
+        self._best = sorted([*self._best, (worst, row)], key=lambda one: one[0])[: self._keep]
 
     def write(self, folder: Path, bundle: Bundle) -> Path:
         """Write the page and its pictures into ``folder``, in place of an earlier report's, and return the page's path.
@@ -106,9 +82,10 @@ class Report:
         if certificate is None:
             raise BundleError(f"{bundle.path} has no certificate to report: trtower check {bundle.path} makes one.")
         make_folder(folder)
-        pictures = self._pictures(certificate)
-        found = [*self._photographs, *self._drawn]
-        plots = {TOKENS: self._draw_tokens(certificate)} if any(each.isfinite().any() for each in found) else {}
+        worst, best = self._pictures(certificate)
+        plots = {}
+        if any(each.isfinite().any() for label in KINDS for each in self._distances[label]):
+            plots[TOKENS] = self._draw_tokens(certificate)
         jump = first_jump(certificate.layers)
         if certificate.layers:
             plots[LAYERS] = draw_layers(
@@ -122,7 +99,8 @@ class Report:
         page = render(
             bundle.manifest,
             certificate,
-            pictures=pictures,
+            worst=worst,
+            best=best,
             layers=plots.get(LAYERS),
             tokens=plots.get(TOKENS),
             jump=jump,
@@ -130,48 +108,36 @@ class Report:
         for path in folder.iterdir():
             if OURS.fullmatch(path.name):
                 path.unlink()
-        for name, png in [*plots.items(), *((picture.file, picture.png) for picture in pictures)]:
+        for group, pictures in (("worst", worst), ("best", best)):
+            plots |= {f"report-{group}-{place}.png": png for place, (_, png) in enumerate(pictures, 1)}
+        for name, png in plots.items():
             (folder / name).write_bytes(png)
         (folder / PAGE).write_text(page, encoding="utf-8")
         return folder / PAGE
 
-    def _pictures(self, certificate: Certificate) -> list[Picture]:
-        """Draw the worst photographs, the worst first, then those of the best that are not among them."""
-        names = [(f"worst-{place}", shown) for place, shown in enumerate(self._worst, 1)]
-        best = [shown for shown in self._best if not any(shown is other for other in self._worst)]
-        names += [(f"best-{place}", shown) for place, shown in enumerate(best, 1)]
-        if not names:
-            return []
-        rows = [
-            PcaRow(name=shown.name, image=shown.image, reference=shown.reference, bundle=shown.bundle, caption="")
-            for _, shown in names
-        ]
+    def _pictures(self, certificate: Certificate) -> tuple[Pictures, Pictures]:
+        """Draw the worst photographs, the worst first, and those of the best that are not among them."""
+        worst = [row for _, row in self._worst]
+        rows = worst + [row for _, row in self._best if row not in worst]
+        if not rows:
+            return [], []
         limit = _limit(certificate, "token_cosine_min", PHOTOGRAPH, distance=True) or 1e-3
         strips = draw_strips(rows, panel=PANEL, mark=MARKED, limit=limit)
-        return [
-            Picture(
-                file=f"report-{name}.png",
-                group=name.partition("-")[0],
-                name=shown.name,
-                caption=describe_worst(shown.distances, self._spec),
-                png=strip_png(strip),
-            )
-            for (name, shown), strip in zip(names, strips, strict=True)
-        ]
+        pictures = [(row, strip_png(strip)) for row, strip in zip(rows, strips, strict=True)]
+        return pictures[: len(worst)], pictures[len(worst) :]
 
     def _draw_tokens(self, certificate: Certificate) -> bytes:
-        series = []
-        for label, kind, distances in (
-            ("photographs", PHOTOGRAPH, self._photographs),
-            ("drawn images", "drawn", self._drawn),
-        ):
-            if distances:
-                limit = _limit(certificate, "token_cosine_min", kind, distance=True)
-                series.append(TokenDistances(label=label, values=torch.cat(distances).numpy(), limit=limit))
-        if self._torch:
-            own = torch.cat(self._torch).numpy()
-            series.append(TokenDistances(label="PyTorch's own, on the photographs", values=own))
-        return draw_tokens(series)
+        return draw_tokens(
+            [
+                TokenDistances(
+                    label=label,
+                    values=torch.cat(distances).numpy(),
+                    limit=_limit(certificate, "token_cosine_min", KINDS.get(label, ""), distance=True),
+                )
+                for label, distances in self._distances.items()
+                if distances
+            ]
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -205,6 +171,17 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
     if token >= prefix:
         return f"worst token: {place}"
     return f"worst token: prefix token {token}, cosine {cosine(token)}; worst patch: {place}"
+
+
+def make_row(evidence: ImageEvidence, spec: TowerSpec, processor: ImageProcessor, caption: str) -> PcaRow:
+    """Take from one image what its picture shows; nothing in it holds on to the batch that the tokens came in."""
+    return PcaRow(
+        name=evidence.name,
+        image=as_image(evidence.pixel_values, processor),
+        reference=evidence.reference[spec.num_prefix_tokens :].clone(),
+        bundle=evidence.bundle[spec.num_prefix_tokens :].clone(),
+        caption=caption,
+    )
 
 
 def as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import Tensor
 
 from trtower.errors import InputError
@@ -55,7 +55,7 @@ CAPTION = 46
 COLUMNS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PcaRow:
     """One photograph, square as the tower saw it, and its patch features, prefix tokens dropped, each (N, D)."""
 
@@ -157,13 +157,9 @@ def worst_tokens(distances: Tensor, count: int) -> list[int]:
 
 def _principal_axes(centred: Tensor) -> Tensor:
     """Find the three directions of largest variance, (n, D) -> (D, 3), largest first; zeros where D has fewer."""
-    width = centred.shape[1]
-    start = torch.randn(width, min(DIRECTIONS, width), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    axes, _ = torch.linalg.qr(start)
-    for _ in range(SWEEPS):
-        axes, _ = torch.linalg.qr(centred.T @ (centred @ axes))
-    projected = centred @ axes
-    axes = (axes @ torch.linalg.eigh(projected.T @ projected).eigenvectors).flip(1)[:, :3]  # largest variance first
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        axes = torch.svd_lowrank(centred, q=DIRECTIONS, niter=SWEEPS)[2][:, :3]
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))  # (1, 3)
     return torch.nn.functional.pad(axes * largest.sign(), (0, 3 - axes.shape[1]))
 
@@ -179,32 +175,22 @@ def _grid(colours: Tensor, cell: int) -> Pixels:
 
 
 def _photograph(row: PcaRow, cell: int, mark: int) -> Pixels:
-    """Fit the photograph into a panel, and outline its worst patches."""
+    """Fit the photograph into a panel, and outline its worst patches: a frame around each, a hairline around that."""
     side = isqrt(len(row.reference))
     panel = side * cell
-    pixels: Pixels = np.array(ImageOps.fit(row.image.convert("RGB"), (panel, panel), Image.Resampling.LANCZOS))
+    image = ImageOps.fit(row.image.convert("RGB"), (panel, panel), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(image)
+    frame = max(1, panel // PANEL_OF_ONE_PIXEL)
     distances = token_distances(row.bundle, row.reference)
     patches = worst_tokens(distances, mark) if distances.isfinite().any() else []  # where none is finite, none is worst
     for place in reversed(range(len(patches))):  # the worst last, on top
         top, left = (index * cell for index in divmod(patches[place], side))
-        _outline(pixels, top, left, cell, WORSE if place else WORST)
-    return pixels
-
-
-def _outline(pixels: Pixels, top: int, left: int, cell: int, colour: str) -> None:
-    """Draw a frame around a patch, and a hairline around the frame; at the border of the panel both move inward."""
-    panel = len(pixels)
-    frame = max(1, panel // PANEL_OF_ONE_PIXEL)
-    rings = [(frame + 1, EDGE), *((distance, colour) for distance in range(frame, 0, -1))]
-    for distance, shade in rings:
-        inset = frame + 1 - distance
-        first, last = (
-            [min(max(start + offset, inset), panel - 1 - inset) for start in (top, left)]
-            for offset in (-distance, cell - 1 + distance)
-        )
-        rows, columns = (slice(start, stop + 1) for start, stop in zip(first, last, strict=True))
-        pixels[[first[0], last[0]], columns] = ImageColor.getrgb(shade)
-        pixels[rows, [first[1], last[1]]] = ImageColor.getrgb(shade)
+        hairline = [max(start - frame - 1, 0) for start in (left, top)]  # moves inward at the border of the panel
+        hairline += [min(start + cell + frame, panel - 1) for start in (left, top)]
+        draw.rectangle(hairline, outline=EDGE)
+        inside = [hairline[0] + 1, hairline[1] + 1, hairline[2] - 1, hairline[3] - 1]
+        draw.rectangle(inside, outline=WORSE if place else WORST, width=frame)
+    return np.array(image)
 
 
 def _error_colours(distances: Tensor, limit: float) -> Tensor:

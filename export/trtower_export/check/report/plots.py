@@ -57,11 +57,12 @@ def draw_layers(
         (torch_label, ORANGE, "s", [figures.torch.relative_error for figures in layers]),
         ("bundle", BLUE, "o", [figures.bundle.relative_error for figures in layers]),
     ):
-        values = [_positive(error) for error in errors]
-        drawn += [value for value in values if value > 0]
+        values = np.array(errors, float)  # None becomes NaN
+        broken = [state for state, value in zip(states, values, strict=True) if not np.isfinite(value)]
+        values[(values <= 0) | np.isinf(values)] = np.nan  # a log scale has a gap there
+        drawn += values[values > 0].tolist()
         style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6, "label": label}
         axes.plot(states, values, **style)
-        broken = [state for state, error in zip(states, errors, strict=True) if not _is_finite(error)]
         if broken:
             top = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
             heights = [0.97 if label == "bundle" else 0.91] * len(broken)
@@ -74,12 +75,11 @@ def draw_layers(
     if limit is not None:
         axes.axhline(limit, color=RED, linewidth=1, linestyle=(0, (5, 3)), label=f"its bound, {limit:g}")
     if first_jump in states:
-        _mark_jump(axes, first_jump, layers[states.index(first_jump)])
+        _mark_jump(axes, first_jump, values[states.index(first_jump)])
     every = -(-len(states) // MAX_TICKS) if states else 1
     ticks = states[::every]
     axes.set_xticks(ticks, [name_layer(s, num_layers).replace("last_hidden_state", "normed") for s in ticks])
-    axes.set_xlabel("hidden state (0 enters the first layer)")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="hidden state (0 enters the first layer)", ylabel="relative error")
     _legend(axes)
     return to_png(figure)
 
@@ -111,12 +111,9 @@ def draw_tokens(series: Sequence[TokenDistances]) -> bytes:
         axes.annotate(
             text, **place, textcoords="offset points", ha="right", va="top", fontsize=7, color=RED, linespacing=1.4
         )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", xlabel="1 - token cosine (left is better)", yscale="log", ylabel="tokens")
     axes.set_ylim(bottom=HALF_A_TOKEN)
     axes.set_xlim(edges[0], edges[-1] * 1.3)  # a line on the last edge would lie on the frame
-    axes.set_xlabel("1 - token cosine (left is better)")
-    axes.set_ylabel("tokens")
     _legend(axes)
     return to_png(figure)
 
@@ -152,16 +149,11 @@ def _legend(axes: Any) -> None:
     )  # fmt: skip
 
 
-def _mark_jump(axes: Any, state: int, figures: LayerFigures) -> None:
+def _mark_jump(axes: Any, state: int, error: float) -> None:
     """Circle the first jump and say so beside it; it hangs from the top where the error is not finite."""
-    error = figures.bundle.relative_error
-    there = error is not None and math.isfinite(error) and error > 0
-    where = (
-        {"xy": (state, error), "xycoords": "data"}
-        if there
-        else {"xy": (state, 0.97), "xycoords": ("data", "axes fraction")}
-    )
-    if there:
+    where: dict[str, Any] = {"xy": (state, 0.97), "xycoords": ("data", "axes fraction")}
+    if error > 0:
+        where = {"xy": (state, error), "xycoords": "data"}
         axes.plot([state], [error], marker="o", markersize=11, fillstyle="none", color=RED, markeredgewidth=1.6)
     left = state <= sum(axes.get_xlim()) / 2
     axes.annotate(
@@ -180,12 +172,3 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
         middle = math.sqrt(low * high)
         low, high = middle / 3, middle * 3
     return low / 1.6, high * 2.5
-
-
-def _is_finite(error: float | None) -> bool:
-    return error is not None and math.isfinite(error)
-
-
-def _positive(error: float | None) -> float:
-    """Give what a log scale can show, NaN for the rest: the line has a gap there."""
-    return error if error is not None and math.isfinite(error) and error > 0 else math.nan
