@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
-PLANS = {
+ROWS = {
     "trtower": (
         "errors extras names layer_codes reading spec dtypes flavour",
         "bundle",
@@ -34,8 +34,8 @@ PLANS = {
         "__init__",
     ),
 }
-"""The rooms of each package, a line for each floor, from the one that knows nothing of the rest to the one that knows
-all. A room imports from its own floor and from those that stand above it here, and no two rooms import each other."""
+"""The folders of each package, and the modules beside them, in rows: from those that know nothing of the rest to those
+that know all. Each imports from its own row and from those above it here, and no two import each other."""
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 """Where a file or a function is split. Both are symptoms of two things that became one."""
@@ -60,31 +60,31 @@ def imports(name: str) -> Iterator[str]:
 ARROWS = {name: set(imports(name)) - {name} for name in MODULES}
 
 
-def room(name: str) -> str:
+def folder(name: str) -> str:
     package, _, rest = name.partition(".")
     return f"{package}.{rest.partition('.')[0] or '__init__'}"
 
 
-def floor(name: str) -> tuple[int, int]:
-    package, _, own = room(name).partition(".")
-    floors = PLANS[package]
-    return [*PLANS].index(package), next(number for number, rooms in enumerate(floors) if own in rooms.split())
+def row_of(name: str) -> tuple[int, int]:
+    package, _, own = folder(name).partition(".")
+    rows = ROWS[package]
+    return [*ROWS].index(package), next(number for number, folders in enumerate(rows) if own in folders.split())
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_arrow_points_the_same_way(name: str) -> None:
-    assert not [f"{name} imports {other}" for other in ARROWS[name] if floor(other) > floor(name)]
+    assert not [f"{name} imports {other}" for other in ARROWS[name] if row_of(other) > row_of(name)]
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(ARROWS).prepare()  # raises CycleError, which names the circle
 
 
-def test_no_two_rooms_import_each_other() -> None:
-    rooms: dict[str, set[str]] = {}
+def test_no_two_folders_import_each_other() -> None:
+    folders: dict[str, set[str]] = {}
     for name, others in ARROWS.items():
-        rooms.setdefault(room(name), set()).update({room(other) for other in others} - {room(name)})
-    TopologicalSorter(rooms).prepare()
+        folders.setdefault(folder(name), set()).update({folder(other) for other in others} - {folder(name)})
+    TopologicalSorter(folders).prepare()
 
 
 def test_no_file_and_no_function_outgrows_a_reader() -> None:
@@ -111,8 +111,8 @@ def test_page_shows_every_file_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(("heading", "package"), [("runtime", "trtower"), ("export", "trtower_export")])
-def test_page_draws_the_floors_as_they_are(heading: str, package: str) -> None:
+def test_page_draws_the_rows_as_they_are(heading: str, package: str) -> None:
     _, _, table = PAGE.partition(f"| {heading} | what it is |\n|---|---|\n")
     rows = [line.split("|")[1] for line in table.partition("\n\n")[0].splitlines()]
     drawn = [set(re.findall(r"`(\w+)`", row)) for row in rows]
-    assert drawn == [set(rooms.split()) for rooms in PLANS[package] if not rooms.startswith("__")]
+    assert drawn == [set(folders.split()) for folders in ROWS[package] if not folders.startswith("__")]

@@ -21,7 +21,7 @@ from trtower_export.checkpoint.preprocessor import image_aspect_ratio
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.load import CutTower
 from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
-from trtower_export.precision.program import TypedProgram
+from trtower_export.precision.program import TracedTower
 
 
 def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:
@@ -45,7 +45,7 @@ def write_bundle(
     profiles: tuple[BatchProfile, ...],
     preprocessor: dict[str, Any],
     cut: CutTower,
-    typed: TypedProgram,
+    traced: TracedTower,
 ) -> Manifest:
     """Write all that a bundle has beside its graph, the manifest last, and return it. Raises ConfigError."""
     checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
@@ -65,11 +65,11 @@ def write_bundle(
             image_aspect_ratio=image_aspect_ratio(checkpoint),
             tower=checkpoint.tower,
         ),
-        precision=typed.precision,
-        keep_fp32=typed.keep_fp32,
-        calibration=typed.calibration,
-        input=spec.input(typed.precision),
-        output=spec.output(typed.precision),
+        precision=traced.precision,
+        keep_fp32=traced.keep_fp32,
+        calibration=traced.calibration,
+        input=spec.input(traced.precision),
+        output=spec.output(traced.precision),
         profiles=profiles,
         files={file: describe(folder / file) for file in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
         plans=(),

@@ -18,7 +18,7 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
 from trtower_export.checkpoint.remarks import say_what_is_read
 from trtower_export.console import LoggedProgress, Progress
-from trtower_export.graph.load import load_tower
+from trtower_export.graph.load import load_and_cut
 from trtower_export.graph.truncate import release
 from trtower_export.options import ExportOptions as ExportOptions
 from trtower_export.plan.build import build_into
@@ -44,8 +44,8 @@ def export_tower(
 
     Returns: the bundle, whose certificate says whether the check passed.
 
-    Raises ConfigError, BundleError and MissingExtraError before any work, and CheckpointError and BuildError in the
-    course of it. If only the plan cannot be built, the bundle stays, whole and without it.
+    Raises a TrtowerError, by its kind for what was asked for, what is missing or what failed. After a BuildError that
+    says so the bundle is there, whole, and only its plan is missing.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     target, choice = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
@@ -59,14 +59,14 @@ def export_tower(
     say_what_is_read(checkpoint, spec, options, choice, progress)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
-        cut = load_tower(checkpoint, spec, progress)
+        cut = load_and_cut(checkpoint, spec, progress)
         check_space(cut.tower, options.graph_precision, folder, plans=target is not None)
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
-        typed = trace_in_precision(cut.tower, spec, merge_profiles(profiles), options, samples, progress)
+        traced = trace_in_precision(cut.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
-            typed.write(spec, folder / GRAPH)
+            traced.write(spec, folder / GRAPH)
         release(cut.tower)
-        manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, cut, typed)
+        manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, cut, traced)
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 
     bundle = Bundle.open(out)

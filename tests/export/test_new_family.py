@@ -103,7 +103,7 @@ class ToyEye(transformers.PreTrainedModel):
         )
 
 
-def cut(model: Any, image_size: int) -> Pieces:
+def take_apart(model: Any, image_size: int) -> Pieces:
     del image_size
     return Pieces(stem=model.stem, layers=model.trunk["blocks"], final_norm=model.closing)
 
@@ -114,7 +114,7 @@ FAMILY = Family(
     model_class="ToyEye",
     patch_embedding="stem.patches.weight",
     num_prefix_tokens=lambda config: 0,
-    cut=cut,
+    take_apart=take_apart,
     naming=Naming(
         layers=("trunk.blocks",), final_norm=("closing",), unread=("summary",), config_fields=("patch_size", "slope")
     ),

@@ -331,6 +331,11 @@ def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> 
     assert VisionTower.load(spoilt).is_loaded
 
 
+def test_module_is_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "trtower", "--version"], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == trtower.__version__
+
+
 def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == run(["version"]) == 0
     assert capsys.readouterr().out.split() == [trtower.__version__] * 2

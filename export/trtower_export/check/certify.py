@@ -5,8 +5,8 @@ or traced wrongly, cannot agree with it by construction. PyTorch in the bundle's
 its error is what the eager tower that is being replaced makes, and the bundle is judged against that. Engines have
 been wrong at one batch size only, so every batch of the profile is run, and one that goes through in pieces.
 
-ONNX Runtime's kernels for the CPU compute FP16 in FP32 and leave out the roundings between them, so what overflows
-need not overflow there. Without a GPU the graph is therefore run once more, with every result rounded to its type.
+Backends for the CPU compute FP16 in FP32 and leave out the roundings between operations, so what overflows need not
+overflow there. Without a GPU the graph is therefore run once more, with every result rounded to its type.
 """
 
 import copy

@@ -38,7 +38,7 @@ class _NativeStem(nn.Module):
         return normed + self.positions
 
 
-def _cut(model: Any, image_size: int) -> Pieces:
+def _take_apart(model: Any, image_size: int) -> Pieces:
     embeddings = model.embeddings
     stem = _NativeStem(embeddings, image_size) if model.config.is_native else embeddings
     return Pieces(stem=stem, layers=model.encoder.layers, final_norm=model.rms_norm)
@@ -59,7 +59,7 @@ FAMILY = Family(
     model_class="Aimv2VisionModel",
     patch_embedding="embeddings.patch_embed.weight",
     num_prefix_tokens=lambda config: 0,
-    cut=_cut,
+    take_apart=_take_apart,
     size_obstacle=_size_obstacle,
     preprocessor=clip.FAMILY.preprocessor,
 )

@@ -63,7 +63,7 @@ class Family:
     num_prefix_tokens: Callable[[Any], int]
     """P of a config: the tokens before the patches."""
 
-    cut: Callable[[nn.Module, int], Pieces]
+    take_apart: Callable[[nn.Module, int], Pieces]
     """Take a model apart, its position embeddings interpolated to S pixels a side as transformers does it."""
 
     preprocessor: dict[str, Any]

@@ -30,7 +30,7 @@ def resized_embeddings(embeddings: Any, num_prefix_tokens: int, image_size: int)
     )
 
 
-def cut(model: nn.Module, image_size: int) -> Pieces:
+def take_apart(model: nn.Module, image_size: int) -> Pieces:
     """Take a `CLIPVisionModel` or a `MetaClip2VisionModel` apart."""
     vision = flat(model)
     stem = nn.Sequential(resized_embeddings(vision.embeddings, 1, image_size), vision.pre_layrnorm)
@@ -43,7 +43,7 @@ FAMILY = Family(
     model_class="CLIPVisionModel",
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 1,
-    cut=cut,
+    take_apart=take_apart,
     naming=Naming(final_norm=(), unread=("post_layernorm",)),  # norms only what it pools
     # transformers 4.57 demands causal_attention_mask; 5.x passes the name through.
     run_layer=partial(run_layer, attention_mask=None, causal_attention_mask=None),

@@ -5,7 +5,7 @@ from typing import Any
 from trtower_export.families.base import Family, Pieces, replaced, resized_positions
 
 
-def cut(model: Any, image_size: int) -> Pieces:
+def take_apart(model: Any, image_size: int) -> Pieces:
     """Take a `Dinov2Model` or a `Dinov2WithRegistersModel` apart, without the mask token, which is of training only."""
     positions = resized_positions(model.embeddings, model.embeddings.position_embeddings, image_size)
     stem = replaced(model.embeddings, position_embeddings=positions, mask_token=None)
@@ -18,7 +18,7 @@ FAMILY = Family(
     model_class="Dinov2Model",
     patch_embedding="embeddings.patch_embeddings.projection.weight",
     num_prefix_tokens=lambda config: 1,
-    cut=cut,
+    take_apart=take_apart,
     preprocessor={
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": 256},

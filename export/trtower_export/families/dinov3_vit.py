@@ -36,7 +36,7 @@ class _Layer(nn.Module):
         return run_layer(self.layer, hidden_states, position_embeddings=(self.rotation.cos, self.rotation.sin))
 
 
-def _cut(model: Any, image_size: int) -> Pieces:
+def _take_apart(model: Any, image_size: int) -> Pieces:
     stem = replaced(model.embeddings, mask_token=None)  # of training only
     rotation = _Rotation(model.rope_embeddings, image_size)
     layers = getattr(model, "model", model).layer  # transformers 4.57 has them in the model itself
@@ -49,7 +49,7 @@ FAMILY = Family(
     model_class="DINOv3ViTModel",
     patch_embedding="embeddings.patch_embeddings.weight",
     num_prefix_tokens=lambda config: 1 + int(config.num_register_tokens),
-    cut=_cut,
+    take_apart=_take_apart,
     preprocessor={
         "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as DINOv3's own does
         "size": {"height": 224, "width": 224},

@@ -10,7 +10,7 @@ from trtower_export.families import clip
 from trtower_export.families.base import Family, Pieces, read_states, replaced, resized_positions, run_layer
 
 
-def _cut(model: Any, image_size: int) -> Pieces:
+def _take_apart(model: Any, image_size: int) -> Pieces:
     positions = resized_positions(model.embeddings, model.embeddings.position_embedding, image_size)
     stem = replaced(model.embeddings, position_embedding=positions)
     return Pieces(stem=stem, layers=model.encoder.layers, final_norm=model.post_layernorm)
@@ -28,7 +28,7 @@ FAMILY = Family(
     model_class="Blip2VisionModel",
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 1,
-    cut=_cut,
+    take_apart=_take_apart,
     run_layer=_run_layer,
     read_states=partial(read_states, interpolate_pos_encoding=True),
     preprocessor={

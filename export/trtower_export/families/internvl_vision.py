@@ -22,7 +22,7 @@ class _Stem(nn.Module):
         return run_layer(self.embeddings, pixel_values)
 
 
-def _cut(model: Any, image_size: int) -> Pieces:
+def _take_apart(model: Any, image_size: int) -> Pieces:
     stem = _Stem(model.embeddings, image_size)
     return Pieces(stem=stem, layers=model.encoder.layer, final_norm=model.layernorm)
 
@@ -44,7 +44,7 @@ FAMILY = Family(
     model_class="InternVLVisionModel",
     patch_embedding="embeddings.patch_embeddings.projection.weight",
     num_prefix_tokens=lambda config: 1,
-    cut=_cut,
+    take_apart=_take_apart,
     read_states=_read_states,
     # As transformers' conversion of the weights writes it; the defaults of its image processor are of another model.
     preprocessor={

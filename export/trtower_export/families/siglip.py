@@ -11,7 +11,7 @@ from trtower_export.families.base import Family, Pieces, read_states, run_layer
 from trtower_export.families.clip import flat, resized_embeddings
 
 
-def _cut(model: nn.Module, image_size: int) -> Pieces:
+def _take_apart(model: nn.Module, image_size: int) -> Pieces:
     vision = flat(model)
     stem = resized_embeddings(vision.embeddings, 0, image_size)
     return Pieces(stem=stem, layers=vision.encoder.layers, final_norm=vision.post_layernorm)
@@ -23,7 +23,7 @@ FAMILY = Family(
     model_class="SiglipVisionModel",
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 0,
-    cut=_cut,
+    take_apart=_take_apart,
     run_layer=partial(run_layer, attention_mask=None),
     read_states=partial(read_states, interpolate_pos_encoding=True),
     preprocessor={

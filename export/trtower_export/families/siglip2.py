@@ -39,7 +39,7 @@ class _Stem(nn.Module):
         return embedded + self.position_embedding
 
 
-def _cut(model: nn.Module, image_size: int) -> Pieces:
+def _take_apart(model: nn.Module, image_size: int) -> Pieces:
     vision = flat(model)
     stem = _Stem(vision.embeddings, image_size)
     return Pieces(stem=stem, layers=vision.encoder.layers, final_norm=vision.post_layernorm)
@@ -77,7 +77,7 @@ FAMILY = Family(
     model_class="Siglip2VisionModel",
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 0,
-    cut=_cut,
+    take_apart=_take_apart,
     image_size=lambda config: isqrt(config.num_patches) * config.patch_size,
     run_layer=partial(run_layer, attention_mask=None),
     read_states=_read_states,

@@ -22,7 +22,7 @@ class CutTower:
     weights_sha256: Future[dict[str, str]]
 
 
-def load_tower(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> CutTower:
+def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> CutTower:
     """Load the full model and keep what ``spec`` reads of it. Raises CheckpointError."""
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
         model = checkpoint.load_model(spec)

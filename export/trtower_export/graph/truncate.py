@@ -19,7 +19,7 @@ class TruncatedTower(nn.Module):
 
     def __init__(self, model: nn.Module, family: Family, spec: TowerSpec) -> None:
         super().__init__()
-        pieces = family.cut(model, spec.image_size)
+        pieces = family.take_apart(model, spec.image_size)
         self.stem = pieces.stem
         self.layers = pieces.layers[: spec.depth]
         self.final_norm = pieces.final_norm if spec.reads_final_norm else None

@@ -1,6 +1,7 @@
-"""Build a bundle's plan from its ONNX graph, through Polygraphy, with either TensorRT.
+"""Add a plan to a bundle: one that is in the store, or one that is built now.
 
-Neither torch models, nor transformers, nor onnx are needed here: `trtower build` runs where the tower is served.
+This is the one way for a plan into a bundle, after an export and with `trtower build`, which runs where the tower is
+served: neither torch models, nor transformers, nor onnx are needed here.
 """
 
 import dataclasses

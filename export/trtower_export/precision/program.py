@@ -29,7 +29,7 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TypedProgram:
+class TracedTower:
     """A traced tower, the operations that it keeps in FP32, and how the graph gets its 8 bits, if it has any."""
 
     precision: str
@@ -51,7 +51,7 @@ def trace_in_precision(
     options: ExportOptions,
     samples: Samples,
     progress: Progress,
-) -> TypedProgram:
+) -> TracedTower:
     """Trace ``tower``, which may be cast in place, in the precision of ``options``.
 
     Raises ConfigError if a pattern names no operation, and BuildError if no choice of operations holds the bounds.
@@ -64,12 +64,12 @@ def trace_in_precision(
     if options.searches or kept:
         progress.say(f"in FP32: {', '.join(kept) or 'nothing, FP16 holds the bounds as it is'}")
     if not options.calibrates:
-        return TypedProgram(precision=precision, program=program, keep_fp32=kept)
+        return TracedTower(precision=precision, program=program, keep_fp32=kept)
     images = [each for some in samples.pixel_values.values() for each in some]
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
         leave = left_in_half(program, precision, options.keep_fp16).union(kept)
         scales = calibrate(tower, precision, images, leave)
-    return TypedProgram(
+    return TracedTower(
         precision=precision,
         program=program,
         keep_fp32=kept,

@@ -35,7 +35,7 @@ BACKENDS: tuple[Backend, ...] = (
     openvino.FP32,
     onnxruntime.CPU,
 )
-"""From the best to the last resort, by benchmarks/README.md. A new backend is one line here."""
+"""From the best to the last resort, by benchmarks/README.md. To add one, import its module and name it here."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def choose(
     certified: bool = False,
     engine: EngineOptions | None = None,
 ) -> Runner:
-    """Open ``backend``, or with "auto" the best that runs here and keeps the bounds; ``certified`` prefers what does.
+    """Open ``backend``, or with "auto" the best by the rule above. ``certified``: the caller requires a certificate.
 
     `device` limits the choice: with "cuda" nothing runs on the CPU, and the other way round. Raises BackendError
     with every reason when nothing that was asked for can run; a file that fails its sha256 always raises.
@@ -83,11 +83,13 @@ def choose(
     asked = parse_device(device)
     if asked and (obstacle := device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
-    found, passed_over = candidates(bundle, device, backend, certified=certified), dict[Candidate, str]()
-    order = sorted(found, key=lambda each: certified and each.reservation is not None)
+    found = candidates(bundle, device, backend, certified=certified)
+    passed_over: dict[Candidate, str] = {}
     if backend == "auto":
         order = order_for_auto(found)
         passed_over = {each: each.reservation for each in found if each.reservation and not each.obstacle}
+    else:  # of several plans, those that are certified first, if that is asked for
+        order = sorted(found, key=lambda each: certified and each.reservation is not None)
     for candidate in order:
         try:
             runner = candidate.open(bundle, engine or EngineOptions())

@@ -93,8 +93,8 @@ class VisionTower(nn.Module):
 
         Args:
             bundle: The folder that `trtower export` has made.
-            backend: "auto", which takes the best that runs here and keeps the bundle's bounds, or a name that
-                `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
+            backend: "auto", which takes the best that runs here, one whose check failed only if nothing else does; or a
+                name that `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
             device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
             select_layer: The hidden states to read of those that the bundle holds, by any code of layer_codes.py. By
                 default all, in its order.
@@ -104,7 +104,7 @@ class VisionTower(nn.Module):
             count_cls: Whether `num_patches` counts the CLS token under `cls_patch`, as LLaVA-NeXT's does and LLaVA's
                 does not.
             require_certificate: Refuse the bundle unless its check passed, on these very files, for what runs here.
-            engine: How a TensorRT plan is run.
+            engine: How the bundle is run on a GPU.
 
         Raises:
             BundleError: The folder is not a bundle, is damaged, or is not certified.

@@ -1,0 +1,5 @@
+"""`python -m trtower` is the command `trtower`."""
+
+from trtower.cli import main
+
+main()
