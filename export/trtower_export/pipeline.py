@@ -71,19 +71,19 @@ def export_tower(
 
     bundle = Bundle.open(out)
     if target:
-        bundle = _add_plan(bundle, target, options, progress)
+        bundle = _add_first_plan(bundle, target, options, progress)
     if options.check and photographs:
         progress.say(f"{out} is complete; the check follows")
         bundle = check_bundle(bundle, checkpoint, photographs.first(CHECK_PHOTOGRAPHS), progress, quick=True)
     return bundle
 
 
-def _add_plan(bundle: Bundle, target: Target, options: ExportOptions, progress: Progress) -> Bundle:
+def _add_first_plan(bundle: Bundle, target: Target, options: ExportOptions, progress: Progress) -> Bundle:
     """Add the first plan to a bundle that is whole; if that fails, say so, and which command adds it later."""
     progress.say(f"{bundle.path} is whole, and serves without a plan; the plan follows")
     try:
         return build_into(bundle, target, progress, options.store)
-    except TrtowerError as err:
+    except (TrtowerError, OSError) as err:
         later = build_command(bundle.path, options.flavour, options.compute_capabilities)
         raise BuildError(
             f"{str(err).rstrip('.')}. {bundle.path} is whole, and serves without a plan; it was not checked. To add a "

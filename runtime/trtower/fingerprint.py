@@ -5,8 +5,9 @@ know most towers again. A bundle has one for each dtype that a tower may be roun
 """
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,23 @@ def count_layers(tower: nn.Module, naming: Naming) -> int:
 def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
     """Begin to hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it.
 
-    That goes on beside what else the program does, and ``tower`` may be cast meanwhile.
+    It goes on beside what else the program does, which may cast ``tower`` meanwhile, and ends with the program.
     """
-    parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # of what is in them now
-    executor = ThreadPoolExecutor(max_workers=1)
-    future = executor.submit(lambda: {name: weights_sha256(parameters, dtype) for name, dtype in DTYPES.items()})
-    executor.shutdown(wait=False)
+    parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # what is in them now
+    future: Future[dict[str, str]] = Future()
+
+    def hash_each() -> None:
+        digests: dict[str, list[str]] = {name: [] for name in DTYPES}
+        try:
+            while parameters:  # each is let go of once it is hashed
+                parameter = parameters.pop()
+                for name, dtype in DTYPES.items():
+                    digests[name].append(_digest(parameter, dtype))
+            future.set_result({name: _join(each) for name, each in digests.items()})
+        except BaseException as err:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(err)
+
+    threading.Thread(target=hash_each, daemon=True).start()
     return future
 
 
@@ -39,11 +51,16 @@ def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.floa
     The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
     transformers, values did not, but for DINOv2's SwiGLU, whose one tensor became two with 5.x.
     """
-    digests = []
-    for parameter in parameters:
-        digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
-        digest.update(parameter.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digests.append(digest.hexdigest())
+    return _join([_digest(parameter, dtype) for parameter in parameters])
+
+
+def _digest(parameter: Tensor, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
+    digest.update(parameter.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _join(digests: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 

@@ -60,19 +60,18 @@ class PlanStore:
         """Give the plan of which all ``facts`` are true: the one that is there, or built now. Raises BuildError."""
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         place = self.folder / key
+        lock = FileLock(self.folder / f"{key}.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            progress.say(f"another process builds this very plan: waiting for it ({place})")
+            held = lock.acquire()
         except OSError as err:
             raise BuildError(
                 f"{self.folder} keeps plans that were built, and cannot be written: {err.strerror}. Build with "
                 "--no-store, or mend it."
             ) from err
-        lock = FileLock(self.folder / f"{key}.lock")
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            progress.say(f"another process builds this very plan: waiting for it ({place})")
-            held = lock.acquire()
         with held:
             return self._read(place, progress) or self._build(place, build)
 

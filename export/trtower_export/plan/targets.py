@@ -10,7 +10,7 @@ import torch
 
 from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
 from trtower.errors import BackendError, ConfigError, MissingExtraError
-from trtower.extras import how_to_install
+from trtower.extras import how_to_install, import_extra
 from trtower.flavour import (
     FLAVOURS,
     PLATFORM,
@@ -155,14 +155,16 @@ def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
 
 
 def _load_builder(flavour: str) -> "ModuleType":
-    """Import a flavour; where it is missing, name the extra that also brings what builds with it."""
+    """Import a flavour; if it or what builds with it is missing, name the extra that brings both."""
+    name, extra = FLAVOURS[flavour]
     try:
-        return load_flavour(flavour)
+        module = load_flavour(flavour)
     except MissingExtraError as err:
-        name, extra = FLAVOURS[flavour]
         raise MissingExtraError(
             f"building a {flavour} plan needs the package {name}: {how_to_install(f'{extra}-build')}"
         ) from err
+    import_extra("polygraphy", extra=f"{extra}-build", purpose=f"building a {flavour} plan")
+    return module
 
 
 def _auto_flavour() -> tuple[str, str]:

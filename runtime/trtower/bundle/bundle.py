@@ -8,7 +8,7 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -146,10 +146,7 @@ class Bundle:
         A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
         finds the old plan under the old manifest, or the new one under the new.
         """
-        current = Bundle.open(self.path).manifest
-        for name in (GRAPH, GRAPH_DATA):
-            if current.files.get(name) != self.manifest.files[name]:
-                raise BundleError(f"{self.path} was exported again meanwhile, and the plan is of what it was before.")
+        current = self._reread((GRAPH, GRAPH_DATA), "plan")
         if not (self.path / plan.file).parent.resolve().is_relative_to(self.path.resolve()):
             raise BundleError(f"{(self.path / plan.file).parent} leads out of the bundle: refused.")
         entry = describe(staged)
@@ -172,11 +169,21 @@ class Bundle:
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
-        """Write the certificate into the manifest, in the place of one for the same. Call it under `locked`."""
-        current = Bundle.open(self.path).manifest
+        """Write the certificate into the manifest, in the place of one for the same.
+
+        Call it under `locked`. Raises BundleError if the bundle has other files by now than were checked.
+        """
+        current = self._reread(certificate.files, "certificate")
         checked = (certificate.backend, certificate.executed)
         others = [each for each in current.certificates if (each.backend, each.executed) != checked]
         return self._rewrite(replace(current, certificates=(*others, certificate)))
+
+    def _reread(self, names: Iterable[str], added: str) -> Manifest:
+        """Read the manifest that is there now; raise BundleError if it has other files of these ``names``."""
+        current = Bundle.open(self.path).manifest
+        if any(current.files.get(name) != self.manifest.files.get(name) for name in names):
+            raise BundleError(f"{self.path} was exported again meanwhile, and the {added} is of what it was before.")
+        return current
 
     def copy_to(self, folder: Path) -> "Bundle":
         """Copy the bundle, every file verified, into a folder that is absent, empty, or holds another bundle alone.

@@ -55,8 +55,8 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its name when the block ends well.
 
     When the block raises the folder is removed; when the process dies, the next writer removes it. An old
-    bundle is set aside only once the new one is whole, and put back by the next writer should the process
-    die between the two renames.
+    bundle is set aside only once the new one is whole, and put back if the second rename fails; should the
+    process die between the two, the next writer does so.
     """
     target = target.resolve()
     with locked(target):
@@ -74,6 +74,8 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 target.rename(aside)
             folder.rename(target)
         finally:
+            if aside.exists() and not target.exists():
+                aside.rename(target)
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -88,8 +90,8 @@ def disk_errors(target: Path | str) -> Iterator[None]:
         if not cut_short and err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise BuildError(
-            f"the disk filled up while {target} was written ({err.strerror or err}): nothing was left behind. "
-            "Free some space, or take another disk."
+            f"the disk filled up while {target} was written ({err.strerror or err}): nothing half-written was "
+            "left behind. Free some space, or take another disk."
         ) from err
 
 

@@ -186,6 +186,11 @@ def _check_weights(place: TowerSlot, bundle: Bundle, own: str) -> None:
             f"{place.path} of this model holds weights in {found}, so it is quantised or converted, in whole or in "
             f"part, and not what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
         )
+    if name not in source.weights_sha256:
+        raise ConfigError(
+            f"{place.path} of this model holds weights in {name}; {bundle.path} was exported before those could be "
+            "compared: export it again, or allow_other_weights=True takes the bundle's."
+        )
     if weights_sha256(held, dtype) != source.weights_sha256[name]:
         raise ConfigError(
             f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}; "

@@ -91,6 +91,7 @@ class Holder:
         with self._change:
             before, self.runner = self.runner, runner
             if runner is not None:
+                self._process = os.getpid()  # which may be a fork of the one that made this holder, with no runner yet
                 _opened.add(runner)
                 _opened_in.add(self._process)
 

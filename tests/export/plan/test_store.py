@@ -1,5 +1,6 @@
 """A plan is built once on a machine, whoever wants it, and nothing that is wrong with the store gets into a bundle."""
 
+import errno
 import re
 import shutil
 import signal
@@ -454,3 +455,14 @@ def test_failed_build_is_one_line_on_the_terminal(bare: Callable[[str], Path]) -
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if "LayerNormalizatioN" in line] == [done.stderr.splitlines()[-1]]
     assert done.stderr.splitlines()[-1].startswith("error: tensorrt-rtx")
+
+
+def test_store_whose_lock_cannot_be_taken_names_the_way_out(
+    bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", refuse)
+    with pytest.raises(BuildError, match=r"cannot be written: Permission denied. Build with --no-store"):
+        build(bare("a"), store)

@@ -178,3 +178,14 @@ def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.M
         choose_target("tensorrt-rtx", (), "fp16")
     with pytest.raises(MissingExtraError, match="--compute-capability is for a plan, and no plan is built"):
         choose_target("auto", ("8.9",), "fp16")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_builds_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    with pytest.raises(MissingExtraError, match=r"polygraphy.*trt-rtx-build"):
+        choose_target("tensorrt-rtx", (), "fp16")
+    target, reason = choose_target("auto", (), "fp16")
+    assert target is None
+    assert "polygraphy" in reason

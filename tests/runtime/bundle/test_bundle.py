@@ -207,6 +207,20 @@ def test_overwrite_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
     assert (precious / "thesis.tex").exists()
 
 
+def test_old_bundle_is_back_if_the_new_one_cannot_take_its_place(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".staging"):
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError), staged(spoilt, overwrite=True):
+        pass
+    assert Bundle.open(spoilt)
+
+
 def test_killed_writer_leaves_no_bundle_and_no_lock(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import os, signal

@@ -293,3 +293,14 @@ def test_certificate_of_another_schema_is_refused_as_a_whole(certified: Path) ->
         BundleError, match=r"tower\.json\.certificates\[0\] has other keys than schema \d: missing executed"
     ):
         load(certified)
+
+
+def test_certificate_of_files_that_are_no_longer_there_is_refused(certified: Path) -> None:
+    opened = Bundle.open(certified)
+    config = certified / CONFIG
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    files = {**opened.manifest.files, CONFIG: describe(config)}
+    write_manifest(certified, replace(opened.manifest, files=files))
+    assert opened.manifest.certificate
+    with pytest.raises(BundleError, match="exported again meanwhile, and the certificate is of what it was before"):
+        opened.add_certificate(opened.manifest.certificate)
