@@ -19,11 +19,11 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BundleError
 from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export import pipeline
 from trtower_export.check import certify
 from trtower_export.check.layers import LayerSums, first_jump
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.graph import load
 from trtower_export.graph.onnx_graph import HIDDEN_STATE
 from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -160,7 +160,7 @@ def test_states_are_held_against_transformers_own_and_not_against_the_cut_tower_
         tower.layers = torch.nn.ModuleList([tower.layers[0], tower.layers[2], tower.layers[1]])
         return tower
 
-    monkeypatch.setattr(pipeline, "truncate", swap)
+    monkeypatch.setattr(load, "truncate", swap)
     monkeypatch.setattr(certify, "truncate", swap)
     options = ExportOptions(flavour="none", check=False, precision="fp32")
     bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options).path

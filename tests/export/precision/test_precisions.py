@@ -17,7 +17,6 @@ import torch
 from trtower.cli import run
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
-from trtower.inspection import describe_cut
 from trtower.spec import BY_DTYPE, EIGHT_BIT, HALVES, PRECISIONS, Precision
 from trtower_export.check.emulation import EMULATED
 from trtower_export.graph.cost import TowerCost
@@ -28,7 +27,6 @@ from trtower_export.precision.quantisation import FORMATS, Format
 ROOT = Path(__file__).parents[3]
 
 EXCEPTIONS = {
-    "runtime/trtower/names.py": "what people write for another name; a precision that has no entry is still suggested",
     "export/trtower_export/precision/bounds.py": "the row of bounds",
     "runtime/trtower/tower/pictures.py": "the dtypes of pictures, which NumPy must be able to read",
     "export/trtower_export/checkpoint/tensors.py": "the dtypes of weights in checkpoints that were not quantised",
@@ -127,7 +125,7 @@ def test_no_other_module_has_a_table_of_precisions() -> None:
 
 def test_size_of_a_cut_is_said_of_a_precision_in_which_every_weight_has_one_size() -> None:
     full, cut = (TowerCost(layers=layers, parameters=layers * 1_000_000, flop=0) for layers in (4, 3))
-    said = {name: re.findall(r"\((\d+) of (\d+) MB\)", describe_cut(full, cut, name)) for name in PRECISIONS}
+    said = {name: re.findall(r"\((\d+) of (\d+) MB\)", cut.describe_cut(full, name)) for name in PRECISIONS}
     assert {name for name in said if not said[name]} == set(EIGHT_BIT)
     assert (said["fp16"], said["fp32"]) == ([("6", "8")], [("12", "16")])
 
