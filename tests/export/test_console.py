@@ -3,6 +3,7 @@
 import gc
 import io
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -37,3 +38,9 @@ def test_no_garbage_is_looked_for_in_what_a_command_imports() -> None:
     finally:
         gc.unfreeze()
     assert stream.getvalue().startswith("  Import PyTorch and transformers ")
+
+
+def test_every_table_is_printed_whole() -> None:
+    """Its columns are not folded, so a console that is narrower would cut them off."""
+    sources = Path(console.__file__).parent.rglob("*.py")
+    assert not [path for path in sources if "console.print(table" in path.read_text(encoding="utf-8")]

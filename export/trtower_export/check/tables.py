@@ -50,7 +50,7 @@ def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
     for layer in layers:
         figures = (layer.bundle.token_cosine_min, layer.bundle.relative_error, layer.torch.relative_error)
         table.add_row(str(layer.layer), *map(describe_figure, figures), layer.worst_image, str(layer.worst_token))
-    console.print(table)
+    print_whole(console, table)
     jump = first_jump(layers)
     if jump is None:
         console.print("  no layer's error jumps out of proportion to PyTorch's own", highlight=False)

@@ -23,7 +23,7 @@ from trtower_export.check.report.pca import PcaRow, draw_sheet
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS
 from trtower_export.check.tables import print_certificate
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
-from trtower_export.console import ConsoleProgress, Progress, new_table, say
+from trtower_export.console import ConsoleProgress, Progress, new_table, print_whole, say
 from trtower_export.demo.pretrained import write_checkpoint
 from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
@@ -100,7 +100,7 @@ def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
         table.add_row(name, places[name], f"{median * 1000:.0f}", f"{medians[EAGER] / median:.2f}")
-    console.print(table)
+    print_whole(console, table)
     return bundle
 
 
