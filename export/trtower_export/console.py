@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -119,15 +120,19 @@ def as_json(found: Any) -> str:
 def importing(progress: Progress) -> Iterator[None]:
     """Show the step in which a command imports what it needs.
 
-    What is imported stays, so no garbage is looked for in it, then or later: a second of an export.
+    What is imported stays, so no garbage is looked for in it, then or later: a second of an export. A second command in
+    the same process imports nothing, and would keep the garbage of the first.
     """
+    collects, is_first = gc.isenabled(), "transformers" not in sys.modules
     gc.disable()
     try:
         with progress.step("Import PyTorch and transformers"):
             yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if is_first:
+            gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def new_table(*columns: str, left: Collection[str]) -> "Table":

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -28,16 +29,35 @@ def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["Think", "Think", "Act"]
 
 
-def test_no_garbage_is_looked_for_in_what_a_command_imports() -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_no_garbage_is_looked_for_in_what_the_first_command_imports(
+    monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
     stream = io.StringIO()
+    gc.unfreeze()
+    if is_first:
+        monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "transformers", sys)
     try:
         with importing(ConsoleProgress(Console(file=stream, width=100))):
             assert not gc.isenabled()
         assert gc.isenabled()
-        assert gc.get_freeze_count() > 0
+        assert (gc.get_freeze_count() > 0) == is_first
     finally:
         gc.unfreeze()
     assert stream.getvalue().startswith("  Import PyTorch and transformers ")
+
+
+def test_garbage_collection_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with importing(ConsoleProgress(Console(file=io.StringIO(), width=100))):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_every_table_is_printed_whole() -> None:

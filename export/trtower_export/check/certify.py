@@ -142,15 +142,15 @@ TORCH, TYPED = "torch", "typed"
 
 @dataclass(kw_only=True)
 class _Comparison:
-    """What was measured so far, of every run on every image by its name."""
+    """What was measured so far, of every run on every image by its id: two photographs may have one name."""
 
     batches: Sequence[int]
-    sums: dict[tuple[Run, str], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
+    sums: dict[tuple[Run, int], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     layers: LayerSums = field(default_factory=LayerSums)
 
     def figures(self, runs: Iterable[Run], images: Sequence[Photograph]) -> Figures:
         """Make the figures of runs on images, taken together."""
-        return total(self.sums[run, image.name] for run in runs for image in images).figures()
+        return total(self.sums[run, id(image)] for run in runs for image in images).figures()
 
 
 def _load_towers(
@@ -190,11 +190,11 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
         references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
-        comparison.sums[TORCH, image.name] = MetricSums.of(owns[-1], references[-1])
+        comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1])
         if towers.typed:
             repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
-            comparison.sums[TYPED, image.name] = MetricSums.of(row[None].float(), references[-1])
+            comparison.sums[TYPED, id(image)] = MetricSums.of(row[None].float(), references[-1])
         if towers.states:
             comparison.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
@@ -205,7 +205,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
             for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
                 features.setdefault(member, row.float().cpu())
                 error = MetricSums.of(row[None].float().cpu(), references[member])
-                comparison.sums[batch, images[member].name].add(error)
+                comparison.sums[batch, id(images[member])].add(error)
     for index, image in enumerate(images):
         evidence = ImageEvidence(
             name=image.name,

@@ -32,7 +32,7 @@ BUILD_PROCEDURE_VERSION = 2
 STAGING = ".staging-"
 
 WAIT_S = 60.0
-"""How long another process may write into the bundle before it is given up; that takes a second."""
+"""How long to wait while another process writes into the bundle. Copying a plan into it takes about a second."""
 
 
 def add_plan(

@@ -61,11 +61,13 @@ class Bundle:
     def altered(self, names: Collection[str] | None = None) -> list[str]:
         """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all."""
         wanted = self.manifest.files.keys() if names is None else names
-        return [
-            name
-            for name, entry in self.manifest.files.items()
-            if name in wanted and not ((self.path / name).is_file() and describe(self.path / name) == entry)
-        ]
+        return [name for name in self.manifest.files if name in wanted and self._is_altered(name)]
+
+    def _is_altered(self, name: str) -> bool:
+        try:
+            return describe(self.path / name) != self.manifest.files[name]
+        except (FileNotFoundError, IsADirectoryError):  # since the bundle was opened
+            return True
 
     def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
         """Find the certificate of what a backend executes, ``file`` among it; None where it was not checked."""

@@ -36,7 +36,7 @@ class Engine(Holder):
         return self._anchor.empty.device if runner is None else runner.device
 
     def load(self, device_map: Any) -> None:
-        """Open the bundle unless it is open. Raises BackendError if it is, on another device than is asked for."""
+        """Open the bundle, unless it is open already. Raises BackendError if it is open on another device."""
         refuse_fork()
         asked = _read_device_map(device_map)
         if self.runner is None:

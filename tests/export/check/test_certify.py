@@ -57,6 +57,20 @@ def test_sound_bundle_passes(
     assert [image.name for image in certificate.images] == ["astronaut.png", "chelsea.png"]
 
 
+def test_photographs_of_one_name_keep_their_own_figures(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    bundle, checkpoint = Bundle.open(export("clip", flavour="none")), open_checkpoint(str(checkpoints["clip"]))
+    photographs = load_photographs(None, limit=2)
+    first, second = photographs.images
+    alike = replace(photographs, images=(first, replace(second, name=first.name)))
+    named, unnamed = (
+        certify(bundle, checkpoint, each, quick=True, progress=LoggedProgress()) for each in (photographs, alike)
+    )
+    assert [image.torch for image in unnamed.images] == [image.torch for image in named.images]
+    assert (unnamed.bundle, unnamed.torch) == (named.bundle, named.torch)
+
+
 def test_cut_tower_in_fp32_is_exact(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
     certificate = run_check(export("clip", precision="fp32", flavour="none"), checkpoints["clip"])
     assert certificate.torch.relative_error == 0.0

@@ -151,6 +151,35 @@ def test_fork_refuses_what_would_hang_there(clip_bundle: Path, backend: str) -> 
     assert (len(refused), child, parent) == (5, "child ends with 0", "parent goes on (3, 9, 64)")
 
 
+LOADED_IN_FORK = """
+import os, sys
+from types import SimpleNamespace
+import torch
+from trtower import CLIPVisionTower
+torch.set_num_threads(1)  # torch's own threads, if it had any by now, would not be in the fork
+tower = CLIPVisionTower(sys.argv[1], SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
+if not os.fork():
+    tower.load_model()
+    print(tuple(tower(torch.rand(1, 3, 42, 42).half()).shape))
+    tower.close()
+    print(tower.is_loaded)
+    sys.stdout.flush()
+    os._exit(0)
+print("child ends with", os.wait()[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_tower_that_was_made_before_a_fork_is_loaded_after_it(clip_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADED_IN_FORK, str(clip_bundle)],
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE_S,
+    )
+    assert done.stdout.splitlines() == ["(1, 9, 64)", "False", "child ends with 0"], done.stderr
+
+
 def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: VisionTower, one_thread: None) -> None:
     del one_thread
     images = draw(9)
