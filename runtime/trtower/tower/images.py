@@ -3,7 +3,8 @@
 Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,58 +17,77 @@ from trtower.tower.pick import Pick
 PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
 """The call that turns pictures into features, for whoever passes something else."""
 
-Run = Callable[[Runner, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""Turns any number of images (B, 3, S, S), as a runner takes them, into features (B, N, D), and may write these into
-its last argument."""
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Images as one batch (B, 3, S, S) that an engine takes, of which each of ``images`` has made ``counts`` rows.
+
+    ``in_list``: they were passed as a list, and not as one tensor.
+    """
+
+    pixel_values: torch.Tensor
+    images: Sequence[torch.Tensor]
+    counts: list[int]
+    in_list: bool
 
 
 class Images:
-    """Images (3, S, S), and tiles (T, 3, S, S) of one, for the engine of a bundle."""
+    """Packs images (3, S, S), and tiles (T, 3, S, S) of one, for the engine of a bundle, and unpacks their features."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.spec, self._least = manifest.spec, manifest.batch.min
 
-    def encode(
-        self, images: Any, out: torch.Tensor | None, runner: Runner, run: Run, pick: Pick
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Turn a tensor into one of features, or a list into a list; raise InputError if it is neither, or ill-formed.
-
-        The features of a tensor are written into ``out`` if there is one.
-        """
-        if not isinstance(images, (list, tuple)):
-            self.check(images, "images", in_list=False)
-            if out is not None:
-                check_out(out, (*images.shape[:-3], *self.feature_shape(pick)), runner.device)
-            (features,) = self._run_together([images], runner, run, out)
-            features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
-            if out is None:
-                return features
-            return out if features.data_ptr() == out.data_ptr() else out.copy_(features)
-        if out is not None:
-            raise InputError("out is for the features of one tensor, and images is a list.")
-        if not images:
+    def pack(self, images: Any, runner: Runner) -> Packed:
+        """Make one batch of a tensor, or of a list of tensors; raise InputError if it is neither, or ill-formed."""
+        in_list = isinstance(images, (list, tuple))
+        if in_list and not images:
             raise InputError("images is an empty list; at least one image is expected.")
+        images = images if in_list else [images]
         for index, image in enumerate(images):
-            self.check(image, f"images[{index}]", in_list=True)
-        return self._run_together(images, runner, run, None)
+            self.check(image, f"images[{index}]" if in_list else "images", in_list=in_list)
+        counts, pixel_values = self._batch(images, runner)
+        return Packed(pixel_values=pixel_values, images=images, counts=counts, in_list=in_list)
 
-    def _run_together(
-        self, images: Sequence[torch.Tensor], runner: Runner, run: Run, out: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Run images (..., 3, S, S) of one or several ranks, and return (T, N, D) for the T in each.
+    def place(self, out: Any, packed: Packed, pick: Pick, runner: Runner) -> torch.Tensor | None:
+        """Return ``out`` as (B, P + N, D) if the engine itself can write there; None if it cannot, or there is no out.
 
-        For ``out`` they are in the engine's dtype, and already there if they can be.
+        Raises InputError if the features of what was packed do not fit ``out``.
         """
-        if len(images) == 1:
-            image = images[0]
-            pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
-            features = run(runner, pixel_values.view(-1, *image.shape[-3:]), out)
-            return [features.to(image.dtype) if out is None else features]
-        counts = [image.shape[:-3].numel() for image in images]
-        parts = run(runner, self._pack(images, sum(counts), runner), None).split(counts)
-        return [part.to(image.dtype) for part, image in zip(parts, images, strict=True)]
+        if out is None:
+            return None
+        if packed.in_list:
+            raise InputError("out is for the features of one tensor, and images is a list.")
+        check_out(out, (*packed.images[0].shape[:-3], *self.feature_shape(pick)), runner.device)
+        is_read = out.untyped_storage().data_ptr() == packed.pixel_values.untyped_storage().data_ptr()
+        if is_read or not (pick.whole and out.is_contiguous() and out.dtype == runner.dtype):
+            return None
+        rows = out.view(-1, *out.shape[-2:])
+        return rows if len(rows) == len(packed.pixel_values) else None
 
-    def _pack(self, images: Iterable[torch.Tensor], total: int, runner: Runner) -> torch.Tensor:
+    def unpack(
+        self, packed: Packed, features: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return the features (B, N, D) of a batch in the form and dtype of its images, or in ``out``."""
+        parts = zip(features.split(packed.counts), packed.images, strict=True)
+        each = [self._merge(part, image.dtype) for part, image in parts]
+        if packed.in_list:
+            return [part.to(image.dtype) for part, image in zip(each, packed.images, strict=True)]
+        (features,), (images,) = each, packed.images
+        features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
+        if out is None:
+            return features.to(images.dtype)
+        return out if (features.data_ptr(), features.shape) == (out.data_ptr(), out.shape) else out.copy_(features)
+
+    def _batch(self, images: Sequence[torch.Tensor], runner: Runner) -> tuple[list[int], torch.Tensor]:
+        """Return how many rows each image (..., 3, S, S) makes, and the batch that they make together."""
+        counts = [image.shape[:-3].numel() for image in images]
+        if len(images) > 1:
+            return counts, self._copy(images, sum(counts), runner)
+        (image,) = images
+        pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
+        return counts, pixel_values.view(-1, *image.shape[-3:])
+
+    def _copy(self, images: Iterable[torch.Tensor], total: int, runner: Runner) -> torch.Tensor:
         """Copy images (3, S, S) and (T, 3, S, S), ``total`` in all, into one batch where the engine reads it."""
         side = self.spec.image_size
         pixel_values = torch.empty((total, 3, side, side), dtype=runner.dtype, device=runner.device)
@@ -77,6 +97,10 @@ class Images:
             pixel_values[start:stop] = image
             start = stop
         return pixel_values
+
+    def _merge(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Merge the rows that one of the images, of this dtype, became. Here each row is an image's."""
+        return features
 
     def feature_shape(self, pick: Pick) -> tuple[int, int]:
         """Return (N, D), the shape of one image's features."""
@@ -139,9 +163,3 @@ def check_out(out: Any, shape: tuple[int, ...], device: torch.device) -> None:
         raise InputError(f"out is {found}; {shape} on {device} is expected.")
     if not out.is_floating_point():
         raise InputError(f"out has dtype {out.dtype}; features are floating-point numbers.")
-
-
-def can_fill(out: torch.Tensor, pixel_values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether an engine of this dtype may write into ``out``, and does not read there."""
-    apart = out.untyped_storage().data_ptr() != pixel_values.untyped_storage().data_ptr()
-    return out.dtype == dtype and out.is_contiguous() and apart

@@ -18,7 +18,7 @@ from torch.nn import functional
 from trtower.bundle.manifest import Manifest
 from trtower.errors import ConfigError
 from trtower.runners.base import Runner
-from trtower.tower.images import Images, Run
+from trtower.tower.images import Images
 from trtower.tower.pick import Pick
 
 DEFAULT_SCALES = "336,672,1008"
@@ -106,21 +106,16 @@ class ScaledImages(Images):
         super().__init__(manifest)
         self._scales = scales
 
-    def _run_together(
-        self, images: Sequence[torch.Tensor], runner: Runner, run: Run, out: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Run images (..., 3, H, H) of one or several ranks at all scales, and return (B, P + M, D) for the B in each.
+    def _batch(self, images: Sequence[torch.Tensor], runner: Runner) -> tuple[list[int], torch.Tensor]:
+        """Return how many tiles each image (..., 3, H, H) makes, and the batch of them all."""
+        stacks = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
+        counts = [len(stack) * self._scales.num_tiles for stack in stacks]
+        tiles = (tile for stack in stacks for tile in self._scales.tiles(stack))
+        return counts, self._copy(tiles, sum(counts), runner)
 
-        They are in the dtype of the images, and never in ``out`` already.
-        """
-        scales = self._scales
-        batches = [image.to(runner.device).reshape(-1, *image.shape[-3:]) for image in images]
-        counts = [len(batch) * scales.num_tiles for batch in batches]
-        tiles = (tile for batch in batches for tile in scales.tiles(batch))
-        features = run(runner, self._pack(tiles, sum(counts), runner), None)  # (K * B over all, P + N, D)
-        prefix = features.shape[1] - self.spec.num_patches
-        parts = features.split(counts)
-        return [scales.merge(part.to(batch.dtype), prefix) for part, batch in zip(parts, batches, strict=True)]
+    def _merge(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Merge tiles in the dtype of their images, as s2wrapper does: (K * B, P + N, D) -> (B, P + M, D * scales)."""
+        return self._scales.merge(features.to(dtype), features.shape[1] - self.spec.num_patches)
 
     def feature_shape(self, pick: Pick) -> tuple[int, int]:
         """Return (P + M, D), the shape of one image's features, over all scales."""

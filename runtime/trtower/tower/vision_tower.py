@@ -24,7 +24,7 @@ from trtower.tower.anchor import Anchor
 from trtower.tower.dicts import AttributeDict
 from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
-from trtower.tower.images import Images, can_fill, one_input
+from trtower.tower.images import Images, one_input
 from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
@@ -195,17 +195,14 @@ class VisionTower(nn.Module):
         `out` is contiguous and of the tower's dtype, and every token and layer is picked. What an image processor
         returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
         """
-        given = one_input(images, pixel_values)
+        given, pick = one_input(images, pixel_values), self._pick
         with self._engine.lend() as runner:
-            return self._images.encode(given, out, runner, self._run, self._pick)
+            packed = self._images.pack(given, runner)
+            place = self._images.place(out, packed, pick, runner)
+            tokens = self._run(runner, packed.pixel_values, place)
+            return self._images.unpack(packed, self.feature_select(tokens), out)
 
-    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Run any number of images and cut the features out: (B, 3, S, S) -> (B, N, D), in ``out`` where they fit."""
-        whole = out is not None and self._pick.whole and can_fill(out, pixel_values, runner.dtype)
-        tokens = out.view(-1, *out.shape[-2:]) if out is not None and whole else None
-        return self.feature_select(self._run_tokens(runner, pixel_values, tokens))
-
-    def _run_tokens(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         self._pixel_range.check(pixel_values, finite=self.check_finite)
         manifest = self.bundle.manifest
@@ -226,7 +223,7 @@ class VisionTower(nn.Module):
             raise InputError(f"pixel_values {found}; this engine takes a tensor (B, 3, {side}, {side}).")
         self._images.check(images, "pixel_values", in_list=False)
         with self._engine.lend() as runner:
-            return self._run_tokens(runner, images.to(runner.device, runner.dtype).contiguous())
+            return self._run(runner, images.to(runner.device, runner.dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
