@@ -1,16 +1,5 @@
 """The one error tree: everything trtower raises on purpose derives from TrtowerError.
 
-::
-
-    TrtowerError
-    ├── ConfigError        an option or a config value that this tower, bundle or target cannot have (a ValueError)
-    ├── InputError         images that the tower does not take (a ValueError)
-    ├── CheckpointError    a checkpoint that cannot be found, read or trusted
-    ├── BundleError        a bundle that is missing, incomplete, altered or of a newer schema
-    ├── BackendError       a backend that cannot run here
-    ├── BuildError         an ONNX graph or a plan that could not be made
-    └── MissingExtraError  a package that is not installed; names the extra that brings it (an ImportError)
-
 A message says what was found, what was expected, and the next step.
 """
 

@@ -13,11 +13,6 @@ from urllib.request import url2pathname
 
 from trtower.errors import MissingExtraError
 
-WAYS_OUT = {
-    ("typer", "pydantic"): "pip install 'typer<0.29', which does not need pydantic 2",
-}
-"""What mends a package that breaks over another one: (the package, what its error names) -> the way out."""
-
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
     """Import ``module``; raise MissingExtraError naming ``extra`` where its package is not installed.
@@ -87,8 +82,9 @@ def why_broken(err: BaseException) -> str | None:
     if package is None:
         return why_broken(err.__cause__) if err.__cause__ else None
     reason = f"{type(err).__name__}: {err}"
-    remedies = (remedy for (name, over), remedy in WAYS_OUT.items() if name == package and over in reason)
-    remedy = next(remedies, f"install {package} again")
+    remedy = f"install {package} again"
+    if package == "typer" and "pydantic" in reason:
+        remedy = "pip install 'typer<0.29', which does not need pydantic 2"
     return (
         f"the installed {package} {version(installed[package][0])} breaks when it is imported ({reason}): "
         f"{remedy}, or install trtower and its command in an environment of their own"

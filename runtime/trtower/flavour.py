@@ -9,7 +9,6 @@ from types import ModuleType
 
 from trtower.errors import MissingExtraError
 from trtower.extras import how_to_install, import_extra
-from trtower.names import check_name
 
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Flavour -> its Python module, and the extra of trtower that brings it."""
@@ -23,7 +22,6 @@ PORTABLE_FROM = "8.0"
 
 def load_flavour(flavour: str) -> ModuleType:
     """Import a flavour's module; raise MissingExtraError where it is not installed."""
-    check_name("flavour", flavour, tuple(FLAVOURS))
     name, extra = FLAVOURS[flavour]
     module: ModuleType = import_extra(name, extra=extra, purpose=f"flavour {flavour}")
     if not hasattr(module, "Runtime"):  # type stubs alone make an empty `tensorrt` importable

@@ -11,6 +11,7 @@ from numbers import Integral
 from typing import TypeAlias, TypeGuard
 
 from trtower.errors import ConfigError
+from trtower.names import check_name
 
 LayerCode: TypeAlias = int | str | Sequence[int | str]
 """An integer; a list of them, concatenated in its order; "last_hidden_state"; or tinychat's two in one number."""
@@ -36,8 +37,7 @@ def read_layer_code(select_layer: LayerCode, select_feature: str, num_layers: in
     Sources: LLaVA-NeXT's `CLIPVisionTower.feature_select` for the slices, tinychat's `LlavaLlamaForCausalLM` for
     two layers in one number. Raises ConfigError naming what is no code, or is outside a tower of ``num_layers``.
     """
-    if select_feature not in FEATURE_CODES:
-        raise ConfigError(f"select_feature={select_feature!r} is unknown: {', '.join(FEATURE_CODES)} are known.")
+    check_name("select_feature", select_feature, FEATURE_CODES)
     if select_feature.startswith(SLICE_FOUR):
         return _slice_four(select_layer, num_layers), select_feature.removeprefix(SLICE_FOUR)
     if select_feature.startswith(SLICE_M25811_F6):

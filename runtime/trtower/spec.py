@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from trtower.errors import ConfigError, InputError
 from trtower.layer_codes import FEATURES, name_layer
+from trtower.names import check_name
 
 MB, MIB = 10**6, 1 << 20
 
@@ -244,8 +245,7 @@ class TowerSpec:
 
     def first_token(self, select_feature: str) -> int:
         """Give the index of the first token that a feature keeps; `patch` drops CLS and registers, where there are."""
-        if select_feature not in FEATURES:
-            raise ConfigError(f"select_feature={select_feature!r} is unknown: {' and '.join(FEATURES)} are known.")
+        check_name("select_feature", select_feature, FEATURES)
         return self.num_prefix_tokens if select_feature == "patch" else 0
 
     def input(self, precision: str) -> TensorSpec:

@@ -327,8 +327,13 @@ def test_inspect_names_the_plan_where_there_are_several(spoilt: Path, capsys: py
 def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> None:
     (plan,) = Bundle.open(spoilt).manifest.plans
     (spoilt / plan.log).unlink()
-    assert Bundle.open(spoilt).altered() == [plan.log]
+    bundle = Bundle.open(spoilt)
+    assert bundle.altered() == []
     assert VisionTower.load(spoilt).is_loaded
+    copy = bundle.copy_to(spoilt.with_name("copy"))
+    assert (copy.path / plan.file).is_file()
+    assert copy.altered() == []
+    assert run(["inspect", str(spoilt)]) == 0
 
 
 def test_module_is_the_command() -> None:

@@ -96,7 +96,7 @@ def test_slice_of_five_needs_ten_layers() -> None:
 
 @pytest.mark.parametrize("feature", ["cls", "slicefour", "sliceseven_patch", "slicefour_cls", "", None, ["patch"]])
 def test_unknown_feature_lists_the_known(feature: object) -> None:
-    with pytest.raises(ConfigError, match=r"is unknown: patch, cls_patch, slicefour_patch, .* are known"):
+    with pytest.raises(ConfigError, match=r"unknown select_feature .* choose patch, cls_patch, slicefour_patch, .*"):
         read_layer_code(-2, feature, 24)  # type: ignore[arg-type]
 
 

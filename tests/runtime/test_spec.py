@@ -50,7 +50,7 @@ def test_patch_drops_every_prefix_token() -> None:
 
 
 def test_unknown_feature_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="patch and cls_patch are known"):
+    with pytest.raises(ConfigError, match=r"unknown select_feature .cls.; choose patch or cls_patch"):
         spec().first_token("cls")
 
 

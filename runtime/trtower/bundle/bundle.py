@@ -45,10 +45,9 @@ class Bundle:
         except BundleError as err:
             raise BundleError(f"{folder}: {err}") from err
         bundle = cls(folder, manifest)
-        logs = {plan.log for plan in manifest.plans}
-        for name in [*manifest.files, *(plan.file for plan in manifest.plans), GRAPH, CONFIG, PREPROCESSOR]:
+        for name in [*manifest.files, *(plan.file for plan in manifest.plans), GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR]:
             bundle._locate(name)
-            if whole and name not in logs:
+            if whole and name not in bundle._logs:
                 bundle._check_present(name)
         return bundle
 
@@ -59,14 +58,19 @@ class Bundle:
         return path
 
     def altered(self, names: Collection[str] | None = None) -> list[str]:
-        """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all."""
+        """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all.
+
+        The log of a build may be missing.
+        """
         wanted = self.manifest.files.keys() if names is None else names
         return [name for name in self.manifest.files if name in wanted and self._is_altered(name)]
 
     def _is_altered(self, name: str) -> bool:
         try:
             return describe(self.path / name) != self.manifest.files[name]
-        except (FileNotFoundError, IsADirectoryError):  # since the bundle was opened
+        except FileNotFoundError:  # since the bundle was opened, unless it may be missing
+            return name not in self._logs
+        except (IsADirectoryError, NotADirectoryError):
             return True
 
     def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
@@ -212,6 +216,8 @@ class Bundle:
             )
         with disk_errors(folder), staged(folder, overwrite=True) as staging:
             for name in self.manifest.files:
+                if name in self._logs and not (self.path / name).exists():
+                    continue
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.verify(name), staging / name)
             write_manifest(staging, self.manifest)
@@ -220,6 +226,11 @@ class Bundle:
     def _rewrite(self, manifest: Manifest) -> "Bundle":
         write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
+
+    @property
+    def _logs(self) -> set[str]:
+        """The logs of builds, the only files that may be missing."""
+        return {plan.log for plan in self.manifest.plans}
 
     def _locate(self, name: str) -> Path:
         """Return the path of a listed file, which is inside the bundle."""

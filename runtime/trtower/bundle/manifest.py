@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from trtower.bundle.certificate import Certificate
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
+from trtower.names import check_name
 from trtower.spec import EIGHT_BIT, MB, PRECISIONS, BatchProfile, TensorSpec, TowerSpec, merge_profiles
 
 MANIFEST = "tower.json"
@@ -201,8 +202,7 @@ class Manifest(BundleFacts):
     certificates: tuple[Certificate, ...]
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)} are known.")
+        check_name("precision", self.precision, tuple(PRECISIONS))
         if (self.precision in EIGHT_BIT) != (self.calibration is not None):
             raise ConfigError(f"precision {self.precision} and calibration {self.calibration} contradict each other.")
         tensors = (self.spec.input(self.precision), self.spec.output(self.precision))
@@ -221,8 +221,7 @@ class Manifest(BundleFacts):
         if len(set(checked)) < len(checked):
             raise ConfigError("certificates has two of the same files on the same backend.")
         for plan in self.plans:
-            if plan.flavour not in FLAVOURS:
-                raise ConfigError(f"{plan.file} is of flavour {plan.flavour!r}: {' and '.join(FLAVOURS)} are known.")
+            check_name(f"flavour of {plan.file}", plan.flavour, tuple(FLAVOURS))
 
     @property
     def is_mixed(self) -> bool:

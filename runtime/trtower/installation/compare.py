@@ -63,7 +63,8 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
             logger.warning("%s of this model is not finite in %s: it is not compared.", place.path, module.dtype)
             return
         error = _error(found, expected)
-        if error > (SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER):
+        limit = SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
+        if not error <= limit:  # nor is NaN
             raise ConfigError(
                 f"{place.path} of this model and {ran.bundle.path} see one image differently: hidden state "
                 f"{name_layer(layer, depth)} is off by {error:.0%}. Was the model's code changed, or its weights put "

@@ -188,7 +188,7 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
 
 def _take_out(place: TowerSlot) -> None:
     stand_in, tower = place.module, place.module.installation.tower
-    tower.refuse_own_call()
+    tower._engine.refuse_own_call()
     place.put(stand_in.take_back())
     tower.close()
     logger.info("%s: the eager tower is back", place.path)

@@ -165,9 +165,8 @@ def _check_layers(code: LayerCode, feature: str, said: str, place: TowerSlot, bu
     lacking = set(wanted) - served_layers(spec, depth).keys()
     if lacking:
         names = [name_layer(layer, depth) for layer in wanted]
-        codes = [LAST if layer > depth else layer for layer in wanted]
         is_whole = feature in FEATURES and depth == spec.num_layers  # else codes mean other states in the checkpoint
-        command = export_command(bundle, code if is_whole else codes, spec.image_size)
+        command = export_command(bundle, code if is_whole else names, spec.image_size)
         raise ConfigError(
             f"this model reads {said}={code}{'' if feature in FEATURES else f' under {feature}'}, hidden state "
             f"{', '.join(names)} of {depth} layers; {bundle.path} holds {', '.join(name_layers(spec, spec.layers))}. "

@@ -10,6 +10,7 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH
 from trtower.errors import BundleError, ConfigError
+from trtower.names import check_name
 from trtower.spec import EIGHT_BIT, BatchProfile, TensorSpec
 
 CLOSED = "this tower is closed: close() and load_model() open it again."
@@ -76,10 +77,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.contexts < 1:
             raise ConfigError(f"contexts={self.contexts}: 1 at least is expected.")
-        if self.kernel_specialization not in SPECIALIZATIONS:
-            raise ConfigError(
-                f"kernel_specialization={self.kernel_specialization!r} is unknown: {', '.join(SPECIALIZATIONS)} are."
-            )
+        check_name("kernel_specialization", self.kernel_specialization, SPECIALIZATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

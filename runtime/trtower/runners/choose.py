@@ -3,18 +3,20 @@
 How `auto` decides:
 
 1. It goes through BACKENDS, which are ordered from the best to the last resort.
-2. An *obstacle* is a reason why a backend cannot run the bundle here: `auto` passes over it.
-3. A *reservation* is a reason why it should not: its check missed a bound, or no check vouches for it although it
-   computes in less than the bundle's precision (it is *coarse*), or although the caller requires a certificate.
-   `auto` tries these last, and a coarse one never.
-4. The first that opens runs the bundle. If none opens, BackendError has the reason of each.
+2. It skips a backend with an *obstacle*: a reason why this backend cannot run the bundle here.
+3. It puts off a backend with a *reservation*: a reason why this backend should not run the bundle. Either its check
+   missed a bound, or no check vouches for it and one is needed: the caller requires a certificate, or the backend is
+   *coarse*, which means that it computes in less than the bundle's precision.
+4. The first that opens runs the bundle. If none does, `auto` tries those that were put off, but never a coarse one.
+   If none of these opens either, BackendError has the reason of each.
 
 A backend that is named runs in spite of a reservation, or raises its obstacle. `auto`, a named backend and
-`trtower inspect` all read the same `candidates`, so nothing else in the package knows these reasons.
+`trtower inspect` all read the same `candidates`. A tower that requires a certificate refuses, after the choice, what
+has none (see tower/engine.py).
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,37 +86,38 @@ def choose(
     if asked and (obstacle := device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")
     found = candidates(bundle, device, backend, certified=certified)
-    passed_over: dict[Candidate, str] = {}
     if backend == "auto":
         order = order_for_auto(found)
-        passed_over = {each: each.reservation for each in found if each.reservation and not each.obstacle}
     else:  # of several plans, those that are certified first, if that is asked for
         order = sorted(found, key=lambda each: certified and each.reservation is not None)
+    tried: dict[Candidate, str] = {}
     for candidate in order:
         try:
             runner = candidate.open(bundle, engine or EngineOptions())
         except BackendError as err:
-            passed_over[candidate] = candidate.obstacle or str(err)
+            tried[candidate] = candidate.obstacle or str(err)
             continue
-        passed_over.pop(candidate, None)
-        level = logging.WARNING if _is_news(candidate, passed_over, certified=certified) else logging.INFO
-        reasons = f"; passed over {_reasons(found, passed_over)}" if passed_over else ""
-        logger.log(level, "%s runs on %s%s", bundle.path, runner.name, reasons)
+        better = found[: found.index(candidate)]
+        passed_over = [each for each in found if each in better or each in tried]
+        is_news = backend == "auto" and _is_news(candidate, better, asked, certified=certified)
+        reasons = f"; passed over {_reasons(passed_over, tried)}" if passed_over else ""
+        logger.log(logging.WARNING if is_news else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, reasons)
         return runner
     others = [] if backend == "auto" else [each.backend for each in candidates(bundle) if not each.obstacle]
     instead = f". Available on this machine: {', '.join(dict.fromkeys(others))}" if others else ""
-    raise BackendError(f"no requested backend can run {bundle.path}: {_reasons(found, passed_over)}{instead}")
+    raise BackendError(f"no requested backend can run {bundle.path}: {_reasons(found, tried)}{instead}")
 
 
-def _reasons(found: Sequence[Candidate], passed_over: dict[Candidate, str]) -> str:
-    return "; ".join(f"{each.backend}: {passed_over[each]}" for each in found if each in passed_over)
+def _reasons(found: Sequence[Candidate], tried: Mapping[Candidate, str]) -> str:
+    reasons = ((each.backend, tried.get(each, each.reservation)) for each in found)
+    return "; ".join(f"{backend}: {reason}" for backend, reason in reasons if reason)
 
 
-def _is_news(chosen: Candidate, passed_over: Iterable[Candidate], *, certified: bool) -> bool:
-    """Whether a choice deserves a warning: a failed check does, and no TensorRT where there is a GPU."""
-    if torch.cuda.is_available() and not chosen.plan:
+def _is_news(chosen: Candidate, better: Sequence[Candidate], asked: torch.device | None, *, certified: bool) -> bool:
+    """Whether what `auto` chose deserves a warning: no plan though there is a GPU, or a better one failed its check."""
+    if torch.cuda.is_available() and not chosen.plan and (asked is None or asked.type == "cuda"):
         return True
-    return not certified and any(each.reservation and not each.coarse for each in passed_over)
+    return not certified and any(each.reservation and not (each.obstacle or each.coarse) for each in better)
 
 
 def order_for_auto(found: Sequence[Candidate]) -> list[Candidate]:

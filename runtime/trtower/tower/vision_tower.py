@@ -162,10 +162,6 @@ class VisionTower(nn.Module):
         """
         self._engine.close()
 
-    def refuse_own_call(self) -> None:
-        """Raise BackendError inside a call of this tower, in `on_batch`, where it cannot be closed."""
-        self._engine.refuse_own_call()
-
     def __enter__(self) -> Self:
         return self
 

@@ -303,6 +303,21 @@ def test_model_that_does_not_fit_is_refused_and_left_as_it_is(
     assert not any(each.expired() for each in held)
 
 
+def test_bundle_that_gives_nan_is_refused(model: Any, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = VisionTower._run
+
+    def overflow(*arguments: Any, **options: Any) -> torch.Tensor:
+        tokens = run(*arguments, **options)
+        tokens[0, -1, 0] = float("nan")
+        return tokens
+
+    monkeypatch.setattr(VisionTower, "_run", overflow)
+    eager = tower(model)
+    with pytest.raises(ConfigError, match="see one image differently: hidden state 3 is off by nan%"):
+        trtower.install(model, bundles())
+    assert tower(model) is eager
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -71,6 +71,23 @@ def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCa
     assert f"openvino: its check of {made_up.certificate().date} missed " in caplog.text
 
 
+def test_failed_check_of_a_worse_backend_is_no_news(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    failed = certify(bundle, "onnxruntime-cpu", passed=False)
+    with caplog.at_level(logging.INFO):
+        assert choose(failed).backend == "openvino"
+    (record,) = (each for each in caplog.records if "runs on" in each.getMessage())
+    assert record.levelno == logging.INFO
+    assert "onnxruntime-cpu" not in record.getMessage()
+
+
+def test_says_once_what_it_tries_last(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    for backend in ("openvino", "onnxruntime-cpu"):
+        bundle = certify(bundle, backend, passed=False)
+    with caplog.at_level(logging.WARNING):
+        assert choose(bundle).backend == "openvino"
+    assert "openvino: " not in caplog.text
+
+
 def test_takes_what_missed_its_bounds_where_nothing_else_runs_and_warns(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -592,7 +592,7 @@ def test_tensorrt_rtx_is_told_what_it_decides_itself(
     ("options", "message"),
     [
         ({"contexts": 0}, "contexts=0: 1 at least is expected"),
-        ({"kernel_specialization": "always"}, "'always' is unknown: lazy, eager, none are"),
+        ({"kernel_specialization": "always"}, "unknown kernel_specialization 'always'; choose lazy, eager or none"),
     ],
 )
 def test_option_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
