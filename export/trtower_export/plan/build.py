@@ -1,7 +1,14 @@
 """Add a plan to a bundle: one that is in the store, or one that is built now.
 
-This is the one way for a plan into a bundle, after an export and with `trtower build`, which runs where the tower is
-served: neither torch models, nor transformers, nor onnx are needed here.
+This is the one way for a plan into a bundle, after an export and with `trtower build`:
+
+    add_plan            settles the target, which an export has done before
+    └── build_into      takes the plan from the store, or builds it, and adds it to the bundle
+        ├── obtain_plan     what the store has, or keeps once it is built
+        ├── _build          Polygraphy, on a graph that is verified
+        └── Bundle.add_plan the file into the folder, its entry into the manifest
+
+`trtower build` runs where the tower is served: neither torch models, nor transformers, nor onnx are needed here.
 """
 
 import dataclasses
@@ -22,9 +29,9 @@ from trtower.errors import BuildError, MissingExtraError
 from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
 from trtower_export.console import Progress
-from trtower_export.plan.polygraphy import build_plan
-from trtower_export.plan.store import PlanStore, Stored
-from trtower_export.plan.targets import Target, build_there, choose_target, describe_plan
+from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
+from trtower_export.plan.store import obtain
+from trtower_export.plan.targets import Target, build_there, choose_target, make_entry
 
 BUILD_PROCEDURE_VERSION = 2
 """Raise it when the same graph, TensorRT and settings are built in another way: what a store has is older then."""
@@ -77,16 +84,15 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
     for folder in (path, path.parent):  # the lock lies beside the bundle
         if not os.access(folder, os.W_OK):
             raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
-    entry = describe_plan(target)
     with disk_errors(f"the plan of {bundle.path}"):
-        stored = obtain_plan(bundle, target, progress, store) if store else None
+        kept = obtain_plan(bundle, target, progress, store) if store else None
         with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
-            if stored:
-                plan, log = folder / "staged.plan", folder / "staged.log"
-                stored.copy_to(plan, log)
+            if kept:
+                for name in (PLAN, LOG):  # copied: a bundle that shared its files could be damaged through others
+                    shutil.copyfile(kept / name, folder / name)
             else:
-                plan, log = _build(bundle, target, progress, folder)
-            added = bundle.add_plan(entry, plan, log)
+                _build(bundle, target, progress, folder)
+            added = bundle.add_plan(make_entry(target), folder / PLAN, folder / LOG)
     built = added.manifest.plans[-1]
     now = (built.settings, added.manifest.files[built.file])
     for old in bundle.manifest.plans:
@@ -97,15 +103,15 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
 
 @contextmanager
 def _staging(bundle: Path) -> Iterator[Path]:
-    """Give a folder inside a bundle for the length of the block, in the place of what a killed build has left."""
+    """Yield a folder inside a bundle, which is gone after the block; remove what a killed build has left."""
     for leftover in bundle.glob(f"{STAGING}*"):
         shutil.rmtree(leftover)
     with TemporaryDirectory(prefix=STAGING, dir=bundle) as folder:
         yield Path(folder)
 
 
-def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Stored:
-    """Return the plan of a bundle's graph from the store, or build it and keep it there.
+def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Path:
+    """Return the store's folder of the plan of a bundle's graph, which is built if it is not there.
 
     Raises BundleError, and keeps nothing, if the graph was altered, or another takes its place while it is read.
     """
@@ -126,24 +132,19 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
     timings = "{}-{}.{}.timing".format(target.flavour, version, re.sub(r"\W+", "-", gpu)) if gpu else None
     built = False
 
-    def build(folder: Path) -> tuple[Path, Path]:
+    def build(folder: Path) -> None:
         nonlocal built
         built = True
-        return _build(bundle, target, progress, folder, cache=store / timings if timings else None)
+        _build(bundle, target, progress, folder, cache=store / timings if timings else None)
 
-    stored = PlanStore(store).obtain(facts, build, progress)
+    place = obtain(store, facts, build, progress)
     for name in () if built else (GRAPH, GRAPH_DATA):  # whoever builds verifies them
         bundle.verify(name)
-    return stored
+    return place
 
 
-def _build(
-    bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None
-) -> tuple[Path, Path]:
-    """Build a plan under ``folder`` from a graph that is verified, and the same to the end; return it and its log."""
+def _build(bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None) -> None:
+    """Build PLAN and LOG in ``folder`` from a graph that is verified, and the same to the end."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
     with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
-        entry, plan = build_plan(
-            graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache
-        )
-    return plan, folder / entry.log
+        build_plan(graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache)

@@ -11,13 +11,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from trtower.bundle.manifest import GRAPH_DATA, BuildSettings, PlanEntry
+from trtower.bundle.manifest import GRAPH_DATA, BuildSettings
 from trtower.errors import BuildError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.spec import BY_DTYPE, MIB, BatchProfile, TensorSpec
 from trtower_export.console import Step
-from trtower_export.plan.targets import Target, describe_plan
+from trtower_export.plan.targets import Target
+
+PLAN, LOG = "plan", "log"
+"""What a build leaves in its folder: the plan, and what was said while it was built."""
 
 PLAN_OVERHEAD_MIB = 24
 """What a plan may hold beside its weights. Measured with TensorRT-RTX 1.7.1: 1.7 MiB for two layers, 5.2 MiB for 23."""
@@ -39,22 +42,19 @@ def build_plan(
     *,
     mixed: bool = False,
     cache: Path | None = None,
-) -> tuple[PlanEntry, Path]:
-    """Build ``graph`` into a plan under ``folder`` and return what it needs, and where it lies; beside it is its log.
+) -> None:
+    """Build ``graph`` into PLAN in ``folder``, with LOG beside it.
 
     ``mixed``: the graph holds some weights in FP32, or in 8 bits. ``cache``: what TensorRT has timed on this GPU, read
     and kept. Raises BuildError with TensorRT's own words when it refuses, and when the plan is not of the precision
     that the graph is in.
     """
     module = load_flavour(target.flavour)
-    entry = describe_plan(target)
     polygraphy = _import_polygraphy(target.flavour)
     from polygraphy.exception import PolygraphyException
 
     kept = str(cache) if cache else None
-    path = folder / entry.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _keep_log(folder / entry.log) as errors, _hold_interrupts() as interrupted:
+    with _keep_log(folder / LOG) as errors, _hold_interrupts() as interrupted:
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
             _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
@@ -71,8 +71,7 @@ def build_plan(
             raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
     if not target.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
-    path.write_bytes(content)
-    return entry, path
+    (folder / PLAN).write_bytes(content)
 
 
 def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[str, Any]) -> Any:

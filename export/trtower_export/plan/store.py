@@ -11,9 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -22,95 +20,76 @@ from trtower.bundle.staging import describe, disk_errors
 from trtower.errors import BuildError
 from trtower.extras import import_extra
 from trtower_export.console import Progress
+from trtower_export.plan.polygraphy import LOG, PLAN
 
-PLAN, LOG, ENTRY = "plan", "log", "entry.json"
+ENTRY = "entry.json"
 
-Build = Callable[[Path], tuple[Path, Path]]
-"""Builds a plan under a folder; gives where it and its log lie."""
+Build = Callable[[Path], None]
+"""Builds PLAN and LOG in a folder."""
 
 
 def default_store() -> Path:
-    """Give the store of this user."""
+    """Return the store of this user."""
     platformdirs = import_extra("platformdirs", extra="cli", purpose="the store of plans")
     path: Path = platformdirs.user_cache_path("trtower") / "plans"
     return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A plan in the store, and the log of its build."""
+def obtain(store: Path, facts: Mapping[str, Any], build: Build, progress: Progress) -> Path:
+    """Return the folder of the plan of which all ``facts`` are true, which is in the store or is built now.
 
-    plan: Path
-    log: Path
+    Raises BuildError if the store cannot be written, and whatever ``build`` raises.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    place = store / key
+    lock = FileLock(store / f"{key}.lock")
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        progress.say(f"another process builds this very plan: waiting for it ({place})")
+        held = lock.acquire()
+    except OSError as err:
+        raise BuildError(
+            f"{store} keeps plans that were built, and cannot be written: {err.strerror}. Build with --no-store, or "
+            "mend it."
+        ) from err
+    with held:
+        if not _is_intact(place, progress):
+            _build(place, build)
+    return place
 
-    def copy_to(self, plan: Path, log: Path) -> None:
-        """Put copies of both where a bundle wants them."""
-        for source, target in ((self.plan, plan), (self.log, log)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+
+def _is_intact(place: Path, progress: Progress) -> bool:
+    """Whether a plan is in the store as it was written; if it is not, what is there is thrown away."""
+    if not place.exists():
+        return False
+    try:
+        written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
+        if {PLAN: written[PLAN], LOG: written[LOG]} == _describe(place):
+            progress.say(f"the plan was built here on {written['date']} already: {place}")
+            return True
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # it is no more intact than one that was altered
+    progress.say(f"{place} was cut short or altered: it is thrown away, and the plan is built again")
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    return False
 
 
-class PlanStore:
-    """A folder of plans."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def obtain(self, facts: Mapping[str, Any], build: Build, progress: Progress) -> Stored:
-        """Give the plan of which all ``facts`` are true: the one that is there, or built now. Raises BuildError."""
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        place = self.folder / key
-        lock = FileLock(self.folder / f"{key}.lock")
+def _build(place: Path, build: Build) -> None:
+    staging = place.with_suffix(".staging")
+    shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
+    with disk_errors(staging):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            progress.say(f"another process builds this very plan: waiting for it ({place})")
-            held = lock.acquire()
-        except OSError as err:
-            raise BuildError(
-                f"{self.folder} keeps plans that were built, and cannot be written: {err.strerror}. Build with "
-                "--no-store, or mend it."
-            ) from err
-        with held:
-            return self._read(place, progress) or self._build(place, build)
-
-    def _read(self, place: Path, progress: Progress) -> Stored | None:
-        """Read what was built before, if it is what was written then."""
-        if not place.exists():
-            return None
-        stored = Stored(plan=place / PLAN, log=place / LOG)
-        try:
-            written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
-            intact = [written[PLAN], written[LOG]] == _describe(stored)
-        except (OSError, ValueError, LookupError, TypeError):
-            intact = False
-        if not intact:
-            progress.say(f"{place} was cut short or altered: it is thrown away, and the plan is built again")
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
-            return None
-        progress.say(f"the plan was built here on {written['date']} already: {place}")
-        return stored
-
-    def _build(self, place: Path, build: Build) -> Stored:
-        staging = place.with_suffix(".staging")
-        shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
-        with disk_errors(staging):
-            try:
-                staging.mkdir()
-                staged = Stored(plan=staging / PLAN, log=staging / LOG)
-                with TemporaryDirectory(dir=staging) as folder:
-                    plan, log = build(Path(folder))
-                    plan.replace(staged.plan)
-                    log.replace(staged.log)
-                date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-                written = dict(zip((PLAN, LOG), _describe(staged), strict=True)) | {"date": date}
-                (staging / ENTRY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-                staging.rename(place)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        return Stored(plan=place / PLAN, log=place / LOG)
+            staging.mkdir()
+            build(staging)
+            date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+            written = _describe(staging) | {"date": date}
+            (staging / ENTRY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            staging.rename(place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _describe(stored: Stored) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(describe(path)) for path in (stored.plan, stored.log)]
+def _describe(folder: Path) -> dict[str, Any]:
+    return {name: dataclasses.asdict(describe(folder / name)) for name in (PLAN, LOG)}

@@ -220,8 +220,8 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
         raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
 
 
-def describe_plan(target: Target) -> PlanEntry:
-    """Say what a plan for ``target`` needs, built by the TensorRT that is installed, and name its file after it."""
+def make_entry(target: Target) -> PlanEntry:
+    """Say in a manifest's words what a plan for ``target`` needs, built by the TensorRT that is installed."""
     version = load_flavour(target.flavour).__version__
     gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
     return PlanEntry(

@@ -18,7 +18,7 @@ from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress
 from trtower_export.plan import polygraphy
 from trtower_export.plan.build import add_plan
-from trtower_export.plan.polygraphy import build_plan
+from trtower_export.plan.polygraphy import PLAN, build_plan
 from trtower_export.plan.targets import Target
 
 
@@ -70,10 +70,8 @@ def test_build_moves_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> No
 
 def test_two_builds_give_the_same_bytes(spoilt: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(spoilt).manifest
-    _, again = build_plan(
-        spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder()
-    )
-    assert again.read_bytes() == (spoilt / manifest.plans[0].file).read_bytes()
+    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder())
+    assert (tmp_path / PLAN).read_bytes() == (spoilt / manifest.plans[0].file).read_bytes()
 
 
 def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
@@ -100,7 +98,7 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.stdout == "interrupted\n", done.stderr
-    assert not any(out.rglob("*.plan"))
+    assert not (out / PLAN).exists()
 
 
 def test_refusal_comes_in_tensorrt_s_own_words(spoilt: Path, tmp_path: Path) -> None:
