@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Processes that tests run in: most of them are Python's own work, on one core.
 WORKERS ?= 2
-EXTRAS ?= cpu,openvino,trt-rtx-build,export,demo,quant,dev
+EXTRAS ?= cpu,openvino,trt-rtx-build,export,demo,dev
 # A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
 WHEELS ?=
 BIN := $(VENV)/bin

@@ -15,19 +15,13 @@ from trtower_export.check.photographs import (
 from trtower_export.console import Progress
 from trtower_export.options import ExportOptions
 from trtower_export.precision.program import Samples
-from trtower_export.precision.quantisation import load_modelopt
 
 CHECK_PHOTOGRAPHS = 2
 """Photographs in the check that ends an export: enough to find a wrong graph; `trtower check` takes them all."""
 
 
 def load_for_export(options: ExportOptions, progress: Progress) -> Photographs | None:
-    """Load the photographs that were named, or else the demo's; None if the export reads none.
-
-    Raises MissingExtraError if what runs on them is not installed.
-    """
-    if options.calibrates:
-        load_modelopt(options.precision)  # so that its absence is no surprise later
+    """Load the photographs that were named, or else the demo's; None if the export reads none."""
     if not options.check and not options.runs_on_images:
         return None
     photographs = load_photographs(options.images, limit=None if options.runs_on_images else CHECK_PHOTOGRAPHS)

@@ -1,16 +1,14 @@
 """Calibrate the linear layers of a tower for INT8 or FP8, and write them so into its ONNX graph.
 
-modelopt finds the ranges; the graph is written here, because it is then FP16 outside the linear layers and holds their
-weights in 8 bits. Norms, softmax, attention's own products, the patch embedding and residuals stay in half precision.
-Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which sums of
-a third of the layers of a pretrained ViT-S/14 would overflow (computed, not run).
+The range of a layer's input, and of its weights, is the largest magnitude in them. The graph is FP16 outside the linear
+layers and holds their weights in 8 bits: norms, softmax, attention's own products, the patch embedding and residuals
+stay in half precision. Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in
+FP16, which sums of a third of the layers of a pretrained ViT-S/14 would overflow (computed, not run).
 """
 
-import contextlib
 import copy
-import io
-import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +20,7 @@ from onnx_ir import DataType
 from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
-from trtower.errors import ConfigError
-from trtower.extras import import_extra
+from trtower.errors import CheckpointError, ConfigError
 from trtower.spec import PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.graph.truncate import TruncatedTower
@@ -31,7 +28,7 @@ from trtower_export.graph.truncate import TruncatedTower
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """The numbers of an 8-bit precision: their type in torch, the largest of them, and modelopt's word for them.
+    """The numbers of an 8-bit precision: their type in torch, and the largest of them.
 
     ``per_channel``: whether every output of a layer has a weight scale of its own, or the whole layer one.
     ``spares_activated``: whether layers that an activation feeds stay in half precision by default.
@@ -40,7 +37,6 @@ class Format:
     precision: str
     dtype: torch.dtype
     largest: float
-    num_bits: int | tuple[int, int]
     per_channel: bool = False
     spares_activated: bool = False
 
@@ -53,8 +49,8 @@ class Format:
 FORMATS = {
     each.precision: each
     for each in (
-        Format(precision="int8", dtype=torch.int8, largest=127.0, num_bits=8, per_channel=True, spares_activated=True),
-        Format(precision="fp8", dtype=torch.float8_e4m3fn, largest=448.0, num_bits=(4, 3)),
+        Format(precision="int8", dtype=torch.int8, largest=127.0, per_channel=True, spares_activated=True),
+        Format(precision="fp8", dtype=torch.float8_e4m3fn, largest=448.0),
     )
 }
 
@@ -74,58 +70,49 @@ Quantisation = Mapping[str, Scales]
 """The scales of every quantised layer, by its module's path in the tower."""
 
 
-def load_modelopt(precision: str) -> Any:
-    """Import modelopt's quantisation, or raise MissingExtraError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the releases of transformers that it has seen
-        return import_extra("modelopt.torch.quantization", extra="quant", purpose=f"calibrating {precision}")
-
-
 @torch.no_grad()
 def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave: Collection[str]) -> Quantisation:
-    """Find the ranges of the linear layers of ``tower``, which stays as it is, on ``images``, each (1, 3, S, S).
+    """Find the scales of the linear layers of ``tower`` on ``images``, each (1, 3, S, S).
 
-    The largest magnitude is the range; layers in ``leave`` are left out. Raises MissingExtraError without modelopt.
+    Layers in ``leave`` are left out. Raises ConfigError if that is all of them, and CheckpointError if what a layer
+    reads is not finite.
     """
-    mtq, form = load_modelopt(precision), FORMATS[precision]
-    quantised = copy.deepcopy(tower)
-    names = [name for name in linear_layers(tower) if name not in leave]
-    if not names:
+    layers: dict[str, Any] = {name: tower.get_submodule(name) for name in linear_layers(tower) if name not in leave}
+    if not layers:
         raise ConfigError(f"--precision {precision} has nothing to do: every linear layer is kept out of it.")
-    axis = 0 if form.per_channel else None
-    config = {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            _enabled("input_quantizer", {"num_bits": form.num_bits, "axis": None}),
-            _enabled("weight_quantizer", {"num_bits": form.num_bits, "axis": axis}),
-        ],
-        "algorithm": "max",
+    largest = dict.fromkeys(layers, torch.tensor(0.0))
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def see(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                largest[name] = torch.maximum(largest[name], inputs[0].abs().max().float())
+
+            hooks.enter_context(layer.register_forward_pre_hook(see))
+        for pixel_values in images:
+            tower(pixel_values)
+    for name, magnitude in largest.items():
+        if not magnitude.isfinite():
+            raise CheckpointError(f"{name} reads what is not finite in FP32: trtower doctor says where it comes from.")
+    form = FORMATS[precision]
+    weights = {name: layer.weight.abs().float() for name, layer in layers.items()}
+    return {
+        name: Scales(
+            input=float(_scale(largest[name], form)),
+            weight=_scale(weight.amax(dim=1) if form.per_channel else weight.max(), form),
+        )
+        for name, weight in weights.items()
     }
 
-    def run(model: nn.Module) -> None:
-        for pixel_values in images:
-            model(pixel_values)
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        mtq.quantize(quantised, config, run)
-    found: dict[str, Scales] = {}
-    for name in names:
-        layer: Any = quantised.get_submodule(name)
-        found[name] = Scales(
-            input=float(layer.input_quantizer.amax) / form.largest,
-            weight=layer.weight_quantizer.amax.float().flatten().squeeze() / form.largest,
-        )
-    return found
+def _scale(magnitude: Tensor, form: Format) -> Tensor:
+    """Return the step with which numbers up to ``magnitude`` have 8 bits; where all are zero, any step will do."""
+    return torch.where(magnitude > 0, magnitude / form.largest, 1.0)
 
 
 def linear_layers(tower: nn.Module) -> list[str]:
     """List the linear layers inside the transformer layers; the patch embedding, linear or not, is none of them."""
     return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
-
-
-def _enabled(quantizer: str, config: dict[str, Any]) -> dict[str, Any]:
-    return {"quantizer_name": f"*{quantizer}", "parent_class": "nn.Linear", "cfg": config, "enable": True}
 
 
 def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quantisation) -> TruncatedTower:

@@ -8,19 +8,17 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from tests.conftest import make_model
 from tests.export.counting import flop_of
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
-from trtower.errors import ConfigError, MissingExtraError
-from trtower_export import pipeline
+from trtower.errors import CheckpointError, ConfigError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.precision import quantisation
-from trtower_export.precision.quantisation import read_quantised
+from trtower_export.precision.quantisation import calibrate, read_quantised
 
-pytest.importorskip("modelopt")
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
@@ -78,14 +76,27 @@ def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
         )
 
 
-def test_calibration_without_the_extra_says_so(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(module: str, *, extra: str, purpose: str) -> None:
-        raise MissingExtraError(f"{purpose} needs the package modelopt: pip install 'trtower[{extra}]'")
+@pytest.mark.parametrize("precision", KINDS)
+def test_output_whose_weights_are_all_zero_stays_zero(tmp_path: Path, precision: str) -> None:
+    """Pruned checkpoints have such rows. A step of zero would be refused by TensorRT, and NaN in PyTorch."""
+    model = make_model("clip")
+    layer = getattr(model, "vision_model", model).encoder.layers[0]
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight[3] = 0
+        layer.mlp.fc1.weight.zero_()
+    model.save_pretrained(tmp_path / "pruned")
+    bundle = export_tower(str(tmp_path / "pruned"), tmp_path / "b", ExportOptions(precision=precision))
+    certificate = bundle.manifest.certificate
+    assert certificate.passed, certificate.bounds
+    assert certificate.torch.relative_error > 5e-3
+    assert all((scales.weight > 0).all() for scales in read_quantised(bundle).values())
 
-    monkeypatch.setattr(quantisation, "import_extra", missing)
-    monkeypatch.setattr(pipeline, "open_checkpoint", None)  # before any work
-    with pytest.raises(MissingExtraError, match=r"calibrating int8 needs .*trtower\[quant\]"):
-        export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(precision="int8", flavour="none"))
-    assert not (tmp_path / "b").exists()
+
+def test_layer_that_reads_what_is_not_finite_is_named(checkpoints: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(str(checkpoints["clip"]))
+    spec = checkpoint.spec(-2, "patch", None)
+    tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
+    image = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    image[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj reads what is not finite"):
+        calibrate(tower, "int8", [torch.zeros_like(image), image], [])
