@@ -112,8 +112,7 @@ def say(console: "Console", text: str) -> None:
 
 def as_json(found: Any) -> str:
     """Write a dataclass, or what JSON has, as indented JSON; NaN and infinities are a bug."""
-    data = dataclasses.asdict(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else found
-    return json.dumps(data, indent=2, allow_nan=False)
+    return json.dumps(found, indent=2, allow_nan=False, default=dataclasses.asdict)
 
 
 @contextmanager

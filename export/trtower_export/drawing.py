@@ -1,6 +1,6 @@
 """Make an empty matplotlib figure, and make a PNG of a finished one.
 
-Figures are drawn on an Agg canvas of their own: pyplot, its global state and its search for a display are not touched.
+Figures are made without pyplot: its global state and its search for a display are not touched.
 """
 
 import io
@@ -15,12 +15,8 @@ BLUE, ORANGE, RED = "#0a5ea8", "#c2700a", "#c1121f"
 
 def new_figure(width: int, height: int, *, dpi: int, purpose: str) -> Any:
     """Make a white figure of so many pixels; raise MissingExtraError where matplotlib is not installed."""
-    agg = import_extra("matplotlib.backends.backend_agg", extra="report", purpose=purpose)
-    figure = import_extra("matplotlib.figure", extra="report", purpose=purpose).Figure(
-        figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white"
-    )
-    agg.FigureCanvasAgg(figure)
-    return figure
+    figure = import_extra("matplotlib.figure", extra="report", purpose=purpose)
+    return figure.Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
 
 
 def to_png(figure: Any) -> bytes:

@@ -79,7 +79,8 @@ def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions,
     batch = min(timing.batch for timing in found.timings)
     for name, backend in entrants:
         with progress.step(f"{name}, alone"):
-            cold.append(_run_cold(bundle, checkpoint, name, backend, batch, found.absent))
+            device = found.environment["device"]
+            cold.append(_run_cold(bundle, checkpoint, name, backend, device, batch, found.absent))
     return dataclasses.replace(found, cold=tuple(each for each in cold if each))
 
 
@@ -153,13 +154,20 @@ def _enter_all(arena: Arena, names: Sequence[str], progress: Progress) -> tuple[
 
 
 def _run_cold(
-    bundle: Bundle, checkpoint: Checkpoint, name: str, backend: str | None, batch: int, absent: dict[str, str]
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    name: str,
+    backend: str | None,
+    device: str,
+    batch: int,
+    absent: dict[str, str],
 ) -> ColdStart | None:
     """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
     arguments = {
         "bundle": str(bundle.path),
         "name": name,
         "backend": backend,
+        "device": device,
         "batch": batch,
         "source": checkpoint.source,
         "trust": dataclasses.asdict(checkpoint.trust),

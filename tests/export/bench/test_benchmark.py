@@ -197,7 +197,7 @@ def test_what_a_checkpoint_is_trusted_with_reaches_those_that_run_alone(
     (pickled / "model.safetensors").unlink()
     checkpoint = open_checkpoint(str(pickled), trust=Trust(allow_pickle=True))
     absent: dict[str, str] = {}
-    assert module._run_cold(bundle, checkpoint, "sdpa", None, 1, absent), absent
+    assert module._run_cold(bundle, checkpoint, "sdpa", None, "cpu", 1, absent), absent
 
 
 def test_half_precision_alone_does_not_keep_full_precision_beside_it(torch_arena: Arena) -> None:
@@ -248,17 +248,17 @@ def test_one_alone_that_answers_nothing_is_named(
     absent: dict[str, str] = {}
     done = SimpleNamespace(returncode=0, stdout=stdout, stderr="")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: done)
-    assert module._run_cold(bundle, checkpoint, "eager", None, 1, absent) is None
+    assert module._run_cold(bundle, checkpoint, "eager", None, "cpu", 1, absent) is None
     assert absent == {"eager, alone": "exit status 0"}
     done.stdout = '{"load_s": 1.0, "first_s": 2.0, "peak_bytes": 3}\nand a line after it\n'
-    found = module._run_cold(bundle, checkpoint, "eager", None, 1, absent)
+    found = module._run_cold(bundle, checkpoint, "eager", None, "cpu", 1, absent)
     assert found == ColdStart(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
 
 
 def test_entrant_that_breaks_alone_is_named(bundle: Bundle, checkpoint: Checkpoint) -> None:
     absent: dict[str, str] = {}
     gone = dataclasses.replace(checkpoint, source="nowhere/at-all")
-    assert module._run_cold(bundle, gone, "eager", None, 1, absent) is None
+    assert module._run_cold(bundle, gone, "eager", None, "cpu", 1, absent) is None
     assert "CheckpointError" in absent["eager, alone"]
 
 

@@ -175,6 +175,8 @@ def test_graph_without_names_for_its_states_asks_for_another_export(spoilt: Path
     for node in model.graph.node:
         for names in (node.input, node.output):
             names[:] = [name.replace(HIDDEN_STATE, "state-") for name in names]
+    for value in model.graph.value_info:
+        value.name = value.name.replace(HIDDEN_STATE, "state-")
     onnx.save(model, spoilt / GRAPH)
     make_hashes_fit(spoilt, GRAPH, GRAPH_DATA)
     with pytest.raises(BundleError, match="its graph names no hidden state 0: export it again, with --overwrite"):

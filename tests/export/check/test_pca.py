@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from trtower.errors import InputError
 from trtower_export.check.report import pca
 from trtower_export.check.report.pca import PcaRow, draw_sheet, draw_strips, pca_colours, strip_png
 from trtower_export.drawing import to_png
@@ -171,16 +170,6 @@ def test_what_is_not_finite_is_drawn_black(features: list[torch.Tensor]) -> None
     broken[0][6, 3] = torch.inf
     _, bundle = pca_colours(features, broken)
     assert bundle[0][5:7].tolist() == [[0, 0, 0]] * 2
-
-
-def test_features_that_are_no_square_of_patches_are_refused(features: list[torch.Tensor]) -> None:
-    with pytest.raises(InputError, match="no photograph"):
-        draw_strips([], panel=PANEL)
-    with_prefix = [torch.cat([f[:1], f]) for f in features]
-    with pytest.raises(InputError, match=r"shape \(257, 24\).*drop the prefix tokens"):
-        draw_strips(rows(with_prefix, with_prefix), panel=PANEL)
-    with pytest.raises(InputError, match=r"bundle features of photograph 0 have shape \(257, 24\).*\(256, 24\)"):
-        draw_strips(rows(features, with_prefix), panel=PANEL)
 
 
 def spoil(features: list[torch.Tensor], *patches: tuple[int, int]) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trtower.errors import ConfigError, InputError, MissingExtraError
+from trtower.errors import InputError, MissingExtraError
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
     PHOTOGRAPH,
@@ -141,11 +141,6 @@ def test_folder_without_a_photograph_is_refused(folder: Path, tmp_path: Path) ->
     (tmp_path / "empty" / "x.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"no readable image: found x\.png"):
         load_photographs(tmp_path / "empty")
-
-
-def test_limit_of_none_is_refused_by_name(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="limit=0"):
-        load_photographs(folder, limit=0)
 
 
 def test_a_dozen_real_photographs_need_no_download(monkeypatch: pytest.MonkeyPatch) -> None:

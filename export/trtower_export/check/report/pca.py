@@ -18,7 +18,6 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import Tensor
 
-from trtower.errors import InputError
 from trtower_export.drawing import GREY, INK, new_figure, to_png
 
 Pixels = npt.NDArray[np.uint8]
@@ -73,7 +72,7 @@ def draw_strips(rows: Sequence[PcaRow], *, panel: int, mark: int = 0, limit: flo
     the photograph. With ``limit`` a fourth panel shows the error of each patch, 1 - cosine, on a log scale whose white
     is ``limit`` and beyond. What is not finite has the colour of the worst patch there.
     """
-    side = _check(rows)
+    side = isqrt(len(rows[0].reference))
     cell = max(1, round(panel / side))  # whole pixels per patch, so that every patch is drawn the same size
     gap = np.full((side * cell, round(side * cell * GAP), 3), 255, np.uint8)
     references, bundles = pca_colours([row.reference for row in rows], [row.bundle for row in rows])
@@ -199,24 +198,3 @@ def _error_colours(distances: Tensor, limit: float) -> Tensor:
     colours = (scaled.nan_to_num(nan=0.0).clamp(0, 1) * 255).round().to(torch.uint8)[:, None].repeat(1, 3)
     colours[~distances.isfinite()] = torch.tensor(ImageColor.getrgb(WORST), dtype=torch.uint8)
     return colours
-
-
-def _check(rows: Sequence[PcaRow]) -> int:
-    """Return the patches of a side."""
-    if not rows:
-        raise InputError("the PCA picture has no photograph; expected one row or more")
-    expected = tuple(rows[0].reference.shape)
-    for row in rows:
-        for label, features in (("reference", row.reference), ("bundle", row.bundle)):
-            found = tuple(features.shape)
-            if found != expected:
-                raise InputError(
-                    f"{label} features of {row.name} have shape {found}; the first photograph's are {expected}: "
-                    "give every photograph's patches from the same tower"
-                )
-    if len(expected) != 2 or not expected[1] or not expected[0] or isqrt(expected[0]) ** 2 != expected[0]:
-        raise InputError(
-            f"features have shape {expected}; expected (N, D) with a square number N of patches: "
-            "drop the prefix tokens and the batch"
-        )
-    return isqrt(expected[0])

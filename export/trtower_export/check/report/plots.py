@@ -133,16 +133,12 @@ def _axes(*, purpose: str) -> tuple[Any, Any]:
 
 def _edges(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Cut whole decades into bins, from below the smallest value to above the largest."""
-    if not values.size:
-        return np.logspace(-8, 0, 8 * BINS_PER_DECADE + 1)
     low, high = (round(math.log10(value), 9) for value in (values.min(), values.max()))
     bottom, top = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
     return np.logspace(bottom, top, BINS_PER_DECADE * (top - bottom) + 1)
 
 
 def _legend(axes: Any) -> None:
-    if not axes.get_legend_handles_labels()[0]:
-        return
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=6, frameon=False, fontsize=7, labelcolor=INK,
         handlelength=1.6, columnspacing=1.4, borderaxespad=0,
