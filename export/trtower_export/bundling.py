@@ -19,7 +19,7 @@ from trtower.spec import MIB, PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.checkpoint.preprocessor import image_aspect_ratio
 from trtower_export.graph.cost import measure_graph
-from trtower_export.graph.load import CutTower
+from trtower_export.graph.load import LoadedTower
 from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
 from trtower_export.precision.program import TracedTower
 
@@ -44,7 +44,7 @@ def write_bundle(
     spec: TowerSpec,
     profiles: tuple[BatchProfile, ...],
     preprocessor: dict[str, Any],
-    cut: CutTower,
+    loaded: LoadedTower,
     traced: TracedTower,
 ) -> Manifest:
     """Write all that a bundle has beside its graph, the manifest last, and return it. Raises ConfigError."""
@@ -55,12 +55,12 @@ def write_bundle(
         name=name,
         trtower=trtower.__version__,
         spec=spec,
-        full=cut.full,
-        cut=measure_graph(folder / GRAPH, cut.flop),
+        full=loaded.full,
+        cut=measure_graph(folder / GRAPH, loaded.flop),
         source=Source(
             checkpoint=checkpoint.source,
             revision=checkpoint.revision,
-            weights_sha256=cut.weights_sha256.result(),
+            weights_sha256=loaded.hashing.result(),
             random_weights=checkpoint.random_weights,
             image_aspect_ratio=image_aspect_ratio(checkpoint),
             tower=checkpoint.tower,

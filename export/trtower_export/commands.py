@@ -206,7 +206,7 @@ def check(
         from trtower.tower.image_processor import ImageProcessor
         from trtower_export.check.certify import check_bundle
         from trtower_export.check.photographs import load_photographs, say_skipped
-        from trtower_export.check.report import Report, make_folder
+        from trtower_export.check.report.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
 
     pages = None
@@ -353,7 +353,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the bundles and the picture go.")] = Path("engines"),
 ) -> int:
     """Show the whole way on pretrained weights and photographs, offline."""
-    from trtower_export.demo import run_demo
+    from trtower_export.demo.demo import run_demo
 
     return run_demo(out, Console())
 

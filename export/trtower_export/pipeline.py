@@ -48,7 +48,7 @@ def export_tower(
     says so the bundle is there, whole, and only its plan is missing.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
-    target, choice = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
+    target, reason = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
@@ -56,17 +56,17 @@ def export_tower(
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)
     preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
-    say_what_is_read(checkpoint, spec, options, choice, progress)
+    say_what_is_read(checkpoint, spec, options, reason, progress)
 
-    with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:
-        cut = load_and_cut(checkpoint, spec, progress)
-        check_space(cut.tower, options.graph_precision, folder, plans=target is not None)
+    with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # it is named `out` after the block
+        loaded = load_and_cut(checkpoint, spec, progress)
+        check_space(loaded.tower, options.graph_precision, folder, plans=target is not None)
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
-        traced = trace_in_precision(cut.tower, spec, merge_profiles(profiles), options, samples, progress)
+        traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
             traced.write(spec, folder / GRAPH)
-        release(cut.tower)
-        manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, cut, traced)
+        release(loaded.tower, traced.program)  # for the plan's build, which needs the room
+        manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced)
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 
     bundle = Bundle.open(out)

@@ -17,8 +17,9 @@ from trtower.runners import choose
 from trtower.runners.base import Backend, Runner
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower_export.bench.environment import multiplies_bf16
+from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
-from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
+from trtower_export.graph.truncate import TruncatedTower, truncate
 
 TRTOWER, LLAVA = "trtower", "llava"
 

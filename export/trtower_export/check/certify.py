@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, Figures, ImageFigures
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Manifest
 from trtower.bundle.staging import disk_errors, locked
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, CheckpointError, ConfigError
+from trtower.fingerprint import read_parameters, weights_sha256
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import BatchProfile, merge_profiles, profile_batches
@@ -38,7 +39,7 @@ from trtower_export.check.layers import GraphStates, LayerSums
 from trtower_export.check.photographs import DRAWN, PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
-from trtower_export.graph.truncate import TruncatedTower, check_weights, truncate
+from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
@@ -135,7 +136,7 @@ class _Towers:
         return states
 
 
-Run: TypeAlias = int | str
+RunKey: TypeAlias = int | str
 """A batch of the bundle, or one of the two runs beside it: PyTorch in its precision, and its graph as typed."""
 TORCH, TYPED = "torch", "typed"
 
@@ -145,10 +146,10 @@ class _Comparison:
     """What was measured so far, of every run on every image by its id: two photographs may have one name."""
 
     batches: Sequence[int]
-    sums: dict[tuple[Run, int], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
+    sums: dict[tuple[RunKey, int], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     layers: LayerSums = field(default_factory=LayerSums)
 
-    def figures(self, runs: Iterable[Run], images: Sequence[Photograph]) -> Figures:
+    def figures(self, runs: Iterable[RunKey], images: Sequence[Photograph]) -> Figures:
         """Make the figures of runs on images, taken together."""
         return total(self.sums[run, id(image)] for run in runs for image in images).figures()
 
@@ -225,7 +226,7 @@ def _make_certificate(
     """Judge what was measured by the bounds, and write it down with what it was measured on."""
     manifest, runner = towers.bundle.manifest, towers.runner
     batches, figures = comparison.batches, comparison.figures
-    runs: list[Run] = [*batches, *([TYPED] if towers.typed else [])]
+    runs: list[RunKey] = [*batches, *([TYPED] if towers.typed else [])]
     drawn = [image for image in images if image.kind != PHOTOGRAPH]
     kinds = {PHOTOGRAPH: photographs.images} | ({DRAWN: drawn} if drawn else {})
     measured = {kind: ([figures([run], of) for run in runs], figures([TORCH], of)) for kind, of in kinds.items()}
@@ -282,3 +283,12 @@ def _open(bundle: Bundle, backend: str) -> Runner:
             raise ConfigError(f"--backend {backend} is for {EMULATED[backend]}; {found}.")
         return EmulatedRunner(bundle, worst=True)
     return choose(bundle, backend)
+
+
+def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
+    """Raise CheckpointError unless a full tower has the weights that a bundle was made of."""
+    if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
+        raise CheckpointError(
+            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
+            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
+        )

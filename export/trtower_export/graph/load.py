@@ -13,24 +13,24 @@ from trtower_export.graph.truncate import TruncatedTower, truncate
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutTower:
+class LoadedTower:
     """A truncated tower in FP32, what it and the full one cost, and the hashes of its weights, once they are ready."""
 
     tower: TruncatedTower
     full: TowerCost
     flop: int
-    weights_sha256: Future[dict[str, str]]
+    hashing: Future[dict[str, str]]
 
 
-def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> CutTower:
+def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> LoadedTower:
     """Load the full model and keep what ``spec`` reads of it. Raises CheckpointError."""
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
         model = checkpoint.load_model(spec)
-        weights_sha256 = hash_later(model, spec)
+        hashing = hash_later(model, spec)
         tower = truncate(model, checkpoint.family, spec)
-        return CutTower(
+        return LoadedTower(
             tower=tower,
             full=measure_module(model, checkpoint.family, spec.image_size),
             flop=count_flop(tower, spec.image_size),
-            weights_sha256=weights_sha256,
+            hashing=hashing,
         )

@@ -6,10 +6,8 @@ optimiser would keep their weights in memory until then.
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from trtower.bundle.manifest import Manifest
-from trtower.errors import CheckpointError
-from trtower.fingerprint import read_parameters, weights_sha256
 from trtower.spec import TowerSpec
 from trtower_export.families import Family
 
@@ -49,20 +47,11 @@ def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTowe
     return tower.requires_grad_(requires_grad=False)
 
 
-def release(tower: nn.Module) -> None:
-    """Give the memory of a tower's weights back; the tower is of no use after it.
+def release(tower: nn.Module, program: ExportedProgram) -> None:
+    """Free the weights of a tower, and of the copy that was traced if it is one. Neither is of use afterwards.
 
     The exporter of PyTorch 2.13 leaves references to traced weights behind that no garbage collection finds, and
     the build that follows needs the room.
     """
-    for parameter in tower.parameters():
+    for parameter in (*tower.parameters(), *program.state_dict.values()):
         parameter.data = torch.empty(0)
-
-
-def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
-    """Have a full tower be of the weights that a bundle was made of; raise CheckpointError where it is not."""
-    if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
-        raise CheckpointError(
-            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
-            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
-        )

@@ -1,5 +1,6 @@
 """Trace a truncated tower with every operation in the precision that was asked for, named, or found on images."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,13 @@ from torch.export import ExportedProgram
 from trtower.bundle.manifest import Calibration
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.console import Progress
+from trtower_export.graph.islands import keep_fp32
 from trtower_export.graph.onnx_graph import Quantise, write_onnx
+from trtower_export.graph.operations import Operations, trace
 from trtower_export.options import ExportOptions
-from trtower_export.precision.quantisation import calibrate, write_quantised
-from trtower_export.precision.search import find_islands, left_in_half, trace_with_islands
+from trtower_export.precision.doctor import named_weights
+from trtower_export.precision.quantisation import calibrate, left_in_half, write_quantised
+from trtower_export.precision.search import find_islands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +80,24 @@ def trace_in_precision(
         calibration=Calibration(layers=len(scales), images=len(images), images_sha256=samples.sha256),
         quantise=partial(write_quantised, precision=precision, scales=scales),
     )
+
+
+def trace_with_islands(
+    tower: nn.Module,
+    spec: TowerSpec,
+    precision: str,
+    batch: BatchProfile,
+    patterns: Sequence[str],
+    *,
+    spare: bool = False,
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Trace ``tower`` with what ``patterns`` name in FP32; give the names of these operations, too.
+
+    Without patterns, and unless it is to be spared, the tower is cast in place, which saves a copy of its weights.
+    Raises ConfigError where a pattern matches nothing.
+    """
+    program = trace(copy.deepcopy(tower) if patterns or spare else tower, spec.input(precision), batch)
+    kept = Operations(program, spelled_out=True).match(patterns) if patterns else ()
+    if kept:
+        keep_fp32(program, kept, named_weights(tower))
+    return program, kept

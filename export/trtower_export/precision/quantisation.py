@@ -18,11 +18,13 @@ import torch
 from onnx import numpy_helper
 from onnx_ir import DataType
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError, ConfigError
 from trtower.spec import PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
+from trtower_export.graph.operations import Operations
 from trtower_export.graph.truncate import TruncatedTower
 
 
@@ -68,6 +70,21 @@ class Scales:
 
 Quantisation = Mapping[str, Scales]
 """The scales of every quantised layer, by its module's path in the tower."""
+
+
+def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[str] | None) -> set[str]:
+    """Say which operations of a traced tower an 8-bit precision leaves in half precision.
+
+    None leaves what the format does badly: INT8 has one step for all of a tensor, and behind an activation a few
+    numbers are far larger than the rest. On a pretrained ViT-S/14 leaving these layers out takes the relative error
+    of INT8 from 0.16 to 0.08 (`make precisions`).
+    """
+    operations = Operations(program)
+    if patterns is not None:
+        return set(operations.match(patterns))
+    if not FORMATS[precision].spares_activated:
+        return set()
+    return {operation.name for operation in operations if operations.follows_activation(operation)}
 
 
 @torch.no_grad()

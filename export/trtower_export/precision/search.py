@@ -1,4 +1,4 @@
-"""Decide which operations of a half-precision tower stay in FP32: by name, or by searching for the fewest.
+"""Search for the fewest operations of a half-precision tower that must stay in FP32.
 
 The search judges simulations by the very bounds of the check, and ends with a set of which none can be left out.
 That is the smallest by inclusion; another set of fewer operations may exist, but nobody would look at all of them.
@@ -13,18 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from trtower.bundle.certificate import Bound
 from trtower.errors import BuildError
-from trtower.spec import BatchProfile, TowerSpec
+from trtower.spec import TowerSpec
 from trtower_export.console import Progress, Step
-from trtower_export.graph.islands import keep_fp32
-from trtower_export.graph.operations import Operations, trace
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, named_weights, simulate
 from trtower_export.precision.metrics import MetricSums
-from trtower_export.precision.quantisation import FORMATS
 from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 MONOTONOUS = ("non_finite", "token_cosine_min")
@@ -132,42 +128,6 @@ def _find_enough(trials: _Trials, tower: nn.Module, step: Step) -> list[str]:
         raise BuildError(f"the bounds of FP16 are missed with every operation in FP32: {_why(cases)}")
     ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
     return kept + _shortest(ranked, lambda more: trials.hold([*kept, *more]))
-
-
-def trace_with_islands(
-    tower: nn.Module,
-    spec: TowerSpec,
-    precision: str,
-    batch: BatchProfile,
-    patterns: Sequence[str],
-    *,
-    spare: bool = False,
-) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Trace ``tower`` with what ``patterns`` name in FP32; give the names of these operations, too.
-
-    Without patterns, and unless it is to be spared, the tower is cast in place, which saves a copy of its weights.
-    Raises ConfigError where a pattern matches nothing.
-    """
-    program = trace(copy.deepcopy(tower) if patterns or spare else tower, spec.input(precision), batch)
-    kept = Operations(program, spelled_out=True).match(patterns) if patterns else ()
-    if kept:
-        keep_fp32(program, kept, named_weights(tower))
-    return program, kept
-
-
-def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[str] | None) -> set[str]:
-    """Say which operations of a traced tower an 8-bit precision leaves in half precision.
-
-    None leaves what the format does badly: INT8 has one step for all of a tensor, and behind an activation a few
-    numbers are far larger than the rest. On a pretrained ViT-S/14 leaving these layers out takes the relative error
-    of INT8 from 0.16 to 0.08 (`make precisions`).
-    """
-    operations = Operations(program)
-    if patterns is not None:
-        return set(operations.match(patterns))
-    if not FORMATS[precision].spares_activated:
-        return set()
-    return {operation.name for operation in operations if operations.follows_activation(operation)}
 
 
 def _why(cases: Sequence[_Case]) -> str:

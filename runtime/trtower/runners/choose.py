@@ -80,8 +80,6 @@ def choose(
     `device` limits the choice: with "cuda" nothing runs on the CPU, and the other way round. Raises BackendError
     with every reason when nothing that was asked for can run; a file that fails its sha256 always raises.
     """
-    if backend != "auto":
-        find_backend(backend)
     asked = parse_device(device)
     if asked and (obstacle := device_obstacle(asked)):
         raise BackendError(f"device {asked} was asked for: {obstacle}. Ask for device='cpu', or for none.")

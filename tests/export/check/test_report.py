@@ -20,8 +20,9 @@ from trtower.errors import BundleError, InputError, MissingExtraError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
-from trtower_export.check.report import Report, as_image, describe_worst, make_folder, pca
+from trtower_export.check.report import pca
 from trtower_export.check.report.plots import draw_layers
+from trtower_export.check.report.report import Report, as_image, describe_worst, make_folder
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -297,7 +298,7 @@ def test_first_jump_is_named_and_marked(tmp_path: Path, monkeypatch: pytest.Monk
         marked.append(first_jump)
         return draw_layers(*args, first_jump=first_jump, **options)
 
-    monkeypatch.setattr("trtower_export.check.report.draw_layers", spy)
+    monkeypatch.setattr("trtower_export.check.report.report.draw_layers", spy)
     even = replace(made_up.layers()[0], torch=made_up.figures(relative_error=1e-4))
     steady = tuple(replace(even, layer=layer) for layer in range(4))
     write(tmp_path, made_up.evidence(), layers=steady)

@@ -15,7 +15,7 @@ from trtower_export.console import Step
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.plan.polygraphy import PLAN, build_plan
 from trtower_export.plan.targets import Target
-from trtower_export.precision.search import trace_with_islands
+from trtower_export.precision.program import trace_with_islands
 
 
 def write(name: str, patterns: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from trtower_export.precision import search as module
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, simulate
 from trtower_export.precision.metrics import MetricSums
+from trtower_export.precision.program import trace_with_islands
 from trtower_export.precision.rounding import Simulation
-from trtower_export.precision.search import find_islands, trace_with_islands
+from trtower_export.precision.search import find_islands
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

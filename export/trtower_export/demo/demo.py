@@ -18,8 +18,8 @@ from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.photographs import PHOTOGRAPH, load_photographs
-from trtower_export.check.report import make_row
 from trtower_export.check.report.pca import PcaRow, draw_sheet
+from trtower_export.check.report.report import make_row
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS
 from trtower_export.check.tables import print_certificate
 from trtower_export.checkpoint.checkpoint import open_checkpoint, quiet_transformers
