@@ -15,6 +15,7 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -71,7 +72,7 @@ def certify(
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
     comparison = _Comparison(batches=batches)
     title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
-    with progress.step(title) as step, torch.no_grad():
+    with closing(towers.runner), progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
             step.update(start / len(images), f"from {images[start].name} on")
             _compare(towers, images[start : start + max(batches)], comparison, on_image)

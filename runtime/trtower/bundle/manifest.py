@@ -61,6 +61,10 @@ class Source:
     image_aspect_ratio: str | None = None
     tower: str | None = None
 
+    def __post_init__(self) -> None:
+        if "float32" not in self.weights_sha256:
+            raise ConfigError("weights_sha256 has no float32, by which a check knows the checkpoint.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerCost:

@@ -73,6 +73,12 @@ def test_layers_that_the_spec_does_not_read_are_refused(spoilt: Path, key: str, 
         Bundle.open(spoilt)
 
 
+def test_source_without_the_weights_by_which_a_check_knows_them_is_refused(spoilt: Path) -> None:
+    edit(spoilt, source=json.loads((spoilt / MANIFEST).read_text())["source"] | {"weights_sha256": {}})
+    with pytest.raises(BundleError, match="contradicts itself: weights_sha256 has no float32"):
+        Bundle.open(spoilt)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_manifest_from_before_names_were_in_it_means_what_it_meant(name: str) -> None:
     config = make_model(name).config
