@@ -42,10 +42,10 @@ def export_tower(
         options: what to make of the checkpoint.
         progress: who is told of every step; the log unless given.
 
-    Returns: the bundle, whose certificate says whether the check passed.
+    Returns: the bundle; if it was checked, its certificate says whether the check passed.
 
-    Raises a TrtowerError, by its kind for what was asked for, what is missing or what failed. After a BuildError that
-    says so the bundle is there, whole, and only its plan is missing.
+    Raises a TrtowerError, by its kind for what was asked for, what is missing or what failed. Whatever keeps the plan
+    from being built is a BuildError that says so: the bundle is there then, whole, and only its plan is missing.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     target, reason = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)

@@ -45,6 +45,9 @@ from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 
+WAIT_S = 600.0
+"""How long to wait while another process writes into the bundle, rather than lose what minutes have measured."""
+
 OnImage = Callable[[ImageEvidence], None]
 """Is shown what became of each image, such as for a report."""
 
@@ -102,7 +105,7 @@ def check_bundle(
     if not os.access(bundle.path, os.W_OK):
         raise BundleError(f"{bundle.path} is read-only, and its certificate is written into it: check a copy of it.")
     certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
-    with disk_errors(bundle.path), locked(bundle.path):
+    with disk_errors(bundle.path), locked(bundle.path, wait_s=WAIT_S):
         return bundle.add_certificate(certificate)
 
 

@@ -119,8 +119,7 @@ class Operations(Sequence[Operation]):
 
     def follows_activation(self, operation: Operation) -> bool:
         """Whether an operation is a product with what an activation function gives, gated or not."""
-        inputs = [source for node in operation.nodes for source in _sources(node.all_input_nodes[0])]
-        return operation.multiplies and any(opname(source) in ACTIVATIONS | {"mul"} for source in inputs)
+        return operation.multiplies and any(_is_activated(node.all_input_nodes[0]) for node in operation.nodes)
 
     def match(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Find the operations that patterns name, each a name, the path of a module around it, or either with `*`.
@@ -295,6 +294,17 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
         return
     for argument in node.all_input_nodes:
         yield from _sources(argument)
+
+
+def _is_activated(value: fx.Node) -> bool:
+    """Whether an activation function gave a value, or a factor of it: x sigmoid(x), silu(gate) x, x (1 + tanh(x)).
+
+    The factors of an RMSNorm are its weight, what it norms, and the root of that.
+    """
+    if is_cast(value) or (value.op == "call_function" and not _computes(value)):
+        return any(map(_is_activated, value.all_input_nodes))
+    is_factor = opname(value) == "mul" or (opname(value) == "add" and len(value.all_input_nodes) == 1)
+    return opname(value) in ACTIVATIONS or (is_factor and any(map(_is_activated, value.all_input_nodes)))
 
 
 def opname(node: fx.Node) -> str:

@@ -42,7 +42,10 @@ class TruncatedTower(nn.Module):
 
 
 def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTower:
-    """Take what ``spec`` reads out of a full tower. The tower shares the model's weights, and the model stays whole."""
+    """Take what ``spec`` reads out of a full tower.
+
+    The tower shares the model's weights, which ask for no gradients from then on; the model stays whole.
+    """
     tower = TruncatedTower(model, family, spec).eval()
     return tower.requires_grad_(requires_grad=False)
 

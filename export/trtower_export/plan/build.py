@@ -5,7 +5,7 @@ This is the one way for a plan into a bundle, after an export and with `trtower 
     add_plan            settles the target, which an export has done before
     └── build_into      takes the plan from the store, or builds it, and adds it to the bundle
         ├── obtain_plan     what the store has, or keeps once it is built
-        ├── _build          Polygraphy, on a graph that is verified
+        ├── _build_verified Polygraphy, on a graph that is compared with its hash
         └── Bundle.add_plan the file into the folder, its entry into the manifest
 
 `trtower build` runs where the tower is served: neither torch models, nor transformers, nor onnx are needed here.
@@ -30,7 +30,7 @@ from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
 from trtower_export.console import Progress
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
-from trtower_export.plan.store import obtain
+from trtower_export.plan.store import fetch_or_build
 from trtower_export.plan.targets import Target, build_there, choose_target, make_entry
 
 BUILD_PROCEDURE_VERSION = 2
@@ -91,7 +91,7 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
                 for name in (PLAN, LOG):  # copied: a bundle that shared its files could be damaged through others
                     shutil.copyfile(kept / name, folder / name)
             else:
-                _build(bundle, target, progress, folder)
+                _build_verified(bundle, target, progress, folder)
             added = bundle.add_plan(make_entry(target), folder / PLAN, folder / LOG)
     built = added.manifest.plans[-1]
     now = (built.settings, added.manifest.files[built.file])
@@ -135,15 +135,17 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
     def build(folder: Path) -> None:
         nonlocal built
         built = True
-        _build(bundle, target, progress, folder, cache=store / timings if timings else None)
+        _build_verified(bundle, target, progress, folder, cache=store / timings if timings else None)
 
-    place = obtain(store, facts, build, progress)
+    place = fetch_or_build(store, facts, build, progress)
     for name in () if built else (GRAPH, GRAPH_DATA):  # whoever builds verifies them
         bundle.verify(name)
     return place
 
 
-def _build(bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None) -> None:
+def _build_verified(
+    bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None
+) -> None:
     """Build PLAN and LOG in ``folder`` from a graph that is verified, and the same to the end."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
     with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:

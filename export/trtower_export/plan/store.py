@@ -35,7 +35,7 @@ def default_store() -> Path:
     return path
 
 
-def obtain(store: Path, facts: Mapping[str, Any], build: Build, progress: Progress) -> Path:
+def fetch_or_build(store: Path, facts: Mapping[str, Any], build: Build, progress: Progress) -> Path:
     """Return the folder of the plan of which all ``facts`` are true, which is in the store or is built now.
 
     Raises BuildError if the store cannot be written, and whatever ``build`` raises.
@@ -56,7 +56,7 @@ def obtain(store: Path, facts: Mapping[str, Any], build: Build, progress: Progre
         ) from err
     with held:
         if not _is_intact(place, progress):
-            _build(place, build)
+            _fill(place, build)
     return place
 
 
@@ -76,7 +76,7 @@ def _is_intact(place: Path, progress: Progress) -> bool:
     return False
 
 
-def _build(place: Path, build: Build) -> None:
+def _fill(place: Path, build: Build) -> None:
     staging = place.with_suffix(".staging")
     shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
     with disk_errors(staging):

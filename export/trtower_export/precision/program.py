@@ -17,7 +17,7 @@ from trtower_export.graph.onnx_graph import Quantise, write_onnx
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.options import ExportOptions
 from trtower_export.precision.doctor import named_weights
-from trtower_export.precision.quantisation import calibrate, left_in_half, write_quantised
+from trtower_export.precision.quantisation import calibrate, left_in_half, linear_layers, write_quantised
 from trtower_export.precision.search import find_islands
 
 
@@ -58,13 +58,14 @@ def trace_in_precision(
 ) -> TracedTower:
     """Trace ``tower``, which may be cast in place, in the precision of ``options``.
 
-    Raises ConfigError if a pattern names no operation, and BuildError if no choice of operations holds the bounds.
+    Raises ConfigError if a pattern names no operation or nothing is left for 8 bits, BuildError if no choice of
+    operations holds the bounds, and CheckpointError if the tower is not finite on an image.
     """
-    precision, keep = options.graph_precision, options.keep_fp32
+    precision, patterns = options.graph_precision, options.keep_fp32
     if options.searches:
-        keep = find_islands(tower, spec, samples.pixel_values, progress, always=keep)
+        patterns = find_islands(tower, spec, samples.pixel_values, progress, always=patterns)
     with progress.step("Trace"):
-        program, kept = trace_with_islands(tower, spec, precision, batch, keep, spare=options.calibrates)
+        program, kept = trace_with_islands(tower, spec, precision, batch, patterns, copied=options.calibrates)
     if options.searches or kept:
         progress.say(f"in FP32: {', '.join(kept) or 'nothing, FP16 holds the bounds as it is'}")
     if not options.calibrates:
@@ -73,6 +74,7 @@ def trace_in_precision(
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
         leave = left_in_half(program, precision, options.keep_fp16).union(kept)
         scales = calibrate(tower, precision, images, leave)
+    progress.say(f"in {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
     return TracedTower(
         precision=precision,
         program=program,
@@ -89,14 +91,15 @@ def trace_with_islands(
     batch: BatchProfile,
     patterns: Sequence[str],
     *,
-    spare: bool = False,
+    copied: bool = False,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Trace ``tower`` with what ``patterns`` name in FP32; give the names of these operations, too.
+    """Trace ``tower`` with what ``patterns`` name in FP32; return the names of these operations, too.
 
-    Without patterns, and unless it is to be spared, the tower is cast in place, which saves a copy of its weights.
-    Raises ConfigError where a pattern matches nothing.
+    What is traced is cast to ``precision``: a copy of the tower with patterns or if it is to be ``copied``, and else
+    the tower itself, which saves the memory.
+    Raises ConfigError if a pattern matches nothing.
     """
-    program = trace(copy.deepcopy(tower) if patterns or spare else tower, spec.input(precision), batch)
+    program = trace(copy.deepcopy(tower) if patterns or copied else tower, spec.input(precision), batch)
     kept = Operations(program, spelled_out=True).match(patterns) if patterns else ()
     if kept:
         keep_fp32(program, kept, named_weights(tower))

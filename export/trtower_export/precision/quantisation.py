@@ -1,9 +1,9 @@
 """Calibrate the linear layers of a tower for INT8 or FP8, and write them so into its ONNX graph.
 
-The range of a layer's input, and of its weights, is the largest magnitude in them. The graph is FP16 outside the linear
-layers and holds their weights in 8 bits: norms, softmax, attention's own products, the patch embedding and residuals
-stay in half precision. Scales are in FP32: with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in
-FP16, which sums of a third of the layers of a pretrained ViT-S/14 would overflow (computed, not run).
+The range of a layer's input, and of its weights, is the largest magnitude in them. What is not quantised stays in half
+precision, and so do norms, softmax, attention's own products, the patch embedding and residuals. Scales are in FP32:
+with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which sums of a third of the layers of a
+pretrained ViT-S/14 would overflow (computed, not run).
 """
 
 import copy
@@ -172,19 +172,19 @@ def write_quantised(
         half = weight.dtype
         scale = scales[module].input
         if (x, scale) not in done:
-            step = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
+            input_scale = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
             wide = _insert(node, "Cast", [x], {"to": DataType.FLOAT}, DataType.FLOAT)
-            eight = _insert(node, "QuantizeLinear", [wide, step], {"output_dtype": form.onnx}, form.onnx)
-            back = _insert(node, "DequantizeLinear", [eight, step], {}, DataType.FLOAT)
+            eight = _insert(node, "QuantizeLinear", [wide, input_scale], {"output_dtype": form.onnx}, form.onnx)
+            back = _insert(node, "DequantizeLinear", [eight, input_scale], {}, DataType.FLOAT)
             done[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
         node.replace_input_with(0, done[x, scale])
         steps = scales[module].weight.numpy()
         values = weight.const_value.numpy().astype(np.float32) / steps  # (I, O) by () or (O,)
         values = (values if form.dtype.is_floating_point else np.rint(values)).clip(-form.largest, form.largest)
         stored = _constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.onnx.numpy())), form.onnx)
-        step = _constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
+        weight_scale = _constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
         axis = {"axis": 1} if form.per_channel else {}
-        back = _insert(node, "DequantizeLinear", [stored, step], axis, DataType.FLOAT)
+        back = _insert(node, "DequantizeLinear", [stored, weight_scale], axis, DataType.FLOAT)
         node.replace_input_with(1, _insert(node, "Cast", [back], {"to": half}, half))
         if not weight.uses():
             del graph.initializers[str(weight.name)]

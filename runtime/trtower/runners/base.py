@@ -58,7 +58,7 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a bundle is run on a GPU: a plan, or where it says so the graph.
+    """How a bundle is run on a GPU: with TensorRT, and with ONNX Runtime if an option says so.
 
     ``contexts``: calls in flight at once, each with scratch memory of its own; more wait for their turn. They are made
     on demand, and as many as the GPU has room for.

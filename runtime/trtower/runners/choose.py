@@ -1,13 +1,14 @@
 """Choose the backend that runs a bundle.
 
-How `auto` decides:
+How `auto` decides. A *candidate* is a backend and a file of the bundle that it would run, a plan or the graph.
 
-1. It goes through BACKENDS, which are ordered from the best to the last resort.
-2. It skips a backend with an *obstacle*: a reason why this backend cannot run the bundle here.
-3. It puts off a backend with a *reservation*: a reason why this backend should not run the bundle. Either its check
-   missed a bound, or no check vouches for it and one is needed: the caller requires a certificate, or the backend is
-   *coarse*, which means that it computes in less than the bundle's precision.
-4. The first that opens runs the bundle. If none does, `auto` tries those that were put off, but never a coarse one.
+1. It goes through the candidates of BACKENDS, which are ordered from the best to the last resort.
+2. It skips a candidate with an *obstacle*: a reason why the backend cannot run this file here.
+3. It puts off a candidate with a *reservation*: a reason why the backend should not run this file. There are three:
+   - its check missed a bound;
+   - no check vouches for it, and the caller requires a certificate;
+   - no check vouches for it, and the backend is *coarse*: it computes in less than the bundle's precision.
+4. The first that opens runs the bundle. If none does, those that were put off are tried, but never a coarse one.
    If none of these opens either, BackendError has the reason of each.
 
 A backend that is named runs in spite of a reservation, or raises its obstacle. `auto`, a named backend and
@@ -96,10 +97,10 @@ def choose(
             tried[candidate] = candidate.obstacle or str(err)
             continue
         better = found[: found.index(candidate)]
-        passed_over = [each for each in found if each in better or each in tried]
+        passed_over = _reasons([each for each in found if each in better or each in tried], tried)
         is_news = backend == "auto" and _is_news(candidate, better, asked, certified=certified)
-        reasons = f"; passed over {_reasons(passed_over, tried)}" if passed_over else ""
-        logger.log(logging.WARNING if is_news else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, reasons)
+        suffix = f"; passed over {passed_over}" if passed_over else ""
+        logger.log(logging.WARNING if is_news else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
         return runner
     others = [] if backend == "auto" else [each.backend for each in candidates(bundle) if not each.obstacle]
     instead = f". Available on this machine: {', '.join(dict.fromkeys(others))}" if others else ""
@@ -112,14 +113,17 @@ def _reasons(found: Sequence[Candidate], tried: Mapping[Candidate, str]) -> str:
 
 
 def _is_news(chosen: Candidate, better: Sequence[Candidate], asked: torch.device | None, *, certified: bool) -> bool:
-    """Whether what `auto` chose deserves a warning: no plan though there is a GPU, or a better one failed its check."""
+    """Whether to warn of what `auto` chose: no plan though there is a GPU, or something better failed its check.
+
+    To be coarse, or to lack the certificate that the caller requires, is no failure.
+    """
     if torch.cuda.is_available() and not chosen.plan and (asked is None or asked.type == "cuda"):
         return True
     return not certified and any(each.reservation and not (each.obstacle or each.coarse) for each in better)
 
 
 def order_for_auto(found: Sequence[Candidate]) -> list[Candidate]:
-    """Return what `auto` tries, in its order: last what a check has failed, and never what is coarse and unchecked."""
+    """Return what `auto` tries, in its order: last what has a reservation, and of that nothing coarse."""
     reserved = [each for each in found if each.reservation and not each.obstacle]
     return [each for each in found if each not in reserved] + [each for each in reserved if not each.coarse]
 

@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,8 +82,9 @@ class Engine:
                     placed = self.device if self.device.type != "cpu" else None
                     known = (asked, self._asked_device, placed)
                     self.open(next((device for device in known if device is not None), None))
+                    self._asked_device = self._asked_device if asked is None else asked
                     return
-        if asked is not None and parse_device(asked) != self.device:
+        if asked is not None and asked != self.device:
             raise BackendError(f"{self.name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")
         logger.info("%s is already loaded, `load_model` called again, skipping.", self.name)
 
@@ -102,9 +103,11 @@ class Engine:
         if certified and (reason := bundle.uncertifiable()):
             raise _not_certified(bundle, reason, options.backend)
         runner = choose(bundle, options.backend, device, certified=certified, engine=options.engine)
-        if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
-            runner.close()
-            raise _not_certified(bundle, reason, runner.backend)
+        with ExitStack() as unless_served:
+            unless_served.callback(runner.close)
+            if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
+                raise _not_certified(bundle, reason, runner.backend)
+            unless_served.pop_all()
         found = bundle.find_certificate(runner.backend, runner.files[0])
         if found and not found.passed and not bundle.changed_since(found):
             said = "%s failed its check on %s: `trtower inspect` says what was missed."
@@ -120,12 +123,12 @@ class Engine:
         if self.runner is not None:
             refuse_fork()  # before the lock, which another thread may have held when this process was forked
         with self.changing:
-            closes = self.open(after) if after != self.device and self.runner is not None else None
+            close_previous = self.open(after) if after != self.device and self.runner is not None else None
             self._anchor.place(after)
             if after not in (before, torch.device("meta")):
                 self._asked_device = after
-        if closes:
-            closes()
+        if close_previous:
+            close_previous()
 
     def _device_after(self, move: Callable[[torch.Tensor], torch.Tensor], before: torch.device) -> torch.device:
         """Ask a function that moves tensors where it would move this engine."""
@@ -206,8 +209,12 @@ class Engine:
         """Run each number of images once, by default those that the profiles name, and keep what was compiled."""
         manifest = self._bundle.manifest
         side = manifest.spec.image_size
+        chosen = profile_batches(manifest.profiles) if batches is None else batches
+        chosen = [*chosen] if isinstance(chosen, Iterable) else [chosen]
+        if not all(type(batch) is int and batch > 0 for batch in chosen):
+            raise ConfigError(f"warmup takes numbers of images, such as [1, 8]; got {batches!r}.")
         with self.lend() as runner:
-            for batch in profile_batches(manifest.profiles) if batches is None else batches:
+            for batch in chosen:
                 pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
                 run_batch(runner, manifest.batch, manifest.output, pixel_values)
             if runner.device.type == "cuda":
@@ -230,16 +237,17 @@ def _not_certified(bundle: Bundle, reason: str, backend: str) -> BundleError:
     return BundleError(f"{bundle.path} is not certified: {reason}. {mend}.")
 
 
-def _read_device_map(device_map: Any) -> str | torch.device | None:
+def _read_device_map(device_map: Any) -> torch.device | None:
+    """Return the device that a map has for the tower; None if it leaves that open."""
     if isinstance(device_map, dict):
         named = [key for key in device_map if str(key).rpartition(".")[2] == "vision_tower"]
-        named = named or ([*device_map][:1] if len(set(device_map.values())) == 1 else [*device_map.keys() & {""}])
+        devices = [*device_map.values()]
+        one = all(device == devices[0] for device in devices)
+        named = named or ([*device_map][:1] if one else [*device_map.keys() & {""}])
         if len(named) != 1:
             raise ConfigError(
                 f"device_map={device_map} splits the tower or leaves it out; an engine is whole: pass {{'': device}}, "
                 "or a map with one entry that ends in vision_tower."
             )
         device_map = device_map[named[0]]
-    if device_map is None or device_map == "auto":
-        return None
-    return torch.device("cuda", device_map) if isinstance(device_map, int) else device_map
+    return None if isinstance(device_map, str) and device_map == "auto" else parse_device(device_map)

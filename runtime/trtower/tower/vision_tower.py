@@ -39,7 +39,7 @@ class VisionTower(nn.Module):
     it (`.half()`, `.to(dtype)`) leaves the engine as it was exported; `.to(device)` opens the bundle there.
 
     `load` says what its options mean. A warning names the range of images that the image processor did not make,
-    once: on CUDA only the first call is looked at.
+    once: on CUDA only the first call is looked at, unless `check_finite` is True.
 
     `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
     raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
@@ -130,7 +130,7 @@ class VisionTower(nn.Module):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether `load_model` was called."""
+        """Whether an engine is open: `load_model` was called, and `close` was not."""
         return self._runner is not None
 
     @property
@@ -141,7 +141,8 @@ class VisionTower(nn.Module):
         """Verify the bundle's files and load them; a second call does nothing.
 
         `device_map`: a device; Hugging Face's {"": device}, or that of a whole model, with an entry for its
-        vision_tower; None and "auto" keep the device given before.
+        vision_tower; None and "auto" keep the device given before. Raises ConfigError if it is none of these, and
+        BackendError if the tower is loaded on another device, or cannot be there.
         """
         self._engine.load(device_map)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from tests.conftest import make_model
+from tests.conftest import BATCH, MODELS, make_model
 from tests.export.counting import flop_of
+from tests.export.small_towers import cut
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import CheckpointError, ConfigError
@@ -17,7 +18,8 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.precision.quantisation import calibrate, read_quantised
+from trtower_export.precision.program import trace_with_islands
+from trtower_export.precision.quantisation import calibrate, left_in_half, linear_layers, read_quantised
 
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -100,3 +102,15 @@ def test_layer_that_reads_what_is_not_finite_is_named(checkpoints: dict[str, Pat
     image[0, 0, 0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj reads what is not finite"):
         calibrate(tower, "int8", [torch.zeros_like(image), image], [])
+
+
+@pytest.mark.parametrize("fp32", [False, True], ids=["FP16", "FP32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_int8_leaves_what_an_activation_feeds_and_nothing_else(name: str, *, fp32: bool) -> None:
+    """An RMSNorm ends in a product, as a gate does, and what stays in FP32 is cast on the way."""
+    tower, spec = cut(name)
+    fed = {each for each in linear_layers(tower) if each.endswith(("fc2", "down_proj", "weights_out"))}
+    patterns = [each for each in linear_layers(tower) if ".0." in each and each not in fed] if fp32 else ()
+    program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, copied=True)
+    assert left_in_half(program, "int8", None).intersection(linear_layers(tower)) == fed
+    assert len(fed) == spec.depth

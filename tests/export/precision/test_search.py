@@ -150,10 +150,10 @@ def test_tower_that_misses_the_bounds_in_fp32_is_told_why() -> None:
     assert "--precision fp32" in why(6e4)
 
 
-@pytest.mark.parametrize(("patterns", "spare"), [((), False), (["stem.1"], False), ((), True)])
-def test_weights_are_freed_of_the_tower_and_of_the_copy_that_is_traced(patterns: list[str], *, spare: bool) -> None:
+@pytest.mark.parametrize(("patterns", "copied"), [((), False), (["stem.1"], False), ((), True)])
+def test_weights_are_freed_of_the_tower_and_of_the_copy_that_is_traced(patterns: list[str], *, copied: bool) -> None:
     tower, spec = copy.deepcopy(cut("clip")[0]), cut("clip")[1]
-    program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, spare=spare)
+    program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, copied=copied)
     weights = (*tower.parameters(), *program.state_dict.values())
     held = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
     del weights

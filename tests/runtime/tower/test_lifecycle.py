@@ -88,6 +88,9 @@ def test_warm_up_runs_what_the_profile_is_made_for(
     assert tower.warmup() is tower
     assert calls == [1, 2, 4]
     calls.clear()
+    for wrong in ([-1], [0], ["8"], "8", 1.5, [True]):
+        with pytest.raises(ConfigError, match="warmup takes numbers of images"):
+            tower.warmup(wrong)  # type: ignore[arg-type]
     tower.warmup([3, 9])
     assert calls == [3, 4, 4, 1]
 

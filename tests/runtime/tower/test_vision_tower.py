@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +22,7 @@ import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
+from trtower.tower import engine
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pixel_range import expected_range
 from trtower_export.check.certify import certify
@@ -515,8 +517,29 @@ def test_device_map_of_one_device_is_taken(fp32_bundle: Path) -> None:
     tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
     with pytest.raises(ConfigError, match="splits the tower"):
         tower.load_model(device_map={"stem": "cpu", 1: "cuda:0"})
+    for wrong in (257, -1, True, {"": 257}, {"": [1]}, [1], "balanced"):
+        with pytest.raises((ConfigError, BackendError), match="device"):
+            tower.load_model(device_map=wrong)
     tower.load_model(device_map={"": "cpu"})
     assert tower.device == torch.device("cpu")
+
+
+def test_device_that_a_map_named_is_kept_when_the_tower_is_opened_again(
+    fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    choose = engine.choose
+
+    def watch(bundle: Bundle, backend: str, device: Any, **options: Any) -> Any:
+        asked.append(device)
+        return choose(bundle, backend, device, **options)
+
+    monkeypatch.setattr(engine, "choose", watch)
+    tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
+    tower.load_model(device_map="cpu")
+    tower.close()
+    tower.load_model()
+    assert asked == [torch.device("cpu")] * 2
 
 
 def test_config_is_what_hugging_face_wrote(fp32_bundle: Path, tower: VisionTower) -> None:
