@@ -109,7 +109,9 @@ def export(
     ] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle that is there, with its plans.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
     store: StoreOption = True,
 ) -> int:
