@@ -261,6 +261,27 @@ def test_tower_is_moved_and_loaded_while_a_callback_asks_for_both(
         moving.result(PATIENCE_S)
 
 
+def test_tower_that_is_closed_while_it_moves_stays_closed(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def choose_late(bundle: Any, backend: str, device: Any, **options: Any) -> Runner:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return choose(bundle, backend, "cpu", **options)
+
+    monkeypatch.setattr("trtower.tower.engine.choose", choose_late)
+    monkeypatch.setattr(tower._engine, "_device_after", lambda *_: torch.device("cpu:0"))  # to torch another device
+    with ThreadPoolExecutor(2) as threads:
+        moving = threads.submit(tower.to, "cuda")
+        assert begun.wait(PATIENCE_S)
+        closing = threads.submit(tower.close)
+        time.sleep(0.05)
+        go_on.set()
+        moving.result(PATIENCE_S)
+        closing.result(PATIENCE_S)
+    assert not tower.is_loaded
+
+
 STUCK = """
 import sys, threading, time
 import torch
