@@ -13,7 +13,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST
 from trtower.bundle.staging import describe
-from trtower.runners.base import Runner
+from trtower.runners.base import OnStart, Runner
 from trtower_export.check import certify as module
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import load_photographs
@@ -31,7 +31,7 @@ def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: ob
 Run = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-class Wrapped:
+class Wrapped(Runner):
     """A runner around another, which is told what it was given and what it made of it."""
 
     def __init__(self, runner: Runner, after: Run) -> None:
@@ -39,10 +39,14 @@ class Wrapped:
         self.device, self.dtype = runner.device, runner.dtype
         self._runner, self._after = runner, after
 
-    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
+        del on_start
         assert pixel_values.is_contiguous()
         self._runner.run(pixel_values, hidden_states)
         self._after(pixel_values, hidden_states)
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 def wrap_runner(monkeypatch: pytest.MonkeyPatch, after: Run) -> None:
