@@ -40,7 +40,10 @@ FUSED = "scaled_dot_product_attention"
 PRODUCTS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "linear", "matmul", "mm", "scaled_dot_product_attention"})
 """Matrix products and convolutions."""
 
-ACTIVATIONS = frozenset({"gelu", "relu", "sigmoid", "silu", "tanh"})
+NORMS = frozenset({"layer_norm", "rms_norm"})
+
+ARITHMETIC = frozenset({"add", "div", "mean", "mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub"})
+"""What scales and norms are spelled out in. Whatever else computes between products is an activation function."""
 
 CASTS = frozenset({"to", "_to_copy"})
 
@@ -297,14 +300,18 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_activated(value: fx.Node) -> bool:
-    """Whether an activation function gave a value, or a factor of it: x sigmoid(x), silu(gate) x, x (1 + tanh(x)).
-
-    The factors of an RMSNorm are its weight, what it norms, and the root of that.
-    """
-    if is_cast(value) or (value.op == "call_function" and not _computes(value)):
-        return any(map(_is_activated, value.all_input_nodes))
-    is_factor = opname(value) == "mul" or (opname(value) == "add" and len(value.all_input_nodes) == 1)
-    return opname(value) in ACTIVATIONS or (is_factor and any(map(_is_activated, value.all_input_nodes)))
+    """Whether an activation function stands between a value and the products, norms and residuals it comes from."""
+    todo, seen = [value], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        is_residual = opname(node) == "add" and len(node.all_input_nodes) > 1
+        if node in seen or node.op != "call_function" or is_residual or opname(node) in PRODUCTS | NORMS:
+            continue
+        seen.add(node)
+        if _computes(node) and not is_cast(node) and opname(node) not in ARITHMETIC:
+            return True
+        todo += node.all_input_nodes
+    return False
 
 
 def opname(node: fx.Node) -> str:

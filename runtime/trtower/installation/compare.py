@@ -5,6 +5,7 @@ were put elsewhere, another implementation under the same name.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,10 +66,15 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
         error = _error(found, expected)
         limit = SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
         if not error <= limit:  # nor is NaN
+            state = f"hidden state {name_layer(layer, depth)}"
+            if not math.isfinite(error):
+                raise ConfigError(
+                    f"{ran.bundle.path} gives NaN or infinity in {state}, and {place.path} of this model does not: "
+                    f"trtower check {ran.bundle.path} says how far it is to be trusted."
+                )
             raise ConfigError(
-                f"{place.path} of this model and {ran.bundle.path} see one image differently: hidden state "
-                f"{name_layer(layer, depth)} is off by {error:.0%}. Was the model's code changed, or its weights put "
-                "elsewhere?"
+                f"{place.path} of this model and {ran.bundle.path} see one image differently: {state} is off by "
+                f"{error:.0%}. Was the model's code changed, or its weights put elsewhere?"
             )
 
 

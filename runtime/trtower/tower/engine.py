@@ -82,7 +82,7 @@ class Engine:
                     placed = self.device if self.device.type != "cpu" else None
                     known = (asked, self._asked_device, placed)
                     self.open(next((device for device in known if device is not None), None))
-                    self._asked_device = self._asked_device if asked is None else asked
+                    self._asked_device = asked or self._asked_device
                     return
         if asked is not None and asked != self.device:
             raise BackendError(f"{self.name} is loaded on {self.device}: .to({str(asked)!r}) moves it.")

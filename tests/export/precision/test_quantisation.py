@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from transformers.activations import ACT2FN
 
 from tests.conftest import BATCH, MODELS, make_model
 from tests.export.counting import flop_of
@@ -15,6 +16,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import CheckpointError, ConfigError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.families import family_of
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -114,3 +116,14 @@ def test_int8_leaves_what_an_activation_feeds_and_nothing_else(name: str, *, fp3
     program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, copied=True)
     assert left_in_half(program, "int8", None).intersection(linear_layers(tower)) == fed
     assert len(fed) == spec.depth
+
+
+@pytest.mark.parametrize("name", sorted(set(ACT2FN) - {"linear"}))
+def test_int8_knows_every_activation_function_of_transformers(name: str) -> None:
+    model = make_model("clip", hidden_act=name)
+    family = family_of(model.config.model_type)
+    spec = family.spec(model.config, -2, "patch")
+    tower = truncate(model, family, spec)
+    program, _ = trace_with_islands(tower, spec, "fp16", BATCH, (), copied=True)
+    left = left_in_half(program, "int8", None).intersection(linear_layers(tower))
+    assert left == {each for each in linear_layers(tower) if each.endswith("fc2")}

@@ -303,17 +303,20 @@ def test_model_that_does_not_fit_is_refused_and_left_as_it_is(
     assert not any(each.expired() for each in held)
 
 
-def test_bundle_that_gives_nan_is_refused(model: Any, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bundle_that_overflows_is_refused(
+    model: Any, bundles: Bundles, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     run = VisionTower._run
 
     def overflow(*arguments: Any, **options: Any) -> torch.Tensor:
         tokens = run(*arguments, **options)
-        tokens[0, -1, 0] = float("nan")
+        tokens[0, -1] = value
         return tokens
 
     monkeypatch.setattr(VisionTower, "_run", overflow)
     eager = tower(model)
-    with pytest.raises(ConfigError, match="see one image differently: hidden state 3 is off by nan%"):
+    with pytest.raises(ConfigError, match="gives NaN or infinity in hidden state 3, and model"):
         trtower.install(model, bundles())
     assert tower(model) is eager
 

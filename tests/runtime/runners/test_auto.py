@@ -83,9 +83,12 @@ def test_failed_check_of_a_worse_backend_is_no_news(bundle: Bundle, caplog: pyte
 def test_says_once_what_it_tries_last(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     for backend in ("openvino", "onnxruntime-cpu"):
         bundle = certify(bundle, backend, passed=False)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
-    assert "openvino: " not in caplog.text
+    (line,) = (each.getMessage() for each in caplog.records if "runs on" in each.getMessage())
+    assert "openvino-bf16: " in line
+    assert "openvino: " not in line
+    assert line.count("onnxruntime-cpu") == 0
 
 
 def test_takes_what_missed_its_bounds_where_nothing_else_runs_and_warns(
