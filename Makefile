@@ -15,8 +15,8 @@ GPU_EXTRAS ?= cuda,trt-rtx-build,export,report,test
 GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
-.PHONY: demo test lint types pytest test-slow test-gpu pytest-gpu test-matrix bench bench-gpu wheels cpu-choices goals \
-	living precisions export-speed clients clean
+.PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-wheel bench bench-gpu wheels \
+	cpu-choices goals living precisions export-speed clients clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -32,6 +32,10 @@ types: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --max-worker-restart 0
+
+# The same tests, and which lines and branches of both packages they reach; what subprocesses run is not counted.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --max-worker-restart 0 --cov --cov-report=term
 
 # Full-size rehearsals of every recipe, before a release.
 test-slow: $(STAMP)
@@ -49,6 +53,19 @@ pytest-gpu: $(STAMP)
 # The oldest transformers that is supported, in an environment of its own.
 test-matrix:
 	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
+
+# The wheel, in an environment of its own: without extras, then with the extra `cli`.
+test-wheel: $(STAMP)
+	rm -rf .venv-wheel dist/trtower-*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	$(BIN)/trtower export openai/clip-vit-base-patch32 --random-weights --flavour none --no-check --overwrite \
+		--out engines/wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/trtower-*.whl
+	.venv-wheel/bin/python tests/wheel/smoke.py bare engines/wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		"`echo dist/trtower-*.whl`[cli]"
+	.venv-wheel/bin/python tests/wheel/smoke.py cli engines/wheel
 
 # What the README's table was made with.
 goals: $(STAMP)
