@@ -44,7 +44,7 @@ def test_takes_openvino_in_fp32_for_fp16(bundle: Bundle, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
     assert (
-        "openvino-bf16: it computes in BF16, which is coarser than fp16, and no check vouches for it: trtower check "
+        "openvino-bf16: it computes in BF16, which is coarser than fp16, and it has no valid certificate: trtower check "
         f"{bundle.path} --backend openvino-bf16" in caplog.text
     )
 
@@ -61,7 +61,7 @@ def test_check_of_other_files_vouches_for_nothing(bundle: Bundle) -> None:
         for each in candidates(Bundle(bundle.path, replace(certified.manifest, files=files)))
         if each.backend == "openvino-bf16"
     )
-    assert "no check vouches for it" in (found.reservation or "")
+    assert "it has no valid certificate" in (found.reservation or "")
 
 
 def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_takes_what_is_certified_where_that_is_required(bundle: Bundle, caplog: 
     assert choose(Bundle.open(bundle.path)).backend == "openvino"
     with caplog.at_level(logging.INFO):
         assert choose(Bundle.open(bundle.path), certified=True).backend == "onnxruntime-cpu"
-    assert f"openvino: no check vouches for it: trtower check {bundle.path} --backend openvino" in caplog.text
+    assert f"openvino: it has no valid certificate: trtower check {bundle.path} --backend openvino" in caplog.text
 
 
 def test_named_backend_runs_whatever_a_check_said(bundle: Bundle) -> None:

@@ -157,7 +157,7 @@ def test_version_that_cannot_say_what_runs_where_is_refused(
     bundle: Bundle, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(session, "get_provider_graph_assignment_info")
-    with pytest.raises(BackendError, match="is too old to say what of a graph it runs on the GPU"):
+    with pytest.raises(BackendError, match="is too old to report which operators it runs on the GPU"):
         open_runner(bundle)
 
 
@@ -192,7 +192,7 @@ def test_graph_that_cannot_be_captured_is_said_once_and_calls_are_launched(
     finally:
         session.capture_fails = False
     assert runner._session.runs == [LAUNCH] * 3
-    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are off" in r.getMessage()]
     assert "stream is capturing" in said
 
 

@@ -63,7 +63,7 @@ def test_pool_that_cannot_grow_goes_on_with_what_it_has(caplog: pytest.LogCaptur
             assert not waiting.done()
         assert waiting.result(PATIENCE_S) == 1
     with pool.lend():
-        assert caplog.messages == ["no more callers at once than now: no memory"]
+        assert caplog.messages == ["concurrency stays at its current level: no memory"]
 
 
 def test_first_one_that_cannot_be_made_is_an_error() -> None:

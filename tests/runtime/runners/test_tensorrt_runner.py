@@ -172,7 +172,7 @@ def test_plan_of_other_tensors_than_the_manifest_s_is_refused(bundle: Bundle) ->
     wide = (output.name, (output.shape[1], 2 * int(output.shape[2])))
     for content, message in (
         (fake_plan(image, wide, ((batch.min, 2, batch.max),)), r"has \[\('hidden_states', \('batch', 10, 128\)\)\]"),
-        (fake_plan(image, tokens, ((batch.min, 2, batch.max + 1),)), "takes 1 to 5 images; tower.json says 1 to 4"),
+        (fake_plan(image, tokens, ((batch.min, 2, batch.max + 1),)), "accepts 1 to 5 images; tower.json says 1 to 4"),
     ):
         with pytest.raises(BundleError, match=message):
             open_plan(with_plan(bundle, content=content))
@@ -182,7 +182,7 @@ def test_plan_of_other_tensors_than_the_manifest_s_is_refused(bundle: Bundle) ->
 def test_plan_that_tensorrt_refuses_is_named_with_the_way_out(bundle: Bundle) -> None:
     refused = with_plan(bundle, content=b"garbage")
     with pytest.raises(
-        BackendError, match=rf"fake\..*plan could not be loaded.*{FAKE_VERSION}.*trtower build {bundle.path}"
+        BackendError, match=rf"{FAKE_VERSION} could not load .*fake\..*plan.*trtower build {bundle.path}"
     ):
         open_plan(refused)
 
@@ -197,7 +197,7 @@ def test_real_tensorrt_rtx_says_why_it_refuses(bundle: Bundle, caplog: pytest.Lo
 
 @pytest.mark.usefixtures("tensorrt")
 def test_context_without_memory_tells_how_much_it_needs(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=rf"no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+    with pytest.raises(BackendError, match=rf"could not create an execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
         open_plan(with_plan(bundle, contexts=0))
 
 
@@ -218,7 +218,7 @@ def test_failed_enqueue_is_an_error_and_the_next_call_works(
 ) -> None:
     images, features = draw_images(bundle, 2), empty_features(bundle, 2)
     tensorrt._fake_enqueue_fails = True
-    with pytest.raises(BackendError, match=r"could not run \(2, 3, 42, 42\)"):
+    with pytest.raises(BackendError, match=r"could not run a batch of \(2, 3, 42, 42\)"):
         runner.run(images, features)
     tensorrt._fake_enqueue_fails = False
     runner.run(images, features)
@@ -365,7 +365,7 @@ def test_slot_that_has_no_room_for_every_profile_is_not_made(
             runner.run(images, features)
         stream.synchronize()
         assert torch.equal(features, answers(bundle, images))
-    assert "no more callers at once than now" in caplog.text
+    assert "concurrency stays at its current level" in caplog.text
 
 
 def test_tower_goes_on_with_the_contexts_that_there_is_memory_for(
@@ -375,7 +375,7 @@ def test_tower_goes_on_with_the_contexts_that_there_is_memory_for(
     streams = [cuda.new_stream() for _ in range(3)]
     run_in(streams, runner, bundle, cuda)
     assert len(tensorrt._fake_contexts) == 1
-    assert len([r for r in caplog.records if "no more callers at once than now" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "concurrency stays at its current level" in r.getMessage()]) == 1
     streams[-1].synchronize()
     assert cuda.finished == streams
 
@@ -413,7 +413,7 @@ def test_call_takes_the_profile_that_was_tuned_nearest(
 @pytest.mark.usefixtures("tensorrt")
 def test_profiles_with_a_gap_refuse_what_falls_into_it(bundle: Bundle) -> None:
     runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (3, 4, 4))))
-    with pytest.raises(BackendError, match="no profile of the plan takes 2 images"):
+    with pytest.raises(BackendError, match="no profile of the plan accepts 2 images"):
         runner.run(draw_images(bundle, 2), empty_features(bundle, 2))
 
 
@@ -464,7 +464,7 @@ def test_capture_that_fails_is_said_once_and_calls_are_launched(
         assert torch.equal(features, answers(bundle, images))
     run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
     assert len(cuda.graphs) == 1  # whatever slot is used
-    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are off" in r.getMessage()]
     assert "legacy stream" in said
 
 
@@ -591,7 +591,7 @@ def test_tensorrt_rtx_is_told_what_it_decides_itself(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contexts": 0}, "contexts=0: 1 at least is expected"),
+        ({"contexts": 0}, "contexts must be at least 1; got 0"),
         ({"kernel_specialization": "always"}, "unknown kernel_specialization 'always'; choose lazy, eager or none"),
     ],
 )
@@ -627,7 +627,7 @@ def test_plan_without_weights_is_given_those_of_the_graph(bundle: Bundle, tensor
 
 def test_plan_that_takes_no_weights_names_the_way_out(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     tensorrt._fake_refits = False
-    with pytest.raises(BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it whole"):
+    with pytest.raises(BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it with weights"):
         open_plan(stripped(bundle))
 
 
@@ -667,7 +667,7 @@ def test_kernels_that_are_of_no_use_are_thrown_away_and_it_is_said(
     else:
         tensorrt._fake_driver = b"fake driver 2"
     open_plan(bundle).close()
-    assert "is thrown away, and kernels are compiled again: " in caplog.text
+    assert "is discarded, and its kernels are compiled again: " in caplog.text
     (now,) = kept(bundle)
     assert now.read_bytes() == tensorrt._fake_driver + b" compiled here"
 
@@ -685,7 +685,7 @@ def test_kernels_of_another_gpu_stay_for_it(bundle: Bundle, tensorrt: FakeTensor
 def test_tower_runs_where_kernels_cannot_be_kept(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     (bundle.path.parent / f".{bundle.path.name}.runtime-cache").write_text("in the way")
     open_plan(bundle).close()
-    assert "compiled kernels are not kept for the next process" in caplog.text
+    assert "compiled kernels are not saved for the next process" in caplog.text
 
 
 def test_runtime_that_takes_no_cache_says_so(
@@ -693,7 +693,7 @@ def test_runtime_that_takes_no_cache_says_so(
 ) -> None:
     tensorrt._fake_takes_cache = False
     open_plan(bundle).close()
-    assert "takes no runtime cache: kernels are compiled in every process" in caplog.text
+    assert "rejected the runtime cache: every process compiles its own kernels" in caplog.text
     assert not kept(bundle)
 
 
@@ -747,7 +747,7 @@ def test_cache_that_cannot_be_read_is_said_and_another_process_may_have_taken_it
     path.rename(path.with_name("gone"))
     path.symlink_to("nowhere")  # as between listing and reading
     open_plan(bundle)
-    assert "thrown away" not in caplog.text
+    assert "is discarded" not in caplog.text
 
     def deny(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(self))
@@ -764,7 +764,7 @@ def test_cache_that_tensorrt_does_not_give_is_said_and_the_engine_still_let_go(
     runner = open_plan(bundle)
     monkeypatch.setattr(type(tensorrt._fake_configs[-1]._fake_cache), "serialize", lambda _: None)
     runner.close()
-    assert "compiled kernels are not kept for the next process: TensorRT-RTX gives none" in caplog.text
+    assert "compiled kernels are not saved for the next process: TensorRT-RTX returned none" in caplog.text
     assert runner._engine is None
     runner.keep()
 

@@ -121,7 +121,7 @@ def test_auto_wants_a_check_of_it_where_it_is_coarse(bundle: Path, monkeypatch: 
     assert VisionTower.load(bundle).backend != "toy 0.1"
     (found, *_) = choose.candidates(Bundle.open(bundle))
     assert found.reservation == (
-        "it computes in FP16, which is coarser than fp32, and no check vouches for it: trtower check "
+        "it computes in FP16, which is coarser than fp32, and it has no valid certificate: trtower check "
         f"{bundle} --backend toy"
     )
 
