@@ -21,7 +21,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "clients.json"
 PACKAGES = ("transformers", "torch", "accelerate", "peft", "tokenizers", "numpy", "pillow", "onnxruntime")
 
 FEATURE_TOLERANCE = 2 * 2**-10
-"""Relative to the largest feature: two units in FP16's last place. Tower and bundle run in FP32, clients in FP16."""
+"""Relative to the largest feature: two units in FP16's last place. Tower and bundle run in FP32, but clients round
+features to FP16."""
 
 HALF_TOLERANCE = 8 * 2**-10
 """The same if the eager tower runs in FP16, and so rounds after each operation of its 4 to 14 layers."""

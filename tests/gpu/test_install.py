@@ -75,7 +75,7 @@ def test_bundle_follows_the_model_to_the_cpu_and_back(gpu: torch.device, backend
         assert torch.equal(logits(model, prompt), there)
 
 
-@pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers takes no features")
+@pytest.mark.skipif(not TAKES_FEATURES, reason="generate() of this transformers release accepts no features")
 def test_features_are_encoded_on_the_gpu(gpu: torch.device, backend: str, built: Built) -> None:
     model, prompt, _ = on_gpu("llava_next", "tiles", gpu)
     answer = generate(model, prompt)

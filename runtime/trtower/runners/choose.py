@@ -51,7 +51,7 @@ def find_backend(name: str) -> Backend:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run a bundle: a backend, the file it would run, and its obstacle or reservation (see the top)."""
+    """One way to run a bundle: a backend, the file it would run, and its obstacle or reservation (see above)."""
 
     backend: str
     file: str | None

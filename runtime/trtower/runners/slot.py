@@ -37,7 +37,7 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.turn = threading.Lock()
-        # Torch may hand out one stream twice. Few programs ask for high priority, so nothing else gets this one.
+        # Torch may hand out a stream twice. Few programs use high-priority ones, so this one is probably not shared.
         self.stream: Any = torch.cuda.Stream(self.device, priority=-1) if self.captures else None
 
 
@@ -64,7 +64,8 @@ class Slot:
         here = torch.cuda.current_stream(shared.device)
         self._graphs: dict[int, Graph] = {}
         self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(shared.profiles))]
-        # The scratch memory may still be in use in this stream, and only this stream would wait; calls use others.
+        # Torch may reuse memory that this stream is still using, which is safe only in this stream. Calls come in other
+        # streams, so the first one waits for this event.
         self._last_use = torch.cuda.Event()
         self._last_use.record(here)
 

@@ -56,12 +56,12 @@ def test_takes_bf16_if_it_is_certified(bundle: Bundle) -> None:
 def test_certificate_of_other_files_does_not_count(bundle: Bundle) -> None:
     certified = certify(bundle, "openvino-bf16")
     files = {**certified.manifest.files, "tower.onnx": replace(certified.manifest.files["tower.onnx"], sha256="0" * 64)}
-    (found,) = (
+    (candidate,) = (
         each
         for each in candidates(Bundle(bundle.path, replace(certified.manifest, files=files)))
         if each.backend == "openvino-bf16"
     )
-    assert "it has no valid certificate" in (found.reservation or "")
+    assert "it has no valid certificate" in (candidate.reservation or "")
 
 
 def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
