@@ -102,7 +102,7 @@ class Slot:
                         self._graphs[batch] = self._capture_graph(images, features, stream)
                 except (RuntimeError, BackendError) as err:  # CUDA, or torch if memory is full, raises RuntimeError
                     shared.captures = False
-                    message = "CUDA graphs are off from now on, and calls are launched without them: batch %d: %s"
+                    message = "CUDA graphs are off, and calls are launched without them: capturing batch %d failed: %s"
                     logger.warning(message, batch, err)
         return self._graphs.get(batch)
 

@@ -24,7 +24,7 @@ from trtower.spec import BatchProfile
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
-"""TensorRT requires that a tensor's address is a multiple of this (`IExecutionContext.set_tensor_address`)."""
+"""TensorRT requires tensor addresses to be multiples of this many bytes (`IExecutionContext.set_tensor_address`)."""
 
 ERRORS = 3
 """How many of TensorRT's latest errors to quote when a plan fails to load."""
