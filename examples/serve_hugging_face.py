@@ -1,4 +1,4 @@
-"""A model of transformers with a compiled vision tower.
+"""Run a transformers model with a compiled vision tower.
 
 trtower export llava-hf/llava-1.5-7b-hf
 python examples/serve_hugging_face.py llava-hf/llava-1.5-7b-hf engines/llava-1.5-7b-hf photo.jpg "What is this?"

@@ -1,4 +1,4 @@
-"""LLaVA or LLaVA-NeXT, from its own repository, with a compiled vision tower.
+"""Run LLaVA or LLaVA-NeXT from its own repository, with a compiled vision tower.
 
 trtower export liuhaotian/llava-v1.5-7b
 python examples/serve_llava.py liuhaotian/llava-v1.5-7b engines/llava-v1.5-7b photo.jpg "What is this?"

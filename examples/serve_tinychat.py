@@ -1,11 +1,11 @@
-"""tinychat, AWQ's runtime for VILA: a 4-bit language model beside a compiled vision tower.
+"""Run tinychat, AWQ's runtime for VILA: a 4-bit language model with a compiled vision tower.
 
 hf download Efficient-Large-Model/VILA1.5-3b-AWQ --local-dir VILA1.5-3b-AWQ
 trtower export VILA1.5-3b-AWQ
 python examples/serve_tinychat.py VILA1.5-3b-AWQ VILA1.5-3b-AWQ/llm/vila-1.5-3b-w4-g128-awq-v2.pt \
     engines/VILA1.5-3b-AWQ photo.jpg
 
-It loads the model as tinychat's `vila15_demo.py` does and encodes one picture; what follows there stays as it is.
+This loads the model as tinychat's `vila15_demo.py` does and encodes one picture. The rest of that demo stays the same.
 """
 
 import argparse

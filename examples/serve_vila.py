@@ -1,4 +1,4 @@
-"""VILA or NVILA, from its own repository, with a compiled vision tower.
+"""Run VILA or NVILA from its own repository, with a compiled vision tower.
 
 trtower export Efficient-Large-Model/VILA1.5-3b
 python examples/serve_vila.py Efficient-Large-Model/VILA1.5-3b engines/VILA1.5-3b photo.jpg "What is this?"

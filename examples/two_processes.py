@@ -1,4 +1,4 @@
-"""Vision in a process of its own: it sees with a compiled tower, and this one only speaks. Needs transformers 5.23.
+"""Run the compiled vision tower in one process and the language model in another. Needs transformers 5.23.
 
 trtower export llava-hf/llava-1.5-7b-hf
 python examples/two_processes.py llava-hf/llava-1.5-7b-hf engines/llava-1.5-7b-hf photo.jpg "What is this?"
@@ -19,18 +19,18 @@ import trtower
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def see(checkpoint: str, bundle: str, asked: Connection) -> None:
-    """Answer pixels with features until there are no more."""
+def serve_vision(checkpoint: str, bundle: str, requests: Connection) -> None:
+    """Receive pixels and send back their features, until None arrives."""
     config = AutoConfig.from_pretrained(checkpoint)
-    config.text_config.num_hidden_layers = 0  # none of them is read, and transformers says that it did not expect any
+    config.text_config.num_hidden_layers = 0  # load no language layers; transformers warns of unexpected weights
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
     model.lm_head = model.model.language_model = None
     with trtower.install(model.to(DEVICE), bundle):
-        while (images := asked.recv()) is not None:
+        while (images := requests.recv()) is not None:
             encoded = trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()})
-            features = io.BytesIO()  # bytes, as they would go over a network, and not memory of a GPU
+            features = io.BytesIO()  # bytes that could go over a network, not GPU memory
             torch.save({name: each.pooler_output for name, each in encoded.items()}, features)
-            asked.send_bytes(features.getvalue())
+            requests.send_bytes(features.getvalue())
 
 
 def main() -> None:
@@ -40,11 +40,11 @@ def main() -> None:
         parser.add_argument(name)
     args = parser.parse_args()
 
-    spawn = multiprocessing.get_context("spawn")  # towers do not outlive a fork
+    spawn = multiprocessing.get_context("spawn")  # towers do not survive a fork
     here, there = spawn.Pipe()
-    eyes = spawn.Process(target=see, args=(args.checkpoint, args.bundle, there), daemon=True)
-    eyes.start()
-    there.close()  # so that its end is noticed here
+    vision = spawn.Process(target=serve_vision, args=(args.checkpoint, args.bundle, there), daemon=True)
+    vision.start()
+    there.close()  # so that this process notices if the other ends
 
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
@@ -58,13 +58,13 @@ def main() -> None:
         here.send(dict(inputs))
         received = io.BytesIO(here.recv_bytes())
     except (EOFError, OSError):
-        raise SystemExit("The process that sees has ended; what it said stands above.") from None
+        raise SystemExit("The vision process has ended; its error is printed above.") from None
     features = torch.load(received, map_location=DEVICE, weights_only=True)
     encoded = {name: BaseModelOutputWithPooling(pooler_output=each) for name, each in features.items()}
     answer = model.generate(**text, mm_encoder_outputs=encoded, max_new_tokens=64, do_sample=False)
     print(processor.decode(answer[0, text["input_ids"].shape[1] :], skip_special_tokens=True))
     here.send(None)
-    eyes.join()
+    vision.join()
 
 
 if __name__ == "__main__":

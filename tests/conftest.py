@@ -1,4 +1,4 @@
-"""Real parts in small: checkpoints that transformers wrote, bundles that the pipeline made of them."""
+"""Small but real checkpoints, written by transformers, and bundles that the pipeline exports from them."""
 
 import shutil
 import subprocess
@@ -46,15 +46,15 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "aimv2-native": ("Aimv2VisionModel", IMAGES | MLP | {"is_native": True}),
     "eva_clip": ("Blip2VisionModel", IMAGES | MLP),
 }
-"""Small towers by family and variant: the class in transformers, and its config."""
+"""Small towers by family and variant: the transformers class and its config."""
 
 
 TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip")
-"""Of those, what checkpoints are made of."""
+"""The models that the fixture `checkpoints` saves."""
 
 
 def make_model(name: str, **changes: object) -> torch.nn.Module:
-    """Draw a small tower whose every layer matters: default initialisation leaves residuals almost untouched.
+    """Make a small tower with random weights in which every layer matters; default ones hardly change the residuals.
 
     ``changes`` are fields of its config.
     """
@@ -74,14 +74,14 @@ def make_model(name: str, **changes: object) -> torch.nn.Module:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let each of several processes of pytest-xdist have one core: their threads would wait for each other."""
+    """Limit each pytest-xdist process to one thread; otherwise their threads wait for each other."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache, and the plans that are stored there, out of the tests."""
+    """Keep tests away from the user's cache and the plans stored in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -89,19 +89,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 1 MiB: the graph fits, the plan, which has kernels beside the weights, does not."""
+    """Mount a 1 MiB disk: the graph fits, but not the plan, which has kernels as well as weights."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)  # noqa: S607
     if mounted.returncode:
-        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"not allowed to mount a small disk: {mounted.stderr.decode().strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)  # noqa: S607
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Run torch in one thread: small towers are done sooner than threads have found each other on a busy machine."""
+    """Run torch in one thread: for small towers on a busy machine, starting threads takes longer than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -118,23 +118,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Give bundles by family and options; each is exported once and must not be changed."""
-    made: dict[tuple[object, ...], Path] = {}
+    """Return a function that exports a bundle by family and options, each only once; tests must not change bundles."""
+    exported: dict[tuple[object, ...], Path] = {}
 
     def get(family: str = "clip", **options: object) -> Path:
         key = (family, *sorted(options.items()))
-        if key not in made:
+        if key not in exported:
             out = tmp_path_factory.mktemp("bundles") / f"tiny-{family}"
             settings = ExportOptions(**{"profiles": (BATCH,), "check": False, **options})
-            made[key] = export_tower(str(checkpoints[family]), out, settings).path
-        return made[key]
+            exported[key] = export_tower(str(checkpoints[family]), out, settings).path
+        return exported[key]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def bundles(export: Callable[..., Path]) -> Bundles:
-    """Give bundles by tower, layer and precision, without a plan."""
+    """Return a function that exports a bundle without a plan, by tower, layer and precision."""
 
     def get(tower: str = "clip", layer: LayerCode = -2, precision: str = "fp32", **options: object) -> Path:
         code = tuple(layer) if isinstance(layer, list) else layer
@@ -145,7 +145,7 @@ def bundles(export: Callable[..., Path]) -> Bundles:
 
 @pytest.fixture(scope="session")
 def clip_bundle(export: Callable[..., Path]) -> Path:
-    """FP16, hidden state -2, with a TensorRT-RTX plan."""
+    """A CLIP bundle in FP16, hidden state -2, with a TensorRT-RTX plan."""
     return export("clip")
 
 
@@ -156,13 +156,13 @@ def fp32_bundle(export: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def spoilt(clip_bundle: Path, tmp_path: Path) -> Path:
-    """Give a copy of the CLIP bundle that a test may damage."""
+    """Return a copy of the CLIP bundle that a test may damage."""
     return Path(shutil.copytree(clip_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[VisionTower], list[int]]:
-    """Note how many images each call of a tower's engine takes."""
+    """Return a function that records how many images each engine call of a tower has."""
 
     def watch(tower: VisionTower) -> list[int]:
         calls: list[int] = []

@@ -97,7 +97,7 @@ def test_hugging_face(llava: tuple[Path, str], picture: Path, bundles: Bundles) 
 def test_two_processes(llava: tuple[Path, str], picture: Path, bundles: Bundles) -> None:
     checkpoint, expected = llava
     assert run("two_processes.py", checkpoint, bundles(), picture, QUESTION)[-1] == expected
-    with pytest.raises(AssertionError, match=r"(?s)nowhere is not a bundle: .*The process that sees has ended"):
+    with pytest.raises(AssertionError, match=r"(?s)nowhere is not a bundle: .*The vision process has ended"):
         run("two_processes.py", checkpoint, "nowhere", picture, QUESTION)
 
 

@@ -1,4 +1,4 @@
-"""What the scripts for all clients are told, and how they call trtower's own command."""
+"""The command line of all client scripts, and how they call the trtower command."""
 
 import argparse
 import os
@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(**others: str) -> argparse.Namespace:
-    """Read the command line, and put the clone on the path. ``others`` are more clones, by name, and what they are."""
+    """Parse the command line and put the clones on the path. ``others`` are more clones and their help."""
     parser = argparse.ArgumentParser()
     parser.add_argument("clone", type=Path, help="a clone of the client's repository")
-    for name, told in others.items():
-        parser.add_argument(name, type=Path, help=told)
-    parser.add_argument("--trtower", default="trtower", help="the command, in the environment that exports")
-    parser.add_argument("--work", type=Path, help="a folder to leave checkpoints and bundles in")
+    for name, description in others.items():
+        parser.add_argument(name, type=Path, help=description)
+    parser.add_argument("--trtower", default="trtower", help="the trtower command of the environment that exports")
+    parser.add_argument(
+        "--work", type=Path, help="where to keep checkpoints and bundles; by default a temporary folder"
+    )
     args = parser.parse_args()
     for clone in (args.clone, *(getattr(args, name) for name in others)):
         sys.path.insert(0, str(clone.resolve()))
@@ -27,7 +29,7 @@ def arguments(**others: str) -> argparse.Namespace:
 
 
 def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
-    """Export a checkpoint's tower in FP32, in the environment of the command: the client's has no exporter."""
+    """Export a checkpoint's tower in FP32, in the command's environment, because the client's has no exporter."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("runtime", "export"))
     command = [trtower, "export", checkpoint, "--out", bundle, "--precision", "fp32", "--flavour", "none", *options]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)

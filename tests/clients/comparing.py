@@ -1,4 +1,4 @@
-"""Compare what a model computes with its eager tower and with a bundle, and write the differences down."""
+"""Compare what a model computes with its eager tower and with a bundle, and record the differences."""
 
 import importlib.metadata
 import json
@@ -21,20 +21,21 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "clients.json"
 PACKAGES = ("transformers", "torch", "accelerate", "peft", "tokenizers", "numpy", "pillow", "onnxruntime")
 
 FEATURE_TOLERANCE = 2 * 2**-10
-"""Of the largest feature: two units in FP16's last place. Tower and bundle run in FP32, and clients round to FP16."""
+"""Relative to the largest feature: two units in FP16's last place. Tower and bundle run in FP32, but clients round
+features to FP16."""
 
 HALF_TOLERANCE = 8 * 2**-10
-"""The same where the eager tower runs in FP16, and rounds after each operation of its 4 to 14 layers."""
+"""The same if the eager tower runs in FP16, and so rounds after each operation of its 4 to 14 layers."""
 
 LOGIT_TOLERANCE = 0.02
-"""Of the largest logit: what the language model in FP16 makes of such features."""
+"""Relative to the largest logit: the effect of such a difference in features on a language model in FP16."""
 
 Observation = Mapping[str, Tensor]
-"""What was seen of a model, by name: pixels, features and logits in floating point, tokens as integers."""
+"""What a model computed, by name: pixels, features and logits in floating point, tokens as integers."""
 
 
 class Report:
-    """Prints a line per comparison, and writes all of them as JSON when it is left."""
+    """Prints a line per comparison, and writes all of them as JSON in `finish`."""
 
     def __init__(self, client: str, clone: Path, feature_tolerance: float = FEATURE_TOLERANCE) -> None:
         self.client = client
@@ -42,18 +43,18 @@ class Report:
         self.commit = _git(clone, "rev-parse", "--short", "HEAD")
         self.versions = {"python": platform.python_version(), **_versions()}
         self.stubs: list[str] = []
-        self.found: dict[str, str] = {}
+        self.results: dict[str, str] = {}
         self.failed: list[str] = []
         self._say(f"{client} at {self.commit}")
         self._say(", ".join(f"{name} {version}" for name, version in self.versions.items()))
 
     def note_stubs(self, stubs: list[str]) -> None:
-        """Say what of the client's surroundings was replaced."""
+        """Print and record what the stubs replaced."""
         self.stubs = stubs
         self._say("stubbed: " + ("; ".join(stubs) or "nothing"))
 
     def compare(self, title: str, eager: Observation, other: Observation, *, exact: bool = False) -> None:
-        """Print a line for each thing that was seen of both models, or one line if all of it is the same."""
+        """Print a line for each value that both models have, or with ``exact`` one line if all are identical."""
         if exact and eager.keys() == other.keys() and all(torch.equal(eager[name], other[name]) for name in eager):
             self._line(title, f"all {len(eager)} the same bit for bit", passed=True)
             return
@@ -64,12 +65,12 @@ class Report:
 
     @contextmanager
     def attempt(self, title: str) -> Iterator[None]:
-        """Print a line if what is done within fails, and go on with what comes after."""
+        """If the block fails, print a line and continue after it."""
         try:
             yield
-        except Exception as err:  # noqa: BLE001 - whatever a client raises is a result
+        except Exception as err:  # noqa: BLE001 - any error of a client is a result
             traceback.print_exc()
-            torch.set_default_dtype(torch.float32)  # transformers before 4.40 leaves it at the model's
+            torch.set_default_dtype(torch.float32)  # after an error transformers before 4.40 leaves the model's dtype
             self._line(title, f"{type(err).__name__}: {' '.join(str(err).split())[:400]}", passed=False)
 
     def three_ways(
@@ -80,26 +81,26 @@ class Report:
         built: Callable[[], Any],
         install: Callable[[Any], Any],
     ) -> None:
-        """Compare a model as its client loads it with one that has trtower's tower, and with a bundle installed."""
+        """Compare a client's own model with one that has trtower's tower, and with itself after installing a bundle."""
         with self.attempt(f"{title}, eager"):
             loaded = eager()
-            seen = observe(loaded)
-            self._check_sight(title, seen)
+            observed = observe(loaded)
+            self._check_pictures_differ(title, observed)
             with self.attempt(f"{title}, built"):
-                self.compare(f"{title}, built", seen, observe(built()))
+                self.compare(f"{title}, built", observed, observe(built()))
             with self.attempt(f"{title}, installed"):
                 installation = install(loaded)
-                self.compare(f"{title}, installed", seen, observe(loaded))
+                self.compare(f"{title}, installed", observed, observe(loaded))
                 installation.uninstall()
-                self.compare(f"{title}, uninstalled", seen, observe(loaded), exact=True)
+                self.compare(f"{title}, uninstalled", observed, observe(loaded), exact=True)
 
-    def check(self, title: str, found: object, expected: object) -> None:
-        """Print a line for one thing that must be what is expected."""
-        same = found == expected
-        self._line(title, f"{found}" if same else f"{found}, not {expected}", passed=same)
+    def check(self, title: str, actual: object, expected: object) -> None:
+        """Print a line for a value that must equal what is expected."""
+        same = actual == expected
+        self._line(title, f"{actual}" if same else f"{actual}, not {expected}", passed=same)
 
     def expect_error(self, title: str, call: Any, error: type[Exception]) -> None:
-        """Print a line for a call that must be refused."""
+        """Print a line for a call that must raise an error."""
         try:
             call()
         except error as err:
@@ -108,18 +109,18 @@ class Report:
         else:
             self._line(title, f"no {error.__name__} was raised", passed=False)
 
-    def _check_sight(self, title: str, seen: Observation) -> None:
-        """Print a line: nothing is shown by equal features unless those of two pictures lie far apart."""
+    def _check_pictures_differ(self, title: str, observed: Observation) -> None:
+        """Print whether the features of two pictures differ clearly; if not, equal features would prove nothing."""
         pairs = {
-            name: some[:2].double() for name, some in seen.items() if name.startswith("features") and len(some) > 1
+            name: some[:2].double() for name, some in observed.items() if name.startswith("features") and len(some) > 1
         }
         near = [name for name, (a, b) in pairs.items() if (a - b).abs().max() <= 0.1 * a.abs().max()]
         self._line(f"{title}: pictures are told apart", f"not by {near}" if near else "they are", passed=not near)
 
     def _compare_one(self, title: str, expected: Tensor, actual: Tensor) -> None:
         if expected.shape != actual.shape or expected.dtype != actual.dtype:
-            found = f"{tuple(actual.shape)} {actual.dtype}, not {tuple(expected.shape)} {expected.dtype}"
-            self._line(title, found, passed=False)
+            text = f"{tuple(actual.shape)} {actual.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+            self._line(title, text, passed=False)
             return
         difference = (expected.double() - actual.double()).abs().max().item()
         largest = expected.double().abs().max().item()
@@ -130,15 +131,15 @@ class Report:
 
     def _line(self, title: str, text: str, *, passed: bool) -> None:
         self._say(f"{'PASS' if passed else 'FAIL'}  {title}: {text}")
-        self.found[title] = text
+        self.results[title] = text
         self.failed += [] if passed else [title]
 
     def _say(self, text: str) -> None:
         print(f"[{self.client}] {text}", flush=True)  # noqa: T201
 
     def finish(self) -> None:
-        """Write the JSON, and leave with 1 if anything failed."""
-        self._say(f"{len(self.found) - len(self.failed)} passed, {len(self.failed)} failed")
+        """Write the JSON, and exit with 1 if anything failed."""
+        self._say(f"{len(self.results) - len(self.failed)} passed, {len(self.failed)} failed")
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         results[self.client] = {
             "date": date.today().isoformat(),
@@ -147,20 +148,20 @@ class Report:
             "versions": self.versions,
             "stubbed": self.stubs,
             "failed": self.failed,
-            "found": self.found,
+            "found": self.results,
         }
         RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
         sys.exit(bool(self.failed))
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git(clone: Path, *words: str) -> str:

@@ -1,4 +1,4 @@
-"""What LLaVA and LLaVA-NeXT have in common: the place where a tower is built, and what is seen of a loaded model."""
+"""What the scripts for LLaVA and LLaVA-NeXT share: how to install a bundle, and what to observe of a loaded model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 import trtower
 
 Loaded = tuple
-"""Tokenizer, model, image processor and context length, as both loaders return them."""
+"""The tokenizer, model, image processor and context length that both loaders return."""
 
 
 def install(loaded: Loaded, bundle: Path) -> trtower.Installation:
@@ -28,7 +28,7 @@ def observe(
     """Run a model on one picture and on all of them: preparation, tower, logits, greedy tokens."""
     tokenizer, model, image_processor, _ = loaded
     tower = model.get_vision_tower()
-    seen = {}
+    observed = {}
     for name, some in (("one picture", images[:1]), (f"{len(images)} pictures", images)):
         pixels = process_images(some, image_processor, model.config)
         pixels = [image.half() for image in pixels] if type(pixels) is list else pixels.half()
@@ -36,12 +36,12 @@ def observe(
         ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
         sizes = [image.size for image in some]
         tiles = [image if image.ndim == 4 else image[None] for image in pixels]
-        seen[f"pixels of {name}"] = torch.cat(tiles)
-        seen[f"features of {name}"] = tower(torch.cat(tiles))
+        observed[f"pixels of {name}"] = torch.cat(tiles)
+        observed[f"features of {name}"] = tower(torch.cat(tiles))
         if lists and tiles[0].shape[0] == 1:
-            seen[f"features of {name} in a list"] = torch.cat(tower([tile[0] for tile in tiles]))
-        seen[f"logits of {name}"] = model(input_ids=ids, images=pixels, image_sizes=sizes).logits
+            observed[f"features of {name} in a list"] = torch.cat(tower([tile[0] for tile in tiles]))
+        observed[f"logits of {name}"] = model(input_ids=ids, images=pixels, image_sizes=sizes).logits
         options = {"do_sample": False, "max_new_tokens": 8, "use_cache": True, "pad_token_id": 0}
-        seen[f"tokens of {name}"] = model.generate(ids, images=pixels, image_sizes=sizes, **options)
-    seen["numbers of the tower"] = torch.tensor([getattr(tower, name) for name in numbers])
-    return seen
+        observed[f"tokens of {name}"] = model.generate(ids, images=pixels, image_sizes=sizes, **options)
+    observed["numbers of the tower"] = torch.tensor([getattr(tower, name) for name in numbers])
+    return observed

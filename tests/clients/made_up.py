@@ -1,4 +1,4 @@
-"""The parts of small random checkpoints, made with the client's own transformers, and pictures."""
+"""Make pictures, and the parts of small random checkpoints with the client's own transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +11,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 WIDTH = 64
-"""D: the width of a tower's features, and that of the language model."""
+"""D: the width of a tower's features and of the language model."""
 
 SPREAD = 0.2
-"""What weights are drawn with: wide enough that logits depend on the picture, and the likeliest token leads clearly."""
+"""Standard deviation of random weights: wide enough that logits depend on the picture and one token clearly leads."""
 
 LM_SHAPE = {
     "hidden_size": WIDTH,
@@ -40,7 +40,7 @@ WORDS = "a an the red green blue square on of is what in this picture and there 
 
 
 def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokenizer:
-    """Train a SentencePiece model on a few words, and save it as Llama's tokenizer."""
+    """Train a SentencePiece model on a few words, and save it as a Llama tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     words = WORDS.split()
@@ -60,17 +60,17 @@ def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokeniz
 
 
 def write_language_model(folder: Path, config_class: type, model_class: type) -> Path:
-    """Save a language model with a tokenizer that has a chat template, as VILA keeps one in a folder of its own."""
+    """Save a language model and a tokenizer with a chat template, in the separate folder that VILA expects."""
     tokenizer = write_tokenizer(folder, model_max_length=4096)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    config = config_class(vocab_size=len(tokenizer) + 16, **LM_SHAPE)  # VILA adds its media tokens when it loads
+    config = config_class(vocab_size=len(tokenizer) + 16, **LM_SHAPE)  # VILA adds media tokens when it loads
     randomised(model_class(config)).half().save_pretrained(folder)
     return folder
 
 
 def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> Path:
-    """Save a CLIP tower and its image processor, as the hub has them."""
+    """Save a CLIP tower and its image processor, as on the hub."""
     config = transformers.CLIPVisionConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -87,7 +87,7 @@ def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> 
 def write_siglip(
     folder: Path, image_size: int, patch_size: int, model_class: type | None = None, processor: type | None = None
 ) -> Path:
-    """Save a SigLIP tower and its image processor, of the client's own classes where it has some."""
+    """Save a SigLIP tower and its image processor, of the client's own classes if it has them."""
     model_class = model_class or transformers.SiglipVisionModel
     processor = processor or transformers.SiglipImageProcessor
     config = model_class.config_class(
@@ -99,7 +99,7 @@ def write_siglip(
 
 
 def write_in_hub_cache(repository: str, write: Callable[[Path], Path]) -> str:
-    """Put a folder where a download from the hub would have left it, for clients that know a tower by its hub id."""
+    """Write a folder where a download from the hub would be, for clients that identify a tower by its hub id."""
     folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     write(folder / "snapshots" / "made-up")
     (folder / "refs").mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def _save(model: transformers.PreTrainedModel, folder: Path) -> None:
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw every weight anew, as `SPREAD` says, with norms about one: whatever the class's own initialisation is."""
+    """Replace every weight, whatever its initialisation, by a random one of `SPREAD`; those of norms lie around 1."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator) * SPREAD
@@ -122,10 +122,10 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def pictures(scale: int = 1) -> list[Image.Image]:
-    """Make four pictures of unlike shapes: wide, tall, square and small; ``scale`` times 33 to 160 pixels a side."""
+    """Make four pictures: wide, tall, square and small. Their sides are ``scale`` times 33 to 160 pixels."""
     rng = np.random.default_rng(1)
-    made = []
+    images = []
     for width, height in ((160, 90), (70, 130), (112, 112), (33, 40)):
         coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        made.append(Image.fromarray(coarse).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
-    return made
+        images.append(Image.fromarray(coarse).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
+    return images

@@ -1,4 +1,4 @@
-"""LLaVA's own loader and model classes: eager, with a built tower, and with a bundle installed."""
+"""Compare LLaVA's own loader and model classes: eager, with a built tower, and with a bundle installed."""
 
 import shutil
 import tempfile
@@ -45,7 +45,7 @@ WAYS = {
 
 
 def write_checkpoint(folder: Path, tower: Path, **layout: object) -> Path:
-    """Save a small LLaVA checkpoint, which names its tower and does not hold it."""
+    """Save a small LLaVA checkpoint, which names its tower but does not contain it."""
     tokenizer = write_tokenizer(folder)
     config = LlavaConfig(
         vocab_size=len(tokenizer),
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, tower: Path, **layout: object) -> Path:
 
 
 def load(checkpoint: Path, **how: object) -> Loaded:
-    """Call LLaVA's loader as its scripts do, with a name of its own for each kind of checkpoint."""
+    """Call LLaVA's loader as its scripts do. It tells kinds of checkpoints apart by name."""
     return load_pretrained_model(str(checkpoint), how.pop("model_base", None), checkpoint.name, **how)
 
 
@@ -72,7 +72,7 @@ def load_built(checkpoint: Path, build: object = trtower.build_vision_tower, **h
 
 
 def naming(checkpoint: Path, bundle: Path) -> Path:
-    """Copy a checkpoint, and name a bundle in its config in the tower's place."""
+    """Copy a checkpoint, and put a bundle in place of the tower in its config."""
     edited = checkpoint.with_name(f"{checkpoint.name}-edited")
     shutil.copytree(checkpoint, edited, dirs_exist_ok=True)
     config = LlavaConfig.from_pretrained(checkpoint)
@@ -81,18 +81,18 @@ def naming(checkpoint: Path, bundle: Path) -> Path:
     return edited
 
 
-def load_split(checkpoint: Path, tower_goes_to: str, **how: object) -> Loaded:
-    """Load with a map of one's own, which LLaVA's loader cannot: it hands the whole map to the tower's `to`."""
+def load_split(checkpoint: Path, tower_device: str, **how: object) -> Loaded:
+    """Load with a custom device map, which LLaVA's loader cannot do: it passes the whole map to the tower's `to`."""
     places = dict.fromkeys(("embed_tokens", "layers.0", "norm"), "cpu") | dict.fromkeys(
         ("layers.1", "mm_projector"), "disk"
     )
     device_map = {f"model.{name}": place for name, place in places.items()}
-    device_map |= {"model.vision_tower": tower_goes_to, "lm_head": "disk"}
+    device_map |= {"model.vision_tower": tower_device, "lm_head": "disk"}
     model = LlavaLlamaForCausalLM.from_pretrained(
         checkpoint,
         device_map=device_map,
         torch_dtype=torch.float16,
-        offload_folder=checkpoint.parent / f"offloaded-{tower_goes_to}",
+        offload_folder=checkpoint.parent / f"offloaded-{tower_device}",
         **how,
     )
     tower = model.get_vision_tower()
@@ -102,7 +102,7 @@ def load_split(checkpoint: Path, tower_goes_to: str, **how: object) -> Loaded:
 
 
 def write_parts(checkpoint: Path) -> tuple[Path, Path, Path]:
-    """Cut a LLaVA checkpoint into a base language model, a projector and a LoRA, as LLaVA's training saves them."""
+    """Split a LLaVA checkpoint into a base language model, a projector and a LoRA, as LLaVA's training saves them."""
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float16)
     base, projector, lora = (checkpoint.parent / name for name in ("base", "llava-projector", "llava-lora"))
     weights = model.state_dict()
@@ -151,14 +151,14 @@ def load_built_split(checkpoint: Path, place: str) -> Loaded:
 
 
 def name_the_bundle(report: Report, checkpoint: Path, bundle: Path) -> None:
-    """Name a bundle without editing a config: to the loader, where this reads one, and to the constructor elsewhere."""
-    seen, how = observe(load(checkpoint, device="cpu")), {"device": "cpu", "mm_vision_tower": str(bundle)}
+    """Name a bundle without editing a config: to the loader if it accepts one, else to the constructor."""
+    observed, how = observe(load(checkpoint, device="cpu")), {"device": "cpu", "mm_vision_tower": str(bundle)}
     with report.attempt("the bundle named to the loader"):
-        report.compare("the bundle named to the loader", seen, observe(load_built(checkpoint, **how)))
+        report.compare("the bundle named to the loader", observed, observe(load_built(checkpoint, **how)))
     named = partial(trtower.build_vision_tower, bundle=bundle)
     with report.attempt("the bundle named to the constructor"):
         report.compare(
-            "the bundle named to the constructor", seen, observe(load_built(checkpoint, named, device="cpu"))
+            "the bundle named to the constructor", observed, observe(load_built(checkpoint, named, device="cpu"))
         )
     base, *parts = write_parts(checkpoint)
     for part in parts:

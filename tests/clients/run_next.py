@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's own loader and model classes, with CLIP and with OneVision's SigLIP: eager, built and installed."""
+"""Compare LLaVA-NeXT's own loader and model classes, with CLIP and OneVision's SigLIP: eager, built, installed."""
 
 import tempfile
 from functools import partial
@@ -21,7 +21,7 @@ from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForC
 from llava_family import Loaded, install  # noqa: E402
 
 CLIP_SIZE, CLIP_PATCH = 56, 14
-SIGLIP_SIZE, SIGLIP_PATCH = 384, 14  # NeXT's SigLIP wrapper takes no other
+SIGLIP_SIZE, SIGLIP_PATCH = 384, 14  # NeXT's SigLIP wrapper accepts no others
 
 ANYRES = {
     "image_aspect_ratio": "anyres",
@@ -48,7 +48,7 @@ SIGLIP_LAYOUTS = {"llava-onevision-qwen": ONEVISION, "llava-siglip-qwen-pad": ON
 
 
 def write_checkpoint(folder: Path, config_class: type, model_class: type, tower: str, **layout: object) -> Path:
-    """Save a small checkpoint of NeXT, which holds its tower's weights too unless the tower is loaded later."""
+    """Save a small checkpoint of NeXT, which contains its tower's weights unless the tower is loaded later."""
     tokenizer = write_tokenizer(folder)
     config = config_class(
         vocab_size=len(tokenizer),
@@ -71,18 +71,18 @@ def write_checkpoint(folder: Path, config_class: type, model_class: type, tower:
 
 
 def load(checkpoint: Path, **how: object) -> Loaded:
-    """Call NeXT's loader, without the flash attention that it asks for by default."""
+    """Call NeXT's loader without flash attention, its default."""
     return load_pretrained_model(str(checkpoint), None, checkpoint.name, attn_implementation="sdpa", **how)
 
 
 def load_built(checkpoint: Path, bundle: Path, **how: object) -> Loaded:
-    """Name the bundle as NeXT has its configs overwritten; its towers count a CLS token that they keep."""
+    """Name the bundle through NeXT's `overwrite_config`; NeXT's towers count a CLS token that they keep."""
     with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, count_cls=True)):
         return load(checkpoint, overwrite_config={"mm_vision_tower": str(bundle)}, **how)
 
 
 def run(report: Report, work: Path) -> None:
-    # seven layers are the fewest of which slicefour reads four
+    # slicefour reads four layers, and needs at least seven
     clip = write_clip(work / "clip-tower", CLIP_SIZE, CLIP_PATCH, num_hidden_layers=7)
     observe = partial(llava_family.observe, images=pictures())
     for name, layout in CLIP_LAYOUTS.items():
@@ -92,7 +92,7 @@ def run(report: Report, work: Path) -> None:
     siglip = write_in_hub_cache(
         "made-up/siglip-384", partial(write_siglip, image_size=SIGLIP_SIZE, patch_size=SIGLIP_PATCH)
     )
-    # NeXT's wrapper says so400m's width whatever its tower has, and fails on a list of pictures
+    # NeXT's wrapper always reports so400m's width, and fails on a list of pictures
     numbers = ("num_patches", "num_patches_per_side")
     observe = partial(llava_family.observe, images=pictures(scale=4)[:2], numbers=numbers, lists=False)
     for name, layout in SIGLIP_LAYOUTS.items():
@@ -107,7 +107,7 @@ def compare(report: Report, checkpoint: Path, observe: object) -> None:
     eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
     report.three_ways(checkpoint.name, observe, eager, built, partial(install, bundle=bundle))
     if checkpoint.name in OFFLOADED:
-        # an eager tower that is inside from_pretrained and offloaded cannot be called: it stands on the meta device
+        # from_pretrained leaves an offloaded eager tower on the meta device, where it cannot be called
         folder = str(checkpoint.parent / "offloaded")
         how = {"max_memory": {"cpu": 700_000}, "offload_folder": folder}
         title = f"{checkpoint.name}, offloaded to disk"
@@ -119,15 +119,15 @@ def compare(report: Report, checkpoint: Path, observe: object) -> None:
 
 
 def name_the_bundle(report: Report, work: Path) -> None:
-    """Name a bundle to the loader: NeXT hands it on to the config only where it makes none of its own."""
+    """Name a bundle to the loader. NeXT passes it to the config only if it does not make its own."""
     title = "the bundle named to the loader"
-    takes, refuses = "llava-siglip-qwen-pad", "llava-llama-anyres"
+    accepts, refuses = "llava-siglip-qwen-pad", "llava-llama-anyres"
     named = {
-        name: partial(load, work / name, mm_vision_tower=str(work / f"bundle-{name}")) for name in (takes, refuses)
+        name: partial(load, work / name, mm_vision_tower=str(work / f"bundle-{name}")) for name in (accepts, refuses)
     }
-    with swapped(llava.model.llava_arch), report.attempt(f"{takes}, {title}"):
-        tower = named[takes]()[1].get_vision_tower()
-        report.check(f"{takes}, {title}", type(tower), trtower.CLIPVisionTower)
+    with swapped(llava.model.llava_arch), report.attempt(f"{accepts}, {title}"):
+        tower = named[accepts]()[1].get_vision_tower()
+        report.check(f"{accepts}, {title}", type(tower), trtower.CLIPVisionTower)
         report.expect_error(f"{refuses}, {title}", named[refuses], TypeError)
 
 

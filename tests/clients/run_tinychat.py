@@ -1,6 +1,6 @@
-"""tinychat's model classes, as far as they run without its CUDA kernels: eager, built and installed.
+"""Compare tinychat's model classes, as far as they run without its CUDA kernels: eager, built and installed.
 
-Its language models read a prompt here and do not decode, which is a kernel. VILA's and NVILA's classes need VILA.
+Language models only read a prompt here, because decoding needs a kernel. VILA's and NVILA's classes need VILA.
 """
 
 import tempfile
@@ -46,11 +46,11 @@ stubs_without_cuda.stub_tinychat_rotary(tinychat.models.llama)
 
 SIZE, PATCH, PATCHES = 56, 14, 16
 IMAGE_PATCH = 7
-"""The token that tinychat puts in the place of a patch."""
+"""The token that tinychat puts in place of a patch."""
 
 
 def load_llava(tower: Path, select_layer: int, build: object = None) -> Any:
-    """Make tinychat's own LLaVA as `vila10_demo.py` does, with made-up weights in the place of quantised ones."""
+    """Make tinychat's own LLaVA as `vila10_demo.py` does, with random weights in place of quantised ones."""
     config = transformers.LlamaConfig(vocab_size=400, **LM_SHAPE)
     config.update(
         {
@@ -77,22 +77,22 @@ def load_llava(tower: Path, select_layer: int, build: object = None) -> Any:
 @torch.inference_mode()
 def observe_llava(model: Any) -> Observation:
     tinychat.utils.constants.LLAVA_DEFAULT_IMAGE_PATCH_TOKEN_IDX = IMAGE_PATCH
-    seen = {}
+    observed = {}
     for name, some in (("one picture", pictures()[:1]), ("four pictures", pictures())):
         pixels = process_images(some, model.get_vision_tower().image_processor, model.config).half()
         ids = torch.tensor([[1, 20, *[IMAGE_PATCH] * PATCHES * len(some), 30, 40]])
-        seen[f"pixels of {name}"] = pixels
+        observed[f"pixels of {name}"] = pixels
         embeds = model.default_inputs_embeds_for_multimodal(ids, None, pixels)
-        seen[f"features among the text of {name}"] = embeds
-        seen[f"logits of {name}"] = LlamaForCausalLM.forward(model, None, 0, embeds, quant=False)
+        observed[f"features among the text of {name}"] = embeds
+        observed[f"logits of {name}"] = LlamaForCausalLM.forward(model, None, 0, embeds, quant=False)
         if model.config.mm_vision_select_layer > -100:
-            seen[f"features of {name}"] = model.encode_images(pixels)
+            observed[f"features of {name}"] = model.encode_images(pixels)
             ids = torch.tensor([[1, 20, *[-200] * len(some), 30, 40]])
             embeds = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pixels)[4]
-            seen[f"logits with a special token of {name}"] = LlamaForCausalLM.forward(
+            observed[f"logits with a special token of {name}"] = LlamaForCausalLM.forward(
                 model, None, 0, embeds, quant=False
             )
-    return seen
+    return observed
 
 
 def load_nvila(checkpoint: Path, build: object = None) -> Any:
@@ -106,19 +106,19 @@ def load_nvila(checkpoint: Path, build: object = None) -> Any:
 
 @torch.inference_mode()
 def observe_nvila(model: Any) -> Observation:
-    seen = {}
+    observed = {}
     for name, some in (("one picture", pictures()[:1]), ("four pictures", pictures())):
         question = [{"from": "human", "value": [*some, "what is in this picture"]}]
         media, media_config = model.prepare_media(question)
         pixels = torch.stack(media["image"])
-        seen[f"pixels of {name}"] = pixels
+        observed[f"pixels of {name}"] = pixels
         ids = tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
         embeds, _, _ = model._embed(ids, media, media_config, None, None)
-        seen[f"features among the text of {name}"] = embeds
-        seen[f"logits of {name}"] = model.llm(None, 0, embeds, quant=False)
+        observed[f"features among the text of {name}"] = embeds
+        observed[f"logits of {name}"] = model.llm(None, 0, embeds, quant=False)
         if model.config.image_aspect_ratio == "dynamic_s2":
             break
-    return seen
+    return observed
 
 
 def load_vila(checkpoint: Path, build: object = None) -> Any:
@@ -134,15 +134,15 @@ def load_vila(checkpoint: Path, build: object = None) -> Any:
 
 @torch.inference_mode()
 def observe_vila(model: Any) -> Observation:
-    seen = {}
+    observed = {}
     for name, some in (("one picture", pictures()[:1]), ("four pictures", pictures())):
         pixels = process_images(some, model.get_vision_tower().image_processor, model.config).half()
-        seen[f"pixels of {name}"] = pixels
-        seen[f"features of {name}"] = model.encode_images(pixels)
-        if hasattr(model, "prepare_inputs_labels_for_multimodal"):  # VILA 1.5's code has it, VILA's of today has not
+        observed[f"pixels of {name}"] = pixels
+        observed[f"features of {name}"] = model.encode_images(pixels)
+        if hasattr(model, "prepare_inputs_labels_for_multimodal"):  # VILA 1.5's code has it, today's VILA does not
             ids = torch.tensor([[1, 20, *[-200] * len(some), 30, 40]])
-            seen[f"logits of {name}"] = model(ids, start_pos=0, images=pixels)
-    return seen
+            observed[f"logits of {name}"] = model(ids, start_pos=0, images=pixels)
+    return observed
 
 
 def run(report: Report, work: Path) -> None:

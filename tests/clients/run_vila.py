@@ -1,4 +1,4 @@
-"""VILA's own loader and model classes, with SigLIP and with CLIP, one scale and several: eager, built and installed."""
+"""Compare VILA's own loader and model classes, with SigLIP, CLIP and several scales: eager, built and installed."""
 
 import tempfile
 from collections import defaultdict
@@ -48,31 +48,31 @@ LAYOUTS = {
 @torch.inference_mode()
 def observe(model: Any) -> Observation:
     tower, config = model.get_vision_tower(), model.config
-    seen = {}
+    observed = {}
     images = pictures()
     for name, some in (("one picture", images[:1]), ("four pictures", images)):
         media_config = defaultdict(dict)
         pixels = prepare(model, some, media_config)
-        seen[f"pixels of {name}"] = pixels
+        observed[f"pixels of {name}"] = pixels
         if config.image_aspect_ratio != "dynamic_s2" or len(some) == 1:
-            seen[f"features of {name}"] = tower(pixels)
+            observed[f"features of {name}"] = tower(pixels)
         if not config.dynamic_s2:
             listed = tower(list(pixels))
-            seen[f"features of {name} in a list"] = torch.cat(listed)
+            observed[f"features of {name} in a list"] = torch.cat(listed)
         places = "<image>\n" * (1 if config.dynamic_s2 else len(pixels))
         question = [{"from": "human", "value": f"{places}what is in this picture"}]
         ids = tokenize_conversation(question, model.tokenizer, add_generation_prompt=True)[None]
         media = {"image": list(pixels)}
-        seen[f"logits of {name}"] = model(input_ids=ids, media=media, media_config=media_config).logits
+        observed[f"logits of {name}"] = model(input_ids=ids, media=media, media_config=media_config).logits
         options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
-        seen[f"tokens of {name}"] = model.generate(ids, media=media, media_config=media_config, **options)
+        observed[f"tokens of {name}"] = model.generate(ids, media=media, media_config=media_config, **options)
         how = transformers.GenerationConfig(**options, eos_token_id=model.tokenizer.eos_token_id)
         answer = model.generate_content([*some, "what is in this picture"], how)
-        seen[f"text of {name}"] = torch.tensor([ord(letter) for letter in answer])
+        observed[f"text of {name}"] = torch.tensor([ord(letter) for letter in answer])
         if config.dynamic_s2:
-            break  # VILA itself merges the tiles of one picture only
-    seen["numbers of the tower"] = torch.tensor([tower.hidden_size, tower.num_patches, config.mm_hidden_size])
-    return seen
+            break  # VILA itself merges only the tiles of one picture
+    observed["numbers of the tower"] = torch.tensor([tower.hidden_size, tower.num_patches, config.mm_hidden_size])
+    return observed
 
 
 def prepare(model: Any, images: list, media_config: dict) -> torch.Tensor:
@@ -95,14 +95,14 @@ def load(checkpoint: Path, **how: object) -> Any:
 
 
 def load_built(checkpoint: Path, bundle: Path | None = None, **how: object) -> Any:
-    """Name a bundle without editing the checkpoint; without one, the checkpoint's own tower folder is a bundle."""
+    """Load with a bundle, without editing the checkpoint; if None, the checkpoint's own tower folder is a bundle."""
     build = partial(trtower.build_vision_tower, bundle=bundle) if bundle else trtower.build_vision_tower
     with swapped(llava.model.llava_arch, build):
         return load(checkpoint, **how)
 
 
 def load_from_config(checkpoint: Path, bundle: Path | None = None, **how: object) -> Any:
-    """Call VILA's `from_pretrained` with a config: only of one that has a `resume_path` does it find the parts."""
+    """Call VILA's `from_pretrained` with a config, which needs a `resume_path` for VILA to find the parts."""
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
     with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, bundle=bundle) if bundle else None):
@@ -110,7 +110,7 @@ def load_from_config(checkpoint: Path, bundle: Path | None = None, **how: object
 
 
 def save_and_load(built: Any, folder: Path) -> Any:
-    """Save a model with a built tower, which has made nothing yet, and load what was saved."""
+    """Save a model whose built tower has not run yet, and load what was saved."""
     built.save_pretrained(str(folder))
     return load_built(folder)
 

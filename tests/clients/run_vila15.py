@@ -1,4 +1,4 @@
-"""VILA 1.5's own model class, of a branch of VILA, up to its language model: eager, built and installed."""
+"""Compare the model class of VILA's branch vila1.5, up to its language model: eager, built and installed."""
 
 import tempfile
 from functools import partial
@@ -28,7 +28,7 @@ from vila_family import write_checkpoint  # noqa: E402
 SIZE, PATCH = 56, 14
 PROJECTOR = {
     "mm_projector_cfg": "mlp2x_gelu"
-}  # its downsampling fails on what an eager SigLIP returns in a torch of today
+}  # with a current torch, its downsampling fails on what an eager SigLIP returns
 SCALES = {"s2": True, "s2_scales": "56,112,168", "s2_max_split_size": SIZE}
 LAYOUTS = {
     "siglip": {"image_aspect_ratio": "resize", **PROJECTOR},
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def load(checkpoint: Path, build: object = None) -> Any:
-    """Make the model as VILA's loader does, which has a SigLIP tower on a GPU alone."""
+    """Make the model as VILA's loader does, which loads a SigLIP tower only on a GPU."""
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"
     with swapped(llava.model.llava_arch, build):
@@ -47,20 +47,20 @@ def load(checkpoint: Path, build: object = None) -> Any:
 
 @torch.inference_mode()
 def observe(model: Any) -> Observation:
-    """See what the language model is handed: it computes with flash attention alone."""
-    tower, seen = model.get_vision_tower(), {}
+    """Observe the inputs of the language model, which itself only runs with flash attention."""
+    tower, observed = model.get_vision_tower(), {}
     for name, some in (("one picture", pictures()[:1]), ("four pictures", pictures())):
         pixels = process_images(some, tower.image_processor, model.config).half()
         prompt = "user " + "<image>" * len(some) + " what is in this picture assistant "
         ids = tokenizer_image_token(prompt, model.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
-        seen[f"pixels of {name}"] = pixels
-        seen[f"features of {name}"] = tower(pixels)
-        seen[f"features of {name} in a list"] = torch.cat(tower(list(pixels)))
+        observed[f"pixels of {name}"] = pixels
+        observed[f"features of {name}"] = tower(pixels)
+        observed[f"features of {name} in a list"] = torch.cat(tower(list(pixels)))
         embeds = model.prepare_inputs_labels_for_multimodal(ids, None, torch.ones_like(ids), None, None, pixels)[4]
-        seen[f"features among the text of {name}"] = embeds
+        observed[f"features among the text of {name}"] = embeds
     numbers = (tower.hidden_size, tower.num_patches, model.config.mm_hidden_size)
-    seen["numbers of the tower"] = torch.tensor(numbers)
-    return seen
+    observed["numbers of the tower"] = torch.tensor(numbers)
+    return observed
 
 
 def run(report: Report, work: Path) -> None:

@@ -1,8 +1,8 @@
-"""Stand-ins for what VILA and tinychat import and a machine without a GPU cannot have.
+"""Stubs for packages that VILA and tinychat import but that need a GPU.
 
-Nothing here computes anything but two kernels, which `stub_tinychat_kernels` writes in PyTorch.
-Only what is named here is replaced, and only where it is not installed. What a client's modules do with it when they
-are imported goes through: a name, a base class, a decorator. Nothing in the place of a tensor would.
+Only the packages named here are replaced, and only if they are not installed. A stub can be imported, subclassed and
+used as a decorator, which is all that a client's modules do at import. It cannot replace a tensor. Nothing here
+computes anything, except two kernels that `stub_tinychat_kernels` implements in PyTorch.
 """
 
 import importlib.machinery
@@ -30,7 +30,7 @@ CLIENT_MODULES = (
     "llava.model.language_model.qllava_qllama",
     "llava.model.multimodal_encoder.ps3_encoder",
 )
-"""VILA's parts that are nothing but GPU kernels, or a tower from a package of its own."""
+"""Parts of VILA that are only GPU kernels, or a tower from a separate package."""
 
 
 _done: list[str] = []
@@ -39,13 +39,13 @@ _libraries: list[Any] = []
 
 
 def describe() -> list[str]:
-    """Say what was replaced: of the packages, those that the client has imported by now."""
-    told = {**PACKAGES, **dict.fromkeys(CLIENT_MODULES, "a module of the client")}
-    return [f"{name} ({why})" for name, why in told.items() if name in _imported] + _done
+    """List what was replaced; of the packages, only those that the client has imported so far."""
+    reasons = {**PACKAGES, **dict.fromkeys(CLIENT_MODULES, "a module of the client")}
+    return [f"{name} ({why})" for name, why in reasons.items() if name in _imported] + _done
 
 
 class _Absent:
-    """Anything that is imported from an absent package: it may be subclassed, called, and decorate."""
+    """Anything imported from an absent package. It can be subclassed, called and used as a decorator."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -73,7 +73,7 @@ class _AbsentModule(ModuleType):
 
 
 class _Finder:
-    """Finds the absent packages and everything below them."""
+    """Finds the absent packages and everything inside them."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -88,19 +88,19 @@ class _Finder:
         return _AbsentModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """A stand-in has nothing to run."""
+        """Do nothing: a stub has no code."""
 
 
 def stub_packages() -> None:
-    """Put a stand-in in the place of each package that is not installed, and of the client's own modules."""
-    import transformers.modeling_utils  # noqa: F401 - it asks which packages are installed: before the stand-ins are
+    """Install a stub for each package that is not installed, and for the client modules."""
+    import transformers.modeling_utils  # noqa: F401 - it checks which packages are installed, so import it before the stubs
 
     absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
     sys.meta_path.insert(0, _Finder({*absent, *CLIENT_MODULES}))
 
 
 def stub_torchvision() -> None:
-    """Declare the compiled operators that torchvision wants at import, where its library is for a torch with CUDA."""
+    """Declare the compiled operators that torchvision needs at import, in case its library is built for CUDA."""
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -109,7 +109,7 @@ def stub_torchvision() -> None:
 
 
 def stub_flash_attention() -> None:
-    """Have a model of transformers that asks for flash attention compute it in PyTorch."""
+    """Make transformers models that request flash attention compute it in PyTorch."""
     from transformers import PreTrainedModel
 
     def take_sdpa(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,14 +121,14 @@ def stub_flash_attention() -> None:
 
 
 def stub_cuda() -> None:
-    """Have `.cuda()` return a tensor or module as it is."""
+    """Make `.cuda()` return a tensor or module unchanged."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     _done.append(".cuda() (stays on the CPU)")
 
 
 def stub_for_vila() -> None:
-    """Stub what VILA's code wants."""
+    """Stub everything that VILA's code needs."""
     stub_torchvision()
     stub_packages()
     stub_flash_attention()
@@ -154,6 +154,6 @@ def stub_tinychat_kernels() -> None:
 
 
 def stub_tinychat_rotary(module: ModuleType) -> None:
-    """Leave out a module that a file of tinychat's makes on the GPU, and calls a dummy."""
+    """Leave out a rotary module that tinychat creates on the GPU but never calls."""
     module.LlamaRotaryEmbedding = lambda *args, **kwargs: torch.nn.Identity()
     _done.append(f"{module.__name__}.LlamaRotaryEmbedding (made and never called)")

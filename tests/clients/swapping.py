@@ -1,4 +1,4 @@
-"""The one place of a client that changes: the function that builds its tower."""
+"""Swap the one function of a client that changes: the one that builds its tower."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import trtower
 
 @contextmanager
 def swapped(module: ModuleType, build: Callable[..., Any] | None = trtower.build_vision_tower) -> Iterator[None]:
-    """Have a module build its tower with this function; with None, as it always did."""
+    """Make a module build its tower with ``build`` inside the block; with None, leave the module as it is."""
     before = module.build_vision_tower
     module.build_vision_tower = build or before
     try:

@@ -1,4 +1,4 @@
-"""What VILA, its 1.5 and tinychat have in common: the way in which a checkpoint is put together."""
+"""How VILA, VILA 1.5 and tinychat put a checkpoint together."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from made_up import randomised
 
 
 def write_checkpoint(folder: Path, language: Path, tower: Path, **layout: object) -> Path:
-    """Put the parts together as VILA's training does, and save what comes of it."""
+    """Put the parts together as VILA's training does, and save the checkpoint."""
     config = LlavaLlamaConfig(
         **{
             "llm_cfg": str(language),

@@ -1,7 +1,6 @@
-"""What the GPU tests share: one GPU, what runs a bundle there, and bundles that were built for it.
+"""What the GPU tests share: one GPU, the backends that run there, and bundles built for it.
 
-Every plan is built by the command in a process of its own, because Polygraphy's choice of TensorRT holds for the
-whole process.
+Each plan is built by the command in a separate process, because Polygraphy chooses its TensorRT once per process.
 """
 
 import json
@@ -33,8 +32,8 @@ from trtower import Bundle, EngineOptions
 from trtower.errors import BackendError
 from trtower.runners.tensorrt import TensorRTRunner
 bundle = Bundle.open(sys.argv[1])
-given, made = (torch.rand(1, *each.shape[1:]) for each in (bundle.manifest.input, bundle.manifest.output))
-images, features = (each.to("cuda", torch.float16) for each in (given, made))
+shapes = (each.shape[1:] for each in (bundle.manifest.input, bundle.manifest.output))
+images, features = (torch.rand(1, *shape).to("cuda", torch.float16) for shape in shapes)
 try:
     runner = TensorRTRunner(bundle, bundle.manifest.plans[0], images.device, EngineOptions())
     runner.run(images, features)
@@ -42,14 +41,14 @@ try:
 except BackendError as err:
     print(json.dumps({"outcome": "refused", "detail": str(err)}))
 """
-"""Asks TensorRT-RTX itself: trtower would not hand it a plan that it knows to be of another GPU."""
+"""A program that tries TensorRT-RTX directly, because trtower refuses plans that it knows are for another GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RtxOutcome:
-    """What TensorRT-RTX did with a tiny tower on this GPU: "runs", "refused", or "died", and its own words.
+    """What TensorRT-RTX did with a tiny tower on this GPU: an ``outcome`` "runs", "refused" or "died", with details.
 
-    ``obstacle`` is what trtower says against it beforehand, None where it takes it to run.
+    ``obstacle`` is what trtower predicts: why the plan cannot run, or None if it expects it to run.
     """
 
     gpu: str
@@ -62,7 +61,7 @@ class RtxOutcome:
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> torch.device:
-    """Give the GPU, or skip with the reason why there is none."""
+    """Return the GPU, or skip with the reason why there is none."""
     if torch.version.cuda is None:
         pytest.skip(f"no GPU here: torch {torch.__version__} is built without CUDA")
     if not torch.cuda.is_available():
@@ -77,26 +76,29 @@ def capability(gpu: torch.device) -> str:
 
 @pytest.fixture(scope="session")
 def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """Give bundles by family, precision and backend; each is exported once, unchecked, and must not be changed."""
-    made: dict[tuple[str, str, str], Path] = {}
+    """Return a function that exports a bundle by family, precision and backend.
+
+    Each bundle is exported only once and not checked. Tests must not change it.
+    """
+    exported: dict[tuple[str, str, str], Path] = {}
 
     def get(family: str, precision: str, backend: str) -> Path:
         flavour = backend if backend in FLAVOURS else "none"
         key = (family, precision, flavour)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("gpu") / f"tiny-{family}"
-            options = ["--out", str(made[key]), "--precision", precision, "--flavour", flavour, *BATCH]
+        if key not in exported:
+            exported[key] = tmp_path_factory.mktemp("gpu") / f"tiny-{family}"
+            options = ["--out", str(exported[key]), "--precision", precision, "--flavour", flavour, *BATCH]
             arguments = ["export", str(checkpoints[family]), *options, "--no-check", "--debug"]
             command = [sys.executable, "-c", "from trtower.cli import main; main()", *arguments]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
-        return made[key]
+        return exported[key]
 
     return get
 
 
 def skip_without(flavour: str) -> str:
-    """Give the version of a flavour, or skip because it is not installed."""
+    """Return the version of a flavour, or skip if it is not installed."""
     try:
         version: str = load_flavour(flavour).__version__
     except MissingExtraError as err:
@@ -106,30 +108,30 @@ def skip_without(flavour: str) -> str:
 
 @pytest.fixture(scope="session")
 def rtx_outcome(gpu: torch.device, capability: str, built: Callable[[str, str, str], Path]) -> RtxOutcome:
-    """Try TensorRT-RTX once, in a process of its own, which an unsupported GPU may bring down."""
+    """Try TensorRT-RTX once, in a separate process, because an unsupported GPU may crash it."""
     version = skip_without("tensorrt-rtx")
     bundle = built("clip", "fp16", "tensorrt-rtx")
     done = subprocess.run([sys.executable, "-c", PROBE, str(bundle)], check=False, capture_output=True, text=True)
-    said = {"outcome": "died", "detail": f"exit status {done.returncode}: {done.stderr[-2000:]}"}
+    observed = {"outcome": "died", "detail": f"exit status {done.returncode}: {done.stderr[-2000:]}"}
     if done.returncode == 0:
-        said = json.loads(done.stdout.splitlines()[-1])
+        observed = json.loads(done.stdout.splitlines()[-1])
     return RtxOutcome(
         gpu=torch.cuda.get_device_name(gpu),
         compute_capability=capability,
         version=version,
         obstacle=capability_obstacle("tensorrt-rtx", load_flavour("tensorrt-rtx"), (), capability),
-        **said,
+        **observed,
     )
 
 
 @pytest.fixture(scope="session", params=(*FLAVOURS, "onnxruntime-cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Give each backend that is installed and can run here."""
+    """Return each backend that is installed and can run here."""
     name: str = request.param
     if name == "onnxruntime-cuda":
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime-gpu is not installed")
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider: onnxruntime-gpu has")
+            pytest.skip(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider: install onnxruntime-gpu")
         return name
     skip_without(name)
     if name == "tensorrt-rtx":
@@ -141,7 +143,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def clip_tower(backend: str, built: Callable[[str, str, str], Path]) -> VisionTower:
-    """FP16 CLIP on each backend, past its first calls: they load kernels and allocate."""
+    """An FP16 CLIP tower on each backend, after its first calls, which load kernels and allocate memory."""
     tower = VisionTower.load(built("clip", "fp16", backend), backend=backend)
     side = tower.image_size
     for batch in range(1, tower.bundle.manifest.batch.max + 1):
@@ -152,7 +154,7 @@ def clip_tower(backend: str, built: Callable[[str, str, str], Path]) -> VisionTo
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
-    """Draw pictures with edges and shades, so that no package of photographs is needed."""
+    """Draw pictures with edges and shades, so that the tests need no package of photographs."""
     folder = tmp_path_factory.mktemp("pictures")
     row, column = np.mgrid[:PICTURE_SIDE, :PICTURE_SIDE] / PICTURE_SIDE
     for index in range(PICTURES):

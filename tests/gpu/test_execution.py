@@ -1,4 +1,4 @@
-"""What only a GPU can show: that a bundle runs, gives PyTorch's answers, and keeps to the stream of its caller."""
+"""What only a GPU can show: a bundle runs, matches PyTorch, and works in its caller's stream."""
 
 import json
 import logging
@@ -28,8 +28,8 @@ from trtower_export.precision.bounds import BOUNDS
 pytestmark = pytest.mark.gpu
 
 SAME_ANSWER = 2 * BOUNDS["fp16"].relative_error
-"""Relative error between two runs of one FP16 plan. TensorRT may take other kernels for another batch, and each run may
-be the bound of a relative error off the truth; another image's features, or half-written ones, are off by about 1."""
+"""Relative error between two runs of one FP16 plan. TensorRT may choose other kernels for another batch, and each run
+may err by the bound. Features of another image, or half-written ones, are off by about 1."""
 
 SLEEP_CYCLES = 1_000_000_000
 """About half a second on a GPU of 1 to 2 GHz: a thousand times what a tiny tower takes."""
@@ -39,11 +39,11 @@ CALLS_PER_THREAD = 20
 CALLS_FOR_MEMORY = 1000
 
 LEAK_MIB = 32
-"""Growth of the GPU's used memory over CALLS_FOR_MEMORY that is no leak: a leak of 1/30 MiB a call is more."""
+"""Growth of the GPU's used memory over CALLS_FOR_MEMORY that is not a leak: leaking 1/30 MiB per call exceeds it."""
 
 
 def draw_images(tower: VisionTower, batch: int, seed: int = 0) -> torch.Tensor:
-    """Draw (B, 3, S, S) on the tower's device, in its dtype."""
+    """Draw random images (B, 3, S, S), on the tower's device and in its dtype."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, tower.image_size, tower.image_size, generator=generator)
     return images.to(tower.device, tower.dtype)
@@ -55,10 +55,10 @@ def run(tower: VisionTower, images: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def error_of_worst_image(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Give the largest ‖x - ref‖ / ‖ref‖ of any image; infinite where a value is not finite."""
-    assert found.shape == expected.shape
-    x, ref = found.double().flatten(1), expected.double().flatten(1)
+def error_of_worst_image(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest ‖x - ref‖ / ‖ref‖ of any image; infinity if a value is not finite."""
+    assert actual.shape == expected.shape
+    x, ref = actual.double().flatten(1), expected.double().flatten(1)
     worst = float(((x - ref).norm(dim=1) / ref.norm(dim=1)).max())
     return worst if bool(x.isfinite().all()) else float("inf")
 
@@ -78,7 +78,7 @@ def no_synchronisation_by_torch() -> Iterator[None]:
 
 
 def test_what_tensorrt_rtx_does_on_this_gpu(request: pytest.FixtureRequest) -> None:
-    """Write the outcome down, and hold what trtower says beforehand against it."""
+    """Record the outcome, and compare it with what trtower predicts."""
     outcome = request.getfixturevalue("rtx_outcome")
     text = json.dumps(asdict(outcome), indent=2)
     print(text)  # noqa: T201 - shown by pytest -s or -rP
@@ -187,7 +187,7 @@ def test_eight_threads_on_two_streams_get_the_answers_of_one(clip_tower: VisionT
     def serve(thread: int) -> float:
         with torch.cuda.stream(streams[thread % 2]):
             features = [run(clip_tower, batches[thread]) for _ in range(CALLS_PER_THREAD)]
-            return max(error_of_worst_image(found, expected[thread]) for found in features)
+            return max(error_of_worst_image(result, expected[thread]) for result in features)
 
     with ThreadPoolExecutor(THREADS) as pool:
         errors = list(pool.map(serve, range(THREADS)))
@@ -199,9 +199,9 @@ def test_options_change_no_answer(clip_tower: VisionTower, backend: str, options
     with VisionTower.load(clip_tower.bundle.path, backend, engine=EngineOptions(**options)) as other:
         for batch in range(1, clip_tower.bundle.manifest.batch.max + 2):
             images = draw_images(clip_tower, batch, seed=batch)
-            for _ in range(3):  # the first captures, or compiles
-                found = run(other, images)
-            assert error_of_worst_image(found, run(clip_tower, images)) <= SAME_ANSWER
+            for _ in range(3):  # the first one captures or compiles
+                features = run(other, images)
+            assert error_of_worst_image(features, run(clip_tower, images)) <= SAME_ANSWER
 
 
 def test_streams_have_no_more_contexts_than_the_bound(clip_tower: VisionTower, backend: str) -> None:
@@ -216,7 +216,7 @@ def test_streams_have_no_more_contexts_than_the_bound(clip_tower: VisionTower, b
                 features = run(tower, images)
             torch.cuda.synchronize()
             assert error_of_worst_image(features, expected) <= SAME_ANSWER
-        assert tower._runner._slots._made <= 2
+        assert tower._runner._slots._size <= 2
 
 
 def test_run_time_is_told_by_the_gpu(clip_tower: VisionTower) -> None:
@@ -242,7 +242,7 @@ def test_closed_tower_gives_its_memory_back(clip_tower: VisionTower, backend: st
 
 def test_compiled_kernels_are_kept_beside_the_bundle(clip_tower: VisionTower, backend: str) -> None:
     if backend != "tensorrt-rtx":
-        pytest.skip("TensorRT-RTX alone compiles while it runs")
+        pytest.skip("only TensorRT-RTX compiles while it runs")
     path = clip_tower.bundle.path
     VisionTower.load(path, backend).warmup().close()
     assert list((path.parent / f".{path.name}.runtime-cache").glob("*.cache"))
@@ -257,11 +257,11 @@ def test_memory_is_flat_over_a_thousand_calls(clip_tower: VisionTower) -> None:
         run(clip_tower, images)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == by_torch
-    assert free - torch.cuda.mem_get_info()[0] <= LEAK_MIB << 20  # TensorRT's own memory is not torch's to count
+    assert free - torch.cuda.mem_get_info()[0] <= LEAK_MIB << 20  # torch does not count TensorRT's own memory
 
 
 def test_slice_of_a_batch_gets_its_own_answer(clip_tower: VisionTower) -> None:
-    # Last of its backend: where TensorRT wants a wider alignment, the CUDA error stays until the process ends.
+    # The last test of its backend: if TensorRT needs a wider alignment, the CUDA error stays until the process ends.
     images = draw_images(clip_tower, 2)
-    assert images[1:].data_ptr() % 16, "this image size leaves every slice aligned"
+    assert images[1:].data_ptr() % 16, "with this image size every slice is aligned"
     assert error_of_worst_image(run(clip_tower, images[1:]), run(clip_tower, images[1:].clone())) <= SAME_ANSWER

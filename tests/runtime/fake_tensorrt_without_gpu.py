@@ -1,11 +1,11 @@
-"""Fakes of TensorRT and of torch's CUDA streams, standing in for the GPU that a test machine may not have.
+"""Fakes of TensorRT and of torch's CUDA streams, for test machines without a GPU.
 
-A fake engine computes no tower: it fills the tokens of an image with the image's own pixels (`fake_answer`). The rest
-is meant as the hardware means it: memory is read and written at the addresses that were given, work waits in its
-stream until somebody synchronises it, a context belongs to one call at a time, and a shape outside the profile is
-refused with False. What the real thing leaves undefined is an AssertionError here.
+A fake engine does not compute a tower: it fills the tokens of an image with the image's own pixels (`fake_answer`).
+Otherwise it behaves like the hardware. It reads and writes memory at the addresses it gets. Work waits in its stream
+until the stream is synchronised. A context serves one call at a time, and refuses a shape outside the profile by
+returning False. What the hardware leaves undefined raises an AssertionError here.
 
-test_tensorrt_runner.py holds every public name and parameter of the fake module against the real tensorrt_rtx.
+test_tensorrt_runner.py compares every public name and parameter of the fake module with the real tensorrt_rtx.
 """
 
 import ctypes
@@ -29,12 +29,12 @@ FAKE_PLAN_MAGIC = b"fake plan\n"
 
 
 def fake_answer(image: np.ndarray[Any, Any], tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Repeat an image's pixels until its tokens are full: (3, S, S) -> (P + N, D)."""
+    """Repeat an image's pixels until they fill its tokens: (3, S, S) -> (P + N, D)."""
     return np.resize(image, tokens)
 
 
 class FakeStream:
-    """Work in the order of its submission, none of which is done before somebody synchronises."""
+    """A queue of work, which runs in order, but only when something synchronises."""
 
     def __init__(self, cuda: "FakeCuda", handle: int) -> None:
         self.cuda_stream = handle
@@ -50,13 +50,13 @@ class FakeStream:
             self._work.append(work)
 
     def wait_event(self, event: "FakeEvent") -> None:
-        # As in CUDA, a later record() does not move what was waited for, and an event never recorded is no wait.
+        # As in CUDA, a later record() does not change what is waited for, and an unrecorded event causes no wait.
         if marker := event.marker:
             self.submit(marker.reach)
 
     def wait_stream(self, stream: "FakeStream") -> None:
         capturing = self._cuda.capturing.keys() & {self.cuda_stream, stream.cuda_stream}
-        assert not capturing, "a capture may depend on nothing that was queued outside of it"
+        assert not capturing, "a capture must not depend on work queued outside it"
         self.submit(FakeMarker(stream).reach)
 
     def synchronize(self) -> None:
@@ -85,7 +85,7 @@ class FakeMarker:
 
 
 class FakeEvent:
-    """torch.cuda.Event, as far as the runner needs it."""
+    """The part of torch.cuda.Event that the runner uses."""
 
     def __init__(self) -> None:
         self.marker: FakeMarker | None = None
@@ -99,9 +99,9 @@ class FakeEvent:
 
 
 class FakeGraph:
-    """torch.cuda.CUDAGraph: what is queued in the stream between begin and end, to be run at every replay.
+    """torch.cuda.CUDAGraph: the work queued in the stream between begin and end, which every replay runs again.
 
-    Copies that torch makes around a replay are done at once, and not in their stream: torch's memory is the host's.
+    Torch's copies around a replay happen at once, not in their stream, because the tensors are on the host.
     """
 
     fails = False
@@ -137,7 +137,7 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """torch.cuda, as far as the runner needs it. ``finished`` are the streams whose engine calls are done, in order."""
+    """The part of torch.cuda that the runner uses. ``finished`` lists the stream of each finished call, in order."""
 
     def __init__(self) -> None:
         self.gpu = threading.RLock()
@@ -160,7 +160,7 @@ class FakeCuda:
         return stream
 
     def find_stream(self, handle: int) -> FakeStream:
-        assert handle in self._streams, f"{handle} is the handle of no stream"
+        assert handle in self._streams, f"no stream has the handle {handle}"
         return self._streams[handle]
 
     @contextmanager
@@ -207,17 +207,17 @@ def fake_plan(
     says: tuple[str, ...] = (),
     contexts: int = 1000,
 ) -> bytes:
-    """Serialise a fake engine: name and shape of an image and of its tokens, in a 16-bit type; batches of its profiles.
+    """Serialise a fake engine: name and shape of an image and of its tokens, both 16-bit, and its batch profiles.
 
-    ``says``: the severities at which TensorRT has something to tell while it loads the plan. ``contexts``: how many
-    there is memory for.
+    ``says`` lists the severities at which TensorRT logs a line while it loads the plan. ``contexts`` is the number of
+    contexts that fit in memory.
     """
     fields = {"input": input_, "output": output, "profiles": profiles, "says": says, "contexts": contexts}
     return FAKE_PLAN_MAGIC + json.dumps(fields).encode()
 
 
 class FakeTensorRT(ModuleType):
-    """A fake module tensorrt_rtx. Names that start with _fake_ are the test's; all others the real module has too."""
+    """A fake module tensorrt_rtx. Names that start with _fake_ are for tests; the real module has all others."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__("tensorrt_rtx")
@@ -272,7 +272,7 @@ class FakeTensorRT(ModuleType):
                 image_name, image = self._fake_input
                 least, _, most = self._fake_profiles[self._fake_profile]
                 if name != image_name or list(shape[1:]) != image or not least <= shape[0] <= most:
-                    # The real one then keeps the shape of the call before.
+                    # The real context then keeps the shape of the previous call.
                     self._fake_logger.log(ILogger.ERROR, f"{shape} does not satisfy any optimization profiles")
                     return False
                 self._fake_shape = tuple(shape)
@@ -292,7 +292,7 @@ class FakeTensorRT(ModuleType):
                 if name not in (self._fake_input[0], self._fake_output[0]):
                     return False
                 self._fake_addresses[name] = memory
-                time.sleep(1e-4)  # lets another thread in, if nothing keeps it out
+                time.sleep(1e-4)  # lets another thread in, unless a lock keeps it out
                 return True
 
             def execute_async_v3(self, stream_handle: int) -> bool:
@@ -302,7 +302,7 @@ class FakeTensorRT(ModuleType):
                     self._fake_logger.log(ILogger.ERROR, "fake failure of an enqueue")
                     return False
                 assert self._fake_shape is not None, "no input shape was set"
-                assert self._fake_memory, "a context without memory of its own was given none"
+                assert self._fake_memory, "a context without its own memory was not assigned any"
                 shape, self._fake_shape = self._fake_shape, None
                 assert len(self._fake_addresses) == 2, f"addresses are set only for {list(self._fake_addresses)}"
                 stream = cuda.find_stream(stream_handle)
@@ -427,7 +427,7 @@ class FakeTensorRT(ModuleType):
 
         class Runtime:
             def __init__(self, logger: ILogger) -> None:
-                assert isinstance(logger, ILogger), f"{logger!r} is no ILogger"
+                assert isinstance(logger, ILogger), f"{logger!r} is not an ILogger"
                 assert getattr(logger, "_fake_initialised", False), "ILogger.__init__ was not called"
                 self._fake_logger = self.logger = logger
 
@@ -459,6 +459,6 @@ class FakeTensorRT(ModuleType):
 
 
 def _memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """See the 16-bit numbers at an address as an array."""
+    """View the 16-bit numbers at an address as an array."""
     cells = (ctypes.c_uint16 * int(np.prod(shape))).from_address(address)
     return np.ctypeslib.as_array(cells).reshape(shape)

@@ -281,8 +281,8 @@ def test_verdicts_of_a_plan_are_each_their_own(spoilt: Path, capsys: pytest.Capt
     (found,) = json.loads(capsys.readouterr().out)["plans"]
     verdicts = found["verdicts"]
     assert verdicts["flavour"] is None
-    assert verdicts["version"].startswith("was built by tensorrt-rtx 1.0.0, ")
-    assert verdicts["platform"].startswith("was built for windows-amd64, this is ")
+    assert verdicts["version"].startswith("was built by tensorrt-rtx 1.0.0, but ")
+    assert verdicts["platform"].startswith("was built for windows-amd64, but this machine is ")
     assert verdicts["compute capability"].startswith("no GPU here")
     assert verdicts["sha256"] == f"{plan['file']} was altered: copy the bundle again"
 

@@ -1,4 +1,4 @@
-"""What every backend defines, a Backend and a Runner, and what the runners share."""
+"""The two things that every backend defines, a Backend and a Runner, and what the runners share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.names import check_name
 from trtower.spec import EIGHT_BIT, BatchProfile, TensorSpec
 
-CLOSED = "this tower is closed: close() and load_model() open it again."
+CLOSED = "this tower is closed; to open it again, call close() and then load_model()."
 
 Shape = tuple[int | str, ...]
 
@@ -21,15 +21,18 @@ Run = Callable[[torch.Tensor, torch.Tensor], None]
 """Fills its second argument from its first, as Runner.run does."""
 
 OnStart = Callable[[Any], None]
-"""Is called when a call has its turn, with the CUDA stream that it runs in, or None on the CPU."""
+"""Called when a call's turn comes, with the CUDA stream that the call runs in, or None on the CPU."""
 
 
 class Runner(Protocol):
-    """An opened tower. It may be shared by threads.
+    """An open tower, which threads may share.
 
-    ``backend`` is the name by which it is asked for, such as "tensorrt-rtx"; ``name`` is what really runs, such as
-    "tensorrt-rtx 1.7.1, sm89". ``files`` are those of the bundle that it executes, and ``dtype`` is that of both
-    tensors.
+    Attributes:
+        backend: The backend's name, such as "tensorrt-rtx".
+        name: What actually runs, such as "tensorrt-rtx 1.7.1, sm89".
+        files: The files of the bundle that it executes.
+        device: The device that holds both tensors of a call.
+        dtype: The dtype of both tensors.
     """
 
     backend: str
@@ -39,18 +42,26 @@ class Runner(Protocol):
     dtype: torch.dtype
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
-        """Fill ``hidden_states`` (B, P + N, D) from ``pixel_values`` (B, 3, S, S).
+        """Compute the hidden states of a batch of images.
 
-        Both are contiguous, of this runner's dtype and on its device, and B is within the batch profile. On
-        CUDA the work is only queued, after what the current stream holds and before what it is given next.
+        On CUDA this only queues the work: after what is already in the current stream, and before what enters it next.
+
+        Args:
+            pixel_values: The images, (B, 3, S, S), with B within the batch profile. Contiguous, on this runner's device
+                and of its dtype.
+            hidden_states: The tensor to fill, (B, P + N, D). Contiguous, on this runner's device and of its dtype.
+            on_start: Called when this call's turn comes, with the CUDA stream that it runs in, or None on the CPU.
+
+        Raises:
+            BackendError: The runner is closed, or the backend cannot run this batch.
         """
 
     def keep(self) -> None:
-        """Keep what the backend has compiled so far for the next process. By default that is nothing."""
-        return  # so that a runner may do without its own
+        """Save what the backend has compiled so far for the next process; by default, do nothing."""
+        return  # a body, so that runners need not define their own
 
     def close(self) -> None:
-        """Let calls in flight end, and free what this runner holds; a later `run` raises BackendError."""
+        """Wait for the calls in flight, then free what this runner holds; a later `run` raises BackendError."""
 
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
@@ -58,15 +69,19 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a bundle is run on a GPU: with TensorRT, and with ONNX Runtime if an option says so.
+    """How TensorRT, and in part ONNX Runtime, runs a bundle on a GPU.
 
-    ``contexts``: calls in flight at once, each with scratch memory of its own; more wait for their turn. They are made
-    on demand, and as many as the GPU has room for.
-    ``cuda_graphs``: replay a captured graph for the batches that the profiles name (minimum, optimum, maximum), with
-    TensorRT and with ONNX Runtime; TensorRT-RTX captures by itself, for any.
-    ``kernel_specialization``, of TensorRT-RTX: compile kernels for each shape that comes ("lazy", in the background,
-    or "eager", before it is served), or for none.
-    ``runtime_cache``, of TensorRT-RTX: keep compiled kernels beside the bundle, for the next process.
+    Attributes:
+        contexts: How many calls may be in flight at once, at least 1; others wait for their turn. For TensorRT, both
+            flavours. Each context has its own scratch memory. Contexts are made on demand, as far as the GPU has room.
+        cuda_graphs: Replay a captured CUDA graph for the batches that the profiles name (minimum, optimum, maximum).
+            For TensorRT and ONNX Runtime; TensorRT-RTX captures any batch by itself.
+        kernel_specialization: Whether TensorRT-RTX compiles kernels for each new shape: "lazy" compiles them in the
+            background, "eager" before the shape is served, "none" never.
+        runtime_cache: Keep the kernels that TensorRT-RTX compiled beside the bundle, for the next process.
+
+    Raises:
+        ConfigError: ``contexts`` is below 1, or ``kernel_specialization`` is unknown.
     """
 
     contexts: int = 4
@@ -76,20 +91,21 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.contexts < 1:
-            raise ConfigError(f"contexts={self.contexts}: 1 at least is expected.")
+            raise ConfigError(f"contexts must be at least 1; got {self.contexts}.")
         check_name("kernel_specialization", self.kernel_specialization, SPECIALIZATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend(ABC):
-    """One way to run bundles, as `auto`, a named backend, `trtower inspect` and `trtower bench` know it.
+    """One way to run bundles. `auto`, `trtower inspect` and `trtower bench` know every backend through this class.
 
-    ``name``: how users ask for it, such as "openvino-bf16".
-    ``product``: what people call the software, such as "OpenVINO".
-    ``package``: the package on PyPI that brings it.
-    ``kind``: the kind of device that it runs on, "cpu" or "cuda".
-    ``arithmetic``: "fp32", "fp16" or "bf16" if it computes in that whatever the bundle's precision; "" if it computes
-    in the bundle's own.
+    Attributes:
+        name: What users call it in options, such as "openvino-bf16".
+        product: What people call the software, such as "OpenVINO".
+        package: The PyPI package that provides it.
+        kind: The kind of device that it runs on, "cpu" or "cuda".
+        arithmetic: "fp32", "fp16" or "bf16" if it computes in that whatever the bundle's precision; "" if it computes
+            in the bundle's own precision.
     """
 
     name: str
@@ -99,39 +115,82 @@ class Backend(ABC):
     arithmetic: str = ""
 
     def files(self, bundle: Bundle) -> Sequence[str]:
-        """List the files of a bundle that it could run, the best first: the graph, unless it runs plans."""
+        """List the files of a bundle that this backend might run.
+
+        Args:
+            bundle: The bundle to run.
+
+        Returns:
+            Names of files in the bundle, best first. By default only the graph; a backend that runs plans overrides it.
+        """
         return (GRAPH,)
 
     @abstractmethod
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
-        """Say in words why it cannot run a file of the bundle on ``device``, which exists; None if it can.
+        """Say why this backend cannot run a file of the bundle, without loading any of the bundle.
 
-        Loads nothing of the bundle. Whatever the import of its package raises may be left to the caller.
+        An implementation need not catch what importing its package raises: the caller turns that into an obstacle.
+
+        Args:
+            bundle: The bundle to run.
+            file: One of the names that `files` lists.
+            device: The device to run on. It exists.
+
+        Returns:
+            The reason, in words; None if the backend can run the file.
         """
 
     @abstractmethod
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
-        """Verify the files and load them. Raises BundleError if one was altered, BackendError if it is refused."""
+        """Verify the files that the runner needs, and load them.
+
+        Args:
+            bundle: The bundle to run.
+            file: One of the names that `files` lists.
+            device: The device to run on.
+            engine: How to run it on a GPU.
+
+        Returns:
+            A runner that is ready for calls.
+
+        Raises:
+            BundleError: A file was altered, or does not match the manifest.
+            BackendError: The backend could not load the file.
+        """
 
     def is_coarse_for(self, precision: str) -> bool:
-        """Whether it computes in less than a bundle's precision."""
+        """Return whether this backend computes in less than a bundle's precision.
+
+        Args:
+            precision: The bundle's precision, such as "fp16".
+
+        Returns:
+            True if its arithmetic is a half precision other than the bundle's.
+        """
         return self.arithmetic not in ("", "fp32", precision)
 
     def computes_in(self, precision: str) -> str:
-        """Return the arithmetic in which it runs a bundle of this precision; 8 bits stay what they are."""
+        """Return the arithmetic in which this backend runs a bundle.
+
+        Args:
+            precision: The bundle's precision, such as "fp16".
+
+        Returns:
+            A precision such as "fp32". For an 8-bit bundle that is always the bundle's own.
+        """
         return precision if precision in EIGHT_BIT else self.arithmetic or precision
 
 
 def check_contract(
     bundle: Bundle, file: str, inputs: list[tuple[str, Shape]], outputs: list[tuple[str, Shape]]
 ) -> None:
-    """Raise BundleError unless a file takes and gives what the manifest says, for outputs are as large as that says.
+    """Raise BundleError unless a file's tensors match the manifest, which decides how large the output buffers are.
 
-    ``inputs`` and ``outputs`` are the names and shapes of the file's tensors, with "batch" for the batch.
+    ``inputs`` and ``outputs`` are the names and shapes of the file's tensors, with "batch" for the batch size.
     """
-    for found, spec in ((inputs, bundle.manifest.input), (outputs, bundle.manifest.output)):
-        if found != [(spec.name, spec.shape)]:
-            raise BundleError(f"{bundle.path}: {file} has {found}; tower.json says {(spec.name, spec.shape)}.")
+    for tensors, spec in ((inputs, bundle.manifest.input), (outputs, bundle.manifest.output)):
+        if tensors != [(spec.name, spec.shape)]:
+            raise BundleError(f"{bundle.path}: {file} has {tensors}; tower.json says {(spec.name, spec.shape)}.")
 
 
 def run_batch(
@@ -143,9 +202,10 @@ def run_batch(
     run: Run | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run any number of images, in as many calls as the profile asks for: (B, 3, S, S) -> (B, P + N, D).
+    """Run any number of images, split into as many calls as the profile requires: (B, 3, S, S) -> (B, P + N, D).
 
-    ``run`` takes the place of the runner's own. ``out`` is filled and returned: contiguous, and as the output is.
+    ``run`` replaces `runner.run`. ``out``, if passed, is filled and returned; it must be contiguous and have the
+    output's shape, dtype and device.
     """
     if out is None:
         tokens, width = (int(size) for size in output.shape[1:])

@@ -1,4 +1,4 @@
-"""Tell of every engine call how long it waited and ran, to whoever asked to be told. Nothing of it runs unasked."""
+"""Report queue and run time of each engine call to an optional callback. Nothing of this runs unless requested."""
 
 import time
 from collections.abc import Callable
@@ -13,9 +13,12 @@ from trtower.runners.base import Run, Runner
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """One engine call: how many images, on which backend, and the seconds it waited for its turn.
+    """What one engine call took. A batch beyond the profile is split into several calls, each with its own report.
 
-    A batch beyond the profile is several calls, and each is reported.
+    Attributes:
+        batch: How many images the call had.
+        backend: The backend that ran it, such as "tensorrt-rtx".
+        queue_s: Seconds that the call waited for its turn.
     """
 
     batch: int
@@ -25,7 +28,7 @@ class BatchReport:
 
     @property
     def run_s(self) -> float:
-        """The seconds the engine ran. On CUDA this waits until it has, so read it later than in the callback."""
+        """Seconds that the engine ran. On CUDA, reading it waits for the engine, so read it after the callback."""
         return self._ran()
 
 
@@ -33,7 +36,7 @@ OnBatch = Callable[[BatchReport], None]
 
 
 def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
-    """Give `runner.run`, with ``on_batch`` told of every call, and an NVTX range around each."""
+    """Wrap `runner.run`: report each call to ``on_batch``, and with ``nvtx`` put an NVTX range around it."""
 
     def run(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
         name = f"trtower {runner.backend} batch {len(pixel_values)}"
@@ -48,22 +51,22 @@ def observed(runner: Runner, on_batch: OnBatch | None, *, nvtx: bool) -> Run:
 
 
 class _Watch:
-    """Times a call: by the clock, or on CUDA, where it is only queued when it returns, by two events in its streams."""
+    """Times one call: on the CPU by the clock; on CUDA, where a call only queues its work, by two events in streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        self._asked = time.perf_counter()
+        self._called = time.perf_counter()
 
     def start(self, stream: Any) -> None:
-        """Take note that the call has its turn."""
+        """Record that the call's turn has come."""
         self._started = time.perf_counter()
-        self.queue_s = self._started - self._asked
+        self.queue_s = self._started - self._called
         if self._events:
             self._events[0].record(stream)
 
     def stop(self) -> Callable[[], float]:
-        """Take note that the call has returned; give what tells how long it ran."""
+        """Record that the call has returned; return a function that returns the seconds it ran."""
         if not self._events:
             seconds = time.perf_counter() - self._started
             return lambda: seconds

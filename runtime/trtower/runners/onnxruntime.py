@@ -1,4 +1,4 @@
-"""Run a bundle's graph with ONNX Runtime, on CUDA or the CPU, on torch's memory."""
+"""Run a bundle's graph with ONNX Runtime, on CUDA or the CPU, directly on torch's tensors."""
 
 import logging
 import re
@@ -19,24 +19,26 @@ from trtower.spec import PRECISIONS, profile_batches
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 FAST_FP16_FROM = (1, 25)
-"""ONNX Runtime whose FP16 attention on the CPU is fast. One image of ViT-B/16 took 1.24.4 11.5 s, 1.25.0 and later
-about 1 s (2026-11-25, on two busy cores); one of ViT-L/14-336 took 1.23.2 51.8 s and 1.32.0 1.1 s."""
+"""The first ONNX Runtime with fast FP16 attention on the CPU. Measured on two busy cores on 2026-11-25: one image of
+ViT-B/16 took 11.5 s with 1.24.4 and about 1 s from 1.25.0 on; one of ViT-L/14-336 took 51.8 s with 1.23.2 and 1.1 s
+with 1.32.0."""
 
 SHAPE_OPERATORS = ("Shape", "Concat")
-"""What makes the shape of a batch's class tokens: ONNX Runtime prefers it on the CPU, and has CUDA kernels, too."""
+"""Operators that compute the shape of a batch's class tokens. ONNX Runtime has CUDA kernels for them, but prefers to
+run them on the CPU."""
 
 LAUNCH = -1
-"""ONNX Runtime's number for a run that is neither captured nor replayed (`gpu_graph_id`)."""
+"""The `gpu_graph_id` with which ONNX Runtime neither captures nor replays a graph."""
 
 logger = logging.getLogger(__name__)
 
 
 class OnnxRuntimeRunner(Runner):
-    """One session on the CPU, which ONNX Runtime lets threads share; each call binds its own tensors."""
+    """One session on the CPU. ONNX Runtime lets threads share it; each call binds its own tensors."""
 
     def __init__(self, bundle: Bundle, device: torch.device, **settings: str) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
-        # Both as buffers: what was hashed is what is loaded, and a graph that names another file finds none.
+        # Load both from memory, so that the bytes loaded are those that were hashed, and no other file can be read.
         graph, weights = bundle.read(GRAPH), bundle.map(GRAPH_DATA)
         provider = PROVIDERS[device.type]
         options = ort.SessionOptions()
@@ -54,13 +56,13 @@ class OnnxRuntimeRunner(Runner):
         if provider not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
-                f"{self._session.get_providers()[0]}: its CUDA libraries are missing or of another version."
+                f"{self._session.get_providers()[0]}: its CUDA libraries are missing or have another version."
             )
         check_contract(bundle, GRAPH, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
             _check_placement(self._session, f"onnxruntime {ort.__version__}")
         element_type = PRECISIONS[bundle.manifest.precision].onnx  # numpy has no name for bfloat16
-        self._ort, self._place = ort, (device.type, device.index or 0, element_type)
+        self._ort, self._binding = ort, (device.type, device.index or 0, element_type)
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self.backend = f"onnxruntime-{device.type}"
         self.files = (GRAPH, GRAPH_DATA)
@@ -79,21 +81,21 @@ class OnnxRuntimeRunner(Runner):
         if session is None:
             raise BackendError(CLOSED)
         binding = session.io_binding()
-        binding.bind_input(self._input.name, *self._place, tuple(pixel_values.shape), pixel_values.data_ptr())
-        binding.bind_output(self._output.name, *self._place, tuple(hidden_states.shape), hidden_states.data_ptr())
+        binding.bind_input(self._input.name, *self._binding, tuple(pixel_values.shape), pixel_values.data_ptr())
+        binding.bind_output(self._output.name, *self._binding, tuple(hidden_states.shape), hidden_states.data_ptr())
         session.run_with_iobinding(binding, options)
 
     def close(self) -> None:
-        """See Runner.close. A call in flight holds the session, which goes with the last of them."""
+        """See Runner.close. Calls in flight keep the session alive; the last of them frees it."""
         self._session = None
 
 
 class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
-    """One session on a GPU, in a stream of its own, which each call's stream waits for and is waited for by.
+    """One session on a GPU, in its own stream. That stream and the caller's wait for each other.
 
-    A session of ONNX Runtime has one stream for good, and keeps its CUDA graphs by thread, so calls take turns in one
-    thread of the runner's own. The host waits for none of them on the GPU. The batches that the profiles name are
-    captured as CUDA graphs, with tensors of their own, as ONNX Runtime wants it.
+    An ONNX Runtime session is bound to one stream and keeps CUDA graphs per thread. So calls take turns in the runner's
+    own thread, and the host never waits for the GPU. Batches that the profiles name are captured as CUDA graphs, with
+    their own tensors, as ONNX Runtime requires.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
@@ -105,25 +107,25 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         except BackendError as err:
             if not cuda_graphs:
                 raise
-            self._launch_from_now_on(err)  # raises if graphs were not the reason
+            self._disable_graphs(err)  # raises if graphs were not the reason
         self._thread = SerialThread(f"trtower {self.backend}")
 
     def _open_session(self) -> None:
-        """Open the session, in a stream that no capture has touched."""
+        """Open the session in a new stream, which no capture has touched."""
         self._stream = torch.cuda.Stream(self.device)
         settings = {
             "user_compute_stream": str(self._stream.cuda_stream),
-            "use_tf32": "0",  # which has FP16's ten bits, where a graph says FP32
-            "arena_extend_strategy": "kSameAsRequested",  # not the next power of two, which for weights is half unused
+            "use_tf32": "0",  # TF32 has only FP16's ten bits, but the graph says FP32
+            "arena_extend_strategy": "kSameAsRequested",  # the next power of two would waste up to half on weights
         }
-        if self.device.index:  # ONNX Runtime 1.31 warns of a plugin that is missing wherever a device is named
+        if self.device.index:  # ONNX Runtime 1.31 warns of a missing plugin whenever device_id is set
             settings["device_id"] = str(self.device.index)
         if self._to_capture:
             settings["enable_cuda_graph"] = "1"
         super().__init__(self._bundle, self.device, **settings)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
-        """See Runner.run. A call is queued in the mode of its caller, whose tensors take part in no other."""
+        """See Runner.run. The thread adopts the caller's inference mode, because the caller's tensors need it."""
         caller, inference = torch.cuda.current_stream(self.device), torch.is_inference_mode_enabled()
 
         def take_turn() -> None:
@@ -140,33 +142,33 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
         self._thread.run(take_turn)
 
     def _replay(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, caller: Any) -> bool:
-        """Run from a graph, captured now if this is the batch's first; False where it is to be launched."""
+        """Run the call from a CUDA graph, captured now if it is new; return False if it must run without one."""
         batch = len(pixel_values)
         if batch not in self._to_capture:
             return False
         with torch.cuda.stream(self._stream):
             try:
                 if batch not in self._captured:
-                    with torch.inference_mode(mode=False):  # they serve calls in any mode
+                    with torch.inference_mode(mode=False):  # the tensors serve calls in any mode
                         self._captured[batch] = (torch.empty_like(pixel_values), torch.empty_like(hidden_states))
                 inputs, outputs = self._captured[batch]
                 inputs.copy_(pixel_values)
                 self._run(inputs, outputs, self._options(batch))
-            except Exception as err:  # noqa: BLE001 - ONNX Runtime's own classes, and torch's where memory is full
-                self._launch_from_now_on(err)
+            except Exception as err:  # noqa: BLE001 - ONNX Runtime has its own classes; torch may lack memory
+                self._disable_graphs(err)
                 self._stream.wait_stream(caller)
                 return False
             hidden_states.copy_(outputs)
         return True
 
-    def _launch_from_now_on(self, err: Exception) -> None:
-        """Go on in a new session without graphs: the old one's stream may be left in the capture that failed.
+    def _disable_graphs(self, err: Exception) -> None:
+        """Continue in a new session without CUDA graphs: the old stream may be stuck in the capture that failed.
 
-        The old one goes first, for memory may be what was missing; where none can be opened the runner is closed.
+        Free the old session first, because memory may have been the problem. If no new one opens, the runner is closed.
         """
         self._to_capture, self._captured, self._session = [], {}, None
         self._open_session()
-        logger.warning("CUDA graphs are left out, and every call is launched: %s", one_line(err))
+        logger.warning("CUDA graphs are off, and calls are launched without them: %s", one_line(err))
 
     def _options(self, graph: int) -> Any:
         options = self._ort.RunOptions()
@@ -186,8 +188,8 @@ def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
     version = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
     if bundle.manifest.precision == "fp16" and version < FAST_FP16_FROM:
         logger.warning(
-            "onnxruntime %s may take tens of times longer for FP16 attention on the CPU than %d.%d: update it, or "
-            "export with --precision fp32 for this machine",
+            "onnxruntime %s may run FP16 attention on the CPU tens of times slower than %d.%d: update it, or export "
+            "with --precision fp32 for this machine",
             ort.__version__,
             *FAST_FP16_FROM,
         )
@@ -199,28 +201,29 @@ def _shapes(tensors: Any) -> list[tuple[str, Shape]]:
 
 
 def _check_placement(session: Any, name: str) -> None:
-    """Have the GPU compute everything: ONNX Runtime leaves to the CPU, without a word, what it has no kernel for."""
+    """Refuse a graph unless the GPU runs all of it; operators without a CUDA kernel silently run on the CPU."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise BackendError(
-            f"{name} is too old to say what of a graph it runs on the GPU: take 1.31 or later, and Python 3.11."
+            f"{name} is too old to report which operators it runs on the GPU: install 1.31 or later, which needs "
+            "Python 3.11 or later."
         )
-    left = Counter(
+    on_cpu = Counter(
         node.op_type
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != PROVIDERS["cuda"]
         for node in part.get_nodes()
         if node.op_type not in SHAPE_OPERATORS
     )
-    if left:
-        what = ", ".join(f"{count} {operator}" for operator, count in sorted(left.items()))
+    if on_cpu:
+        operators = ", ".join(f"{count} {operator}" for operator, count in sorted(on_cpu.items()))
         raise BackendError(
-            f"{name} has no CUDA kernels for {what} of this graph and would run them on the CPU, with every tensor "
-            "copied there and back."
+            f"{name} has no CUDA kernels for {operators} of this graph. It would run them on the CPU and copy every "
+            "tensor there and back."
         )
 
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime, with its provider for one kind of device."""
+    """ONNX Runtime, with its execution provider for one kind of device."""
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""

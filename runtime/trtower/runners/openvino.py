@@ -1,8 +1,8 @@
-"""Run a bundle's graph with OpenVINO on the CPU, in FP32 or, where the processor has it, BF16.
+"""Run a bundle's graph with OpenVINO on the CPU, in FP32, or in BF16 if the processor supports it.
 
-A graph in half precision says that every result is rounded to it. That is what a GPU does, and on a CPU it is only
-lost accuracy: here results stay in FP32 between the operations, and what `trtower check` runs "as typed" beside it is
-the graph as it was written. In BF16 OpenVINO computes products in BF16, and decides what else.
+A graph in half precision rounds every result to it, as a GPU does. On a CPU that only loses accuracy, so here results
+stay in FP32 between operations. (`trtower check` also runs the graph "as typed", with every rounding.) In BF16,
+OpenVINO computes products in BF16 and decides by itself what else.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ PRODUCTS = ("Convolution", "MatMul")
 
 
 class OpenVinoRunner(Runner):
-    """One compiled model, whose threads are as many as torch has; calls take turns, since each uses all of them."""
+    """One compiled model with as many threads as torch uses. Calls take turns, because each uses all threads."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         ov = import_extra("openvino", extra="openvino", purpose=backend.name)
@@ -36,8 +36,8 @@ class OpenVinoRunner(Runner):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         if bundle.manifest.precision in EIGHT_BIT:
-            # Products stay in FP32. In OpenVINO's own 8 bits, on a processor without VNNI, a small tower had 4.5 times
-            # the error of PyTorch's simulation, where a check allows 3 (2026.4.1, 2026-11-26).
+            # Keep products in FP32. In OpenVINO's own 8 bits, on a processor without VNNI, a small tower had 4.5 times
+            # the error of PyTorch's simulation; a check allows 3 (OpenVINO 2026.4.1, 2026-11-26).
             settings["LP_TRANSFORMS_MODE"] = False
         with bundle.steady(GRAPH, GRAPH_DATA):
             _check_locations(bundle)
@@ -47,7 +47,7 @@ class OpenVinoRunner(Runner):
                     model = _widen(ov, model, half, keep_products=half == hint)
                 check_contract(bundle, GRAPH, _shapes(model.inputs), _shapes(model.outputs))
                 self._compiled: Any = core.compile_model(model, "CPU", settings)
-            except RuntimeError as err:  # of whatever goes wrong in OpenVINO
+            except RuntimeError as err:  # OpenVINO raises it for any failure
                 raise BackendError(
                     f"openvino {ov.__version__} could not load {bundle.path / GRAPH}: {one_line(err)}"
                 ) from err
@@ -74,21 +74,21 @@ class OpenVinoRunner(Runner):
         self._compiled = None
 
     def _wrap(self, tensor: torch.Tensor) -> Any:
-        """See torch's memory as OpenVINO's tensor. numpy has no name for BF16, and two bytes are two bytes."""
+        """View torch's memory as an OpenVINO tensor. BF16 passes as int16, because numpy has no BF16."""
         cells = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         return self._ov.Tensor(cells.numpy(), self._ov.Shape(list(tensor.shape)), self._type)
 
 
 def has_bf16(ov: Any) -> bool:
-    """Ask OpenVINO whether this processor multiplies in BF16."""
+    """Return whether OpenVINO can multiply in BF16 on this processor."""
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
-    """Have ``model`` compute in FP32 between its inputs and outputs, which stay in ``half``.
+    """Make ``model`` compute in FP32 between its inputs and outputs, which stay in ``half``.
 
-    ``keep_products`` leaves matrix products and convolutions with their weights in ``half``: as FP32 the weights would
-    take twice the memory, to be rounded again.
+    ``keep_products`` leaves matrix products and convolutions, and their weights, in ``half``: FP32 weights would take
+    twice the memory, only to be rounded again.
     """
     narrow, operators = getattr(ov.Type, half), ov.opset13
     model.get_parameters()[0].set_element_type(ov.Type.f32)
@@ -117,21 +117,21 @@ def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
 
 
 def _insert(node: Any, readers: list[Any]) -> None:
-    """Have ``readers`` read what ``node`` gives."""
+    """Connect ``readers`` to the output of ``node``."""
     for reader in readers:
         reader.replace_source_output(node.output(0))
 
 
 def _check_locations(bundle: Bundle) -> None:
-    """Have the graph read the bundle's weights alone. OpenVINO itself keeps it from leaving the folder."""
+    """Refuse a graph that reads weights from any other file. OpenVINO itself refuses files outside the folder."""
     graph = (bundle.path / GRAPH).read_bytes()
-    # As protobuf writes an entry of TensorProto.external_data: key, then value with its length. What says it otherwise
-    # is not what the exporter has written.
+    # Protobuf writes an entry of TensorProto.external_data as key, then value with its length. Any other form did not
+    # come from the exporter.
     name = GRAPH_DATA.encode()
     if graph.count(b"location") != graph.count(b"\n\x08location\x12" + bytes([len(name)]) + name):
         raise BundleError(
-            f"{bundle.path / GRAPH} reads weights that are not in {GRAPH_DATA}, and nothing vouches for them: export "
-            "it again."
+            f"{bundle.path / GRAPH} reads weights that are not in {GRAPH_DATA}, so they cannot be verified: export it "
+            "again."
         )
 
 
@@ -144,13 +144,13 @@ def _shapes(ports: Any) -> list[tuple[str, Shape]]:
 
 
 class OpenVino(Backend):
-    """OpenVINO on the CPU, in the arithmetic that it is told."""
+    """OpenVINO on the CPU, computing in ``arithmetic``."""
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
         ov = import_extra("openvino", extra="openvino", purpose=self.name)
         if self.arithmetic == "bf16" and not has_bf16(ov):
-            return "this processor has no BF16 products, as OpenVINO says: take openvino"
+            return "OpenVINO finds no BF16 support in this processor; use backend openvino"
         return None
 
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:

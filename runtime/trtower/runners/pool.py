@@ -1,4 +1,4 @@
-"""Let threads share what one call at a time may use: a pool that lends it out, or a thread that all calls run in."""
+"""Share between threads what only one call at a time may use: lend it from a pool, or run every call in one thread."""
 
 import logging
 import queue
@@ -19,25 +19,25 @@ logger = logging.getLogger(__name__)
 
 
 class Pool(Generic[T]):
-    """Up to ``most`` things of one kind, of which a caller has one to itself; the others wait their turn.
+    """Up to ``limit`` things of one kind, each lent to one caller at a time; further callers wait for their turn.
 
-    The first is made here, and its error is raised. If a further one cannot be made, for want of memory above all, the
-    bound is what there is from then on, and the log says why.
+    The first is made here, and an error in making it is raised. If a later one raises BackendError, mostly for lack of
+    memory, the limit drops to the current size, and a warning says why.
     """
 
-    def __init__(self, make: Callable[[], T], most: int) -> None:
-        self._make, self._most = make, most
+    def __init__(self, make: Callable[[], T], limit: int) -> None:
+        self._make, self._limit = make, limit
         self._idle: list[T] = [make()]
-        self._made = 1
+        self._size = 1
         self._closed = False
         self._change = threading.Condition()
 
     @contextmanager
     def lend(self, prefer: Callable[[T], bool] | None = None) -> Iterator[T]:
-        """Lend one for the length of the block.
+        """Lend one for the length of the block; raise BackendError if the pool is closed.
 
-        By default the one that was used last, for its memory is warm. With ``prefer`` one that it is true of; without
-        such a new one, within the bound; else the one that has been idle for longest.
+        By default lend the one that was used last, because its memory is warm. With ``prefer``, lend one that it
+        accepts. If it accepts none, make a new one within the limit; at the limit, lend the one idle for longest.
         """
         thing = self._take(prefer)
         try:
@@ -50,39 +50,42 @@ class Pool(Generic[T]):
     def _take(self, prefer: Callable[[T], bool] | None) -> T:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._idle or self._made < self._most or self._closed)
+                self._change.wait_for(lambda: self._idle or self._size < self._limit or self._closed)
                 if self._closed:
                     raise BackendError(CLOSED)
                 fitting = [thing for thing in self._idle if prefer is None or prefer(thing)]
-                if fitting or self._made == self._most:
+                if fitting or self._size == self._limit:
                     thing = fitting[-1] if fitting else self._idle[0]
                     self._idle.remove(thing)
                     return thing
-                self._made += 1
+                self._size += 1
             try:
                 return self._make()
             except BaseException as err:
                 with self._change:
-                    self._made -= 1
+                    self._size -= 1
                     if isinstance(err, BackendError):
-                        self._most = self._made
+                        self._limit = self._size
                     self._change.notify_all()
                 if not isinstance(err, BackendError):
                     raise
-                logger.warning("no more callers at once than now: %s", err)
+                logger.warning("concurrency stays at its current level: %s", err)
 
     def close(self) -> list[T]:
-        """Wait until all are back, let go of them and give them. Who still waits for one gets a BackendError."""
+        """Wait until all are back, then empty the pool and return them; callers still waiting get a BackendError."""
         with self._change:
             self._closed = True
             self._change.notify_all()
-            self._change.wait_for(lambda: len(self._idle) == self._made)
-            things, self._idle, self._made = self._idle, [], 0
+            self._change.wait_for(lambda: len(self._idle) == self._size)
+            things, self._idle, self._size = self._idle, [], 0
         return things
 
 
 class SerialThread:
-    """Runs what it is given until `end`. An executor of Python's would end with the main thread, before others do."""
+    """Runs calls one after another in its own thread, until `end`.
+
+    Python's own executors stop with the main thread, when other threads may still have calls to run.
+    """
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
@@ -92,7 +95,7 @@ class SerialThread:
         self._thread.start()
 
     def run(self, call: Callable[[], None]) -> None:
-        """Have ``call`` run and wait for it; raise what it raises, and BackendError after `end`."""
+        """Run ``call`` and wait for it. Raise what it raises; raise BackendError after `end`."""
         done: Future[None] = Future()
         with self._open:
             if self._ended:
@@ -101,7 +104,7 @@ class SerialThread:
         done.result()
 
     def end(self) -> bool:
-        """Let what was given end, and the thread with it; False where that was done before."""
+        """Finish the calls that were submitted, then stop the thread; return False if it was stopped before."""
         with self._open:
             if self._ended:
                 return False
@@ -117,6 +120,6 @@ class SerialThread:
             try:
                 call()
                 done.set_result(None)
-            except BaseException as err:  # noqa: BLE001 - the caller gets it
+            except BaseException as err:  # noqa: BLE001 - raised in the caller
                 done.set_exception(err)
-            del call, done, work  # they hold tensors
+            del call, done, work  # they would keep tensors alive

@@ -1,7 +1,7 @@
 """Keep the kernels that TensorRT-RTX compiled in one process for the next, in a file beside the bundle.
 
-The file's name says which plan, version and GPU it is for, and the start of its own sha256: what was cut short is found
-before TensorRT sees it, and TensorRT itself refuses what its driver does not match.
+The file's name has its plan, TensorRT-RTX version and GPU, and the start of its own sha256. So an incomplete file is
+found before TensorRT-RTX reads it. TensorRT-RTX itself rejects a file that does not match its driver.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 DIGITS = 16
-"""Of a sha256, in a file's name."""
+"""How many digits of a sha256 a file's name has."""
 
 
 class RuntimeCache:
-    """The cache of one plan on one GPU. What is wrong with it costs time and never an answer, so it is only said."""
+    """The cache of one plan on one GPU. Its faults cost time but never change a result, so they are only logged."""
 
     def __init__(self, bundle: Path, plan_sha256: str, version: str, gpu: str) -> None:
         bundle = bundle.resolve()
@@ -28,36 +28,36 @@ class RuntimeCache:
         self._handle: Any = None
 
     def read_into(self, handle: Any) -> Any:
-        """Fill TensorRT's ``handle`` with what the process before has kept, and give it."""
+        """Fill TensorRT-RTX's ``handle`` with what an earlier process saved, and return it."""
         self._handle = handle
         for path in sorted(self._folder.glob(f"{self._plan}.*.{self._gpu}.*.cache")):
             why = self._read(path)
             if why:
-                logger.warning("%s is thrown away, and kernels are compiled again: %s", path, why)
+                logger.warning("%s is discarded, and its kernels are compiled again: %s", path, why)
                 _remove(path)
         return handle
 
     def _read(self, path: Path) -> str | None:
-        """Read one file; say why it is of no use."""
+        """Load one file into the handle; return why it is unusable, or None."""
         if not path.name.startswith(self._own):
-            return "it is of another version of TensorRT-RTX"
+            return "another version of TensorRT-RTX wrote it"
         try:
             content = path.read_bytes()
-        except FileNotFoundError:  # another process has put a newer one in its place
+        except FileNotFoundError:  # another process has replaced it with a newer one
             return None
         except OSError as err:
             return f"it cannot be read: {err.strerror}"
         if hashlib.sha256(content).hexdigest()[:DIGITS] != path.name.removeprefix(self._own).removesuffix(".cache"):
-            return "it was cut short or altered"
+            return "it is incomplete or was altered"
         if not self._handle.deserialize(content):
-            return "TensorRT-RTX does not take it: the driver is another one"
+            return "TensorRT-RTX rejects it, because the driver has changed"
         return None
 
     def write(self) -> None:
-        """Keep what was compiled so far, in the place of what was kept before."""
+        """Save what was compiled so far, in place of what was saved before."""
         serialised = self._handle.serialize()
         if serialised is None:
-            logger.warning("compiled kernels are not kept for the next process: TensorRT-RTX gives none")
+            logger.warning("compiled kernels are not saved for the next process: TensorRT-RTX returned none")
             return
         content = bytes(memoryview(serialised))
         name = f"{self._own}{hashlib.sha256(content).hexdigest()[:DIGITS]}.cache"
@@ -72,7 +72,7 @@ class RuntimeCache:
             finally:
                 _remove(staged)
         except OSError as err:
-            logger.warning("compiled kernels are not kept for the next process: %s: %s", self._folder, err.strerror)
+            logger.warning("compiled kernels are not saved for the next process: %s: %s", self._folder, err.strerror)
             return
         for older in self._folder.glob(f"{self._own}*.cache"):
             if older.name != name:
@@ -83,4 +83,4 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as err:
-        logger.warning("%s could not be removed: %s", path, err.strerror)
+        logger.warning("could not remove %s: %s", path, err.strerror)

@@ -1,4 +1,4 @@
-"""What one call of an engine needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
+"""What one engine call needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
 
 import gc
 import logging
@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Shared:
-    """What the slots of an engine share: what their contexts are made of, and whether to capture still, and where.
+    """What the slots of an engine share: how to make contexts, and whether and in which stream to capture graphs.
 
-    ``make_context`` returns None if TensorRT has no memory for one. ``names`` are those of the input and the output.
+    ``make_context`` returns None if TensorRT has no memory for a context. ``names`` are those of the input and output
+    tensors. ``captures`` says whether CUDA graphs are captured; it turns False when the first capture fails.
 
-    One call at a time captures, in a stream that nobody else queues into: what another thread queued there meanwhile
-    would become part of the graph. After the first capture that fails there is no other.
+    Only one call at a time captures, in a stream that nothing else uses: work that another thread queued there during
+    the capture would become part of the graph.
     """
 
     make_context: Callable[[], Any]
@@ -36,17 +37,17 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.turn = threading.Lock()
-        # Few programs take streams of high priority, so that torch has not given this one to another, too.
+        # Torch may hand out a stream twice. Few programs use high-priority ones, so this one is probably not shared.
         self.stream: Any = torch.cuda.Stream(self.device, priority=-1) if self.captures else None
 
 
 class Slot:
-    """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come in.
+    """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come from.
 
-    Every profile has a context of its own, and so has every graph: what a graph has captured, no other call changes.
-    They share one piece of scratch memory, because no two of them run at once. It is torch's, which gives from its
-    cache what a program has freed. ``stream`` is the handle of the stream that used it last, None before any did.
-    Raises BackendError where there is no room for all of that.
+    Every profile and every graph has its own context, so that no other call changes what a graph captured. The contexts
+    share one block of scratch memory, because no two of them run at once. Torch allocates the block, so it can reuse
+    memory that the program has freed. ``stream`` is the handle of the stream that last used the slot, or None.
+    Raises BackendError if there is not enough memory.
     """
 
     def __init__(self, shared: Shared) -> None:
@@ -57,20 +58,21 @@ class Slot:
             self._scratch = allocate(shared.scratch_bytes, shared.device)
         except torch.OutOfMemoryError as err:
             raise BackendError(
-                f"no room for an execution context on {shared.device}: it needs {shared.scratch_bytes} bytes of GPU "
+                f"no room for an execution context on {shared.device}; it needs {shared.scratch_bytes} bytes of GPU "
                 "memory."
             ) from err
         here = torch.cuda.current_stream(shared.device)
         self._graphs: dict[int, Graph] = {}
         self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(shared.profiles))]
-        # Torch gives memory that this stream may still be using to this stream alone; calls come in others.
+        # Torch may reuse memory that this stream is still using, which is safe only in this stream. Calls come in other
+        # streams, so the first one waits for this event.
         self._last_use = torch.cuda.Event()
         self._last_use.record(here)
 
     def enqueue(
         self, images: torch.Tensor, features: torch.Tensor, stream: Any, on_start: OnStart | None = None
     ) -> None:
-        """Queue a call in ``stream``, after the slot's call before. Raises BackendError where TensorRT refuses."""
+        """Queue a call in ``stream``, after the slot's previous call; raise BackendError if TensorRT refuses it."""
         stream.wait_event(self._last_use)
         try:
             if on_start:
@@ -84,36 +86,36 @@ class Slot:
             self.stream = stream.cuda_stream
 
     def close(self) -> None:
-        """Wait for the last call, and let go of everything."""
+        """Wait for the last call, then free everything."""
         self._last_use.synchronize()
         self._graphs.clear()
         self._contexts.clear()
         del self._scratch
 
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
-        """Give the graph of this batch, captured now if it is the first; None where it is to be launched plainly."""
+        """Return the graph for this batch size, captured now if it is new; None if the call runs without one."""
         batch, shared = len(images), self._shared
         if shared.captures and batch in self._to_capture and batch not in self._graphs:
             with shared.turn:
                 try:
                     if shared.captures:
                         self._graphs[batch] = self._capture_graph(images, features, stream)
-                except (RuntimeError, BackendError) as err:  # RuntimeError is CUDA's, and torch's where memory is full
+                except (RuntimeError, BackendError) as err:  # CUDA, or torch if memory is full, raises RuntimeError
                     shared.captures = False
-                    said = "CUDA graphs are left out from now on, and calls are launched: batch %d: %s"
-                    logger.warning(said, batch, err)
+                    message = "CUDA graphs are off, and calls are launched without them: capturing batch %d failed: %s"
+                    logger.warning(message, batch, err)
         return self._graphs.get(batch)
 
     def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
-        """Capture a call on tensors of its own, after what ``stream`` holds and before what it is given next."""
+        """Capture a call on new tensors, after what is already in ``stream`` and before what enters it next."""
         private = self._shared.stream
-        # Inference mode would bind the tensors to it, and the graph serves calls outside of it, too.
+        # The graph also serves calls outside inference mode, where tensors made inside it could not be written to.
         with torch.cuda.stream(private), torch.inference_mode(mode=False):
             private.wait_stream(stream)
             try:
                 context = self._new_context(self._profile_for(len(images)), private.cuda_stream)
                 inputs, outputs = torch.zeros_like(images), torch.empty_like(features)
-                # TensorRT wants a shape's first one uncaptured.
+                # TensorRT requires that the first call with a shape is not captured.
                 self._launch(context, inputs, outputs, private.cuda_stream)
                 graph = torch.cuda.CUDAGraph()
                 with _no_collection():
@@ -123,14 +125,14 @@ class Slot:
                     finally:
                         graph.capture_end()
             except BaseException:
-                private.synchronize()  # before the context goes
+                private.synchronize()  # before the context is freed
                 raise
             finally:
                 stream.wait_stream(private)
         return Graph(graph, context, inputs, outputs)
 
     def _profile_for(self, batch: int) -> int:
-        """Choose the profile that was tuned nearest to a batch, and of two such the narrower."""
+        """Return the index of the profile tuned nearest to a batch size; of two equally near, the narrower."""
         profiles = self._shared.profiles
         fitting = [
             (abs(each.opt - batch), each.max - each.min, index)
@@ -138,7 +140,7 @@ class Slot:
             if each.min <= batch <= each.max
         ]
         if not fitting:
-            raise BackendError(f"no profile of the plan takes {batch} images: {profiles} are there.")
+            raise BackendError(f"no profile of the plan accepts {batch} images; its profiles are {profiles}.")
         return min(fitting)[-1]
 
     def _new_context(self, profile: int, stream: int) -> Any:
@@ -146,12 +148,12 @@ class Slot:
         context = shared.make_context()
         if context is None:
             raise BackendError(
-                f"no execution context on {shared.device}, for want of GPU memory beside {shared.scratch_bytes} bytes "
-                "of scratch; TensorRT's reason is in the log."
+                f"could not create an execution context on {shared.device}: not enough GPU memory besides its "
+                f"{shared.scratch_bytes} bytes of scratch memory; TensorRT's reason is in the log."
             )
         context.set_device_memory(self._scratch.data_ptr(), shared.scratch_bytes)
         if profile and not context.set_optimization_profile_async(profile, stream):
-            raise BackendError(f"profile {profile} of the plan could not be set; TensorRT's reason is in the log.")
+            raise BackendError(f"could not select profile {profile} of the plan; TensorRT's reason is in the log.")
         return context
 
     def _launch(self, context: Any, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
@@ -163,17 +165,17 @@ class Slot:
             and context.execute_async_v3(stream)
         )
         if not accepted:
-            raise BackendError(f"TensorRT could not run {tuple(images.shape)}; its reason is in the log.")
+            raise BackendError(f"TensorRT could not run a batch of {tuple(images.shape)}; its reason is in the log.")
 
 
 class Graph:
-    """A captured call, with tensors of its own: it reads and writes no address that it was not captured with."""
+    """A captured call with its own tensors: a graph only reads and writes the addresses that it captured."""
 
     def __init__(self, graph: Any, context: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         self._graph, self._context, self._inputs, self._outputs = graph, context, inputs, outputs
 
     def replay(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> None:
-        """Run it on ``images``; two copies on the GPU are what it costs."""
+        """Run the call on ``images``, at the cost of two copies on the GPU."""
         with torch.cuda.stream(stream):
             self._inputs.copy_(images)
             self._graph.replay()
@@ -182,16 +184,16 @@ class Graph:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Have Python collect no garbage: what goes with it may wait for the GPU, which ends a capture."""
-    collects = gc.isenabled()
+    """Pause Python's garbage collection: freeing an object may wait for the GPU, which ends a capture."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def allocate(size: int, device: torch.device) -> torch.Tensor:
-    """Take bytes of a GPU's memory, at an address that TensorRT's alignment is content with."""
+    """Allocate bytes of GPU memory, aligned as TensorRT needs."""
     return torch.empty(max(size, 1), dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Run a plan with TensorRT, of either flavour, on torch's memory and in the stream of the caller."""
+"""Run a plan with either flavour of TensorRT, directly on torch's tensors and in the caller's stream."""
 
 import logging
 from collections import deque
@@ -24,19 +24,19 @@ from trtower.spec import BatchProfile
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
-"""Bytes that TensorRT wants a tensor's address to be a multiple of (`IExecutionContext.set_tensor_address`)."""
+"""TensorRT requires tensor addresses to be multiples of this many bytes (`IExecutionContext.set_tensor_address`)."""
 
 ERRORS = 3
-"""As many of TensorRT's last ones are told where a plan cannot be loaded."""
+"""How many of TensorRT's latest errors to quote when a plan fails to load."""
 
 
 class TensorRTRunner(Runner):
     """One engine, and a pool of slots to run it in.
 
-    A call takes the slot that its stream used last, or an idle one, which then waits on the GPU for its call before.
-    On torch's default stream TensorRT would synchronise the host, so such calls run in a stream of the runner's own,
-    between two waits. The caller's stream waits for the answer in any case, so that whatever is freed after the call,
-    torch gives to nobody before the engine is done with it.
+    A call takes the slot that its stream used last, or another idle slot, whose previous call it then waits for on the
+    GPU. On torch's default stream TensorRT would synchronise the host, so such calls run in the runner's own stream,
+    between two waits. Either way the caller's stream waits for the result. So torch does not reuse memory that is freed
+    after the call before the engine is done with it.
     """
 
     def __init__(self, bundle: Bundle, plan: PlanEntry, device: torch.device, options: EngineOptions) -> None:
@@ -53,15 +53,14 @@ class TensorRTRunner(Runner):
             log = _bridge(module)
             try:
                 runtime = module.Runtime(log)
-            except TypeError as err:  # pybind's word for a runtime that found no usable driver
+            except TypeError as err:  # pybind raises it if the runtime finds no usable driver
                 raise BackendError(
-                    f"{plan.flavour} {module.__version__} could not start on {device}, which its driver may be too old "
-                    f"for: {err}"
+                    f"{plan.flavour} {module.__version__} could not start on {device}; its driver may be too old: {err}"
                 ) from err
             engine = runtime.deserialize_cuda_engine(content)
             if engine is None:
                 raise BackendError(
-                    f"{plan.file} could not be loaded by {plan.flavour} {module.__version__} on {device}: "
+                    f"{plan.flavour} {module.__version__} could not load {plan.file} on {device}: "
                     f"{'; '.join(log.errors) or 'it gave no reason'}. Build one here: trtower build {bundle.path}"
                 )
             self._runtime, self._engine = runtime, engine
@@ -70,7 +69,7 @@ class TensorRTRunner(Runner):
             profiles = _read_profiles(engine, bundle, plan)
             self._cache: RuntimeCache | None = None
             is_rtx = plan.flavour == "tensorrt-rtx"
-            managed = module.ExecutionContextAllocationStrategy.USER_MANAGED  # contexts are given their scratch memory
+            managed = module.ExecutionContextAllocationStrategy.USER_MANAGED  # each slot allocates scratch memory
             self._config = self._configure(gpu, managed) if is_rtx else managed
             self._shared = Shared(
                 make_context=lambda: self._engine.create_execution_context(self._config),
@@ -108,17 +107,17 @@ class TensorRTRunner(Runner):
 
     def close(self) -> None:
         """See Runner.close."""
-        with ExitStack() as each:  # whatever one of them raises, the others follow
-            each.callback(self._let_go)
+        with ExitStack() as each:  # close the others even if one of them raises
+            each.callback(self._free)
             for slot in self._slots.close():
                 each.callback(slot.close)
 
-    def _let_go(self) -> None:
+    def _free(self) -> None:
         self.keep()
         self._cache = self._config = self._engine = self._runtime = None
 
     def _configure(self, gpu: str, allocation: Any) -> Any:
-        """Settle what TensorRT-RTX decides while it runs."""
+        """Configure what TensorRT-RTX decides at run time."""
         module, options = self._module, self._options
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(allocation)
@@ -133,25 +132,25 @@ class TensorRTRunner(Runner):
             if config.set_runtime_cache(cache.read_into(config.create_runtime_cache())):
                 self._cache = cache
             else:
-                logger.warning("%s takes no runtime cache: kernels are compiled in every process", self.name)
+                logger.warning("%s rejected the runtime cache: every process compiles its own kernels", self.name)
         return config
 
 
 def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) -> None:
-    """Give an engine that was built without its weights those of the bundle's graph."""
+    """Load the weights of the bundle's graph into an engine that was built without them."""
     with bundle.steady(GRAPH, GRAPH_DATA):
         refitter = module.Refitter(engine, log)
         parser = module.OnnxParserRefitter(refitter, log)
         if not (parser.refit_from_file(str(bundle.path / GRAPH)) and refitter.refit_cuda_engine()):
             reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise BackendError(
-                f"{plan.file} was built without its weights, and could not be given those of {GRAPH}: "
-                f"{reasons or 'the reason is in the log'}. Build it whole: trtower build {bundle.path}"
+                f"{plan.file} was built without its weights, and those of {GRAPH} could not be loaded into it: "
+                f"{reasons or 'the reason is in the log'}. Build it with weights: trtower build {bundle.path}"
             )
 
 
 def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchProfile]:
-    """Return the profiles that an engine was built with; raise BundleError unless it is what the manifest says."""
+    """Return the profiles that an engine was built with; raise BundleError unless it matches the manifest."""
     manifest, batch, images = bundle.manifest, bundle.manifest.batch, bundle.manifest.input.name
     any_batch = -1 if batch.min < batch.max else batch.max
 
@@ -165,7 +164,7 @@ def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchPr
     least, most = min(profile.min for profile in profiles), max(profile.max for profile in profiles)
     if (least, most) != (batch.min, batch.max):
         raise BundleError(
-            f"{bundle.path}: {plan.file} takes {least} to {most} images; tower.json says {batch.min} to {batch.max}."
+            f"{bundle.path}: {plan.file} accepts {least} to {most} images; tower.json says {batch.min} to {batch.max}."
         )
     return profiles
 
@@ -175,7 +174,7 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def _bridge(module: Any) -> Any:
-    """Make a TensorRT logger that writes into Python's logging, and keeps the errors for who raises them."""
+    """Make a TensorRT logger that writes to Python's logging and keeps the latest errors for error messages."""
     levels = {
         module.ILogger.INTERNAL_ERROR: logging.ERROR,
         module.ILogger.ERROR: logging.ERROR,
@@ -199,7 +198,7 @@ def _bridge(module: Any) -> Any:
 
 
 class TensorRT(Backend):
-    """Either TensorRT, on the plans of its flavour, which has the name of the backend."""
+    """Either flavour of TensorRT. The backend has the name of the flavour whose plans it runs."""
 
     def files(self, bundle: Bundle) -> Sequence[str]:
         """See Backend.files."""
@@ -207,9 +206,9 @@ class TensorRT(Backend):
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
-        for what, obstacle in plan_verdicts(_find_plan(bundle, file), device).items():
+        for requirement, obstacle in plan_verdicts(_find_plan(bundle, file), device).items():
             if obstacle:
-                return obstacle if what == "flavour" else f"{file} {obstacle}"
+                return obstacle if requirement == "flavour" else f"{file} {obstacle}"
         return None
 
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
@@ -222,22 +221,22 @@ def _find_plan(bundle: Bundle, file: str) -> PlanEntry:
 
 
 def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:
-    """Hold everything that a plan needs against this machine; None where it is met. Nothing is deserialised."""
-    found: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
+    """Return each requirement of a plan with what this machine lacks, or None if it is met. Deserialises nothing."""
+    verdicts: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
     module = None
     try:
         module = load_flavour(plan.flavour)
         if plan.version != module.__version__:
-            found["version"] = f"was built by {plan.flavour} {plan.version}, {module.__version__} is installed"
+            verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but {module.__version__} is installed"
     except (ImportError, OSError) as err:  # not installed, or installed and broken
-        found["flavour"] = str(err)
-        found["version"] = f"was built by {plan.flavour} {plan.version}, none is installed"
+        verdicts["flavour"] = str(err)
+        verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but none is installed"
     if plan.platform != PLATFORM:
-        found["platform"] = f"was built for {plan.platform}, this is {PLATFORM}"
-    found["compute capability"] = device_obstacle(device) or capability_obstacle(
+        verdicts["platform"] = f"was built for {plan.platform}, but this machine is {PLATFORM}"
+    verdicts["compute capability"] = device_obstacle(device) or capability_obstacle(
         plan.flavour, module, plan.compute_capabilities, capability_of(device)
     )
-    return found
+    return verdicts
 
 
 TENSORRT = TensorRT(name="tensorrt", product="TensorRT", package="tensorrt", kind="cuda")

@@ -1,4 +1,4 @@
-"""`auto` takes the fastest backend that keeps the bounds, as far as the bundle's certificates say."""
+"""`auto` chooses the fastest backend that keeps the bounds, judged by the bundle's certificates."""
 
 import logging
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from trtower.runners import choose as choosing
 from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners.choose import Candidate, candidates, choose
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
 
 
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take every processor for one with BF16: OpenVINO computes in FP32 where there is none."""
+    """Pretend that every processor has BF16; on those without, OpenVINO computes in FP32."""
     monkeypatch.setattr(openvino, "has_bf16", lambda _: True)
 
 
@@ -32,7 +32,7 @@ def bundle(spoilt: Path) -> Bundle:
 
 
 def certify(bundle: Bundle, backend: str, *, passed: bool = True) -> Bundle:
-    """Write a certificate of the graph as it is."""
+    """Add a certificate for the graph as it is now."""
     files = {name: bundle.manifest.files[name].sha256 for name in ("tower.onnx", "tower.onnx.data")}
     bounds = tuple(replace(bound, holds=passed) for bound in made_up.bounds())
     certificate = made_up.certificate(backend=backend, files=files, bounds=bounds, passed=passed)
@@ -44,24 +44,24 @@ def test_takes_openvino_in_fp32_for_fp16(bundle: Bundle, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
     assert (
-        "openvino-bf16: it computes in BF16, which is coarser than fp16, and no check vouches for it: trtower check "
-        f"{bundle.path} --backend openvino-bf16" in caplog.text
+        "openvino-bf16: it computes in BF16, which is coarser than fp16, and it has no valid certificate: "
+        f"trtower check {bundle.path} --backend openvino-bf16" in caplog.text
     )
 
 
-def test_takes_bf16_where_a_check_vouches_for_it(bundle: Bundle) -> None:
+def test_takes_bf16_if_it_is_certified(bundle: Bundle) -> None:
     assert choose(certify(bundle, "openvino-bf16")).backend == "openvino-bf16"
 
 
-def test_check_of_other_files_vouches_for_nothing(bundle: Bundle) -> None:
+def test_certificate_of_other_files_does_not_count(bundle: Bundle) -> None:
     certified = certify(bundle, "openvino-bf16")
     files = {**certified.manifest.files, "tower.onnx": replace(certified.manifest.files["tower.onnx"], sha256="0" * 64)}
-    (found,) = (
+    (candidate,) = (
         each
         for each in candidates(Bundle(bundle.path, replace(certified.manifest, files=files)))
         if each.backend == "openvino-bf16"
     )
-    assert "no check vouches for it" in (found.reservation or "")
+    assert "it has no valid certificate" in (candidate.reservation or "")
 
 
 def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -71,7 +71,7 @@ def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCa
     assert f"openvino: its check of {made_up.certificate().date} missed " in caplog.text
 
 
-def test_failed_check_of_a_worse_backend_is_no_news(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_check_of_a_worse_backend_is_not_mentioned(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     failed = certify(bundle, "onnxruntime-cpu", passed=False)
     with caplog.at_level(logging.INFO):
         assert choose(failed).backend == "openvino"
@@ -80,7 +80,9 @@ def test_failed_check_of_a_worse_backend_is_no_news(bundle: Bundle, caplog: pyte
     assert "onnxruntime-cpu" not in record.getMessage()
 
 
-def test_says_once_what_it_tries_last(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_does_not_repeat_the_reservation_of_a_postponed_choice(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     for backend in ("openvino", "onnxruntime-cpu"):
         bundle = certify(bundle, backend, passed=False)
     with caplog.at_level(logging.INFO):
@@ -91,22 +93,22 @@ def test_says_once_what_it_tries_last(bundle: Bundle, caplog: pytest.LogCaptureF
     assert line.count("onnxruntime-cpu") == 0
 
 
-def test_takes_what_missed_its_bounds_where_nothing_else_runs_and_warns(
+def test_takes_what_missed_its_bounds_if_nothing_else_runs_and_warns(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     for backend in ("openvino", "onnxruntime-cpu", "openvino-bf16"):
         bundle = certify(bundle, backend, passed=False)
     tower = VisionTower.load(bundle.path)
-    assert tower.backend.endswith(", CPU, FP32")  # and not BF16, which is coarser
+    assert tower.backend.endswith(", CPU, FP32")  # not BF16, which is coarser
     assert "failed its check on openvino" in caplog.text
 
 
-def test_takes_what_is_certified_where_that_is_required(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_takes_what_is_certified_if_that_is_required(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     certify(bundle, "onnxruntime-cpu")
     assert choose(Bundle.open(bundle.path)).backend == "openvino"
     with caplog.at_level(logging.INFO):
         assert choose(Bundle.open(bundle.path), certified=True).backend == "onnxruntime-cpu"
-    assert f"openvino: no check vouches for it: trtower check {bundle.path} --backend openvino" in caplog.text
+    assert f"openvino: it has no valid certificate: trtower check {bundle.path} --backend openvino" in caplog.text
 
 
 def test_named_backend_runs_whatever_a_check_said(bundle: Bundle) -> None:
@@ -126,7 +128,7 @@ def test_says_everything_that_stood_against_it(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cannot load the CPU plugin"), AttributeError("no attribute 'Core'")])
-def test_goes_on_where_openvino_is_broken(
+def test_continues_if_openvino_is_broken(
     bundle: Bundle, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -140,7 +142,7 @@ def test_goes_on_where_openvino_is_broken(
         choose(bundle, "openvino")
 
 
-def test_named_backend_takes_the_plan_that_is_certified_where_that_is_required(
+def test_named_backend_takes_the_certified_plan_if_a_certificate_is_required(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans, files = [], dict(bundle.manifest.files)

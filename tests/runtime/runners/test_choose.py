@@ -1,4 +1,4 @@
-"""What was asked for runs, or an error says why not."""
+"""The requested backend runs, or an error says why not."""
 
 import logging
 import re
@@ -19,11 +19,13 @@ from trtower.runners import choose as choosing
 from trtower.runners import tensorrt
 from trtower.runners.choose import candidates
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
 
 
 @without_cuda
-def test_auto_says_what_it_chose_and_why_not_better(clip_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_logs_its_choice_and_why_better_backends_do_not_run(
+    clip_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="trtower"):
         VisionTower.load(clip_bundle)
     (line,) = [record.getMessage() for record in caplog.records if "runs on" in record.getMessage()]
@@ -46,27 +48,27 @@ def test_named_backend_that_cannot_run_raises(clip_bundle: Path, backend: str) -
 
 @without_cuda
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
-def test_cuda_is_not_answered_with_the_cpu(clip_bundle: Path, device: str) -> None:
-    with pytest.raises(BackendError, match=r"device cuda:0 was asked for: no GPU here.*Ask for device='cpu'"):
+def test_cuda_does_not_fall_back_to_the_cpu(clip_bundle: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=r"cannot use device cuda:0: no GPU here.*Pass device='cpu'"):
         VisionTower.load(clip_bundle, device=device)
 
 
-def test_tower_is_not_moved_where_nothing_can_run_it(clip_bundle: Path) -> None:
+def test_tower_is_not_moved_to_a_device_without_a_backend(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle)
     with pytest.raises(ConfigError, match="'meta' has no backend"):
         tower.to("meta")
 
 
-def test_tower_is_opened_where_it_is_moved(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_tower_is_opened_on_the_new_device(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tower, done = VisionTower.load(clip_bundle), list[object]()
 
     def open_there(device: torch.device) -> Callable[[], None]:
         done.append(device)
-        return lambda: done.append("what was open before is closed")
+        return lambda: done.append("the previous runner is closed")
 
     monkeypatch.setattr(tower._engine, "open", open_there)
     torch.nn.ModuleDict({"vision_tower": tower}).to("meta")
-    assert done == [torch.device("meta"), "what was open before is closed"]
+    assert done == [torch.device("meta"), "the previous runner is closed"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_unknown_backend_names_the_nearest_first(clip_bundle: Path, backend: str
 
 
 @pytest.mark.parametrize("backend", ["spam", "", None, 3])
-def test_unknown_backend_that_is_like_none_lists_all(clip_bundle: Path, backend: object) -> None:
+def test_unknown_backend_that_resembles_none_lists_all(clip_bundle: Path, backend: object) -> None:
     with pytest.raises(
         ConfigError, match=rf"^unknown backend {backend!r}; choose auto, tensorrt, .* or onnxruntime-cpu\.$"
     ):
@@ -99,7 +101,7 @@ def test_unknown_backend_that_is_like_none_lists_all(clip_bundle: Path, backend:
 
 
 @pytest.mark.parametrize(
-    ("device", "said"),
+    ("device", "message"),
     [
         ("tpu", "unknown device 'tpu'; choose cpu, cuda or cuda:INDEX."),
         ("gpu", "unknown device 'gpu'; did you mean 'cuda'? choose cpu, cuda or cuda:INDEX."),
@@ -116,16 +118,16 @@ def test_unknown_backend_that_is_like_none_lists_all(clip_bundle: Path, backend:
         (torch.device("mps"), "device 'mps' has no backend; choose cpu, cuda or cuda:INDEX."),
     ],
 )
-def test_device_that_no_backend_has_is_one_line(clip_bundle: Path, device: object, said: str) -> None:
+def test_device_without_a_backend_is_an_error_on_one_line(clip_bundle: Path, device: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         VisionTower.load(clip_bundle, device=device)  # type: ignore[arg-type]
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 @without_cuda
 @pytest.mark.parametrize(("device", "index"), [(0, 0), (3, 3), ("cuda:99", 99)])
-def test_index_is_that_of_a_gpu(clip_bundle: Path, device: str | int, index: int) -> None:
-    with pytest.raises(BackendError, match=rf"^device cuda:{index} was asked for: no GPU here"):
+def test_number_means_a_gpu(clip_bundle: Path, device: str | int, index: int) -> None:
+    with pytest.raises(BackendError, match=rf"^cannot use device cuda:{index}: no GPU here"):
         VisionTower.load(clip_bundle, device=device)  # type: ignore[arg-type]
 
 
@@ -135,7 +137,7 @@ def test_backend_that_is_not_installed_names_its_extra(clip_bundle: Path, monkey
         VisionTower.load(clip_bundle, backend="onnxruntime-cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="names what cannot run where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
 def test_backend_that_cannot_run_names_those_that_can(clip_bundle: Path) -> None:
     expected = (
         r"^no requested backend can run .*: tensorrt-rtx: no GPU here.*\. Available on this machine: .*openvino, onnx"
@@ -174,21 +176,21 @@ def test_bf16_does_not_run_on_the_cpu_and_says_so(export: Callable[..., Path]) -
         VisionTower.load(export("clip", precision="bf16", flavour="none"), backend="onnxruntime-cpu")
 
 
-def test_damage_is_never_passed_over(spoilt: Path) -> None:
+def test_altered_file_is_never_passed_over(spoilt: Path) -> None:
     graph = spoilt / "tower.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
     with pytest.raises(BundleError, match="was altered"):
         VisionTower.load(spoilt, backend="auto")
 
 
-def test_cpu_can_be_asked_for_where_a_gpu_is(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_can_be_requested_on_a_machine_with_a_gpu(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    found = candidates(Bundle.open(clip_bundle), "cpu")
-    assert "device cpu was asked for" in {each.obstacle for each in found if each.device.type == "cuda"}
-    assert all(each.obstacle for each in found if each.device.type == "cuda")
-    assert not next(each for each in found if each.backend == "onnxruntime-cpu").obstacle
+    listed = candidates(Bundle.open(clip_bundle), "cpu")
+    assert "device cpu was requested" in {each.obstacle for each in listed if each.device.type == "cuda"}
+    assert all(each.obstacle for each in listed if each.device.type == "cuda")
+    assert not next(each for each in listed if each.backend == "onnxruntime-cpu").obstacle
 
 
 @pytest.mark.parametrize(
@@ -226,10 +228,10 @@ def test_plan_of_another_version_is_passed_over(clip_bundle: Path, monkeypatch: 
     object.__setattr__(bundle.manifest.plans[0], "version", "1.0.0")
     obstacle = tensorrt.TENSORRT_RTX.obstacle(bundle, bundle.manifest.plans[0].file, torch.device("cuda", 0))
     assert obstacle
-    assert "was built by tensorrt-rtx 1.0.0, " in obstacle
+    assert "was built by tensorrt-rtx 1.0.0, but " in obstacle
 
 
-def test_type_stubs_are_not_taken_for_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_type_stubs_are_not_mistaken_for_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorrt").mkdir()
     (tmp_path / "tensorrt" / "__init__.pyi").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -238,8 +240,8 @@ def test_type_stubs_are_not_taken_for_tensorrt(tmp_path: Path, monkeypatch: pyte
         load_flavour("tensorrt")
 
 
-def test_import_brings_neither_backend_nor_build_side() -> None:
+def test_import_loads_neither_a_backend_nor_the_export_side() -> None:
     heavy = ("transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "typer", "rich", "PIL")
     code = f"import sys, trtower; print([m for m in {(*heavy, 'trtower_export')} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,6 +1,6 @@
-"""What the runner of ONNX Runtime on CUDA owes its callers, held without a GPU against fakes of a session and of CUDA.
+"""What the runner of ONNX Runtime on CUDA promises its callers, tested on fakes of a session and of CUDA.
 
-A fake session computes no tower: it fills the tokens of an image with its pixels, as the fake of TensorRT does.
+A fake session does not compute a tower: it fills the tokens of an image with its pixels, as the fake TensorRT does.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class FakeRunOptions:
 
 
 class FakeBinding:
-    """Keeps address and shape of what is bound."""
+    """Records the address and shape of each bound tensor."""
 
     def __init__(self) -> None:
         self.bound: list[tuple[int, tuple[int, ...]]] = []
@@ -45,7 +45,7 @@ class FakeBinding:
 
 
 class FakeCudaSession:
-    """Runs in the stream that it was made with; a graph serves no other address and no other shape than its first."""
+    """Runs in the stream that it was made with; a graph only serves the addresses and shapes of its first run."""
 
     cuda: FakeCuda
     cannot_capture = False
@@ -81,23 +81,23 @@ class FakeCudaSession:
         graph = int(options.entries["gpu_graph_id"])
         assert self.cuda.current_device() == DEVICE
         self.threads.add(threading.get_ident())
-        assert not self.spoilt, "the stream is left in a capture that failed"
+        assert not self.spoilt, "the stream is stuck in a capture that failed"
         if graph != LAUNCH and self.capture_fails:
             self.spoilt = True
             raise RuntimeError("operation not permitted when stream is capturing")
         if graph != LAUNCH:
-            assert self.graphs.setdefault(graph, binding.bound) == binding.bound, "a graph serves what it captured"
+            assert self.graphs.setdefault(graph, binding.bound) == binding.bound, "a graph only serves what it captured"
         self.runs.append(graph)
-        (source, shape), (target, made) = binding.bound
+        (source, shape), (target, output_shape) = binding.bound
 
         def work() -> None:
-            for row, image in zip(memory(target, made), memory(source, shape), strict=True):
-                row[:] = fake_answer(image, made[1:])
+            for row, image in zip(memory(target, output_shape), memory(source, shape), strict=True):
+                row[:] = fake_answer(image, output_shape[1:])
 
         stream = self.cuda.find_stream(int(self.settings["user_compute_stream"]))
         stream.submit(work)
         if graph != LAUNCH:
-            stream.synchronize()  # the copy out of the graph's memory is torch's, and done at once in the fake
+            stream.synchronize()  # torch copies the result out of the graph's memory, and in the fake at once
 
 
 def memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -119,7 +119,7 @@ def session(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> 
     weights = bundle.map("tower.onnx.data")
     options.add_external_initializers_from_files_in_memory(["tower.onnx.data"], [weights], [len(weights)])
     monkeypatch.setattr(FakeCudaSession, "cuda", cuda, raising=False)
-    # The options hold the address of the weights alone, for every session that is made with them.
+    # The options hold only the address of the weights, and every session is made with them, so keep the weights alive.
     monkeypatch.setattr(FakeCudaSession, "weights", weights, raising=False)
     monkeypatch.setattr(FakeCudaSession, "rest", (options,), raising=False)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FakeCudaSession)
@@ -132,7 +132,7 @@ def open_runner(bundle: Bundle, *, cuda_graphs: bool = True) -> OnnxRuntimeCudaR
 
 
 def run(runner: OnnxRuntimeCudaRunner, bundle: Bundle, cuda: FakeCuda, batch: int, seed: int = 0) -> None:
-    """Run one batch in a stream of its own and hold the answers."""
+    """Run one batch in a new stream, and check the result."""
     spec = bundle.manifest.spec
     images = torch.rand(batch, 3, 42, 42, generator=torch.Generator().manual_seed(seed)).half()
     features = torch.full((batch, spec.num_tokens, spec.hidden_size), -1.0, dtype=torch.half)
@@ -153,16 +153,16 @@ def test_part_that_would_run_on_the_cpu_is_refused(
         open_runner(bundle)
 
 
-def test_version_that_cannot_say_what_runs_where_is_refused(
+def test_version_that_cannot_report_what_runs_where_is_refused(
     bundle: Bundle, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(session, "get_provider_graph_assignment_info")
-    with pytest.raises(BackendError, match="is too old to say what of a graph it runs on the GPU"):
+    with pytest.raises(BackendError, match="is too old to report which operators it runs on the GPU"):
         open_runner(bundle)
 
 
 @pytest.mark.usefixtures("session")
-def test_answers_come_in_the_callers_stream_without_a_wait_of_the_host(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_result_arrives_in_the_callers_stream_and_the_host_does_not_wait(bundle: Bundle, cuda: FakeCuda) -> None:
     runner = open_runner(bundle, cuda_graphs=False)
     for seed in range(3):
         run(runner, bundle, cuda, batch=1 + seed, seed=seed)
@@ -175,13 +175,13 @@ def test_answers_come_in_the_callers_stream_without_a_wait_of_the_host(bundle: B
 
 @pytest.mark.usefixtures("session")
 def test_batches_of_the_profile_are_replayed_and_others_launched(bundle: Bundle, cuda: FakeCuda) -> None:
-    runner = open_runner(bundle)  # of a profile 1 2 4
+    runner = open_runner(bundle)  # its profile is 1 2 4
     for seed, batch in enumerate((1, 3, 2, 1, 4, 3, 2)):
         run(runner, bundle, cuda, batch, seed)
     assert runner._session.runs == [1, LAUNCH, 2, 1, 4, LAUNCH, 2]
 
 
-def test_graph_that_cannot_be_captured_is_said_once_and_calls_are_launched(
+def test_failed_capture_is_logged_once_and_calls_run_without_graphs(
     bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], caplog: pytest.LogCaptureFixture
 ) -> None:
     session.capture_fails = True
@@ -192,11 +192,11 @@ def test_graph_that_cannot_be_captured_is_said_once_and_calls_are_launched(
     finally:
         session.capture_fails = False
     assert runner._session.runs == [LAUNCH] * 3
-    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
-    assert "stream is capturing" in said
+    (warning,) = [r.getMessage() for r in caplog.records if "CUDA graphs are off" in r.getMessage()]
+    assert "stream is capturing" in warning
 
 
-def test_session_that_takes_no_graphs_is_opened_without(
+def test_session_that_rejects_graphs_is_opened_without_them(
     bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], caplog: pytest.LogCaptureFixture
 ) -> None:
     session.cannot_capture = True
@@ -219,7 +219,7 @@ def test_provider_that_is_dropped_is_an_error_with_or_without_graphs(
 
 
 @pytest.mark.usefixtures("session")
-def test_threads_take_turns_in_the_one_thread_that_has_the_graphs(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_callers_take_turns_in_the_one_thread_that_has_the_graphs(bundle: Bundle, cuda: FakeCuda) -> None:
     runner = open_runner(bundle)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda seed: run(runner, bundle, cuda, 1 + seed % 4, seed), range(32)))
@@ -229,7 +229,7 @@ def test_threads_take_turns_in_the_one_thread_that_has_the_graphs(bundle: Bundle
 
 @pytest.mark.usefixtures("session")
 @pytest.mark.parametrize("first", [True, False])
-def test_graphs_serve_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
+def test_graphs_serve_calls_inside_and_outside_inference_mode(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
     runner = open_runner(bundle)
     for mode in (first, not first, first):
         with torch.inference_mode(mode):
@@ -238,14 +238,14 @@ def test_graphs_serve_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda
     assert runner._session.runs == [2, LAUNCH] * 3
 
 
-def test_session_that_cannot_be_opened_again_leaves_the_runner_closed(
+def test_runner_is_closed_if_its_session_cannot_be_reopened(
     bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = open_runner(bundle)
     monkeypatch.setattr(session, "capture_fails", True)
 
     def fail(*_: object, **__: object) -> None:
-        assert runner._session is None, "its memory may be what is missing"
+        assert runner._session is None, "the old session's memory may be needed"
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
@@ -256,7 +256,7 @@ def test_session_that_cannot_be_opened_again_leaves_the_runner_closed(
             run(runner, bundle, cuda, batch)
 
 
-def test_session_that_is_opened_again_waits_for_the_images(
+def test_reopened_session_waits_for_the_images(
     bundle: Bundle, cuda: FakeCuda, session: type[FakeCudaSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, runner, stream = bundle.manifest.spec, open_runner(bundle), cuda.new_stream()
@@ -272,7 +272,7 @@ def test_session_that_is_opened_again_waits_for_the_images(
 
 
 @pytest.mark.usefixtures("session")
-def test_callers_stream_waits_for_what_a_call_that_failed_has_queued(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_callers_stream_waits_for_the_queued_work_of_a_failed_call(bundle: Bundle, cuda: FakeCuda) -> None:
     spec, queued = bundle.manifest.spec, list[str]()
     runner, stream = open_runner(bundle, cuda_graphs=False), cuda.new_stream()
 
@@ -287,7 +287,7 @@ def test_callers_stream_waits_for_what_a_call_that_failed_has_queued(bundle: Bun
 
 
 @pytest.mark.usefixtures("session")
-def test_images_are_those_that_the_callers_stream_holds_by_then(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_call_reads_images_after_earlier_work_in_the_callers_stream(bundle: Bundle, cuda: FakeCuda) -> None:
     spec = bundle.manifest.spec
     images, late = (torch.rand(3, 3, 42, 42).half() for _ in range(2))
     features = torch.empty(3, spec.num_tokens, spec.hidden_size).half()

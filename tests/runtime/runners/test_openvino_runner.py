@@ -1,4 +1,4 @@
-"""OpenVINO computes what the graph says, in FP32 or in BF16, on the memory of its caller."""
+"""OpenVINO computes what the graph says, in FP32 or BF16, directly on the caller's tensors."""
 
 import shutil
 from collections.abc import Callable
@@ -23,15 +23,15 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 openvino = pytest.importorskip("openvino")
 
 FP32_ERROR = 1e-5
-"""Relative, of two ways of summing in FP32, through four layers (4e-7 was seen)."""
+"""Relative difference of two orders of summing in FP32 through four layers (4e-7 was measured)."""
 
 FP16_ERROR = 2e-3
-"""Relative: weights in FP16 on both sides, results rounded to it on one (7e-4 was seen)."""
+"""Relative: both sides have FP16 weights, and one rounds results to FP16 (7e-4 was measured)."""
 
 BF16_ERROR = 3e-2
-"""Relative: rounding to BF16 in two places (9e-3 was seen). A tower one layer off is wrong by more than 0.3."""
+"""Relative: rounding to BF16 in two places (9e-3 was measured). A tower that is one layer off errs by more than 0.3."""
 
-with_bf16 = pytest.mark.skipif(not has_bf16(openvino), reason="this processor has no BF16 products")
+with_bf16 = pytest.mark.skipif(not has_bf16(openvino), reason="this processor has no BF16 support")
 
 
 def draw(tower: VisionTower, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -39,14 +39,14 @@ def draw(tower: VisionTower, batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, tower.image_size, tower.image_size, generator=generator)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino-bf16", marks=with_bf16)])
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
-def test_answers_are_those_of_pytorch(
+def test_features_match_pytorch(
     export: Callable[..., Path], checkpoints: dict[str, Path], family: str, precision: str, backend: str
 ) -> None:
     tower = VisionTower.load(export(family, precision=precision, flavour="none"), backend)
@@ -64,15 +64,15 @@ def test_answers_are_those_of_pytorch(
 def test_results_of_a_half_precision_graph_are_not_rounded_on_the_way(
     export: Callable[..., Path], precision: str, checkpoints: dict[str, Path]
 ) -> None:
-    """So it is nearer to FP32 PyTorch than the graph as it is typed; the weights are rounded in both."""
+    """The result is closer to FP32 PyTorch than that of the graph as typed, although both have rounded weights."""
     bundle = Bundle.open(export("clip", precision=precision, flavour="none"))
-    found, typed = choose(bundle, "openvino"), EmulatedRunner(bundle, worst=False)
+    chosen, typed = choose(bundle, "openvino"), EmulatedRunner(bundle, worst=False)
     checkpoint, spec = open_checkpoint(str(checkpoints["clip"])), bundle.manifest.spec
     images = torch.randn(2, 3, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = checkpoint.family.read_states(checkpoint.load_model(spec), images)[spec.layers[0]]
     errors = []
-    for runner in (found, typed):
+    for runner in (chosen, typed):
         features = torch.empty(2, spec.num_tokens, spec.hidden_size, dtype=runner.dtype)
         runner.run(images.to(runner.dtype), features)
         errors.append(error(features, expected))
@@ -83,7 +83,7 @@ def test_results_of_a_half_precision_graph_are_not_rounded_on_the_way(
 def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
     export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As FP32 they would take twice the memory."""
+    """FP32 weights would take twice the memory."""
     widened = []
     widen = runner_module._widen
     monkeypatch.setattr(
@@ -102,10 +102,10 @@ def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
         }
         for model in widened
     ]
-    assert kinds == [set(), {"bf16"}]  # in FP32 a conversion stands between
+    assert kinds == [set(), {"bf16"}]  # in FP32 there is a conversion in between
 
 
-def test_every_batch_of_the_profile_is_run_on_the_callers_memory(clip_bundle: Path) -> None:
+def test_every_batch_of_the_profile_runs_on_the_callers_tensors(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     images = draw(tower, 9).half()
     one_by_one = torch.cat([tower(image[None]) for image in images])
@@ -117,16 +117,16 @@ def test_every_batch_of_the_profile_is_run_on_the_callers_memory(clip_bundle: Pa
     assert error(around[1:3, spec.num_prefix_tokens :], one_by_one[:2]) <= FP16_ERROR
 
 
-def test_eight_threads_get_the_answers_of_one(clip_bundle: Path) -> None:
+def test_eight_threads_get_the_results_of_one(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     batches = [draw(tower, 1 + seed % 4, seed).half() for seed in range(8)]
     expected = [tower(images) for images in batches]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda index: tower(batches[index % 8]), range(200)))
-    assert all(torch.equal(features, expected[index % 8]) for index, features in enumerate(found))
+        results = list(pool.map(lambda index: tower(batches[index % 8]), range(200)))
+    assert all(torch.equal(features, expected[index % 8]) for index, features in enumerate(results))
 
 
-def test_graph_of_another_contract_is_refused(spoilt: Path) -> None:
+def test_graph_with_other_tensors_than_the_manifest_is_refused(spoilt: Path) -> None:
     import onnx
 
     model = onnx.load(spoilt / "tower.onnx", load_external_data=False)
@@ -159,7 +159,7 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_refused(
 
 def test_processor_without_bf16_says_so(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtower.runners.openvino.has_bf16", lambda _: False)
-    with pytest.raises(BackendError, match="this processor has no BF16 products"):
+    with pytest.raises(BackendError, match="no BF16 support in this processor"):
         VisionTower.load(clip_bundle, "openvino-bf16")
     assert VisionTower.load(clip_bundle).backend.endswith("CPU, FP32")
 
@@ -173,7 +173,7 @@ def test_auto_takes_bf16_for_a_bf16_bundle(export: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_graph_that_reads_weights_from_elsewhere_is_refused(spoilt: Path, *, turned: bool) -> None:
-    """However protobuf has written it: value before key is as good."""
+    """Also if protobuf writes the value before the key, which is as valid."""
     bundle = Bundle.open(spoilt)
     entry, name = b"\n\x08location\x12\x0ftower.onnx.data", b"\x12\x0ftower.onnx.dat2"
     graph = (spoilt / GRAPH).read_bytes()
@@ -183,5 +183,5 @@ def test_graph_that_reads_weights_from_elsewhere_is_refused(spoilt: Path, *, tur
     shutil.copy(spoilt / GRAPH_DATA, spoilt / "tower.onnx.dat2")
     files = {**bundle.manifest.files, GRAPH: describe(spoilt / GRAPH)}
     write_manifest(spoilt, replace(bundle.manifest, files=files, certificates=()))
-    with pytest.raises(BundleError, match=r"reads weights that are not in tower\.onnx\.data, and nothing vouches"):
+    with pytest.raises(BundleError, match=r"reads weights that are not in tower\.onnx\.data, so they cannot be"):
         VisionTower.load(spoilt, "openvino")

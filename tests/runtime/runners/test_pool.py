@@ -1,4 +1,4 @@
-"""A thing is lent to one call at a time, and there are never more than the bound allows."""
+"""The pool lends a thing to one call at a time, and never makes more than its limit."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from trtower.runners.pool import Pool
 PATIENCE_S = 10
 
 
-def test_one_is_made_at_once_and_the_rest_on_demand() -> None:
+def test_first_is_made_at_once_and_the_rest_on_demand() -> None:
     made: list[int] = []
     pool = Pool(lambda: made.append(len(made)) or made[-1], 3)
     assert made == [0]
@@ -25,7 +25,7 @@ def test_one_is_made_at_once_and_the_rest_on_demand() -> None:
         assert made == [0, 1]
 
 
-def test_no_two_calls_hold_one_and_no_more_are_made_than_the_bound() -> None:
+def test_no_two_calls_hold_the_same_one_and_the_limit_is_kept() -> None:
     made: list[object] = []
     held: set[int] = set()
 
@@ -47,7 +47,7 @@ def test_no_two_calls_hold_one_and_no_more_are_made_than_the_bound() -> None:
     assert 1 <= len(made) <= 3
 
 
-def test_pool_that_cannot_grow_goes_on_with_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+def test_pool_that_cannot_grow_continues_with_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
     made = iter([1])
 
     def make() -> int:
@@ -63,10 +63,10 @@ def test_pool_that_cannot_grow_goes_on_with_what_it_has(caplog: pytest.LogCaptur
             assert not waiting.done()
         assert waiting.result(PATIENCE_S) == 1
     with pool.lend():
-        assert caplog.messages == ["no more callers at once than now: no memory"]
+        assert caplog.messages == ["concurrency stays at its current level: no memory"]
 
 
-def test_first_one_that_cannot_be_made_is_an_error() -> None:
+def test_failure_to_make_the_first_is_an_error() -> None:
     def make() -> int:
         raise BackendError("no memory")
 
@@ -79,7 +79,7 @@ def borrow(pool: Pool[int]) -> int:
         return thing
 
 
-def test_closing_waits_for_what_is_lent_and_refuses_the_next() -> None:
+def test_close_waits_for_borrowers_and_refuses_later_ones() -> None:
     pool = Pool(int, 1)
     with ThreadPoolExecutor(2) as threads:
         with pool.lend():
@@ -95,7 +95,7 @@ def test_closing_waits_for_what_is_lent_and_refuses_the_next() -> None:
 
 
 @pytest.mark.parametrize("error", [BackendError("no room"), MemoryError("std::bad_alloc")])
-def test_pool_closes_while_one_cannot_be_made(error: Exception) -> None:
+def test_pool_closes_while_making_one_fails(error: Exception) -> None:
     trying, go_on = threading.Event(), threading.Event()
 
     def make() -> object:
@@ -118,7 +118,7 @@ def test_pool_closes_while_one_cannot_be_made(error: Exception) -> None:
         assert isinstance(waiting.exception(PATIENCE_S), type(error))
 
 
-def test_error_that_is_no_want_of_room_leaves_the_bound_as_it_is() -> None:
+def test_error_other_than_lack_of_room_keeps_the_limit() -> None:
     errors = [MemoryError("once")]
     made: list[object] = []
 

@@ -1,7 +1,7 @@
-"""What the TensorRT runner owes its callers, held without a GPU against fakes of TensorRT and of CUDA's streams.
+"""What the TensorRT runner promises its callers, tested without a GPU on fakes of TensorRT and of CUDA's streams.
 
-The fakes stand in for hardware: that the hardware behaves so is held by tests/gpu. Where the real TensorRT-RTX needs
-no GPU to show a fact, the fact is held on it too.
+tests/gpu tests that real hardware behaves as the fakes do. If the real TensorRT-RTX needs no GPU to show a fact, the
+fact is tested on it too.
 """
 
 import inspect
@@ -48,7 +48,7 @@ os.umask(UMASK)
 
 @pytest.fixture
 def tensorrt(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    """Stand in for both flavours, whose modules have the same names inside."""
+    """Replace the modules of both flavours, which contain the same names."""
     fake = FakeTensorRT(cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
@@ -67,7 +67,7 @@ def runner(bundle: Bundle, tensorrt: FakeTensorRT) -> TensorRTRunner:
 
 
 def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tensorrt-rtx", **options: Any) -> Bundle:
-    """Put a fake plan into a bundle, made for its tensors unless another content is given."""
+    """Add a fake plan to a bundle, by default one for its tensors."""
     input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
     if content is None:
         tensors = ((input_.name, input_.shape[1:]), (output.name, output.shape[1:]))
@@ -110,7 +110,7 @@ def answers(bundle: Bundle, images: torch.Tensor) -> torch.Tensor:
         *("Refitter", "OnnxParserRefitter"),
     ],
 )
-def test_fake_has_no_name_and_no_parameter_that_the_real_module_lacks(tensorrt: FakeTensorRT, name: str) -> None:
+def test_fake_has_only_names_and_parameters_of_the_real_module(tensorrt: FakeTensorRT, name: str) -> None:
     real_module = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
     fake, real = getattr(tensorrt, name), getattr(real_module, name)
     own = {key: value for key, value in vars(fake).items() if not key.startswith("_")}
@@ -123,7 +123,7 @@ def test_fake_has_no_name_and_no_parameter_that_the_real_module_lacks(tensorrt: 
         assert parameters in real_parameters(getattr(real, key)), key
 
 
-def test_fake_module_and_its_severities_are_the_real_ones(tensorrt: FakeTensorRT) -> None:
+def test_fake_module_has_only_real_names_and_all_real_severities(tensorrt: FakeTensorRT) -> None:
     real = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
     assert {key for key in vars(tensorrt) if not key.startswith("_")} <= set(dir(real))
     members = {key: int(value) for key, value in real.ILogger.Severity.__members__.items()}
@@ -131,14 +131,14 @@ def test_fake_module_and_its_severities_are_the_real_ones(tensorrt: FakeTensorRT
 
 
 def real_parameters(method: Any) -> set[tuple[str, ...]]:
-    """Read from pybind11's docstring which parameters each overload demands, and which it takes."""
+    """Read from pybind11's docstring which parameters each overload requires, and which it accepts."""
     overloads = re.findall(rf"{method.__name__}\(self: [\w.]+(.*)\) -> ", method.__doc__)
-    demanded = {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
-    return demanded | {tuple(re.findall(r", (\w+): ", overload)) for overload in overloads}
+    required = {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
+    return required | {tuple(re.findall(r", (\w+): ", overload)) for overload in overloads}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_answers_of_every_image_land_in_its_own_row(
+def test_result_of_each_image_lands_in_its_own_row(
     bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda, batch: int
 ) -> None:
     images, around = draw_images(bundle, batch), empty_features(bundle, batch + 2)
@@ -150,7 +150,7 @@ def test_answers_of_every_image_land_in_its_own_row(
 
 @pytest.mark.usefixtures("tensorrt")
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-def test_name_tells_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> None:
+def test_name_has_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> None:
     runner_bundle = with_plan(Bundle.open(bundle.path), flavour=flavour)
     runner = TensorRTRunner(runner_bundle, runner_bundle.manifest.plans[-1], DEVICE, EngineOptions())
     assert runner.name == f"{flavour} {FAKE_VERSION}, sm89"
@@ -158,7 +158,7 @@ def test_name_tells_flavour_version_and_gpu(bundle: Bundle, flavour: str) -> Non
     assert (runner.device, runner.dtype) == (DEVICE, torch.half)
 
 
-def test_engine_is_made_and_run_on_the_device_that_was_asked_for(
+def test_engine_is_made_and_run_on_the_requested_device(
     bundle: Bundle, runner: TensorRTRunner, tensorrt: FakeTensorRT
 ) -> None:
     runner.run(draw_images(bundle, 1), empty_features(bundle, 1))
@@ -166,23 +166,23 @@ def test_engine_is_made_and_run_on_the_device_that_was_asked_for(
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_plan_of_other_tensors_than_the_manifest_s_is_refused(bundle: Bundle) -> None:
+def test_plan_with_other_tensors_than_the_manifest_is_refused(bundle: Bundle) -> None:
     input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
     image, tokens = (input_.name, input_.shape[1:]), (output.name, output.shape[1:])
     wide = (output.name, (output.shape[1], 2 * int(output.shape[2])))
     for content, message in (
         (fake_plan(image, wide, ((batch.min, 2, batch.max),)), r"has \[\('hidden_states', \('batch', 10, 128\)\)\]"),
-        (fake_plan(image, tokens, ((batch.min, 2, batch.max + 1),)), "takes 1 to 5 images; tower.json says 1 to 4"),
+        (fake_plan(image, tokens, ((batch.min, 2, batch.max + 1),)), "accepts 1 to 5 images; tower.json says 1 to 4"),
     ):
         with pytest.raises(BundleError, match=message):
             open_plan(with_plan(bundle, content=content))
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_plan_that_tensorrt_refuses_is_named_with_the_way_out(bundle: Bundle) -> None:
+def test_plan_that_tensorrt_refuses_is_named_with_the_next_step(bundle: Bundle) -> None:
     refused = with_plan(bundle, content=b"garbage")
     with pytest.raises(
-        BackendError, match=rf"fake\..*plan could not be loaded.*{FAKE_VERSION}.*trtower build {bundle.path}"
+        BackendError, match=rf"{FAKE_VERSION} could not load .*fake\..*plan.*trtower build {bundle.path}"
     ):
         open_plan(refused)
 
@@ -196,8 +196,8 @@ def test_real_tensorrt_rtx_says_why_it_refuses(bundle: Bundle, caplog: pytest.Lo
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_context_without_memory_tells_how_much_it_needs(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=rf"no execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
+def test_context_without_memory_says_how_much_it_needs(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=rf"could not create an execution context on cuda:1.* {FAKE_DEVICE_MEMORY} "):
         open_plan(with_plan(bundle, contexts=0))
 
 
@@ -218,7 +218,7 @@ def test_failed_enqueue_is_an_error_and_the_next_call_works(
 ) -> None:
     images, features = draw_images(bundle, 2), empty_features(bundle, 2)
     tensorrt._fake_enqueue_fails = True
-    with pytest.raises(BackendError, match=r"could not run \(2, 3, 42, 42\)"):
+    with pytest.raises(BackendError, match=r"could not run a batch of \(2, 3, 42, 42\)"):
         runner.run(images, features)
     tensorrt._fake_enqueue_fails = False
     runner.run(images, features)
@@ -226,13 +226,13 @@ def test_failed_enqueue_is_an_error_and_the_next_call_works(
     assert torch.equal(features, answers(bundle, images))
 
 
-def test_batch_that_the_plan_does_not_take_is_an_error(bundle: Bundle, runner: TensorRTRunner) -> None:
+def test_batch_outside_the_profile_is_an_error(bundle: Bundle, runner: TensorRTRunner) -> None:
     too_many = bundle.manifest.batch.max + 1
     with pytest.raises(BackendError):
         runner.run(draw_images(bundle, too_many), empty_features(bundle, too_many))
 
 
-def test_eight_threads_get_the_answers_of_one(bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda) -> None:
+def test_eight_threads_get_the_results_of_one(bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda) -> None:
     def serve(thread: int) -> None:
         stream = cuda.new_stream()
         with cuda.stream(stream):
@@ -248,7 +248,7 @@ def test_eight_threads_get_the_answers_of_one(bundle: Bundle, runner: TensorRTRu
     assert len(cuda.finished) == THREADS * CALLS
 
 
-def test_call_only_queues_work_behind_what_the_stream_holds(
+def test_call_only_queues_work_after_what_is_in_the_stream(
     bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
 ) -> None:
     images, features, stream = draw_images(bundle, 1), empty_features(bundle, 1), cuda.new_stream()
@@ -261,7 +261,7 @@ def test_call_only_queues_work_behind_what_the_stream_holds(
     assert torch.equal(features, answers(bundle, late))
 
 
-def test_default_stream_is_left_alone_and_still_waits_for_the_answer(
+def test_default_stream_runs_no_engine_but_waits_for_the_result(
     bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
 ) -> None:
     images, features = draw_images(bundle, 1), empty_features(bundle, 1)
@@ -272,7 +272,7 @@ def test_default_stream_is_left_alone_and_still_waits_for_the_answer(
     assert default not in cuda.finished
 
 
-def test_images_are_those_that_the_default_stream_holds_by_then(
+def test_call_reads_images_after_earlier_work_in_the_default_stream(
     bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda
 ) -> None:
     images, features, late = draw_images(bundle, 1), empty_features(bundle, 1), draw_images(bundle, 1, seed=1)
@@ -284,16 +284,18 @@ def test_images_are_those_that_the_default_stream_holds_by_then(
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_tensors_that_tensorrt_cannot_take_where_they_lie_go_through_others(
+def test_unaligned_tensors_are_copied(
     bundle: Bundle, runner: TensorRTRunner, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1 << 62)
     images, features = draw_images(bundle, 2), empty_features(bundle, 2)
-    seen: list[int] = []
-    monkeypatch.setattr(Slot, "enqueue", lambda _, given, made, *__: seen.extend((given.data_ptr(), made.data_ptr())))
+    addresses: list[int] = []
+    monkeypatch.setattr(
+        Slot, "enqueue", lambda _, inputs, outputs, *__: addresses.extend((inputs.data_ptr(), outputs.data_ptr()))
+    )
     monkeypatch.setattr(torch, "empty_like", torch.ones_like)
     runner.run(images, features)
-    assert not {images.data_ptr(), features.data_ptr()} & set(seen)
+    assert not {images.data_ptr(), features.data_ptr()} & set(addresses)
     assert (features == 1).all()
 
 
@@ -305,7 +307,7 @@ def run_in(streams: list[FakeStream], runner: TensorRTRunner, bundle: Bundle, cu
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_second_stream_waits_for_the_call_of_the_first_where_they_share_memory(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_second_stream_waits_for_the_first_if_they_share_memory(bundle: Bundle, cuda: FakeCuda) -> None:
     first, second = cuda.new_stream(), cuda.new_stream()
     run_in([first, second], open_plan(bundle, contexts=1), bundle, cuda)
     second.synchronize()
@@ -313,15 +315,15 @@ def test_second_stream_waits_for_the_call_of_the_first_where_they_share_memory(b
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_first_call_waits_for_the_stream_whose_memory_the_slot_was_given(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_first_call_waits_for_the_stream_that_allocated_the_slots_memory(bundle: Bundle, cuda: FakeCuda) -> None:
     maker, first, done = cuda.current_stream(), cuda.new_stream(), list[str]()
-    maker.submit(lambda: done.append("whoever had the memory before is through with it"))
+    maker.submit(lambda: done.append("the last user of the memory is done"))
     run_in([first], open_plan(bundle, contexts=1), bundle, cuda)
     first.synchronize()
     assert done
 
 
-def test_call_that_fails_half_way_still_keeps_the_next_from_its_memory(
+def test_next_call_waits_for_the_queued_work_of_a_failed_one(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
 ) -> None:
     runner, first, second, queued = open_plan(bundle, contexts=1), cuda.new_stream(), cuda.new_stream(), list[str]()
@@ -330,7 +332,7 @@ def test_call_that_fails_half_way_still_keeps_the_next_from_its_memory(
         runner.run(
             draw_images(bundle, 1),
             empty_features(bundle, 1),
-            lambda stream: stream.submit(lambda: queued.append("what was queued before it failed")),
+            lambda stream: stream.submit(lambda: queued.append("before it failed")),
         )
     tensorrt._fake_enqueue_fails = False
     run_in([second], runner, bundle, cuda)
@@ -338,7 +340,7 @@ def test_call_that_fails_half_way_still_keeps_the_next_from_its_memory(
     assert queued
 
 
-def test_every_stream_has_memory_of_its_own_up_to_the_bound(
+def test_every_stream_gets_its_own_memory_up_to_the_limit(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
 ) -> None:
     first, second, third = (cuda.new_stream() for _ in range(3))
@@ -346,15 +348,15 @@ def test_every_stream_has_memory_of_its_own_up_to_the_bound(
     run_in([first, second, first, second, second], runner, bundle, cuda)
     assert len(tensorrt._fake_contexts) == 2
     second.synchronize()
-    assert cuda.finished == [second] * 3  # and waited for nobody
+    assert cuda.finished == [second] * 3  # it waited for no other stream
     run_in([third], runner, bundle, cuda)
     assert len(tensorrt._fake_contexts) == 2
     third.synchronize()
-    assert cuda.finished == [second] * 3 + [first] * 2 + [third]  # the one that was idle for longest
+    assert cuda.finished == [second] * 3 + [first] * 2 + [third]  # the slot that was idle for longest
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_slot_that_has_no_room_for_every_profile_is_not_made(
+def test_slot_without_room_for_every_profile_is_not_made(
     bundle: Bundle, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (2, 2, 4)), contexts=3))
@@ -365,22 +367,22 @@ def test_slot_that_has_no_room_for_every_profile_is_not_made(
             runner.run(images, features)
         stream.synchronize()
         assert torch.equal(features, answers(bundle, images))
-    assert "no more callers at once than now" in caplog.text
+    assert "concurrency stays at its current level" in caplog.text
 
 
-def test_tower_goes_on_with_the_contexts_that_there_is_memory_for(
+def test_runner_continues_with_the_contexts_that_fit(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = open_plan(with_plan(bundle, contexts=1), contexts=4)
     streams = [cuda.new_stream() for _ in range(3)]
     run_in(streams, runner, bundle, cuda)
     assert len(tensorrt._fake_contexts) == 1
-    assert len([r for r in caplog.records if "no more callers at once than now" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "concurrency stays at its current level" in r.getMessage()]) == 1
     streams[-1].synchronize()
     assert cuda.finished == streams
 
 
-def test_scratch_that_does_not_fit_is_an_error_at_first_and_fewer_contexts_later(
+def test_scratch_that_does_not_fit_is_an_error_only_for_the_first_slot(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = open_plan(bundle)
@@ -396,7 +398,7 @@ def test_scratch_that_does_not_fit_is_an_error_at_first_and_fewer_contexts_later
 
 
 @pytest.mark.parametrize(("batch", "profile"), [(1, 0), (2, 1), (3, 2), (4, 2)])
-def test_call_takes_the_profile_that_was_tuned_nearest(
+def test_call_uses_the_profile_tuned_nearest(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, batch: int, profile: int
 ) -> None:
     runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (1, 2, 4), (2, 4, 4))))
@@ -411,21 +413,19 @@ def test_call_takes_the_profile_that_was_tuned_nearest(
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_profiles_with_a_gap_refuse_what_falls_into_it(bundle: Bundle) -> None:
+def test_batch_in_a_gap_between_profiles_is_refused(bundle: Bundle) -> None:
     runner = open_plan(with_plan(bundle, profiles=((1, 1, 1), (3, 4, 4))))
-    with pytest.raises(BackendError, match="no profile of the plan takes 2 images"):
+    with pytest.raises(BackendError, match="no profile of the plan accepts 2 images"):
         runner.run(draw_images(bundle, 2), empty_features(bundle, 2))
 
 
 def captured(bundle: Bundle, **options: Any) -> TensorRTRunner:
-    """Open a plan of the flavour whose graphs are captured here: TensorRT-RTX captures by itself."""
-    made = with_plan(bundle, flavour="tensorrt")
-    return open_plan(made, **options)
+    """Open a plan of the flavour whose graphs trtower captures; TensorRT-RTX captures its own."""
+    with_tensorrt = with_plan(bundle, flavour="tensorrt")
+    return open_plan(with_tensorrt, **options)
 
 
-def test_graph_answers_for_its_batch_wherever_images_and_features_lie(
-    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
-) -> None:
+def test_graph_serves_its_batch_at_any_addresses(bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT) -> None:
     runner = captured(bundle)
     with cuda.stream(cuda.new_stream()):
         for seed in range(4):
@@ -437,8 +437,10 @@ def test_graph_answers_for_its_batch_wherever_images_and_features_lie(
     assert {batch for _, _, batch in tensorrt._fake_ran} == {2}
 
 
-def test_batches_that_no_profile_names_are_launched(bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT) -> None:
-    runner = captured(bundle)  # of a profile 1 2 4
+def test_batches_that_no_profile_names_run_without_graphs(
+    bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT
+) -> None:
+    runner = captured(bundle)  # its profile is 1 2 4
     for batch in (3, 1, 3, 4, 2, 1, 3):
         images, features = draw_images(bundle, batch), empty_features(bundle, batch)
         runner.run(images, features)
@@ -448,11 +450,11 @@ def test_batches_that_no_profile_names_are_launched(bundle: Bundle, cuda: FakeCu
     by_batch: dict[int, set[int]] = {}
     for context, _, batch in tensorrt._fake_ran:
         by_batch.setdefault(batch, set()).add(id(context))
-    assert len(set.union(*by_batch.values())) == 4  # what a graph has captured, no other call changes
+    assert len(set.union(*by_batch.values())) == 4  # no other call changes what a graph captured
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_capture_that_fails_is_said_once_and_calls_are_launched(
+def test_failed_capture_is_logged_once_and_calls_run_without_graphs(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(FakeGraph, "fails", True)
@@ -463,13 +465,13 @@ def test_capture_that_fails_is_said_once_and_calls_are_launched(
         cuda.synchronize()
         assert torch.equal(features, answers(bundle, images))
     run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
-    assert len(cuda.graphs) == 1  # whatever slot is used
-    (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs are left out" in r.getMessage()]
-    assert "legacy stream" in said
+    assert len(cuda.graphs) == 1  # in whichever slot
+    (warning,) = [r.getMessage() for r in caplog.records if "CUDA graphs are off" in r.getMessage()]
+    assert "legacy stream" in warning
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_graph_that_was_captured_is_replayed_after_another_capture_has_failed(
+def test_captured_graph_is_still_replayed_after_another_capture_failed(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, stream = captured(bundle), cuda.new_stream()
@@ -486,7 +488,7 @@ def test_graph_that_was_captured_is_replayed_after_another_capture_has_failed(
 
 @pytest.mark.usefixtures("tensorrt")
 @pytest.mark.parametrize("first", [True, False])
-def test_graph_serves_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
+def test_graph_serves_calls_inside_and_outside_inference_mode(bundle: Bundle, cuda: FakeCuda, *, first: bool) -> None:
     runner = captured(bundle)
     for mode in (first, not first):
         with torch.inference_mode(mode):
@@ -498,8 +500,8 @@ def test_graph_serves_calls_in_inference_mode_and_out_of_it(bundle: Bundle, cuda
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_capture_keeps_its_place_among_what_the_stream_holds(bundle: Bundle, cuda: FakeCuda) -> None:
-    """After what was queued before, whose memory it may use, and before what comes next."""
+def test_capture_keeps_its_place_among_the_work_of_the_stream(bundle: Bundle, cuda: FakeCuda) -> None:
+    """It runs after earlier work, whose memory it may use, and before later work."""
     order, stream, runner = list[str](), cuda.new_stream(), captured(bundle)
     private = runner._shared.stream
     with cuda.stream(stream):
@@ -518,7 +520,7 @@ def test_capture_keeps_its_place_among_what_the_stream_holds(bundle: Bundle, cud
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_nobody_captures_after_a_capture_has_failed(
+def test_no_thread_captures_after_a_capture_failed(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeGraph, "lasts_s", 0.02)
@@ -540,10 +542,10 @@ def test_nobody_captures_after_a_capture_has_failed(
 
 @pytest.mark.usefixtures("tensorrt")
 @pytest.mark.parametrize("own", [True, False])
-def test_threads_that_share_a_stream_capture_nothing_of_each_other(
+def test_threads_that_share_a_stream_do_not_capture_each_others_work(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, *, own: bool
 ) -> None:
-    """In torch's default stream, where calls share the runner's own, and in one stream of the callers'."""
+    """In torch's default stream, whose calls share the runner's own stream, and in a stream that callers share."""
     monkeypatch.setattr(FakeGraph, "lasts_s", 0.02)
     runner, stream = captured(bundle), cuda.new_stream() if own else cuda.current_stream()
     start = threading.Barrier(THREADS)
@@ -560,11 +562,11 @@ def test_threads_that_share_a_stream_capture_nothing_of_each_other(
 
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(serve, range(THREADS)))
-    assert 1 <= len(cuda.graphs) <= 4  # one for each slot
+    assert 1 <= len(cuda.graphs) <= 4  # one per slot
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_graphs_can_be_left_out(bundle: Bundle, cuda: FakeCuda) -> None:
+def test_graphs_can_be_turned_off(bundle: Bundle, cuda: FakeCuda) -> None:
     runner = captured(bundle, cuda_graphs=False)
     run_in([cuda.new_stream()], runner, bundle, cuda)
     assert not cuda.graphs
@@ -578,7 +580,7 @@ def test_graphs_can_be_left_out(bundle: Bundle, cuda: FakeCuda) -> None:
         ({"kernel_specialization": "none"}, "WHOLE_GRAPH_CAPTURE", "NONE"),
     ],
 )
-def test_tensorrt_rtx_is_told_what_it_decides_itself(
+def test_options_of_tensorrt_rtx_reach_its_runtime_config(
     bundle: Bundle, cuda: FakeCuda, tensorrt: FakeTensorRT, options: dict[str, Any], graphs: str, kernels: str
 ) -> None:
     run_in([cuda.new_stream()], open_plan(bundle, **options), bundle, cuda)
@@ -591,11 +593,11 @@ def test_tensorrt_rtx_is_told_what_it_decides_itself(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contexts": 0}, "contexts=0: 1 at least is expected"),
+        ({"contexts": 0}, "contexts must be at least 1; got 0"),
         ({"kernel_specialization": "always"}, "unknown kernel_specialization 'always'; choose lazy, eager or none"),
     ],
 )
-def test_option_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineOptions(**options)
 
@@ -613,26 +615,26 @@ def test_close_waits_for_the_gpu_and_refuses_the_next_call(
 
 
 def stripped(bundle: Bundle) -> Bundle:
-    made = with_plan(bundle)
-    plans = (*made.manifest.plans[:-1], replace(made.manifest.plans[-1], settings=BuildSettings(stripped=True)))
-    return Bundle(made.path, replace(made.manifest, plans=plans))
+    whole = with_plan(bundle)
+    plans = (*whole.manifest.plans[:-1], replace(whole.manifest.plans[-1], settings=BuildSettings(stripped=True)))
+    return Bundle(whole.path, replace(whole.manifest, plans=plans))
 
 
-def test_plan_without_weights_is_given_those_of_the_graph(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+def test_plan_without_weights_gets_those_of_the_graph(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     open_plan(bundle)
     assert not tensorrt._fake_refitted
     open_plan(stripped(bundle))
     assert tensorrt._fake_refitted == [str(bundle.path / "tower.onnx")]
 
 
-def test_plan_that_takes_no_weights_names_the_way_out(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+def test_plan_that_rejects_weights_names_the_next_step(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     tensorrt._fake_refits = False
-    with pytest.raises(BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it whole"):
+    with pytest.raises(BackendError, match=r"without its weights.*: fake refusal 0 of weights\. Build it with weights"):
         open_plan(stripped(bundle))
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_plan_is_not_given_weights_that_were_altered(bundle: Bundle) -> None:
+def test_altered_weights_are_not_loaded_into_a_plan(bundle: Bundle) -> None:
     weights = bundle.path / "tower.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"):
@@ -643,7 +645,7 @@ def kept(bundle: Bundle) -> list[Path]:
     return sorted((bundle.path.parent / f".{bundle.path.name}.runtime-cache").glob("*"))
 
 
-def test_kernels_that_one_process_compiled_are_given_to_the_next(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+def test_kernels_that_one_process_compiled_reach_the_next(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     open_plan(bundle).close()
     (path,) = kept(bundle)
     assert path.read_bytes() == b"fake driver 1 compiled here"
@@ -652,13 +654,13 @@ def test_kernels_that_one_process_compiled_are_given_to_the_next(bundle: Bundle,
     assert tensorrt._fake_configs[-1]._fake_cache._fake_kernels == path.read_bytes()
 
 
-@pytest.mark.parametrize("fault", ["cut short", "altered", "another version", "another driver"])
-def test_kernels_that_are_of_no_use_are_thrown_away_and_it_is_said(
+@pytest.mark.parametrize("fault", ["truncated", "altered", "another version", "another driver"])
+def test_unusable_kernels_are_discarded_with_a_warning(
     bundle: Bundle, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     open_plan(bundle).close()
     (path,) = kept(bundle)
-    if fault == "cut short":
+    if fault == "truncated":
         path.write_bytes(path.read_bytes()[:-3])
     elif fault == "altered":
         path.write_bytes(path.read_bytes()[:-1] + b"!")
@@ -667,12 +669,12 @@ def test_kernels_that_are_of_no_use_are_thrown_away_and_it_is_said(
     else:
         tensorrt._fake_driver = b"fake driver 2"
     open_plan(bundle).close()
-    assert "is thrown away, and kernels are compiled again: " in caplog.text
+    assert "is discarded, and its kernels are compiled again: " in caplog.text
     (now,) = kept(bundle)
     assert now.read_bytes() == tensorrt._fake_driver + b" compiled here"
 
 
-def test_kernels_of_another_gpu_stay_for_it(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
+def test_kernels_of_another_gpu_are_kept(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     del tensorrt
     open_plan(bundle).close()
     (path,) = kept(bundle)
@@ -682,23 +684,23 @@ def test_kernels_of_another_gpu_stay_for_it(bundle: Bundle, tensorrt: FakeTensor
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_tower_runs_where_kernels_cannot_be_kept(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_runner_works_if_kernels_cannot_be_saved(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     (bundle.path.parent / f".{bundle.path.name}.runtime-cache").write_text("in the way")
     open_plan(bundle).close()
-    assert "compiled kernels are not kept for the next process" in caplog.text
+    assert "compiled kernels are not saved for the next process" in caplog.text
 
 
-def test_runtime_that_takes_no_cache_says_so(
+def test_rejected_runtime_cache_is_logged(
     bundle: Bundle, tensorrt: FakeTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensorrt._fake_takes_cache = False
     open_plan(bundle).close()
-    assert "takes no runtime cache: kernels are compiled in every process" in caplog.text
+    assert "rejected the runtime cache: every process compiles its own kernels" in caplog.text
     assert not kept(bundle)
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_kernels_are_not_kept_where_that_is_not_wanted(bundle: Bundle) -> None:
+def test_kernels_are_not_saved_if_the_option_is_off(bundle: Bundle) -> None:
     open_plan(bundle, runtime_cache=False).close()
     assert not kept(bundle)
 
@@ -738,16 +740,16 @@ def test_altered_plan_never_reaches_tensorrt(bundle: Bundle, tensorrt: FakeTenso
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_cache_that_cannot_be_read_is_said_and_another_process_may_have_taken_it_away(
+def test_unreadable_cache_is_logged_but_a_vanished_one_is_not(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_plan(bundle).close()
     (path,) = kept(bundle)
     assert path.stat().st_mode & 0o444 == 0o444 & ~UMASK
     path.rename(path.with_name("gone"))
-    path.symlink_to("nowhere")  # as between listing and reading
+    path.symlink_to("nowhere")  # as if another process removed it between listing and reading
     open_plan(bundle)
-    assert "thrown away" not in caplog.text
+    assert "is discarded" not in caplog.text
 
     def deny(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(self))
@@ -758,19 +760,19 @@ def test_cache_that_cannot_be_read_is_said_and_another_process_may_have_taken_it
     assert "it cannot be read: Permission denied" in caplog.text
 
 
-def test_cache_that_tensorrt_does_not_give_is_said_and_the_engine_still_let_go(
+def test_engine_is_freed_if_tensorrt_returns_no_cache(
     bundle: Bundle, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = open_plan(bundle)
     monkeypatch.setattr(type(tensorrt._fake_configs[-1]._fake_cache), "serialize", lambda _: None)
     runner.close()
-    assert "compiled kernels are not kept for the next process: TensorRT-RTX gives none" in caplog.text
+    assert "compiled kernels are not saved for the next process: TensorRT-RTX returned none" in caplog.text
     assert runner._engine is None
     runner.keep()
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_slot_that_cannot_be_closed_keeps_no_other_open(
+def test_slot_that_fails_to_close_does_not_keep_others_open(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, closed = open_plan(bundle, contexts=2), list[Slot]()

@@ -1,4 +1,4 @@
-"""A backend is one file and one line: the file is this one, and the line is what `toy` puts into BACKENDS."""
+"""A new backend takes one file and one line: this file, and the line that the fixture `toy` puts into BACKENDS."""
 
 import json
 import logging
@@ -27,13 +27,13 @@ from trtower_export.bench.entrants import Arena, competitors, enter
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 SAME_TOWER = 1e-5
-"""Relative, of two ways of summing in FP32 (4e-7 was seen). A tower one layer off is wrong by more than 0.3."""
+"""Relative difference of two orders of summing in FP32 (4e-7 was measured). A tower one layer off errs by over 0.3."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ToyRunner:
-    """Runs the graph with numpy's copies of the images, and counts them."""
+    """Runs the graph on numpy arrays, and counts the images."""
 
     computed = 0
 
@@ -45,8 +45,8 @@ class ToyRunner:
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         if on_start:
             on_start(None)
-        (found,) = self._session.run(None, {"pixel_values": pixel_values.numpy()})
-        hidden_states.copy_(torch.from_numpy(found))
+        (result,) = self._session.run(None, {"pixel_values": pixel_values.numpy()})
+        hidden_states.copy_(torch.from_numpy(result))
         ToyRunner.computed += len(pixel_values)
 
     def keep(self) -> None:
@@ -58,7 +58,7 @@ class ToyRunner:
 
 class Toy(Backend):
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
-        return "toys take no FP16" if bundle.manifest.precision == "fp16" else None
+        return "toys have no FP16" if bundle.manifest.precision == "fp16" else None
 
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> ToyRunner:
         return ToyRunner(bundle)
@@ -69,7 +69,7 @@ TOY = Toy(name="toy", product="Toy", package="toy", kind="cpu", arithmetic="fp32
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Add the toy as the best backend, and count the images that it has computed."""
+    """Add the toy as the best backend; return a function that counts the images it has computed."""
     monkeypatch.setattr(choose, "BACKENDS", (TOY, *choose.BACKENDS))
     monkeypatch.setattr(ToyRunner, "computed", 0)
     return lambda: ToyRunner.computed
@@ -85,14 +85,12 @@ def draw(tower: VisionTower) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
-def error(found: Any, expected: Any) -> float:
-    return float((found - expected).norm() / expected.norm())
+def error(actual: Any, expected: Any) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("backend", ["toy", "auto"])
-def test_tower_runs_on_it_when_it_is_named_and_when_it_is_the_best(
-    bundle: Path, toy: Callable[[], int], backend: str
-) -> None:
+def test_tower_runs_on_it_if_it_is_named_or_the_best(bundle: Path, toy: Callable[[], int], backend: str) -> None:
     tower, expected = VisionTower.load(bundle, backend), VisionTower.load(bundle, "onnxruntime-cpu")
     assert tower.backend == "toy 0.1"
     assert error(tower(draw(tower)), expected(draw(tower))) <= SAME_TOWER
@@ -105,23 +103,23 @@ def test_error_for_an_unknown_backend_lists_it(bundle: Path, toy: Callable[[], i
         VisionTower.load(bundle, "toi")
 
 
-def test_its_obstacle_is_told_and_passed_over(
+def test_its_obstacle_is_reported_and_auto_passes_it_over(
     clip_bundle: Path, toy: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(BackendError, match="toy: toys take no FP16"):
+    with pytest.raises(BackendError, match="toy: toys have no FP16"):
         VisionTower.load(clip_bundle, "toy")
     with caplog.at_level(logging.INFO, logger="trtower"):
         assert VisionTower.load(clip_bundle).backend != "toy 0.1"
-    assert "passed over toy: toys take no FP16" in caplog.text
+    assert "passed over toy: toys have no FP16" in caplog.text
     assert toy() == 0
 
 
-def test_auto_wants_a_check_of_it_where_it_is_coarse(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_requires_a_check_if_it_is_coarse(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "BACKENDS", (replace(TOY, arithmetic="fp16"), *choose.BACKENDS))
     assert VisionTower.load(bundle).backend != "toy 0.1"
-    (found, *_) = choose.candidates(Bundle.open(bundle))
-    assert found.reservation == (
-        "it computes in FP16, which is coarser than fp32, and no check vouches for it: trtower check "
+    (candidate, *_) = choose.candidates(Bundle.open(bundle))
+    assert candidate.reservation == (
+        "it computes in FP16, which is coarser than fp32, and it has no valid certificate: trtower check "
         f"{bundle} --backend toy"
     )
 
@@ -144,11 +142,11 @@ def test_inspect_shows_it(bundle: Path, toy: Callable[[], int], capsys: pytest.C
 
 def test_loaded_model_computes_with_it(bundles: Bundles, toy: Callable[[], int]) -> None:
     model = make("llava")
-    given = inputs(model, "llava", "one image")
-    expected = logits(model, given)
+    prompt = inputs(model, "llava", "one image")
+    expected = logits(model, prompt)
     with trtower.install(model, bundles(), backend="toy") as installed:
         before = toy()
-        assert (logits(model, given) - expected).abs().max() <= EXACT
+        assert (logits(model, prompt) - expected).abs().max() <= EXACT
         assert toy() > before
         assert installed.tower.backend == "toy 0.1"
 
