@@ -5,7 +5,7 @@ from typing import Any
 
 
 class AttributeDict(dict[str, Any]):
-    """A dict whose keys can be read, set and deleted as attributes. It goes into JSON and pickles as any dict does."""
+    """A dict whose keys can be read, set and deleted as attributes. JSON and pickle treat it as any dict."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,7 +43,7 @@ class Size(dict[str, int]):
         return iter(self.sides)
 
     def __setitem__(self, key: str, value: int) -> None:
-        """Set a side in the form that the size has; setting height or width ends the form with a shortest edge."""
+        """Set a side in the form that the size has. Setting height or width turns a shortest edge into both sides."""
         if key == "shortest_edge" and "height" in self.keys():
             super().update(height=value, width=value)
             return

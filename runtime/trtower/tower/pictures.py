@@ -39,7 +39,7 @@ _NOT_OPENED = (
 def flatten(
     images: Images, input_data_format: str | None = None, name: str = "images"
 ) -> "Iterator[tuple[str, Image | Array]]":
-    """Yield the name and the picture of each picture in ``images``: one, a batch, or nested lists or iterators of them.
+    """Yield each picture of one picture, a batch, or nested lists and iterators of these, with its name.
 
     The name is the picture's position, such as "images[3]". Raises InputError for anything that is not a picture.
     """

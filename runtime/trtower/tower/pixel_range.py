@@ -15,8 +15,8 @@ and resizing stay well inside."""
 
 BLACK = 0.003
 """Pixels from 0 to 1 that nobody normalised have a smallest value below this. A normalised 8-bit value never comes as
-close to 0 from above, with CLIP's means (0.0033) or SigLIP's (0.0039). So bright pictures, whose normalised values lie
-between 0 and 1 too, are told apart."""
+close to 0 from above, with CLIP's means (0.0033) or SigLIP's (0.0039). So this does not catch bright pictures, whose
+normalised values lie between 0 and 1 too."""
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class PixelRange:
 
     def __init__(self, tower: str, processor: ImageProcessor) -> None:
         self._tower, self._processor = tower, processor
-        self._looked = self._warned = False
+        self._inspected = self._warned = False
 
     def check(self, pixel_values: torch.Tensor, *, finite: bool | None) -> None:
         """Inspect images on the engine's device; raise InputError for NaN and infinity if they must be ``finite``.
@@ -37,13 +37,13 @@ class PixelRange:
             finite = pixel_values.device.type == "cpu"
         # Reading values from a GPU waits for it, which a capture forbids; the runner refuses captures with a message.
         captured = pixel_values.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not finite and (self._looked or captured):
+        if not finite and (self._inspected or captured):
             return
         low, high = (float(extreme) for extreme in pixel_values.aminmax())  # if any value is NaN, both are
         if finite and not (math.isfinite(low) and math.isfinite(high)):
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
             raise InputError(f"images holds {bad} values that are NaN or infinite in {pixel_values.dtype}.")
-        self._looked = True
+        self._inspected = True
         if self._warned:
             return
         try:

@@ -35,7 +35,7 @@ class VisionModel(nn.Module):
         Args:
             pixel_values: Images of the engine's size, as `VisionTower.read_tokens` accepts them.
             output_hidden_states: Whether to return `hidden_states`; otherwise that is None.
-            **options: Other options of the eager model. Only `return_dict`, None and False are accepted.
+            **options: Other options of the eager model, which must be None or False; `return_dict` is ignored.
 
         Returns:
             The states on the tower's device, in the dtype of the pixels. A state that the bundle does not hold raises
@@ -43,7 +43,8 @@ class VisionModel(nn.Module):
 
         Raises:
             InputError: If `pixel_values` has a wrong type, shape or dtype.
-            ConfigError: If an option would change what the tower computes.
+            ConfigError: If another option is set.
+            BackendError: If the tower is not loaded, or cannot run here.
         """
         changes = {name for name, value in options.items() if value is not None and value is not False}
         unsupported = sorted(changes - {"return_dict"})

@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
         # On the CPU even if the default device differs: from_pretrained makes models on meta, which holds no data.
         self._anchor = Anchor(self.dtype, torch.device("cpu"))
         self._engine = Engine(self.vision_tower_name, self.bundle, tower_options, self._anchor)
-        # Not when Python exits: it would wait for calls of daemon threads, which end only with Python itself.
+        # Not at Python's exit, which would then wait for calls in daemon threads. Those end only with Python itself.
         weakref.finalize(self, self._engine.close).atexit = False
 
     @classmethod
