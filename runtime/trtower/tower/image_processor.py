@@ -280,7 +280,7 @@ def _checked(name: str, value: Any) -> Any:
         valid = valid and all(type(side) is int and side > 0 for side in value.values())
         value = Size(value) if valid else value
     if not valid:
-        raise ConfigError(f"invalid {name}={value!r}; expected {expected}.")
+        raise ConfigError(f"{name}={value!r} is invalid; expected {expected}.")
     return deepcopy(value)
 
 

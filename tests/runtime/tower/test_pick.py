@@ -218,7 +218,7 @@ def test_error_for_a_missing_layer_names_both_and_the_command(
     assert " --select-feature patch --image-size 42 --precision fp32 --flavour none --batch 1,2,4 --out " in message
 
 
-def test_command_builds_a_plan_if_the_bundle_has_one(clip_bundle: Path) -> None:
+def test_command_omits_the_flavour_if_the_bundle_has_a_plan(clip_bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"--precision fp16 --batch 1,2,4 --out "):
         CLIPVisionTower(clip_bundle, config(0, "patch"))
 

@@ -28,7 +28,7 @@ MEGABYTE = 2**20
 
 
 def in_mode(mode: str) -> Image.Image:
-    """Make a picture of any mode, with alpha that varies where the mode has it."""
+    """Make a picture of any mode, with varying alpha if the mode has alpha."""
     by_way_of = {"La": ("LA",), "LA": ("LA",), "PA": ("LA",), "RGBa": (), "RGBA": ()}
     picture = Image.fromarray(noise(120, 201, 4))
     for step in by_way_of.get(mode, ("L",) if mode in DEEP else ("RGB",)):
@@ -74,7 +74,7 @@ def test_deeper_mode_is_refused_with_its_position_and_the_line_that_scales_it(mo
 
 
 def test_line_that_scales_a_deeper_mode_works() -> None:
-    picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 16)  # 12 bits in a picture of 16
+    picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 16)  # 12 bits in a 16-bit picture
     assert picture.mode == "I;16"
     scaled = Image.fromarray((np.asarray(picture) / 4080 * 255).clip(0, 255).astype(np.uint8))
     expected = ImageProcessor({})(PICTURE.getchannel(0)).pixel_values[0]
@@ -356,9 +356,8 @@ def test_strips_that_are_possible_give_the_pixels_of_transformers() -> None:
     strip = Image.fromarray(noise(2, 600))
     assert_same(ImageProcessor({})(strip).pixel_values[0], reference({})(strip).pixel_values[0])
     strip, square = Image.fromarray(noise(1, 10000)), {"size": {"height": 30, "width": 40}}
-    expected = reference(square)(strip, input_data_format="channels_last").pixel_values[
-        0
-    ]  # 4.57 needs the format for PIL images too
+    # transformers 4.57 needs the format for PIL images too.
+    expected = reference(square)(strip, input_data_format="channels_last").pixel_values[0]
     assert_same(ImageProcessor(square)(strip).pixel_values[0], expected)
 
 
