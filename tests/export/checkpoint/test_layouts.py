@@ -405,7 +405,7 @@ def test_llava_that_names_itself_is_refused_on_one_line(
 def test_llava_adapter_is_to_be_merged_first(llava: Callable[..., Path]) -> None:
     folder = llava(inside=False)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter: merge it"):
         open_checkpoint(str(folder))
 
 
