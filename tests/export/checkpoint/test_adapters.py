@@ -52,7 +52,9 @@ OF_THE_TOWER = [
 @pytest.mark.parametrize("name", OF_THE_TOWER)
 def test_adapter_of_the_tower_beside_its_model_must_be_merged(llava: Path, name: str) -> None:
     adapt(llava, LANGUAGE, name)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json belongs to a LoRA adapter: merge it .*merge_and_unload"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json belongs to a LoRA adapter: merge it .*merge_and_unload"
+    ):
         open_checkpoint(str(llava))
 
 
