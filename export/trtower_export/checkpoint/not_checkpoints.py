@@ -59,8 +59,8 @@ def refuse_file(path: Path, config: str) -> None:
             f"{path} is not a checkpoint: expected a folder with a config.json, an OpenCLIP file, a hub id or a recipe."
         )
     raise CheckpointError(
-        f"{path} has no {config} beside it, and no config.json. Only these hold the heads and activation of an "
-        "OpenCLIP tower, or the shape of any other. Get it from the checkpoint's repository."
+        f"{path} has no {config} beside it, and no config.json. Nothing else says how many heads and which activation "
+        "an OpenCLIP tower has, or what shape any other tower has: get the file from the checkpoint's repository."
     )
 
 
@@ -120,7 +120,7 @@ def _next_step(folder: Path) -> str:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """List the folders inside that have a config.json: those with a vision tower if there are any, else all.
+    """List the inner folders that have a config.json: only those with a vision tower, or all if none has one.
 
     Bundles are left out, although they have one, too.
     """

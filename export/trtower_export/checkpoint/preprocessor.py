@@ -43,7 +43,7 @@ BY_DEFAULT = {
     "DeepseekVLImageProcessor": "pad",
     "JanusImageProcessor": "pad",
 }
-"""What processors do whose files do not say whether they tile or pad."""
+"""Whether a processor tiles or pads, for those that do not write it into their files."""
 
 BOUNDS = [{"shortest_edge", "longest_edge"}, {"longest_edge"}, {"max_height", "max_width"}]
 """Forms of `size` with which the result keeps the picture's shape."""

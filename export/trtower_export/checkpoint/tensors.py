@@ -26,15 +26,16 @@ PICKLES = "pytorch_model*.bin"
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which a training checkpoint keeps the model's state dict."""
 NOT_THE_MODELS = ("adapter_model", "open_clip_")
-"""How the names of files begin that hold an adapter, or the same model under OpenCLIP's names."""
+"""Beginnings of the names of other files: those of an adapter, or of the same model under OpenCLIP's names."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """The name of every tensor of a checkpoint, and the file that holds it. No tensor is read yet.
+    """The names of a checkpoint's tensors. No tensor is read yet.
 
-    ``written`` maps each name to that in the file, which may contain wrappers (see wrapped_names.py).
+    ``shards`` maps each name to the file that holds it, and ``written`` to the name in that file, which may contain
+    wrappers (see wrapped_names.py).
     """
 
     files: Files
@@ -58,7 +59,7 @@ class Tensors:
         )
 
     def root(self, patch_embedding: str, tower: str | None = None) -> str | None:
-        """Find what the names of a tower begin with, or those of the tower named ``tower``.
+        """Find what the names of a tower's tensors begin with: the only tower, or the one named ``tower``.
 
         Returns None if there is no tower. Raises CheckpointError if there are several to choose from, or none with this
         name.
