@@ -70,7 +70,7 @@ def test_state_dict_that_pytorch_saves_of_a_wrapped_model_is_read(tmp_path: Path
 )
 def test_unknown_wrapper_is_named(tmp_path: Path, part: str, wrapped: str, wrapper: str) -> None:
     folder = write(tmp_path, lambda name: name.replace(part, wrapped))
-    with pytest.raises(CheckpointError, match=rf"unknown wrapper '{wrapper}'.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=rf"{wrapper}.*save_pretrained"):
         open_checkpoint(str(folder))
 
 
