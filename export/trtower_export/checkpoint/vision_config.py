@@ -122,6 +122,21 @@ def check_vision_config(vision: Any, family: Family, where: str) -> None:
     vision._attn_implementation = "sdpa"
     if getattr(vision, "quantization_config", None) is not None:
         del vision.quantization_config  # quantised tensors are refused when they are read
+    _check_counts(vision, where)
+    for name in ("image_size", "patch_size"):
+        _check_side(vision, name, where)
+    if (activation := getattr(vision, "hidden_act", None)) not in (None, *ACT2FN):
+        raise CheckpointError(f"{where}: transformers has no hidden_act={activation!r}.")
+    for name in ("layer_norm_eps", "rms_norm_eps"):
+        value = getattr(vision, name, 1e-6)
+        if type(value) is not float or not 0 <= value < 1:
+            raise CheckpointError(f"{where}: {name}={value!r}; expected a small float such as 1e-6.")
+    if reason := family.obstacle(vision):
+        raise CheckpointError(f"{where}: {reason}")
+
+
+def _check_counts(vision: Any, where: str) -> None:
+    """Check layers, heads, widths and channels."""
     for name in COUNTS:
         value = getattr(vision, name, 1)
         if type(value) is not int or value < 1:
@@ -137,16 +152,6 @@ def check_vision_config(vision: Any, family: Family, where: str) -> None:
             f"{where}: the tower has num_channels={channels!r}; expected {CHANNELS}, because engines accept and the "
             f"image processor makes pixels of {CHANNELS} channels."
         )
-    for name in ("image_size", "patch_size"):
-        _check_side(vision, name, where)
-    if (activation := getattr(vision, "hidden_act", None)) not in (None, *ACT2FN):
-        raise CheckpointError(f"{where}: transformers has no hidden_act={activation!r}.")
-    for name in ("layer_norm_eps", "rms_norm_eps"):
-        value = getattr(vision, name, 1e-6)
-        if type(value) is not float or not 0 <= value < 1:
-            raise CheckpointError(f"{where}: {name}={value!r}; expected a small float such as 1e-6.")
-    if reason := family.obstacle(vision):
-        raise CheckpointError(f"{where}: {reason}")
 
 
 def _check_side(vision: Any, name: str, where: str) -> None:
