@@ -24,7 +24,7 @@ class Signatures(griffe.Extension):
                 continue
             if member.is_module or member.is_class:
                 self._replace(member, options)
-            elif member.is_function and any(str(each.value) == "takes_options" for each in member.decorators):
+            elif self._takes_options(member) and not self._describes_them_together(member):
                 own = [each for each in member.parameters if each.kind is not griffe.ParameterKind.var_keyword]
                 names = {each.name for each in own}
                 shown = [
@@ -38,3 +38,10 @@ class Signatures(griffe.Extension):
                     if each.name not in names
                 ]
                 member.parameters = griffe.Parameters(*own, *shown)
+
+    def _takes_options(self, member: Any) -> bool:
+        return member.is_function and any(str(each.value) == "takes_options" for each in member.decorators)
+
+    def _describes_them_together(self, function: Any) -> bool:
+        """Whether a docstring refers to another for `**options`; a constructor is described in its class."""
+        return any(each.docstring and "**options:" in each.docstring.value for each in (function, function.parent))
