@@ -87,7 +87,7 @@ def test_make_target_exists(page: Path, item: str) -> None:
     assert re.search(rf"^{item}:", read(ROOT / "Makefile"), flags=re.MULTILINE)
 
 
-@every(lambda text: re.findall(r"(?:trtower|'\.)\[([\w,-]+)\]", text))
+@every(lambda text: re.findall(r"(?:trtower|'\.)\[([a-z][a-z,-]*)\]", text))
 def test_extra_exists(page: Path, item: str) -> None:
     declared = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert set(item.split(",")) <= declared.keys()
@@ -152,6 +152,32 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def certify(bundle: Path, checkpoint: Path, *options: str) -> None:
+    photographs = Path("photographs")
+    photographs.mkdir(exist_ok=True)
+    Image.effect_noise((60, 50), 80).convert("RGB").save(photographs / "noise.png")
+    arguments = [bundle, "--images", photographs, "--checkpoint", checkpoint, *options]
+    assert find_command("check").main([*map(str, arguments)], standalone_mode=False) == 0
+
+
+@pytest.mark.parametrize("page", ["index.md", "deploy.md", "serving.md", "loaded-models.md"])
+def test_page_runs_from_top_to_bottom(
+    bundles: Bundles, clip_bundle: Path, checkpoints: dict[str, Path], here: Path, page: str
+) -> None:
+    examples = pages.blocks("python", read(ROOT / "docs" / page))
+    names: dict[str, Any] = {"image": Image.new("RGB", (60, 50))}
+    for bundle in set(re.findall(r"engines/[\w.-]+", "".join(examples))):
+        if "llava" in bundle:
+            shutil.copytree(bundles(), bundle)
+            names["model"] = make("llava")
+            names["inputs"] = inputs(names["model"], "llava", "one image")
+        else:
+            shutil.copytree(clip_bundle, bundle)
+            certify(Path(bundle), checkpoints["clip"], "--backend", "openvino")
+    for code in examples:
+        names = run(code, **names)
+
+
 def test_export_from_python_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export, check, build = pages.blocks("python", read(ROOT / "docs" / "export.md"))
     make_model("clip").save_pretrained("openai/clip-vit-large-patch14-336")  # in the place of the hub's
@@ -168,10 +194,7 @@ def test_certificate_is_demanded(bundles: Bundles, checkpoints: dict[str, Path],
     bundle = shutil.copytree(bundles(), "engines/clip-vit-large-patch14-336")
     with pytest.raises(trtower.BundleError, match="not certified"):
         run(load)
-    (here / "photos").mkdir()
-    Image.effect_noise((60, 50), 80).convert("RGB").save(here / "photos" / "noise.png")
-    arguments = [bundle, "--images", "photos", "--checkpoint", str(checkpoints["clip"])]
-    assert find_command("check").main([*map(str, arguments)], standalone_mode=False) == 0
+    certify(bundle, checkpoints["clip"])
     assert run(load)["tower"].is_loaded
 
 
@@ -198,9 +221,13 @@ def test_page_on_loaded_models_convinces(bundles: Bundles, here: Path) -> None:
 RUN = {
     "README.md": "test_readme.py",
     "docs/certificate.md": test_certificate_is_demanded,
+    "docs/deploy.md": test_page_runs_from_top_to_bottom,
     "docs/export.md": test_export_from_python_runs,
     "docs/hugging_face.md": test_page_on_loaded_models_convinces,
+    "docs/index.md": test_page_runs_from_top_to_bottom,
+    "docs/loaded-models.md": test_page_runs_from_top_to_bottom,
     "docs/models.md": test_layers_are_picked_at_load,
+    "docs/serving.md": test_page_runs_from_top_to_bottom,
 }
 """What runs the Python blocks of a page."""
 
