@@ -1,7 +1,7 @@
 """Write a traced tower as ONNX, with the precision in the graph and a name on every node.
 
-Each node is named after its module, and each hidden state after its index. So a profile of the engine is readable, and
-`trtower check --by-layer` finds the hidden states.
+Each node is named after its module, and each hidden state after its index. This makes a profile of the engine readable,
+and lets `trtower check --by-layer` find the hidden states.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """Cut a tower after the deepest layer that is read.
 
 The cut comes before tracing, so that dead layers are neither moved nor exported. An ONNX optimiser could also remove
-them, but only after their weights had been in memory all along.
+them, but would keep their weights in memory until it ran.
 """
 
 import torch

@@ -34,7 +34,7 @@ from trtower_export.plan.store import fetch_or_build
 from trtower_export.plan.targets import Target, build_there, choose_target, make_entry
 
 BUILD_PROCEDURE_VERSION = 2
-"""Raise this if the same graph, TensorRT and settings are built differently: it makes plans in stores out of date."""
+"""Increase this if the same graph, TensorRT and settings are built differently. Plans in stores are then outdated."""
 
 STAGING = ".staging-"
 
@@ -87,8 +87,8 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
     for folder in (path, path.parent):  # the lock file is beside the bundle
         if not os.access(folder, os.W_OK):
             raise BuildError(
-                f"{folder} is read-only, and adding a plan to {bundle.path} writes there: copy the bundle to a folder "
-                "that is writable."
+                f"{folder} is read-only, and adding a plan to {bundle.path} writes there: copy the bundle to a "
+                "writable folder."
             )
     with disk_errors(f"the plan of {bundle.path}"):
         kept = obtain_plan(bundle, target, progress, store) if store else None

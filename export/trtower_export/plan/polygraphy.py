@@ -83,7 +83,7 @@ def _make_config(polygraphy: Any, module: Any, target: Target, build_options: di
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
-    # TF32 would cut FP32 products from 23 bits to FP16's 10, which is what islands avoid. For data-centre TensorRT,
+    # TF32 would cut FP32 products from 23 bits to FP16's 10, which islands exist to avoid. For data-centre TensorRT,
     # Polygraphy clears the flag by itself.
     return polygraphy.PostprocessConfig(
         CreateConfigRTX(compute_capabilities=pairs or None, **options),
@@ -104,7 +104,7 @@ def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
-    """Check that the parsed network holds its weights in ``dtype``, which TensorRT keeps if strongly typed."""
+    """Check that the parsed network holds its weights in ``dtype``. TensorRT keeps it in a strongly typed network."""
     floats = {name: getattr(module.DataType, each.tensorrt) for name, each in BY_DTYPE.items()}
     expected, values = floats[dtype], dict.fromkeys(floats.values(), 0)
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
@@ -164,7 +164,7 @@ def _monitor(module: Any, step: Step, interrupted: threading.Event) -> Any:
 
 @contextmanager
 def _hold_interrupts() -> Iterator[threading.Event]:
-    """Hold Ctrl-C back during a build and raise it at the end. In a callback from C++ it would be swallowed.
+    """Hold Ctrl-C back during a build and raise it at the end. Raised in a callback from C++, it would be lost.
 
     It is raised even if the build succeeds: TensorRT-RTX 1.7 finishes although it is asked to stop.
     """

@@ -1,4 +1,4 @@
-"""Trace a cut tower with every operation in its precision: the configured one, or FP32 by name or by measurement."""
+"""Trace a cut tower: operations in the configured precision, or in FP32 if a pattern or the search says so."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ and adds in FP32, as tensor cores do, and rounds each result. The model is pessi
 rounds a product before the bias is added, rounds attention scores, and sums the squares of a LayerNorm in half
 precision, although the graph asks for FP32 there (`stash_type`).
 
-Exact attention runs fused, which is faster than spelled out; the two differ by FP32's rounding.
+Attention in which nothing rounds runs fused, which is faster than spelled out; the two differ by FP32's rounding.
 
 An operation that is kept in FP32 passes on an FP32 result. A sum, scale, norm or activation that reads it computes in
 FP32 and rounds its own result. A matrix product rounds its factors first. `islands.py` writes the same into the graph.

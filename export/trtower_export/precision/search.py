@@ -97,7 +97,7 @@ def _prepare_trials(
     always: Sequence[str],
     progress: Progress,
 ) -> _Trials:
-    """Run PyTorch in FP32 for the reference, and in FP16 for the error that the bounds allow a multiple of."""
+    """Run PyTorch in FP32 for the reference, and in FP16 for its own error, which one bound is relative to."""
     cases: list[_Case] = []
     own = {kind: MetricSums() for kind in images}
     count = sum(map(len, images.values()))

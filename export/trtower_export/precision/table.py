@@ -14,7 +14,7 @@ from trtower_export.precision.rounding import FP16_RANGE
 
 
 def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> None:
-    """Print a row for ``every`` operation, or one row for the same operation in all layers, with its worst figures.
+    """Print one row per operation if ``every``, else one row for all layers, with the worst of each figure.
 
     Below, name the operations that FP16 cannot hold, and those with the largest error.
     """
@@ -51,8 +51,8 @@ def _notes(diagnosis: Diagnosis, measured: Sequence[str], *, every: bool) -> Ite
     error = f"; error: at the output when only this operation rounds, on {images}" if images else ""
     yield (
         f"largest: magnitude of any value on {len(diagnosis.images)} images, sums of squares included"
-        f"{'' if every else '; @N: in layer N'}; subnormal: results below {FP16_RANGE.smallest_normal:.2g}, where FP16 "
-        f"loses digits{error}"
+        f"{'' if every else '; @N: in layer N'}; subnormal: share of results below {FP16_RANGE.smallest_normal:.2g}, "
+        f"where FP16 loses digits{error}"
     )
     if diagnosis.overflowing:
         yield f"beyond FP16's {FP16_RANGE.max:.0f}: {', '.join(diagnosis.overflowing)}"
