@@ -1,1 +1,1 @@
-"""A tower, cut and traced, turned into an ONNX graph."""
+"""Cut and trace a tower, and turn it into an ONNX graph."""

@@ -1,9 +1,8 @@
-"""Count what a tower is and what it costs: layers, parameters, and the FLOP of one image.
+"""Count a tower's layers and parameters, and the FLOP of one image.
 
-The layers and parameters of a cut tower are counted in the ONNX file that was written, so that what is said of a cut
-is read from its result and not from its intention. FLOP are counted in PyTorch, of the full tower and of the cut one. A
-multiply-add is two FLOP. Counted are matrix products, convolutions and attention; norms, activations, softmax and sums
-are not.
+The layers and parameters of a cut tower are counted in the ONNX file that was written, so the numbers show the result
+of the cut and not its intention. FLOP are counted in PyTorch, for the full tower and the cut one. A multiply-add is two
+FLOP. Matrix products, convolutions and attention count; norms, activations, softmax and sums do not.
 """
 
 import copy
@@ -26,13 +25,13 @@ from trtower.spec import PRECISIONS
 from trtower_export.families import Family
 
 WEIGHTS = {number for each in PRECISIONS.values() for number in (each.onnx, each.onnx_linear)}
-"""The types of weights."""
+"""The ONNX types that weights can have."""
 
 
 def measure_module(model: nn.Module, family: Family, image_size: int) -> TowerCost:
-    """Count a full tower as transformers runs it on S pixels a side: every layer, and the pooling head of a SigLIP.
+    """Count a full tower as transformers runs it on S x S pixels: every layer, and the pooling head of a SigLIP.
 
-    Its parameters are those that it has: position embeddings in the checkpoint's own number, whatever S is.
+    Parameters are counted as loaded: the position embeddings are those of the checkpoint, whatever S is.
     """
     states, flop = run_weightless(model, family.read_states, image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -40,33 +39,34 @@ def measure_module(model: nn.Module, family: Family, image_size: int) -> TowerCo
 
 
 def count_flop(tower: nn.Module, image_size: int) -> int:
-    """Count the FLOP of a cut tower in FP32 for one image of S pixels a side."""
+    """Count the FLOP of a cut tower in FP32 for one image of S x S pixels."""
     _, flop = run_weightless(tower, lambda twin, pixel_values: twin(pixel_values), image_size)
     return flop
 
 
 def run_weightless(model: nn.Module, run: Callable[[Any, Tensor], Any], image_size: int) -> tuple[Any, int]:
-    """Run a copy of ``model`` that has shapes but no weights on one image; give what came out, and its FLOP.
+    """Run a copy of ``model`` that has shapes but no weights on one image; return the output and its FLOP.
 
-    Fake tensors and not the meta device, which transformers' masks and rotations do not get through.
+    The copy uses fake tensors, because transformers' masks and rotations fail on the meta device.
     """
     tensors = (*model.parameters(), *model.buffers())
     with FakeTensorMode(allow_non_fake_inputs=True):
         weightless = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors}
         pixel_values = torch.empty(1, 3, image_size, image_size)
     twin = copy.deepcopy(model, weightless)
-    # Fused attention is not counted on a CPU; spelled out, it is two matrix products.
+    # The counter misses fused attention on a CPU; spelled out, it is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = run(twin, pixel_values)
     return output, counter.get_total_flops()
 
 
 def measure_graph(path: Path, flop: int) -> TowerCost:
-    """Count a tower of that many ``flop`` in its ONNX file, without its weights.
+    """Count a tower in its ONNX file, without loading the weights. The cost that is returned includes ``flop``.
 
-    Layers are those that its nodes are named after. A parameter is an element of a float initialiser, tables that were
-    computed from the grid among them; a single number is a constant, and scales of 8 bits are none. Vectors count each
-    time they are read, because the exporter stores equal ones once, such as the norms and biases of drawn weights.
+    Layers are counted by the names of nodes. A parameter is an element of a float initialiser, including tables that
+    were computed from the grid. Single numbers are constants and do not count, nor do the scales of 8 bits. Vectors
+    count each time they are read, because the exporter stores equal ones once, such as norms and biases of random
+    weights.
     """
     graph = onnx.load_model(path, load_external_data=False).graph
     reads = Counter(name for node in graph.node for name in node.input)

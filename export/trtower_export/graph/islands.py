@@ -1,9 +1,9 @@
-"""Write into a traced half-precision graph which of its operations stay in FP32, as explicit casts.
+"""Keep operations of a traced half-precision graph in FP32, with explicit casts.
 
-A kept operation has its weights in FP32, computes in FP32 and hands FP32 on. Whoever adds, scales, norms or activates
-that computes in FP32 as well and rounds its own result, so a number too large for FP16 is held between the two and
-nowhere else; a matrix product that is not kept itself has its factors rounded, and stays on the kernels for half
-precision. Attention that is kept is spelled out, since half precision is all that its fused form has kernels for.
+A kept operation has its weights in FP32, computes in FP32 and passes FP32 on. A sum, scale, norm or activation that
+reads the result also computes in FP32 and rounds its own result, so a number too large for FP16 exists only between the
+two. A matrix product that is not kept rounds its factors, and stays on the kernels for half precision. Kept attention
+is spelled out, because its fused form has kernels only for half precision.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[str, Tensor]) -> None:
-    """Retype ``program`` in place; ``weights`` are the tower's in FP32, by name. Attention in it is still fused."""
+    """Retype ``program`` in place. ``weights`` are the tower's in FP32, by name. Its attention must still be fused."""
     graph = program.graph_module.graph
     spelled_out = Operations(program, spelled_out=True)
     inside = [node for operation in spelled_out if operation.name in kept for node in operation.nodes]
@@ -34,8 +34,8 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
     operations = Operations(program)
     wide = widened(operations, kept)
     narrow = next(node.meta["val"].dtype for node in operations.nodes if is_narrow(node))
-    handed_on: dict[fx.Node, fx.Node] = {}
-    """What an operation computed in FP32, and what of it others are given."""
+    rounded: dict[fx.Node, fx.Node] = {}
+    """The rounded result that other operations read, by the node that computed it in FP32."""
 
     for node in operations.nodes:
         operation = operations.of.get(node)
@@ -46,8 +46,8 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
                 program.state_dict[name] = _like(program.state_dict[name], weights[name])
             continue
         for argument in node.all_input_nodes:
-            if argument in handed_on and (operation is None or operations.of.get(argument) is not operation):
-                node.replace_input_with(argument, handed_on[argument])
+            if argument in rounded and (operation is None or operations.of.get(argument) is not operation):
+                node.replace_input_with(argument, rounded[argument])
         floats = [argument for argument in node.all_input_nodes if is_float(argument)]
         if node.op == "output":
             (result,) = floats
@@ -57,7 +57,7 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
                 program.graph_signature.output_specs[0].arg.name = node.all_input_nodes[0].name
             continue
         if operation is not None or len({argument.meta["val"].dtype for argument in floats}) > 1:
-            # In FP32, or in half precision, or where model code itself has both, in FP32.
+            # All inputs get one dtype: FP32 if the node is wide or model code computes it in FP32, else half precision.
             dtype = torch.float32 if node in wide or not is_narrow(node) else narrow
             for argument in floats:
                 if argument.meta["val"].dtype != dtype and not is_cast(node):
@@ -66,14 +66,14 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
                         node.replace_input_with(argument, cast)
         if not floats:
             continue
-        if is_cast(node) and is_narrow(node) and node in wide:  # model code's own way back from FP32
+        if is_cast(node) and is_narrow(node) and node in wide:  # model code's own cast back from FP32
             node.args = (node.args[0], torch.float32, *node.args[2:])
         if node.target == aten.linear.default and node in wide:
             node = _as_convolution(graph, node)
         node.meta["val"] = evaluate(node)
         if operation is not None and node in wide and operation.name not in kept:
             with graph.inserting_after(node):
-                handed_on[node] = insert(graph, node, aten._to_copy.default, node, dtype=narrow)
+                rounded[node] = insert(graph, node, aten._to_copy.default, node, dtype=narrow)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -84,9 +84,9 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _as_convolution(graph: fx.Graph, linear: fx.Node) -> fx.Node:
-    """Have a linear layer be a convolution of width 1, (B, T, D) -> (B, D, T) and back.
+    """Turn a linear layer into a convolution of width 1, (B, T, D) -> (B, D, T) and back.
 
-    TensorRT-RTX 1.7 refuses FP32 matrix products for Turing, and builds convolutions.
+    TensorRT-RTX 1.7 refuses FP32 matrix products for Turing, but builds convolutions.
     """
     rows, weight, *bias = linear.args
     with graph.inserting_before(linear):
@@ -99,12 +99,12 @@ def _as_convolution(graph: fx.Graph, linear: fx.Node) -> fx.Node:
 
 
 def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]:
-    """Find the nodes that compute in FP32 where ``kept`` stay in it: these, and who reads what they hand on.
+    """Return the nodes that compute in FP32 if ``kept`` stay in it: those, and the ones that read their results.
 
-    Of those that only move numbers and of weights, the ones that hold FP32.
+    They include weights, and nodes that only move numbers, if their values are FP32.
     """
-    wide: set[fx.Node] = set()  # the value, as whoever is inside the same operation sees it, is FP32
-    leaving: set[fx.Node] = set()  # and as all others see it
+    wide: set[fx.Node] = set()  # nodes whose value is FP32 inside their own operation
+    leaving: set[fx.Node] = set()  # nodes whose value is FP32 for other operations
     for node in operations.nodes:
         operation = operations.of.get(node)
         if node.op == "placeholder":
@@ -113,12 +113,12 @@ def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]
         elif operation is None:
             inside = leaves = not leaving.isdisjoint(node.all_input_nodes)
         else:
-            seen = (
+            reads_fp32 = (
                 argument in (wide if operations.of.get(argument) is operation else leaving)
                 for argument in node.all_input_nodes
             )
             leaves = operation.name in kept
-            inside = leaves or (any(seen) and not operation.multiplies)
+            inside = leaves or (any(reads_fp32) and not operation.multiplies)
         if inside:
             wide.add(node)
         if leaves:

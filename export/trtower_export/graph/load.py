@@ -1,4 +1,4 @@
-"""Load a checkpoint's weights and cut the tower out of them, with what is to be said of both."""
+"""Load a checkpoint's weights, cut the tower out of them, and count both."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,7 +14,14 @@ from trtower_export.graph.truncate import TruncatedTower, truncate
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTower:
-    """A truncated tower in FP32, what it and the full one cost, and the hashes of its weights, once they are ready."""
+    """A cut tower, and what the manifest says about it.
+
+    Attributes:
+        tower: The cut tower, in FP32.
+        full: The cost of the full tower.
+        flop: The FLOP of the cut tower for one image.
+        hashing: The hashes of the weights, once they are ready.
+    """
 
     tower: TruncatedTower
     full: TowerCost
@@ -23,7 +30,7 @@ class LoadedTower:
 
 
 def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> LoadedTower:
-    """Load the full model and keep what ``spec`` reads of it. Raises CheckpointError."""
+    """Load the full model and keep only what ``spec`` reads. Raises CheckpointError."""
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
         model = checkpoint.load_model(spec)
         hashing = hash_later(model, spec)

@@ -1,7 +1,7 @@
 """Write a traced tower as ONNX, with the precision in the graph and a name on every node.
 
-A node is named after the module that it comes from, and so are the hidden states that pass from layer to layer: a
-profile of the engine can be read, and `trtower check --by-layer` finds its way.
+Each node is named after its module, and each hidden state after its index. This makes a profile of the engine readable,
+and lets `trtower check --by-layer` find the hidden states.
 """
 
 import ast
@@ -27,13 +27,13 @@ from trtower.errors import BuildError
 from trtower.spec import BY_DTYPE, TensorSpec
 
 HIDDEN_STATE = "hidden_state."
-"""What the names of hidden states in the graph begin with; their index follows."""
+"""The prefix of the names of hidden states in the graph; their index follows."""
 
 Quantise: TypeAlias = Callable[[onnx_ir.Model, Mapping[onnx_ir.Node, str]], None]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
-"""Where the exporter writes the modules of a node; what it writes where there is none, as of the batch's size."""
+"""Where the exporter writes a node's modules, and what it writes for a node without one, such as the batch's size."""
 
 
 def write_onnx(
@@ -47,10 +47,10 @@ def write_onnx(
 ) -> None:
     """Write a tower that `operations.trace` traced to ``path``, with its weights beside it.
 
-    The same weights give the same bytes: names of source files, which PyTorch writes into every node, are
-    taken out. With ``islands`` it may hold weights in FP32 beside half precision; ``quantise`` is given the graph and
-    the module of every node, and may write 8 bits into it. Raises BuildError where the graph is not what ``input_``
-    and ``output`` promise.
+    The same weights give the same bytes, because names of source files, which PyTorch writes into every node, are
+    removed. With ``islands`` the graph may hold weights in FP32 beside half precision. ``quantise`` receives the graph
+    and the module of every node, and may write 8 bits into the graph. Raises BuildError if the graph does not match
+    ``input_`` and ``output``.
     """
     precision = BY_DTYPE[input_.dtype]
     kinds = {precision.onnx} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
@@ -75,21 +75,21 @@ def write_onnx(
         written.save(path, external_data=True)
         for value in written.model.graph.initializers.values():
             value.const_value = None  # the exporter's own cycles would keep the weights in memory
-    path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # written for the owner alone
+    path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # it was written readable only by its owner
     _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output, kinds)
 
 
 def read_onnx(bundle: Bundle) -> onnx.ModelProto:
-    """Read a bundle's graph with its weights, every file verified. Raises BundleError."""
+    """Read a bundle's graph with its weights, and verify both files. Raises BundleError."""
     bundle.verify(GRAPH_DATA)
     return onnx.load_model(bundle.verify(GRAPH))
 
 
 def _widen_norms(model: onnx_ir.Model) -> None:
-    """Cast what an RMSNormalization with FP32 weights reads to FP32.
+    """Cast the input of an RMSNormalization with FP32 weights to FP32.
 
-    The exporter fuses the model's own cast into it. The result has the weights' type, and ONNX Runtime 1.32 and onnx
-    1.23 take it to have the input's.
+    The exporter fuses the model's own cast into the node. The result then has the type of the weights, but ONNX Runtime
+    1.32 and onnx 1.23 assume the type of the input.
     """
     for node in list(model.graph):
         if node.op_type == "RMSNormalization":
@@ -105,24 +105,24 @@ def _widen_norms(model: onnx_ir.Model) -> None:
 
 
 def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
-    """Name every node after its module, and the hidden states after their index; give the modules."""
+    """Name every node after its module, and hidden states after their index; return the module of each node."""
     modules: dict[onnx_ir.Node, str] = {}
-    seen = Counter[str]()
+    uses = Counter[str]()
     states: dict[int, onnx_ir.Value] = {}
     for node in model.graph:
         if SCOPES in node.metadata_props:
             module = ["", "", *ast.literal_eval(node.metadata_props[SCOPES])][-2]
-        else:  # the exporter made it of others: it belongs to where the first of its inputs comes from
+        else:  # the exporter made it from other nodes: it gets the module of its first input
             makers = (value.producer() for value in node.inputs if value is not None)
             module = next((modules[maker] for maker in makers if maker is not None), "")
         module = "" if module == NO_MODULE else module
         modules[node] = module
         name = f"{module}/{node.op_type}"
-        seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        uses[name] += 1
+        node.name = name if uses[name] == 1 else f"{name}_{uses[name]}"
         layer = re.match(r"layers\.(\d+)(\.|$)", module)
         if layer or re.match(r"stem(\.|$)", module):
-            states[int(layer[1]) + 1 if layer else 0] = node.outputs[0]  # its last node is what it hands on
+            states[int(layer[1]) + 1 if layer else 0] = node.outputs[0]  # the module's last node wins
     for index, value in states.items():
         if not value.is_graph_output():
             value.name = f"{HIDDEN_STATE}{index}"
@@ -130,7 +130,7 @@ def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
 
 
 def _strip(model: onnx_ir.Model) -> None:
-    """Take out what the exporter says of its own sources."""
+    """Remove what the exporter writes about its own sources."""
     graph = model.graph
     for item in (model, graph, *graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
         item.metadata_props.clear()
@@ -141,9 +141,9 @@ def _strip(model: onnx_ir.Model) -> None:
 
 
 def _lay_out(model: onnx_ir.Model) -> None:
-    """Have every weight copied into row-major order just before it is written.
+    """Make every weight copy itself into row-major order just before it is written.
 
-    Weights of linear layers are transposed views here, which numpy writes element by element: 5 s for ViT-L.
+    The weights of linear layers are transposed views here, which numpy writes element by element: 5 s for ViT-L.
     """
     for value in model.graph.initializers.values():
         if value.const_value is not None:
@@ -153,7 +153,7 @@ def _lay_out(model: onnx_ir.Model) -> None:
 def _copied_when_written(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
     def row_major() -> onnx_ir.TensorProtocol:
         array = tensor.numpy()
-        # torch transposes several times faster than numpy, but knows no bfloat16 of numpy's: both see integers.
+        # torch transposes several times faster than numpy but does not know numpy's bfloat16, so both get integers.
         integers = torch.from_numpy(array.view(f"i{array.itemsize}")).contiguous().numpy()
         return onnx_ir.Tensor(integers.view(array.dtype), dtype=tensor.dtype)
 
@@ -164,10 +164,10 @@ def _copied_when_written(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
 def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSpec, kinds: Collection[int]) -> None:
     for values, expected in ((graph.input, input_), (graph.output, output)):
         tensors = [(value.name, value.type.tensor_type) for value in values]
-        found = [(name, tuple(d.dim_param or d.dim_value for d in t.shape.dim), t.elem_type) for name, t in tensors]
-        if found != [(expected.name, expected.shape, BY_DTYPE[expected.dtype].onnx)]:
+        actual = [(name, tuple(d.dim_param or d.dim_value for d in t.shape.dim), t.elem_type) for name, t in tensors]
+        if actual != [(expected.name, expected.shape, BY_DTYPE[expected.dtype].onnx)]:
             raise BuildError(
-                f"the traced graph has {found}, by name, shape and type; "
+                f"the traced graph has {actual} (name, shape, ONNX type), but "
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
     floats = {each.onnx for each in BY_DTYPE.values()}
@@ -178,10 +178,10 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
 
 @contextmanager
 def _without_slices_split() -> Iterator[None]:
-    """Leave the one rule out of the exporter's optimiser that compares every node with all others.
+    """Disable the one rule of the exporter's optimiser that compares every node with all others.
 
-    It takes as long as all its other rules together, a second of a ViT-L's export, and looks for two slices that halve
-    a tensor by constants, which no tower here has left by then.
+    The rule takes as long as all others together, a second for a ViT-L. It looks for two slices that halve a tensor at
+    constants, and no tower here has such slices at that point.
     """
     rules = rewriter._DEFAULT_REWRITE_RULES
     rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule is not slice_split_rule)
@@ -193,7 +193,7 @@ def _without_slices_split() -> Iterator[None]:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks on its own internals (torchvision, pytree) out of ours."""
+    """Silence the exporter's remarks on its own internals (torchvision, pytree)."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

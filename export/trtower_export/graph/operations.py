@@ -1,10 +1,10 @@
-"""Take a truncated tower apart into its named operations: one traced graph that is measured, rounded and exported.
+"""Split a cut tower into named operations: one traced graph that is measured, rounded and exported.
 
-What the doctor finds of an operation, what `--precision auto` keeps of it and what the ONNX file holds of it are the
-same nodes, so nothing has to be translated. A tower is traced in half precision, because that is where model code
-says what it wants in FP32 all the same (the mean square of an RMSNorm), and a name is the path of a module as the
-model has it: `layers.3.mlp.fc1`. What a module computes besides calling its children is named after it and what it
-is: `layers.3.residual2`, `layers.3.self_attn.scores`.
+The doctor, `--precision auto` and the ONNX file all refer to these nodes, so nothing has to be translated. A tower is
+traced in half precision, because only then does model code show what it computes in FP32 anyway (the mean square of an
+RMSNorm). An operation is named by the path of its module in the model: `layers.3.mlp.fc1`. What a module computes
+besides calling its children is named after the module and the computation: `layers.3.residual2`,
+`layers.3.self_attn.scores`.
 """
 
 import copy
@@ -33,7 +33,7 @@ _MOVING = (
     "unbind unflatten unsqueeze view zeros_like"
 )
 MOVING = frozenset(_MOVING.split())
-"""What only moves numbers: it rounds nothing, and hands FP32 on as FP32."""
+"""Functions that only move numbers: they round nothing, and pass FP32 on as FP32."""
 
 FUSED = "scaled_dot_product_attention"
 
@@ -43,7 +43,7 @@ PRODUCTS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "linear", "matmul", "m
 NORMS = frozenset({"layer_norm", "rms_norm"})
 
 ARITHMETIC = frozenset({"add", "div", "mean", "mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub"})
-"""What scales and norms are spelled out in. Whatever else computes between products is an activation function."""
+"""Functions that spell out scales and norms. Any other function between two products is an activation."""
 
 CASTS = frozenset({"to", "_to_copy"})
 
@@ -52,7 +52,7 @@ CASTS = frozenset({"to", "_to_copy"})
 class Operation:
     """One operation: its nodes in the traced graph, and the weights that it reads.
 
-    ``layer`` is None outside the layers; ``part`` is the name within the layer, and outside of them the whole name.
+    ``layer`` is None outside the layers. ``part`` is the name within the layer, or the whole name outside the layers.
     """
 
     name: str
@@ -63,30 +63,30 @@ class Operation:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it is a matrix product or a convolution, which fast kernels do in half precision."""
+        """Whether it is a matrix product or a convolution, which fast kernels compute in half precision."""
         return any(opname(node) in PRODUCTS for node in self.nodes)
 
 
 def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile) -> ExportedProgram:
-    """Cast ``tower`` in place to the input's dtype and trace it, with a dynamic batch."""
+    """Cast ``tower`` in place to the input's dtype, and trace it with a dynamic batch."""
     dtype = DTYPES[input_.dtype]
     example = torch.zeros((2, *(int(size) for size in input_.shape[1:])), dtype=dtype)
-    # A batch of exactly 1 would be a constant to torch.export, so the dimension reaches to 2 at least.
+    # torch.export would make a batch of exactly 1 a constant, so the dimension goes up to at least 2.
     dynamic_shapes = {input_.name: {0: torch.export.Dim("batch", min=1, max=max(batch.max, 2))}}
     program = torch.export.export(tower.to(dtype), (example,), dynamic_shapes=dynamic_shapes, strict=False)
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if node.target == aten._assert_tensor_metadata.default:  # of the dtypes that islands change
+        if node.target == aten._assert_tensor_metadata.default:  # it asserts dtypes, which islands change
             graph.erase_node(node)
     program.graph_module.recompile()
     return program
 
 
 class Operations(Sequence[Operation]):
-    """The operations of a traced tower, in the order in which they run.
+    """The operations of a traced tower, in execution order.
 
-    ``spelled_out`` looks at a copy of the graph in which attention is decomposed, so that `scores` and `context` are
-    operations; otherwise a fused attention is one.
+    With ``spelled_out``, attention is decomposed in a copy of the graph, so that `scores` and `context` are operations.
+    Otherwise, a fused attention is one operation.
     """
 
     def __init__(self, program: ExportedProgram, *, spelled_out: bool = False) -> None:
@@ -96,10 +96,10 @@ class Operations(Sequence[Operation]):
             decompose_attention(graph)
         self.nodes = tuple(graph.nodes)
         self.weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        """The name of a weight by that of its placeholder."""
+        """The name of each weight, by the name of its placeholder."""
         self._all = tuple(self._name(self._group()))
         self.of = {node: operation for operation in self._all for node in operation.nodes}
-        """The operation of a node; those that only move numbers have none."""
+        """The operation of each node; nodes that only move numbers have none."""
         self._reading: dict[str, list[Operation]] = {}
         for operation in self._all:
             for weight in operation.weights:
@@ -113,7 +113,7 @@ class Operations(Sequence[Operation]):
 
     @property
     def names(self) -> list[str]:
-        """The names, in the order in which the operations run."""
+        """The names, in execution order."""
         return [operation.name for operation in self._all]
 
     def reading(self, weight: str) -> Sequence[Operation]:
@@ -121,23 +121,24 @@ class Operations(Sequence[Operation]):
         return self._reading.get(weight, ())
 
     def follows_activation(self, operation: Operation) -> bool:
-        """Whether an operation is a product with what an activation function gives, gated or not."""
+        """Return whether an operation is a product with the result of an activation function, gated or not."""
         return operation.multiplies and any(_is_activated(node.all_input_nodes[0]) for node in operation.nodes)
 
     def match(self, patterns: Iterable[str]) -> tuple[str, ...]:
-        """Find the operations that patterns name, each a name, the path of a module around it, or either with `*`.
+        """Return the names that match ``patterns``: each a name, the path of a module around it, or either with `*`.
 
-        Raises ConfigError with the nearest names where a pattern matches nothing.
+        Raises ConfigError with the nearest names if a pattern matches nothing.
         """
-        found: set[str] = set()
+        chosen: set[str] = set()
         for pattern in patterns:
             matched = {name for name in self.names if _matches(pattern, name)}
             if not matched:
                 raise ConfigError(
-                    f"{pattern!r} is no operation of this tower; the nearest are {self._nearest(pattern)}."
+                    f"{pattern!r} is not an operation of this tower; the nearest are {self._nearest(pattern)}. To list "
+                    "all, run: trtower doctor CHECKPOINT --every"
                 )
-            found |= matched
-        return tuple(name for name in self.names if name in found)
+            chosen |= matched
+        return tuple(name for name in self.names if name in chosen)
 
     def _nearest(self, pattern: str) -> str:
         general = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in self.names))
@@ -145,7 +146,7 @@ class Operations(Sequence[Operation]):
         return ", ".join(difflib.get_close_matches(pattern, dict.fromkeys(choices), n=3, cutoff=0.0))
 
     def _group(self) -> Iterator[tuple[str, str, list[fx.Node]]]:
-        """Give the nodes of each operation with the module's path, and a word where it is not the module's own."""
+        """Yield each operation as a module's path, a word ("" if it is the whole module) and its nodes."""
         computing = [node for node in self.nodes if _computes(node)]
         paths = {module_path(node) for node in computing}
         compound = {path for path in paths if any(other.startswith(f"{path}.") for other in paths if path) or not path}
@@ -173,7 +174,7 @@ class Operations(Sequence[Operation]):
             yield path, word or "elementwise", group
 
     def _is_residual(self, node: fx.Node, path: str, residuals: set[fx.Node]) -> bool:
-        """Whether a sum takes in what entered its module, or an earlier such sum."""
+        """Return whether a sum adds what entered its module, or an earlier such sum."""
         sources = [source for argument in node.all_input_nodes for source in _sources(argument)]
         return any(
             source in residuals or (_computes(source) and not module_path(source).startswith(path))
@@ -187,11 +188,11 @@ class Operations(Sequence[Operation]):
             if word == "elementwise" and len(nodes) == 1:
                 word = "attention" if opname(nodes[0]) == FUSED else opname(nodes[0])
             words.append((path, word))
-        times, seen = Counter(words), Counter[tuple[str, str]]()
+        times, numbered = Counter(words), Counter[tuple[str, str]]()
         weights = self._weights_by_node()
         for (path, word), (_, _, nodes) in zip(words, listed, strict=True):
-            seen[path, word] += 1
-            number = str(seen[path, word]) if times[path, word] > 1 else ""
+            numbered[path, word] += 1
+            number = str(numbered[path, word]) if times[path, word] > 1 else ""
             name = ".".join(filter(None, (path, word + number)))
             inside = re.match(r"layers\.(\d+)\.(.+)", name)
             read = [weight for node in nodes for weight in weights.get(node, ())]
@@ -204,7 +205,7 @@ class Operations(Sequence[Operation]):
             )
 
     def _weights_by_node(self) -> dict[fx.Node, list[str]]:
-        """Say which weights a node computes with, through whatever moves them there."""
+        """Return the weights that each node computes with, directly or after other nodes moved them."""
         read: dict[fx.Node, list[str]] = {}
         for placeholder in self.nodes:
             if placeholder.op == "placeholder" and placeholder.name in self.weights:
@@ -214,16 +215,16 @@ class Operations(Sequence[Operation]):
 
 
 def decompose_attention(graph: fx.Graph, which: Collection[str] | None = None) -> None:
-    """Spell attention out, in place: Q x K / sqrt(d), softmax, times V; only the nodes named in ``which``, if given.
+    """Spell attention out, in place: Q x K / sqrt(d), softmax, times V. ``which`` limits it to nodes of these names.
 
-    Scaling comes first, so that products of large queries and keys are as small as they can be.
+    Scaling comes first, so that products of large queries and keys are as small as possible.
     """
     for node in list(graph.nodes):
         if opname(node) != FUSED or (which is not None and node.name not in which):
             continue
         query, key, value = node.args[:3]
         if len(node.args) > 3 or node.kwargs.keys() - {"scale"}:
-            raise BuildError(f"attention {node.name} has a mask or a dropout, which no tower here has.")
+            raise BuildError(f"attention {node.name} has a mask or a dropout, which no supported tower has.")
         scale = node.kwargs.get("scale") or query.meta["val"].shape[-1] ** -0.5
         with graph.inserting_before(node):
             scaled = insert(graph, node, aten.mul.Tensor, query, scale)
@@ -238,7 +239,7 @@ def decompose_attention(graph: fx.Graph, which: Collection[str] | None = None) -
 
 
 def insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Insert a call of ``target`` that belongs to where ``like`` does."""
+    """Insert a call of ``target`` that belongs to the same module as ``like``."""
     node = graph.call_function(target, args, kwargs)
     node.meta = {**like.meta, "val": evaluate(node)}
     return node
@@ -253,7 +254,7 @@ def evaluate(node: fx.Node) -> Any:
 
 
 def module_path(node: fx.Node) -> str:
-    """Give the path of the module that a node was traced in, from the tower's root."""
+    """Return the path, from the tower's root, of the module that a node was traced in."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return paths[-1] if paths else ""
 
@@ -277,13 +278,13 @@ def is_cast(node: fx.Node) -> bool:
 def _computes(node: fx.Node) -> bool:
     if node.op != "call_function" or not is_float(node):
         return False
-    if opname(node) in CASTS:  # model code that goes back from FP32 rounds
+    if opname(node) in CASTS:  # a cast back from FP32 in model code rounds
         return is_narrow(node) and not is_narrow(node.all_input_nodes[0])
     return opname(node) not in MOVING
 
 
 def _readers(value: fx.Node) -> dict[fx.Node, None]:
-    """Find what computes with a value, in order."""
+    """Return the nodes that compute with a value, in order."""
     readers: dict[fx.Node, None] = {}
     for user in value.users:
         readers |= {user: None} if _computes(user) else _readers(user)
@@ -291,7 +292,7 @@ def _readers(value: fx.Node) -> dict[fx.Node, None]:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """Find where numbers come from that were only moved."""
+    """Yield the nodes that computed the numbers of a node that only moves them."""
     if node.op != "call_function" or _computes(node):
         yield node
         return
@@ -300,7 +301,7 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_activated(value: fx.Node) -> bool:
-    """Whether an activation function stands between a value and the products, norms and residuals it comes from."""
+    """Return whether an activation lies between a value and the products, norms and residuals that it comes from."""
     todo, seen = [value], set[fx.Node]()
     while todo:
         node = todo.pop()
@@ -315,7 +316,7 @@ def _is_activated(value: fx.Node) -> bool:
 
 
 def opname(node: fx.Node) -> str:
-    """Give the name of what a node calls, such as "linear"."""
+    """Return the name of the function that a node calls, such as "linear"."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.partition("::")[2]
@@ -323,5 +324,5 @@ def opname(node: fx.Node) -> str:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    wanted, parts = pattern.strip().split("."), name.split(".")
-    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
+    pattern_parts, parts = pattern.strip().split("."), name.split(".")
+    return len(pattern_parts) <= len(parts) and all(map(fnmatchcase, parts, pattern_parts))

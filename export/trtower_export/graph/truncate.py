@@ -1,7 +1,7 @@
 """Cut a tower after the deepest layer that is read.
 
-Cutting comes before tracing, so that the dead layers are neither moved nor exported; leaving it to an ONNX
-optimiser would keep their weights in memory until then.
+The cut comes before tracing, so that dead layers are neither moved nor exported. An ONNX optimiser could also remove
+them, but would keep their weights in memory until it ran.
 """
 
 import torch
@@ -13,7 +13,7 @@ from trtower_export.families import Family
 
 
 class TruncatedTower(nn.Module):
-    """Pixels (B, 3, S, S) in; the hidden states that are read, concatenated, out (B, P + N, D)."""
+    """A tower that turns pixels (B, 3, S, S) into the hidden states that are read, concatenated: (B, P + N, D)."""
 
     def __init__(self, model: nn.Module, family: Family, spec: TowerSpec) -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class TruncatedTower(nn.Module):
         self._run_layer, self._read = family.run_layer, spec.layers
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Run only what is read."""
+        """Run only the layers that are needed."""
         return self.read(self.states(pixel_values))
 
     def states(self, pixel_values: Tensor) -> list[Tensor]:
-        """Give hidden states 0 to the deepest that is read, each (B, P + N, width), and the final norm's if read."""
+        """Return hidden states 0 to the deepest that is read, each (B, P + N, width), and the final norm's if read."""
         states: list[Tensor] = [self.stem(pixel_values)]
         for layer in self.layers:
             states.append(self._run_layer(layer, states[-1]))
@@ -42,19 +42,19 @@ class TruncatedTower(nn.Module):
 
 
 def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTower:
-    """Take what ``spec`` reads out of a full tower.
+    """Return the part of a full tower that ``spec`` reads.
 
-    The tower shares the model's weights, which ask for no gradients from then on; the model stays whole.
+    It shares the weights of the model, which require no gradients from then on. The model stays whole.
     """
     tower = TruncatedTower(model, family, spec).eval()
     return tower.requires_grad_(requires_grad=False)
 
 
 def release(tower: nn.Module, program: ExportedProgram) -> None:
-    """Free the weights of a tower, and of the copy that was traced if it is one. Neither is of use afterwards.
+    """Free the weights of a tower, and of the traced copy if there is one. Neither can be used afterwards.
 
-    The exporter of PyTorch 2.13 leaves references to traced weights behind that no garbage collection finds, and
-    the build that follows needs the room.
+    The exporter of PyTorch 2.13 leaves references to traced weights that garbage collection does not find, and the
+    build that follows needs the memory.
     """
     for parameter in (*tower.parameters(), *program.state_dict.values()):
         parameter.data = torch.empty(0)

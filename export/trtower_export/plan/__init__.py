@@ -1,1 +1,1 @@
-"""An ONNX graph, turned into a TensorRT plan."""
+"""Turn an ONNX graph into a TensorRT plan."""

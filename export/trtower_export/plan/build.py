@@ -1,14 +1,14 @@
-"""Add a plan to a bundle: one that is in the store, or one that is built now.
+"""Add a plan to a bundle, from the store or by building it.
 
-This is the one way for a plan into a bundle, after an export and with `trtower build`:
+This is the only way a plan gets into a bundle, after an export and with `trtower build`:
 
-    add_plan            settles the target, which an export has done before
-    └── build_into      takes the plan from the store, or builds it, and adds it to the bundle
-        ├── obtain_plan     what the store has, or keeps once it is built
-        ├── _build_verified Polygraphy, on a graph that is compared with its hash
-        └── Bundle.add_plan the file into the folder, its entry into the manifest
+    add_plan            chooses the target, which an export has already done
+    └── build_into      takes the plan from the store or builds it, and adds it to the bundle
+        ├── obtain_plan     returns the plan in the store, and builds it first if it is missing
+        ├── _build_verified runs Polygraphy on a graph that matches its hash
+        └── Bundle.add_plan puts the file into the folder and its entry into the manifest
 
-`trtower build` runs where the tower is served: neither torch models, nor transformers, nor onnx are needed here.
+`trtower build` runs on the serving machine, so nothing here needs torch models, transformers or onnx.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ from trtower_export.plan.store import fetch_or_build
 from trtower_export.plan.targets import Target, build_there, choose_target, make_entry
 
 BUILD_PROCEDURE_VERSION = 2
-"""Raise it when the same graph, TensorRT and settings are built in another way: what a store has is older then."""
+"""Increase this if the same graph, TensorRT and settings are built differently. Plans in stores are then outdated."""
 
 STAGING = ".staging-"
 
 WAIT_S = 60.0
-"""How long to wait while another process writes into the bundle. Copying a plan into it takes about a second."""
+"""How long to wait while another process writes to the bundle. Copying a plan into it takes about a second."""
 
 
 def add_plan(
@@ -51,23 +51,26 @@ def add_plan(
     settings: BuildSettings | None = None,
     store: Path | None = None,
 ) -> Path:
-    """Add a plan to a bundle; it is built unless ``store`` has it already.
+    """Add a plan to a bundle. Build it unless ``store`` already has it.
 
     Args:
-        bundle: the bundle, whose folder and the one around it can be written.
-        flavour: tensorrt, tensorrt-rtx, or auto: what this machine can do.
-        compute_capabilities: GPUs to build for, such as ("8.9",); () is a portable plan, or the GPU that is here.
-        progress: who is told of every step.
-        settings: how to build; TensorRT's defaults unless given.
-        store: a folder of plans that were built before (see store.py).
+        bundle: The bundle. Its folder and the parent folder must be writable.
+        flavour: "tensorrt", "tensorrt-rtx", or "auto" for the one that this machine can build with.
+        compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt-rtx" builds a portable plan, and
+            "tensorrt" builds for this machine's GPU.
+        progress: Reports every step to the user.
+        settings: How to build; None means TensorRT's defaults.
+        store: A folder of plans that were built before (see store.py); None always builds.
 
     Returns:
-        The plan's path.
+        The path of the plan.
 
     Raises:
-        ConfigError, BackendError, MissingExtraError: if no TensorRT here can build such a plan.
-        BuildError: if TensorRT refuses, the disk is full, or the bundle is read-only.
-        BundleError: if the bundle was altered, or another process writes it.
+        ConfigError: If an argument is invalid, or this TensorRT cannot build such a plan.
+        BackendError: If the build needs a GPU and there is none.
+        MissingExtraError: If a package that the build needs is not installed.
+        BuildError: If TensorRT refuses, the disk is full, or the bundle or the store is read-only.
+        BundleError: If the bundle was altered, or another process is writing to it.
     """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
     target, reason = choose_target(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
@@ -79,16 +82,19 @@ def add_plan(
 
 
 def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path | None) -> Bundle:
-    """Add the plan for ``target`` to a bundle, and return the bundle with it. Raises as `add_plan`."""
+    """Add the plan for ``target`` to a bundle and return the new bundle. Raises the errors of `add_plan`."""
     path = bundle.path.resolve()
-    for folder in (path, path.parent):  # the lock lies beside the bundle
+    for folder in (path, path.parent):  # the lock file is beside the bundle
         if not os.access(folder, os.W_OK):
-            raise BuildError(f"{folder} is read-only, and the plan of {bundle.path} is written there: copy it first.")
+            raise BuildError(
+                f"{folder} is read-only, and adding a plan to {bundle.path} writes there: copy the bundle to a "
+                "writable folder."
+            )
     with disk_errors(f"the plan of {bundle.path}"):
         kept = obtain_plan(bundle, target, progress, store) if store else None
         with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
             if kept:
-                for name in (PLAN, LOG):  # copied: a bundle that shared its files could be damaged through others
+                for name in (PLAN, LOG):  # copied, not linked: damage to a shared file would spread
                     shutil.copyfile(kept / name, folder / name)
             else:
                 _build_verified(bundle, target, progress, folder)
@@ -97,13 +103,13 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
     now = (built.settings, added.manifest.files[built.file])
     for old in bundle.manifest.plans:
         if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
-            progress.say(f"it takes the place of the plan that was built {old.settings.describe()}")
+            progress.say(f"it replaces the plan that was built {old.settings.describe()}")
     return added
 
 
 @contextmanager
 def _staging(bundle: Path) -> Iterator[Path]:
-    """Yield a folder inside a bundle, which is gone after the block; remove what a killed build has left."""
+    """Yield a temporary folder inside a bundle, and first remove what killed builds left."""
     for leftover in bundle.glob(f"{STAGING}*"):
         shutil.rmtree(leftover)
     with TemporaryDirectory(prefix=STAGING, dir=bundle) as folder:
@@ -111,9 +117,9 @@ def _staging(bundle: Path) -> Iterator[Path]:
 
 
 def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Path:
-    """Return the store's folder of the plan of a bundle's graph, which is built if it is not there.
+    """Return the store's folder with the plan of a bundle's graph, and build the plan first if it is missing.
 
-    Raises BundleError, and keeps nothing, if the graph was altered, or another takes its place while it is read.
+    Raises BundleError, and stores nothing, if the graph was altered, or is replaced while it is read.
     """
     manifest = bundle.manifest
     version = load_flavour(target.flavour).__version__
@@ -138,7 +144,7 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
         _build_verified(bundle, target, progress, folder, cache=store / timings if timings else None)
 
     place = fetch_or_build(store, facts, build, progress)
-    for name in () if built else (GRAPH, GRAPH_DATA):  # whoever builds verifies them
+    for name in () if built else (GRAPH, GRAPH_DATA):  # a build has verified them
         bundle.verify(name)
     return place
 
@@ -146,7 +152,7 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
 def _build_verified(
     bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None
 ) -> None:
-    """Build PLAN and LOG in ``folder`` from a graph that is verified, and the same to the end."""
+    """Build PLAN and LOG in ``folder``; raise BundleError if the graph was altered or changes during the build."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
     with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
         build_plan(graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache)

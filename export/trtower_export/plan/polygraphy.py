@@ -1,4 +1,4 @@
-"""Build a plan from an ONNX graph through Polygraphy, with either TensorRT."""
+"""Build a plan from an ONNX graph with Polygraphy and either flavour of TensorRT."""
 
 import logging
 import signal
@@ -20,16 +20,16 @@ from trtower_export.console import Step
 from trtower_export.plan.targets import Target
 
 PLAN, LOG = "plan", "log"
-"""What a build leaves in its folder: the plan, and what was said while it was built."""
+"""The files that a build writes into its folder: the plan, and the log of the build."""
 
 PLAN_OVERHEAD_MIB = 24
-"""What a plan may hold beside its weights. Measured with TensorRT-RTX 1.7.1: 1.7 MiB for two layers, 5.2 MiB for 23."""
+"""How much a plan may hold besides weights. TensorRT-RTX 1.7.1 measured 1.7 MiB for two layers, 5.2 MiB for 23."""
 
 SIZE_TOLERANCE = 0.05
-"""Slack around the weights' own size; another precision would be off by half."""
+"""Tolerance around the size of the weights. A plan in another precision is half or twice as large."""
 
 FOREIGN_SHARE = 0.01
-"""Weights a network may hold in another floating type: the handful of scalars that the parser adds."""
+"""The share of weights that may have another floating type: the few scalars that the parser adds."""
 
 
 def build_plan(
@@ -45,15 +45,15 @@ def build_plan(
 ) -> None:
     """Build ``graph`` into PLAN in ``folder``, with LOG beside it.
 
-    ``mixed``: the graph holds some weights in FP32, or in 8 bits. ``cache``: what TensorRT has timed on this GPU, read
-    and kept. Raises BuildError with TensorRT's own words when it refuses, and when the plan is not of the precision
-    that the graph is in.
+    ``mixed``: the graph holds some weights in FP32 or in 8 bits. ``cache``: the file of TensorRT's timings on this GPU,
+    which the build reads and updates. Raises BuildError with TensorRT's own message if it refuses, and if the plan does
+    not have the precision of the graph.
     """
     module = load_flavour(target.flavour)
     polygraphy = _import_polygraphy(target.flavour)
     from polygraphy.exception import PolygraphyException
 
-    kept = str(cache) if cache else None
+    cache_path = str(cache) if cache else None
     with _keep_log(folder / LOG) as errors, _hold_interrupts() as interrupted:
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
@@ -63,27 +63,28 @@ def build_plan(
                 for each in profiles
             ]
             monitor = _monitor(module, step, interrupted)
-            of_build = {"profiles": ranges, "progress_monitor": monitor, "load_timing_cache": kept}
-            config = _make_config(polygraphy, module, target, of_build)
-            content = memoryview(polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=kept))
+            build_options = {"profiles": ranges, "progress_monitor": monitor, "load_timing_cache": cache_path}
+            config = _make_config(polygraphy, module, target, build_options)
+            plan = polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=cache_path)
+            content = memoryview(plan)
         except PolygraphyException as err:
-            words = "; ".join(dict.fromkeys(errors)) or str(err)
-            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {words}") from err
+            reason = "; ".join(dict.fromkeys(errors)) or str(err)
+            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {reason}") from err
     if not target.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     (folder / PLAN).write_bytes(content)
 
 
-def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[str, Any]) -> Any:
-    """Make what makes TensorRT's config of ``of_build`` and the settings."""
-    options = of_build | _settings(target.settings, module)
+def _make_config(polygraphy: Any, module: Any, target: Target, build_options: dict[str, Any]) -> Any:
+    """Return Polygraphy's loader of a TensorRT config, with ``build_options`` and the settings of ``target``."""
+    options = build_options | _settings(target.settings, module)
     if target.flavour == "tensorrt":
         return polygraphy.CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
-    # FP32 products keep their 23 bits: TF32 has the 10 of FP16, which islands are there to be spared. Polygraphy does
-    # so for data-centre TensorRT by itself.
+    # TF32 would cut FP32 products from 23 bits to FP16's 10, which islands exist to avoid. For data-centre TensorRT,
+    # Polygraphy clears the flag by itself.
     return polygraphy.PostprocessConfig(
         CreateConfigRTX(compute_capabilities=pairs or None, **options),
         lambda builder, network, config: config.clear_flag(module.BuilderFlag.TF32),
@@ -91,7 +92,7 @@ def _make_config(polygraphy: Any, module: Any, target: Target, of_build: dict[st
 
 
 def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
-    """Put settings into Polygraphy's words, in which None is TensorRT's default."""
+    """Translate settings into Polygraphy's options, in which None means TensorRT's default."""
     workspace, compatible = settings.workspace_mib, settings.hardware_compatible
     return {
         "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
@@ -103,33 +104,34 @@ def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
-    """Have the parsed network hold its weights in ``dtype``: strongly typed, TensorRT must keep them so."""
+    """Check that the parsed network holds its weights in ``dtype``. TensorRT keeps it in a strongly typed network."""
     floats = {name: getattr(module.DataType, each.tensorrt) for name, each in BY_DTYPE.items()}
-    wanted, values = floats[dtype], dict.fromkeys(floats.values(), 0)
+    expected, values = floats[dtype], dict.fromkeys(floats.values(), 0)
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if layer.type == module.LayerType.CONSTANT and (tensor := layer.get_output(0)).dtype in values:
             values[tensor.dtype] += prod(tensor.shape)
     if mixed:
         values.pop(module.DataType.FLOAT)
-    others = sum(values.values()) - values[wanted]
-    if others > FOREIGN_SHARE * values[wanted]:
+    others = sum(values.values()) - values[expected]
+    if others > FOREIGN_SHARE * values[expected]:
         raise BuildError(
-            f"the network holds {values[wanted]} weights in {dtype} and {others} in others: export it again."
+            f"the network holds {values[expected]} weights in {dtype} and {others} in other types, but all must be in "
+            f"{dtype}: export it again."
         )
 
 
 def _check_size(plan: int, weights: int, dtype: str) -> None:
-    """Have the plan weigh what the graph's weights do: in another precision it would be half or twice as heavy."""
+    """Check that the plan is as large as the graph's weights: in another precision it is half or twice as large."""
     least, most = weights * (1 - SIZE_TOLERANCE), weights * (1 + SIZE_TOLERANCE) + PLAN_OVERHEAD_MIB * MIB
     if not least <= plan <= most:
         raise BuildError(
-            f"the plan has {plan / MIB:.1f} MiB; {weights / MIB:.1f} MiB of {dtype} weights make {least / MIB:.1f} to "
-            f"{most / MIB:.1f} MiB: TensorRT did not keep the precision of the graph."
+            f"the plan has {plan / MIB:.1f} MiB, but {least / MIB:.1f} to {most / MIB:.1f} MiB are expected for "
+            f"{weights / MIB:.1f} MiB of {dtype} weights: TensorRT did not keep the precision of the graph."
         )
 
 
 def _monitor(module: Any, step: Step, interrupted: threading.Event) -> Any:
-    """Make an IProgressMonitor that moves ``step`` and passes an interrupt on to TensorRT."""
+    """Return an IProgressMonitor that advances ``step``, and cancels the build after an interrupt."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -143,7 +145,7 @@ def _monitor(module: Any, step: Step, interrupted: threading.Event) -> Any:
         def step_complete(self, phase_name: str, index: int) -> bool:
             parent, total, _ = self.phases[phase_name]
             self.phases[phase_name] = (parent, total, index + 1)
-            self.furthest = max(self.furthest, self.fraction(phase_name))  # phases are reported late at times
+            self.furthest = max(self.furthest, self.fraction(phase_name))  # TensorRT sometimes reports a phase late
             step.update(self.furthest, phase_name)
             return not interrupted.is_set()
 
@@ -162,13 +164,13 @@ def _monitor(module: Any, step: Step, interrupted: threading.Event) -> Any:
 
 @contextmanager
 def _hold_interrupts() -> Iterator[threading.Event]:
-    """Take note of Ctrl-C during a build, and raise it at the end: C++ calls back into Python, and would swallow it.
+    """Hold Ctrl-C back during a build and raise it at the end. Raised in a callback from C++, it would be lost.
 
-    It is raised whatever came of the build: TensorRT-RTX 1.7 is asked to stop and finishes all the same.
+    It is raised even if the build succeeds: TensorRT-RTX 1.7 finishes although it is asked to stop.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals go to the main thread, which is not in here
+        yield interrupted  # only the main thread gets signals
         return
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
@@ -180,14 +182,13 @@ def _hold_interrupts() -> Iterator[threading.Event]:
 
 
 def _import_polygraphy(flavour: str) -> Any:
-    """Import Polygraphy's builders for a flavour. Its choice of TensorRT holds for the whole process."""
+    """Import Polygraphy's builders for a flavour, which fixes Polygraphy's TensorRT for the whole process."""
     extra = f"{FLAVOURS[flavour][1]}-build"
     settings = import_extra("polygraphy.config", extra=extra, purpose=f"building a {flavour} plan")
     rtx = flavour == "tensorrt-rtx"
     if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:
         raise BuildError(
-            "this process has loaded Polygraphy for the other TensorRT already: "
-            "build each flavour in a process of its own."
+            "this process has already loaded Polygraphy for the other TensorRT: build each flavour in its own process."
         )
     settings.USE_TENSORRT_RTX = rtx
     from polygraphy.logger import G_LOGGER
@@ -198,9 +199,9 @@ def _import_polygraphy(flavour: str) -> Any:
 
 @contextmanager
 def _keep_log(path: Path) -> Iterator[list[str]]:
-    """Write what is said of a build into a file; gather what TensorRT logs as an error, which it says nowhere else.
+    """Write the log of a build to a file, and collect TensorRT's errors, which appear only in its log.
 
-    To everybody else Polygraphy says no more than it would have, and of errors nothing: they are raised in one.
+    Other log handlers get the same records as ever, except errors: these are raised together as one exception.
     """
     errors: list[str] = []
     polygraphy_log = logging.getLogger("Polygraphy")

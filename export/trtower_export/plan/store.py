@@ -1,8 +1,8 @@
-"""Build a plan once on a machine: the same graph, TensorRT, target and settings give the plan that is there already.
+"""Build each plan only once on a machine: keep it for the same graph, TensorRT, target and settings.
 
-The store is keyed on content and knows no bundle's name. A lock, which the system drops with the process that holds it,
-has others wait for a plan that is being built, and take it. What is in the store is compared with its sha256 before it
-is given out, and copied: a bundle that shared its files with others could be damaged through them.
+The store is keyed by content, so the name of a bundle does not matter. While a process builds a plan, a lock makes
+others wait for it; if that process dies, the system releases the lock. A stored plan is compared with its sha256 before
+use. Bundles get copies, because damage to a shared file would spread to all of them.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from trtower_export.plan.polygraphy import LOG, PLAN
 ENTRY = "entry.json"
 
 Build = Callable[[Path], None]
-"""Builds PLAN and LOG in a folder."""
+"""A function that builds PLAN and LOG in a folder."""
 
 
 def default_store() -> Path:
-    """Return the store of this user."""
+    """Return the folder of this user's store."""
     platformdirs = import_extra("platformdirs", extra="cli", purpose="the store of plans")
     path: Path = platformdirs.user_cache_path("trtower") / "plans"
     return path
 
 
 def fetch_or_build(store: Path, facts: Mapping[str, Any], build: Build, progress: Progress) -> Path:
-    """Return the folder of the plan of which all ``facts`` are true, which is in the store or is built now.
+    """Return the store's folder of the plan that ``facts`` describe, and build the plan first if it is missing.
 
     Raises BuildError if the store cannot be written, and whatever ``build`` raises.
     """
@@ -47,12 +47,11 @@ def fetch_or_build(store: Path, facts: Mapping[str, Any], build: Build, progress
         store.mkdir(parents=True, exist_ok=True)
         held = lock.acquire(timeout=0)
     except Timeout:
-        progress.say(f"another process builds this very plan: waiting for it ({place})")
+        progress.say(f"another process is building this plan: waiting for it ({place})")
         held = lock.acquire()
     except OSError as err:
         raise BuildError(
-            f"{store} keeps plans that were built, and cannot be written: {err.strerror}. Build with --no-store, or "
-            "mend it."
+            f"the store of plans {store} cannot be written: {err.strerror}. Build with --no-store, or make it writable."
         ) from err
     with held:
         if not _is_intact(place, progress):
@@ -61,24 +60,24 @@ def fetch_or_build(store: Path, facts: Mapping[str, Any], build: Build, progress
 
 
 def _is_intact(place: Path, progress: Progress) -> bool:
-    """Whether a plan is in the store as it was written; if it is not, what is there is thrown away."""
+    """Return whether the store holds the plan as it was written; delete anything else in its place."""
     if not place.exists():
         return False
     try:
         written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
         if {PLAN: written[PLAN], LOG: written[LOG]} == _describe(place):
-            progress.say(f"the plan was built here on {written['date']} already: {place}")
+            progress.say(f"the plan was built here on {written['date']}: {place}")
             return True
     except (OSError, ValueError, LookupError, TypeError):
-        pass  # it is no more intact than one that was altered
-    progress.say(f"{place} was cut short or altered: it is thrown away, and the plan is built again")
+        pass  # an unreadable entry is treated like an altered one
+    progress.say(f"{place} is incomplete or altered: it is deleted, and the plan is built again")
     shutil.rmtree(place) if place.is_dir() else place.unlink()
     return False
 
 
 def _fill(place: Path, build: Build) -> None:
     staging = place.with_suffix(".staging")
-    shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
     with disk_errors(staging):
         try:
             staging.mkdir()

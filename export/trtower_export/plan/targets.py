@@ -1,4 +1,4 @@
-"""Settle which TensorRT builds a plan, for which GPUs and how, before any work is done."""
+"""Choose which TensorRT builds a plan, for which GPUs and how, before any work is done."""
 
 import re
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FIRST_GENERATION = 5.0
-"""The oldest compute capability that a spelling without a point may mean: "10" is more likely 10.0 than 1.0."""
+"""The oldest compute capability that may be written without a point: "10" is more likely 10.0 than 1.0."""
 
-DATA_CENTRE = "data-centre TensorRT, which the extra trt-build brings, builds on that GPU"
-JETPACK = "JetPack brings a TensorRT that builds on the device"
-TOO_OLD = "ONNX Runtime serves it, with the extra cuda and without a plan"
+DATA_CENTRE = "build on that GPU with data-centre TensorRT, from the extra trt-build"
+JETPACK = "build on the device with the TensorRT that JetPack brings"
+TOO_OLD = "serve it without a plan, with ONNX Runtime from the extra cuda"
 
 ELSEWHERE = {
     "5.0": ("a Maxwell GPU", TOO_OLD),
@@ -50,14 +50,14 @@ ELSEWHERE = {
     "10.3": ("data-centre Blackwell", DATA_CENTRE),
     "11.0": ("Jetson Thor", JETPACK),
 }
-"""GPUs that TensorRT-RTX does not support: what they are, and what serves them instead."""
+"""GPUs that TensorRT-RTX does not support: what they are, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What a plan is built for, and how.
 
-    No compute capability: TensorRT-RTX's portable form, or the GPU that is here.
+    Without compute capabilities the plan is TensorRT-RTX's portable one, or TensorRT's hardware-compatible one.
     """
 
     flavour: str
@@ -72,39 +72,39 @@ def choose_target(
     settings: BuildSettings | None = None,
     bundle: Path | None = None,
 ) -> tuple[Target | None, str]:
-    """Settle which TensorRT builds, and for which GPUs, before any work is done; also say it in words.
+    """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
 
-    ``flavour`` "auto" takes the TensorRT of this machine's GPU, then TensorRT-RTX, which needs none; where neither
-    is installed there is no target, as with "none". ``compute_capabilities`` are spelled as `read_capabilities` takes
-    them. ``bundle`` is the one that the plan is for, if it exists: an error that sends the user to another machine
-    names it. Raises ConfigError, BackendError and MissingExtraError.
+    ``flavour`` "auto" prefers the TensorRT of this machine's GPU to TensorRT-RTX, which needs no GPU. If neither is
+    installed, the target is None, as with "none". ``compute_capabilities`` may be in any form that `read_capabilities`
+    accepts. ``bundle`` is the bundle that gets the plan, if it exists; errors that send the user to another machine
+    name it. Raises ConfigError, BackendError and MissingExtraError.
     """
     check_name("flavour", flavour, ("auto", "none", *FLAVOURS))
     compute_capabilities = read_capabilities(compute_capabilities)
     if flavour == "none":
         if compute_capabilities:
-            raise ConfigError("--compute-capability is for a plan, and --flavour none builds no plan.")
-        return None, "no plan, as asked: `trtower build` makes one where the tower is served"
+            raise ConfigError("--compute-capability is for a plan, but --flavour none builds no plan: drop one.")
+        return None, "no plan (--flavour none): build it on the serving machine with `trtower build`"
     reason = f"flavour {flavour}"
     if flavour == "auto":
         flavour, reason = _auto_flavour()
     if flavour == "tensorrt" and not torch.cuda.is_available():
         raise BackendError(
-            f"flavour tensorrt builds on the GPU it runs on, and torch finds none here: {build_there(bundle)}"
+            f"flavour tensorrt builds on the GPU that runs the plan, and torch finds no GPU here: {build_there(bundle)}"
         )
     if flavour != "tensorrt":
         _refuse_elsewhere(compute_capabilities, bundle)
     if flavour == "none":
         if compute_capabilities:
-            raise MissingExtraError(f"--compute-capability is for a plan, and {reason}")
+            raise MissingExtraError(f"--compute-capability is for a plan, but {reason}")
         return None, reason
     module = _load_builder(flavour)
     _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
     needed = PRECISIONS[precision].first_capability
     if flavour == "tensorrt-rtx" and needed > float(PORTABLE_FROM) and not compute_capabilities:
-        # The portable form builds with FP8, and claims GPUs that have none.
+        # A portable plan with FP8 builds, but claims to run on GPUs without FP8.
         compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= needed)
-        reason += f", for compute capability {', '.join(compute_capabilities)}, which have {precision}"
+        reason += f", for the GPUs with {precision}: compute capability {', '.join(compute_capabilities)}"
     settings = settings or BuildSettings()
     _check_settings(settings, flavour, compute_capabilities)
     if flavour == "tensorrt" and not settings.hardware_compatible:
@@ -112,14 +112,14 @@ def choose_target(
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
     here = capability_of() if torch.cuda.is_available() else None
     if here and (obstacle := capability_obstacle(flavour, module, capabilities, here)):
-        reason += f"; the plan is for other machines than this one: it {obstacle}"
+        reason += f"; the plan cannot run on this machine: it {obstacle}"
     return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
 
 
 def read_capabilities(written: Sequence[str]) -> tuple[str, ...]:
-    """Read compute capabilities as people write them: "8.9", "89", "sm_89", or several of those in one string.
+    """Parse compute capabilities as people write them: "8.9", "89", "sm_89", or several of these in one string.
 
-    Returns each once, as "8.9". Raises ConfigError naming the right form.
+    Returns each once, as "8.9". Raises ConfigError with the right form.
     """
     parts = [part for each in written for part in re.split(r"[,;\s]+", str(each).strip())]
     return tuple(dict.fromkeys(_read_capability(part) for part in parts))
@@ -131,20 +131,20 @@ def _read_capability(part: str) -> str:
         return capability
     meant = f"; did you mean {part}.0?" if re.fullmatch(r"\d{1,2}", part) else ";"
     raise ConfigError(
-        f"{part!r} is not a compute capability{meant} write it as in --compute-capability 8.9, as "
-        "`nvidia-smi --query-gpu=compute_cap --format=csv` prints it."
+        f"{part!r} is not a compute capability{meant} write it as in --compute-capability 8.9. To see your GPU's, run: "
+        "nvidia-smi --query-gpu=compute_cap --format=csv"
     )
 
 
 def build_there(bundle: Path | None) -> str:
-    """Say how a plan is built on another machine; without ``bundle``, how a bundle gets there at all."""
+    """Say how to build a plan on another machine; without ``bundle``, also how to get a bundle there."""
     if bundle is None:
         return "export with --flavour none, copy the bundle to that GPU's machine, and run there: trtower build BUNDLE"
     return f"copy {bundle} to that GPU's machine, and run there: trtower build {bundle.resolve().name}"
 
 
 def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
-    """Raise ConfigError, with the way out, for a GPU that TensorRT-RTX does not support."""
+    """Raise ConfigError, with an alternative, for a GPU that TensorRT-RTX does not support."""
     for capability in capabilities:
         if capability in ELSEWHERE:
             gpu, instead = ELSEWHERE[capability]
@@ -155,7 +155,7 @@ def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
 
 
 def _load_builder(flavour: str) -> "ModuleType":
-    """Import a flavour; if it or what builds with it is missing, name the extra that brings both."""
+    """Import a flavour; if it or Polygraphy is missing, raise MissingExtraError with the extra that brings both."""
     name, extra = FLAVOURS[flavour]
     try:
         module = load_flavour(flavour)
@@ -171,14 +171,14 @@ def _auto_flavour() -> tuple[str, str]:
     missing = []
     for flavour in FLAVOURS:
         if flavour == "tensorrt" and not torch.cuda.is_available():
-            missing.append("flavour tensorrt builds on its GPU, and none is here")
+            missing.append("flavour tensorrt needs a GPU, and there is none here")
             continue
         try:
             _load_builder(flavour)
             return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
         except MissingExtraError as err:
             missing.append(str(err))
-    return "none", "no plan is built, for want of a TensorRT: " + "; ".join(missing)
+    return "none", "no plan is built, because no TensorRT can build here: " + "; ".join(missing)
 
 
 def _check_capabilities(
@@ -188,7 +188,7 @@ def _check_capabilities(
         here = capability_of()
         if others := [each for each in capabilities if each != here]:
             raise ConfigError(
-                f"flavour tensorrt builds for the GPU it runs on, here compute capability {here}, and not for "
+                f"flavour tensorrt builds only for this machine's GPU, of compute capability {here}, and not for "
                 f"{list_choices(others)}: {build_there(bundle)}"
             )
         built = [here]
@@ -197,15 +197,15 @@ def _check_capabilities(
         for capability in capabilities:
             if capability not in known:
                 raise ConfigError(
-                    f"compute capability {capability!r} is not one that {flavour} {module.__version__} builds for: "
-                    f"{', '.join(known)} are."
+                    f"{flavour} {module.__version__} cannot build for compute capability {capability!r}; choose "
+                    f"{list_choices(known)}."
                 )
     needed = PRECISIONS[precision].first_capability
     for capability in built:
         if float(capability) < needed:
             raise ConfigError(
-                f"{precision} needs compute capability {needed} or later, and this plan would be for "
-                f"{capability}: use fp16."
+                f"{precision} needs compute capability {needed} or later, but this plan is for {capability}: export "
+                "with --precision fp16."
             )
 
 
@@ -213,15 +213,17 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
     """Refuse settings that this flavour, these GPUs or this machine cannot build with."""
     if settings.hardware_compatible and (flavour == "tensorrt-rtx" or capabilities):
         raise ConfigError(
-            "--hardware-compatible is for flavour tensorrt, for every GPU from Ampere on; TensorRT-RTX makes such a "
-            "plan where no --compute-capability is named."
+            "--hardware-compatible needs flavour tensorrt and no --compute-capability: it builds for every GPU from "
+            "Ampere on. TensorRT-RTX builds such a plan without either option."
         )
     if settings.stripped and not torch.cuda.is_available():
-        raise BackendError("--strip: TensorRT builds a plan without its weights where a GPU is, and torch finds none.")
+        raise BackendError(
+            "--strip needs a GPU to build a plan without its weights, and torch finds none: build without --strip."
+        )
 
 
 def make_entry(target: Target) -> PlanEntry:
-    """Say in a manifest's words what a plan for ``target`` needs, built by the TensorRT that is installed."""
+    """Return the manifest's entry for a plan for ``target``, built by the installed TensorRT."""
     version = load_flavour(target.flavour).__version__
     gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
     return PlanEntry(

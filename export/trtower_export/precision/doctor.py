@@ -1,7 +1,7 @@
-"""Find out of every operation of a tower how much room half precision leaves it, and what it costs there.
+"""Measure for every operation of a tower how much room half precision leaves it, and what error it causes there.
 
-The cut tower runs in FP32 over images; then each operation in turn is done in half precision while the rest stays
-exact, so that its error at the output is its own. What counts as half precision stands in `rounding.py`.
+The cut tower runs in FP32 over images. Then each operation in turn runs in half precision while the rest stays exact,
+so that the error at the output is that operation's own. `rounding.py` defines how half precision is simulated.
 """
 
 import copy
@@ -25,14 +25,19 @@ from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 @dataclass(frozen=True, kw_only=True)
 class OperationFigures:
-    """What the doctor found of one operation.
+    """The doctor's figures for one operation.
 
-    ``largest`` is the largest magnitude of all that it computes: its results, its products before a bias is added,
-    the sums and sums of squares of a LayerNorm. ``overflow`` counts those beyond FP16's largest number, weights among
-    them, and ``subnormal`` is the share of its non-zero results below FP16's smallest normal number. ``error`` is the
-    relative error at the output when this operation alone is done in "fp16" or "bf16"; None is not finite. It is
-    empty where that was not measured. ``headroom`` is how many times larger its numbers could be in FP16; None if all
-    of them are 0.
+    Attributes:
+        name: The operation, such as layers.3.mlp.fc1.
+        layer: Its layer; None outside the layers.
+        part: Its name within the layer, or the whole name outside the layers.
+        largest: The largest magnitude that it computes: in its results, in products before a bias is added, and in
+            the sums and sums of squares of a LayerNorm.
+        overflow: How many of its values and weights exceed FP16's largest number.
+        subnormal: The share of its non-zero results below FP16's smallest normal number.
+        error: The relative error at the output when only this operation runs in "fp16" or "bf16". None is not finite.
+            Empty if it was not measured.
+        headroom: How many times larger its values could be in FP16; None if all of them are 0.
     """
 
     name: str
@@ -50,11 +55,17 @@ class OperationFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the doctor found of a checkpoint, as `trtower doctor --json` writes it.
+    """The doctor's findings about a checkpoint, as `trtower doctor --json` writes them.
 
-    ``images`` were looked at, and on those in ``error_images``, the hardest first, each operation was rounded alone.
-    ``skipped`` are files that could not be read. ``overflowing`` names what FP16 cannot hold. Operations stand in the
-    order in which they run.
+    Attributes:
+        checkpoint: The checkpoint, as the user named it.
+        image_size: The side of the images, in pixels.
+        layers: The hidden states that are read.
+        images: The images that the tower ran on.
+        error_images: The images on which each operation was rounded by itself, the hardest first.
+        skipped: Files that could not be read.
+        overflowing: The operations with values that FP16 cannot hold.
+        operations: The figures of every operation, in execution order.
     """
 
     checkpoint: str
@@ -69,7 +80,7 @@ class Diagnosis:
 
 @dataclass
 class Extremes:
-    """The extremes of what operations compute, over any number of images."""
+    """Extremes of the values that operations compute, over any number of images."""
 
     largest: dict[str, float] = field(default_factory=dict)
     overflow: Counter[str] = field(default_factory=Counter)
@@ -77,14 +88,14 @@ class Extremes:
     nonzero: Counter[str] = field(default_factory=Counter)
 
     def observe(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
-        """Take numbers in; raise CheckpointError where one of them is not finite."""
+        """Record values of an operation; raise CheckpointError if one of them is not finite."""
         name = operation.name
         largest = max(abs(float(extreme)) for extreme in numbers.aminmax())
-        if not math.isfinite(largest):  # NaN is both extremes, if any is
+        if not math.isfinite(largest):  # one NaN makes both extremes NaN
             raise CheckpointError(
-                f"this tower is not finite in FP32 already: {name} is the first to compute "
-                f"{numbers.numel() - int(numbers.isfinite().sum())} values that are NaN or infinite. No precision "
-                "mends that: look at its weights."
+                f"this tower is not finite even in FP32: {name} is the first operation to compute NaN or infinity "
+                f"({numbers.numel() - int(numbers.isfinite().sum())} values). No precision can fix that: check its "
+                "weights."
             )
         self.largest[name] = max(largest, self.largest.get(name, 0.0))
         if largest > FP16_RANGE.max:
@@ -96,14 +107,14 @@ class Extremes:
             self.small[name] += below - (numbers.numel() - nonzero)
 
     def observe_weights(self, operations: Operations, weights: dict[str, Tensor]) -> None:
-        """Count the weights that FP16 cannot hold; weights are otherwise no result."""
+        """Count the weights that FP16 cannot hold. Nothing else is recorded of weights."""
         for operation in operations:
             for weight in (weights[name] for name in operation.weights if weights[name].is_floating_point()):
                 if beyond := int((weight.abs() > FP16_RANGE.max).sum()):
                     self.overflow[operation.name] += beyond
 
     def add(self, other: "Extremes") -> None:
-        """Take in what was observed of another image."""
+        """Merge the extremes of another image."""
         for name, largest in other.largest.items():
             self.largest[name] = max(largest, self.largest.get(name, 0.0))
         self.overflow.update(other.overflow)
@@ -111,18 +122,18 @@ class Extremes:
         self.nonzero.update(other.nonzero)
 
     def overflowing(self, operations: Operations) -> list[str]:
-        """List the operations that compute or read what FP16 cannot hold, in the order in which they run."""
+        """List the operations that compute values, or read weights, that FP16 cannot hold, in execution order."""
         return [name for name in operations.names if self.overflow[name]]
 
 
 def simulate(tower: nn.Module, spec: TowerSpec) -> Simulation:
-    """Make a simulation of a tower, which stays as it is."""
+    """Return a simulation of a tower, and leave the tower as it is."""
     program = trace(copy.deepcopy(tower), spec.input("fp16"), BatchProfile(min=1, opt=1, max=2))
     return Simulation(Operations(program, spelled_out=True), named_weights(tower))
 
 
 def named_weights(tower: nn.Module) -> dict[str, Tensor]:
-    """Give parameters and buffers by every name that they have."""
+    """Return parameters and buffers under every name that they have."""
     parameters = dict(tower.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(tower.named_buffers(remove_duplicate=False))}
 
@@ -131,12 +142,12 @@ def named_weights(tower: nn.Module) -> dict[str, Tensor]:
 def examine(
     checkpoint: Checkpoint, spec: TowerSpec, images: Mapping[str, Tensor], progress: Progress, *, error_images: int = 1
 ) -> Diagnosis:
-    """Examine every operation on ``images``, each (1, 3, S, S), and its rounding error on the hardest ``error_images``.
+    """Measure every operation on ``images``, each (1, 3, S, S), and its rounding error on the hardest ``error_images``.
 
-    The hardest are those in which most operations overflow, then those with the largest numbers. The errors are what
-    takes long: half a run for every operation, precision and image; 0 leaves them out.
+    The hardest images are those in which most operations overflow, then those with the largest values. Most of the time
+    goes into the errors: half a run for every operation, precision and image. 0 skips them.
 
-    Raises CheckpointError where the tower is not finite in FP32.
+    Raises CheckpointError if the tower is not finite in FP32.
     """
     with progress.step("Load PyTorch's tower"):
         tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
@@ -146,10 +157,10 @@ def examine(
     with progress.step(f"Run in FP32 on {len(images)} images") as step:
         for name, pixel_values in images.items():
             step.update(len(hardness) / len(images), name)
-            found = Extremes()
-            simulation.run(pixel_values, observe=found.observe)
-            hardness[name] = (len(found.overflow), max(found.largest.values()))
-            extremes.add(found)
+            of_image = Extremes()
+            simulation.run(pixel_values, observe=of_image.observe)
+            hardness[name] = (len(of_image.overflow), max(of_image.largest.values()))
+            extremes.add(of_image)
     hardest = sorted(hardness, key=hardness.__getitem__, reverse=True)[:error_images]
     errors = _round_one_by_one(simulation, [images[name] for name in hardest], progress) if hardest else {}
     examined = tuple(
@@ -178,18 +189,18 @@ def examine(
 def _round_one_by_one(
     simulation: Simulation, images: Sequence[Tensor], progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Find the relative error that each operation alone causes in each precision; of several images the worst."""
+    """Return the relative error that each operation causes by itself in each precision, on the worst of the images."""
     operations = simulation.operations
     errors: dict[str, dict[str, float]] = {name: dict.fromkeys(HALVES, 0.0) for name in operations.names}
     with progress.step(f"Round {len(operations)} operations one by one") as step:
         for index, pixel_values in enumerate(images):
             kept: Values = {}
             reference = simulation.run(pixel_values, keep=kept)
-            for place, operation in enumerate(operations):
-                step.update((index + place / len(operations)) / len(images), operation.name)
+            for done, operation in enumerate(operations):
+                step.update((index + done / len(operations)) / len(images), operation.name)
                 for precision in HALVES:
-                    found = simulation.rerun(kept, operation, DTYPES[PRECISIONS[precision].dtype])
-                    error = float((found - reference).norm() / reference.norm())
+                    output = simulation.rerun(kept, operation, DTYPES[PRECISIONS[precision].dtype])
+                    error = float((output - reference).norm() / reference.norm())
                     worst = errors[operation.name][precision]
                     errors[operation.name][precision] = worst if worst >= error or math.isnan(worst) else error
     return errors

@@ -1,4 +1,4 @@
-"""Draw a tower's operations, layer by layer, as two heat maps: the headroom of FP16, and what its rounding costs."""
+"""Draw a tower's operations, layer by layer, as two heat maps: their headroom in FP16, and the error it causes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from trtower_export.precision.rounding import FP16_RANGE
 
 LIMIT = f"{FP16_RANGE.max:,.0f}".replace(",", " ")
 
-# The figure's size follows from these, in pixels; matplotlib lays out what is in it.
+# In pixels. They determine the size of the figure; matplotlib lays out its contents.
 DPI = 200
 CELL_WIDTH, CELL_HEIGHT = 58, 40
 CHARACTER, BAR, HEADINGS = 11, 190, 280
-MIN_COLUMNS = 11  # as wide as the title of a panel
+MIN_COLUMNS = 11  # wide enough for a panel's title
 
 GAP = 0.06
-"""Between two cells, as a share of one."""
+"""The gap between two cells, as a share of a cell."""
 
 CALM = ("#f4f7fa", "#c6dbe9", "#7fb0d0", "#3a7cae", "#17496f")
-"""Headroom left: pale where there is much of it, dark towards FP16's largest number."""
+"""Colours of values that fit FP16: pale with much headroom, dark near FP16's largest number."""
 ALARM = ("#ff8c69", "#d7263d", "#8d0d1f")
-"""None left."""
+"""Colours of values that do not fit."""
 COST = ("#fbf7ee", "#f3dca6", "#e0a94f", "#b36a1c", "#5f2d07")
 BROKEN, UNMEASURED = "#101418", "#eceff2"
 BEYOND = "✕"
@@ -31,9 +31,9 @@ BEYOND = "✕"
 
 @dataclass(frozen=True)
 class _Panel:
-    """One heat map: a value of each operation, None where it was not measured, on a log scale of at least ``decades``.
+    """One heat map: a value for each operation (None if not measured) on a log scale that spans at least ``decades``.
 
-    With ``alarm``, colours beyond 1, it marks what overflows in FP16.
+    ``alarm`` are colours for values above 1. A panel that has them also marks the operations that overflow in FP16.
     """
 
     title: str
@@ -43,12 +43,12 @@ class _Panel:
     alarm: Sequence[str] = ()
 
     def scale(self) -> tuple[Any, range]:
-        """Return matplotlib's map from values to colours, and the powers of ten that it goes through."""
+        """Return matplotlib's mapping from values to colours, and the powers of ten that it spans."""
         from matplotlib import cm, colors
 
         logs = [math.log10(value) for value in self.values if value is not None and 0 < value < math.inf]
         low, high = min([self.decades[0], *map(math.floor, logs)]), max([self.decades[1], *map(math.ceil, logs)])
-        full = -low / (high - low) if self.alarm else 1.0  # where 1 stands, from 0 to 1
+        full = -low / (high - low) if self.alarm else 1.0  # the position of the value 1 on the scale, from 0 to 1
         stops = [(full * index / (len(self.calm) - 1), colour) for index, colour in enumerate(self.calm)]
         stops += [(full + (1 - full) * index / (len(self.alarm) - 1), each) for index, each in enumerate(self.alarm)]
         cmap = colors.LinearSegmentedColormap.from_list("", stops, N=512).with_extremes(bad=BROKEN)
@@ -57,16 +57,16 @@ class _Panel:
 
 
 def draw_heatmap(operations: Sequence[OperationFigures]) -> bytes:
-    """Draw layers by operations, as a PNG: the largest magnitude beside FP16's, and the error of rounding it alone.
+    """Draw a PNG of layers by operations: the largest magnitude as a share of FP16's, and the error of rounding.
 
-    What lies outside the layers has a row of its own, as wide as all columns. A cell is blank where a layer has no
-    such operation. The second panel is left out where no error in FP16 was measured.
+    Each operation outside the layers has its own row, as wide as all columns. A cell is blank if a layer has no such
+    operation. The second panel is left out if no error in FP16 was measured.
     """
     shares = [each.largest / FP16_RANGE.max for each in operations]
     errors = [_error(each) for each in operations]
     panels = [_Panel(f"Largest magnitude, as a share of FP16's {LIMIT}", shares, (-4, 1), CALM, ALARM)]
     if any(error is not None for error in errors):
-        panels.append(_Panel("Error at the output, this operation alone in FP16", errors, (-5, -3), COST))
+        panels.append(_Panel("Error at the output, only this operation in FP16", errors, (-5, -3), COST))
     parts = list(dict.fromkeys(each.part for each in operations if each.layer is not None))
     rows = _arrange(operations)
     width = max(map(len, rows)) * CHARACTER + len(panels) * (max(len(parts), MIN_COLUMNS) * CELL_WIDTH + BAR)
@@ -100,14 +100,14 @@ def _row(operation: OperationFigures) -> str:
 
 
 def _mark(operation: OperationFigures, value: float | None, *, limited: bool) -> str:
-    """Return the sign in an operation's cell."""
+    """Return the symbol in an operation's cell."""
     if value is not None and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
     return BEYOND if limited and (operation.overflow or operation.largest > FP16_RANGE.max) else ""
 
 
 def _arrange(operations: Sequence[OperationFigures]) -> dict[str, float]:
-    """Return the height of every row, downwards, in the order in which they run; layers stand apart from the rest."""
+    """Return each row's position, from the top down in execution order, with a gap between layers and the rest."""
     rows: dict[str, float] = {}
     y, inside = -1.0, operations[0].layer is not None
     for operation in operations:

@@ -1,4 +1,4 @@
-"""Turn tokens and the reference's into the figures of a certificate, over one image or any number of them."""
+"""Turn tokens and reference tokens into the figures of a certificate, over one image or many."""
 
 import math
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from torch import Tensor
 from trtower.bundle.certificate import Figures
 
 TAIL = 0.999
-"""The share of tokens that `token_error_p999` leaves at or below it: at most one in a thousand exceeds it."""
+"""The quantile behind `token_error_p999`: at most one token in a thousand exceeds it."""
 
 
 @dataclass
 class MetricSums:
-    """What the figures of one image, or of many, are made of, in FP64."""
+    """The sums from which the figures of one image, or of many, are computed, in FP64."""
 
     squared_error: float = 0.0
     squared_reference: float = 0.0
@@ -26,22 +26,22 @@ class MetricSums:
     token_errors: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, found: Tensor, reference: Tensor) -> "MetricSums":
-        """Compare tokens (..., D) with the reference's."""
-        x, ref = found.double(), reference.double()
+    def of(cls, tokens: Tensor, reference: Tensor) -> "MetricSums":
+        """Compare tokens (..., D) with reference tokens of the same shape."""
+        x, ref = tokens.double(), reference.double()
         error = x - ref
         norms = ref.norm(dim=-1).clamp_min(torch.finfo(torch.double).tiny)
         return cls(
             squared_error=float(error.square().sum()),
             squared_reference=float(ref.square().sum()),
             max_abs_error=float(error.abs().max()),
-            non_finite=found.numel() - int(found.isfinite().sum()),
+            non_finite=tokens.numel() - int(tokens.isfinite().sum()),
             cosines=[torch.nn.functional.cosine_similarity(x, ref, dim=-1).flatten()],
             token_errors=[(error.norm(dim=-1) / norms).flatten()],
         )
 
     def add(self, other: "MetricSums") -> None:
-        """Take another image in."""
+        """Add another image."""
         self.squared_error += other.squared_error
         self.squared_reference += other.squared_reference
         self.max_abs_error = float(np.maximum(self.max_abs_error, other.max_abs_error))  # max() may drop a NaN
@@ -50,7 +50,7 @@ class MetricSums:
         self.token_errors += other.token_errors
 
     def figures(self) -> Figures:
-        """Make the figures of all that was taken in."""
+        """Return the figures of everything that was added."""
         cosines = torch.cat(self.cosines)
         return Figures(
             token_cosine_mean=_finite(float(cosines.mean())),
@@ -63,7 +63,7 @@ class MetricSums:
 
 
 def total(parts: Iterable[MetricSums]) -> MetricSums:
-    """Add up what was found in several places."""
+    """Add up several sums."""
     whole = MetricSums()
     for part in parts:
         whole.add(part)

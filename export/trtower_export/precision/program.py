@@ -1,4 +1,4 @@
-"""Trace a truncated tower with every operation in the precision that was asked for, named, or found on images."""
+"""Trace a cut tower: operations in the configured precision, or in FP32 if a pattern or the search says so."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from trtower_export.precision.search import find_islands
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The images that a precision is decided on: pixel values, each (1, 3, S, S), by what bounds call them.
+    """The images that decide a precision: pixel values, each (1, 3, S, S), by kind ("photograph", "drawn").
 
-    Empty for a precision that is decided without any. ``sha256`` is that of the photographs.
+    Empty for a precision that needs no images. ``sha256`` is that of the photographs.
     """
 
     pixel_values: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedTower:
-    """A traced tower, the operations that it keeps in FP32, and how the graph gets its 8 bits, if it has any."""
+    """A traced tower, the operations that it keeps in FP32, and, for 8 bits, the function that quantises its graph."""
 
     precision: str
     program: ExportedProgram
@@ -56,10 +56,10 @@ def trace_in_precision(
     samples: Samples,
     progress: Progress,
 ) -> TracedTower:
-    """Trace ``tower``, which may be cast in place, in the precision of ``options``.
+    """Trace ``tower`` in the precision of ``options``. This may cast the tower itself.
 
-    Raises ConfigError if a pattern names no operation or nothing is left for 8 bits, BuildError if no choice of
-    operations holds the bounds, and CheckpointError if the tower is not finite on an image.
+    Raises ConfigError if a pattern matches no operation or nothing is left to quantise, BuildError if the bounds are
+    missed whatever stays in FP32, and CheckpointError if the tower is not finite on an image.
     """
     precision, patterns = options.graph_precision, options.keep_fp32
     if options.searches:
@@ -67,14 +67,14 @@ def trace_in_precision(
     with progress.step("Trace"):
         program, kept = trace_with_islands(tower, spec, precision, batch, patterns, copied=options.calibrates)
     if options.searches or kept:
-        progress.say(f"in FP32: {', '.join(kept) or 'nothing, FP16 holds the bounds as it is'}")
+        progress.say(f"kept in FP32: {', '.join(kept) or 'nothing, FP16 alone meets the bounds'}")
     if not options.calibrates:
         return TracedTower(precision=precision, program=program, keep_fp32=kept)
     images = [each for some in samples.pixel_values.values() for each in some]
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
         leave = left_in_half(program, precision, options.keep_fp16).union(kept)
         scales = calibrate(tower, precision, images, leave)
-    progress.say(f"in {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
+    progress.say(f"quantised to {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
     return TracedTower(
         precision=precision,
         program=program,
@@ -93,11 +93,10 @@ def trace_with_islands(
     *,
     copied: bool = False,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Trace ``tower`` with what ``patterns`` name in FP32; return the names of these operations, too.
+    """Trace ``tower`` with the operations that match ``patterns`` in FP32, and also return their names.
 
-    What is traced is cast to ``precision``: a copy of the tower with patterns or if it is to be ``copied``, and else
-    the tower itself, which saves the memory.
-    Raises ConfigError if a pattern matches nothing.
+    With ``patterns`` or ``copied``, a copy of the tower is cast to ``precision`` and traced. Otherwise the tower itself
+    is, which saves memory. Raises ConfigError if a pattern matches nothing.
     """
     program = trace(copy.deepcopy(tower) if patterns or copied else tower, spec.input(precision), batch)
     kept = Operations(program, spelled_out=True).match(patterns) if patterns else ()

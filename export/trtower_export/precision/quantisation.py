@@ -1,9 +1,9 @@
-"""Calibrate the linear layers of a tower for INT8 or FP8, and write them so into its ONNX graph.
+"""Calibrate the linear layers of a tower for INT8 or FP8, and quantise them in its ONNX graph.
 
-The range of a layer's input, and of its weights, is the largest magnitude in them. What is not quantised stays in half
+The range of a layer's input, and of its weights, is their largest magnitude. Other linear layers stay in half
 precision, and so do norms, softmax, attention's own products, the patch embedding and residuals. Scales are in FP32:
-with FP16 scales TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, which sums of a third of the layers of a
-pretrained ViT-S/14 would overflow (computed, not run).
+with FP16 scales, TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, and in a third of the layers of a
+pretrained ViT-S/14 these sums would overflow (computed, not run).
 """
 
 import copy
@@ -30,10 +30,14 @@ from trtower_export.graph.truncate import TruncatedTower
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """The numbers of an 8-bit precision: their type in torch, and the largest of them.
+    """The number format of an 8-bit precision.
 
-    ``per_channel``: whether every output of a layer has a weight scale of its own, or the whole layer one.
-    ``spares_activated``: whether layers that an activation feeds stay in half precision by default.
+    Attributes:
+        precision: The precision, "int8" or "fp8".
+        dtype: The format's type in torch.
+        largest: Its largest number.
+        per_channel: Whether each output of a layer has its own weight scale; if not, the layer has one.
+        spares_activated: Whether layers that an activation feeds stay in half precision by default.
     """
 
     precision: str
@@ -44,7 +48,7 @@ class Format:
 
     @property
     def onnx(self) -> DataType:
-        """Their type in ONNX."""
+        """The format's type in ONNX."""
         return DataType(PRECISIONS[self.precision].onnx_linear)
 
 
@@ -57,27 +61,27 @@ FORMATS = {
 }
 
 INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
-"""What the names of a quantised layer's tensors end with, after its module's path."""
+"""Suffixes of the names of a quantised layer's tensors, after its module's path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """What one step of a layer's numbers is: of its input, and of its weight, () or one for each output (O,)."""
+    """The size of one 8-bit step of a layer: of its input, and of its weight, () or one for each output (O,)."""
 
     input: float
     weight: Tensor
 
 
 Quantisation = Mapping[str, Scales]
-"""The scales of every quantised layer, by its module's path in the tower."""
+"""The scales of every quantised layer, keyed by its module's path in the tower."""
 
 
 def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[str] | None) -> set[str]:
-    """Say which operations of a traced tower an 8-bit precision leaves in half precision.
+    """Return the operations of a traced tower that an 8-bit precision leaves in half precision.
 
-    None leaves what the format does badly: INT8 has one step for all of a tensor, and behind an activation a few
-    numbers are far larger than the rest. On a pretrained ViT-S/14 leaving these layers out takes the relative error
-    of INT8 from 0.16 to 0.08 (`make precisions`).
+    ``patterns`` name them; None means the format's default. INT8 has one step for a whole tensor, and after an
+    activation a few values are far larger than the rest, so by default it leaves the layers that read them. On a
+    pretrained ViT-S/14 this lowers the relative error of INT8 from 0.16 to 0.08 (`make precisions`).
     """
     operations = Operations(program)
     if patterns is not None:
@@ -89,28 +93,33 @@ def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[st
 
 @torch.no_grad()
 def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave: Collection[str]) -> Quantisation:
-    """Find the scales of the linear layers of ``tower`` on ``images``, each (1, 3, S, S).
+    """Measure the scales of the linear layers of ``tower`` on ``images``, each (1, 3, S, S).
 
-    Layers in ``leave`` are left out. Raises ConfigError if that is all of them, and CheckpointError if what a layer
-    reads is not finite.
+    Layers in ``leave`` are left out. Raises ConfigError if these are all layers, and CheckpointError if the input of a
+    layer is not finite.
     """
     layers: dict[str, Any] = {name: tower.get_submodule(name) for name in linear_layers(tower) if name not in leave}
     if not layers:
-        raise ConfigError(f"--precision {precision} has nothing to do: every linear layer is kept out of it.")
+        raise ConfigError(
+            f"--precision {precision} has no linear layer to quantise: all are kept in higher precision. Name fewer "
+            "with --keep-fp16 or --keep-fp32."
+        )
     largest = dict.fromkeys(layers, torch.tensor(0.0))
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
 
-            def see(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
                 largest[name] = torch.maximum(largest[name], inputs[0].abs().max().float())
 
-            hooks.enter_context(layer.register_forward_pre_hook(see))
+            hooks.enter_context(layer.register_forward_pre_hook(record))
         for pixel_values in images:
             tower(pixel_values)
     for name, magnitude in largest.items():
         if not magnitude.isfinite():
-            raise CheckpointError(f"{name} reads what is not finite in FP32: trtower doctor says where it comes from.")
+            raise CheckpointError(
+                f"the input of {name} is not finite in FP32. To see where that begins, run: trtower doctor CHECKPOINT"
+            )
     form = FORMATS[precision]
     weights = {name: layer.weight.abs().float() for name, layer in layers.items()}
     return {
@@ -123,17 +132,17 @@ def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave:
 
 
 def _scale(magnitude: Tensor, form: Format) -> Tensor:
-    """Return the step with which numbers up to ``magnitude`` have 8 bits; where all are zero, any step will do."""
+    """Return the step with which numbers up to ``magnitude`` fit 8 bits; if all are zero, any step will do."""
     return torch.where(magnitude > 0, magnitude / form.largest, 1.0)
 
 
 def linear_layers(tower: nn.Module) -> list[str]:
-    """List the linear layers inside the transformer layers; the patch embedding, linear or not, is none of them."""
+    """List the linear layers inside the transformer layers. The patch embedding is outside, even if it is linear."""
     return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
 
 
 def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quantisation) -> TruncatedTower:
-    """Have a copy of an FP32 ``tower`` round the inputs and weights of its quantised layers: PyTorch's own 8 bits."""
+    """Return a copy of an FP32 ``tower`` that simulates 8 bits by rounding inputs and weights of quantised layers."""
     quantised, form = copy.deepcopy(tower), FORMATS[precision]
     for name, scales in quantisation.items():
         layer: Any = quantised.get_submodule(name)
@@ -158,26 +167,26 @@ def write_quantised(
 ) -> None:
     """Put QuantizeLinear and DequantizeLinear around the inputs and weights of quantised layers, in place.
 
-    ``modules`` are the modules that nodes come from. Layers that read one tensor share its quantisation where they
-    share its scale, as queries, keys and values do.
+    ``modules`` maps nodes to the modules that they come from. Layers that read the same tensor with the same scale
+    share its quantised form, as queries, keys and values do.
     """
     form, graph = FORMATS[precision], model.graph
-    done: dict[tuple[onnx_ir.Value, float], onnx_ir.Value] = {}
+    quantised: dict[tuple[onnx_ir.Value, float], onnx_ir.Value] = {}
     for node in list(graph):
         module = modules.get(node, "")
         if node.op_type != "MatMul" or module not in scales:
             continue
         x, weight = node.inputs
-        assert x and weight and weight.const_value and weight.dtype  # noqa: S101, PT018 - of a linear layer
+        assert x and weight and weight.const_value and weight.dtype  # noqa: S101, PT018 - a linear layer has them
         half = weight.dtype
         scale = scales[module].input
-        if (x, scale) not in done:
+        if (x, scale) not in quantised:
             input_scale = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
             wide = _insert(node, "Cast", [x], {"to": DataType.FLOAT}, DataType.FLOAT)
             eight = _insert(node, "QuantizeLinear", [wide, input_scale], {"output_dtype": form.onnx}, form.onnx)
             back = _insert(node, "DequantizeLinear", [eight, input_scale], {}, DataType.FLOAT)
-            done[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
-        node.replace_input_with(0, done[x, scale])
+            quantised[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
+        node.replace_input_with(0, quantised[x, scale])
         steps = scales[module].weight.numpy()
         values = weight.const_value.numpy().astype(np.float32) / steps  # (I, O) by () or (O,)
         values = (values if form.dtype.is_floating_point else np.rint(values)).clip(-form.largest, form.largest)
@@ -191,20 +200,20 @@ def write_quantised(
 
 
 def read_quantised(bundle: Bundle) -> Quantisation:
-    """Read the scales out of a bundle's graph."""
+    """Read the scales from a bundle's graph."""
     graph = read_onnx(bundle).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
-    found = {}
+    scales = {}
     for node in graph.node:
         module, _, kind = node.name.rpartition("/")
         if kind == "MatMul" and module + WEIGHT_SCALE in tensors:
             (dequantised,) = (makers[name] for name in makers[node.input[0]].input)
-            found[module] = Scales(
+            scales[module] = Scales(
                 input=float(numpy_helper.to_array(tensors[dequantised.input[1]])),
                 weight=torch.from_numpy(numpy_helper.to_array(tensors[module + WEIGHT_SCALE]).copy()),
             )
-    return found
+    return scales
 
 
 def _constant(graph: onnx_ir.Graph, name: str, array: Any, dtype: DataType = DataType.FLOAT) -> onnx_ir.Value:
@@ -223,9 +232,9 @@ def _insert(
     attributes: dict[str, Any],
     dtype: DataType,
 ) -> onnx_ir.Value:
-    """Put a node before another, named after what it reads; its result has the shape of that."""
+    """Insert a node before another; its name comes from its first input, and so does the shape of its result."""
     graph = before.graph
-    assert graph is not None  # noqa: S101 - it was taken from one
+    assert graph is not None  # noqa: S101 - the node comes from a graph
     node = onnx_ir.node(kind, inputs, attributes=attributes, name=f"{inputs[0].name}/{kind}")
     graph.insert_before(before, node)
     (result,) = node.outputs

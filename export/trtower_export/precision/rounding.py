@@ -1,15 +1,14 @@
 """Run a traced tower in FP32 while some of its operations round to half precision.
 
-It is the model of half precision that the doctor measures with and `--precision auto` searches with: an operation
-multiplies and adds in FP32, as tensor cores do, and rounds each result. It is pessimistic where kernels may differ:
-a product is rounded before its bias is added, attention scores are rounded, and a LayerNorm sums its squares in half
-precision, though the graph asks for FP32 there (`stash_type`).
+The doctor measures with this model of half precision, and `--precision auto` searches with it. An operation multiplies
+and adds in FP32, as tensor cores do, and rounds each result. The model is pessimistic where kernels may differ: it
+rounds a product before the bias is added, rounds attention scores, and sums the squares of a LayerNorm in half
+precision, although the graph asks for FP32 there (`stash_type`).
 
-Attention that is exact runs in one piece, which is faster than spelled out; the two differ by FP32's rounding.
+Attention in which nothing rounds runs fused, which is faster than spelled out; the two differ by FP32's rounding.
 
-An operation that is kept in FP32 hands on what it computed. Whoever adds, scales, norms or activates that computes in
-FP32 and rounds its own result; a matrix product rounds its factors first. That is what `islands.py` writes into the
-graph.
+An operation that is kept in FP32 passes on an FP32 result. A sum, scale, norm or activation that reads it computes in
+FP32 and rounds its own result. A matrix product rounds its factors first. `islands.py` writes the same into the graph.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,21 +23,21 @@ from trtower_export.graph.operations import Operation, Operations, is_cast, is_n
 aten = torch.ops.aten
 
 FP16_RANGE = torch.finfo(torch.float16)
-"""The largest number is 65504, and the smallest that has all its digits is 6.1e-05."""
+"""The range of FP16: its largest number is 65504, and its smallest with all digits is 6.1e-05."""
 
 
 class Observer(Protocol):
-    """Is given every number that an operation computes: its ``result``, and what stands between."""
+    """A callback that receives every value of an operation: its ``result``, and the intermediate ones."""
 
     def __call__(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
-        """Look at the numbers."""
+        """Look at the values."""
 
 
 Values: TypeAlias = dict[fx.Node, Tensor]
 
 
 class Simulation:
-    """A traced tower with FP32 weights."""
+    """A traced tower with FP32 weights, in which any operations can be rounded."""
 
     def __init__(self, operations: Operations, weights: Mapping[str, Tensor]) -> None:
         """``weights`` are parameters and buffers by name."""
@@ -61,7 +60,7 @@ class Simulation:
     ) -> Tensor:
         """Run (B, 3, S, S) to (B, P + N, D), rounding the results of the operations in ``rounded`` to ``dtype``.
 
-        ``keep`` is filled with every value but attention scores, for `rerun`.
+        ``keep`` receives every value except attention scores, for `rerun`.
         """
         values: Values = {self._input: pixel_values}
         rounded = frozenset(rounded)
@@ -86,7 +85,7 @@ class Simulation:
         return self._result(values)
 
     def rerun(self, kept: Values, operation: Operation, dtype: torch.dtype) -> Tensor:
-        """Run on from ``kept``, the values of an exact run, with ``operation`` alone in half precision."""
+        """Continue from ``kept``, the values of an exact run, with only ``operation`` in half precision."""
         alone, values, dirty = frozenset({operation.name}), dict(kept), set[fx.Node]()
         fused = self._fused(alone)
         for node in self.operations.nodes:
@@ -107,14 +106,14 @@ class Simulation:
         return self._result(values)
 
     def _fused(self, rounded: frozenset[str]) -> frozenset[fx.Node]:
-        """Find the nodes of every attention in which nothing is rounded."""
+        """Return the nodes of every attention in which nothing is rounded."""
         parts = [node for node in self.operations.nodes if "attention" in node.meta]
         of = self.operations.of
         rounds = {node.meta["attention"] for node in parts if node in of and of[node].name in rounded}
         return frozenset(node for node in parts if node.meta["attention"] not in rounds)
 
     def _restore(self, node: fx.Node, values: Values) -> None:
-        """Compute again what an exact run did not keep."""
+        """Recompute a value that an exact run did not keep."""
         if node not in values:
             for argument in node.all_input_nodes:
                 self._restore(argument, values)
@@ -137,7 +136,7 @@ class Simulation:
             return moved
         last = node is operation.nodes[-1]
 
-        def seen(numbers: Tensor, *, result: bool = False) -> Tensor:
+        def observed(numbers: Tensor, *, result: bool = False) -> Tensor:
             if observe:
                 observe(operation, numbers, result=result)
             return numbers
@@ -146,16 +145,16 @@ class Simulation:
             factors = wide.intersection(node.all_input_nodes)
             values = values | {factor: values[factor].to(dtype).float() for factor in factors}
         if not is_narrow(node) or operation.name not in rounded:
-            value: Tensor = _call(node, values, seen=seen)
-            seen(value, result=last)
+            value: Tensor = _call(node, values, between=observed)
+            observed(value, result=last)
             return value
-        inside = node in wide  # computes in FP32, and rounds what leaves it
+        inside = node in wide  # it computes in FP32, and rounds what leaves it
 
         def round_(number: Tensor) -> Tensor:
-            return seen(number) if inside else seen(number).to(dtype).float()
+            return observed(number) if inside else observed(number).to(dtype).float()
 
-        value = _call(node, values, seen=round_)
-        seen(value, result=last)
+        value = _call(node, values, between=round_)
+        observed(value, result=last)
         leaves = not inside or any(self.operations.of.get(user) is not operation for user in node.users)
         return value.to(dtype).float() if leaves else value
 
@@ -174,23 +173,23 @@ class Simulation:
         return values[result]
 
 
-def _call(node: fx.Node, values: Values, seen: Callable[[Tensor], Tensor] = lambda number: number) -> Any:
-    """Run one node in FP32; ``seen`` is given what a half-precision kernel would hold meanwhile, and may round it."""
+def _call(node: fx.Node, values: Values, between: Callable[[Tensor], Tensor] = lambda number: number) -> Any:
+    """Run one node in FP32; ``between`` gets the intermediate values of a half-precision kernel, and may round them."""
     if is_cast(node):
         return values[node.all_input_nodes[0]]
     args: Any = fx.node.map_arg(node.args, lambda argument: values[argument])
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda argument: values[argument])
 
     if node.target == aten.linear.default and len(args) == 3:
-        return seen(aten.linear.default(*args[:2])) + args[2]
+        return between(aten.linear.default(*args[:2])) + args[2]
     if node.target == aten.layer_norm.default:
-        return _layer_norm(*args, between=seen)
+        return _layer_norm(*args, between=between)
     target: Any = node.target
     return target(*args, **kwargs)
 
 
 def _attend(context: fx.Node, values: Values) -> Tensor:
-    """Compute an attention that `decompose_attention` spelled out, from its queries, keys and values."""
+    """Compute an attention that `decompose_attention` spelled out in one call, from its queries, keys and values."""
     shares, value = context.all_input_nodes
     scaled, transposed = shares.all_input_nodes[0].all_input_nodes
     (query,), (key,), scale = scaled.all_input_nodes, transposed.all_input_nodes, scaled.args[1]

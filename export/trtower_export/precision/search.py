@@ -1,9 +1,9 @@
 """Search for the fewest operations of a half-precision tower that must stay in FP32.
 
-The search judges simulations by the very bounds of the check, and ends with a set of which none can be left out.
-That is the smallest by inclusion; another set of fewer operations may exist, but nobody would look at all of them.
-What does not fit FP16 is kept in FP32 and not in BF16, which rounds eight times coarser than FP16 and which Turing
-does not have; an operation or two in FP32 cost little.
+The search judges simulations by the bounds of the check, and ends with a set from which no operation can be removed.
+A different set with fewer operations may exist, but there are too many sets to try them all.
+Operations that do not fit FP16 are kept in FP32 and not in BF16, because BF16 rounds eight times coarser than FP16 and
+Turing does not have it. An operation or two in FP32 cost little.
 """
 
 import copy
@@ -24,7 +24,7 @@ from trtower_export.precision.metrics import MetricSums
 from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 MONOTONOUS = ("non_finite", "token_cosine_min")
-"""Bounds that one image can miss for all."""
+"""Bounds that are missed as soon as one image misses them."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class _Case:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trials:
-    """A simulation of FP16 that is judged by the bounds of the check, on every image or until one misses them.
+    """A simulation of FP16, judged by the bounds of the check on every image, or until one image misses them.
 
-    ``own`` is PyTorch's own error, by the kind of the images; ``fixed`` are operations that stay in FP32 in any case.
+    ``own`` is PyTorch's own error for each kind of images. ``fixed`` are operations that stay in FP32 in any case.
     """
 
     simulation: Simulation
@@ -47,14 +47,14 @@ class _Trials:
     fixed: Collection[str]
 
     def hold(self, kept: Collection[str]) -> bool:
-        """Whether the bounds hold with these operations in FP32."""
+        """Return whether the bounds hold with the operations in ``kept`` in FP32."""
         rounded = set(self.simulation.operations.names).difference(kept, self.fixed)
         sums = {kind: MetricSums() for kind in self.own}
         for index, case in enumerate(self.cases):
             output = self.simulation.run(case.pixel_values.half().float(), rounded=rounded)
             error = MetricSums.of(output.half().float(), case.reference)
             if not all(bound.holds for bound in self._bounds({case.kind: error}) if bound.figure in MONOTONOUS):
-                self.cases.insert(0, self.cases.pop(index))  # where it ends the next trial early
+                self.cases.insert(0, self.cases.pop(index))  # tried first next time, to end a bad trial early
                 return False
             sums[case.kind].add(error)
         return all(bound.holds for bound in self._bounds(sums))
@@ -72,20 +72,20 @@ def find_islands(
     *,
     always: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Find the fewest operations that must stay in FP32 for the bounds of FP16 to hold on ``images``.
+    """Return the fewest operations that must stay in FP32 for FP16 to meet its bounds on ``images``.
 
-    These are (1, 3, S, S), by what bounds call them: "photograph", "drawn". ``always`` are patterns of operations that
-    stay in FP32 whatever is found. Raises BuildError if the bounds are missed with every operation in FP32, as when the
-    state that is read is itself too large for FP16.
+    Images are (1, 3, S, S), by kind: "photograph", "drawn". ``always`` are patterns of operations that stay in FP32 in
+    any case. Raises BuildError if the bounds are missed even with every operation in FP32, for example because the
+    hidden state itself is too large for FP16.
     """
     trials = _prepare_trials(tower, spec, images, always, progress)
     names = trials.simulation.operations.names
-    with progress.step("Search for what must stay in FP32") as step:
+    with progress.step("Search for operations that must stay in FP32") as step:
         step.update(0.0, "all in FP16")
         kept: list[str] = []
         if not trials.hold(kept):
             kept = _find_enough(trials, tower, step)
-            step.update(0.2, f"which of {len(kept)} can go")
+            step.update(0.2, f"{len(kept)} are enough; trying fewer")
             kept = _least(kept, trials.hold)
     return tuple(name for name in names if name in trials.fixed or name in kept)
 
@@ -97,7 +97,7 @@ def _prepare_trials(
     always: Sequence[str],
     progress: Progress,
 ) -> _Trials:
-    """Run PyTorch in FP32, which is the reference, and in FP16, which may be as wrong as the bounds allow."""
+    """Run PyTorch in FP32 for the reference, and in FP16 for its own error, which one bound is relative to."""
     cases: list[_Case] = []
     own = {kind: MetricSums() for kind in images}
     count = sum(map(len, images.values()))
@@ -113,7 +113,7 @@ def _prepare_trials(
 
 
 def _find_enough(trials: _Trials, tower: nn.Module, step: Step) -> list[str]:
-    """Find operations with which the bounds hold: those that overflow, and as many more as it takes."""
+    """Return enough operations for the bounds to hold: those that overflow, and as many more as needed."""
     simulation, cases = trials.simulation, trials.cases
     extremes = Extremes()
     extremes.observe_weights(simulation.operations, named_weights(tower))
@@ -122,18 +122,18 @@ def _find_enough(trials: _Trials, tower: nn.Module, step: Step) -> list[str]:
     kept = extremes.overflowing(simulation.operations)
     if trials.hold(kept):
         return kept
-    step.update(0.1, "what rounds worst")
+    step.update(0.1, "operations with the largest error")
     names = simulation.operations.names
     if not trials.hold(names):
-        raise BuildError(f"the bounds of FP16 are missed with every operation in FP32: {_why(cases)}")
+        raise BuildError(f"FP16 misses its bounds even with every operation in FP32: {_why(cases)}")
     ranked = _worst_first(simulation, cases[0].pixel_values, set(names) - set(kept))
     return kept + _shortest(ranked, lambda more: trials.hold([*kept, *more]))
 
 
 def _why(cases: Sequence[_Case]) -> str:
     if any(float(case.reference.abs().max()) > FP16_RANGE.max for case in cases):
-        return "the hidden state that is read does not fit. Export with --precision bf16, whose range is FP32's."
-    return "rounding pixels and features is too much for this tower already. Export with --precision fp32."
+        return "the hidden state is too large for FP16. Export with --precision bf16, which has the range of FP32."
+    return "rounding the pixels and features is already too much. Export with --precision fp32."
 
 
 def _worst_first(simulation: Simulation, pixel_values: Tensor, names: Collection[str]) -> list[str]:
@@ -145,13 +145,13 @@ def _worst_first(simulation: Simulation, pixel_values: Tensor, names: Collection
 
 
 def _shortest(ranked: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
-    """Find a beginning of ``ranked`` that holds, of which the whole does: the shortest, as far as more never hurts."""
+    """Return a prefix of ``ranked`` that holds, if all of it does. It is the shortest one if more never hurts."""
     enough = bisect_left(range(len(ranked)), True, lo=1, key=lambda count: holds(ranked[:count]))
     return ranked[:enough]
 
 
 def _least(kept: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
-    """Leave out whatever can be, until nothing more can: what must stay beside others need not without them."""
+    """Remove operations until none can go. Errors may cancel, so one that was needed beside others can go later."""
     before: list[str] = []
     while kept != before:
         before = list(kept)

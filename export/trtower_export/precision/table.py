@@ -1,4 +1,4 @@
-"""Show what the doctor found as a table."""
+"""Print the doctor's findings as a table."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from trtower_export.precision.rounding import FP16_RANGE
 
 
 def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> None:
-    """Print every operation, or of the same one in all layers the worst of each figure.
+    """Print one row per operation if ``every``, else one row for all layers, with the worst of each figure.
 
-    Then what FP16 cannot hold, and what costs most.
+    Below, name the operations that FP16 cannot hold, and those with the largest error.
     """
     measured = [precision for precision in HALVES if any(precision in each.error for each in diagnosis.operations)]
     print_whole(console, _table(diagnosis.operations, measured, every=every))
@@ -25,8 +25,8 @@ def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> 
 
 
 def _table(operations: Sequence[OperationFigures], measured: Sequence[str], *, every: bool) -> Table:
-    alone = [f"alone, {precision.upper()}" for precision in measured]
-    table = new_table("operation", "largest", "headroom", "overflow", "subnormal", *alone, left=("operation",))
+    errors = [f"{precision.upper()} error" for precision in measured]
+    table = new_table("operation", "largest", "headroom", "overflow", "subnormal", *errors, left=("operation",))
     parts: dict[str, list[OperationFigures]] = {}
     for operation in operations:
         general = f"layers.*.{operation.part}" if operation.layer is not None else operation.name
@@ -46,24 +46,24 @@ def _table(operations: Sequence[OperationFigures], measured: Sequence[str], *, e
 
 
 def _notes(diagnosis: Diagnosis, measured: Sequence[str], *, every: bool) -> Iterator[str]:
-    """Say what the columns are, what FP16 cannot hold, and what costs most of its error."""
+    """Explain the columns, then name what FP16 cannot hold and the largest errors in FP16."""
     images = ", ".join(diagnosis.error_images)
-    alone = f"; alone: the error at the output when it alone rounds, on {images}" if images else ""
+    error = f"; error: at the output when only this operation rounds, on {images}" if images else ""
     yield (
-        f"largest: of all that it computes on {len(diagnosis.images)} images, sums of squares included"
-        f"{'' if every else ', @layer'}; subnormal: results below {FP16_RANGE.smallest_normal:.2g}, where FP16 loses "
-        f"digits{alone}"
+        f"largest: magnitude of any value on {len(diagnosis.images)} images, sums of squares included"
+        f"{'' if every else '; @N: in layer N'}; subnormal: share of results below {FP16_RANGE.smallest_normal:.2g}, "
+        f"where FP16 loses digits{error}"
     )
     if diagnosis.overflowing:
         yield f"beyond FP16's {FP16_RANGE.max:.0f}: {', '.join(diagnosis.overflowing)}"
     else:
         tightest = max(diagnosis.operations, key=lambda each: each.largest)
-        room = f"the tightest is {tightest.name}, with {_headroom(tightest)} times as much room"
-        yield f"nothing is beyond FP16's {FP16_RANGE.max:.0f}; {room}"
+        closest = f"the closest is {tightest.name}, with {_headroom(tightest)}x headroom"
+        yield f"nothing is beyond FP16's {FP16_RANGE.max:.0f}; {closest}"
     if "fp16" in measured:
         costly = sorted(diagnosis.operations, key=lambda each: _error(each, "fp16"), reverse=True)[:3]
-        says = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
-        yield f"most of the error of FP16: {says}"
+        errors = ", ".join(f"{each.name} ({describe_figure(each.error['fp16'])})" for each in costly)
+        yield f"largest errors in FP16: {errors}"
 
 
 def _headroom(operation: OperationFigures) -> str:

@@ -295,7 +295,7 @@ def test_checkpoint_that_is_not_finite_in_fp32_is_sent_to_the_doctor_in_one_line
     assert Bundle.open(bundle.path).manifest.certificate is None
     assert run(["doctor", str(infinite), "--images", str(folder)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite in FP32 already: layers.2.mlp." in line
+    assert "not finite even in FP32: layers.2.mlp." in line
 
 
 def test_check_without_a_gpu_says_so(checkable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,7 +272,7 @@ def test_panel_of_errors_is_left_out_where_none_was_measured() -> None:
     titles = [[axes.get_title(loc="left") for axes in drawn.panels] for drawn in (measured, bare)]
     assert titles[0] == [
         "Largest magnitude, as a share of FP16's 65 504",
-        "Error at the output, this operation alone in FP16",
+        "Error at the output, only this operation in FP16",
     ]
     assert titles[1] == titles[0][:1]
     assert bare.pixels.shape[1] < 0.7 * measured.pixels.shape[1]

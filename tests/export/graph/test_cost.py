@@ -1,4 +1,4 @@
-"""What is said of a cut is true: full towers are counted in PyTorch, cut ones in the file, and the two agree."""
+"""The reported cost of a cut is true: full towers are counted in PyTorch, cut ones in the file, and both agree."""
 
 import gc
 import weakref
@@ -47,19 +47,19 @@ TOWERS = [
 attention."""
 
 TOLERANCE = 1e-3
-"""The table is rounded to a tenth of a GFLOP: 0.03 % of the least."""
+"""The table is rounded to a tenth of a GFLOP: 0.03 % of the smallest value."""
 
 MORE = ("siglip", "siglip2", "aimv2", "aimv2-native")
-"""Full towers with more than layers: a head that pools, or positions that are computed for each image."""
+"""Full towers that are more than layers: with a pooling head, or positions that are computed for each image."""
 
 RESIZED = IMAGE_SIZE + PATCH_SIZE
 
 FILES = [*((family.name, "fp16") for family in FAMILIES), ("clip", "fp32"), ("dinov2", "fp32"), ("dinov3_vit", "fp32")]
-"""In FP16, opset 23, with an Attention node a layer; in FP32, opset 20, without."""
+"""FP16 is opset 23, with one Attention node per layer. FP32 is opset 20, without Attention nodes."""
 
 
 def on_meta(config: Any) -> tuple[Any, Family]:
-    """Make a full-size model without weights."""
+    """Return a full-size model without weights, and its family."""
     family = family_of(config.model_type)
     with torch.device("meta"):
         model = getattr(transformers, family.model_class)._from_config(config, attn_implementation="sdpa")
@@ -67,7 +67,7 @@ def on_meta(config: Any) -> tuple[Any, Family]:
 
 
 def hollow(module: nn.Module, dtype: torch.dtype) -> Any:
-    """Give a module on the meta device weights that take no memory: one number each, seen in the weight's shape."""
+    """Set weights that take no memory in a module on the meta device: one number, expanded to the weight's shape."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             halves = torch.full((), 0.5, dtype=dtype).expand(parameter.shape)
@@ -78,14 +78,14 @@ def hollow(module: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def count(tower: nn.Module, spec: TowerSpec) -> TowerCost:
-    """Count a cut tower in PyTorch, tables that were computed for its size among its parameters."""
+    """Count a cut tower in PyTorch; its parameters include tables that were computed for its size."""
     floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
     parameters = sum(tensor.numel() for tensor in floats)
     return TowerCost(layers=spec.depth, parameters=parameters, flop=count_flop(tower, spec.image_size))
 
 
 def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch: BatchProfile = BATCH) -> TowerCost:
-    """Write a cut tower, and count it as an export does; the file's own operators must cost the FLOP."""
+    """Write a cut tower, and count it as an export does. The operators in the file must have the same FLOP."""
     flop = count_flop(tower, spec.image_size)
     program = trace(tower, spec.input(precision), batch)
     write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
@@ -115,7 +115,7 @@ def test_cut_tower_costs_what_its_architecture_says(
     ("config", "extent"),
     [
         (CLIP_L_336, (24, 303_507_456, 381.9)),
-        (SIGLIP_384, (27, 428_225_600, 670.3)),  # 666.5 of the layers, and the pooling head
+        (SIGLIP_384, (27, 428_225_600, 670.3)),  # 666.5 for the layers; the rest is the pooling head
         (DINOV2_L_518, (24, 304_368_640, 1013.6)),
     ],
     ids=["clip", "siglip", "dinov2"],
@@ -139,7 +139,7 @@ def test_full_tower_of_every_family_is_counted(name: str) -> None:
 def test_full_tower_is_counted_at_the_size_of_the_engine() -> None:
     other, same = (measure_module(*on_meta(config), 224) for config in (CLIP_L_336, CLIP_L_224))
     assert other.flop == same.flop
-    assert other.parameters - same.parameters == (24**2 - 16**2) * 1024  # position embeddings, as they were loaded
+    assert other.parameters - same.parameters == (24**2 - 16**2) * 1024  # position embeddings, as loaded
 
 
 def test_measuring_keeps_nothing_of_the_weights() -> None:
@@ -163,7 +163,7 @@ def test_file_holds_and_costs_exactly_what_the_modules_do(name: str, precision: 
 def test_equal_vectors_that_are_stored_once_count_each_time(tmp_path: Path) -> None:
     model = make_model("clip")
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # as transformers draws them
+        if parameter.ndim == 1:  # as transformers initialises them
             parameter.data.fill_(float("norm" in name and name.endswith("weight")))
     tower, spec = cut(model)
     counted = count(tower, spec)
@@ -178,7 +178,7 @@ def test_batch_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_one_layer_too_many_is_seen_in_every_figure(precision: str, tmp_path: Path) -> None:
+def test_one_layer_too_many_shows_in_every_figure(precision: str, tmp_path: Path) -> None:
     right, wrong = (write(*cut(make_model("clip"), layer), precision, tmp_path) for layer in (-2, -1))
     tower, _ = cut(make_model("clip"))
     assert wrong.layers == right.layers + 1
@@ -194,7 +194,7 @@ def test_export_refuses_a_tower_that_was_cut_elsewhere(
         export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(flavour="none", check=False))
 
 
-def test_manifest_says_what_the_file_says(clip_bundle: Path) -> None:
+def test_manifest_agrees_with_the_file(clip_bundle: Path) -> None:
     bundle = Bundle.open(clip_bundle)
     model = make_model("clip")
     flop = flop_of(bundle.path / GRAPH)
@@ -202,8 +202,8 @@ def test_manifest_says_what_the_file_says(clip_bundle: Path) -> None:
     assert bundle.manifest.full == measure_module(model, family_of(model.config.model_type), IMAGE_SIZE)
 
 
-def test_operator_that_nobody_has_counted_before_fails_no_export(tmp_path: Path) -> None:
-    """The cost is a line of prose; its counter once had a table of operators."""
+def test_unknown_operator_does_not_fail_an_export(tmp_path: Path) -> None:
+    """The cost is only a line of text; its counter once failed on operators missing from a table."""
     body = 'y = Einsum <equation = "bchw,wo->bcho"> (x, v) z = com.example.Work (y, v)'
     opsets = '["": 23, "com.example": 1]'
     model = onnx.parser.parse_model(
@@ -235,7 +235,7 @@ def test_file_of_full_size_costs_what_its_architecture_says(
 
 
 def write_full_size(config: Any, layer: int, precision: str, folder: Path) -> TowerCost:
-    """Write a full-size tower of weights that take no memory; the file must agree with the modules."""
+    """Write a full-size tower with weights that take no memory. The file must agree with the modules."""
     model, family = on_meta(config)
     spec = family.spec(config, layer, "patch")
     dtype = getattr(torch, spec.input(precision).dtype)

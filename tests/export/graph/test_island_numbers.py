@@ -1,4 +1,4 @@
-"""What is kept in FP32 computes in FP32, and all else as it was simulated: number by number, for every family."""
+"""Kept operations compute in FP32, and all others as simulated: number by number, for every family."""
 
 import copy
 from collections.abc import Callable, Collection
@@ -30,21 +30,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = BatchProfile(min=1, opt=1, max=2)
 
 ALONE = ("norm1", "layernorm_before", "scores", "residual1", "q_norm")
-"""Parts that compute alike in a simulation and in PyTorch; a linear layer rounds its product before its bias here."""
+"""Parts that compute alike in a simulation and in PyTorch. A linear layer does not: only the simulation rounds its
+product before the bias."""
 
 AGREE = 0.5
-"""What separates a graph from its simulation, over the error of either. Numbers near the middle of two halves go
-the other way now and then: 0.0 to 0.36 was measured, and 1.0 is what two kinds of rounding make."""
+"""The difference between a graph and its simulation, over the error of either. Numbers near the middle of two halves
+sometimes round the other way: 0.0 to 0.36 was measured. Two kinds of rounding make 1.0."""
 
 KEPT = 5e-5
-"""Where everything is in FP32 only the output is rounded, and seldom the other way: by half an ULP of 5e-4 more or less
-for one value in a hundred. Up to 3.0e-5 was measured; rounding one operation alone makes 1e-4 and more."""
+"""If everything is in FP32, only the output is rounded, and seldom the other way: by half an ULP of 5e-4 for one value
+in a hundred. Up to 3.0e-5 was measured; rounding only one operation makes 1e-4 or more."""
 
 SPREAD = (0.6, 1.5)
-"""An error over that of the simulation, where roundings are many and fall differently: 0.83 to 1.15 was measured."""
+"""An error over that of the simulation, if many roundings fall differently: 0.83 to 1.15 was measured."""
 
 SMALL = 4096
-"""Bytes. FP32 copies of what elementwise readers read are at most this large; a matrix here has 16384."""
+"""The largest FP32 copy, in bytes, of a weight that elementwise operations read; a matrix here has 16384."""
 
 
 @cache
@@ -54,7 +55,7 @@ def traced(name: str, precision: str = "fp16") -> ExportedProgram:
 
 
 def retype(name: str, kept: Collection[str], precision: str = "fp16") -> ExportedProgram:
-    """Give a copy of the traced tower with ``kept`` in FP32."""
+    """Return a copy of the traced tower with ``kept`` in FP32."""
     program = copy.deepcopy(traced(name, precision))
     keep_fp32(program, kept, named_weights(cut(name)[0]))
     return program
@@ -65,7 +66,7 @@ Write = Callable[[str, Collection[str]], Path]
 
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """Give graphs by tower and what it keeps; each is written once."""
+    """Return a function that writes the graph of a tower with kept operations; each is written once."""
 
     @cache
     def get(name: str, kept: tuple[str, ...]) -> Path:
@@ -104,8 +105,8 @@ def test_tower_kept_whole_differs_from_fp32_by_the_rounding_of_its_output(name: 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_operation_that_rounds_among_kept_ones_computes_what_was_simulated(name: str) -> None:
-    """The output, FP16 as it is, is compared before it is rounded: the last sum is FP32 among the kept."""
+def test_single_rounding_operation_computes_what_was_simulated(name: str) -> None:
+    """The last sum is among the kept operations in FP32, so it is only rounded to the FP16 of the output."""
     names = operations(name).names
     tried = 0
     for alone in (each for each in names if each.startswith("layers.1.") and each.endswith(ALONE)):
@@ -136,11 +137,11 @@ def islands_of(name: str) -> dict[str, tuple[str, ...]]:
         "layer": ["layers.1"],
         "last": [found.names[-1]],
     }
-    return {island: found.match(wanted) for island, wanted in patterns.items()}
+    return {island: found.match(names) for island, names in patterns.items()}
 
 
 def several(name: str) -> tuple[str, ...]:
-    """Give islands of every kind but the whole layer."""
+    """Return islands of every kind except the whole layer."""
     islands = islands_of(name)
     kinds = ("linear", "norms", "scores", "residuals", "stem")
     return operations(name).match([each for kind in kinds for each in islands[kind]])
@@ -162,7 +163,7 @@ def test_island_of_any_kind_errs_as_was_simulated(name: str, island: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov3_vit", "internvl_vision-rms"])
-def test_islands_lie_in_a_graph_of_bf16_too(name: str) -> None:
+def test_islands_work_in_a_bf16_graph_too(name: str) -> None:
     found = compute(retype(name, operations(name).names, "bf16"), torch.bfloat16)
     assert relative_error(found, exact(name, 2, torch.bfloat16).bfloat16().float()) < 8 * KEPT  # 3 bits fewer
 
@@ -189,7 +190,7 @@ def initialisers(path: Path, kind: int) -> list[np.ndarray]:
 
 
 def as_bytes(array: np.ndarray | Tensor) -> bytes:
-    """Spell a weight out whichever way round it lies, and whatever axes of 1 it has."""
+    """Return the bytes of a weight, the same for its transpose and whatever axes of size 1 it has."""
     values = np.squeeze(array.detach().numpy() if isinstance(array, Tensor) else array)
     flat = np.ascontiguousarray(values).tobytes(), np.ascontiguousarray(values.T).tobytes()
     return min(flat)
@@ -210,13 +211,13 @@ def test_fp32_weights_are_the_kept_ones_bit_for_bit_and_copies_of_small_ones(wri
     wide = {as_bytes(array): array.nbytes for array in initialisers(path, TensorProto.FLOAT)}
     assert expected <= wide.keys()
     others = wide.keys() - expected
-    assert others <= half  # of what an elementwise reader reads: the half, as FP32
+    assert others <= half  # weights of elementwise readers: half precision, stored as FP32
     assert all(wide[other] <= SMALL for other in others)
     assert len(initialisers(path, TensorProto.FLOAT16)) > 10
 
 
 def test_weights_of_readers_of_fp32_are_the_rounded_ones(write: Write) -> None:
-    """The layer scale behind a kept projection computes in FP32, with the lambda that FP16 has of it."""
+    """The layer scale after a kept projection computes in FP32, with its lambda as rounded to FP16."""
     weights = named_weights(cut("dinov2")[0])
     path = write("dinov2", [dinov2("layers.1.attention.o_proj")])
     wide = {as_bytes(array) for array in initialisers(path, TensorProto.FLOAT)}
@@ -236,7 +237,7 @@ def test_nothing_kept_leaves_the_program_as_it_was() -> None:
         assert torch.equal(compute(after), compute(before))
 
 
-def test_no_weight_but_the_kept_is_retyped_and_the_tower_is_left_alone() -> None:
+def test_only_kept_weights_are_retyped_and_the_tower_does_not_change() -> None:
     tower, _ = cut("clip")
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     program = retype("clip", ["layers.1.mlp.fc1"])
@@ -247,7 +248,7 @@ def test_no_weight_but_the_kept_is_retyped_and_the_tower_is_left_alone() -> None
     assert all(value.dtype != torch.float16 for value in tower.state_dict().values())
 
 
-def test_attention_is_spelled_out_in_the_layer_that_is_kept_and_fused_in_the_others(write: Write) -> None:
+def test_attention_is_spelled_out_in_kept_layers_and_fused_in_the_others(write: Write) -> None:
     path = write("clip", ["layers.0.self_attn.context", "layers.2.self_attn.scores"])
     graph = onnx.load(path, load_external_data=False).graph
     fused = [node.name for node in graph.node if node.op_type == "Attention"]
@@ -258,7 +259,7 @@ def test_attention_is_spelled_out_in_the_layer_that_is_kept_and_fused_in_the_oth
 
 
 @pytest.mark.parametrize("name", ["clip", "internvl_vision-rms"])
-def test_islands_change_neither_what_is_counted_of_a_tower_nor_its_contract(write: Write, name: str) -> None:
+def test_islands_change_neither_the_cost_of_a_tower_nor_its_contract(write: Write, name: str) -> None:
     plain, kept = write(name, ()), write(name, several(name))
     assert measure_graph(kept, flop_of(kept)) == measure_graph(plain, flop_of(plain))
     assert contract_of(kept) == contract_of(plain)

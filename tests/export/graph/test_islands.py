@@ -1,4 +1,4 @@
-"""What is kept in FP32 is in FP32 in the graph, and nothing else is."""
+"""Kept operations are in FP32 in the graph, and nothing else is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +37,9 @@ def test_weight_that_layers_share_stays_half_unless_all_keep_it(tmp_path: Path) 
 
 
 def test_pattern_that_matches_nothing_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'layers.0.mlp.fc9' is no operation of this tower; .*layers\.0\.mlp\.fc1"):
+    with pytest.raises(ConfigError, match=r"'layers.0.mlp.fc9' is not an operation of this .*layers\.0\.mlp\.fc1"):
         write("clip", ["layers.0.mlp.fc9"], tmp_path)
-    with pytest.raises(ConfigError, match=r"'layers.9' is no operation"):
+    with pytest.raises(ConfigError, match=r"'layers.9' is not an operation"):
         write("clip", ["layers.9"], tmp_path)
 
 

@@ -40,7 +40,7 @@ def test_precision_lives_in_the_graph(export: Callable[..., Path], family: str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_has_one_attention_node_a_layer(export: Callable[..., Path], family: str) -> None:
+def test_half_precision_has_one_attention_node_per_layer(export: Callable[..., Path], family: str) -> None:
     graph = onnx.load(export(family, flavour="none") / GRAPH, load_external_data=False).graph
     assert sum(node.op_type == "Attention" for node in graph.node) == NUM_LAYERS - 1
 
@@ -60,7 +60,7 @@ def test_no_weight_of_a_dead_layer_is_in_the_file(checkpoints: dict[str, Path], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_says_nothing_of_the_machine_that_made_it(export: Callable[..., Path], family: str) -> None:
+def test_graph_holds_nothing_about_the_machine_that_wrote_it(export: Callable[..., Path], family: str) -> None:
     content = (export(family, flavour="none") / GRAPH).read_bytes()
     for word in (b"site-packages", b"trtower", b"transformers", b".py", b"/usr", b"/home", b"/tmp"):
         assert word not in content
@@ -99,7 +99,7 @@ def test_nodes_and_hidden_states_have_names(export: Callable[..., Path]) -> None
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_node_says_its_module_and_its_operator(export: Callable[..., Path], family: str, precision: str) -> None:
+def test_every_node_is_named_by_module_and_operator(export: Callable[..., Path], family: str, precision: str) -> None:
     graph = onnx.load(export(family, precision=precision, flavour="none") / GRAPH, load_external_data=False).graph
     for node in graph.node:
         assert re.fullmatch(rf"((stem|layers|final_norm)[\w.]*)?/{node.op_type}(_\d+)?", node.name)
@@ -112,7 +112,7 @@ def test_every_node_says_its_module_and_its_operator(export: Callable[..., Path]
     ("select_layer", "named", "output"),
     [(-2, 3, "layers.2/"), (-4, 1, "layers.0/"), ((-2, 0), 4, "/Concat"), (LAST, 5, "final_norm/")],
 )
-def test_hidden_state_bears_its_index_where_it_is_not_the_output(
+def test_hidden_state_is_named_by_its_index_unless_it_is_the_output(
     export: Callable[..., Path], select_layer: int | str | tuple[int, ...], named: int, output: str
 ) -> None:
     bundle = export("dinov2", select_layer=select_layer, flavour="none")
@@ -127,8 +127,8 @@ def test_hidden_state_bears_its_index_where_it_is_not_the_output(
         assert norm.input[0] == f"hidden_state.{index}"
 
 
-@pytest.mark.parametrize("name", ["clip", "dinov3_vit"])  # which rotates halves of its queries and keys
-def test_rule_that_is_left_out_would_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["clip", "dinov3_vit"])  # DINOv3 rotates halves of its queries and keys
+def test_disabled_rule_would_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = rewriter._DEFAULT_REWRITE_RULES
 
     def write(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""A tower of any family falls into operations that have names, hold all that computes, and can be asked for."""
+"""A tower of any family splits into named operations that cover every computation and can be matched by patterns."""
 
 import copy
 import re
@@ -22,7 +22,7 @@ NORMED = {name for name in MODELS if name.startswith(("siglip", "dinov", "aimv2"
 """Towers with a final norm before `last_hidden_state`."""
 
 RMS_NORMED = {"aimv2", "aimv2-native", "internvl_vision-rms"}
-"""Towers that leave half precision for a mean square, and come back."""
+"""Towers that compute a mean square in FP32, and return to half precision."""
 
 FC = ["mlp.fc1", "mlp.activation_fn", "mlp.fc2"]
 GATED = ["gate_proj", "act_fn", "up_proj", "mul", "down_proj"]
@@ -91,11 +91,11 @@ PARTS = {
         "residual2",
     ],
 }
-"""The parts of a layer in the order in which they run: transformers' own names, and ours for what has none there."""
+"""The parts of a layer in execution order: transformers' names, and our own for computations without one."""
 
 POINTWISE = {"add", "div", "embedding", "gelu", "mean", "mul", "neg", "pow", "rsqrt", "sigmoid", "silu", "sub"}
 ROUNDING = {"conv2d", "layer_norm", "linear", "matmul", "softmax"} | POINTWISE
-"""What changes numbers in these towers, written down here by hand; all else in a graph moves them."""
+"""Functions that change numbers in these towers, listed by hand; all others in a graph move them."""
 
 
 def by_layer(name: str) -> dict[int | None, list[str]]:
@@ -117,7 +117,7 @@ def test_every_layer_has_the_same_parts_by_name_in_the_order_in_which_they_run(n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_name_is_its_layer_and_its_part_and_is_there_once(name: str) -> None:
+def test_a_name_is_unique_and_made_of_its_layer_and_its_part(name: str) -> None:
     found = operations(name)
     assert len(set(found.names)) == len(found) == len(found.names)
     for operation in found:
@@ -138,11 +138,11 @@ def test_names_of_modules_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_weight_of_the_tower_is_read_by_an_operation_that_says_so(name: str) -> None:
+def test_every_weight_of_the_tower_is_listed_by_an_operation(name: str) -> None:
     tower, _ = cut(name)
     found = operations(name)
     for module, operation in ((dict(tower.named_modules()).get(o.name), o) for o in found):
-        if module is not None:  # whatever it has itself, it reads
+        if module is not None:  # it reads every weight that it owns
             own = {f"{operation.name}.{weight}" for weight, _ in module.named_parameters()}
             assert own <= set(operation.weights)
     weights = named_weights(tower)
@@ -159,7 +159,7 @@ def test_every_computing_node_belongs_to_exactly_one_operation(name: str) -> Non
     owned = [node for operation in found for node in operation.nodes]
     assert len(owned) == len(set(owned)) == len(found.of)
     computing = {node for node in found.nodes if node.op == "call_function" and opname(node) in ROUNDING}
-    back = {  # model code that goes back from FP32, as an RMSNorm does
+    back = {  # casts back from FP32 in model code, as in an RMSNorm
         node
         for node in found.nodes
         if opname(node) == "to"
@@ -219,7 +219,7 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
-def test_attention_is_scaled_as_it_says_or_by_the_root_of_its_width(options: dict[str, float]) -> None:
+def test_attention_is_scaled_by_its_scale_or_by_the_root_of_its_width(options: dict[str, float]) -> None:
     tensor = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, 14, 14))
     program = trace(Attending(**options), tensor, BATCH)
     decompose_attention(program.graph_module.graph)
@@ -241,7 +241,7 @@ def test_attention_with_a_mask_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "dinov3_vit"])
 def test_layer_in_the_middle_of_several_that_are_read_keeps_its_names(name: str) -> None:
-    """States that are concatenated for reading are moved, not computed: no operation is added or renamed."""
+    """Concatenating states only moves them, so no operation is added or renamed."""
     tower, spec = cut(name)
     several = type(spec)(**{**vars(spec), "layers": (2, 0, *spec.layers)})
     tower = copy.copy(tower)
@@ -250,11 +250,11 @@ def test_layer_in_the_middle_of_several_that_are_read_keeps_its_names(name: str)
     assert found.names == operations(name).names
 
 
-def test_name_is_found() -> None:
+def test_pattern_may_be_a_name() -> None:
     assert operations("clip").match(["layers.2.mlp.fc1"]) == ("layers.2.mlp.fc1",)
 
 
-def test_module_stands_for_all_inside_it() -> None:
+def test_pattern_of_a_module_matches_everything_inside_it() -> None:
     found = operations("clip")
     assert found.match(["layers.3.mlp"]) == tuple(f"layers.3.{part}" for part in FC)
     assert found.match(["layers.3"]) == tuple(f"layers.3.{part}" for part in CLIP)
@@ -262,17 +262,17 @@ def test_module_stands_for_all_inside_it() -> None:
     assert found.match(["layers", "stem"]) == tuple(found.names)
 
 
-def test_star_stands_for_anything_within_one_part_of_a_name() -> None:
+def test_star_matches_anything_within_one_part_of_a_name() -> None:
     found = operations("clip")
     assert found.match(["layers.*.layer_norm1"]) == tuple(f"layers.{n}.layer_norm1" for n in range(NUM_LAYERS))
     assert found.match(["layers.1.self_attn.?_proj"]) == tuple(f"layers.1.self_attn.{p}_proj" for p in "qkv")
     assert found.match(["layers.1.layer_norm*"]) == ("layers.1.layer_norm1", "layers.1.layer_norm2")
     assert found.match(["*"]) == tuple(found.names)
-    with pytest.raises(ConfigError):  # it reaches over no dot
+    with pytest.raises(ConfigError):  # a star does not match a dot
         found.match(["layers.*fc1"])
 
 
-def test_several_patterns_are_matched_in_the_order_in_which_operations_run() -> None:
+def test_matches_of_several_patterns_are_in_execution_order() -> None:
     found = operations("clip").match(["layers.3.residual2", "layers.*.mlp.fc2", " layers.0 ", "layers.0.mlp.fc2"])
     assert found == (
         *(f"layers.0.{part}" for part in CLIP),
@@ -284,7 +284,7 @@ def test_several_patterns_are_matched_in_the_order_in_which_operations_run() -> 
     assert operations("clip").match([]) == ()
 
 
-def test_layer_is_not_found_by_the_beginning_of_its_number() -> None:
+def test_layer_1_does_not_match_layer_11() -> None:
     tower, _ = cut("clip")
     deep = copy.copy(tower)
     deep._modules = dict(tower._modules)
@@ -307,7 +307,7 @@ def test_layer_is_not_found_by_the_beginning_of_its_number() -> None:
         ("", ("nearest",)),
     ],
 )
-def test_pattern_that_matches_nothing_is_answered_with_the_nearest_names(
+def test_error_on_a_pattern_that_matches_nothing_lists_the_nearest_names(
     pattern: str, nearest: tuple[str, ...]
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(pattern))) as caught:
@@ -317,8 +317,8 @@ def test_pattern_that_matches_nothing_is_answered_with_the_nearest_names(
     assert "\n" not in str(caught.value)
 
 
-def test_nearest_names_are_each_said_once() -> None:
-    """Outside the layers a name and its general form are the same."""
+def test_each_nearest_name_is_listed_once() -> None:
+    """Outside the layers, a name and its general form are the same."""
     with pytest.raises(ConfigError) as caught:
         operations("dinov3_vit").match(["final"])
     assert str(caught.value).count("final_norm") == 1

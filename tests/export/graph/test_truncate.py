@@ -1,4 +1,4 @@
-"""An off-by-one in the layer cannot survive these, nor a tower that differs from transformers' in one bit."""
+"""Catch a layer that is off by one, and any bit that differs from transformers' tower."""
 
 import hashlib
 from functools import cache
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 UNNORMED = {name for name in MODELS if name.startswith(("clip", "metaclip_2", "internvl_vision"))} - {
     "internvl_vision-normed"
 }
-"""Where `last_hidden_state` is state L itself: CLIP norms only its CLS token, InternVL what it pools."""
+"""Towers whose `last_hidden_state` is state L itself: CLIP norms only its CLS token, InternVL only what it pools."""
 
 SIZES = (28, 56, 98, 50, 64)
-"""Smaller, larger, and much larger than IMAGE_SIZE; on its grid of patches without being it; on a grid beside."""
+"""Smaller, larger, and much larger than IMAGE_SIZE; then a size with the same grid of patches, and one with another."""
 
 ONE_SIZE, MULTIPLES = {"aimv2"}, {"siglip2"}
-"""Towers that take the config's size alone, and multiples of the patch alone."""
+"""Towers that accept only the config's size, and towers that accept only multiples of the patch."""
 
 RESIZES = [
     (name, size) for name in MODELS for size in SIZES if name not in ONE_SIZE and not (name in MULTIPLES and size % 14)
@@ -44,7 +44,7 @@ def pixels(image_size: int) -> Tensor:
 @cache
 @torch.no_grad()
 def states(name: str, image_size: int = IMAGE_SIZE) -> tuple[Tensor, ...]:
-    """Give transformers' own: hidden states 0 to L, then `last_hidden_state`."""
+    """Return transformers' own hidden states 0 to L, then `last_hidden_state`."""
     model, family = load(name)
     return family.read_states(model, pixels(image_size))
 
@@ -85,7 +85,7 @@ def test_several_layers_are_concatenated_in_order(name: str) -> None:
 @pytest.mark.parametrize("layer", [0, 2, LAST])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_states_on_the_way_are_transformers_own(name: str, layer: int | str) -> None:
+def test_states_before_the_last_equal_transformers_exactly(name: str, layer: int | str) -> None:
     model, family = load(name)
     tower = truncate(model, family, family.spec(model.config, layer, "patch"))
     found = tower.states(pixels(IMAGE_SIZE))
@@ -119,10 +119,10 @@ def test_the_model_stays_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("layer", [0, 2, NUM_LAYERS, LAST])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_tower_holds_what_its_layers_depend_on_and_no_more(name: str, layer: int | str) -> None:
-    """What autograd does not reach from transformers' state is dead: layers, mask tokens, heads, final norms."""
+def test_a_tower_holds_only_what_its_layers_depend_on(name: str, layer: int | str) -> None:
+    """Weights that autograd does not reach from transformers' state are dead: layers, mask tokens, heads, norms."""
     model, family = load(name)
-    model.requires_grad_()  # a tower cut from it before has taken that away
+    model.requires_grad_()  # cutting a tower earlier has turned it off
     spec = family.spec(model.config, layer, "patch")
     state = family.read_states(model, pixels(IMAGE_SIZE))[spec.layers[0]]
     weights = list(model.parameters())
@@ -137,7 +137,7 @@ def test_a_tower_holds_what_its_layers_depend_on_and_no_more(name: str, layer: i
 @pytest.mark.parametrize("name", MODELS)
 def test_prefix_tokens_come_first(name: str) -> None:
     model, family = load(name)
-    one, other = states(name)[0]  # of two images
+    one, other = states(name)[0]  # for two images
     prefix = family.spec(model.config, 0, "patch").num_prefix_tokens
     assert torch.equal(one[:prefix], other[:prefix])
     assert not any(map(torch.equal, one[prefix:], other[prefix:]))

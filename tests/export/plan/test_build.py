@@ -1,4 +1,4 @@
-"""Real TensorRT-RTX builds, which need no GPU."""
+"""Build plans with the real TensorRT-RTX, which needs no GPU for that."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_plan_holds_the_weights_in_the_precision_asked_for(export: Callable[..., Path], precision: str) -> None:
+def test_plan_holds_the_weights_in_the_requested_precision(export: Callable[..., Path], precision: str) -> None:
     bundle = export("clip", precision=precision)
     plan = next((bundle / "plans").glob("*.plan")).read_bytes()
     weights = [
@@ -58,7 +58,7 @@ def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Pa
         )
 
 
-def test_build_moves_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> None:
+def test_build_reports_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> None:
     manifest, recorder = Bundle.open(spoilt).manifest, Recorder()
     build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, recorder)
     fractions = [fraction for fraction, _ in recorder.updates]
@@ -75,7 +75,7 @@ def test_two_builds_give_the_same_bytes(spoilt: Path, tmp_path: Path) -> None:
 
 
 def test_interrupt_ends_a_build(spoilt: Path, tmp_path: Path) -> None:
-    """In a process of its own: where pytest-xdist runs tests beside the main thread, an interrupt is not theirs."""
+    """Run in its own process: pytest-xdist may run tests outside the main thread, where no interrupt arrives."""
     out = tmp_path / "out"
     out.mkdir()
     script = f"""
@@ -89,10 +89,10 @@ class Impatient:
     def update(self, fraction, note):
         os.kill(os.getpid(), signal.SIGINT)
 bundle = Bundle.open({str(spoilt)!r})
-given, profiles = bundle.manifest.input, bundle.manifest.profiles
+tensor, profiles = bundle.manifest.input, bundle.manifest.profiles
 try:
     target, out = Target(flavour="tensorrt-rtx"), Path({str(out)!r})
-    build_plan(bundle.path / GRAPH, target, given, profiles, out, Impatient())
+    build_plan(bundle.path / GRAPH, target, tensor, profiles, out, Impatient())
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -101,7 +101,7 @@ except KeyboardInterrupt:
     assert not (out / PLAN).exists()
 
 
-def test_refusal_comes_in_tensorrt_s_own_words(spoilt: Path, tmp_path: Path) -> None:
+def test_refusal_quotes_tensorrt(spoilt: Path, tmp_path: Path) -> None:
     model = onnx.load(spoilt / GRAPH)
     model.graph.node[0].op_type = "NoSuchOperation"
     onnx.save(model, tmp_path / GRAPH, save_as_external_data=True, location="tower.onnx.data", size_threshold=0)
@@ -112,7 +112,7 @@ def test_refusal_comes_in_tensorrt_s_own_words(spoilt: Path, tmp_path: Path) -> 
         )
 
 
-def test_build_adds_a_plan_that_the_bundle_vouches_for(export: Callable[..., Path], tmp_path: Path) -> None:
+def test_build_adds_a_plan_that_the_bundle_verifies(export: Callable[..., Path], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
     assert not Bundle.open(bundle).manifest.plans
     first = add_plan(Bundle.open(bundle), "tensorrt-rtx", ("8.9", "12.0"), LoggedProgress())
@@ -139,12 +139,12 @@ sys.exit(run(["build", {str(bundle)!r}]))
 
 
 def test_data_centre_path_builds_with_rtx_under_its_name(export: Callable[..., Path], tmp_path: Path) -> None:
-    """TensorRT itself cannot be installed here: its code path runs on TensorRT-RTX, renamed, and a pretended GPU."""
+    """Data-centre TensorRT is not available in tests: its code path runs on a renamed TensorRT-RTX and a fake GPU."""
     bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
     script = f"""
 import sys, tensorrt_rtx, torch
 tensorrt_rtx.__version__ = "11.4.0"
-sys.modules["tensorrt"] = tensorrt_rtx  # a fake: data-centre TensorRT was never run
+sys.modules["tensorrt"] = tensorrt_rtx  # a fake: this never runs data-centre TensorRT
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (8, 9)
 torch.cuda.get_device_name = lambda *_: "Fake GPU"
@@ -163,7 +163,7 @@ sys.exit(run(["build", {str(bundle)!r}, "--flavour", "tensorrt", "--compute-capa
 
 
 def test_plan_of_several_profiles_is_built(export: Callable[..., Path]) -> None:
-    """That they are in it only a GPU can tell: tests/gpu."""
+    """Only a GPU can show that both profiles are in it: see tests/gpu."""
     profiles = (BatchProfile(min=1, opt=1, max=1), BatchProfile(min=1, opt=4, max=8))
     manifest = Bundle.open(export("clip", profiles=profiles)).manifest
     assert manifest.profiles == profiles

@@ -1,4 +1,4 @@
-"""A plan is built once on a machine, whoever wants it, and nothing that is wrong with the store gets into a bundle."""
+"""A plan is built once on a machine, and no damage in the store gets into a bundle."""
 
 import errno
 import re
@@ -38,7 +38,7 @@ PATIENCE_S = 60
 
 
 class Recorder(LoggedProgress):
-    """Keeps what was said, and which steps were taken."""
+    """Records messages and the titles of steps."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -55,7 +55,7 @@ class Recorder(LoggedProgress):
 
 @pytest.fixture
 def bare(export: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
-    """Give copies of a bundle that has no plan."""
+    """Return a function that copies a bundle without a plan."""
     return lambda name: Path(shutil.copytree(export("clip", flavour="none"), tmp_path / name))
 
 
@@ -128,11 +128,11 @@ def test_log_of_the_build_is_kept_with_the_plan(bare: Callable[[str], Path], sto
         assert "Profile 0" in log
         assert "Finished engine building" in log
         assert "STRONGLY_TYPED" in log
-        assert "TF32" not in re.sub("Tactic.*", "", log)  # which would round what is kept in FP32 to FP16's ten bits
+        assert "TF32" not in re.sub("Tactic.*", "", log)  # TF32 would cut FP32 values to FP16's ten bits
 
 
 @pytest.mark.parametrize("damage", ["plan", "entry.json", "log"])
-def test_store_that_was_damaged_is_thrown_away_and_it_is_said(
+def test_damaged_plan_in_the_store_is_deleted_with_a_message(
     bare: Callable[[str], Path], store: Path, damage: str
 ) -> None:
     build(bare("a"), store)
@@ -141,12 +141,12 @@ def test_store_that_was_damaged_is_thrown_away_and_it_is_said(
     victim.write_bytes(victim.read_bytes()[:-9] + b"!")
     recorder = build(bare("b"), store)
     assert recorder.steps == ["Build the tensorrt-rtx plan"]
-    assert any("was cut short or altered: it is thrown away" in said for said in recorder.said)
+    assert any("is incomplete or altered: it is deleted" in said for said in recorder.said)
     assert (place / damage).stat().st_size > 0
 
 
 @pytest.mark.parametrize("written", ["null", "[]", "{}", '{"plan": 1}', "\xff"])
-def test_entry_that_is_none_is_thrown_away(bare: Callable[[str], Path], store: Path, written: str) -> None:
+def test_invalid_entry_is_deleted(bare: Callable[[str], Path], store: Path, written: str) -> None:
     build(bare("a"), store)
     (place,) = plans(store)
     (place / "entry.json").write_text(written, encoding="latin-1")
@@ -167,7 +167,7 @@ def test_bundles_share_no_file_with_each_other_or_with_the_store(bare: Callable[
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_graph_that_is_replaced_while_it_is_built_gets_into_no_store_and_no_bundle(
+def test_plan_of_a_graph_that_is_replaced_meanwhile_gets_into_no_store_and_no_bundle(
     bare: Callable[[str], Path],
     export: Callable[..., Path],
     store: Path,
@@ -225,7 +225,7 @@ def test_altered_graph_is_refused_though_its_plan_is_in_the_store(bare: Callable
 
 
 def replace_bundle(bundle: Path, other: Path) -> None:
-    """Put the files of another bundle in the place of a bundle's, as rsync does."""
+    """Replace a bundle's files by those of another bundle, as rsync does."""
     for path in sorted(other.rglob("*")):
         target = bundle / path.relative_to(other)
         if path.is_dir():
@@ -251,7 +251,7 @@ def test_bundle_that_cannot_be_written_is_refused_before_anything_is_built(
     bundle = bare("a")
     for sealed in (bundle, bundle.parent):
         monkeypatch.setattr(module.os, "access", lambda path, _, sealed=sealed: path != sealed)
-        with pytest.raises(BuildError, match=r"is read-only, and the plan of .* is written there"):
+        with pytest.raises(BuildError, match=r"is read-only, and adding a plan to .* writes there"):
             build(bundle, store)
     assert not store.exists()
     link = bundle.parent.parent / f"{bundle.parent.name}-link"
@@ -283,10 +283,10 @@ def test_two_processes_build_once(bare: Callable[[str], Path], store: Path) -> N
     assert [process.returncode for process in running] == [0, 0, 0], said
     assert sum("Build the tensorrt-rtx plan" in each for each in said) == 1
     assert sum("was built here on" in each for each in said) == 2
-    assert not any("[I]" in each for each in said)  # which is in the log of the build
+    assert not any("[I]" in each for each in said)  # such lines go only to the log of the build
 
 
-def test_log_of_a_build_is_shown_where_it_is_asked_for(bare: Callable[[str], Path]) -> None:
+def test_verbose_shows_the_log_of_a_build(bare: Callable[[str], Path]) -> None:
     command = [sys.executable, "-c", BUILD.replace("'build'", "'--verbose', 'build'"), str(bare("a")), "--no-store"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "Finished engine building" in done.stderr
@@ -305,7 +305,7 @@ def test_two_processes_add_to_one_bundle(bare: Callable[[str], Path], store: Pat
     assert not Bundle.open(bundle).altered()
 
 
-def test_lock_of_a_process_that_died_holds_nobody(bare: Callable[[str], Path], store: Path) -> None:
+def test_lock_of_a_process_that_died_blocks_nobody(bare: Callable[[str], Path], store: Path) -> None:
     build(bare("a"), store)
     (lock,) = store.glob("*.lock")
     shutil.rmtree(lock.with_suffix(""))
@@ -323,7 +323,7 @@ def test_lock_of_a_process_that_died_holds_nobody(bare: Callable[[str], Path], s
     assert not staging.exists()
 
 
-def test_who_waits_for_another_process_says_so(bare: Callable[[str], Path], store: Path) -> None:
+def test_waiting_for_another_process_is_reported(bare: Callable[[str], Path], store: Path) -> None:
     build(bare("a"), store)
     (path,) = store.glob("*.lock")
     recorder = Recorder()
@@ -338,11 +338,11 @@ def test_who_waits_for_another_process_says_so(bare: Callable[[str], Path], stor
     recorder.say = say  # type: ignore[method-assign]
     start = time.monotonic()
     add_plan(Bundle.open(bare("b")), "tensorrt-rtx", (), recorder, store=store)
-    assert any("another process builds this very plan" in said for said in recorder.said)
+    assert any("another process is building this plan" in said for said in recorder.said)
     assert time.monotonic() - start < PATIENCE_S
 
 
-def test_store_that_cannot_be_written_names_the_way_out(bare: Callable[[str], Path], tmp_path: Path) -> None:
+def test_error_on_a_read_only_store_names_no_store(bare: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BuildError, match=r"cannot be written: .* Build with --no-store"):
         build(bare("a"), tmp_path / "file" / "store")
@@ -366,7 +366,7 @@ def test_disk_that_fills_during_a_build_leaves_bundle_and_store_as_they_were(
     assert {path.name for path in on_small_disk.iterdir()} <= {*(p.name for p in bundle.iterdir()), "plans"}
 
 
-def test_export_takes_what_is_in_the_store(checkpoints: dict[str, Path], tmp_path: Path, store: Path) -> None:
+def test_export_uses_a_plan_from_the_store(checkpoints: dict[str, Path], tmp_path: Path, store: Path) -> None:
     options = ExportOptions(check=False, store=store)
     recorders = [Recorder(), Recorder()]
     for name, recorder in zip(("a", "b"), recorders, strict=True):
@@ -377,7 +377,7 @@ def test_export_takes_what_is_in_the_store(checkpoints: dict[str, Path], tmp_pat
     assert manifests[0].plans[0].log in manifests[0].files
 
 
-def test_plan_with_other_settings_takes_the_place_of_the_first(bare: Callable[[str], Path], store: Path) -> None:
+def test_plan_with_other_settings_replaces_the_first(bare: Callable[[str], Path], store: Path) -> None:
     bundle = bare("a")
     build(bundle, store)
     build(bundle, store, settings=BuildSettings(workspace_mib=512, optimization_level=2))
@@ -396,33 +396,33 @@ def test_plan_with_other_settings_takes_the_place_of_the_first(bare: Callable[[s
         ({"optimization_level": 6}, "--optimization-level 6: 0 to 5"),
     ],
 )
-def test_setting_that_cannot_be_is_refused(settings: dict[str, int], message: str) -> None:
+def test_invalid_setting_is_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BuildSettings(**settings)
 
 
 def test_hardware_compatible_is_for_the_flavour_that_has_it() -> None:
-    with pytest.raises(ConfigError, match="--hardware-compatible is for flavour tensorrt"):
+    with pytest.raises(ConfigError, match="--hardware-compatible needs flavour tensorrt"):
         choose_target("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
 
 
 def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="--strip: TensorRT builds a plan without its weights where a GPU is"):
+    with pytest.raises(BackendError, match="--strip needs a GPU to build a plan without its weights"):
         choose_target("tensorrt-rtx", (), "fp16", BuildSettings(stripped=True))
 
 
 def test_settings_reach_tensorrt() -> None:
     tensorrt = pytest.importorskip("tensorrt_rtx")
-    asked = BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True)
-    assert _settings(asked, tensorrt) == {
+    settings = BuildSettings(workspace_mib=3, optimization_level=0, hardware_compatible=True, stripped=True)
+    assert _settings(settings, tensorrt) == {
         "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: 3 << 20},
         "builder_optimization_level": 0,
         "hardware_compatibility_level": tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS,
         "strip_plan": True,
         "refittable": True,
     }
-    assert not any(_settings(BuildSettings(), tensorrt).values())  # TensorRT's own
+    assert not any(_settings(BuildSettings(), tensorrt).values())  # TensorRT's defaults
 
 
 def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,18 +434,18 @@ def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyP
         for compatible in (True, False)
     ]
     assert [target.compute_capabilities for target in found if target] == [(), ("8.9",)]
-    with pytest.raises(ConfigError, match="--hardware-compatible is for flavour tensorrt, for every GPU"):
+    with pytest.raises(ConfigError, match="--hardware-compatible needs flavour tensorrt and no --compute-capability"):
         choose_target("tensorrt", ("8.9",), "fp16", BuildSettings(hardware_compatible=True))
 
 
-def test_plan_that_takes_the_place_of_another_says_so(
+def test_replacing_a_plan_is_reported(
     bare: Callable[[str], Path], store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = bare("a")
     build(bundle, store, settings=BuildSettings(optimization_level=1))
     said = build(bundle, store).said
-    assert said[-1] == "it takes the place of the plan that was built at optimization level 1"
-    assert not any("takes the place" in each for each in build(bundle, store).said)
+    assert said[-1] == "it replaces the plan that was built at optimization level 1"
+    assert not any("it replaces" in each for each in build(bundle, store).said)
     assert run(["inspect", str(bundle)]) == 0
     assert "built with TensorRT's own settings" in capsys.readouterr().out
 
@@ -461,7 +461,7 @@ def test_failed_build_is_one_line_on_the_terminal(bare: Callable[[str], Path]) -
     assert done.stderr.splitlines()[-1].startswith("error: tensorrt-rtx")
 
 
-def test_store_whose_lock_cannot_be_taken_names_the_way_out(
+def test_error_on_a_lock_that_cannot_be_taken_names_no_store(
     bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

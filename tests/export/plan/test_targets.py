@@ -1,4 +1,4 @@
-"""What a plan is built for is settled before any work, or one line says where it can be built."""
+"""The target of a plan is chosen before any work, or one line says where the plan can be built."""
 
 import re
 import sys
@@ -42,7 +42,7 @@ def test_compute_capability_is_read_as_people_write_it(written: tuple[str, ...],
 
 
 @pytest.mark.parametrize("written", ["", "h100", "8.9x", "8.65", "native", "-8.9", "1.0", "8.9,", "sm_10", "all"])
-def test_what_is_not_a_compute_capability_is_told_the_right_form(written: str) -> None:
+def test_error_on_a_wrong_compute_capability_shows_the_right_form(written: str) -> None:
     with pytest.raises(ConfigError, match=r"is not a compute capability; write it as in --compute-capability 8\.9"):
         read_capabilities((written,))
 
@@ -56,7 +56,7 @@ def test_number_without_its_point_is_not_guessed(written: str, meant: str) -> No
 @pytest.mark.parametrize("flavour", ["auto", "tensorrt-rtx"])
 @pytest.mark.parametrize("capability", sorted(ELSEWHERE, key=float))
 @pytest.mark.usefixtures("no_gpu")
-def test_gpu_that_tensorrt_rtx_does_not_support_has_a_way_out(capability: str, flavour: str) -> None:
+def test_error_on_a_gpu_without_tensorrt_rtx_names_an_alternative(capability: str, flavour: str) -> None:
     gpu, instead = ELSEWHERE[capability]
     there = "" if instead is TOO_OLD else r"; export with --flavour none, copy the bundle .*: trtower build BUNDLE"
     expected = (
@@ -67,13 +67,13 @@ def test_gpu_that_tensorrt_rtx_does_not_support_has_a_way_out(capability: str, f
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_way_out_does_not_wait_for_an_installation_that_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alternative_is_named_before_an_installation_that_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
     for flavour in ("auto", "tensorrt-rtx"):
         with pytest.raises(ConfigError, match="is Hopper, which TensorRT-RTX does not support"):
             choose_target(flavour, ("sm_90",), "fp16")
-    with pytest.raises(BackendError, match=r"builds on the GPU it runs on.*: export with --flavour none"):
+    with pytest.raises(BackendError, match=r"builds on the GPU that runs the plan.*: export with --flavour none"):
         choose_target("tensorrt", (), "fp16")
 
 
@@ -105,7 +105,7 @@ def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
     monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    with pytest.raises(ConfigError, match=r"here compute capability 8\.9, and not for 9\.0: export with --fl"):
+    with pytest.raises(ConfigError, match=r"of compute capability 8\.9, and not for 9\.0: export with --fl"):
         choose_target("tensorrt", ("90", "8.9"), "fp16")
     target, _ = choose_target("tensorrt", ("sm_89",), "fp16")
     assert target
@@ -113,12 +113,12 @@ def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_compute_capability_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'9\.9' is not one .* 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1 are"):
+    with pytest.raises(ConfigError, match=r"'9\.9'; choose 7\.5, 8\.0, 8\.6, 8\.9, 12\.0 or 12\.1\."):
         choose_target("tensorrt-rtx", ("9.9",), "fp16")
 
 
 def test_bf16_for_turing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* for 7\.5: use fp16"):
+    with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* 7\.5: .*--precision fp16"):
         choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
     assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
 
@@ -136,7 +136,7 @@ def test_targets_without_a_plan_contradict_each_other() -> None:
 def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
     monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="builds on the GPU it runs on"):
+    with pytest.raises(BackendError, match="builds on the GPU that runs the plan"):
         choose_target("tensorrt", (), "fp16")
 
 
@@ -156,7 +156,7 @@ def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
     ("capability", "capabilities", "said"),
     [((8, 9), (), ""), ((9, 0), (), "this GPU has 9.0"), ((8, 9), ("8.6",), "needs compute capability 8.6; this GPU")],
 )
-def test_plan_that_this_gpu_cannot_run_is_said_to_be_for_others(
+def test_reason_says_that_this_gpu_cannot_run_the_plan(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], capabilities: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
@@ -164,7 +164,7 @@ def test_plan_that_this_gpu_cannot_run_is_said_to_be_for_others(
     target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
     assert target
     assert said in reason
-    assert ("for other machines than this one" in reason) == bool(said)
+    assert ("cannot run on this machine" in reason) == bool(said)
 
 
 def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +172,16 @@ def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.M
         monkeypatch.setitem(sys.modules, module, None)
     target, reason = choose_target("auto", (), "fp16")
     assert target is None
-    assert "no plan is built, for want of a TensorRT" in reason
+    assert "no plan is built, because no TensorRT can build here" in reason
     assert how_to_install("trt-rtx-build") in reason
     with pytest.raises(MissingExtraError, match=re.escape(how_to_install("trt-rtx-build"))):
         choose_target("tensorrt-rtx", (), "fp16")
-    with pytest.raises(MissingExtraError, match="--compute-capability is for a plan, and no plan is built"):
+    with pytest.raises(MissingExtraError, match="--compute-capability is for a plan, but no plan is built"):
         choose_target("auto", ("8.9",), "fp16")
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_what_builds_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_polygraphy_is_reported_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     with pytest.raises(MissingExtraError, match=r"polygraphy.*trt-rtx-build"):

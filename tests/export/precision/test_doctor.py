@@ -1,4 +1,4 @@
-"""What the doctor says of an operation is what a hook finds there, and what it cannot examine it says in one line."""
+"""The doctor's figures match what hooks measure, and each error is one line."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ HOT = "layers.1.mlp.fc1"
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Give a folder of two small images, which are read faster than photographs."""
+    """Return a folder of two small images, which load faster than photographs."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index, extent in enumerate([(-2, -1.5, 1, 1.5), (-1, -1, 0, 0)]):
@@ -45,19 +45,19 @@ def photographs(tmp_path: Path) -> Path:
 
 @cache
 def drawn(count: int) -> tuple[Tensor, ...]:
-    """Draw images, each (1, 3, S, S)."""
+    """Return random images, each (1, 3, S, S)."""
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for _ in range(count))
 
 
 def heat(model: nn.Module) -> None:
-    """Have one unit of an MLP overflow."""
+    """Make one unit of an MLP overflow."""
     getattr(model, "vision_model", model).encoder.layers[1].mlp.fc1.bias[3] = -7e4
 
 
 @pytest.fixture(scope="module")
 def hot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CLIP, one unit of whose second MLP is at -70000, where GELU is 0."""
+    """Save a CLIP in which one unit of the second MLP is at -70000, where GELU is 0."""
     model = make_model("clip-gelu")
     with torch.no_grad():
         heat(model)
@@ -81,11 +81,11 @@ def diagnose(folder: Path, images: Sequence[Tensor], **options: int) -> dict[str
 
 
 def hooked(tower: nn.Module, images: Sequence[Tensor]) -> dict[str, float]:
-    """Find the largest magnitude of every module's result."""
+    """Return the largest magnitude of every module's result."""
     largest: dict[str, float] = {}
 
     def look(name: str, result: object) -> None:
-        result = result[0] if isinstance(result, tuple) else result  # a layer's, in transformers 4.57
+        result = result[0] if isinstance(result, tuple) else result  # in transformers 4.57 a layer returns a tuple
         if isinstance(result, Tensor):
             largest[name] = max(largest.get(name, 0.0), float(result.abs().max()))
 
@@ -102,29 +102,29 @@ def hooked(tower: nn.Module, images: Sequence[Tensor]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
-def test_largest_is_the_largest_that_a_hook_sees_over_all_images(checkpoints: dict[str, Path], family: str) -> None:
+def test_largest_is_the_largest_magnitude_in_a_hook_over_all_images(checkpoints: dict[str, Path], family: str) -> None:
     checkpoint, spec = opened(checkpoints[family])
     tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
-    seen, found = hooked(tower, drawn(3)), diagnose(checkpoints[family], drawn(3))
+    expected, figures = hooked(tower, drawn(3)), diagnose(checkpoints[family], drawn(3))
     compared = 0
-    for name, operation in found.items():
+    for name, operation in figures.items():
         module = dict(tower.named_modules()).get(name)
         if module is None or name.endswith("activation_fn") or getattr(module, "bias", None) is not None:
-            continue  # what stands between is looked at as well
-        assert operation.largest == pytest.approx(seen[name], rel=1e-5)
+            continue  # the doctor also looks at intermediate values
+        assert operation.largest == pytest.approx(expected[name], rel=1e-5)
         compared += 1
-    for layer in range(spec.depth):  # a layer hands on what its last sum is
-        assert found[f"layers.{layer}.residual2"].largest == pytest.approx(seen[f"layers.{layer}"], rel=1e-5)
+    for layer in range(spec.depth):  # a layer's result is its last sum
+        assert figures[f"layers.{layer}.residual2"].largest == pytest.approx(expected[f"layers.{layer}"], rel=1e-5)
     assert compared >= 2
-    assert hooked(tower, drawn(1)) != seen
+    assert hooked(tower, drawn(1)) != expected
 
 
-def test_largest_of_a_linear_layer_takes_in_its_product_before_the_bias(hot: Path) -> None:
+def test_largest_of_a_linear_layer_includes_its_product_before_the_bias(hot: Path) -> None:
     checkpoint, spec = opened(hot)
     tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
     layer = tower.layers[1]
     with torch.no_grad():
-        layer.mlp.fc1.bias[3] = -3.0  # the product's own size, for the sum to be smaller
+        layer.mlp.fc1.bias[3] = -3.0  # as large as the product, so that the sum is smaller
         layer.mlp.fc1.bias[4] = 0.0
         layer.mlp.fc1.weight[4] = 0.0
         layer.mlp.fc1.weight[4, 0] = 1000.0
@@ -171,7 +171,7 @@ def test_every_operation_of_every_layer_is_reported_in_the_order_in_which_they_r
         assert operation.name.endswith(operation.part)
 
 
-def test_error_is_the_relative_error_at_the_output_and_of_several_images_the_worst(
+def test_error_is_the_relative_error_at_the_output_on_the_worst_image(
     checkpoints: dict[str, Path],
 ) -> None:
     checkpoint, spec = opened(checkpoints["clip"])
@@ -198,7 +198,7 @@ def test_error_is_the_relative_error_at_the_output_and_of_several_images_the_wor
 def test_error_is_measured_on_the_hardest_image_first_and_stays_not_finite(
     tmp_path: Path, hardest: int, error_images: int
 ) -> None:
-    """What the patch embedding makes of one image overflows, and the norm behind it takes that back."""
+    """The patch embedding overflows on one image, and the norm after it brings the values back into range."""
     model = make_model("clip")
     with torch.no_grad():
         getattr(model, "vision_model", model).embeddings.patch_embedding.weight.mul_(2.0**7)
@@ -218,14 +218,14 @@ def test_the_overflowing_operation_is_the_only_one_named_and_has_no_error_in_fp1
     assert [name for name, each in found.items() if each.error["fp16"] is None] == [HOT]
     assert all(each.error["bf16"] is not None for each in found.values())
     tokens = 2 * cut("clip")[1].num_tokens
-    # Of one unit every token's sum; and its bias, once.
+    # One unit's sum for every token, and its bias once.
     assert found[HOT].overflow == tokens + 1
     assert found[HOT].largest == pytest.approx(7e4, rel=1e-2)
     assert found[HOT].headroom == pytest.approx(LIMIT / 7e4, rel=1e-2)
 
 
-def test_what_stands_between_two_results_of_an_operation_counts_too() -> None:
-    """QuickGELU multiplies by 1.702 before its sigmoid: it overflows where what it is given does not."""
+def test_intermediate_values_of_an_operation_count_too() -> None:
+    """QuickGELU multiplies by 1.702 before its sigmoid, so it can overflow although its input does not."""
     tower, spec = cut("clip")
     hot_tower = copy.deepcopy(tower)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_norm_whose_squares_overflow_is_named() -> None:
     tower, spec = cut("clip")
     hot_tower = copy.deepcopy(tower)
     with torch.no_grad():
-        hot_tower.layers[1].mlp.fc2.bias[5] = 1e3  # squares of a norm overflow, which only makes it 0
+        hot_tower.layers[1].mlp.fc2.bias[5] = 1e3  # the squares in the norm overflow, which only makes its result 0
     simulated, extremes = simulate(hot_tower, spec), Extremes()
     simulated.run(pixels(), observe=extremes.observe)
     names = [f"layers.{layer}.layer_norm{which}" for layer in (2, 3) for which in (1, 2)]
@@ -253,7 +253,7 @@ def test_extremes_count_what_lies_beyond_the_limit_and_below_the_smallest_normal
     smallest = 2.0**-14
     numbers = torch.tensor([65504.0, 65505.0, -7e4, 0.0, smallest, smallest / 2, -smallest / 2, 1e-30])
     extremes.observe(operation, numbers, result=True)
-    extremes.observe(operation, torch.tensor([1e6, 1e-9]), result=False)  # an intermediate has no share
+    extremes.observe(operation, torch.tensor([1e6, 1e-9]), result=False)  # intermediate values do not count as results
     extremes.observe(operation, torch.tensor([-3.0, 0.0]), result=True)
     assert extremes.largest == {operation.name: 1e6}
     assert extremes.overflow == {operation.name: 3}
@@ -265,7 +265,7 @@ def test_extremes_count_what_lies_beyond_the_limit_and_below_the_smallest_normal
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_number_that_is_not_finite_is_refused_with_the_first_operation_that_computes_it(value: float) -> None:
     operation = operations("clip")[4]
-    with pytest.raises(CheckpointError, match=rf"not finite in FP32 already: {operation.name} is the first .* 2 val"):
+    with pytest.raises(CheckpointError, match=rf"not finite even in FP32: {operation.name} is the first .*\(2 val"):
         Extremes().observe(operation, torch.tensor([1.0, value, value]), result=False)
 
 
@@ -300,7 +300,7 @@ def doctor(*arguments: object) -> int:
 
 
 def strict(text: str) -> dict[str, object]:
-    """Read JSON, which has no NaN and no Infinity."""
+    """Parse JSON, and refuse NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -354,8 +354,8 @@ def test_table_has_a_row_for_each_part_and_names_what_overflows(
     assert "@1" in rows["layers.*.mlp.fc1"]
     assert "not finite" in rows["layers.*.mlp.fc1"]
     assert f"beyond FP16's 65504: {HOT}\n" in out
-    assert f"most of the error of FP16: {HOT} (not finite), " in out
-    assert "largest: of all that it computes on 2 images" in out
+    assert f"largest errors in FP16: {HOT} (not finite), " in out
+    assert "largest: magnitude of any value on 2 images" in out
     assert re.search(r"on [01]\.png$", out, re.MULTILINE)
 
 
@@ -366,18 +366,17 @@ def test_table_of_every_operation_lists_each(
     out = capsys.readouterr().out
     listed = [line.split()[0] for line in out.splitlines() if line.startswith(("layers.", "stem."))]
     assert listed == [name for name in operations("dinov2").names if not name.startswith(("layers.3", "final_norm"))]
-    assert "nothing is beyond FP16's 65504; the tightest is " in out
+    assert "nothing is beyond FP16's 65504; the closest is " in out
 
 
-def test_errors_that_are_not_wanted_are_neither_measured_nor_shown(
+def test_without_error_images_no_error_is_measured_or_shown(
     hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = ("--picture", tmp_path / "p.png")
     assert doctor(hot, "--images", photographs, "--error-images", "0", *picture) == 0
     said = capsys.readouterr()
     assert "one by one" not in said.err
-    assert "alone" not in said.out
-    assert "most of the error" not in said.out
+    assert "error" not in said.out
     assert f"beyond FP16's 65504: {HOT}\n" in said.out
     assert doctor(hot, "--images", photographs, "--error-images", "0", "--json") == 0
     assert all(row["error"] == {} for row in strict(capsys.readouterr().out)["operations"])
@@ -401,7 +400,7 @@ def test_picture_that_cannot_be_written_is_refused_before_the_examination(
         assert f"error: {place} cannot be written" in said.splitlines()[-1]
 
 
-def test_picture_that_nothing_can_draw_is_refused_before_the_examination(
+def test_picture_without_matplotlib_is_refused_before_the_examination(
     hot: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -454,10 +453,10 @@ def test_tower_with_broken_weights_is_refused_in_one_line(
     model.save_pretrained(tmp_path / "broken")
     assert doctor(tmp_path / "broken", "--images", photographs) == 1
     error = one_error(capsys)
-    assert "not finite in FP32 already: layers.2.mlp.fc2 is the first" in error
+    assert "not finite even in FP32: layers.2.mlp.fc2 is the first" in error
 
 
-def test_operation_to_keep_that_there_is_not_is_refused_with_the_nearest(
+def test_unknown_operation_to_keep_is_refused_with_the_nearest(
     hot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "b"
@@ -465,7 +464,7 @@ def test_operation_to_keep_that_there_is_not_is_refused_with_the_nearest(
     for pattern, nearest in (("layers.9.nothing", "layers."), ("layers.0.mlp.fc9", "layers.0.mlp.fc1")):
         assert run([*arguments, "--keep-fp32", f"layers.0.mlp, {pattern}"]) == 2
         error = one_error(capsys)
-        assert f"'{pattern}' is no operation of this tower; the nearest are " in error
+        assert f"'{pattern}' is not an operation of this tower; the nearest are " in error
         assert nearest in error.partition("nearest are")[2]
         assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""Figures are what they are called, and a bound is missed by the worst of any batch."""
+"""Each figure measures what its name says, and each bound is judged on the worst batch."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ FINE = Figures(
 
 
 def tokens(errors: list[float], images: int = 1) -> MetricSums:
-    """Make tokens of length 5 that are off by so much of it, in so many images."""
+    """Compare tokens of length 5 with ones that are off by ``errors``, as shares of that length, over ``images``."""
     reference = torch.tensor([3.0, 4.0]).repeat(len(errors), 1)
     found = reference + torch.tensor(errors)[:, None] * torch.tensor([4.0, -3.0])  # across, as long as the token
     parts = zip(found.chunk(images), reference.chunk(images), strict=True)
@@ -42,10 +42,10 @@ def test_percentile_of_few_tokens_is_the_worst() -> None:
 
 
 @pytest.mark.parametrize(("bad", "percentile"), [(0, 0.125), (1, 0.125), (2, 0.125), (3, 4.0)])
-def test_two_bad_tokens_in_two_thousand_are_the_share_that_is_left_out(bad: int, percentile: float) -> None:
+def test_percentile_leaves_out_two_bad_tokens_in_two_thousand(bad: int, percentile: float) -> None:
     figures = tokens([0.125] * (2000 - bad) + [4.0] * bad).figures()
     assert figures.token_error_p999 == percentile
-    assert (figures.token_cosine_min < 0.3) is (bad > 0)  # which sees every one of them
+    assert (figures.token_cosine_min < 0.3) is (bad > 0)  # the minimum includes every token
 
 
 def test_error_of_a_token_is_relative_to_its_own_length() -> None:
@@ -56,7 +56,7 @@ def test_error_of_a_token_is_relative_to_its_own_length() -> None:
     assert figures.relative_error == pytest.approx((50 / (25 + 250_000)) ** 0.5)
 
 
-def test_token_of_zeros_that_is_met_is_no_error_and_nan_is_never_a_percentile() -> None:
+def test_zero_token_that_matches_has_no_error_and_nan_is_never_a_percentile() -> None:
     zeros = torch.zeros(1, 3, 2)
     assert MetricSums.of(zeros, zeros).figures().token_error_p999 == 0.0
     found = torch.ones(1, 5000, 2)
@@ -82,14 +82,14 @@ def missed(found: list[Figures], own: Figures = FINE, precision: str = "fp16") -
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_each_bound_fails_alone_at_whichever_batch(change: dict[str, float | None], figure: str, place: int) -> None:
+def test_each_bound_fails_by_itself_at_any_batch(change: dict[str, float | None], figure: str, place: int) -> None:
     found = [FINE, FINE, FINE]
     assert missed(found) == set()
     found[place] = replace(FINE, **change)
     assert missed(found) == {figure}
 
 
-def test_relative_error_fails_alone_where_pytorch_is_no_better() -> None:
+def test_only_relative_error_fails_if_pytorch_is_no_better() -> None:
     own = replace(FINE, relative_error=LIMITS.relative_error)
     assert missed([replace(FINE, relative_error=LIMITS.relative_error)], own) == set()
     assert missed([replace(FINE, relative_error=LIMITS.relative_error + 1e-6)], own) == {"relative_error"}
@@ -103,7 +103,7 @@ def test_worst_batch_is_what_is_measured() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_batch_that_is_not_finite_hides_behind_no_other(first: bool) -> None:
+def test_batch_that_is_not_finite_is_not_hidden_by_another(first: bool) -> None:
     broken = replace(FINE, token_cosine_min=None, token_error_p999=None, relative_error=None, non_finite=3)
     found = [broken, FINE] if first else [FINE, broken]
     bounds = judge("fp16", {"photograph": (found, FINE)})
@@ -111,7 +111,7 @@ def test_batch_that_is_not_finite_hides_behind_no_other(first: bool) -> None:
     assert {bound.measured for bound in bounds} == {None, 3.0}
 
 
-def test_each_kind_of_image_is_judged_for_itself_against_pytorch_on_the_same() -> None:
+def test_each_kind_of_image_is_judged_against_pytorch_on_the_same_images() -> None:
     hard = replace(FINE, relative_error=9e-3)
     bounds = judge("fp16", {"photograph": ([FINE], FINE), "drawn": ([hard], replace(FINE, relative_error=4e-3))})
     assert all(bound.holds for bound in bounds)

@@ -1,4 +1,4 @@
-"""Towers with planted faults: plain FP16 fails, the doctor names the operation, `auto` keeps just that one."""
+"""Towers with planted faults: plain FP16 fails, the doctor names the operation, and `auto` keeps only that one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scale_the_projection(model: nn.Module) -> str:
-    """Multiply a product by a power of two that the layer scale behind it takes back: exact in FP32."""
+    """Multiply a product by a power of two, which the layer scale after it divides out: exact in FP32."""
     layer = model.encoder.layer[LAYER]
     attention = layer.attention
     projection = attention.o_proj if hasattr(attention, "o_proj") else attention.output.dense
@@ -39,7 +39,7 @@ def scale_the_projection(model: nn.Module) -> str:
 
 
 def scale_the_mlp(model: nn.Module) -> str:
-    """The same, with a product that overflows and weights that do not: kernels that compute in FP32 hide it."""
+    """Do the same so that the product overflows and the weights do not: kernels that compute in FP32 hide it."""
     layer = model.encoder.layer[LAYER]
     layer.mlp.fc2.weight.mul_(2.0**15)
     layer.mlp.fc2.bias.mul_(2.0**15)
@@ -48,7 +48,7 @@ def scale_the_mlp(model: nn.Module) -> str:
 
 
 def drive_a_unit_off(model: nn.Module) -> str:
-    """Have one unit of an MLP at -90000, where its activation is 0."""
+    """Set one unit of an MLP to -90000, where its activation is 0."""
     layer = getattr(model, "vision_model", model).encoder.layers[LAYER]
     layer.mlp.fc1.weight[0].mul_(0)
     layer.mlp.fc1.weight[0, 0] = 9e4
@@ -104,9 +104,9 @@ def test_planted_fault_is_found_named_and_mended(fault: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_island_adds_less_than_two_percent_to_graph_and_plans_of_a_deep_tower(fault: str, tmp_path: Path) -> None:
-    """FP32 doubles the weights of one operation, of which the largest is a third of its layer, and adds its kernels.
+    """FP32 doubles the weights of one operation, at most a third of its layer, and adds its kernels.
 
-    These took up to 0.7 MB, 3 % of a tower 256 wide with its weights: this one is 640 wide, so that they do not count.
+    The kernels took up to 0.7 MB, with the weights 3 % of a tower 256 wide. This one is 640 wide, so they hardly count.
     """
     wide = {"mlp_ratio": 4} if FAULTS[fault][0] == "dinov2" else {"intermediate_size": 2560}
     size = {"num_hidden_layers": 24, "hidden_size": 640, "num_attention_heads": 10}
@@ -136,13 +136,13 @@ def test_overflow_that_kernels_for_the_cpu_hide_fails_the_check(
     assert certificate.bundle.non_finite == 0
     assert certificate.as_typed.non_finite > 0
     assert {bound.figure for bound in certificate.bounds if not bound.holds} >= {"non_finite", "token_cosine_min"}
-    assert "PyTorch in the same precision is not finite, either" in capsys.readouterr().out
+    assert "PyTorch in the same precision is not finite either" in capsys.readouterr().out
 
 
 def test_norm_whose_squares_overflow_is_kept_for_kernels_that_sum_in_half_precision(tmp_path: Path) -> None:
     model = make_model("clip")
     layers = getattr(model, "vision_model", model).encoder.layers
-    with torch.no_grad():  # one channel of the residual stream is 257 for a layer, and its norms leave it out
+    with torch.no_grad():  # one channel of the residual stream is 257 for a layer, and its norms ignore it
         layers[LAYER].mlp.fc2.bias[5] = 257.0
         layers[LAYER + 1].mlp.fc2.bias[5] = -257.0
         layers[LAYER + 1].layer_norm1.weight[5] = layers[LAYER + 1].layer_norm1.bias[5] = 0.0
@@ -162,7 +162,7 @@ def test_norm_whose_squares_overflow_is_kept_for_kernels_that_sum_in_half_precis
     norms = {f"layers.{LAYER + 1}.layer_norm1", f"layers.{LAYER + 1}.layer_norm2"}
     kept = set(bundle.manifest.keep_fp32)
     assert kept & norms
-    assert kept <= norms | {f"layers.{LAYER + 1}.mlp.fc2"}  # which takes the channel back, and rounds at 257
+    assert kept <= norms | {f"layers.{LAYER + 1}.mlp.fc2"}  # it subtracts the 257 again, and rounds there
 
 
 def test_sound_tower_keeps_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         getattr(model, "vision_model", model).encoder.layers[2].mlp.fc2.bias[5] = 1e5
     model.save_pretrained(tmp_path / "hot")
-    with pytest.raises(BuildError, match=r"does not fit\. Export with --precision bf16"):
+    with pytest.raises(BuildError, match=r"too large for FP16\. Export with --precision bf16"):
         export_tower(str(tmp_path / "hot"), tmp_path / "b", ExportOptions(precision="auto", flavour="none"))
     assert not (tmp_path / "b").exists()
 

@@ -1,4 +1,4 @@
-"""A precision is one row of the runtime and one row of bounds; whoever adds one finds no other table to extend."""
+"""A precision is one row in the runtime and one row of bounds. Adding one needs no other table."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "runtime/trtower/tower/pictures.py": "the dtypes of pictures, which NumPy must be able to read",
     "export/trtower_export/checkpoint/tensors.py": "the dtypes of weights in checkpoints that were not quantised",
 }
-"""Files that may name several precisions or dtypes side by side, and why."""
+"""Files that may list several precisions or dtypes, and why."""
 
 
 def test_every_precision_has_bounds_and_every_8_bit_one_a_format() -> None:
@@ -67,7 +67,7 @@ def test_format_is_the_same_in_torch_and_in_onnx(form: Format) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_export_names_every_precision_and_takes_it(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_lists_and_accepts_every_precision(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "--help"]) == 0
     assert re.search(rf"\b{precision}\b", capsys.readouterr().out)
     assert ExportOptions(precision=precision).precision == precision
@@ -81,14 +81,14 @@ def test_half_precisions_are_emulated_by_their_names() -> None:
 
 
 def words(node: ast.AST) -> set[str]:
-    """Find what a literal lists, or is keyed by: strings, and the last names of attributes."""
+    """Return the strings, and the last names of attributes, that a literal lists or is keyed by."""
     parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
     strings = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
     return strings | {part.attr for part in parts if isinstance(part, ast.Attribute)}
 
 
 def tables(source: str) -> Iterator[tuple[int, set[str]]]:
-    """Find the literals that list two precisions or dtypes, or are keyed by them, by whichever library's name."""
+    """Yield the literals that list two precisions or dtypes, or are keyed by them, under any library's names."""
     rows = PRECISIONS.values()
     known = {name for each in rows for name in (each.name, each.dtype, each.openvino, each.tensorrt)}
     known |= {each.dtype.upper() for each in rows}  # ONNX's
@@ -120,10 +120,10 @@ def test_no_other_module_has_a_table_of_precisions() -> None:
         if (places := list(tables(path.read_text(encoding="utf-8"))))
     }
     assert {path: places for path, places in found.items() if path not in EXCEPTIONS} == {}
-    assert found.keys() == EXCEPTIONS.keys()  # an exception that is no longer one goes
+    assert found.keys() == EXCEPTIONS.keys()  # exceptions that are no longer needed must be removed
 
 
-def test_size_of_a_cut_is_said_of_a_precision_in_which_every_weight_has_one_size() -> None:
+def test_size_of_a_cut_is_shown_if_every_weight_has_the_same_size() -> None:
     full, cut = (TowerCost(layers=layers, parameters=layers * 1_000_000, flop=0) for layers in (4, 3))
     said = {name: re.findall(r"\((\d+) of (\d+) MB\)", cut.describe_cut(full, name)) for name in PRECISIONS}
     assert {name for name in said if not said[name]} == set(EIGHT_BIT)

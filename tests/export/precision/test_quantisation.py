@@ -1,4 +1,4 @@
-"""FP8 and INT8: 8 bits in the linear layers, and nowhere else."""
+"""FP8 and INT8 use 8 bits in the linear layers and nowhere else."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_eight_bit_bundle_passes_its_own_bounds(
     assert manifest.files[GRAPH_DATA].size < 0.75 * plain.manifest.files[GRAPH_DATA].size
     assert measure_graph(bundle.path / GRAPH, flop_of(bundle.path / GRAPH)) == manifest.cut == plain.manifest.cut
     assert sum(node.op_type == "Attention" for node in graph.node) == 3
-    # queries, keys and values read one tensor: it is quantised once
+    # queries, keys and values read the same tensor, which is quantised once
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 3 * 4
 
 
@@ -82,7 +82,7 @@ def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
 
 @pytest.mark.parametrize("precision", KINDS)
 def test_output_whose_weights_are_all_zero_stays_zero(tmp_path: Path, precision: str) -> None:
-    """Pruned checkpoints have such rows. A step of zero would be refused by TensorRT, and NaN in PyTorch."""
+    """Pruned checkpoints have such rows. TensorRT would refuse a step of zero, and PyTorch would give NaN."""
     model = make_model("clip")
     layer = getattr(model, "vision_model", model).encoder.layers[0]
     with torch.no_grad():
@@ -96,20 +96,20 @@ def test_output_whose_weights_are_all_zero_stays_zero(tmp_path: Path, precision:
     assert all((scales.weight > 0).all() for scales in read_quantised(bundle).values())
 
 
-def test_layer_that_reads_what_is_not_finite_is_named(checkpoints: dict[str, Path]) -> None:
+def test_layer_whose_input_is_not_finite_is_named(checkpoints: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
     spec = checkpoint.spec(-2, "patch", None)
     tower = truncate(checkpoint.load_model(), checkpoint.family, spec)
     image = torch.zeros(1, 3, spec.image_size, spec.image_size)
     image[0, 0, 0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj reads what is not finite"):
+    with pytest.raises(CheckpointError, match=r"input of layers\.0\.self_attn\.k_proj is not finite"):
         calibrate(tower, "int8", [torch.zeros_like(image), image], [])
 
 
 @pytest.mark.parametrize("fp32", [False, True], ids=["FP16", "FP32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_leaves_what_an_activation_feeds_and_nothing_else(name: str, *, fp32: bool) -> None:
-    """An RMSNorm ends in a product, as a gate does, and what stays in FP32 is cast on the way."""
+    """An RMSNorm ends in a product, as a gate does, and values from FP32 pass through a cast."""
     tower, spec = cut(name)
     fed = {each for each in linear_layers(tower) if each.endswith(("fc2", "down_proj", "weights_out"))}
     patterns = [each for each in linear_layers(tower) if ".0." in each and each not in fed] if fp32 else ()

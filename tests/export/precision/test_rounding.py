@@ -1,4 +1,4 @@
-"""The simulation of half precision is exact where nothing rounds, and as wrong as PyTorch where everything does."""
+"""The simulation of half precision is exact if nothing rounds, and as wrong as PyTorch if everything does."""
 
 import copy
 import math
@@ -19,25 +19,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = [torch.float16, torch.bfloat16]
 
 EXACT = 1e-6
-"""FP32's own roundings, in another order: twice the 5e-7 that was measured."""
+"""FP32 rounds in another order: twice the measured 5e-7."""
 
 RATIO = (0.7, 1.5)
-"""Its error over PyTorch's own, which rounds at other places: 0.96 to 1.14 was measured."""
+"""Its error over PyTorch's own, which rounds at other places. Measured: 0.96 to 1.14."""
 
 ADD_UP = (0.8, 1.2)
-"""The root of the squares of all errors, each alone, over that of all together: 0.88 to 1.05 was measured."""
+"""The root of the sum of the squared single errors, over the error of all together. Measured: 0.88 to 1.05."""
 
 IMAGES = 4
 
 
 FLIPS = 0.3
-"""What may separate two computations that round alike, over what rounding costs at all. FP32 adds up in another order,
-so a number near the middle of two halves is rounded the other way now and then: 0.01 to 0.22 was measured, and 0.5 is
-what one rounding makes that is left out."""
+"""The difference between two computations that round alike, over the error of rounding. FP32 adds up in another order,
+so a number near the middle of two halves sometimes rounds the other way: 0.01 to 0.22 was measured. Leaving out one
+rounding makes 0.5."""
 
 
 def half(numbers: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Round."""
+    """Round to ``dtype`` and back to FP32."""
     return numbers.to(dtype).float()
 
 
@@ -129,7 +129,7 @@ def test_rms_norm_alone_has_its_mean_square_in_fp32_as_the_model_says() -> None:
 
 
 SAME_ALONE = [
-    ("dinov2", "stem.patch_embeddings.projection"),  # pixels are given in half precision
+    ("dinov2", "stem.patch_embeddings.projection"),  # the pixels are already in half precision
     ("dinov2", "layers.1.layer_scale1"),
     ("dinov2", "layers.1.residual2"),
     ("dinov2", dinov2("layers.1.mlp.activation_fn")),
@@ -156,7 +156,7 @@ def test_rerun_is_a_run_that_rounds_one_operation(name: str, operation: str) -> 
     ],
 )
 def test_rerun_of_a_product_leaves_its_factors_exact_that_a_run_rounds(operation: str, factor: str) -> None:
-    """What rounds a factor of a product costs on the factor's own account, and is not counted twice."""
+    """The rounding of a factor counts as the factor's own error, and must not count twice."""
     simulated = simulation("dinov2")
     run = simulated.run(pixels(), rounded={operation})
     found = alone("dinov2", operation)
@@ -171,7 +171,7 @@ def linear(own: torch.nn.Linear, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_rerun_leaves_the_values_that_it_is_given_as_they_were() -> None:
+def test_rerun_does_not_change_the_values_passed_to_it() -> None:
     kept: dict[torch.fx.Node, Tensor] = {}
     simulation("clip").run(pixels(), keep=kept)
     before = dict(kept)
@@ -185,7 +185,7 @@ def test_rerun_leaves_the_values_that_it_is_given_as_they_were() -> None:
 
 @torch.no_grad()
 def test_scores_are_computed_again_and_not_kept() -> None:
-    """They are the only values that grow with the square of the tokens."""
+    """They are the only values whose size grows with the square of the tokens."""
     kept: dict[torch.fx.Node, Tensor] = {}
     simulation("clip").run(pixels(), keep=kept)
     assert not [node for node in kept if node.meta.get("part") == "scores"]
@@ -204,7 +204,7 @@ def test_attention_in_one_piece_differs_from_the_spelled_out_by_the_rounding_of_
 
 
 def heat(module: str, number: float = 1e5) -> Simulation:
-    """Have one number of every token so large behind a module of CLIP's, which FP32 carries to the output."""
+    """Simulate a CLIP in which a module makes one number of every token so large; FP32 carries it to the output."""
     tower, spec = cut("clip")
     hot = copy.deepcopy(tower)
     hot.get_submodule(module).bias[3] = number
@@ -239,11 +239,11 @@ def overflows(simulated: Simulation, kept: set[str]) -> bool:
 
 
 @torch.no_grad()
-def test_kept_operation_hands_on_what_fp16_cannot_hold_to_whoever_is_elementwise() -> None:
-    """An activation computes in FP32 what it is given, and rounds its own result, which must fit."""
+def test_kept_operation_passes_what_fp16_cannot_hold_to_elementwise_operations() -> None:
+    """An activation computes in FP32 on an FP32 input and rounds its own result, which must fit."""
     tower, spec = cut("clip")
     cold = copy.deepcopy(tower)
-    cold.layers[1].mlp.fc1.bias[3] = -1e5  # where QuickGELU gives 0
+    cold.layers[1].mlp.fc1.bias[3] = -1e5  # where QuickGELU is 0
     simulated = simulate(cold, spec)
     assert overflows(simulated, set())
     assert overflows(simulated, {"layers.1.mlp.activation_fn"})
@@ -251,8 +251,8 @@ def test_kept_operation_hands_on_what_fp16_cannot_hold_to_whoever_is_elementwise
 
 
 @torch.no_grad()
-def test_matrix_product_rounds_the_factor_that_a_kept_operation_hands_on() -> None:
-    simulated = heat("layers.1.mlp.fc1")  # the activation keeps 1e5, and fc2 is given it
+def test_matrix_product_rounds_a_factor_from_a_kept_operation() -> None:
+    simulated = heat("layers.1.mlp.fc1")  # the activation keeps 1e5, and fc2 reads it
     assert overflows(simulated, {"layers.1.mlp.fc1", "layers.1.mlp.activation_fn"})
     rounded = set(simulated.operations.names) - {"layers.1.mlp.fc1", "layers.1.mlp.activation_fn"}
     assert simulated.run(pixels(), rounded=rounded - after("layers.1.mlp.fc2")).isfinite().all()
@@ -265,10 +265,11 @@ def after(name: str) -> set[str]:
 
 @torch.no_grad()
 def test_kept_operation_is_not_rounded_and_its_reader_rounds_once() -> None:
-    """Of one residual that rounds among kept operations nothing but its own sum is rounded."""
+    """If one residual rounds among kept operations, only its own sum is rounded."""
     name = "layers.2.residual1"
     kept: dict[torch.fx.Node, Tensor] = {}
-    simulation("clip").run(pixels(), observe=lambda *_, **__: None, keep=kept)  # attention as below
+    # With an observer, attention runs spelled out, as below.
+    simulation("clip").run(pixels(), observe=lambda *_, **__: None, keep=kept)
     (operation,) = (each for each in operations("clip") if each.name == name)
     (node,) = operation.nodes
     seen: list[Tensor] = []
@@ -281,14 +282,14 @@ def test_kept_operation_is_not_rounded_and_its_reader_rounds_once() -> None:
     simulation("clip").run(pixels(), rounded={name}, observe=observe, keep=values)
     assert torch.equal(values[node], half(kept[node]))
     assert not torch.equal(values[node], kept[node])
-    assert torch.equal(seen[-1], kept[node])  # what is looked at is what was computed
+    assert torch.equal(seen[-1], kept[node])  # the observer gets the value before rounding
     assert all(torch.equal(values[argument], kept[argument]) for argument in node.all_input_nodes)
 
 
 @torch.no_grad()
-def test_norm_that_is_given_fp32_sums_in_fp32() -> None:
-    """Alone in half precision its squares overflow; behind a kept sum it computes as islands have it."""
-    simulated, norm, kept = heat("layers.1.mlp.fc2", 1e3), "layers.2.layer_norm1", {}  # 1e6 is no FP16
+def test_norm_that_reads_fp32_sums_in_fp32() -> None:
+    """By itself in half precision its squares overflow; after a kept sum it computes in FP32, as islands do."""
+    simulated, norm, kept = heat("layers.1.mlp.fc2", 1e3), "layers.2.layer_norm1", {}  # 1e6 does not fit FP16
     reference = simulated.run(pixels(), keep=kept)
     (operation,) = (each for each in simulated.operations if each.name == norm)
     alone = relative_error(simulated.rerun(kept, operation, torch.float16), reference)
@@ -296,7 +297,7 @@ def test_norm_that_is_given_fp32_sums_in_fp32() -> None:
     assert behind < alone / 100
 
 
-def test_fp32_reaches_those_who_read_it_and_ends_at_products_and_at_their_results() -> None:
+def test_fp32_reaches_its_readers_and_ends_at_products_and_at_the_results_of_readers() -> None:
     found = operations("clip")
     kept = {"layers.1.residual1"}
     wide = {found.of[node].name for node in widened(found, kept) if node in found.of}
@@ -311,7 +312,7 @@ def test_fp32_reaches_those_who_read_it_and_ends_at_products_and_at_their_result
     assert widened(found, ()) == frozenset()
 
 
-def test_weights_are_fp32_where_all_who_read_them_are_kept() -> None:
+def test_weights_are_fp32_if_all_their_readers_are_kept() -> None:
     found = operations("dinov3_vit")
     tables = {node for node in found.nodes if "rotation" in node.name and node.users}
     names = [name for name in found.names if name.endswith("attention.elementwise")]

@@ -1,4 +1,4 @@
-"""The search keeps what the bounds ask for, and nothing that could be left out, whatever is wrong with a tower."""
+"""Whatever is wrong with a tower, the search keeps what the bounds require and nothing that could be left out."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ IMAGES = [torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=GENERATOR) for _ i
 
 
 def overflow_projections(tower: nn.Module) -> None:
-    """Multiply two products by 2**17, which the layer scales behind them take back exactly."""
+    """Multiply two products by 2**17, which the layer scales after them divide out exactly."""
     first, second = tower.layers[1], tower.layers[3]
     projection = tower.get_submodule(dinov2("layers.1.attention.o_proj"))
     for linear, scale in ((projection, first.layer_scale1), (second.mlp.fc2, second.layer_scale2)):
@@ -40,12 +40,12 @@ def overflow_projections(tower: nn.Module) -> None:
 
 
 def overflow_unit(tower: nn.Module) -> None:
-    """Have one unit of an MLP at -80000, where its activation is exactly 0."""
+    """Set one unit of an MLP to -80000, where its activation is exactly 0."""
     tower.layers[2].mlp.fc1.bias[3] = -8e4
 
 
 def overflow_squares(tower: nn.Module) -> None:
-    """Have one channel of the residual stream at 400 between two layers, beside which the others are seen still."""
+    """Set one channel of the residual stream to 400 between two layers; the others remain visible beside it."""
     tower.layers[0].mlp.fc2.bias[5] = 400.0
     tower.layers[1].mlp.fc2.bias[5] = -400.0
     for norm in (tower.layers[1].layer_norm1, tower.layers[1].layer_norm2):
@@ -54,7 +54,7 @@ def overflow_squares(tower: nn.Module) -> None:
 
 
 def lose_digits(tower: nn.Module) -> None:
-    """Lift the residual stream by 900 between two layers: nothing overflows, and FP16 is left with steps of 0.5."""
+    """Lift the residual stream by 900 between two layers: nothing overflows, but FP16 has steps of 0.5 there."""
     tower.layers[0].mlp.fc2.bias.add_(900.0)
     tower.layers[1].mlp.fc2.bias.sub_(900.0)
 
@@ -65,7 +65,7 @@ FAULTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
     "squares": ("clip", overflow_squares, {"layers.1.layer_norm1", "layers.1.layer_norm2"}),
     "digits": ("clip", lose_digits, {"layers.0.residual2", "layers.1.residual1"}),
 }
-"""What is done to which tower, and what must be kept. Of lost digits, others besides."""
+"""Which tower is changed how, and which operations must be kept. For "digits", others are kept as well."""
 
 
 @cache
@@ -91,13 +91,13 @@ def search(tower: nn.Module, spec: TowerSpec, **options: object) -> tuple[str, .
 def holds(fault: str, kept: Collection[str]) -> bool:
     """Judge a simulation by the bounds of the check."""
     tower, names = spoil(fault)[0], set(simulated(fault).operations.names)
-    half, found, own = copy.deepcopy(tower).half(), MetricSums(), MetricSums()
+    half, simulation, own = copy.deepcopy(tower).half(), MetricSums(), MetricSums()
     for pixel_values in IMAGES:
         reference = tower(pixel_values)
         output = simulated(fault).run(pixel_values.half().float(), rounded=names - set(kept))
-        found.add(MetricSums.of(output.half().float(), reference))
+        simulation.add(MetricSums.of(output.half().float(), reference))
         own.add(MetricSums.of(half(pixel_values.half()).float(), reference))
-    return all(bound.holds for bound in judge("fp16", {"photograph": ([found.figures()], own.figures())}))
+    return all(bound.holds for bound in judge("fp16", {"photograph": ([simulation.figures()], own.figures())}))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -127,31 +127,31 @@ def test_what_is_kept_by_hand_stays_beside_what_is_found_and_is_not_searched_for
 
 @pytest.mark.parametrize("kind", ["photograph", "drawn"])
 def test_every_image_of_every_kind_is_searched(kind: str) -> None:
-    """The squares that the first norm sums up overflow in the last image alone."""
+    """The squares in the first norm overflow only on the last image."""
     images = {"photograph": [*IMAGES], "drawn": [*IMAGES]}
     assert find_islands(*cut("clip"), images, LoggedProgress()) == ()
     images[kind].append(IMAGES[0] * 500)
     assert find_islands(*cut("clip"), images, LoggedProgress()) == ("stem.1",)
 
 
-def test_what_can_be_left_out_once_others_are_is_left_out() -> None:
-    """Errors cancel: what must stay beside others need not stay without them."""
+def test_operation_that_can_go_once_others_are_gone_goes() -> None:
+    """Errors cancel: one that is needed beside others may not be needed without them."""
     enough = [set("abc"), set("ac"), set("c")]
     kept = module._least(list("abc"), lambda names: set(names) in enough)
     assert kept == ["c"]
 
 
-def test_tower_that_misses_the_bounds_in_fp32_is_told_why() -> None:
+def test_error_says_why_a_tower_misses_the_bounds_in_fp32() -> None:
     def why(size: float) -> str:
         return module._why([module._Case("photograph", torch.zeros(1), torch.tensor([1.0, -size]))])
 
-    assert "does not fit" in why(7e4)
-    assert "does not fit" not in why(6e4)
+    assert "too large for FP16" in why(7e4)
+    assert "too large for FP16" not in why(6e4)
     assert "--precision fp32" in why(6e4)
 
 
 @pytest.mark.parametrize(("patterns", "copied"), [((), False), (["stem.1"], False), ((), True)])
-def test_weights_are_freed_of_the_tower_and_of_the_copy_that_is_traced(patterns: list[str], *, copied: bool) -> None:
+def test_release_frees_the_weights_of_the_tower_and_of_its_traced_copy(patterns: list[str], *, copied: bool) -> None:
     tower, spec = copy.deepcopy(cut("clip")[0]), cut("clip")[1]
     program, _ = trace_with_islands(tower, spec, "fp16", BATCH, patterns, copied=copied)
     weights = (*tower.parameters(), *program.state_dict.values())
@@ -162,7 +162,7 @@ def test_weights_are_freed_of_the_tower_and_of_the_copy_that_is_traced(patterns:
     assert all(each.expired() for each in held)
 
 
-def test_tower_is_spared_where_something_is_kept_and_cast_where_nothing_is() -> None:
+def test_tower_is_cast_only_if_nothing_is_kept() -> None:
     tower, spec = copy.deepcopy(cut("clip")[0]), cut("clip")[1]
     trace_with_islands(tower, spec, "fp16", BATCH, ["stem.1"])
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
