@@ -40,30 +40,18 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
     for node in operations.nodes:
         operation = operations.of.get(node)
         if node.op == "placeholder":
-            name = operations.weights.get(node.name, "")
             if is_narrow(node) and node in wide:
-                node.meta["val"] = node.meta["val"].float()
-                program.state_dict[name] = _like(program.state_dict[name], weights[name])
+                _widen_weight(program, node, operations.weights.get(node.name, ""), weights)
             continue
-        for argument in node.all_input_nodes:
-            if argument in rounded and (operation is None or operations.of.get(argument) is not operation):
-                node.replace_input_with(argument, rounded[argument])
+        _read_rounded(operations, node, rounded)
         floats = [argument for argument in node.all_input_nodes if is_float(argument)]
         if node.op == "output":
-            (result,) = floats
-            if result.meta["val"].dtype != narrow:
-                with graph.inserting_before(node):
-                    node.replace_input_with(result, insert(graph, result, aten._to_copy.default, result, dtype=narrow))
-                program.graph_signature.output_specs[0].arg.name = node.all_input_nodes[0].name
+            _cast_inputs(graph, node, floats, narrow)
+            program.graph_signature.output_specs[0].arg.name = node.all_input_nodes[0].name
             continue
-        if operation is not None or len({argument.meta["val"].dtype for argument in floats}) > 1:
+        if not is_cast(node) and (operation is not None or len({each.meta["val"].dtype for each in floats}) > 1):
             # All inputs get one dtype: FP32 if the node is wide or model code computes it in FP32, else half precision.
-            dtype = torch.float32 if node in wide or not is_narrow(node) else narrow
-            for argument in floats:
-                if argument.meta["val"].dtype != dtype and not is_cast(node):
-                    with graph.inserting_before(node):
-                        cast = insert(graph, node, aten._to_copy.default, argument, dtype=dtype)
-                        node.replace_input_with(argument, cast)
+            _cast_inputs(graph, node, floats, torch.float32 if node in wide or not is_narrow(node) else narrow)
         if not floats:
             continue
         if is_cast(node) and is_narrow(node) and node in wide:  # model code's own cast back from FP32
@@ -76,6 +64,29 @@ def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[
                 rounded[node] = insert(graph, node, aten._to_copy.default, node, dtype=narrow)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
+
+
+def _widen_weight(program: ExportedProgram, node: fx.Node, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Replace a weight of the program by the tower's own in FP32."""
+    node.meta["val"] = node.meta["val"].float()
+    program.state_dict[name] = _like(program.state_dict[name], weights[name])
+
+
+def _read_rounded(operations: Operations, node: fx.Node, rounded: Mapping[fx.Node, fx.Node]) -> None:
+    """Let a node read the rounded results of other operations."""
+    operation = operations.of.get(node)
+    for argument in node.all_input_nodes:
+        if argument in rounded and (operation is None or operations.of.get(argument) is not operation):
+            node.replace_input_with(argument, rounded[argument])
+
+
+def _cast_inputs(graph: fx.Graph, node: fx.Node, inputs: list[fx.Node], dtype: torch.dtype) -> None:
+    """Cast the inputs of a node that have another dtype."""
+    for argument in inputs:
+        if argument.meta["val"].dtype != dtype:
+            with graph.inserting_before(node):
+                like = argument if node.op == "output" else node
+                node.replace_input_with(argument, insert(graph, like, aten._to_copy.default, argument, dtype=dtype))
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

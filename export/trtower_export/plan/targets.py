@@ -98,22 +98,29 @@ def choose_target(
         if compute_capabilities:
             raise MissingExtraError(f"--compute-capability is for a plan, but {reason}")
         return None, reason
-    module = _load_builder(flavour)
+    target, remark = _settle(flavour, compute_capabilities, precision, settings or BuildSettings(), bundle)
+    return target, reason + remark
+
+
+def _settle(
+    flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings, bundle: Path | None
+) -> tuple[Target, str]:
+    """Settle the GPUs of a plan, and return what is to be said about them."""
+    module, remark = _load_builder(flavour), ""
     _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
     needed = PRECISIONS[precision].first_capability
     if flavour == "tensorrt-rtx" and needed > float(PORTABLE_FROM) and not compute_capabilities:
         # A portable plan with FP8 builds, but claims to run on GPUs without FP8.
         compute_capabilities = tuple(c for c in known_capabilities(module) if float(c) >= needed)
-        reason += f", for the GPUs with {precision}: compute capability {', '.join(compute_capabilities)}"
-    settings = settings or BuildSettings()
+        remark = f", for the GPUs with {precision}: compute capability {', '.join(compute_capabilities)}"
     _check_settings(settings, flavour, compute_capabilities)
     if flavour == "tensorrt" and not settings.hardware_compatible:
         compute_capabilities = (capability_of(),)
     capabilities = tuple(sorted(set(compute_capabilities), key=float))
     here = capability_of() if torch.cuda.is_available() else None
     if here and (obstacle := capability_obstacle(flavour, module, capabilities, here)):
-        reason += f"; the plan cannot run on this machine: it {obstacle}"
-    return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), reason
+        remark += f"; the plan cannot run on this machine: it {obstacle}"
+    return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), remark
 
 
 def read_capabilities(written: Sequence[str]) -> tuple[str, ...]:
