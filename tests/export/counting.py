@@ -1,4 +1,4 @@
-"""Count the FLOP of an ONNX file by its operators: a second opinion on what PyTorch counts of the modules."""
+"""Count the FLOP of an ONNX file by its operators, as a second opinion on PyTorch's count by modules."""
 
 from collections.abc import Callable
 from math import prod
@@ -10,7 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def flop_of(path: Path) -> int:
-    """Count matrix products, convolutions and attention for a batch of one: two for a multiply-add."""
+    """Count matrix products, convolutions and attention for a batch of one. A multiply-add counts as two."""
     model = onnx.load_model(path, load_external_data=False)
     shapes = _infer_shapes(model)
     return sum(WORK[node.op_type](node, shapes) for node in model.graph.node if node.op_type in WORK)
@@ -48,7 +48,7 @@ def _conv(node: onnx.NodeProto, shapes: Shapes) -> int:
 
 
 def _attention(node: onnx.NodeProto, shapes: Shapes) -> int:
-    # (B, H, T, D / H) or (B, T, D): every element of a query meets all keys, and of the output, all values.
+    # (B, H, T, D / H) or (B, T, D): every element of the query meets all keys, every element of the output all values.
     query, key, output = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
     return 2 * key[-2] * (prod(query) + prod(output))
 
@@ -59,4 +59,4 @@ WORK: dict[str, Callable[[onnx.NodeProto, Shapes], int]] = {
     "Gemm": _gemm,
     "MatMul": _matmul,
 }
-"""The operators that carry the work of the towers here."""
+"""The operators that do the work in these towers."""

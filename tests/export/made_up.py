@@ -1,4 +1,4 @@
-"""Manifests, certificates and evidence made up by hand, for what shows them."""
+"""Manifests, certificates and evidence made up by hand, to test the code that shows them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,15 +33,15 @@ def figures(cosine_min: float | None = 0.9994, relative_error: float | None = 1.
 
 
 def bounds(cosine_min: float | None = 0.9994, limit: float = 0.999) -> tuple[Bound, ...]:
-    made = []
+    result = []
     for images in ("photograph", "drawn"):
         holds = cosine_min is not None and cosine_min >= limit
-        made += [
+        result += [
             Bound(figure="non_finite", images=images, limit=0.0, measured=0.0, holds=True),
             Bound(figure="token_cosine_min", images=images, limit=limit, measured=cosine_min, holds=holds),
             Bound(figure="relative_error", images=images, limit=1e-2, measured=1.9e-3, holds=True),
         ]
-    return tuple(made)
+    return tuple(result)
 
 
 def layers(
@@ -84,12 +84,12 @@ def certificate(**changes: object) -> Certificate:
         "date": "2026-11-23",
         **changes,
     }
-    made = {"passed": all(bound.holds for bound in values["bounds"]), **values}
-    return Certificate(**made)
+    values = {"passed": all(bound.holds for bound in values["bounds"]), **values}
+    return Certificate(**values)
 
 
 def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes: object) -> Manifest:
-    """Make a manifest; a field of the certificate is changed in the certificate."""
+    """Make a manifest with these changes; fields of the certificate are changed in its certificate."""
     of_certificate = {name: changes.pop(name) for name in list(changes) if name in Certificate.__dataclass_fields__}
     precision = str(changes.get("precision", "fp16"))
     values = {
@@ -125,14 +125,14 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
 
 
 def bundle(spec: TowerSpec = SPEC, **changes: object) -> Bundle:
-    """Make a bundle that is on no disk."""
+    """Make a bundle that exists only in memory."""
     return Bundle(Path("engines/tiny-dinov2"), manifest(spec, **changes))
 
 
 def evidence(
     name: str = "a.png", *, error: float = 1e-3, spec: TowerSpec = SPEC, kind: str = "photograph", seed: int = 0
 ) -> ImageEvidence:
-    """Make tokens up, with so much noise on the bundle's."""
+    """Make up tokens, with noise of size ``error`` on the bundle's."""
     generator = torch.Generator().manual_seed(seed)
     shape = (spec.num_tokens, spec.hidden_size)
     reference = torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The towers of conftest, cut behind the final norm and taken apart into operations; each is made once."""
+"""The towers of conftest, cut after the final norm and split into operations. Each is made only once."""
 
 from functools import cache
 
@@ -24,13 +24,13 @@ OLD_DINOV2 = {
     "attention.o_proj": "attention.output.dense",
     "mlp.activation_fn": "mlp.activation",
 }
-"""What transformers 4.57 calls the parts of a DINOv2 layer, by their names in 5.x."""
+"""Names of the parts of a DINOv2 layer: in transformers 5.x -> in 4.57."""
 
 IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
 
 
 def dinov2(name: str) -> str:
-    """Give an operation of a DINOv2 tower the name that it has in the installed transformers."""
+    """Return the name of a DINOv2 operation in the installed transformers."""
     head, dot, part = name.partition(".attention.") if ".attention." in name else name.partition(".mlp.")
     part = f"{dot.strip('.')}.{part}"
     return f"{head}.{OLD_DINOV2[part]}" if IS_OLD and part in OLD_DINOV2 else name
@@ -46,7 +46,7 @@ def cut(name: str) -> tuple[nn.Module, TowerSpec]:
 
 @cache
 def simulation(name: str) -> Simulation:
-    """Give the simulation of a tower, attention spelled out."""
+    """Return the simulation of a tower, with its attention split into operations."""
     return simulate(*cut(name))
 
 
@@ -56,7 +56,7 @@ def operations(name: str) -> Operations:
 
 @cache
 def pixels(batch: int = 2, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Draw pixels (B, 3, S, S), in FP32, that ``dtype`` holds exactly."""
+    """Draw FP32 pixels (B, 3, S, S) that ``dtype`` can hold exactly."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(dtype).float()
 
@@ -64,11 +64,11 @@ def pixels(batch: int = 2, dtype: torch.dtype = torch.float16) -> Tensor:
 @cache
 @torch.no_grad()
 def exact(name: str, batch: int = 2, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Give what the tower itself makes of `pixels` in FP32."""
+    """Return what the tower itself computes from `pixels` in FP32."""
     tower, _ = cut(name)
     features: Tensor = tower(pixels(batch, dtype))
     return features
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
-    return float((found.float() - reference).norm() / reference.norm())
+def relative_error(features: Tensor, reference: Tensor) -> float:
+    return float((features.float() - reference).norm() / reference.norm())

@@ -1,4 +1,4 @@
-"""Every family as a graph: what is in it, that ONNX Runtime computes transformers' states with it, that it builds."""
+"""Every family as a graph: its content, that ONNX Runtime computes transformers' states with it, and that it builds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,24 +30,24 @@ from trtower_export.plan.targets import Target
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYER = 2
-"""Of four: two layers are dead, and all that comes after them."""
+"""Of four layers, so that two layers and everything after them are dead."""
 
 RESIZED = 56
-"""Where a family can: at its own size a forgotten interpolation would leave no trace in the graph."""
+"""For families that support it: at a model's own size, a forgotten interpolation would leave no trace in the graph."""
 
 DEAD = 77.0
-"""Fills every dead weight. No living one comes near: they are drawn with a deviation of 1 at most."""
+"""Fills every dead weight. No living weight comes near it: they are drawn with a deviation of at most 1."""
 
 SCALARS = 8
-"""Elements of a graph's constants that are no weights: the scale of attention, epsilons, the 1.702 of QuickGELU."""
+"""Elements of constants in a graph that are not weights: the scale of attention, epsilons, the 1.702 of QuickGELU."""
 
 TOLERANCE = {"fp16": 2e-3, "fp32": 2e-6}
-"""Deviation from FP32 over its size, both RMS: a few roundings, of 2**-11 in FP16 and of 2**-24 in FP32."""
+"""RMS deviation from FP32 relative to the RMS of FP32: a few roundings of 2**-11 in FP16 and of 2**-24 in FP32."""
 
 FLOATS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
 
 PLAIN = {"clip-gelu", "internvl_vision-normed", "internvl_vision-unplaced"}
-"""Variants whose graphs hold nothing that another's lacks."""
+"""Variants whose graphs add nothing to those of others."""
 
 GRAPHS = [
     *((name, "fp16") for name in MODELS if name not in PLAIN),
@@ -121,7 +121,7 @@ def test_graph_computes_in_its_precision_and_interpolates_nothing(
 
 
 @pytest.mark.parametrize(("name", "precision"), [graph for graph in GRAPHS if graph[1] != "bf16"])
-def test_onnx_runtime_computes_the_states_of_transformers_in_any_batch(
+def test_onnx_runtime_computes_transformers_states_in_any_batch(
     write: Callable[[str, str], Written], name: str, precision: str
 ) -> None:
     """ONNX Runtime has no CPU kernels for BF16."""
@@ -130,13 +130,13 @@ def test_onnx_runtime_computes_the_states_of_transformers_in_any_batch(
     tensor = written.spec.input(precision)
     for batch in (1, 2, 3):
         pixels = written.pixels[:batch].numpy().astype(tensor.dtype)
-        (found,) = session.run(None, {tensor.name: pixels})
-        off = [
-            ((torch.from_numpy(found).float() - state[:batch]).norm() / state[:batch].norm()).item()
+        (features,) = session.run(None, {tensor.name: pixels})
+        errors = [
+            ((torch.from_numpy(features).float() - state[:batch]).norm() / state[:batch].norm()).item()
             for state in written.states
         ]
-        assert off[LAYER] < TOLERANCE[precision]
-        assert min(off[:LAYER] + off[LAYER + 1 :]) > 100 * TOLERANCE[precision]
+        assert errors[LAYER] < TOLERANCE[precision]
+        assert min(errors[:LAYER] + errors[LAYER + 1 :]) > 100 * TOLERANCE[precision]
 
 
 class Silent:
@@ -155,7 +155,7 @@ def test_graph_builds_a_portable_plan(
 
 
 class Uncast(torch.nn.Module):
-    """A constant that is neither a parameter nor a buffer stays in float32 when the tower is cast."""
+    """Its constant is neither a parameter nor a buffer, so it stays in float32 when the tower is cast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,13 +179,13 @@ def test_tower_that_is_not_cast_as_a_whole_is_refused(tmp_path: Path) -> None:
         (
             "aimv2",
             56,
-            r"image_size=56: transformers cannot interpolate .* takes 42 pixels; one with is_native takes any",
+            r"image_size=56: transformers cannot interpolate .* accepts only 42 pixels; a tower with is_native accepts",
         ),
-        ("siglip2", 50, r"image_size=50 is no multiple of a siglip2 tower's patch of 14; 42 is"),
+        ("siglip2", 50, r"image_size=50 is not a multiple of the patch size 14; 42 is"),
         ("siglip2", 10, r"image_size=10 is smaller than one patch of 14 pixels"),
     ],
 )
-def test_size_that_a_tower_cannot_take_is_refused(name: str, image_size: int, message: str) -> None:
+def test_size_that_a_tower_cannot_accept_is_refused(name: str, image_size: int, message: str) -> None:
     config = make_model(name).config
     with pytest.raises(ConfigError, match=message):
         family_of(config.model_type).spec(config, -2, "patch", image_size)
@@ -194,11 +194,11 @@ def test_size_that_a_tower_cannot_take_is_refused(name: str, image_size: int, me
 def test_tower_without_a_square_size_asks_for_one() -> None:
     config = transformers.InternVLVisionConfig(image_size=[28, 42], patch_size=[14, 14])
     family = family_of(config.model_type)
-    with pytest.raises(ConfigError, match=r"image_size=.*28, 42.* is no square; name one with --image-size"):
+    with pytest.raises(ConfigError, match=r"image_size=.*28, 42.* is not a square; choose one with --image-size"):
         family.spec(config, -2, "patch")
     assert family.spec(config, -2, "patch", image_size=28).num_patches == 4
     config = transformers.InternVLVisionConfig(image_size=[28, 28], patch_size=[14, 7])
-    with pytest.raises(ConfigError, match=r"patch_size=.*14, 7.* is no square"):
+    with pytest.raises(ConfigError, match=r"patch_size=.*14, 7.* is not a square"):
         family.spec(config, -2, "patch")
 
 
@@ -208,7 +208,7 @@ def test_naflex_tower_has_the_size_of_its_grid_and_needs_a_square_one() -> None:
     assert siglip2.FAMILY.obstacle(config) is None
     config.num_patches = 250
     assert siglip2.FAMILY.obstacle(config) == (
-        "num_patches=250 makes no square grid, whose positions could be resized; 225 would."
+        "num_patches=250 is not a square grid, which resizing the positions needs; 225 is."
     )
 
 
@@ -218,9 +218,9 @@ def photograph(side: int) -> Image.Image:
 
 
 def theirs(name: str) -> type:
-    """Find the processor that works in Pillow: a class of its own in transformers 5."""
-    found: type = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-    return found
+    """Find the processor that works in Pillow, which is a separate class in transformers 5."""
+    processor: type = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return processor
 
 
 @pytest.mark.parametrize(
@@ -233,17 +233,17 @@ def theirs(name: str) -> type:
         ("eva_clip", "BlipImageProcessor", {"size": {"height": 224, "width": 224}}),
     ],
 )
-def test_images_are_prepared_as_by_the_processor_of_transformers(
+def test_images_are_prepared_as_by_transformers_processor(
     name: str, processor: str, options: dict[str, object]
 ) -> None:
     (family,) = (family for family in FAMILIES if family.name == name)
     image = photograph(300)
     expected = theirs(processor)(**options)(image, return_tensors="np")["pixel_values"]
-    found = ImageProcessor(family.preprocessor)(image, return_tensors="np")["pixel_values"]
-    assert np.array_equal(found, expected)
+    pixels = ImageProcessor(family.preprocessor)(image, return_tensors="np")["pixel_values"]
+    assert np.array_equal(pixels, expected)
 
 
-def test_naflex_patches_are_those_of_the_processor_of_transformers() -> None:
+def test_naflex_patches_are_those_of_transformers_processor() -> None:
     image = photograph(300)
     expected = theirs("Siglip2ImageProcessor")()(image, return_tensors="pt")
     pixels = ImageProcessor(siglip2.FAMILY.preprocessor)(image, return_tensors="pt")["pixel_values"]

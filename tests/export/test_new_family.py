@@ -1,7 +1,7 @@
-"""A family that nobody has heard of goes all the way, from its definition and its entry in FAMILIES alone.
+"""A made-up family works everywhere, given only its definition and its entry in FAMILIES.
 
-It differs from the built-in ones in whatever a family may differ in: what its parts are called, and which fields of its
-config decide what it computes.
+It differs from the built-in families in everything that may differ: the names of its parts, and the fields of its
+config that decide what it computes.
 """
 
 import shutil
@@ -59,7 +59,7 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Attends with one head, and adds ``slope`` times what comes of it."""
+    """One attention head; its output is added, multiplied by ``slope``."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class Block(nn.Module):
         self.ask, self.mix = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        calm = self.calm(hidden_states)[:, None]  # (B, N, D) -> (B, 1, N, D)
-        seen = nn.functional.scaled_dot_product_attention(self.ask(calm), calm, calm)[:, 0]
-        return hidden_states + self.slope * self.mix(seen)
+        normed = self.calm(hidden_states)[:, None]  # (B, N, D) -> (B, 1, N, D)
+        context = nn.functional.scaled_dot_product_attention(self.ask(normed), normed, normed)[:, 0]
+        return hidden_states + self.slope * self.mix(context)
 
 
 class ToyEye(transformers.PreTrainedModel):
-    """Reads patches, and makes a summary of them that no hidden state depends on."""
+    """Reads patches, and makes a summary that no hidden state depends on."""
 
     config_class = ToyConfig
     main_input_name = "pixel_values"
@@ -88,18 +88,18 @@ class ToyEye(transformers.PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw nothing: torch has."""
+        """Keep the weights that torch has drawn."""
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None) -> BaseModelOutputWithPooling:
         states = [self.stem(pixel_values)]
         for block in self.trunk["blocks"]:
             states.append(block(states[-1]))
         last = self.closing(states[-1])
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=self.summary(last.mean(dim=1)),
-            hidden_states=tuple(states) if asked else None,
+            hidden_states=tuple(states) if with_states else None,
         )
 
 
@@ -130,16 +130,16 @@ FAMILY = Family(
 
 @pytest.fixture(scope="module")
 def known() -> Iterator[None]:
-    """Add the family's one line, and have its class where every family's is."""
+    """Register the family, and put its class into transformers like every family's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "FAMILIES", (*families.FAMILIES, FAMILY))
-        for module in (checkpoint, vision_config):  # importing some models leaves another `transformers` behind
+        for module in (checkpoint, vision_config):  # importing some models leaves another `transformers` module behind
             patch.setattr(module.transformers, "ToyEye", ToyEye, raising=False)
         yield
 
 
 class Model(nn.Module):
-    """Somebody's own model around a tower."""
+    """A custom model around a tower."""
 
     def __init__(self, tower: nn.Module, layer: LayerCode) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def eye() -> ToyEye:
 
 @pytest.fixture(scope="module")
 def export(eye: ToyEye, known: None, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Export the toy at a layer by the command, once; the bundle must not be changed."""
+    """Export the toy at a layer with the command, once per layer; tests must not change the bundle."""
     folder = tmp_path_factory.mktemp("toy")
     eye.save_pretrained(folder / "eye")
 
@@ -206,7 +206,7 @@ def test_new_family_is_installed_in_a_loaded_model(export: Export, eye: ToyEye, 
     bundle, model = export(layer), Model(copy_of(eye), layer)
     unread = [model.tower.summary, *([] if layer == LAST else [model.tower.closing, model.tower.trunk["blocks"][-1]])]
     for parameter in (each for module in unread for each in module.parameters()):
-        parameter.fill_(7.0)  # nobody reads it
+        parameter.fill_(7.0)  # never read
     expected = model.encode_images(draw())
     with trtower.install(model, bundle):
         assert isinstance(model.tower, ToyEye)
@@ -239,11 +239,11 @@ def test_new_family_with_fewer_layers_is_refused(export: Export, eye: ToyEye) ->
     ("tensor", "refusal"),
     [
         ("trunk.blocks.4.mix.bias", f"but its config has num_hidden_layers={NUM_LAYERS}"),
-        ("trunk.blocks.0.gate.bias", "which a ToyEye of its config has not"),
-        ("stem.positions.bias", "which a ToyEye of its config has not"),
+        ("trunk.blocks.0.gate.bias", "but its config describes a ToyEye without it"),
+        ("stem.positions.bias", "but its config describes a ToyEye without it"),
     ],
 )
-def test_weights_that_a_new_family_knows_nothing_of_are_refused(
+def test_weights_that_a_new_family_does_not_have_are_refused(
     eye: ToyEye, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, refusal: str
 ) -> None:
     eye.save_pretrained(tmp_path)

@@ -69,7 +69,7 @@ from trtower_export.precision.bounds import BOUNDS
         (["export", "CLIP", "--select-layer", "sliceseven", "--no-check"], 2, "'sliceseven' is no layer code"),
         (["export", "CLIP", "--select-layer=-2,x", "--no-check"], 2, "'x' is no layer code"),
         (["export", "CLIP", "--image-size", "0", "--no-check"], 2, "smaller than one patch of 14"),
-        (["export", "", "--no-check"], 1, "no checkpoint is named"),
+        (["export", "", "--no-check"], 1, "no checkpoint named"),
         (["export", "CLIP", "--image-size", "7", "--no-check"], 2, "smaller than one patch of 14"),
         (["build", "nowhere"], 1, "nowhere is not a bundle"),
         (["check", "BUNDLE", "--images", "nowhere"], 1, "nowhere"),

@@ -1,1 +1,1 @@
-"""What the user named, turned into a config and tensors."""
+"""Turn what the user named into a config and tensors."""

@@ -1,8 +1,8 @@
-"""Refuse a tower that an adapter (LoRA, DoRA, IA3 and what else peft has) changes, unless it was merged.
+"""Refuse a tower that an unmerged adapter changes: LoRA, DoRA, IA3 and the other kinds that peft has.
 
-transformers applies an adapter that lies beside a model when it loads the folder, so the weights of the model alone are
-not what people run. An adapter of the language model leaves the tower as it is: that is decided by the names of its
-tensors, and what cannot be decided is refused.
+When transformers loads a folder, it applies an adapter that lies beside the model, so the model's weights by themselves
+are not what people run. An adapter of the language model does not change the tower. The names of the adapter's tensors
+tell the two apart; in doubt, the checkpoint is refused.
 """
 
 import re
@@ -28,18 +28,18 @@ _OF_VISION = re.compile(r"vision|visual|image|video|tower|vit(?![a-z])|patch|sig
 _OF_OTHERS = {"language_model", "text_model", "llm", "lm_head", "embed_tokens", "mm_projector"}
 _OF_OTHERS |= {"multi_modal_projector", "language_projection", "qformer"}
 _OF_A_DECODER = re.compile(r"(model\.)*layers\.\d+\.")
-"""How causal language models of transformers call what is in their layers, in a LLaVA or VILA model."""
+"""How transformers' causal language models name their layers in a LLaVA or VILA model."""
 
 
 def refuse_adapter_alone(files: Files) -> None:
-    """Raise CheckpointError if a folder holds an adapter; the caller has found that there is no model beside it."""
+    """Raise CheckpointError if a folder holds an adapter. The caller has checked that no model lies beside it."""
     kind, base = _read_adapter(files)
     if kind:
         raise CheckpointError(f"{files.folder} is {kind}: {_merge_into(base or 'its base model')}.")
 
 
 def _read_adapter(files: Files) -> tuple[str | None, str | None]:
-    """Say which kind of adapter lies in a folder, and the name of the model it was made for; None if it has none."""
+    """Return the kind of adapter in a folder and the name of its base model, each None if there is none."""
     config = files.read_json(CONFIG)
     if config is None:
         return None, None
@@ -49,62 +49,66 @@ def _read_adapter(files: Files) -> tuple[str | None, str | None]:
 
 
 def _merge_into(model: str) -> str:
-    return f"merge it into {model} with merge_and_unload(), write that with save_pretrained(), and export the result"
+    return f"merge it into {model} with merge_and_unload(), save the result with save_pretrained(), and export that"
 
 
 def check_adapter(files: Files, tower: Tensors, others: Collection[str], *, larger: bool) -> tuple[str, ...]:
-    """Return what to say of the adapters in a folder; raise CheckpointError if the one beside the model is the tower's.
+    """Return remarks on the adapters in a folder; raise CheckpointError if the one beside the model may be the tower's.
 
-    ``others`` are the names of the tensors of the rest; ``larger`` says whether the folder's model is more than its
-    tower.
+    ``others`` are the names of the model's tensors outside the tower; ``larger`` says whether the folder's model is
+    more than its tower.
     """
-    said = [
-        f"{path.parent} holds an adapter, which transformers does not apply when it loads {files.folder}: left out"
+    remarks = [
+        f"{path.parent} holds an adapter, which transformers does not apply when it loads {files.folder}: ignored"
         for path in sorted(files.folder.glob(f"*/{CONFIG}"))
     ]
     kind, base = _read_adapter(files)
     if kind is None:
-        return tuple(said)
-    where = f"{files.folder}/{CONFIG} is {kind}: {_merge_into('the model')}"
+        return tuple(remarks)
+    where = f"{files.folder}/{CONFIG} belongs to {kind}: {_merge_into('the model')}"
     files.fetch(*WEIGHTS)
     path = next((files.folder / name for name in WEIGHTS if (files.folder / name).is_file()), None)
     if path is None:
-        raise CheckpointError(f"{where}. No {WEIGHTS[0]} beside it says what it changes.")
+        raise CheckpointError(f"{where}. There is no {WEIGHTS[0]} beside it to show what it changes.")
     if path.suffix != ".safetensors" and not tower.allow_pickle:
-        raise CheckpointError(f"{where}. What it changes is in a pickle, {path.name}, which is not read.")
+        raise CheckpointError(f"{where}. Its tensors are in a pickle, {path.name}, read only with --allow-pickle.")
     if touched := _first_in_tower(names_in(path), tower.shards, others, larger=larger):
         raise CheckpointError(
-            f"{where}. transformers applies it when it loads the folder, and {touched} in {path.name} may be of the "
-            f"tower. To export the model without it, leave {CONFIG} out of a copy."
+            f"{where}. transformers applies it when it loads the folder, and {touched} in {path.name} may belong to "
+            f"the tower. To export the model without it, copy the folder and delete {CONFIG} there."
         )
-    said.append(f"{path.name} is {kind} that leaves the tower as it is")
+    remarks.append(f"{path.name} is {kind} that does not change the tower")
     if base not in (None, files.repo, str(files.folder), str(files.folder.resolve())):
-        said[-1] += (
-            f". It was made for {base!r}, from which transformers may load the model itself: export that one instead, "
+        remarks[-1] += (
+            f". Its base model is {base!r}, and transformers may load the model from there: export that one instead, "
             "unless its tower is the same"
         )
-    return tuple(said)
+    return tuple(remarks)
 
 
 def check_unmerged(tensors: Tensors, patch_embedding: str, *, larger: bool) -> tuple[str, ...]:
-    """Return what to say of adapters inside the weights; raise CheckpointError if one may be of a tower."""
-    found = [name for name in tensors.shards if _is_adapters(name)]
-    if not found:
+    """Return remarks on adapters inside the weights; raise CheckpointError if one may belong to a tower."""
+    adapter_names = [name for name in tensors.shards if _is_adapters(name)]
+    if not adapter_names:
         return ()
     roots = tuple(tensors.roots(patch_embedding))
     tower = {name for name in tensors.shards if name.startswith(roots)} if roots else set()
-    touched = _first_in_tower(found, tower, tensors.shards.keys() - tower, larger=larger) if tower else found[0]
+    touched: str | None = adapter_names[0]
+    if tower:
+        touched = _first_in_tower(adapter_names, tower, tensors.shards.keys() - tower, larger=larger)
     if touched:
         raise CheckpointError(
-            f"{tensors.files.folder} holds {touched}, of an adapter that was not merged: {_merge_into('the model')}."
+            f"{tensors.files.folder} holds {touched}, part of an adapter that was not merged: "
+            f"{_merge_into('the model')}."
         )
-    return (f"{found[0]} is of an adapter that was not merged, and that leaves the tower as it is",)
+    return (f"{adapter_names[0]} is part of an adapter that was not merged; it does not change the tower",)
 
 
 def _first_in_tower(names: Iterable[str], tower: Iterable[str], others: Iterable[str], *, larger: bool) -> str | None:
     """Find the first tensor of an adapter that may be in the tower.
 
-    The prefixes may differ, so an adapter's module is that of the checkpoint whose name ends most like it.
+    An adapter may name a module with another prefix than the checkpoint does. So its module is taken to be the one in
+    the checkpoint whose name shares the longest ending with it.
     """
     inside, outside = (
         {end for name in held if not _is_adapters(name) for end in _ends(_module(name))} for held in (tower, others)
@@ -129,7 +133,7 @@ def _is_adapters(name: str) -> bool:
 
 
 def _module(name: str) -> tuple[str, ...]:
-    """Return the path of the module that a tensor, of a model or of its adapter, belongs to."""
+    """Return the path of the module that owns a tensor of a model or of its adapter."""
     parts = name.removeprefix("base_model.model.").split(".")
     if "modules_to_save" in parts:
         at = parts.index("modules_to_save")

@@ -1,7 +1,7 @@
 """Turn what the user named (a hub id, a folder, a file, a recipe) into a tower's config and a way to load its weights.
 
-Nothing that could run code is trusted by default: weights come from safetensors, pickles and remote code are
-refused unless an option asks for them. Loading is strict, because a tensor that is silently missing leaves a
+Nothing that could run code is trusted by default: weights come from safetensors, and pickles and the checkpoint's own
+code are refused unless an option allows them. Loading is strict, because a tensor that is silently missing leaves a
 random layer behind.
 """
 
@@ -31,19 +31,26 @@ from trtower_export.options import Trust
 from trtower_export.recipes import Recipe, find_recipe
 
 DEFAULT_LAYER = -2
-"""LLaVA's, for a tower that says nothing of layers."""
+"""LLaVA's default, for a checkpoint that does not say which layer it reads."""
 
 OF_TRAINING = ("mask_token", "position_ids")
-"""Tensors that only training reads, or that are computed."""
+"""Tensors that only training reads, or that are computed anyway."""
 
 RANDOM_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A tower: what its files say (``layout``), and where they came from.
+    """A tower and where it came from. `open_checkpoint` makes one.
 
-    ``revision`` is the commit on the hub; ``tower`` was named, in a checkpoint of several.
+    Attributes:
+        name: Last part of the hub id or path; for a file, without its suffix.
+        source: Hub id, or absolute path of the folder or file.
+        revision: Commit on the hub, if the files came from there.
+        recipe: The recipe of this checkpoint, if there is one.
+        layout: What was recognised in its files.
+        trust: Whether pickles and the checkpoint's own code are allowed.
+        tower: The name that the user gave to choose one of several towers.
     """
 
     name: str
@@ -61,34 +68,34 @@ class Checkpoint:
 
     @property
     def config(self) -> Any:
-        """The vision config, as transformers has it."""
+        """The vision config, an object of transformers."""
         return self.layout.config
 
     @property
     def random_weights(self) -> bool:
-        """Whether the weights are drawn and not read: a rehearsal."""
+        """Whether this is a rehearsal, whose weights are drawn instead of read."""
         return self.layout.tensors is None
 
     @property
     def bundle_name(self) -> str:
-        """What its bundle is called unless somebody names it."""
+        """The default name of its bundle."""
         return f"{self.name}.rehearsal" if self.random_weights else self.name
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """What its plans are tuned for unless somebody says it."""
+        """The batch profiles that its plans are tuned for by default."""
         return (self.recipe.batch if self.recipe else DEFAULT_BATCH,)
 
     def describe(self) -> str:
-        """Say what was recognised, and where in it the tower lies."""
-        says = f"{self.layout.kind}, {self.family.name} tower"
+        """Return one line that says what was recognised, and where in it the tower lies."""
+        line = f"{self.layout.kind}, {self.family.name} tower"
         tensors = self.layout.tensors
         if tensors is None:
-            return f"{says} with random weights"
+            return f"{line} with random weights"
         if self.layout.root:
-            says += f" at {self.layout.root.rstrip('.')}"
+            line += f" at {self.layout.root.rstrip('.')}"
         place = tensors.files.repo or str(tensors.files.folder.resolve())
-        return says if place in (self.source, str(Path(self.source).parent)) else f"{says} from {place}"
+        return line if place in (self.source, str(Path(self.source).parent)) else f"{line} from {place}"
 
     def spec(
         self,
@@ -96,30 +103,42 @@ class Checkpoint:
         select_feature: str | None = None,
         image_size: int | None = None,
     ) -> TowerSpec:
-        """Describe the tower: as asked for, else as the checkpoint says, else as its recipe does, else as LLaVA does.
+        """Describe the cut tower.
 
-        Raises ConfigError where there can be no such tower, and CheckpointError where the model reads a layer and
-        does not say which.
+        Args:
+            select_layer: Layer code: a hidden state, a list of them, or "last_hidden_state". By default the
+                checkpoint's, else its recipe's, else LLaVA's -2.
+            select_feature: "patch" (without the prefix tokens), "cls_patch" (with them), or a slice of LLaVA-NeXT.
+                By default the checkpoint's, else its recipe's, else "patch".
+            image_size: S, in pixels a side. By default the recipe's, else the config's.
+
+        Returns:
+            The spec, with the layers as indices of hidden states.
+
+        Raises:
+            ConfigError: if there can be no such tower.
+            CheckpointError: if the model does not say which layer it reads, or its config's layer code is wrong, or it
+                drops the first token of a tower that does not have exactly one prefix token.
         """
-        says, recipe = self.layout, self.recipe
-        layer = says.select_layer if select_layer is None else select_layer
-        feature = says.select_feature if select_feature is None else select_feature
-        if layer is None and says.said_as:
+        layout, recipe = self.layout, self.recipe
+        layer = layout.select_layer if select_layer is None else select_layer
+        feature = layout.select_feature if select_feature is None else select_feature
+        if layer is None and layout.said_as:
             raise CheckpointError(
-                f"{self.source} does not say which layer of its tower it reads: --select-layer says it."
+                f"{self.source} does not say which layer of its tower it reads: choose one with --select-layer."
             )
         if layer is None:
             layer = recipe.select_layer if recipe else DEFAULT_LAYER
         if feature is None:
             feature = recipe.select_feature if recipe else "patch"
         prefix = self.family.num_prefix_tokens(self.config)
-        if select_feature is None and says.drops_first and prefix != 1:
-            first = f"one of {prefix} prefix tokens" if prefix else "a patch and no CLS token"
+        if select_feature is None and layout.drops_first and prefix != 1:
+            first = f"one of {prefix} prefix tokens" if prefix else "a patch, not a CLS token"
             raise CheckpointError(
-                f"{self.source}: {says.drops_first} drops the first token, in a {self.family.name} tower {first}. Say "
-                "what to keep: --select-feature cls_patch keeps every token, patch every patch."
+                f"{self.source}: {layout.drops_first} drops the first token, which in a {self.family.name} tower is "
+                f"{first}. Choose what to keep: --select-feature cls_patch keeps every token, patch every patch."
             )
-        if select_layer is None and says.select_layer is not None:
+        if select_layer is None and layout.select_layer is not None:
             self._check_layer(layer, feature)
         if image_size is None and recipe:
             image_size = recipe.image_size
@@ -134,7 +153,14 @@ class Checkpoint:
             ) from err
 
     def config_at(self, image_size: int) -> Any:
-        """Give the vision config for S pixels, which model code reads as `tower.config`."""
+        """Return the vision config that model code reads as `tower.config`.
+
+        Args:
+            image_size: S, in pixels a side.
+
+        Returns:
+            The checkpoint's own config if it is for S pixels, else a copy that is.
+        """
         if getattr(self.config, "image_size", None) == image_size:
             return self.config
         config = copy.deepcopy(self.config)
@@ -142,10 +168,18 @@ class Checkpoint:
         return config
 
     def load_model(self, spec: TowerSpec | None = None) -> nn.Module:
-        """Load the full, uncut tower in FP32 on the CPU; with random weights, the same ones every time.
+        """Load the full, uncut tower in FP32 on the CPU. A rehearsal gets the same random weights every time.
 
-        Every tensor must be there, or with ``spec`` every tensor that this cut reads: LLaVA-NeXT saves its SigLIP
-        without the layer and the head that it drops.
+        Args:
+            spec: The cut that will be made. Tensors that it does not read may then be missing: LLaVA-NeXT saves its
+                SigLIP without the layer and the head that it drops. By default every tensor must be there.
+
+        Returns:
+            The transformers model, in eval mode and without gradients.
+
+        Raises:
+            CheckpointError: if a tensor is missing, unknown, quantised or of another shape, or if the files or the
+                config cannot be read.
         """
         try:
             with quiet_transformers():
@@ -153,8 +187,8 @@ class Checkpoint:
                 model = self._draw_weights() if tensors is None else self._load_weights(tensors, spec)
         except TrtowerError:
             raise
-        except Exception as err:  # whatever transformers makes of a config that it has read
-            raise CheckpointError(f"{self.source}: transformers could not make the tower: {one_line(err)}") from err
+        except Exception as err:  # a wrong value in a config can make transformers raise anything
+            raise CheckpointError(f"{self.source}: transformers could not build the tower: {one_line(err)}") from err
         return model.eval().requires_grad_(requires_grad=False)
 
     def _draw_weights(self) -> nn.Module:
@@ -174,7 +208,7 @@ class Checkpoint:
             state_dict=weights,
             dtype=torch.float32,
             attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # so that they are reported: refused below
+            ignore_mismatched_sizes=True,  # reports them, to be refused below
             output_loading_info=True,
         )
         loaded: nn.Module = model
@@ -190,7 +224,7 @@ class Checkpoint:
         return getattr(transformers, self.family.model_class)
 
     def _read_weights(self, tensors: Tensors, model_class: Any) -> dict[str, Tensor]:
-        """Read the tower's tensors under the names that the installed transformers gives them."""
+        """Read the tower's tensors under the names that the installed transformers uses."""
         weights = {name.removeprefix(self.layout.root): tensor for name, tensor in tensors.read().items()}
         if self.layout.translate:
             weights = self.layout.translate(weights)
@@ -204,33 +238,37 @@ class Checkpoint:
         self, model: nn.Module, weights: dict[str, Tensor], mismatched: Iterable[Any], folder: Path
     ) -> None:
         for mismatch in mismatched:
-            # transformers 4.57 gives the name only.
+            # transformers 4.57 reports only the name.
             name, *shapes = [mismatch] if isinstance(mismatch, str) else mismatch
-            found = tuple(shapes[0] if shapes else weights[name].shape)
+            shape = tuple(shapes[0] if shapes else weights[name].shape)
             expected = tuple(model.get_parameter(name).shape)
             raise CheckpointError(
-                f"{folder}: {self._named(name)} has shape {found}; {expected} is expected of a tower as its config "
-                "describes it."
+                f"{folder}: {self._name_in_checkpoint(name)} has shape {shape}; its config expects {expected}. Does "
+                "config.json belong to these weights?"
             )
 
     def _refuse_unknown(self, unexpected: Iterable[str], folder: Path) -> None:
-        """Refuse weights that the config knows nothing of: of another tower, and of one layer more, -2 is another."""
+        """Refuse weights that the config does not describe: they make another tower.
+
+        With one layer more, for example, -2 is another layer.
+        """
         stem, naming = self.family.patch_embedding.partition(".")[0], self.family.naming
         for name in sorted(unexpected):
             layer = naming.find_layer(name)
             if layer is not None and layer >= self.config.num_hidden_layers:
                 raise CheckpointError(
-                    f"{folder} holds {self._named(name)}, but its config has num_hidden_layers="
-                    f"{self.config.num_hidden_layers}: one of them is not this tower's."
+                    f"{folder} holds {self._name_in_checkpoint(name)}, but its config has num_hidden_layers="
+                    f"{self.config.num_hidden_layers}. Does config.json belong to these weights?"
                 )
             if (layer is not None or f"{stem}." in name) and not name.endswith(OF_TRAINING):
                 raise CheckpointError(
-                    f"{folder} holds {self._named(name)}, which a {self.family.model_class} of its config has "
-                    "not: without it this is another tower. Is config.json the one that belongs to the weights?"
+                    f"{folder} holds {self._name_in_checkpoint(name)}, but its config describes a "
+                    f"{self.family.model_class} without it, which is another tower. Does config.json belong to these "
+                    "weights?"
                 )
 
-    def _named(self, name: str) -> str:
-        """Give a tensor the name that it has in the checkpoint, as far as that is known."""
+    def _name_in_checkpoint(self, name: str) -> str:
+        """Return a tensor's name in the checkpoint, as far as that is known."""
         return name if self.layout.translate else f"{self.layout.root}{self.family.naming.inside(name)}"
 
     def _refuse_missing(self, model: nn.Module, missing: set[str], spec: TowerSpec | None, folder: Path) -> None:
@@ -241,8 +279,8 @@ class Checkpoint:
         missing &= parameters.keys()
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} tensors of a {self.family.model_class}, {min(missing)} among "
-                "them: the layers without weights would be random. Is this the whole checkpoint?"
+                f"{folder} lacks {len(missing)} tensors of a {self.family.model_class}, including {min(missing)}: "
+                "layers without weights would be random. Is this the whole checkpoint?"
             )
 
 
@@ -254,15 +292,24 @@ def open_checkpoint(
     trust: Trust | None = None,
     tower: str | None = None,
 ) -> Checkpoint:
-    """Find a checkpoint, recognise it, and have the files that hold its tower here; no tensor is read yet.
+    """Find a checkpoint, recognise it, and download the files that hold its tower. No tensor is read yet.
 
-    ``tower`` names one of several towers by what the names of its tensors begin with, or a part of that.
+    Args:
+        source: A folder, an OpenCLIP file, a hub id, or the name of a recipe.
+        random_weights: Rehearse with random weights instead of the checkpoint's. With a recipe this needs no hub.
+        revision: Branch, tag or commit on the hub. By default the newest.
+        trust: Whether to allow pickles and the checkpoint's own code. By default neither.
+        tower: Which of several towers to read: what the names of its tensors begin with, or a part of that.
 
-    Raises CheckpointError where it cannot be found, is no checkpoint, has no family or no such tower, or wants more
-    trust.
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be found, is not a checkpoint, belongs to no family, does not hold this tower, or
+            needs more trust.
     """
     if not source.strip():
-        raise CheckpointError("no checkpoint is named: a folder, an OpenCLIP file, a hub id or a recipe is expected.")
+        raise CheckpointError("no checkpoint named: expected a folder, an OpenCLIP file, a hub id or a recipe.")
     source = source.rstrip("/") or source
     request = Request(trust=trust or Trust(), weights=not random_weights, tower=tower)
     recipe = find_recipe(source)
@@ -291,7 +338,7 @@ def open_checkpoint(
 def reopen_checkpoint(
     source: Source, *, moved_to: str | None = None, tower: str | None = None, trust: Trust | None = None
 ) -> Checkpoint:
-    """Open the checkpoint that a bundle was made of, where it was at export or where it is now."""
+    """Open the checkpoint that a bundle was exported from, where it was then or at ``moved_to``."""
     return open_checkpoint(
         moved_to or source.checkpoint,
         random_weights=source.random_weights,
@@ -303,7 +350,7 @@ def reopen_checkpoint(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and advice out of ours while it loads."""
+    """Silence transformers' own progress bars and advice while it loads."""
     log = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Get a checkpoint's files: from a folder as it lies, or from the hub or its cache, each when it is wanted."""
+"""Get a checkpoint's files from a local folder, the hub or its cache, each only when it is needed."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ _KNOWN = "openai/clip-vit-large-patch14-336"
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The files of one checkpoint, in ``folder``. On the hub (``repo``) they are there once they were fetched.
+    """The files of one checkpoint, in ``folder``. Those on the hub (``repo``) must be fetched first.
 
-    ``inside`` is what their names begin with there, of a folder inside a repository.
+    For a folder inside a repository, ``inside`` is what the names of its files begin with there.
     """
 
     folder: Path
@@ -34,16 +34,16 @@ class Files:
     inside: str = ""
 
     def fetch(self, *patterns: str) -> None:
-        """Have the files that match lie in ``folder``; those that the repository has not are passed over.
+        """Download the matching files into ``folder``; skip those that the repository does not have.
 
-        A pattern without a slash means the top folder alone. Raises CheckpointError.
+        A pattern without a slash matches only in the top folder. Raises CheckpointError if the download fails.
         """
         if self.repo is not None:
             names = [f"{self.inside}{pattern}" for pattern in patterns]
             _snapshot(self.repo, self.revision, names, offline=self.offline)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON object; None where there is no such file."""
+        """Read a JSON object; return None if there is no such file."""
         path = self.folder / name
         if not path.exists():
             return None
@@ -53,31 +53,31 @@ class Files:
         except (OSError, ValueError, RecursionError) as err:
             raise CheckpointError(f"{path} is not JSON: {first_line(err)}") from err
         if not isinstance(data, dict):
-            raise CheckpointError(f"{path} holds a {type(data).__name__}; an object is expected.")
+            raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a JSON object.")
         return data
 
     def inner(self, name: str) -> "Files":
-        """Give a folder inside, with the configs that are in it."""
+        """Return the files of a folder inside this one, with its configs fetched."""
         files = replace(self, folder=self.folder / name, inside=f"{self.inside}{name}/")
         files.fetch("*.json")
         return files
 
 
 def expanded(path: str) -> Path:
-    """Read a path as the shell does; raise CheckpointError if it is too long, or begins with nobody's home."""
+    """Expand a path as the shell does; raise CheckpointError if it is too long or names an unknown user's home."""
     try:
-        read = Path(path).expanduser()
-        read.is_dir()
+        result = Path(path).expanduser()
+        result.is_dir()
     except (OSError, RuntimeError) as err:
         raise CheckpointError(f"{path} is not a folder: {first_line(err)}.") from err
-    return read
+    return result
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_arrived(path: Path) -> None:
-    """Raise CheckpointError if a file is what a download leaves in the place of one: a pointer, a web page, nothing."""
+    """Raise CheckpointError if a failed download left a pointer, a web page or nothing instead of the file."""
     try:
         with path.open("rb") as file:
             head = file.read(len(LFS_POINTER))
@@ -90,28 +90,28 @@ def check_arrived(path: Path) -> None:
     if head[:9].lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(f"{path} is a web page and not the file itself: download it again.")
     if not head:
-        raise CheckpointError(f"{path} could not be read, it may be cut short: it is empty; download it again.")
+        raise CheckpointError(f"{path} is empty: download it again.")
 
 
 def download(repo: str, revision: str | None) -> Files:
-    """Find a repository on the hub, or in its cache where the hub cannot be reached, and fetch its configs.
+    """Find a repository on the hub, or in its cache if the hub cannot be reached, and fetch its configs.
 
-    Raises CheckpointError where it can be found in neither.
+    Raises CheckpointError if it is in neither.
     """
     if repo.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{repo} is not a folder. Name a folder with a model, an OpenCLIP file, or a hub id such as {_KNOWN}; in a "
-            "check, --checkpoint says where the weights are now."
+            f"{repo} is not a folder. Name a folder with a model, an OpenCLIP file, or a hub id such as {_KNOWN}. If "
+            "the weights of a bundle have moved since its export, name their new place with --checkpoint."
         )
     unreachable = None
     try:
-        # Asked first, because snapshot_download has no time limit for a hub that accepts and never answers.
+        # Ask the hub first: snapshot_download has no time limit for a hub that accepts a connection and never answers.
         revision = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S).sha
     except HFValidationError as err:
         raise CheckpointError(f"{repo} is neither a folder nor a hub id such as {_KNOWN}.") from err
     except HfHubHTTPError as err:
         raise CheckpointError(f"the hub refused {repo}: {first_line(err)}") from err
-    except Exception as err:  # noqa: BLE001 - the hub's transport, and so its errors, changed twice between releases
+    except Exception as err:  # noqa: BLE001 - the hub's transport and its errors changed twice between releases
         unreachable = err
     try:
         folder = _snapshot(repo, revision, ["*.json"], offline=unreachable is not None)
@@ -120,12 +120,12 @@ def download(repo: str, revision: str | None) -> Files:
             raise
         recipes = ", ".join(get_close_matches(repo, {recipe.checkpoint for recipe in all_recipes()}, cutoff=0))
         raise CheckpointError(
-            f"{repo} is not a folder here, and the hub could not be reached ({first_line(unreachable)}). Two ways "
-            "out: download it elsewhere and name its folder, or rehearse one that has a recipe, such as "
+            f"{repo} is not a folder here, and the hub could not be reached ({first_line(unreachable)}). Either "
+            "download it elsewhere and name its folder, or rehearse a checkpoint that has a recipe, such as "
             f"{recipes}, with --random-weights."
         ) from unreachable
     if unreachable:
-        logger.warning("the hub could not be reached (%s): %s is taken from its cache", unreachable, repo)
+        logger.warning("the hub could not be reached (%s): using the cached copy of %s", unreachable, repo)
     return Files(folder=folder, repo=repo, revision=revision, offline=unreachable is not None)
 
 
@@ -145,6 +145,6 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], *, offline: 
 
 
 def first_line(err: BaseException) -> str:
-    """Take the line of an error of another library that says what happened."""
+    """Return the first line of another library's error, without its full stop."""
     lines = str(err).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(err).__name__

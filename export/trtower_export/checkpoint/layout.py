@@ -1,7 +1,7 @@
-"""What was asked of a checkpoint and what was recognised in it, with the tensors of its tower.
+"""The request for a checkpoint, and the layout that was recognised in it, with the tensors of its tower.
 
-Tensors are put in once it is certain that they are the tower that people run: adapters that were not merged and
-wrappers that are not known would make another tower of the same names.
+A layout gets its tensors only if they are certainly the tower that people run: an unmerged adapter or an unknown
+wrapper would make another tower under the same names.
 """
 
 from collections.abc import Callable, Collection
@@ -23,7 +23,7 @@ from trtower_export.options import Trust
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to look for: with its ``weights`` or as a rehearsal, and which ``tower`` if there are several."""
+    """What to look for: a checkpoint with its ``weights`` or a rehearsal, and which ``tower`` if there are several."""
 
     trust: Trust = field(default_factory=Trust)
     weights: bool = True
@@ -32,13 +32,23 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What was recognised. ``tensors`` are the tower's, their names beginning with ``root``; None for a rehearsal.
+    """What was recognised in a checkpoint.
 
-    ``said_as`` is the field of config.json that names the layer that the model reads, None if it reads none.
-    ``select_layer`` and ``select_feature`` are what the config says, None where it says nothing, and ``drops_first``
-    the setting with which eager code drops a tower's first token. A ``contrastive`` model reads one pooled vector of an
-    image and no hidden state. ``image_aspect_ratio`` is the config's word for pictures that are padded or tiled before
-    they are prepared. ``remarks`` are said by an export.
+    Attributes:
+        kind: What messages call it.
+        config: The vision config.
+        family: The tower's architecture.
+        preprocessor: How images are prepared; None if the checkpoint does not say.
+        tensors: The tower's tensors; None for a rehearsal.
+        root: What the names of the tower's tensors begin with.
+        translate: Turns tensors of another library into transformers'.
+        said_as: The field of config.json that holds the model's layer; None if the model does not read one.
+        select_layer: The config's layer; None if it does not say.
+        select_feature: The config's choice of tokens; None if it does not say.
+        drops_first: The setting that makes eager code drop a tower's first token, if there is one.
+        contrastive: Whether the model reads one pooled vector per image and no hidden state.
+        image_aspect_ratio: The config's word for how pictures are padded or tiled before they are prepared.
+        remarks: What an export tells the user.
     """
 
     kind: str
@@ -60,9 +70,9 @@ class Layout:
 def with_tower(
     layout: Layout, tensors: Tensors, patch_embedding: str, request: Request, *, larger: bool
 ) -> Layout | None:
-    """Return a layout with the tower's tensors, of those of a whole checkpoint; None if it holds no such tower.
+    """Return the layout with the tower's tensors, picked from the whole checkpoint's; None if it has no such tower.
 
-    ``larger`` says whether the checkpoint is of more than its tower. Raises CheckpointError if there are several towers
+    ``larger`` says whether the checkpoint holds more than its tower. Raises CheckpointError if there are several towers
     to choose from, or if an adapter or a wrapper may have changed this one.
     """
     files = tensors.files
@@ -76,14 +86,14 @@ def with_tower(
     tower = tensors.select(root)
     remarks += adapters.check_adapter(files, tower, tensors.shards.keys() - tower.shards.keys(), larger=larger)
     if wrappers := wrappers_in(tower.written):
-        remarks += (f"removed from the names of the tower's tensors: {', '.join(wrappers)}, which only wrap modules",)
+        remarks += (f"removed {', '.join(wrappers)} from the names of the tower's tensors: they only wrap modules",)
     return replace(layout, tensors=tower, root=root, remarks=(*layout.remarks, *remarks))
 
 
 def inside_model(layout: Layout, files: Files, others: Collection[str]) -> Layout:
-    """Add what is to be said of the adapters of the model around a tower, which lies in a folder of its own.
+    """Add remarks on the adapters of the model around a tower that lies in a separate folder.
 
-    ``others`` are the names of the model's own tensors. Raises CheckpointError if an adapter may be of the tower.
+    ``others`` are the names of the model's own tensors. Raises CheckpointError if an adapter may belong to the tower.
     """
     if layout.tensors is None:
         return layout
@@ -92,15 +102,15 @@ def inside_model(layout: Layout, files: Files, others: Collection[str]) -> Layou
 
 
 def no_tower(tensors: Tensors, expected: str) -> CheckpointError:
-    """Make the error for a checkpoint without a tower; ``expected`` says what there should be."""
+    """Build the error for a checkpoint without a tower; ``expected`` says what it should hold."""
     folder, why = tensors.files.folder, ""
     if (wrapped := next(filter(unknown_wrapper, tensors.shards), None)) is not None:
         why = (
-            f" Some of its tensors are inside a wrapper that is not known here, {wrapped} among them: save the model "
-            "that it wraps with save_pretrained(), and export that."
+            f" Some of its tensors, such as {wrapped}, are inside an unknown wrapper: save the wrapped model with "
+            "save_pretrained(), and export that."
         )
     elif not tensors.shards and (unfinished := unfinished_in(folder)):
         why = f" The download of {unfinished} was interrupted: download it again."
     elif not tensors.shards and (inner := checkpoints_in(folder)):
-        why = f" Is it one of the folders inside: {', '.join(map(str, inner[:5]))}?"
+        why = f" Did you mean one of the folders inside it: {', '.join(map(str, inner[:5]))}?"
     return CheckpointError(f"{folder} holds no weights of {expected}.{why}")

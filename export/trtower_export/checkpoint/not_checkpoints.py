@@ -1,6 +1,6 @@
-"""Say what a path is that is not a checkpoint, and what to export instead: bundles, single files, outer folders.
+"""Refuse what is not a checkpoint (bundles, single files, outer folders), and say what to export instead.
 
-What is cheap to tell by content is told by content, and by the suffix otherwise.
+A file is recognised by its content if that is cheap, else by its suffix.
 """
 
 import tarfile
@@ -16,7 +16,7 @@ from trtower_export.families import is_exported
 WEIGHTS = "a file of weights"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")
 MANY = 5
-"""Folders to name at most."""
+"""How many folders a message names at most."""
 
 _CONVERTED = "export the checkpoint that it was converted from"
 _EXPORT_PYTORCH = "export the PyTorch checkpoint that it was made from"
@@ -29,47 +29,46 @@ _FORMATS: tuple[tuple[str, tuple[bytes, ...], tuple[str, ...]], ...] = (
     (f"a TensorFlow Lite model: {_EXPORT_PYTORCH}", (), (".tflite",)),
     (f"a Keras file: {_EXPORT_PYTORCH}", (b"\x89HDF",), (".h5",)),
     (f"Flax weights: {_EXPORT_PYTORCH}", (), (".msgpack",)),
-    (f"a program of torch.export: {_EXPORT_PYTORCH}", (), (".pt2",)),
+    (f"a torch.export program: {_EXPORT_PYTORCH}", (), (".pt2",)),
     (ARCHIVE, (b"\x1f\x8b", b"7z\xbc\xaf", b"\xfd7zXZ", b"(\xb5/\xfd"), ()),
 )
-"""What a file is and what to do, by how its content begins and by its suffix."""
+"""For each format: what it is and what to do, how its content begins, and its suffixes."""
 _SUFFIXES = {suffix: what for what, _, suffixes in _FORMATS for suffix in suffixes}
-_OTHER_FOLDERS = {"model_index.json": "a pipeline of diffusers", "modules.json": "a model of sentence-transformers"}
-"""What folders are that have such a file and no config.json."""
+_OTHER_FOLDERS = {"model_index.json": "a diffusers pipeline", "modules.json": "a sentence-transformers model"}
+"""What a folder is that has this file and no config.json."""
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DEEP = 3
-"""How many folders down a checkpoint is looked for: a hub's cache has snapshots/REVISION/."""
+"""How many folders deep to look for a checkpoint: a hub's cache has snapshots/REVISION/."""
 
 
 def refuse_file(path: Path, config: str) -> None:
-    """Raise CheckpointError for a file that is not of weights, or that has no ``config`` beside it to read it by."""
+    """Raise CheckpointError for a file that does not hold weights, or has no ``config`` beside it to describe them."""
     check_arrived(path)
-    what = _what(path)
+    what = _recognise(path)
     if what is not None and what != WEIGHTS:
         raise CheckpointError(f"{path} is {what}.")
     if path.name.startswith("adapter_"):
-        raise CheckpointError(f"{path} is part of an adapter: export {path.parent}, once the adapter was merged.")
+        raise CheckpointError(f"{path} is part of an adapter: export {path.parent} once the adapter is merged.")
     if (path.parent / config).is_file() and what == WEIGHTS:
         return
     if (path.parent / "config.json").is_file():
         raise CheckpointError(f"{path} is one file of a checkpoint: export the folder that holds it, {path.parent}.")
     if what is None:
         raise CheckpointError(
-            f"{path} is not a checkpoint: a folder with a config.json, an OpenCLIP file, a hub id or a recipe is "
-            "expected."
+            f"{path} is not a checkpoint: expected a folder with a config.json, an OpenCLIP file, a hub id or a recipe."
         )
     raise CheckpointError(
-        f"{path} has no {config} beside it, and no config.json: the heads and activation of an OpenCLIP tower, "
-        "and the shape of any other, are written nowhere else. The checkpoint's repository has it."
+        f"{path} has no {config} beside it, and no config.json. Nothing else says how many heads and which activation "
+        "an OpenCLIP tower has, or what shape any other tower has: get the file from the checkpoint's repository."
     )
 
 
-def _what(path: Path) -> str | None:
+def _recognise(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(16)
-    if found := next((what for what, magic, _ in _FORMATS if head.startswith(magic)), None):
-        return found
+    if what := next((what for what, magic, _ in _FORMATS if head.startswith(magic)), None):
+        return what
     if path.suffix in _SUFFIXES:
         return _SUFFIXES[path.suffix]
     if zipfile.is_zipfile(path):
@@ -86,7 +85,7 @@ def _what(path: Path) -> str | None:
 
 
 def refuse_bundle(files: Files) -> None:
-    """Raise CheckpointError if a folder is a bundle, which has a config.json as a checkpoint does."""
+    """Raise CheckpointError if a folder is a bundle, which has a config.json just like a checkpoint."""
     written = files.read_json(MANIFEST) or {}
     if "schema" not in written or not isinstance(written.get("source"), dict):
         return
@@ -99,35 +98,35 @@ def refuse_bundle(files: Files) -> None:
 def refuse_folder(files: Files, lack: str = "it has no config.json") -> NoReturn:
     """Raise CheckpointError for a folder without a model's config.json, naming what in it could be exported."""
     folder = files.folder
-    other = next((f"{kind}, and " for name, kind in _OTHER_FOLDERS.items() if (folder / name).is_file()), "")
-    raise CheckpointError(f"{folder} is {other}no checkpoint: {lack}{_next_step(folder)}.")
+    other = next((f" but {kind}" for name, kind in _OTHER_FOLDERS.items() if (folder / name).is_file()), "")
+    raise CheckpointError(f"{folder} is not a checkpoint{other}: {lack}{_next_step(folder)}.")
 
 
 def _next_step(folder: Path) -> str:
     if inner := checkpoints_in(folder):
         return f". Export {' or '.join(map(str, inner[:MANY]))}{', …' if len(inner) > MANY else ''}, which has one"
     if not any(folder.iterdir()):
-        return ", the folder is empty"
+        return "; the folder is empty"
     if unfinished := unfinished_in(folder):
-        return f", and the download of {unfinished} was interrupted: download the checkpoint again"
+        return f"; the download of {unfinished} was interrupted, so download the checkpoint again"
     for path in sorted(folder.iterdir()):
         if path.suffix in _SUFFIXES:
-            return f", and {path.name} is {_SUFFIXES[path.suffix]}"
+            return f"; {path.name} is {_SUFFIXES[path.suffix]}"
         if path.suffix in _OF_WEIGHTS:
-            return f", which says what {path.name} is. The checkpoint's repository has it"
+            return f" to describe {path.name}. Get it from the checkpoint's repository"
         if path.name.startswith("tokenizer"):
-            return ", and only a tokenizer"
+            return ", only a tokenizer"
     return ". A Hugging Face, LLaVA or VILA folder has one"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """List the folders inside that have a config.json: those with a vision tower if there are any, else all.
+    """List the inner folders that have a config.json: only those with a vision tower, or all if none has one.
 
-    A bundle has one, too, and is left out.
+    Bundles are left out, although they have one, too.
     """
     configs = (path for depth in range(1, DEEP + 1) for path in folder.glob("*/" * depth + "config.json"))
-    found = sorted({path.parent for path in configs if not (path.parent / MANIFEST).is_file()})
-    return [path for path in found if _has_tower(path)] or found
+    folders = sorted({path.parent for path in configs if not (path.parent / MANIFEST).is_file()})
+    return [path for path in folders if _has_tower(path)] or folders
 
 
 def _has_tower(folder: Path) -> bool:
@@ -139,7 +138,7 @@ def _has_tower(folder: Path) -> bool:
 
 
 def unfinished_in(folder: Path) -> str | None:
-    """Name a file in a folder whose download did not end."""
+    """Find a file in a folder whose download did not finish."""
     places = ("*", "*/*", ".cache/huggingface/download/*")
-    found = (path for place in places for path in sorted(folder.glob(place)) if path.suffix in UNFINISHED)
-    return next((str(path.relative_to(folder)) for path in found), None)
+    unfinished = (path for place in places for path in sorted(folder.glob(place)) if path.suffix in UNFINISHED)
+    return next((str(path.relative_to(folder)) for path in unfinished), None)

@@ -1,6 +1,6 @@
-"""Read an OpenCLIP ViT as the `CLIPVisionModel` that it is: another config, other names, q, k and v in one tensor.
+"""Read an OpenCLIP ViT as a `CLIPVisionModel`: OpenCLIP has another config, other names, and q, k and v in one tensor.
 
-Names and defaults are those of open_clip's `CLIPVisionCfg` and `VisionTransformer`.
+Names and defaults come from open_clip's `CLIPVisionCfg` and `VisionTransformer`.
 """
 
 import re
@@ -26,8 +26,8 @@ PATCH_EMBEDDING = "conv1.weight"
 _DEFAULTS = {"width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
 _INERT = {"patch_dropout", "pos_embed_type", "pool_type", "output_tokens", "final_ln_after_pool"}
 _INERT |= {"attentional_pool", "attn_pooler_queries", "attn_pooler_heads"}
-"""Settings of `vision_cfg` that are of training, of what the weights hold anyway, or of the pooling at the end.
-Any other makes it another architecture than CLIP's."""
+"""Settings of `vision_cfg` that matter only in training, that the weights hold anyway, or that concern the final
+pooling. With any other setting the architecture is not CLIP's."""
 
 _RENAMES = (
     (r"^class_embedding$", "embeddings.class_embedding"),
@@ -45,7 +45,7 @@ _FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)$")
 
 
 def recognise_open_clip(files: Files, path: Path | None, request: Request) -> Layout:
-    """Read OpenCLIP's config, and the tensors under ``visual.``."""
+    """Read OpenCLIP's config, and find the tensors under ``visual.``."""
     written = files.read_json(CONFIG) or {}
     where = f"{files.folder}/{CONFIG}"
     try:
@@ -53,7 +53,7 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         prepares = preprocessor(written, square(config.image_size))
     except CheckpointError as err:
         raise CheckpointError(f"{where} {err}") from err
-    except Exception as err:  # whatever comes of what the file holds
+    except Exception as err:  # a wrong value in the file can raise anything
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     family = family_of(config.model_type)
     check_vision_config(config, family, where)
@@ -69,10 +69,10 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         return layout
     paths = _find_weights(files, path)
     tensors = list_tensors(files, paths, allow_pickle=request.trust.allow_pickle)
-    found = with_tower(layout, tensors, PATCH_EMBEDDING, request, larger=True)
-    if found is None:
-        raise CheckpointError(f"{path or files.folder} holds no visual.{PATCH_EMBEDDING}: it is no OpenCLIP ViT.")
-    return found
+    complete = with_tower(layout, tensors, PATCH_EMBEDDING, request, larger=True)
+    if complete is None:
+        raise CheckpointError(f"{path or files.folder} holds no visual.{PATCH_EMBEDDING}: it is not an OpenCLIP ViT.")
+    return complete
 
 
 def _find_weights(files: Files, path: Path | None) -> list[Path]:
@@ -81,25 +81,25 @@ def _find_weights(files: Files, path: Path | None) -> list[Path]:
         files.fetch(name)
         if (files.folder / name).is_file():
             return [files.folder / name]
-    raise CheckpointError(f"{files.folder} holds no weights of OpenCLIP: {' or '.join(names)} is expected.")
+    raise CheckpointError(f"{files.folder} holds no OpenCLIP weights; expected {' or '.join(names)}.")
 
 
 def vision_config(written: dict[str, Any]) -> dict[str, Any]:
     """Turn an open_clip_config.json into settings of `CLIPVisionConfig`.
 
-    Raises CheckpointError where it is no plain ViT, in words that go on from the file's name.
+    Raises CheckpointError if it is not a plain ViT. The caller puts the file's name before the message.
     """
     model = written.get("model_cfg", written)
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
-        raise CheckpointError("has no model_cfg.vision_cfg, so it describes no vision tower.")
+        raise CheckpointError("has no model_cfg.vision_cfg, so it does not describe a vision tower.")
     other = sorted(name for name, value in vision.items() if value and name not in {*_DEFAULTS, *_INERT})
     vision = _DEFAULTS | vision
     if other or not isinstance(vision["layers"], int):
         reason = f"{other[0]}={vision[other[0]]!r}" if other else f"layers={vision['layers']!r}, a ResNet"
         raise CheckpointError(
-            f"asks for {reason}, which a CLIP tower of transformers has not: "
-            "export the checkpoint's conversion to transformers, where there is one."
+            f"has {reason}, which transformers' CLIP tower does not support: "
+            "export the checkpoint's conversion to transformers, if there is one."
         )
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -115,14 +115,17 @@ def vision_config(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | None:
-    """Turn OpenCLIP's preprocess_cfg into a preprocessor_config.json; None where it has none. Errors as above."""
+    """Turn OpenCLIP's preprocess_cfg into a preprocessor_config.json; None if it has none.
+
+    Raises CheckpointError as `vision_config` does.
+    """
     config = written.get("preprocess_cfg")
     if config is None:
         return None
     square = {"height": image_size, "width": image_size}
     mode = config.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
-        raise CheckpointError(f"has resize_mode={mode!r}, which no image processor here does: shortest and squash are.")
+        raise CheckpointError(f"has resize_mode={mode!r}, which is not supported; expected shortest or squash.")
     squashed = mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -136,12 +139,14 @@ def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | N
 
 
 def translate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename OpenCLIP's tensors, counted from ``visual.``, and take q, k and v apart; the projection is left out."""
+    """Rename OpenCLIP's tensors (named without ``visual.``), split q, k and v, and drop the projection."""
     translated: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if fused := _FUSED.match(name):
             if not tensor.ndim or tensor.shape[0] % 3:
-                raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; q, k and v together are expected.")
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected q, k and v together, a multiple of 3 rows."
+                )
             layer = fused[1].replace("transformer.resblocks", "encoder.layers")
             for projection, part in zip("qkv", torch.chunk(tensor, 3), strict=True):
                 translated[f"{layer}.self_attn.{projection}_proj.{fused[2]}"] = part

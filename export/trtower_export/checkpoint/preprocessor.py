@@ -1,4 +1,4 @@
-"""Make a checkpoint's image preprocessing produce exactly the pixels that its engine takes."""
+"""Make a checkpoint's image preprocessing produce exactly the pixels that its engine accepts."""
 
 from typing import Any
 
@@ -19,17 +19,17 @@ ONE_TILE = {
     "GotOcr2ImageProcessor": "SiglipImageProcessor",
     "Siglip2ImageProcessor": "SiglipImageProcessor",
 }
-"""Processors that cut pictures into tiles, pad them or patch them, and the one that makes a tile of a whole picture."""
+"""Processors that tile, pad or patch pictures, and the plain one that makes a single tile of a whole picture."""
 
 AS_IT_IS = ("CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor")
-"""What runtime/trtower/tower/image_processor.py does without a change."""
+"""Processors that runtime/trtower/tower/image_processor.py implements."""
 
 PIXELS = {"do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"}
 PIXELS |= {"rescale_factor", "do_normalize", "image_mean", "image_std"}
 """The settings that concern one tile."""
 
 OTHER_PIXELS = ("do_flip_channel_order", "do_grayscale", "offset", "rescale_offset", "do_invert", "do_color_quantize")
-"""Settings with which a processor makes other colours of a tile."""
+"""Settings with which a processor changes the colours of a tile."""
 
 TILES = ("image_grid_pinpoints", "crop_to_patches", "do_pan_and_scan", "do_image_splitting")
 """Settings with which a processor cuts a picture into tiles."""
@@ -43,16 +43,16 @@ BY_DEFAULT = {
     "DeepseekVLImageProcessor": "pad",
     "JanusImageProcessor": "pad",
 }
-"""What processors do that do not write their settings of tiles and padding down."""
+"""Whether a processor tiles or pads, for those that do not write it into their files."""
 
 BOUNDS = [{"shortest_edge", "longest_edge"}, {"longest_edge"}, {"max_height", "max_width"}]
-"""Forms of `size` that leave the shape of a picture to the picture."""
+"""Forms of `size` with which the result keeps the picture's shape."""
 
 
 def image_aspect_ratio(checkpoint: Checkpoint) -> str | None:
     """Return how the model's own code pads or tiles pictures: LLaVA's `image_aspect_ratio`, else "anyres" or "pad".
 
-    None if it does neither, as the bundle's image processor.
+    None if it does neither, like the bundle's image processor.
     """
     written = checkpoint.layout.preprocessor or {}
     if checkpoint.layout.image_aspect_ratio is not None:
@@ -69,30 +69,30 @@ def image_aspect_ratio(checkpoint: Checkpoint) -> str | None:
 def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> dict[str, Any]:
     """Return the preprocessor_config.json of a bundle for S pixels; raise ConfigError if no tower could use it.
 
-    DINOv2's checkpoints are trained at 518 and prepare images at 224: eager code interpolates the position
-    embeddings then, an engine is fixed at one size S. The config is then scaled to S x S, keeping the share of the
-    image that its crop keeps. What is changed or assumed is said.
+    DINOv2 is trained at 518 pixels but its checkpoints prepare images at 224, and eager code interpolates the position
+    embeddings. An engine is fixed at one size S, so the config is scaled to S x S; its crop keeps the same share of the
+    image. Changes and assumptions are reported.
     """
     written, family = checkpoint.layout.preprocessor, checkpoint.family
     if written is None:
         written = family.preprocessor
         progress.say(
-            f"no preprocessor_config.json in the checkpoint: images are prepared as {family.name} usually does"
+            f"the checkpoint has no preprocessor_config.json: preparing images as {family.name} models usually do"
         )
     try:
-        fitted, found = _fit(_one_tile(written, size, progress), size)
+        fitted, prepares = _fit(_one_tile(written, size, progress), size)
         _check_colours(ImageProcessor(fitted))
     except ConfigError as err:
         raise ConfigError(f"preprocessor_config.json of {checkpoint.source}: {err}") from err
-    if found and checkpoint.layout.preprocessor is not None:
-        progress.say(f"the checkpoint prepares {found}: rewritten for the engine's {size} x {size} pixels")
+    if prepares and checkpoint.layout.preprocessor is not None:
+        progress.say(f"the checkpoint prepares {prepares}: rewritten for the engine's {size} x {size} pixels")
     if not fitted.get("do_resize", True):
-        progress.say(f"do_resize is false: of each picture the middle {size} x {size} pixels are read, unscaled")
+        progress.say(f"do_resize is false: only the middle {size} x {size} pixels of each picture are read, unscaled")
     return fitted
 
 
 def _fit(written: dict[str, Any], size: int) -> tuple[dict[str, Any], str | None]:
-    """Return a config that makes S x S pixels of any picture, and what the written one makes if that is not it."""
+    """Return a config that makes S x S pixels of any picture, and what the written config makes if that differs."""
     square = {"height": size, "width": size}
     for name in ("size", "crop_size"):
         if isinstance(sides := written.get(name), dict) and None in sides.values():
@@ -123,13 +123,11 @@ def _named(sides: dict[str, int]) -> str:
 
 
 def _check_colours(processor: ImageProcessor) -> None:
-    """Raise ConfigError if the colours are not those of the 3 channels that an engine takes."""
+    """Raise ConfigError if the colours do not fit the 3 channels that an engine accepts."""
     for name in ("image_mean", "image_std"):
         numbers = getattr(processor, name)
         if isinstance(numbers, list | tuple) and len(numbers) not in (1, 3):
-            raise ConfigError(
-                f"{name}={numbers!r} has {len(numbers)} numbers; 3 are expected, or one for all channels."
-            )
+            raise ConfigError(f"{name}={numbers!r} has {len(numbers)} numbers; expected 3, or one for all channels.")
 
 
 def _kind(written: dict[str, Any]) -> str:
@@ -138,35 +136,35 @@ def _kind(written: dict[str, Any]) -> str:
 
 
 def _one_tile(written: dict[str, Any], size: int, progress: Progress) -> dict[str, Any]:
-    """Reduce a processor that does more to a picture to what it does to one tile."""
+    """Reduce a processor that tiles, pads or patches pictures to what it does to one tile."""
     kind = _kind(written)
     if kind in AS_IT_IS:
         return written
     tile = {name: value for name, value in written.items() if name in PIXELS}
-    _refuse_unsaid(kind, tile)
+    _refuse_unknown_defaults(kind, tile)
     if other := next((name for name in OTHER_PIXELS if written.get(name)), None):
-        raise ConfigError(f"{other}={written[other]!r} of {kind} makes other colours than any image processor here.")
+        raise ConfigError(f"{other}={written[other]!r} of {kind} changes colours, which no image processor here does.")
     crops = written.get("do_center_crop") and written.get("crop_size")
     tile["image_processor_type"] = ONE_TILE.get(kind, "CLIPImageProcessor" if crops else "SiglipImageProcessor")
     if tile["image_processor_type"] == "SiglipImageProcessor":
         tile |= {"do_center_crop": False, "crop_size": None, "size": {"height": size, "width": size}}
     progress.say(
-        f"{kind}: the bundle's image_processor makes one {size} x {size} tile; tiling and padding stay with you"
+        f"{kind}: the bundle's image_processor makes one {size} x {size} tile; tiling and padding remain up to you"
     )
     return tile
 
 
-def _refuse_unsaid(kind: str, tile: dict[str, Any]) -> None:
-    """Raise an error naming the settings that a processor leaves to defaults, which are not known here."""
+def _refuse_unknown_defaults(kind: str, tile: dict[str, Any]) -> None:
+    """Raise an error naming the settings that a processor leaves to defaults that are unknown here."""
     known = kind in ONE_TILE
     needed = ("resample", "image_mean", "image_std") if known else ("size", "resample", "image_mean", "image_std")
     absent = [name for name in needed if tile.get(name) is None]
     if absent and known:
         raise CheckpointError(
-            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: write it there, in a copy."
+            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: add it to the file in a copy."
         )
     if absent:
         raise ConfigError(
-            f"image_processor_type {kind!r} is not known here, and its defaults are not written out: write "
-            f"{', '.join(absent)} into preprocessor_config.json, in a copy, as transformers has them."
+            f"unknown image_processor_type {kind!r}, with settings left to its defaults: in a copy, write "
+            f"{', '.join(absent)} into preprocessor_config.json, with the values that transformers uses."
         )

@@ -1,4 +1,4 @@
-"""Say of an export what its reader would not expect: defaults that nobody chose, and what stays with the caller."""
+"""Tell the user what an export does that they may not expect: defaults nobody chose, and work left to the caller."""
 
 from trtower.bundle.manifest import TO_PAD
 from trtower.spec import TowerSpec
@@ -11,7 +11,7 @@ from trtower_export.options import ExportOptions
 def say_what_is_read(
     checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptions, choice: str, progress: Progress
 ) -> None:
-    """Say what an export recognised and reads, and what of it its reader would not expect.
+    """Report what an export recognised and reads, and what the user may not expect of it.
 
     ``choice`` says which plan is built.
     """
@@ -22,18 +22,19 @@ def say_what_is_read(
         progress.say(remark)
     if layout.contrastive:
         progress.say(
-            f"this {layout.kind} embeds an image as one pooled vector; a bundle gives the features of {spec.reading}, "
-            "and not the pooled embedding"
+            f"this {layout.kind} embeds an image as one pooled vector; a bundle returns the features of "
+            f"{spec.reading}, not the pooled embedding"
         )
     if options.select_layer is None and layout.select_layer is None and checkpoint.recipe is None:
         progress.say(
-            "nothing says which layer to read: hidden state -2 is LLaVA's default; --select-layer chooses another"
+            "the checkpoint does not say which layer to read: using LLaVA's default, hidden state -2; choose another "
+            "with --select-layer"
         )
     if ratio := image_aspect_ratio(checkpoint):
         progress.say(f"the model prepares pictures by {ratio}: {TO_PAD}")
     if rest := spec.image_size % spec.patch_size:
         whole = spec.image_size - rest
         progress.say(
-            f"{spec.image_size} pixels are not a multiple of the patch's {spec.patch_size}: the last {rest} of each "
-            f"row and column are not read; {whole} and {whole + spec.patch_size} are the nearest sizes read whole"
+            f"{spec.image_size} pixels are not a multiple of the patch size {spec.patch_size}: the last {rest} of each "
+            f"row and column are not read; the nearest sizes that fit are {whole} and {whole + spec.patch_size}"
         )

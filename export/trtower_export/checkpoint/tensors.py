@@ -1,8 +1,8 @@
-"""Find a tower's tensors in a checkpoint of any size, and read those and no others.
+"""Find a tower's tensors in a checkpoint of any size, and read only those.
 
-A LLaVA checkpoint holds tens of gigabytes of language model around half a gigabyte of tower. Names are known
-before any tensor is read, from the shards' index or headers; the tower lies where its patch embedding lies. On the
-hub only the shards that hold it are downloaded.
+A LLaVA checkpoint holds tens of gigabytes of language model around half a gigabyte of tower. The shards' index or
+headers give the names before any tensor is read, and the tower lies where its patch embedding lies. From the hub, only
+the shards that hold the tower are downloaded.
 """
 
 import pickle
@@ -24,17 +24,18 @@ SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 PICKLES = "pytorch_model*.bin"
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
-"""Where a training checkpoint holds the model's state dict."""
+"""Keys under which a training checkpoint keeps the model's state dict."""
 NOT_THE_MODELS = ("adapter_model", "open_clip_")
-"""How files begin that hold an adapter, or the same model under OpenCLIP's names."""
+"""Beginnings of the names of other files: those of an adapter, or of the same model under OpenCLIP's names."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Every tensor of a checkpoint by its name, with the file that holds it; none is read yet.
+    """The names of a checkpoint's tensors. No tensor is read yet.
 
-    ``written`` are the names in the files, which may have wrappers in them (see wrapped_names.py).
+    ``shards`` maps each name to the file that holds it, and ``written`` to the name in that file, which may contain
+    wrappers (see wrapped_names.py).
     """
 
     files: Files
@@ -44,7 +45,7 @@ class Tensors:
 
     @classmethod
     def of(cls, files: Files, shards: Mapping[str, str], *, allow_pickle: bool) -> "Tensors":
-        """Take off the wrappers of these names, each with the file that holds it."""
+        """Remove the wrappers from the names in ``shards``, which maps each to its file."""
         written = unwrap(shards, files.folder)
         unwrapped = {name: shards[raw] for name, raw in written.items()}
         return cls(files=files, shards=unwrapped, written=written, allow_pickle=allow_pickle)
@@ -58,37 +59,38 @@ class Tensors:
         )
 
     def root(self, patch_embedding: str, tower: str | None = None) -> str | None:
-        """Find what the names of a tower begin with: of the one that is called ``tower``, if that is given.
+        """Find what the names of a tower's tensors begin with: the only tower, or the one named ``tower``.
 
-        Returns None if there is none. Raises CheckpointError if there are several to choose from, or none so called.
+        Returns None if there is no tower. Raises CheckpointError if there are several to choose from, or none with this
+        name.
         """
-        found = self.roots(patch_embedding)
-        if tower is not None and found:
-            found = self._called(tower, found)
-        if len(found) > 1:
-            names = " and ".join(f"{root}{patch_embedding}" for root in found)
-            choices = " or ".join(f"--tower {root.rstrip('.')}" for root in found if root)
-            raise CheckpointError(f"{self.files.folder} holds {len(found)} towers: {names}. Choose one with {choices}.")
-        return found[0] if found else None
+        roots = self.roots(patch_embedding)
+        if tower is not None and roots:
+            roots = self._named(tower, roots)
+        if len(roots) > 1:
+            names = " and ".join(f"{root}{patch_embedding}" for root in roots)
+            choices = " or ".join(f"--tower {root.rstrip('.')}" for root in roots if root)
+            raise CheckpointError(f"{self.files.folder} holds {len(roots)} towers: {names}. Choose one with {choices}.")
+        return roots[0] if roots else None
 
-    def _called(self, tower: str, roots: list[str]) -> list[str]:
-        """Choose the roots that are called ``tower``: all of their name, or a part that no other root has."""
+    def _named(self, tower: str, roots: list[str]) -> list[str]:
+        """Return the roots that ``tower`` names in full, or else those that it names in part."""
         name = tower.strip(".")
         if exact := [root for root in roots if root.rstrip(".") == name]:
             return exact
-        # In a loaded model a tower may lie one deeper: `model.image_tower` is `image_tower` in the file.
+        # In a loaded model a tower may lie one level deeper: `model.image_tower` is `image_tower` in the file.
         for part in (name, name.removeprefix("model.")):
-            if called := [root for root in roots if f".{part}." in f".{root}"]:
-                return called
-        there = " and ".join(root.rstrip(".") for root in roots if root)
+            if partial := [root for root in roots if f".{part}." in f".{root}"]:
+                return partial
+        known = " and ".join(root.rstrip(".") for root in roots if root)
         raise CheckpointError(
-            f"{self.files.folder} has no tower {tower!r}; it has {there}."
-            if there
-            else f"{self.files.folder} is one tower and nothing else: leave --tower {tower} out."
+            f"{self.files.folder} has no tower {tower!r}; it has {known}."
+            if known
+            else f"{self.files.folder} is a single tower and nothing else: leave out --tower {tower}."
         )
 
     def select(self, root: str) -> "Tensors":
-        """Keep the tensors under ``root``, and have the shards that hold them here and whole."""
+        """Keep only the tensors under ``root``; fetch the shards that hold them, and check that they are complete."""
         shards = {name: shard for name, shard in self.shards.items() if name.startswith(root)}
         needed = sorted(set(shards.values()))
         if not self.allow_pickle and not needed[0].endswith(".safetensors"):
@@ -97,17 +99,17 @@ class Tensors:
         for shard in needed:
             path = self.files.folder / shard
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing: the index names it as the shard of the tower's tensors.")
+                raise CheckpointError(f"{path} is missing: the index says that it holds tensors of the tower.")
             held = names_in(path)
             absent = sorted(name for name, where in shards.items() if where == shard and self.written[name] not in held)
             if absent:
-                raise CheckpointError(f"{path} does not hold {absent[0]}, which the index says it does.")
+                raise CheckpointError(f"{path} does not hold {absent[0]}, although the index says so.")
         return replace(self, shards=shards, written={name: self.written[name] for name in shards})
 
     def read(self) -> dict[str, Tensor]:
-        """Read these tensors, as they are written; those of safetensors are mapped and not copied.
+        """Read these tensors with the dtype in the file. Those of safetensors are mapped, not copied.
 
-        Raises CheckpointError where one is quantised: its numbers are not the weights.
+        Raises CheckpointError if one is quantised, because its numbers are not the weights.
         """
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(self.shards.values())):
@@ -124,9 +126,9 @@ class Tensors:
 
 
 def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
-    """List the tensors of a folder, which may be none; raise CheckpointError where only their code could be run.
+    """List the tensors of a folder, possibly none; raise CheckpointError if only a pickle that is not allowed has them.
 
-    The index of pickled shards is JSON and is read; the pickles themselves only where they are allowed.
+    The index of pickled shards is JSON and is always read; the pickles themselves only if they are allowed.
     """
     files.fetch(SAFETENSORS)
     whole, pickled = files.folder / SAFETENSORS, files.folder / PICKLE
@@ -137,10 +139,10 @@ def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
         if data is not None:
             return Tensors.of(files, _shards(files.folder / index, data), allow_pickle=allow_pickle)
     files.fetch("*.safetensors", *([PICKLES] if allow_pickle else []))
-    found = [path for path in sorted(files.folder.glob("*.safetensors")) if not path.name.startswith(NOT_THE_MODELS)]
-    if not found:
-        found = [pickled] if pickled.is_file() else sorted(files.folder.glob(PICKLES))
-    return list_tensors(files, found, allow_pickle=allow_pickle)
+    paths = [path for path in sorted(files.folder.glob("*.safetensors")) if not path.name.startswith(NOT_THE_MODELS)]
+    if not paths:
+        paths = [pickled] if pickled.is_file() else sorted(files.folder.glob(PICKLES))
+    return list_tensors(files, paths, allow_pickle=allow_pickle)
 
 
 def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> Tensors:
@@ -152,7 +154,7 @@ def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> 
         for name in names_in(path):
             if name in shards:
                 raise CheckpointError(
-                    f"{path} and {shards[name]} beside it both hold {name}, and no index says which is meant."
+                    f"{path} and {shards[name]} beside it both hold {name}, and no index says which to use."
                 )
             shards[name] = path.name
     return Tensors.of(files, shards, allow_pickle=allow_pickle)
@@ -161,7 +163,7 @@ def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> 
 def _shards(path: Path, index: dict[str, object]) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map: the shard of every tensor is expected there.")
+        raise CheckpointError(f"{path} has no weight_map; expected one that names the shard of every tensor.")
     suffix = ".bin" if path.name.startswith(PICKLE) else ".safetensors"
     for shard in sorted(set(map(str, weight_map.values()))):
         if not shard.endswith(suffix) or Path(shard).name != shard:
@@ -170,7 +172,7 @@ def _shards(path: Path, index: dict[str, object]) -> dict[str, str]:
 
 
 def names_in(path: Path) -> set[str]:
-    """List the tensors of a file, by the names that are written there; raise CheckpointError if it is not whole."""
+    """List the names in a file, as they are written there; raise CheckpointError if the file is not whole."""
     check_arrived(path)
     if path.suffix != ".safetensors":
         return set(_unpickle(path))
@@ -183,7 +185,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
-        raise CheckpointError(f"{path} could not be read, it may be cut short: {first_line(err)}.") from err
+        raise CheckpointError(f"{path} could not be read; it may be cut short: {first_line(err)}.") from err
 
 
 def _read(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -195,20 +197,20 @@ def _read(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Map a pickled state dict, with PyTorch's own unpickler, which builds tensors and nothing else."""
+    """Map a pickled state dict with PyTorch's own unpickler, which builds tensors and nothing else."""
     with _reading(path):
-        # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
+        # Files from before PyTorch 1.6 are not zip archives and cannot be mapped.
         loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     tensors = loaded
     if isinstance(loaded, dict):
         tensors = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), dict)), loaded)
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a state dict is expected.")
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a state dict.")
     return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def _pickle_refused(folder: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder} holds its weights only as a pickle ({name}), which may run code when it is read. "
+        f"{folder} holds its weights only as a pickle ({name}), which may run code when it is loaded. "
         "Convert it to safetensors, or pass --allow-pickle if you trust its author."
     )

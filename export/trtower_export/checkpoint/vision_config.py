@@ -1,7 +1,7 @@
 """Read the vision config that transformers or OpenCLIP wrote, and check it before anything is built from it.
 
-A config.json may hold anything, and transformers raises whatever comes first, from a KeyError to a MemoryError; nor
-may it choose code: kernels and quantisers that it names are left out.
+A config.json may hold anything, and transformers may then raise anything, from a KeyError to a MemoryError. A config
+must not choose code either: kernels and quantisers that it names are ignored.
 """
 
 import re
@@ -26,62 +26,63 @@ LANGUAGE_TYPES = {
 
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_patches")
 CHANNELS = 3
-"""Of the pixels that an engine takes: red, green and blue."""
+"""Of the pixels that an engine accepts: red, green and blue."""
 LARGEST_IMAGE = 8192
-"""Pixels a side beyond which a config is a mistake: 342,225 patches of 14."""
+"""Pixels a side. Anything larger is a mistake: this already makes 342,225 patches of 14."""
 
 
 def read_vision_config(
     files: Files, raw: dict[str, Any], *, remote_code: bool, tower: str | None = None
 ) -> tuple[Any, Any, Family]:
-    """Return the whole config, the vision config in it or itself, and the tower's family; raise CheckpointError.
+    """Return the whole config, the vision config (inside it, or the same) and the tower's family.
 
-    A config may describe several towers, each under a key of its own; ``tower`` is the name of the one to read.
+    A config may describe several towers, each under its own key; ``tower`` names the one to read. Raises
+    CheckpointError.
     """
     where = f"{files.folder}/config.json"
     model_type = str(raw.get("model_type"))
     key = _key_of(raw, tower)
-    _refuse_what_no_code_helps(raw, key, where)
+    _refuse_unsupported(raw, key, where)
     if raw.get("auto_map") and not remote_code:
         raise CheckpointError(
-            f"{where} asks for code of its own (auto_map), which is not run unless you trust its author: "
-            "--trust-remote-code. A checkpoint of a standard class needs no auto_map: remove it from a copy."
+            f"{where} needs the checkpoint's own code (auto_map), which is not run by default: pass "
+            "--trust-remote-code if you trust its author. A standard class needs no auto_map: remove it from a copy."
         )
     try:
         config = _read_whole(files, raw, key, remote_code=remote_code)
     except CheckpointError:
         raise
-    except Exception as err:  # whatever transformers makes of what the file holds
+    except Exception as err:  # a wrong value in the file can make transformers raise anything
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     vision = getattr(config, key, config)
-    if isinstance(vision, dict):  # of a key that this class of config does not know
+    if isinstance(vision, dict):  # under a key that this config class does not know
         vision = getattr(transformers, family_of(str(vision.get("model_type"))).model_class).config_class(**vision)
     family = family_of(str(getattr(vision, "model_type", model_type)))
     if vision is not config and not isinstance(raw.get(key), dict):
         raise CheckpointError(
-            f"{where} has no vision_config: which {family.name} tower a {model_type} has is not said."
+            f"{where} has no vision_config, so it does not say which {family.name} tower the {model_type} has."
         )
     check_vision_config(vision, family, where)
     return config, vision, family
 
 
 def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: bool) -> Any:
-    """Read the whole config with the class that transformers has for it, or the checkpoint, if that is trusted."""
+    """Read the whole config with transformers' class for it, or with the checkpoint's own if that is trusted."""
     model_type = str(raw.get("model_type"))
     if raw.get("auto_map"):
         return transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=remote_code)
     is_known = model_type in transformers.CONFIG_MAPPING
     if not is_known and isinstance(raw.get(key), dict):
-        return SimpleNamespace(**raw)  # somebody's own model around a tower, whose config is all that is needed
+        return SimpleNamespace(**raw)  # a custom model around a tower: only the tower's config is needed
     if is_known and not is_exported(model_type):
         return transformers.AutoConfig.from_pretrained(files.folder)
-    # Named by its family: AutoConfig of 4.57 does not know all vision models that transformers 4.57 has.
+    # The family names the class: AutoConfig of transformers 4.57 does not know all of its vision models.
     config_class: Any = getattr(transformers, family_of(model_type).model_class).config_class
     return config_class.from_pretrained(files.folder)
 
 
 def _key_of(raw: dict[str, Any], tower: str | None) -> str:
-    """Find the config that a tower goes by: of `image_tower` an `image_config`, and else the vision_config."""
+    """Find the key of a tower's config: `image_config` for an `image_tower`, and `vision_config` by default."""
     described = [
         key
         for key, value in raw.items()
@@ -91,11 +92,11 @@ def _key_of(raw: dict[str, Any], tower: str | None) -> str:
     return max(named, key=len, default=VISION_CONFIG)
 
 
-def _refuse_what_no_code_helps(raw: dict[str, Any], key: str, where: str) -> None:
-    """Raise CheckpointError for a tower of no family, before code of the checkpoint is asked for."""
+def _refuse_unsupported(raw: dict[str, Any], key: str, where: str) -> None:
+    """Raise CheckpointError for a tower without a family, before asking the user to trust the checkpoint's own code."""
     model_type, vision = str(raw.get("model_type")), raw.get(key)
     if refusal(model_type):
-        family_of(model_type)  # raises with the reason, which no trust takes away
+        family_of(model_type)  # raises with the reason, whatever is trusted
     if isinstance(vision, dict):
         tower_type = vision.get("model_type")
         if tower_type is not None and (raw.get("auto_map") or model_type not in transformers.CONFIG_MAPPING):
@@ -110,21 +111,36 @@ def _refuse_what_no_code_helps(raw: dict[str, Any], key: str, where: str) -> Non
 
 
 def _describes_images(raw: dict[str, Any], model_type: str) -> bool:
-    """Whether a config, or those of its type, say anything of images."""
+    """Return whether a config, or the config class of its type, mentions images."""
     known = model_type in transformers.CONFIG_MAPPING
     parts = getattr(transformers.CONFIG_MAPPING[model_type], "sub_configs", {}) if known else {}
     return any(re.search("vision|visual|image", name) for name in (*raw, *parts))
 
 
 def check_vision_config(vision: Any, family: Family, where: str) -> None:
-    """Hold a vision config against what any tower must have, and take out what would choose code."""
+    """Check a vision config against what every tower needs, and remove what would choose code."""
     vision._attn_implementation = "sdpa"
     if getattr(vision, "quantization_config", None) is not None:
-        del vision.quantization_config  # tensors that are quantised are refused when they are read
+        del vision.quantization_config  # quantised tensors are refused when they are read
+    _check_counts(vision, where)
+    for name in ("image_size", "patch_size"):
+        _check_side(vision, name, where)
+    if (activation := getattr(vision, "hidden_act", None)) not in (None, *ACT2FN):
+        raise CheckpointError(f"{where}: transformers has no hidden_act={activation!r}.")
+    for name in ("layer_norm_eps", "rms_norm_eps"):
+        value = getattr(vision, name, 1e-6)
+        if type(value) is not float or not 0 <= value < 1:
+            raise CheckpointError(f"{where}: {name}={value!r}; expected a small float such as 1e-6.")
+    if reason := family.obstacle(vision):
+        raise CheckpointError(f"{where}: {reason}")
+
+
+def _check_counts(vision: Any, where: str) -> None:
+    """Check layers, heads, widths and channels."""
     for name in COUNTS:
         value = getattr(vision, name, 1)
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{where}: {name}={value!r} of the tower is no number of at least 1.")
+            raise CheckpointError(f"{where}: the tower has {name}={value!r}; expected an integer of at least 1.")
     if vision.hidden_size % vision.num_attention_heads:
         raise CheckpointError(
             f"{where}: hidden_size={vision.hidden_size} is not a multiple of "
@@ -133,26 +149,16 @@ def check_vision_config(vision: Any, family: Family, where: str) -> None:
     channels = getattr(vision, "num_channels", CHANNELS)
     if type(channels) is not int or channels != CHANNELS:
         raise CheckpointError(
-            f"{where}: num_channels={channels!r} of the tower; engines take pixels of {CHANNELS} channels, and "
-            f"the image processor makes {CHANNELS}. Only a tower of {CHANNELS} channels can be exported."
+            f"{where}: the tower has num_channels={channels!r}; expected {CHANNELS}, because engines accept and the "
+            f"image processor makes pixels of {CHANNELS} channels."
         )
-    for name in ("image_size", "patch_size"):
-        _check_side(vision, name, where)
-    if (activation := getattr(vision, "hidden_act", None)) not in (None, *ACT2FN):
-        raise CheckpointError(f"{where}: hidden_act={activation!r} is unknown to transformers.")
-    for name in ("layer_norm_eps", "rms_norm_eps"):
-        value = getattr(vision, name, 1e-6)
-        if type(value) is not float or not 0 <= value < 1:
-            raise CheckpointError(f"{where}: {name}={value!r} is no small number such as 1e-6.")
-    if reason := family.obstacle(vision):
-        raise CheckpointError(f"{where}: {reason}")
 
 
 def _check_side(vision: Any, name: str, where: str) -> None:
-    """Demand a size in pixels, as n or as (n, n); make it n for towers that know no pairs."""
+    """Check a size in pixels, a number or a pair; turn (n, n) into n if the tower's config class has a number."""
     value = getattr(vision, name, 1)
     sides = value if isinstance(value, list | tuple) else [value]
     if not sides or not all(type(side) is int and 1 <= side <= LARGEST_IMAGE for side in sides):
-        raise CheckpointError(f"{where}: {name}={value!r} of the tower is no size in pixels.")
+        raise CheckpointError(f"{where}: the tower has {name}={value!r}; expected 1 to {LARGEST_IMAGE} pixels a side.")
     if isinstance(value, list | tuple) and isinstance(getattr(type(vision)(), name), int) and square(value):
         setattr(vision, name, square(value))

@@ -1,4 +1,4 @@
-"""The architectures that can be exported. To add one: a module that defines FAMILY, and its line below."""
+"""The architectures that can be exported. To add one, write a module that defines FAMILY, and add its name below."""
 
 from importlib import import_module
 from typing import Any
@@ -22,19 +22,19 @@ FAMILIES: tuple[Family, ...] = tuple(
     )
 )
 
-FREE_SHAPES = "its 2-D RoPE takes pictures of any shape, an engine one; nearest is a model whose tower has one size"
+FREE_SHAPES = "its 2-D RoPE accepts pictures of any shape, an engine only one; choose a model whose tower has one size"
 REFUSED = {
     "pixtral": FREE_SHAPES,
     "qwen2_vl": FREE_SHAPES,
     "qwen2_5_vl": FREE_SHAPES,
     "qwen3_vl": FREE_SHAPES,
     "kimi_vl": FREE_SHAPES,
-    "intern_vit_6b": "it is code of the checkpoint's own: its conversion that ends in -hf is an internvl_vision tower",
-    "internvl_chat": "it is code of the checkpoint's own: its conversion that ends in -hf has an internvl_vision tower",
-    "mlcd": "its layers rotate queries and keys in 2-D, as no family here; nearest is a CLIP tower of the same size",
-    "timm_wrapper": "it is a model of timm's, each of its own make: a conversion to a family below can be exported",
+    "intern_vit_6b": "it is the checkpoint's own code; export its -hf conversion, which is an internvl_vision tower",
+    "internvl_chat": "it is the checkpoint's own code; export its -hf conversion, which has an internvl_vision tower",
+    "mlcd": "its layers rotate queries and keys in 2-D, which no family here does; nearest is a CLIP tower of its size",
+    "timm_wrapper": "timm's models each have another architecture; export a conversion to one of the families below",
 }
-"""Why some towers that people ask for are in no family, and what is nearest; by how their `model_type` begins."""
+"""Why some towers that people want have no family, and what to export instead, by the beginning of `model_type`."""
 
 
 def is_exported(model_type: Any) -> bool:
@@ -43,7 +43,7 @@ def is_exported(model_type: Any) -> bool:
 
 
 def family_of(model_type: str) -> Family:
-    """Find the family of a config's `model_type`; raise CheckpointError with the reason, or listing those there are."""
+    """Find the family of a config's `model_type`; raise CheckpointError with the reason and the families there are."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
@@ -56,7 +56,7 @@ def family_of(model_type: str) -> Family:
 
 
 def refusal(model_type: str) -> str | None:
-    """Say why towers of this `model_type` cannot be exported, and what is nearest; None where nothing is known."""
+    """Return why towers of this `model_type` cannot be exported, and what to export instead; None if unknown."""
     return next((reason for begin, reason in REFUSED.items() if model_type.startswith(begin)), None)
 
 

@@ -1,7 +1,7 @@
-"""AIMv2: Apple's ViTs that load as `Aimv2VisionModel`.
+"""AIMv2: Apple's ViTs that load as `Aimv2VisionModel`. There is no CLS token.
 
-A native tower computes sinusoidal positions from the image, at any size; they are computed once for S. The others
-have a table that transformers cannot interpolate. There is no CLS token.
+A native tower computes sinusoidal positions from the image, at any size; here they are computed once, for S pixels. The
+others have a table of positions that transformers cannot interpolate.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class _NativeStem(nn.Module):
     def __init__(self, embeddings: Any, image_size: int) -> None:
         super().__init__()
         self.patch_embed, self.rms_norm = embeddings.patch_embed, embeddings.rms_norm
-        # The function that computes them moved between releases: what it adds to zeros is the same in each.
+        # The function that computes them moved between releases. What it adds to zeros is the same in all of them.
         blank = replaced(embeddings, rms_norm=_Zeros())
         with torch.no_grad():
             positions = blank(torch.zeros(1, 3, image_size, image_size))
@@ -48,8 +48,8 @@ def _size_obstacle(config: Any, image_size: int) -> str | None:
     if config.is_native or image_size == config.image_size:
         return None
     return (
-        f"image_size={image_size}: transformers cannot interpolate the positions of this aimv2 tower, which takes "
-        f"{config.image_size} pixels; one with is_native takes any."
+        f"image_size={image_size}: transformers cannot interpolate the positions of this aimv2 tower, which accepts "
+        f"only {config.image_size} pixels; a tower with is_native accepts any size."
     )
 
 

@@ -1,4 +1,4 @@
-"""What one architecture must say of itself so that its layers can be run one by one."""
+"""Describe an architecture, so that the layers of its towers can be run one by one."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from trtower.spec import Naming, TowerSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """A tower taken apart. The pieces share the model's weights, and the model stays whole."""
+    """A tower taken apart. The pieces share the model's weights, and the model stays intact."""
 
     stem: nn.Module
     """Pixels (B, 3, S, S) -> hidden state 0 (B, P + N, D)."""
@@ -24,17 +24,17 @@ class Pieces:
     """The transformer layers, in order: hidden state k -> hidden state k + 1, both (B, P + N, D)."""
 
     final_norm: nn.Module
-    """Hidden state L -> `last_hidden_state`; nn.Identity() where transformers norms only what it pools."""
+    """Hidden state L -> `last_hidden_state`; nn.Identity() if transformers norms only what it pools."""
 
 
 def read_states(model: nn.Module, pixel_values: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """Run transformers' own forward pass, every layer in place: hidden states 0 to L, then `last_hidden_state`."""
+    """Run transformers' own uncut forward pass; return hidden states 0 to L, then `last_hidden_state`."""
     output = model(pixel_values, output_hidden_states=True, **options)
     return (*output.hidden_states, output.last_hidden_state)
 
 
 def run_layer(layer: nn.Module, hidden_states: Tensor, **options: Any) -> Tensor:
-    """Run one layer, or another module of a tower: transformers 4.57 gives a tuple where 5.x gives the state."""
+    """Run one layer or another module of a tower. transformers 4.57 returns a tuple, 5.x the hidden state itself."""
     output = layer(hidden_states, **options)
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
@@ -42,66 +42,77 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, **options: Any) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture.
+    """One architecture: where its towers lie in a checkpoint, and how to take them apart.
 
-    Towers are run piece by piece and never through `output_hidden_states`: transformers 5 captures states with
-    hooks that tracing cannot follow.
+    Towers run piece by piece and never through `output_hidden_states`, because transformers 5 captures hidden states
+    with hooks that tracing cannot follow.
     """
 
     name: str
+    """What bundles and messages call it."""
 
     model_types: tuple[str, ...]
     """`model_type` of the vision config."""
 
     model_class: str
-    """The class in transformers that this config makes."""
+    """The class in transformers that this config belongs to."""
 
     patch_embedding: str
-    """The name of the patch embedding's weight, counted from the tower's root: it shows where in a checkpoint the
-    tower lies."""
+    """The patch embedding's weight, as named inside the tower. It shows where in a checkpoint the tower lies."""
 
     num_prefix_tokens: Callable[[Any], int]
-    """P of a config: the tokens before the patches."""
+    """Config -> P, the number of tokens before the patches."""
 
     take_apart: Callable[[nn.Module, int], Pieces]
-    """Take a model apart, its position embeddings interpolated to S pixels a side as transformers does it."""
+    """Model and S -> its pieces, with position embeddings interpolated to S pixels a side as transformers does it."""
 
     preprocessor: dict[str, Any]
-    """How images are prepared where the checkpoint does not say."""
+    """The preprocessor_config.json for checkpoints that have none."""
 
     image_size: Callable[[Any], int] = lambda config: square(config.image_size)
-    """S of a config."""
+    """Config -> S, in pixels a side; 0 if its images are not square."""
 
     naming: Naming = field(default_factory=Naming)
-    """What transformers calls the parts of the tower, so that a bundle knows it in a loaded model."""
+    """What transformers calls the parts of the tower, so that a bundle recognises it in a loaded model."""
 
     run_layer: Callable[[nn.Module, Tensor], Tensor] = run_layer
+    """Layer and hidden state k -> hidden state k + 1."""
 
     read_states: Callable[[nn.Module, Tensor], tuple[Tensor, ...]] = read_states
-    """The reference: transformers' own states for pixels (B, 3, S, S) of any S that the family can have."""
+    """Model and pixels (B, 3, S, S), for any S that the family supports -> transformers' own states, the reference."""
 
     obstacle: Callable[[Any], str | None] = lambda config: None
-    """Why a config of this family cannot be exported, with the nearest that can; None where it can."""
+    """Config -> why it cannot be exported, with the nearest that can; None if it can."""
 
     size_obstacle: Callable[[Any, int], str | None] = lambda config, image_size: None
-    """Why the tower of a config cannot take images of S pixels, with those it can; None where it can."""
+    """Config and S -> why its tower cannot accept images of S pixels, with the sizes it can; None if it can."""
 
     def spec(
         self, config: Any, select_layer: LayerCode, select_feature: str, image_size: int | None = None
     ) -> TowerSpec:
-        """Describe the tower that a config makes, read at these layers, for S pixels where that is not the config's.
+        """Describe the cut tower that a config makes.
 
-        Raises ConfigError where there can be no such tower.
+        Args:
+            config: The vision config.
+            select_layer: Layer code: a hidden state, a list of them, or "last_hidden_state".
+            select_feature: "patch" (without the prefix tokens), "cls_patch" (with them), or a slice of LLaVA-NeXT.
+            image_size: S, in pixels a side. By default the config's.
+
+        Returns:
+            The spec, with the layers as indices of hidden states.
+
+        Raises:
+            ConfigError: if there can be no such tower.
         """
         patch = square(config.patch_size)
         size = self.image_size(config) if image_size is None else image_size
         if not patch:
             raise ConfigError(
-                f"patch_size={config.patch_size} of a {self.name} tower is no square, as engines need it."
+                f"patch_size={config.patch_size} of a {self.name} tower is not a square, but engines need one."
             )
         if not size and image_size is None:
             raise ConfigError(
-                f"image_size={config.image_size} of a {self.name} tower is no square; name one with --image-size."
+                f"image_size={config.image_size} of a {self.name} tower is not a square; choose one with --image-size."
             )
         if size < patch:
             raise ConfigError(f"image_size={size} is smaller than one patch of {patch} pixels.")
@@ -122,13 +133,13 @@ class Family:
 
 
 def square(size: Any) -> int:
-    """Give the side of a square that a config writes as n or as (n, n); 0 where it is no square."""
+    """Return the side of a square that a config writes as n or as (n, n); 0 if it is not a square."""
     sides = {size} if isinstance(size, int) else set(size)
     return sides.pop() if len(sides) == 1 else 0
 
 
 def replaced(module: nn.Module, **changes: Any) -> Any:
-    """Give a copy of ``module`` that shares its tensors, but for what ``changes`` puts in their place."""
+    """Return a copy of ``module`` that shares all its tensors except those that ``changes`` replaces."""
     clone = copy.copy(module)
     for kind in ("_parameters", "_buffers", "_modules"):
         setattr(clone, kind, dict(getattr(module, kind)))
@@ -138,7 +149,7 @@ def replaced(module: nn.Module, **changes: Any) -> Any:
 
 
 def interpolate_positions(embeddings: Any, num_tokens: int, width: int, image_size: int) -> Tensor:
-    """Have transformers interpolate the position embeddings of a stem to S pixels: (1, P + N, D)."""
+    """Interpolate the position embeddings of a stem to S pixels with transformers' own code: (1, P + N, D)."""
     tokens = torch.empty(1, num_tokens, width)
     with torch.no_grad():
         positions: Tensor = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
@@ -146,7 +157,7 @@ def interpolate_positions(embeddings: Any, num_tokens: int, width: int, image_si
 
 
 def resized_positions(embeddings: Any, positions: Tensor, image_size: int) -> Tensor:
-    """Fit the position embeddings (1, 1 + N, D) of a stem to S pixels; give the very same ones where they do."""
+    """Fit the position embeddings (1, 1 + N, D) of a stem to S pixels; return the same object if they already fit."""
     num_tokens = 1 + (image_size // square(embeddings.patch_size)) ** 2
     if num_tokens == positions.shape[1]:
         return positions

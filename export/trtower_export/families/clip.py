@@ -1,4 +1,4 @@
-"""CLIP: OpenAI's ViTs, MetaCLIP, DFN, and all that load as `CLIPVisionModel`."""
+"""CLIP: OpenAI's ViTs, MetaCLIP, DFN, and everything else that loads as `CLIPVisionModel`."""
 
 from functools import partial
 from typing import Any
@@ -11,12 +11,12 @@ from trtower_export.families.base import Family, Pieces, interpolate_positions, 
 
 
 def flat(model: nn.Module) -> Any:
-    """Find the tower: these models are flat since transformers 5.6 and wrap `vision_model` before."""
+    """Find the tower. These models are flat since transformers 5.6; older ones wrap it as `vision_model`."""
     return getattr(model, "vision_model", model)
 
 
 def resized_embeddings(embeddings: Any, num_prefix_tokens: int, image_size: int) -> Any:
-    """Give embeddings whose positions fit S pixels; the very same ones where they do."""
+    """Return embeddings whose positions fit S pixels: the same object if they already fit."""
     if image_size == embeddings.image_size:
         return embeddings
     num_positions = num_prefix_tokens + (image_size // embeddings.patch_size) ** 2
@@ -44,8 +44,8 @@ FAMILY = Family(
     patch_embedding="embeddings.patch_embedding.weight",
     num_prefix_tokens=lambda config: 1,
     take_apart=take_apart,
-    naming=Naming(final_norm=(), unread=("post_layernorm",)),  # norms only what it pools
-    # transformers 4.57 demands causal_attention_mask; 5.x passes the name through.
+    naming=Naming(final_norm=(), unread=("post_layernorm",)),  # CLIP norms only what it pools
+    # transformers 4.57 requires causal_attention_mask; 5.x passes it through.
     run_layer=partial(run_layer, attention_mask=None, causal_attention_mask=None),
     read_states=partial(read_states, interpolate_pos_encoding=True),
     preprocessor={

@@ -6,7 +6,7 @@ from trtower_export.families.base import Family, Pieces, replaced, resized_posit
 
 
 def take_apart(model: Any, image_size: int) -> Pieces:
-    """Take a `Dinov2Model` or a `Dinov2WithRegistersModel` apart, without the mask token, which is of training only."""
+    """Take a `Dinov2Model` or a `Dinov2WithRegistersModel` apart. Drop the mask token, which only training uses."""
     positions = resized_positions(model.embeddings, model.embeddings.position_embeddings, image_size)
     stem = replaced(model.embeddings, position_embeddings=positions, mask_token=None)
     return Pieces(stem=stem, layers=model.encoder.layer, final_norm=model.layernorm)

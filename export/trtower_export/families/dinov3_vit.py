@@ -1,7 +1,7 @@
 """DINOv3: Meta's ViTs that load as `DINOv3ViTModel`. The prefix is CLS, then the registers.
 
-Positions are rotations of queries and keys in every layer. Their angles follow from the grid alone, so any S can be
-had, and they are computed once.
+Positions are rotations of queries and keys in every layer. Their angles depend only on the grid, so every S is possible
+and they are computed once.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from trtower_export.families.base import Family, Pieces, replaced, run_layer
 
 
 class _Rotation(nn.Module):
-    """The cosines and sines (N, D / heads) of a grid, in one place for all layers: casting keeps it one."""
+    """The cosines and sines (N, D / heads) of a grid, shared by all layers, even after a cast."""
 
     cos: Tensor
     sin: Tensor
@@ -26,7 +26,7 @@ class _Rotation(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A transformer layer with its rotation at hand."""
+    """A transformer layer that passes its rotation to the attention."""
 
     def __init__(self, layer: nn.Module, rotation: _Rotation) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Layer(nn.Module):
 
 
 def _take_apart(model: Any, image_size: int) -> Pieces:
-    stem = replaced(model.embeddings, mask_token=None)  # of training only
+    stem = replaced(model.embeddings, mask_token=None)  # only training uses it
     rotation = _Rotation(model.rope_embeddings, image_size)
     layers = getattr(model, "model", model).layer  # transformers 4.57 has them in the model itself
     return Pieces(stem=stem, layers=nn.ModuleList(_Layer(layer, rotation) for layer in layers), final_norm=model.norm)
@@ -51,7 +51,7 @@ FAMILY = Family(
     num_prefix_tokens=lambda config: 1 + int(config.num_register_tokens),
     take_apart=_take_apart,
     preprocessor={
-        "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as DINOv3's own does
+        "image_processor_type": "SiglipImageProcessor",  # resizes to a square without cropping, as DINOv3's own does
         "size": {"height": 224, "width": 224},
         "resample": 2,
         "image_mean": [0.485, 0.456, 0.406],

@@ -1,4 +1,4 @@
-"""EVA-CLIP ViT-g as transformers carries it: `Blip2VisionModel`, whose last layer BLIP-2 has dropped already."""
+"""EVA-CLIP ViT-g as transformers has it: `Blip2VisionModel`, from which BLIP-2 has already dropped the last layer."""
 
 from functools import partial
 from inspect import signature
@@ -17,9 +17,9 @@ def _take_apart(model: Any, image_size: int) -> Pieces:
 
 
 def _run_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    # transformers 4.57 demands a mask; 5.x would pass it to an attention that is given one already.
-    demanded = {"attention_mask"} & signature(layer.forward).parameters.keys()
-    return run_layer(layer, hidden_states, **dict.fromkeys(demanded))
+    # transformers 4.57 requires a mask; 5.x would pass it to an attention that already gets one.
+    required = {"attention_mask"} & signature(layer.forward).parameters.keys()
+    return run_layer(layer, hidden_states, **dict.fromkeys(required))
 
 
 FAMILY = Family(
@@ -33,7 +33,7 @@ FAMILY = Family(
     read_states=partial(read_states, interpolate_pos_encoding=True),
     preprocessor={
         **clip.FAMILY.preprocessor,
-        "image_processor_type": "SiglipImageProcessor",  # resizes to a square and crops nothing, as BLIP's own does
+        "image_processor_type": "SiglipImageProcessor",  # resizes to a square without cropping, as BLIP's own does
         "size": {"height": 224, "width": 224},
     },
 )

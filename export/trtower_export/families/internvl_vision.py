@@ -1,4 +1,4 @@
-"""InternViT as transformers carries it: `InternVLVisionModel`, the tower of InternVL's checkpoints that end in -hf."""
+"""InternViT as transformers has it: `InternVLVisionModel`, the tower of InternVL's checkpoints that end in -hf."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from trtower_export.families.base import Family, Pieces, replaced, resized_posit
 
 
 class _Stem(nn.Module):
-    """InternVL's embeddings; transformers 4.57 gives the grid beside the tokens."""
+    """InternVL's embeddings. transformers 4.57 returns the grid as well as the tokens."""
 
     def __init__(self, embeddings: Any, image_size: int) -> None:
         super().__init__()
         positions = embeddings.position_embeddings
         if positions is not None:
             positions = resized_positions(embeddings, positions, image_size)
-        # The mask token is of training only.
+        # Only training uses the mask token.
         self.embeddings = replaced(embeddings, position_embeddings=positions, mask_token=None)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -28,13 +28,13 @@ def _take_apart(model: Any, image_size: int) -> Pieces:
 
 
 def _read_states(model: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
-    # In transformers 4.57 only the config can ask for the states: as an argument, that leaves the layers wrapped.
-    asked = model.config.output_hidden_states
+    # Request the states in the config: as an argument, it leaves the layers wrapped in transformers 4.57.
+    before = model.config.output_hidden_states
     model.config.output_hidden_states = True
     try:
         output = model(pixel_values)
     finally:
-        model.config.output_hidden_states = asked
+        model.config.output_hidden_states = before
     return (*output.hidden_states, output.last_hidden_state)
 
 
@@ -46,7 +46,7 @@ FAMILY = Family(
     num_prefix_tokens=lambda config: 1,
     take_apart=_take_apart,
     read_states=_read_states,
-    # As transformers' conversion of the weights writes it; the defaults of its image processor are of another model.
+    # From transformers' conversion of the weights; the defaults of its image processor belong to another model.
     preprocessor={
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": 448, "width": 448},

@@ -1,4 +1,4 @@
-"""MetaCLIP 2: Meta's worldwide ViTs that load as `MetaClip2VisionModel`, built as CLIP's are."""
+"""MetaCLIP 2: Meta's worldwide ViTs that load as `MetaClip2VisionModel`, built like CLIP's."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""SigLIP, and the SigLIP 2 of fixed sizes: Google's ViTs that load as `SiglipVisionModel`.
+"""SigLIP, and SigLIP 2 with a fixed size: Google's ViTs that load as `SiglipVisionModel`.
 
 There is no CLS token. `last_hidden_state` is normed; the head that pools it is never read.
 """

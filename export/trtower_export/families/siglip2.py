@@ -1,7 +1,7 @@
 """SigLIP 2 NaFlex: Google's ViTs that load as `Siglip2VisionModel`, at one square grid.
 
-NaFlex takes lists of patches, of any aspect ratio and padded to one length. A tower here takes square images of one
-size S, so nothing is padded, and the position embeddings are resized once.
+NaFlex accepts lists of patches of any aspect ratio, padded to one length. Here a tower accepts only square images of
+one size S, so nothing is padded and the position embeddings are resized once.
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ def _obstacle(config: Any) -> str | None:
     near = isqrt(config.num_patches) ** 2
     if near == config.num_patches:
         return None
-    return f"num_patches={config.num_patches} makes no square grid, whose positions could be resized; {near} would."
+    return f"num_patches={config.num_patches} is not a square grid, which resizing the positions needs; {near} is."
 
 
 def _size_obstacle(config: Any, image_size: int) -> str | None:
@@ -68,7 +68,7 @@ def _size_obstacle(config: Any, image_size: int) -> str | None:
     if not rest:
         return None
     near = max(image_size - rest, config.patch_size)
-    return f"image_size={image_size} is no multiple of a siglip2 tower's patch of {config.patch_size}; {near} is."
+    return f"image_size={image_size} is not a multiple of the patch size {config.patch_size}; {near} is."
 
 
 FAMILY = Family(

@@ -1,6 +1,6 @@
-"""What is known of well-known checkpoints: architecture, layer and profile, one TOML each.
+"""Recipes for well-known checkpoints: architecture, layer and profile, one TOML file each.
 
-A recipe gives an export its defaults, and is all that a rehearsal with random weights needs.
+An export takes its defaults from a recipe, and a rehearsal needs nothing else.
 """
 
 import sys
@@ -18,10 +18,10 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One TOML. ``config`` is the vision config and ``preprocessor`` the preprocessor_config.json of the checkpoint.
+    """One TOML file. ``config`` is the checkpoint's vision config and ``preprocessor`` its preprocessor_config.json.
 
-    ``image_size`` is the size the tower is used at, where that is not its config's. A model whose tower has a recipe
-    of its own names it as ``tower``, and says only what differs.
+    ``image_size`` is the size at which the tower is used, if that is not its config's. If a model's tower has its own
+    recipe, the model's file names that as ``tower`` and holds only what differs.
     """
 
     name: str
@@ -44,10 +44,10 @@ def all_recipes() -> list[Recipe]:
 
 
 def find_recipe(checkpoint: str) -> Recipe | None:
-    """Find the recipe of a hub id, which is named as the checkpoint is there, or of the recipe's own name."""
+    """Find a recipe by its name, or by its hub id if that ends in its name."""
     recipes = {recipe.name: recipe for recipe in all_recipes()}
-    found = recipes.get(checkpoint.rpartition("/")[2])
-    return found if found and checkpoint in (found.checkpoint, found.name) else None
+    recipe = recipes.get(checkpoint.rpartition("/")[2])
+    return recipe if recipe and checkpoint in (recipe.checkpoint, recipe.name) else None
 
 
 def _parse(name: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""List recipes: of which checkpoint and family, at what size, and which layer is read."""
+"""List recipes with their checkpoint, family, image size and layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ COLUMNS = ("name", "checkpoint", "family", "image_size", "select_layer")
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return what `trtower recipes --json` says of one recipe."""
+    """Return one recipe as `trtower recipes --json` prints it."""
     config = recipe.config
     return {
         "name": recipe.name,
@@ -30,7 +30,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def print_recipes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """Print described recipes as a table, every name whole."""
+    """Print described recipes as a table, with every name in full."""
     columns = [column.replace("_", " ") for column in COLUMNS]
     table = new_table(*columns, left=columns)
     for row in rows:

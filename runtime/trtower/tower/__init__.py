@@ -1,1 +1,1 @@
-"""What model code touches: a vision tower, LLaVA's classes for it, and the image processor."""
+"""What model code uses: a vision tower, LLaVA's classes for it, and the image processor."""

@@ -1,8 +1,8 @@
-"""One empty parameter, from which model code reads the device and dtype of a module that has no weights.
+"""One empty parameter that tells model code the device and dtype of a module without weights.
 
-It hangs in a module of its own, which is never called: before a call accelerate brings back what it has offloaded, from
-the model's state dict, where an anchor is not. And it is never on the meta device, where accelerate puts what it
-offloads and what it makes without memory: nothing could be copied from there.
+It sits in a separate module that is never called. Before a module is called, accelerate restores its offloaded
+parameters from the model's state dict, which does not contain the anchor. And it is never on the meta device, where
+accelerate puts what it offloads or makes without memory: nothing could be copied from there.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class _OnDevices(dict[str, Any]):
-    """The parameters of a module, which stay where they are when they are put on the meta device."""
+    """The parameters of a module; each stays where it is when something moves it to the meta device."""
 
     def __setitem__(self, name: str, parameter: Any) -> None:
         if parameter is None or not parameter.is_meta:
@@ -20,7 +20,7 @@ class _OnDevices(dict[str, Any]):
 
 
 class Anchor(nn.Module):
-    """Holds the parameter ``empty``; it is neither saved nor loaded."""
+    """Holds the parameter ``empty``, which is neither saved nor loaded."""
 
     empty: nn.Parameter
 
@@ -30,7 +30,7 @@ class Anchor(nn.Module):
         self._register(dtype, device, requires_grad=requires_grad)
 
     def place(self, device: torch.device) -> None:
-        """Make the parameter anew on a device."""
+        """Recreate the parameter on a device."""
         self._register(self.empty.dtype, device, requires_grad=self.empty.requires_grad)
 
     @torch.inference_mode(mode=False)
@@ -41,4 +41,4 @@ class Anchor(nn.Module):
         """Save nothing."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load nothing, and miss nothing."""
+        """Load nothing, and report nothing as missing."""

@@ -1,11 +1,11 @@
-"""Dicts that model code reads in more ways than as dicts: by attribute, and sizes of pictures in every form."""
+"""Dicts that model code reads in other ways too: any key as an attribute, a picture's size in every form."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 class AttributeDict(dict[str, Any]):
-    """Reads, sets and deletes a key by its name as an attribute. It is JSON as it stands, and pickled like any dict."""
+    """A dict whose keys can be read, set and deleted as attributes. JSON and pickle treat it as any dict."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -24,10 +24,10 @@ class AttributeDict(dict[str, Any]):
 
 
 class Size(dict[str, int]):
-    """A size in pixels, {"shortest_edge": n} or {"height": h, "width": w}, which answers in either form and as (h, w).
+    """A size in pixels, {"shortest_edge": n} or {"height": h, "width": w}, that reads in either form and as (h, w).
 
-    LLaVA and LLaVA-NeXT read `size["shortest_edge"]`, `size["height"]`, `size[0]` and `min(size)`, as the processors of
-    their own towers have it. Items, equality and JSON are those of the dict as it was written.
+    LLaVA and LLaVA-NeXT read `size["shortest_edge"]`, `size["height"]`, `size[0]` and `min(size)`, depending on the
+    tower's processor. Items, equality and JSON stay those of the dict as written.
     """
 
     def __missing__(self, key: Any) -> int:
@@ -39,11 +39,11 @@ class Size(dict[str, int]):
         return answers[key]
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield height and width, as the tuple does that SigLIP's processor in LLaVA-NeXT has here."""
+        """Yield height and width, like the tuple that SigLIP's processor in LLaVA-NeXT has as its size."""
         return iter(self.sides)
 
     def __setitem__(self, key: str, value: int) -> None:
-        """Set a side in the form that the size has; height or width give up one that has only its shortest edge."""
+        """Set a side in the form that the size has. Setting height or width turns a shortest edge into both sides."""
         if key == "shortest_edge" and "height" in self.keys():
             super().update(height=value, width=value)
             return
@@ -58,5 +58,5 @@ class Size(dict[str, int]):
         return (self["height"], self["width"]) if edge is None else (edge, edge)
 
     def resized(self, side: int) -> "Size":
-        """Return a size of the same form for square pictures of this side."""
+        """Return a size of the same form for square pictures with this side."""
         return Size(dict.fromkeys(self.keys(), side))

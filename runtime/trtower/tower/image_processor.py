@@ -1,7 +1,7 @@
-"""Images to ``pixel_values`` as Hugging Face's PIL image processors make them, without transformers.
+"""Turn pictures into ``pixel_values`` as Hugging Face's PIL image processors do, without transformers.
 
-The arithmetic is theirs to the bit, float64 where they use float64: a tower certified behind one processor
-must not see other pixels behind the next. Transparency is laid on white, as transformers 5.23 does it; 4.57
+The arithmetic is theirs to the bit, in float64 where they use float64: a tower certified with one processor
+must not get other pixels from another. Transparency is composited on white, as in transformers 5.23; 4.57
 dropped the alpha channel.
 
 Shapes: C channels, H x W pixels, B images.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RESIZED_PIXELS = 2**24
-"""What a picture may become by its shortest edge: 1000 x 1 pixels would become 224000 x 224 and take 1 GB."""
+"""Limit on resizing by the shortest edge: without it 1000 x 1 pixels would become 224000 x 224 and take 1 GB."""
 
 _CLIP: dict[str, Any] = {
     "do_convert_rgb": True,
@@ -49,21 +49,29 @@ _CLIP: dict[str, Any] = {
 _SIGLIP = _CLIP | {
     "size": {"height": 224, "width": 224},
     "do_center_crop": False,
-    "crop_size": None,  # is `size` then: VILA and LLaVA-NeXT read the final size here, cropped or not
+    "crop_size": None,  # means `size`: VILA and LLaVA-NeXT read the final size here, cropped or not
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
 _DEFAULTS = {"CLIPImageProcessor": _CLIP, "BitImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
-# Written by transformers as well: names, and settings of padding, GPUs and token counts, which change no pixel here.
+# Keys that transformers also writes: names, and settings of padding, GPUs and token counts. They change no pixel here.
 _INERT = {"_valid_processor_keys", "feature_extractor_type", "image_processor_type", "processor_class"}
 _INERT |= {"device", "disable_grouping", "image_seq_length", "pad_size", "size_divisor"}
 
 
 class BatchFeature(AttributeDict):
-    """A dict whose keys are also attributes, as model code expects of transformers' class of this name."""
+    """A dict whose keys are also attributes, like transformers' class of this name."""
 
     def to(self, *args: Any, **kwargs: Any) -> "BatchFeature":
-        """Move the tensors in place, with the arguments of ``Tensor.to``; a dtype is given to float tensors only."""
+        """Move and cast the tensors in place. Only floating-point tensors are cast.
+
+        Args:
+            *args: As for ``Tensor.to``.
+            **kwargs: As for ``Tensor.to``.
+
+        Returns:
+            This dict.
+        """
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
                 moved = value.to(*args, **kwargs)
@@ -74,8 +82,13 @@ class BatchFeature(AttributeDict):
 class ImageProcessor:
     """The CLIP, BiT or SigLIP processor that a ``preprocessor_config.json`` describes.
 
-    The attributes have the names of the config's keys. They may be changed: each call reads and checks them anew.
-    A key that asks for a step this class does not have is a ConfigError.
+    The attributes are named like the config's keys. They may be changed: each call reads and checks them again.
+
+    Args:
+        config: The settings; a key that is absent or None has the default of its processor in transformers.
+
+    Raises:
+        ConfigError: If a setting is invalid, or asks for a step that this class does not have.
     """
 
     image_processor_type: str
@@ -93,17 +106,17 @@ class ImageProcessor:
     _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        written = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
-        family = str(written).removesuffix("Fast").removesuffix("Pil")
-        self.image_processor_type = family.replace("FeatureExtractor", "ImageProcessor")
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+        plain_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
+        self.image_processor_type = plain_kind.replace("FeatureExtractor", "ImageProcessor")
         if self.image_processor_type not in _DEFAULTS:
-            raise ConfigError(f"image_processor_type={written!r} is not known here; known: {', '.join(_DEFAULTS)}.")
-        given = {name: value for name, value in config.items() if value is not None}
-        for name, value in given.items():
-            off = value is False or (name, value) == ("data_format", "channels_first")
-            if not (off or name in _CLIP or name in _INERT):
-                raise ConfigError(f"{name}={value!r} asks for what ImageProcessor does not do; use transformers here.")
-        settings = _DEFAULTS[self.image_processor_type] | given
+            raise ConfigError(f"unknown image_processor_type={kind!r}; choose {', '.join(_DEFAULTS)}.")
+        present = {name: value for name, value in config.items() if value is not None}
+        for name, value in present.items():
+            is_off = value is False or (name, value) == ("data_format", "channels_first")
+            if not (is_off or name in _CLIP or name in _INERT):
+                raise ConfigError(f"ImageProcessor does not support {name}={value!r}; use transformers' own processor.")
+        settings = _DEFAULTS[self.image_processor_type] | present
         if settings["crop_size"] is None:
             settings["crop_size"] = settings["size"]
         for name in _CLIP:
@@ -111,29 +124,50 @@ class ImageProcessor:
 
     @classmethod
     def from_file(cls, path: Path) -> "ImageProcessor":
-        """Read a ``preprocessor_config.json``; ConfigError where that is not a readable JSON object."""
+        """Read a ``preprocessor_config.json``.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The processor that the file describes.
+
+        Raises:
+            ConfigError: If the file is not a readable JSON object, or describes another processor.
+        """
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as err:
             raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
         if not isinstance(config, dict):
-            raise ConfigError(f"{path} holds a JSON {type(config).__name__}; a preprocessor config is an object.")
+            raise ConfigError(f"{path} holds a JSON {type(config).__name__}; expected an object.")
         return cls(config)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a config that makes this processor again, here and in transformers."""
+        """Return the settings, from which this class and transformers make the same processor.
+
+        Returns:
+            A dict that can be written as JSON.
+        """
         return {name: deepcopy(getattr(self, name)) for name in ("image_processor_type", *_CLIP)}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> list[str]:
-        """Write `preprocessor_config.json`, here and in transformers a config of this processor; return its path.
+        """Write `preprocessor_config.json`, which this class and transformers can read.
 
-        A bundle keeps its own, which its manifest vouches for: settings that differ from it are named in a warning.
+        A bundle keeps its own file, because its manifest records it. A warning names the settings that differ.
+
+        Args:
+            save_directory: The folder, which is made if it does not exist.
+            **_: Other arguments of transformers' method, which are ignored.
+
+        Returns:
+            A list with the path of the file.
         """
         path = Path(save_directory) / PREPROCESSOR
         if (path.parent / MANIFEST).is_file():
             kept = ImageProcessor.from_file(path).to_dict()
             if changed := [name for name, value in self.to_dict().items() if value != kept[name]]:
-                logger.warning("%s is a bundle's: it is kept, and %s is not saved.", path, ", ".join(changed))
+                logger.warning("%s belongs to a bundle and is kept; changes not saved: %s.", path, ", ".join(changed))
             return [str(path)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -151,30 +185,34 @@ class ImageProcessor:
         data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Make ``pixel_values`` of pictures.
+        """Turn pictures into ``pixel_values``.
 
         Args:
             images: PIL images, arrays or tensors, or lists or iterators of these. Arrays and tensors are (C, H, W) or
-                (H, W, C), or batches of these, and hold 0 to 255; for values from 0 to 1 pass ``do_rescale=False``.
+                (H, W, C), or batches of these, with values from 0 to 255. For values from 0 to 1, pass
+                ``do_rescale=False``.
             return_tensors: None for a list of (C, H, W) arrays; "np" or "pt" for one (B, C, H, W) array or tensor.
             input_data_format: "channels_first", "channels_last", or "none" for greyscale arrays (H, W). None looks for
                 the side of 1, 3 or 4.
-            data_format: "channels_first" or None; nothing else is made.
-            overrides: The values of attributes for this call. None leaves the attribute's.
+            data_format: "channels_first" or None; no other format is supported.
+            overrides: Values of attributes for this call. None keeps the attribute's value.
+
+        Returns:
+            A dict with ``pixel_values``, which is also an attribute.
 
         Raises:
-            InputError: A picture cannot be read, or in more than one way, or holds other values than 0 to 255.
-            ConfigError: An argument is unknown or cannot be honoured.
+            InputError: If a picture cannot be read, is ambiguous, or holds values outside 0 to 255.
+            ConfigError: If an argument is unknown or invalid.
         """
-        for name, value, known in (
+        for name, value, choices in (
             ("return_tensors", return_tensors, ("np", "pt")),
             ("input_data_format", input_data_format, FORMATS),
             ("data_format", data_format, (CHANNELS_FIRST,)),
         ):
-            if value is not None and value not in known:
-                raise ConfigError(f"unknown {name}={value!r}; choose None or {', '.join(map(repr, known))}.")
+            if value is not None and value not in choices:
+                raise ConfigError(f"unknown {name}={value!r}; choose None or {', '.join(map(repr, choices))}.")
         if unknown := overrides.keys() - _CLIP:
-            raise ConfigError(f"{min(unknown)} is not a setting of ImageProcessor; settings: {', '.join(_CLIP)}.")
+            raise ConfigError(f"unknown setting {min(unknown)!r}; choose {', '.join(_CLIP)}.")
         call = copy(self)
         for name in _CLIP:
             value = overrides.get(name)
@@ -187,8 +225,8 @@ class ImageProcessor:
 
     def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
         try:
-            read = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
-            pixels = read
+            original = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
+            pixels = original
             if self.do_resize:
                 pixels = _resize(pixels, self.size, self.resample)
             if self.do_center_crop:
@@ -199,11 +237,11 @@ class ImageProcessor:
                 pixels = _normalize(pixels, self.image_mean, self.image_std)
         except InputError as err:
             raise InputError(f"{name}: {err}") from err
-        self._warn_of_range(name, read)
+        self._warn_of_range(name, original)
         return pixels
 
     def _warn_of_range(self, name: str, pixels: Array) -> None:
-        """Warn of values that the settings scale twice, or not at all; once for each advice."""
+        """Warn about values that the settings scale twice or not at all, once per advice."""
         if self.do_rescale and pixels.dtype != np.uint8 and 0 < pixels.max() <= 1:
             expected, advice = "0 to 255", "do_rescale=False"
         elif not self.do_rescale and self.do_normalize and np.max(self.image_mean) <= 1 < pixels.max():
@@ -219,7 +257,7 @@ class ImageProcessor:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return a copy of ``value`` in the form the steps read; ConfigError where the setting cannot have it."""
+    """Return a copy of ``value`` in the form that the steps read; raise ConfigError if it is invalid."""
     if name.startswith("do_"):
         expected, valid = "True or False", isinstance(value, bool)
     elif name == "resample":
@@ -242,7 +280,7 @@ def _checked(name: str, value: Any) -> Any:
         valid = valid and all(type(side) is int and side > 0 for side in value.values())
         value = Size(value) if valid else value
     if not valid:
-        raise ConfigError(f"{name}={value!r} cannot be honoured; expected {expected}.")
+        raise ConfigError(f"{name}={value!r} is invalid; expected {expected}.")
     return deepcopy(value)
 
 
@@ -256,7 +294,7 @@ def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor"
         raise InputError("images is empty; pass at least one picture.")
     if len(shapes) != 1:
         raise InputError(
-            f"images come out as {', '.join(map(str, shapes))}; return_tensors={return_tensors!r} takes one shape. "
+            f"images come out as {', '.join(map(str, shapes))}; return_tensors={return_tensors!r} needs one shape. "
             "Set do_center_crop=True or a fixed size, or leave return_tensors out."
         )
     batch = np.stack(pixels)
@@ -264,7 +302,7 @@ def _stacked(pixels: list[Array], return_tensors: str) -> "Array | torch.Tensor"
 
 
 def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
-    """Resize (C, H, W) in Pillow, in 8 bits; fractions from 0 to 1 go there as 0 to 255 and come back as float32."""
+    """Resize (C, H, W) with Pillow in 8 bits; fractions from 0 to 1 are scaled to 0 to 255 and back, as float32."""
     from PIL import Image
 
     if "shortest_edge" in size:
@@ -272,7 +310,7 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
         longest = max(4, MAX_RESIZED_PIXELS // edge**2)
         if max(sides) > longest * min(sides):
             raise InputError(
-                f"{sides[1]} x {sides[0]} pixels; size={dict(size)} takes sides of at most {longest} to 1: crop it"
+                f"{sides[1]} x {sides[0]} pixels; size={dict(size)} accepts sides of at most {longest} to 1: crop it"
             )
         height, width = (int(edge * side / min(sides)) for side in sides)
     else:
@@ -280,8 +318,8 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
     whole = image.dtype == np.uint8 or np.allclose(image, image.astype(int))
     if not whole and image.max() > 1:
         raise InputError(
-            f"fractions of {image.dtype} from {image.min()} to {image.max()}; resizing takes fractions from 0 to 1, or "
-            "whole numbers: array.round()"
+            f"fractions of {image.dtype} from {image.min()} to {image.max()}; resizing accepts fractions from 0 to 1, "
+            "or whole numbers: array.round()"
         )
     pixels = np.moveaxis(image if whole else _scale(image, 255), 0, -1).astype(np.uint8)  # (H, W, C)
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
@@ -291,7 +329,7 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
 
 
 def _center_crop(image: Array, size: Mapping[str, int]) -> Array:
-    """Cut the middle out of (C, H, W); a side that is too short is padded with zeros, the odd row first."""
+    """Crop the centre of (C, H, W); pad a side that is too short with zeros, the odd row first."""
     height, width = size["height"], size["width"]
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     cut = image[:, max(top, 0) :, max(left, 0) :][:, :height, :width]
@@ -301,18 +339,18 @@ def _center_crop(image: Array, size: Mapping[str, int]) -> Array:
 
 
 def _scale(image: Array, factor: float) -> Array:
-    """Multiply in float64 and return float32, without an array of float64 between."""
+    """Multiply in float64 and return float32, without allocating a float64 array."""
     scaled = np.empty_like(image, dtype=np.float32)
     return np.multiply(image, float(factor), out=scaled, dtype=np.float64, casting="same_kind")
 
 
 def _normalize(image: Array, mean: Sequence[float] | float, std: Sequence[float] | float) -> Array:
-    """Subtract and divide per channel, in the image's own float type or in float32."""
+    """Subtract the mean and divide by the std per channel, in the image's own float type, else in float32."""
     pixels = image if np.issubdtype(image.dtype, np.floating) else image.astype(np.float32)
     middle, spread = (np.array(values, pixels.dtype).reshape(-1, 1, 1) for values in (mean, std))
     for name, values in (("image_mean", middle), ("image_std", spread)):
         if len(values) not in (1, len(pixels)):
-            raise InputError(f"an image has {len(pixels)} channels, {name} has {len(values)}; set do_convert_rgb=True.")
+            raise InputError(f"it has {len(pixels)} channels, {name} has {len(values)}; set do_convert_rgb=True.")
     normalized = pixels - middle
     normalized /= spread
     return normalized

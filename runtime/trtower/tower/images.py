@@ -1,6 +1,6 @@
-"""Images in any form that model code passes, run together as batches of an engine, and features in the same form.
+"""Pack images of any form into one batch for an engine, and return the features in the same form.
 
-Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
+Shapes: B images, T tiles per image, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +15,14 @@ from trtower.runners.base import Runner
 from trtower.tower.pick import Pick
 
 PREPARE = "Prepare pictures: tower(tower.image_processor(pictures, return_tensors='pt')['pixel_values'])."
-"""The call that turns pictures into features, for whoever passes something else."""
+"""The call that turns pictures into features; errors about other inputs quote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Images as one batch (B, 3, S, S) that an engine takes, of which each of ``images`` has made ``counts`` rows.
+    """Images packed into one batch (B, 3, S, S) for an engine; ``images[i]`` fills ``counts[i]`` of its rows.
 
-    ``in_list``: they were passed as a list, and not as one tensor.
+    ``in_list``: whether they were passed as a list instead of one tensor.
     """
 
     pixel_values: torch.Tensor
@@ -32,34 +32,34 @@ class Packed:
 
 
 class Images:
-    """Packs images (3, S, S), and tiles (T, 3, S, S) of one, for the engine of a bundle, and unpacks their features."""
+    """Packs images (3, S, S) and tiles (T, 3, S, S) for the engine of a bundle, and unpacks their features."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.spec, self._least = manifest.spec, manifest.batch.min
+        self.spec, self._min_batch = manifest.spec, manifest.batch.min
 
     def pack(self, images: Any, runner: Runner) -> Packed:
-        """Make one batch of a tensor, or of a list of tensors; raise InputError if it is neither, or ill-formed."""
+        """Pack a tensor or a list of tensors into one batch; raise InputError if it is neither, or malformed."""
         in_list = isinstance(images, (list, tuple))
         if in_list and not images:
-            raise InputError("images is an empty list; at least one image is expected.")
+            raise InputError("images is an empty list; expected at least one image.")
         images = images if in_list else [images]
         for index, image in enumerate(images):
             self.check(image, f"images[{index}]" if in_list else "images", in_list=in_list)
         counts, pixel_values = self._batch(images, runner)
         return Packed(pixel_values=pixel_values, images=images, counts=counts, in_list=in_list)
 
-    def place(self, out: Any, packed: Packed, pick: Pick, runner: Runner) -> torch.Tensor | None:
-        """Return ``out`` as (B, P + N, D) if the engine itself can write there; None if it cannot, or there is no out.
+    def find_destination(self, out: Any, packed: Packed, pick: Pick, runner: Runner) -> torch.Tensor | None:
+        """Return ``out`` as (B, P + N, D) if the engine can write there directly; else None.
 
-        Raises InputError if the features of what was packed do not fit ``out``.
+        Raises InputError if the features of ``packed`` do not fit ``out``.
         """
         if out is None:
             return None
         if packed.in_list:
-            raise InputError("out is for the features of one tensor, and images is a list.")
+            raise InputError("out needs one tensor, but images is a list. Stack the images, or do not pass out.")
         check_out(out, (*packed.images[0].shape[:-3], *self.feature_shape(pick)), runner.device)
-        is_read = out.untyped_storage().data_ptr() == packed.pixel_values.untyped_storage().data_ptr()
-        if is_read or not (pick.whole and out.is_contiguous() and out.dtype == runner.dtype):
+        shares_memory = out.untyped_storage().data_ptr() == packed.pixel_values.untyped_storage().data_ptr()
+        if shares_memory or not (pick.whole and out.is_contiguous() and out.dtype == runner.dtype):
             return None
         rows = out.view(-1, *out.shape[-2:])
         return rows if len(rows) == len(packed.pixel_values) else None
@@ -79,7 +79,7 @@ class Images:
         return out if (features.data_ptr(), features.shape) == (out.data_ptr(), out.shape) else out.copy_(features)
 
     def _batch(self, images: Sequence[torch.Tensor], runner: Runner) -> tuple[list[int], torch.Tensor]:
-        """Return how many rows each image (..., 3, S, S) makes, and the batch that they make together."""
+        """Return how many rows each image (..., 3, S, S) fills, and the batch of all rows."""
         counts = [image.shape[:-3].numel() for image in images]
         if len(images) > 1:
             return counts, self._copy(images, sum(counts), runner)
@@ -88,7 +88,7 @@ class Images:
         return counts, pixel_values.view(-1, *image.shape[-3:])
 
     def _copy(self, images: Iterable[torch.Tensor], total: int, runner: Runner) -> torch.Tensor:
-        """Copy images (3, S, S) and (T, 3, S, S), ``total`` in all, into one batch where the engine reads it."""
+        """Copy images (3, S, S) and tiles (T, 3, S, S), ``total`` in all, into one batch on the engine's device."""
         side = self.spec.image_size
         pixel_values = torch.empty((total, 3, side, side), dtype=runner.dtype, device=runner.device)
         start = 0
@@ -99,7 +99,7 @@ class Images:
         return pixel_values
 
     def _merge(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Merge the rows that one of the images, of this dtype, became. Here each row is an image's."""
+        """Merge the rows of one input, whose dtype this is. Here there is nothing to merge: each row is an image."""
         return features
 
     def feature_shape(self, pick: Pick) -> tuple[int, int]:
@@ -107,26 +107,26 @@ class Images:
         return pick.num_tokens, pick.hidden_size
 
     def check(self, images: Any, name: str, *, in_list: bool) -> None:
-        """Raise InputError unless ``images`` are numbers in a shape that one call, or an item of a list, may have."""
+        """Raise InputError unless ``images`` is a float tensor in a shape that a call, or a list item, may have."""
         if not isinstance(images, torch.Tensor):
             shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
             raise InputError(
-                f"{name} is a {type(images).__name__}{shape}; a torch.Tensor or a list of them is expected. {PREPARE}"
+                f"{name} is a {type(images).__name__}{shape}; expected a torch.Tensor or a list of them. {PREPARE}"
             )
         if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
             raise InputError(
-                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, as a picture has. {PREPARE}"
+                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, like a raw picture. {PREPARE}"
             )
         dims = (3, 4) if in_list else (4, 5)
         if images.ndim not in dims or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
-            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine takes {expected}.")
+            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.")
         if not images.is_floating_point():
-            raise InputError(f"{name} has dtype {images.dtype}; floating-point numbers are expected. {PREPARE}")
+            raise InputError(f"{name} has dtype {images.dtype}; expected floating-point numbers. {PREPARE}")
         if images.is_meta:
-            raise InputError(f"{name} is on the meta device, which holds no pixels.")
+            raise InputError(f"{name} is on the meta device, which holds no pixels; pass a tensor with data.")
         if images.layout != torch.strided:
-            raise InputError(f"{name} has layout {images.layout}; a dense tensor is expected: pass images.to_dense().")
+            raise InputError(f"{name} has layout {images.layout}; expected a dense tensor: pass images.to_dense().")
 
     def _fits(self, shape: torch.Size) -> bool:
         return shape == (3, self.spec.image_size, self.spec.image_size)
@@ -135,21 +135,21 @@ class Images:
         image = f"3, {self.spec.image_size}, {self.spec.image_size}"
         if in_list:
             return f"({image}) or tiles (T, {image}) in a list"
-        least = f", B {self._least} at least," if self._least > 1 else ""
-        return f"(B, {image}){least} or tiles (B, T, {image})"
+        minimum = f" with B at least {self._min_batch}," if self._min_batch > 1 else ""
+        return f"(B, {image}){minimum} or tiles (B, T, {image})"
 
 
 def one_input(images: Any, pixel_values: Any) -> Any:
-    """Return what was passed as images, as pixel_values, or in what an image processor returned; else InputError."""
+    """Return the images, passed as images, as pixel_values or as an image processor's output; else raise InputError."""
     if (images is None) == (pixel_values is None):
-        how_many = "neither" if images is None else "both"
-        raise InputError(f"{how_many} of images and pixel_values was passed; one is expected. {PREPARE}")
+        passed = "neither images nor pixel_values" if images is None else "both images and pixel_values"
+        raise InputError(f"got {passed}; expected exactly one. {PREPARE}")
     if not isinstance(images, Mapping):
         return pixel_values if images is None else images
     if set(images.keys()) != {"pixel_values"}:
         raise InputError(
-            f"images holds {', '.join(map(str, images.keys())) or 'nothing'}; a tower takes pixel_values and "
-            "nothing else: tower(inputs['pixel_values'])."
+            f"images holds {', '.join(map(str, images.keys())) or 'nothing'}; a tower accepts only "
+            "pixel_values: tower(inputs['pixel_values'])."
         )
     return images["pixel_values"]
 
@@ -157,9 +157,9 @@ def one_input(images: Any, pixel_values: Any) -> Any:
 def check_out(out: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise InputError unless features of this shape can be written into ``out``."""
     if not isinstance(out, torch.Tensor) or (tuple(out.shape), out.device) != (shape, device):
-        found = (
+        actual = (
             f"{tuple(out.shape)} on {out.device}" if isinstance(out, torch.Tensor) else f"of type {type(out).__name__}"
         )
-        raise InputError(f"out is {found}; {shape} on {device} is expected.")
+        raise InputError(f"out is {actual}; expected {shape} on {device}.")
     if not out.is_floating_point():
-        raise InputError(f"out has dtype {out.dtype}; features are floating-point numbers.")
+        raise InputError(f"out has dtype {out.dtype}; expected a floating-point dtype.")

@@ -1,7 +1,7 @@
-"""LLaVA's vision towers by their names and signatures: one scale, S2, and NVILA's dynamic S2.
+"""LLaVA's vision towers, with its names and signatures: one scale, S2, and NVILA's dynamic S2.
 
-Sources: `clip_encoder.py` and `builder.py` of LLaVA and LLaVA-NeXT, `vision_encoder.py` of VILA, whose attributes they
-have. Shapes: B images, H pixels a side, K tiles of an image, M patches of it, D features a token (see s2.py).
+The attributes are those of `clip_encoder.py` and `builder.py` in LLaVA and LLaVA-NeXT, and `vision_encoder.py` in VILA.
+Shapes: B images, H pixels per side, K tiles per image, M patches per image, D features per token (see s2.py).
 """
 
 import logging
@@ -26,15 +26,26 @@ from trtower.tower.vision_tower import VisionTower
 logger = logging.getLogger(__name__)
 
 VILA_LAYER = -2
-"""VILA's default, where its config says no `mm_vision_select_layer`."""
+"""VILA's default, if its config has no `mm_vision_select_layer`."""
 
 
 class CLIPVisionTower(VisionTower):
-    """LLaVA's class, with its signature and semantics; ``vision_tower`` is the path of a bundle.
+    """LLaVA's class, with its signature and semantics, running a bundle.
 
-    ``args`` is the model's config: `mm_vision_select_layer` and `mm_vision_select_feature`, by default "patch", name
-    what is read of what the bundle holds. LLaVA-NeXT passes the same as `vision_tower_cfg`. VILA's config may leave
-    out the layer, which is -2 then. `load` needs no config and reads what the bundle holds.
+    Without a config, use `load`, which reads what the bundle holds.
+
+    Args:
+        vision_tower: The path of a bundle.
+        args: The model's config. Its `mm_vision_select_layer` and `mm_vision_select_feature` (default: "patch") say
+            what to read from the bundle. VILA's config may leave out the layer, which is then -2.
+        delay_load: Whether to leave loading to `load_model`. A config with `unfreeze_mm_vision_tower` loads at once.
+        vision_tower_cfg: LLaVA-NeXT's name for `args`.
+        **options: Options of `VisionTower.load`, such as `backend`.
+
+    Raises:
+        ConfigError: If there is no config, it names no layer, or the bundle does not hold what it reads.
+        BundleError: If the path is not a bundle, or the bundle is damaged or lacks a required certificate.
+        BackendError: If no requested backend can run the bundle here.
     """
 
     @takes_options
@@ -48,18 +59,18 @@ class CLIPVisionTower(VisionTower):
         **options: Unpack[TowerKeywords],
     ) -> None:
         args = vision_tower_cfg if args is None else args
-        super().__init__(vision_tower, **vars(TowerOptions(**options)))  # the layer is the config's to say
+        super().__init__(vision_tower, **vars(TowerOptions(**options)))  # the config chooses the layer
         layer = getattr(args, "mm_vision_select_layer", VILA_LAYER if _is_vila(args) else None)
         if layer is None:
             raise ConfigError(
-                f"{_describe(args)} has no mm_vision_select_layer. Without a LLaVA config: "
+                f"{_describe(args)} has no mm_vision_select_layer. Without a LLaVA config, use "
                 f"trtower.{type(self).__name__}.load(…)."
             )
-        asked = _class_for(args)
-        if not isinstance(self, asked):
+        required = _class_for(args)
+        if not isinstance(self, required):
             raise ConfigError(
-                f"s2 or dynamic_s2 of the config asks for several scales; {type(self).__name__} does not read them so: "
-                f"take trtower.{asked.__name__}, or trtower.build_vision_tower, which chooses."
+                f"the config's s2 or dynamic_s2 needs {required.__name__}; this is {type(self).__name__}. Use "
+                f"trtower.{required.__name__}, or trtower.build_vision_tower, which chooses the class."
             )
         self.select(layer, getattr(args, "mm_vision_select_feature", None) or "patch")
         if _is_vila(args):
@@ -85,9 +96,9 @@ class CLIPVisionTower(VisionTower):
         return cls(bundle, args, delay_load=True, **options)
 
     def _refuse_dropped_patch(self) -> None:
-        """Ask what VILA's "patch" shall mean for a tower whose first token is not a CLS token.
+        """Refuse VILA's "patch" unless the tower has exactly one token before its patches.
 
-        VILA drops the first token of every tower; LLaVA-NeXT, which reads the same code, keeps all of a SigLIP's.
+        VILA drops the first token of every tower. LLaVA-NeXT reads the same code, but keeps all tokens of a SigLIP.
         """
         if self.select_feature == "patch" and self.spec.num_prefix_tokens != 1:
             raise ConfigError(
@@ -97,27 +108,28 @@ class CLIPVisionTower(VisionTower):
             )
 
     def _warn_of_trained_weights(self, args: Any) -> None:
-        """Say that a checkpoint holds trained weights of its tower, which this bundle was not made of.
+        """Warn if the model's checkpoint holds trained weights of its tower that this bundle was not exported from.
 
-        LLaVA's loader drops them in silence where a tower was built that takes no weights.
+        LLaVA's loader drops them silently, because this tower accepts no weights.
         """
-        trained, own = says_trained(lambda key: getattr(args, key, None)), getattr(args, "_name_or_path", None)
+        trained, model = says_trained(lambda key: getattr(args, key, None)), getattr(args, "_name_or_path", None)
         source = self.bundle.manifest.source.checkpoint
-        if trained and own and own != source and Path(str(own)).resolve() != Path(source).resolve():
+        if trained and model and model != source and Path(str(model)).resolve() != Path(source).resolve():
             logger.warning(
-                "%s says that its tower was trained (%s), and %s was made of %s, whose weights may be others: "
-                "trtower export %s", own, trained, self.bundle.path, source, shlex.quote(str(own)),
+                "%s says that its tower was trained (%s), but %s was exported from %s, whose weights may differ. "
+                "Export the trained ones: trtower export %s",
+                model, trained, self.bundle.path, source, shlex.quote(str(model)),
             )  # fmt: skip
 
     def _configure(self, args: Any) -> None:
-        """Read what else a config says, before anything is loaded."""
+        """Read the config's other settings, before anything is loaded."""
 
 
 class _ScaledTower(CLIPVisionTower):
-    """What the towers of several scales have in common: the scales, and the width of their features."""
+    """What the towers of several scales share: the scales, and the width of their features."""
 
     _scales: Scales
-    _pictured: int  # which of the scales the image processor makes pictures of
+    _processor_scale: int  # index of the scale that the image processor resizes to
 
     def _configure(self, args: Any) -> None:
         self._scales = Scales.from_config(args)
@@ -125,10 +137,10 @@ class _ScaledTower(CLIPVisionTower):
             layers = name_layers(self.spec, self._pick.layers)
             command = export_command(self.bundle, layers, self._scales.tile_size)
             raise ConfigError(
-                f"the scales {self.scales} are read in tiles of {self._scales.tile_size} pixels; {self.bundle.path} "
-                f"takes {self.spec.image_size}. Export it with that --image-size: {command}"
+                f"the scales {self.scales} are read in tiles of {self._scales.tile_size} pixels, but "
+                f"{self.bundle.path} accepts {self.spec.image_size}. Export it with that --image-size: {command}"
             )
-        processor, side = self.image_processor, self.scales[self._pictured]
+        processor, side = self.image_processor, self.scales[self._processor_scale]
         processor.size, processor.crop_size = processor.size.resized(side), processor.crop_size.resized(side)
 
     @property
@@ -138,28 +150,30 @@ class _ScaledTower(CLIPVisionTower):
 
     @property
     def max_split_size(self) -> int:
-        """S: the pixels of a tile's side."""
+        """S: the pixels per side of a tile."""
         return self._scales.tile_size
 
     @property
     def resize_output_to_scale_idx(self) -> int:
-        """The scale whose grid the features are brought to, by its place among `scales`."""
+        """The index in `scales` of the scale whose grid the features are resized to."""
         return self._scales.output_index
 
     @property
     def hidden_size(self) -> int:
-        """D: the picked layers, once a scale."""
+        """D: the width of the picked layers, times the number of scales."""
         return super().hidden_size * len(self._scales.sizes)
 
 
 class CLIPVisionTowerS2(_ScaledTower):
-    """LLaVA's and VILA's multi-scale tower: every image at each of `scales`, in tiles of the engine's size.
+    """LLaVA's and VILA's multi-scale tower: reads each image at all `scales`, in tiles of the engine's size.
 
-    Images are (B, 3, H, H) of any H, and `image_processor` makes them of the largest scale. The tiles of all images and
+    Images are (B, 3, H, H) of any H; `image_processor` makes them at the largest scale. The tiles of all images and
     scales run together. `num_patches` stays that of one tile, as in the eager towers.
+
+    The constructor accepts the arguments of `CLIPVisionTower`. The config's `s2_scales` names the scales.
     """
 
-    _pictured = -1
+    _processor_scale = -1
 
     def _configure(self, args: Any) -> None:
         super()._configure(args)
@@ -182,34 +196,37 @@ class CLIPVisionTowerS2(_ScaledTower):
 
 
 class CLIPVisionTowerDynamicS2(_ScaledTower):
-    """NVILA's tower for `dynamic_s2`: the model cuts the tiles and merges what they become.
+    """NVILA's tower for `dynamic_s2`, where the model cuts the tiles and merges their features.
 
-    So `forward` is the plain one, and only `hidden_size` is that of all scales, which the model concatenates.
+    So `forward` works as in `CLIPVisionTower`. Only `hidden_size` covers all scales, which the model concatenates.
+
+    The constructor accepts the arguments of `CLIPVisionTower`. The config's `s2_scales` names the scales.
     """
 
-    _pictured = 0
+    _processor_scale = 0
 
 
 def build_vision_tower(
     vision_tower_cfg: Any, config: Any = None, *, bundle: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> CLIPVisionTower | None:
-    """Build the tower of a model, as the function of this name does in LLaVA, LLaVA-NeXT and VILA.
+    """Build a model's vision tower, as the function of this name does in LLaVA, LLaVA-NeXT and VILA.
 
     Args:
         vision_tower_cfg: The model's config, whose `mm_vision_tower` or `vision_tower` is the path of a bundle. VILA
-            passes the path itself, or None where the model has no tower.
-        config: The model's config, where a path comes first, as in VILA. Its `mm_hidden_size` is set.
-        bundle: The path of a bundle, instead of what the config names: `functools.partial(build_vision_tower,
-            bundle=…)` in the place of LLaVA's function leaves a checkpoint's config as it is.
-        **kwargs: Passed on to the class, such as `delay_load`.
+            passes the path itself, or None if the model has no tower.
+        config: The model's config, if the first argument is a path, as in VILA. Its `mm_hidden_size` is set.
+        bundle: The path of a bundle, which overrides the config. To leave a checkpoint's config unchanged, replace
+            LLaVA's function by `functools.partial(build_vision_tower, bundle=…)`.
+        **kwargs: Arguments for the class, such as `delay_load` or `backend`.
 
     Returns:
-        A `CLIPVisionTower`, or for `s2` and `dynamic_s2` of the config the class that reads several scales; None where
-        VILA passes no path.
+        A `CLIPVisionTower`; if the config sets `s2` or `dynamic_s2`, the class for several scales; None if VILA passes
+        no path.
 
     Raises:
-        ConfigError: No bundle is named, or it does not hold what the config reads.
-        BundleError: The path is not a bundle.
+        ConfigError: If no bundle is named, or it does not hold what the config reads.
+        BundleError: If the path is not a bundle, or the bundle is damaged or lacks a required certificate.
+        BackendError: If no requested backend can run the bundle here.
     """
     if config is not None or vision_tower_cfg is None:
         path, args = vision_tower_cfg, config
@@ -221,7 +238,7 @@ def build_vision_tower(
     path = path if bundle is None else bundle
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(
-            f"{_describe(args)} has neither mm_vision_tower nor vision_tower: set one to a bundle's path, or pass "
+            f"{_describe(args)} has neither mm_vision_tower nor vision_tower. Set one to a bundle's path, or pass "
             "bundle=…"
         )
     tower = _class_for(args)(path, args=args, **kwargs)
@@ -231,14 +248,14 @@ def build_vision_tower(
 
 
 def _describe(args: Any) -> str:
-    """Call a config what it is; one that is a dict or a path has no attributes to be read."""
+    """Describe a config for an error message; a dict or a path has no attributes to read."""
     if isinstance(args, dict):
-        return "the config is a dict (pass types.SimpleNamespace(**config)), and as such"
+        return "the config is a dict (pass types.SimpleNamespace(**config)), so it"
     return f"the config {args!r}" if isinstance(args, str | os.PathLike | None) else "the config"
 
 
 def _is_vila(args: Any) -> bool:
-    """Whether a config is VILA's, which keeps the tower's own under this name."""
+    """Return whether a config is VILA's, which keeps the tower's own config under this name."""
     return hasattr(args, "vision_tower_cfg")
 
 

@@ -1,7 +1,7 @@
-"""How a tower is opened and run: the keywords that every class of towers takes, written once.
+"""The options for opening and running a tower, written once for every tower class.
 
-`TowerKeywords` is what a type checker reads of them and `TowerOptions` what the code does. A new option is a line in
-each; `takes_options` puts it into the signatures.
+Type checkers read `TowerKeywords`; the code reads `TowerOptions`. To add an option, add a line to each; `takes_options`
+puts it into the signatures.
 """
 
 import inspect
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OtherKeywords(TypedDict, total=False):
-    """Those that `VisionTower.load` takes by name only."""
+    """The options that `VisionTower.load` accepts by name only."""
 
     check_finite: bool | None
     count_cls: bool
@@ -27,7 +27,7 @@ class OtherKeywords(TypedDict, total=False):
 
 
 class TowerKeywords(OtherKeywords, total=False):
-    """All of them."""
+    """All options."""
 
     backend: str
     device: str | torch.device | None
@@ -35,7 +35,7 @@ class TowerKeywords(OtherKeywords, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class TowerOptions:
-    """How a tower is opened and run; `VisionTower.load` says what each option means."""
+    """How to open and run a tower; `VisionTower.load` documents each option."""
 
     backend: str = "auto"
     device: str | torch.device | None = None
@@ -50,7 +50,7 @@ class TowerOptions:
 
 
 def takes_options(function: F) -> F:
-    """Show the options that a function takes as ``**options`` in its signature, each by name and with its default."""
+    """Show the ``**options`` of a function in its signature, each by name and with its default."""
     signature = inspect.signature(function)
     own = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}
     options = [

@@ -1,7 +1,7 @@
-"""The states that a bundle holds, in the place of all of them, and in the place of the others something that raises.
+"""What a vision model returns: the hidden states that a bundle holds, and placeholders that raise for all others.
 
-Whatever is not there raises when it is used; it is never None, which model code would carry on with, and never
-something else.
+A missing state raises as soon as it is used. It is never None, which model code would carry on with, nor any other
+value.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,28 +15,28 @@ from trtower.errors import ConfigError
 from trtower.layer_codes import LAST, name_layer
 from trtower.spec import TowerSpec
 
-BACK = "trtower.uninstall(model) brings the eager tower back"
+BACK = "trtower.uninstall(model) restores the eager tower"
 
 
 class AbsentError(ConfigError, AttributeError):
-    """What is not there was used; an AttributeError, too, for accelerate, which asks of everything whether it moves."""
+    """A missing output was used. Also an AttributeError, since accelerate asks every object whether it can be moved."""
 
 
 class Absent:
-    """Takes a tensor's place and raises when it is used; it may be handed on, as models and accelerate do it."""
+    """Stands in for a tensor and raises when it is used. It can be passed around, as models and accelerate do."""
 
     def __init__(self, why: str) -> None:
         self._why = why
 
     def __getattr__(self, name: str) -> Any:
-        raise AbsentError(vars(self).get("_why", f"{name} is not there."))
+        raise AbsentError(vars(self).get("_why", f"{name} is missing."))
 
     def __repr__(self) -> str:
         return f"<absent: {self._why}>"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raise in whichever function of torch it was given to."""
+        """Raise in any torch function that receives an absent tensor."""
         raise ConfigError(next(_absent_among((args, kwargs)))._why)
 
 
@@ -57,9 +57,9 @@ def _absent_among(value: Any) -> Iterator[Absent]:
 
 
 class Held(Sequence[Any]):
-    """A sequence that raises when an absent item is taken out of it, and hands all of them on when it is iterated.
+    """A sequence that raises when an absent item is indexed, but yields every item, absent or not, when iterated.
 
-    It is no tuple, since torch.compile takes every item out of a tuple to guard it.
+    It is not a tuple, because torch.compile takes every item out of a tuple to guard it.
     """
 
     def __init__(self, items: Iterable[Any]) -> None:
@@ -82,24 +82,24 @@ class Held(Sequence[Any]):
 
 
 def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
-    """Map the states of a tower of ``depth`` layers that a bundle can give to their indices in the bundle.
+    """Map those states of a tower of ``depth`` layers that a bundle can serve to their indices in the bundle.
 
-    The tower may have fewer layers than the checkpoint, where model code has dropped those it does not read.
+    The tower has fewer layers than the checkpoint if model code dropped those that it does not read.
     """
     last = spec.num_layers + 1
     served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
     if last in spec.layers and depth == spec.num_layers:
         served[last] = last
-    if not spec.naming.final_norm and depth == spec.num_layers:  # two names of one state
+    if not spec.naming.final_norm and depth == spec.num_layers:  # two names for one state
         served |= {depth: served[last]} if last in served else {}
         served |= {last: served[depth]} if depth in served else {}
     return served
 
 
 class Outputs:
-    """What a vision model of ``num_layers`` layers returns, of the states that a bundle holds.
+    """Makes what a vision model of ``num_layers`` layers returns from the states that a bundle holds.
 
-    ``instead`` says in the error of an absent state how else it can be had.
+    ``instead`` tells, in the error for an absent state, another way to get it.
     """
 
     def __init__(self, bundle: Bundle, num_layers: int, instead: str | None = BACK) -> None:
@@ -113,26 +113,26 @@ class Outputs:
         for layer in set(range(last + 1)) - served.keys():
             what = LAST if layer == last else f"hidden state {layer} of {num_layers} layers"
             ways = [instead] if instead else []
-            # That of a tower whose last layers were dropped is in no checkpoint.
+            # No checkpoint can supply the last_hidden_state of a tower whose last layers were dropped.
             if layer <= num_layers or num_layers == spec.num_layers:
                 layers = [*name_layers(spec, spec.layers), name_layer(layer, num_layers)]
-                ways.append(f"export that, too: {export_command(bundle, layers, spec.image_size)}")
+                ways.append(f"export that state too: {export_command(bundle, layers, spec.image_size)}")
             self._absent[layer] = Absent(
                 f"{what} was requested, but the bundle {path} contains only {', '.join(held)}. {'; or '.join(ways)}"
             )
 
     def hidden_states(self, tokens: Tensor) -> Sequence[Any]:
-        """Give L + 1 entries, each a state (B, P + N, D) or absent, of all that the bundle gives; a tuple of states."""
+        """Return L + 1 entries, each a state (B, P + N, D) or absent; a plain tuple if none is absent."""
         states = tuple(self._state(tokens, layer) for layer in range(self._num_layers + 1))
         return Held(states) if any(isinstance(each, Absent) for each in states) else states
 
     def last_hidden_state(self, tokens: Tensor) -> Any:
-        """Give `last_hidden_state` (B, P + N, D), should there be one."""
+        """Return `last_hidden_state` (B, P + N, D), or its absent placeholder."""
         return self._state(tokens, self._num_layers + 1)
 
     def _state(self, tokens: Tensor, layer: int) -> Any:
         return tokens[..., self._columns[layer]] if layer in self._columns else self._absent[layer]
 
 
-POOLER_OUTPUT = Absent(f"pooler_output is asked for, one vector of an image, which no bundle holds. {BACK}.")
-"""What there is of `pooler_output`; models assign their features to it."""
+POOLER_OUTPUT = Absent(f"pooler_output, one vector per image, was requested, but no bundle holds it. {BACK}.")
+"""The placeholder for `pooler_output`; models assign their features to that field."""

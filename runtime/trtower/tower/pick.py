@@ -1,9 +1,9 @@
-"""What a model reads out of a bundle: some of its hidden states, and some of their tokens.
+"""What a model reads from a bundle: some of its hidden states, and some of their tokens.
 
-An engine gives the hidden states it holds side by side, so a pick among them is a cut of columns. Neighbours are cut
-as one: a model that reads all of a bundle, or a run of it, pays no copy.
+An engine returns its hidden states side by side, so picking some means slicing columns. Neighbours are sliced as one: a
+model that reads all states of a bundle, or a run of them, pays for no copy.
 
-Shapes: B images, P prefix tokens, N patches, D features a token (see spec.py).
+Shapes: B images, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from trtower.spec import TowerSpec
 
 
 class Pick:
-    """Hidden states ``layers`` of a tower, in their order, and of each the tokens from ``first_token`` on.
+    """The hidden states ``layers`` of a tower, in this order, each with its tokens from ``first_token`` on.
 
-    It is ``whole`` where that is all a bundle holds, as it holds it.
+    ``whole``: whether that is everything the bundle holds, in the bundle's order.
     """
 
     def __init__(self, spec: TowerSpec, layers: tuple[int, ...], first_token: int) -> None:
@@ -33,9 +33,9 @@ class Pick:
         self._num_layers = spec.num_layers
 
     def cut(self, image_forward_outs: Any) -> torch.Tensor:
-        """Cut out what is picked: (B, P + N, all that the bundle holds) -> (B, N, D).
+        """Slice out the picked layers and tokens: (B, P + N, all that the bundle holds) -> (B, N, D).
 
-        Takes all tokens as a tensor, or an output of the full tower with `hidden_states` and `last_hidden_state`.
+        Accepts all tokens as a tensor, or an output of the full tower with `hidden_states` and `last_hidden_state`.
         """
         if isinstance(image_forward_outs, torch.Tensor):
             states = [image_forward_outs[:, self.first_token :, columns] for columns in self._columns]
@@ -58,15 +58,15 @@ def _joined(columns: Sequence[slice]) -> list[slice]:
 
 
 def pick(bundle: Bundle, select_layer: LayerCode, select_feature: str) -> Pick:
-    """Read a model's codes into what is cut out of a bundle; raise ConfigError naming what it lacks."""
+    """Turn a model's layer and feature codes into a pick; raise ConfigError if the bundle lacks a layer."""
     spec = bundle.manifest.spec
     layers, tokens = read_layer_code(select_layer, select_feature, spec.num_layers)
     if not set(layers) <= set(spec.layers):
-        plain = select_feature in FEATURES
-        command = export_command(bundle, select_layer if plain else layers, spec.image_size)
+        is_plain = select_feature in FEATURES
+        command = export_command(bundle, select_layer if is_plain else layers, spec.image_size)
         raise ConfigError(
-            f"select_layer={select_layer}{'' if plain else f' under {select_feature}'} is hidden state "
-            f"{', '.join(name_layers(spec, layers))} of {spec.num_layers} layers; {bundle.path} holds "
+            f"select_layer={select_layer}{'' if is_plain else f' with {select_feature}'} reads hidden state "
+            f"{', '.join(name_layers(spec, layers))} of {spec.num_layers} layers, but {bundle.path} contains only "
             f"{', '.join(name_layers(spec, spec.layers))}. Export it: {command}"
         )
     return Pick(spec, layers, spec.first_token(tokens))

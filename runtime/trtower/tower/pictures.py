@@ -1,7 +1,7 @@
 """Read what a caller passes as pictures into (C, H, W) arrays of values from 0 to 255.
 
-What could be read in two ways is refused, never guessed: which value of a 16-bit picture is white, or which side of a
-(3, 200, 3) array is the channels. A picture is not turned by its EXIF orientation, as in transformers' PIL processors.
+Ambiguous input is refused, never guessed: which value of a 16-bit picture is white, or which side of a (3, 200, 3)
+array holds the channels. As in transformers' PIL processors, EXIF orientation is ignored.
 
 Shapes: C channels, H x W pixels, B images.
 """
@@ -39,9 +39,9 @@ _NOT_OPENED = (
 def flatten(
     images: Images, input_data_format: str | None = None, name: str = "images"
 ) -> "Iterator[tuple[str, Image | Array]]":
-    """Yield each single picture of an image, a batch, or nested lists and iterators of either, after its name.
+    """Yield each picture of one picture, a batch, or nested lists and iterators of these, with its name.
 
-    The name is its place: "images[3]". InputError if something else than a picture is found.
+    The name is the picture's position, such as "images[3]". Raises InputError for anything that is not a picture.
     """
     from PIL.Image import Image
 
@@ -54,7 +54,7 @@ def flatten(
         if images.ndim != dims + 1:
             raise InputError(
                 f"{name} is an array of shape {images.shape}; expected {dims} dimensions, or {dims + 1} for a batch. "
-                f"Pass input_data_format={GREY!r} for greyscale (H, W), and only for that."
+                f"Pass input_data_format={GREY!r} only for greyscale (H, W)."
             )
         yield from ((f"{name}[{index}]", image) for index, image in enumerate(images))
     elif isinstance(images, list | tuple | Iterator) and not isinstance(images, IOBase):
@@ -67,9 +67,9 @@ def flatten(
 
 
 def channels_first(picture: "Image | Array", *, rgb: bool, input_data_format: str | None = None) -> Array:
-    """Return a new or viewed (C, H, W) array of finite values from 0 to 255, with 3 channels if ``rgb``.
+    """Return a (C, H, W) array, new or a view, of finite values from 0 to 255, with 3 channels if ``rgb``.
 
-    ``input_data_format`` is of arrays only. InputError says what is wrong with the picture, and not which it is.
+    ``input_data_format`` applies to arrays only. Raises InputError, to which the caller adds the picture's name.
     """
     array = _oriented(picture, input_data_format) if isinstance(picture, np.ndarray) else _decoded(picture, rgb=rgb)
     array = _checked(array)
@@ -77,15 +77,15 @@ def channels_first(picture: "Image | Array", *, rgb: bool, input_data_format: st
 
 
 def to_rgb(image: "Image") -> "Image":
-    """Decode a picture and convert it to RGB, with transparency laid on white.
+    """Decode a picture and convert it to RGB, with transparency composited on white.
 
-    InputError if its channels do not have 8 bits; Pillow's own errors if its file is damaged.
+    Raises InputError if its channels do not have 8 bits, and Pillow's own errors if its file is damaged.
     """
     from PIL import Image
 
     _refuse_deep(image)
     if image.mode == "La":
-        image = image.convert("LA")  # Pillow converts La to nothing else
+        image = image.convert("LA")  # the only conversion from La that Pillow has
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -99,13 +99,13 @@ def _refuse_deep(image: "Image") -> None:
     image.load()
     if ImageMode.getmode(image.mode).typestr not in ("|b1", "|u1"):
         raise InputError(
-            f"mode {image.mode} is not 8 bits a channel and does not say which value is white; scale it: "
+            f"mode {image.mode} does not have 8 bits per channel, and nothing tells which value is white; scale it: "
             f"PIL.Image.fromarray({_SCALED})"
         )
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> Array:
-    """Copy a tensor of any device to NumPy; bfloat16 and float8, which NumPy does not have, become float32."""
+    """Copy a tensor from any device to NumPy; bfloat16 and float8, which NumPy lacks, become float32."""
     try:
         if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
             tensor = tensor.float()
@@ -113,7 +113,7 @@ def _to_numpy(tensor: torch.Tensor, name: str) -> Array:
     except (RuntimeError, TypeError) as err:
         raise InputError(
             f"{name} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, which NumPy cannot read; "
-            "expected a dense one that holds values: pass tensor.to_dense(), or tensor.dequantize()."
+            "expected a dense tensor with data: pass tensor.to_dense(), or tensor.dequantize()."
         ) from err
 
 
@@ -124,7 +124,7 @@ def _oriented(array: Array, input_data_format: str | None) -> Array:
     fitting = [name for name, side in sides.items() if side in CHANNELS and input_data_format in (None, name)]
     if len(fitting) == 2:
         raise InputError(
-            f"shape {array.shape} has channels first or last; pass input_data_format={CHANNELS_FIRST!r} or "
+            f"shape {array.shape} could have its channels first or last; pass input_data_format={CHANNELS_FIRST!r} or "
             f"{CHANNELS_LAST!r}"
         )
     if not fitting:
@@ -138,9 +138,9 @@ def _decoded(image: "Image", *, rgb: bool) -> Array:
         array = np.array(to_rgb(image) if rgb else _unconverted(image))
     except (InputError, MemoryError):
         raise
-    except Exception as err:  # a damaged file has Pillow's decoders raise nearly anything
+    except Exception as err:  # Pillow's decoders raise nearly anything for a damaged file
         raise InputError(
-            f"Pillow cannot decode it ({type(err).__name__}: {err}); replace the file, or keep it open until here"
+            f"Pillow cannot decode it ({type(err).__name__}: {err}); replace the file, or keep it open until this call"
         ) from err
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
@@ -148,39 +148,39 @@ def _decoded(image: "Image", *, rgb: bool) -> Array:
 def _unconverted(image: "Image") -> "Image":
     _refuse_deep(image)
     if image.mode in ("1", "P", "PA"):
-        raise InputError(f"mode {image.mode} holds bits or places in a palette; set do_convert_rgb=True")
+        raise InputError(f"mode {image.mode} holds bits or palette indices, not brightness; set do_convert_rgb=True")
     return image
 
 
 def _checked(array: Array) -> Array:
-    """Return a plain array in the machine's byte order, or raise InputError if its values are not those of pixels."""
+    """Return a plain array in native byte order; raise InputError if its values cannot be pixels."""
     if not array.size:
-        raise InputError(f"an image without pixels, of shape {array.shape}; leave it out")
+        raise InputError(f"a picture without pixels, of shape {array.shape}; leave it out")
     if array.dtype.kind == "b":
-        raise InputError("values of dtype bool, where True may be 1 or 255; pass array * np.uint8(255) for white")
+        raise InputError("values of dtype bool, where True could mean 1 or 255; for white, pass array * np.uint8(255)")
     if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
         raise InputError(f"values of dtype {array.dtype}; expected integers or floats of at most 64 bits")
     if np.ma.is_masked(array):
-        raise InputError("values that are masked; fill them: array.filled(0)")
+        raise InputError("masked values; fill them: array.filled(0)")
     array = np.asarray(array, array.dtype.newbyteorder("="))
     if array.dtype != np.uint8:
         low, high = array.min(), array.max()
         if not (np.isfinite(low) and np.isfinite(high)):
             raise InputError("values that are NaN or infinite; replace them: np.nan_to_num(array)")
         if low < 0 or high > 255:
-            raise InputError(f"values of {array.dtype} from {low} to {high}; expected 0 to 255: scale them, {_SCALED}")
+            raise InputError(f"values of {array.dtype} from {low} to {high}; expected 0 to 255. Scale them: {_SCALED}")
     return array
 
 
 def _rgb_array(image: Array) -> Array:
-    """Repeat one channel, or lay four on white: 255 in an integer array, 1 in a float one, as transformers does."""
+    """Repeat one channel, or composite four on white, as transformers does: 255 in integer arrays, 1 in float ones."""
     if image.shape[0] == 1:
         return np.repeat(image, 3, axis=0)
     if image.shape[0] == 3:
         return image
     whole = np.issubdtype(image.dtype, np.integer)
     if not whole and image.max() > 1:
-        raise InputError(f"an RGBA image of {image.dtype} spans {image.min()} to {image.max()}; expected 0 to 1.")
+        raise InputError(f"RGBA values of {image.dtype} from {image.min()} to {image.max()}; expected 0 to 1.")
     white = 255 if whole else 1.0
     alpha = image[3:] / white
     blend = alpha * image[:3] + (1 - alpha) * white

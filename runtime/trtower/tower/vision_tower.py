@@ -1,6 +1,6 @@
-"""The surface that model code touches: a vision tower with a bundle inside.
+"""The vision tower that model code calls: a torch module with a bundle inside.
 
-Shapes: B images, T tiles of one, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
+Shapes: B images, T tiles per image, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
 import json
@@ -34,16 +34,27 @@ from trtower.tower.vision_model import VisionModel, make_vision_model
 class VisionTower(nn.Module):
     """A compiled vision tower that answers like the eager one.
 
-    It is a module, so that it can hang where the eager tower hung, but its weights live in the engine: its one
-    parameter is an empty anchor that tells callers the device and dtype, and its state dict is empty. Casting
-    it (`.half()`, `.to(dtype)`) leaves the engine as it was exported; `.to(device)` opens the bundle there.
+    It is a module, so it fits where the eager tower was, but its weights live in the engine. Its only parameter is an
+    empty anchor that tells callers the device and dtype, and its state dict is empty. Casting it (`.half()`,
+    `.to(dtype)`) does not change the engine; `.to(device)` opens the bundle on that device.
 
-    `load` says what its options mean. A warning names the range of images that the image processor did not make,
-    once: on CUDA only the first call is looked at, unless `check_finite` is True.
+    It warns once, with the range of values, if images do not look like the image processor's output. On CUDA it
+    inspects only the first call, unless `check_finite` is True.
 
-    `on_batch` may be set to a callback that is told of every engine call (see observation.py); what it raises, the call
-    raises. `nvtx` may be set to True for an NVTX range around each. A tower belongs to the process that loaded it: it
-    is not pickled, and refuses after a fork. Threads may share it, and close or move it while others call it.
+    Threads may share a tower, and may close or move it while others call it. A tower belongs to the process that loaded
+    it: it cannot be pickled, and its calls raise after a fork.
+
+    The constructor does not load the engine; `load` does, and documents the options that both accept.
+
+    Attributes:
+        on_batch: A callback that receives a `BatchReport` for every engine call, or None. If it raises, so does the
+            tower's call.
+        bundle: The opened bundle.
+        spec: The shapes, layers and tokens of the bundle's tower.
+        vision_tower_name: The path of the bundle, as passed.
+        image_processor: Turns pictures into the pixel values that this tower expects.
+        check_finite: As passed to `load`.
+        count_cls: As passed to `load`.
     """
 
     @takes_options
@@ -56,7 +67,7 @@ class VisionTower(nn.Module):
         **options: Unpack[TowerKeywords],
     ) -> None:
         super().__init__()
-        given = TowerOptions(**options)
+        tower_options = TowerOptions(**options)
         self.bundle = Bundle.open(bundle)
         self.spec = self.bundle.manifest.spec
         self.vision_tower_name = str(bundle)
@@ -64,17 +75,17 @@ class VisionTower(nn.Module):
         self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
         self._images = Images(self.bundle.manifest)
-        self.check_finite, self.count_cls = given.check_finite, given.count_cls
+        self.check_finite, self.count_cls = tower_options.check_finite, tower_options.count_cls
         self.on_batch: OnBatch | None = None
         self._nvtx = False
         self.select(
             whole_code(self.spec) if select_layer is None else select_layer,
             self.spec.select_feature if select_feature is None else select_feature,
         )
-        # On the CPU whatever the default device: from_pretrained makes models on the meta device, which has no weights.
+        # On the CPU even if the default device differs: from_pretrained makes models on meta, which holds no data.
         self._anchor = Anchor(self.dtype, torch.device("cpu"))
-        self._engine = Engine(self.vision_tower_name, self.bundle, given, self._anchor)
-        # Not at the end of Python, which would then wait for calls of threads that end with it.
+        self._engine = Engine(self.vision_tower_name, self.bundle, tower_options, self._anchor)
+        # Not at Python's exit, which would then wait for calls in daemon threads. Those end only with Python itself.
         weakref.finalize(self, self._engine.close).atexit = False
 
     @classmethod
@@ -89,27 +100,32 @@ class VisionTower(nn.Module):
         select_feature: str | None = None,
         **options: Unpack[OtherKeywords],
     ) -> Self:
-        """Open a bundle and make it ready to run; `from_pretrained` is another name for it.
+        """Open a bundle and make it ready to run. `from_pretrained` is another name for this method.
 
         Args:
-            bundle: The folder that `trtower export` has made.
-            backend: "auto", which takes the best that runs here, one whose check failed only if nothing else does; or a
-                name that `trtower inspect` lists, such as "tensorrt-rtx", which then runs or raises.
-            device: Where it must run: "cpu", "cuda" or "cuda:1". None leaves that to the backend.
-            select_layer: The hidden states to read of those that the bundle holds, by any code of layer_codes.py. By
-                default all, in its order.
-            select_feature: The tokens to read, such as "patch" or "cls_patch"; by default the bundle's.
-            check_finite: Whether to refuse images with NaN or infinity. None: on the CPU only, where it costs nothing;
-                on CUDA it waits for the GPU in every call, and such images give NaN as they do in eager PyTorch.
-            count_cls: Whether `num_patches` counts the CLS token under `cls_patch`, as LLaVA-NeXT's does and LLaVA's
-                does not.
-            require_certificate: Refuse the bundle unless its check passed, on these very files, for what runs here.
-            engine: How the bundle is run on a GPU.
+            bundle: The folder that `trtower export` wrote.
+            backend: "auto" chooses the best backend that runs here; one that failed its check is used only if no other
+                runs. A name that `trtower inspect` lists, such as "tensorrt-rtx", either runs or raises.
+            device: Where to run: "cpu", "cuda" or "cuda:1". None lets the backend decide.
+            select_layer: The hidden states to read, as any layer code of layer_codes.py. Default: all that the bundle
+                holds, in its order.
+            select_feature: The tokens to read, such as "patch" or "cls_patch". Default: the bundle's.
+            check_finite: Whether to refuse images with NaN or infinity. None checks on the CPU only, where it costs
+                nothing. On CUDA the check waits for the GPU in every call; without it, such images give NaN, as in
+                eager PyTorch.
+            count_cls: Whether `num_patches` counts the CLS token under `cls_patch`. LLaVA-NeXT counts it, LLaVA does
+                not.
+            require_certificate: Whether to refuse the bundle unless its check passed, with exactly these files and the
+                backend that runs here.
+            engine: How to run the bundle on a GPU.
+
+        Returns:
+            The loaded tower.
 
         Raises:
-            BundleError: The folder is not a bundle, is damaged, or is not certified.
-            BackendError: No requested backend can run it here.
-            ConfigError: An option has a value that it cannot have.
+            BundleError: If the folder is not a bundle, is damaged, or lacks a required certificate.
+            BackendError: If no requested backend can run the bundle here.
+            ConfigError: If an option is invalid, or the bundle lacks a requested layer.
         """
         tower = cls._make(bundle, select_layer, select_feature, backend=backend, device=device, **options)
         tower.load_model()
@@ -125,12 +141,12 @@ class VisionTower(nn.Module):
         select_feature: str | None,
         **options: Unpack[TowerKeywords],
     ) -> Self:
-        """Make a tower that is not loaded yet."""
+        """Make a tower without loading it."""
         return cls(bundle, select_layer=select_layer, select_feature=select_feature, **options)
 
     @property
     def is_loaded(self) -> bool:
-        """Whether an engine is open: `load_model` was called, and `close` was not."""
+        """Whether the engine is open, as it is after `load_model` and before `close`."""
         return self._runner is not None
 
     @property
@@ -138,28 +154,45 @@ class VisionTower(nn.Module):
         return self._engine.runner
 
     def load_model(self, device_map: Any = None) -> None:
-        """Verify the bundle's files and load them; a second call does nothing.
+        """Verify the bundle's files and load them. Do nothing if they are loaded already.
 
-        `device_map`: a device; Hugging Face's {"": device}, or that of a whole model, with an entry for its
-        vision_tower; None and "auto" keep the device given before. Raises ConfigError if it is none of these, and
-        BackendError if the tower is loaded on another device, or cannot be there.
+        Args:
+            device_map: Where to load: a device, Hugging Face's {"": device}, or the map of a whole model with an entry
+                for its vision_tower. None and "auto" keep the device configured before.
+
+        Raises:
+            ConfigError: If `device_map` is none of these.
+            BackendError: If the tower is loaded on another device, or no requested backend can run it on this one.
+            BundleError: If the bundle is damaged, or lacks a required certificate.
         """
         self._engine.load(device_map)
 
     def warmup(self, batches: Iterable[int] | None = None) -> Self:
-        """Run the engine once on each number of images, so that no later call pays for what the first one does.
+        """Run the engine once per batch size, so that later calls do not pay for what a first call sets up.
 
-        By default every profile's minimum, optimum and maximum. On a GPU that holds for calls in the current stream:
-        warm up in each stream that will serve. Returns the tower.
+        On a GPU this covers only calls in the current stream: warm up in each stream that will serve.
+
+        Args:
+            batches: Numbers of images, such as [1, 8]. Default: the minimum, optimum and maximum of every profile.
+
+        Returns:
+            The tower.
+
+        Raises:
+            ConfigError: If `batches` holds anything but positive integers.
+            BackendError: If the tower is not loaded.
         """
         self._engine.warm_up(batches)
         return self
 
     def close(self) -> None:
-        """Let calls in flight end and free the engine. `load_model` opens it again; a second close does nothing.
+        """Wait for the calls in flight, then free the engine. `load_model` opens it again.
 
-        In a fork it does nothing either: threads that a backend would wait for are in the process that loaded it.
-        A tower that nobody holds any more is closed.
+        This does nothing if the tower is closed already. It does nothing in a fork either: the threads that a backend
+        would wait for exist only in the process that loaded it. A tower also closes when it is garbage-collected.
+
+        Raises:
+            BackendError: If one of the tower's own calls closes it, for example in `on_batch`.
         """
         self._engine.close()
 
@@ -171,8 +204,8 @@ class VisionTower(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise BackendError(
-            f"{self.vision_tower_name} cannot be pickled or copied: its engine belongs to this process. Hand over the "
-            "bundle's path, and load it where it is needed."
+            f"{self.vision_tower_name} cannot be pickled or copied: its engine belongs to this process. Pass the "
+            "bundle's path instead, and load it where it is needed."
         )
 
     @torch.no_grad()
@@ -185,63 +218,95 @@ class VisionTower(nn.Module):
     ) -> "torch.Tensor | list[torch.Tensor]":
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
-        Tiles (B, T, 3, S, S) give (B, T, N, D). A list of (3, S, S), tiles (T, 3, S, S), or both, gives a list of
-        (1, N, D) and (T, N, D) in the same order. All of them run together as batches. Images of any device and
-        floating dtype are taken; features come on the tower's device, each in the dtype of its images. With `out` the
-        features of a tensor are written there, in its dtype, and it is returned; the engine itself writes there where
-        `out` is contiguous and of the tower's dtype, and every token and layer is picked. What an image processor
-        returns is taken as it is or as keywords, where it holds nothing but `pixel_values`. Raises InputError.
+        Tiles (B, T, 3, S, S) give (B, T, N, D). A list of images (3, S, S) and tiles (T, 3, S, S) gives a list of
+        (1, N, D) and (T, N, D), in the same order. All images of a call run together as batches.
+
+        Args:
+            images: Images or tiles, on any device and in any floating dtype. What an image processor returned also
+                works, if it holds only `pixel_values`.
+            out: Where to write the features of one tensor, in the dtype of `out`. The engine writes there directly if
+                `out` is contiguous, has the tower's dtype, and every token and layer is picked.
+            pixel_values: Another way to pass `images`, so that `tower(**inputs)` works.
+
+        Returns:
+            Features on the tower's device, each in the dtype of its images; or `out`, if passed.
+
+        Raises:
+            InputError: If `images` or `out` has a wrong type, shape or dtype, or if refused NaN or infinity is found.
+            BackendError: If the tower is not loaded, or cannot run here, as in a fork or a CUDA graph capture.
         """
-        given, pick = one_input(images, pixel_values), self._pick
+        inputs, pick = one_input(images, pixel_values), self._pick
         with self._engine.lend() as runner:
-            packed = self._images.pack(given, runner)
-            place = self._images.place(out, packed, pick, runner)
-            tokens = self._run(runner, packed.pixel_values, place)
+            packed = self._images.pack(inputs, runner)
+            destination = self._images.find_destination(out, packed, pick, runner)
+            tokens = self._run(runner, packed.pixel_values, destination)
             return self._images.unpack(packed, self.feature_select(tokens), out)
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Run any number of images, and leave all that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
+        """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         self._pixel_range.check(pixel_values, finite=self.check_finite)
         manifest = self.bundle.manifest
-        watched = self.on_batch is not None or self.nvtx
-        run = observed(runner, self.on_batch, nvtx=self.nvtx) if watched else None
+        is_observed = self.on_batch is not None or self.nvtx
+        run = observed(runner, self.on_batch, nvtx=self.nvtx) if is_observed else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
 
     @torch.no_grad()
     def read_tokens(self, images: Any) -> torch.Tensor:
         """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
 
-        They come side by side in the bundle's order, in the tower's dtype. Raises InputError.
+        Args:
+            images: One floating-point tensor of the engine's own size S, even if the tower accepts other sizes.
+
+        Returns:
+            The layers concatenated along D in the bundle's order, in the tower's dtype and on its device.
+
+        Raises:
+            InputError: If `images` has a wrong type, shape or dtype, or if refused NaN or infinity is found.
+            BackendError: If the tower is not loaded, or cannot run here.
         """
-        side = self.spec.image_size  # of the engine, whatever sizes the tower takes
+        side = self.spec.image_size  # the engine's, even if the tower accepts other sizes
         if not isinstance(images, torch.Tensor) or images.shape[1:] != (3, side, side):
             is_tensor = isinstance(images, torch.Tensor)
-            found = f"has shape {tuple(images.shape)}" if is_tensor else f"is a {type(images).__name__}"
-            raise InputError(f"pixel_values {found}; this engine takes a tensor (B, 3, {side}, {side}).")
+            actual = f"has shape {tuple(images.shape)}" if is_tensor else f"is a {type(images).__name__}"
+            raise InputError(f"pixel_values {actual}; this engine accepts a tensor (B, 3, {side}, {side}).")
         self._images.check(images, "pixel_values", in_list=False)
         with self._engine.lend() as runner:
             return self._run(runner, images.to(runner.device, runner.dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """Cut the picked layers and tokens out: (B, P + N, all that the bundle holds) -> (B, N, D).
+        """Select the picked layers and tokens: (B, P + N, all that the bundle holds) -> (B, N, D).
 
-        Takes all tokens as a tensor, or as LLaVA does an output with `hidden_states` of the full tower.
+        Args:
+            image_forward_outs: All tokens as a tensor, or, as in LLaVA, an output of the full tower with
+                `hidden_states`.
+
+        Returns:
+            The picked features.
         """
         return self._pick.cut(image_forward_outs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Follow `.to(device)`, called here or on the model around this tower. The dtype stays the engine's."""
+        """Move the engine when `.to(device)` is called here or on the model around this tower. Its dtype stays."""
         self._engine.move(fn)
         return self
 
     def select(self, select_layer: LayerCode, select_feature: str) -> None:
-        """Pick layers and tokens out of what the bundle holds; raise ConfigError naming what it lacks."""
+        """Choose the layers and tokens to read from those that the bundle holds.
+
+        Args:
+            select_layer: Any layer code of layer_codes.py.
+            select_feature: The tokens, such as "patch" or "cls_patch"; a slice such as "slicefour_patch" also chooses
+                layers.
+
+        Raises:
+            ConfigError: If a code is invalid, or the bundle lacks a layer. The choice then stays as it was.
+        """
         self._pick = pick(self.bundle, select_layer, select_feature)
         self._select_layer, self._select_feature = select_layer, select_feature
 
     @property
     def select_layer(self) -> LayerCode:
-        """The layer code that is read. Setting it reads it with the feature there is; `select` sets both at once."""
+        """The layer code that is read. Setting it keeps the feature code; `select` sets both at once."""
         return self._select_layer
 
     @select_layer.setter
@@ -250,7 +315,7 @@ class VisionTower(nn.Module):
 
     @property
     def select_feature(self) -> str:
-        """The feature code as it was given. Setting it reads the layer code anew, which a slice shifts or replaces."""
+        """The feature code, as configured. Setting it rereads the layer code, which a slice shifts or replaces."""
         return self._select_feature
 
     @select_feature.setter
@@ -259,24 +324,24 @@ class VisionTower(nn.Module):
 
     @property
     def vision_tower(self) -> VisionModel:
-        """What LLaVA's wrapper holds under this name, for model code that calls or saves it (see vision_model.py)."""
+        """The vision model that model code calls or saves under this name in LLaVA's wrapper (see vision_model.py)."""
         return make_vision_model(self, self._anchor)
 
     @property
     def backend(self) -> str:
-        """What really runs, such as "tensorrt-rtx 1.7.1, sm89"."""
+        """What actually runs, such as "tensorrt-rtx 1.7.1, sm89", or "not loaded"."""
         runner = self._runner
         return "not loaded" if runner is None else runner.name
 
     @property
     def nvtx(self) -> bool:
-        """Whether there is an NVTX range around each engine call. Setting it wants a torch with CUDA."""
+        """Whether to put an NVTX range around each engine call. Setting it to True needs a torch with CUDA."""
         return self._nvtx
 
     @nvtx.setter
     def nvtx(self, nvtx: bool) -> None:
         if nvtx and torch.version.cuda is None:
-            raise BackendError("nvtx: this torch is built without CUDA, and has no NVTX.")
+            raise BackendError("nvtx=True needs NVTX, but this torch is built without CUDA. Install a torch with CUDA.")
         self._nvtx = nvtx
 
     @property
@@ -286,12 +351,12 @@ class VisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the engine computes in, whatever dtype the images have."""
+        """The dtype that the engine computes in, whatever the dtype of the images."""
         return DTYPES[self.bundle.manifest.input.dtype]
 
     @property
     def device(self) -> torch.device:
-        """Where the tower runs; before loading, where it was moved to."""
+        """The device that the tower runs on; before loading, the device that it was moved to."""
         return self._engine.device
 
     @property
@@ -301,12 +366,12 @@ class VisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D: the width of a feature, over all layers that are picked."""
+        """D: the width of a feature, over all picked layers."""
         return self._pick.hidden_size
 
     @property
     def image_size(self) -> int:
-        """S: the pixels of a side."""
+        """S: the pixels per side of an image."""
         return self.spec.image_size
 
     @property
@@ -316,19 +381,19 @@ class VisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N: the square of the side, whether or not the CLS token is kept; with `count_cls`, every token that is."""
+        """N: the patches of an image, whether or not the CLS token is kept; with `count_cls`, all kept tokens."""
         return self._pick.num_tokens if self.count_cls else self.spec.num_patches
 
     def extra_repr(self) -> str:
-        """Tell what `print(model)` should show of this module."""
+        """Return what `print(model)` shows for this module."""
         return (
             f"{self.vision_tower_name}, backend={self.backend!r}, layers={self._pick.layers}, {self.select_feature!r}"
         )
 
 
 class TowerConfig(AttributeDict):
-    """The vision config as Hugging Face wrote it, by key and by attribute. VILA saves it inside the model's config."""
+    """The vision config as Hugging Face wrote it, read by key or attribute. VILA saves it in the model's config."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as config.json has it."""
+        """Return the config, as in config.json."""
         return dict(self)

@@ -119,7 +119,7 @@ def test_photograph_of_16_bits_is_skipped_and_the_reason_is_said(
 
 def test_folder_of_photographs_of_16_bits_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_deep(tmp_path / "depth.png")
-    with pytest.raises(InputError, match=r"no readable image: found depth\.png, because mode I.* not 8 bits a channel"):
+    with pytest.raises(InputError, match=r"no readable image: found depth\.png, because mode I.* 8 bits per channel"):
         load_photographs(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A tower that an adapter changes is refused until it was merged; one that it leaves alone is exported."""
+"""A tower that an adapter changes is refused until the adapter is merged; otherwise the tower is exported."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ LANGUAGE = "model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def adapt(folder: Path, *names: str, pickled: bool = False, **config: object) -> Path:
-    """Write an adapter of these tensors into a folder, as peft does."""
+    """Write an adapter with these tensors into a folder, as peft does."""
     folder.mkdir(exist_ok=True)
     tensors = {PEFT + name: torch.ones(2, 2) for name in names}
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
@@ -50,9 +50,11 @@ OF_THE_TOWER = [
 
 
 @pytest.mark.parametrize("name", OF_THE_TOWER)
-def test_adapter_of_the_tower_beside_its_model_is_to_be_merged(llava: Path, name: str) -> None:
+def test_adapter_of_the_tower_beside_its_model_must_be_merged(llava: Path, name: str) -> None:
     adapt(llava, LANGUAGE, name)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json is a LoRA adapter: merge it .*merge_and_unload"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json belongs to a LoRA adapter: merge it .*merge_and_unload"
+    ):
         open_checkpoint(str(llava))
 
 
@@ -68,33 +70,33 @@ OF_THE_REST = [
 ]
 
 
-def test_adapter_of_the_rest_leaves_the_tower_as_it_is_and_is_said(
+def test_adapter_of_the_rest_is_reported_and_does_not_change_the_tower(
     llava: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapt(llava, *OF_THE_REST, base_model_name_or_path="somebody/base")
     with caplog.at_level("INFO"):
         export_tower(str(llava), tmp_path / "b", ExportOptions(flavour="none", check=False))
-    assert "adapter_model.safetensors is a LoRA adapter that leaves the tower as it is" in caplog.text
-    assert "It was made for 'somebody/base', from which transformers may load the model itself" in caplog.text
+    assert "adapter_model.safetensors is a LoRA adapter that does not change the tower" in caplog.text
+    assert "Its base model is 'somebody/base', and transformers may load the model from there" in caplog.text
     assert_same_tower(open_checkpoint(str(llava)), make_model("clip"), (3,))
 
 
-def test_adapter_of_clips_text_is_told_from_that_of_its_tower(tmp_path: Path) -> None:
+def test_adapter_of_clips_text_model_is_not_taken_for_one_of_its_tower(tmp_path: Path) -> None:
     save_composite("CLIP", "clip", tmp_path, text_config=TEXT)
     adapt(tmp_path, "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight")
     assert open_checkpoint(str(tmp_path)).layout.remarks
-    adapt(tmp_path, "encoder.layers.0.self_attn.q_proj.lora_A.weight")  # of either
-    with pytest.raises(CheckpointError, match="may be of the tower"):
+    adapt(tmp_path, "encoder.layers.0.self_attn.q_proj.lora_A.weight")  # fits either
+    with pytest.raises(CheckpointError, match="may belong to the tower"):
         open_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     "name", ["vision_model.encoder.layers.0.mlp.fc1.lora_A.weight", "layers.0.mlp.x.lora_A.weight"]
 )
-def test_adapter_of_a_vision_model_alone_is_always_the_towers(tmp_path: Path, name: str) -> None:
+def test_adapter_of_a_plain_vision_model_is_always_the_towers(tmp_path: Path, name: str) -> None:
     make_model("clip").save_pretrained(tmp_path)
     adapt(tmp_path, name)
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter: merge it"):
         open_checkpoint(str(tmp_path))
 
 
@@ -107,17 +109,17 @@ def test_pickled_adapter_is_refused_unread(llava: Path) -> None:
 
 def test_adapter_without_its_weights_is_refused(llava: Path) -> None:
     (llava / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(CheckpointError, match="is an IA3 adapter: merge it"):
+    with pytest.raises(CheckpointError, match="an IA3 adapter: merge it"):
         open_checkpoint(str(llava))
 
 
-def test_adapter_in_a_folder_inside_is_not_applied_by_transformers_and_is_said(llava: Path) -> None:
+def test_adapter_in_an_inner_folder_is_reported_as_not_applied(llava: Path) -> None:
     adapt(llava / "my_adapter", OF_THE_TOWER[0])
     checkpoint = open_checkpoint(str(llava))
     assert "my_adapter holds an adapter, which transformers does not apply" in " ".join(checkpoint.layout.remarks)
 
 
-def test_rehearsal_needs_no_weights_and_so_no_merging(llava: Path) -> None:
+def test_rehearsal_needs_no_weights_and_no_merging(llava: Path) -> None:
     adapt(llava, OF_THE_TOWER[0])
     assert open_checkpoint(str(llava), random_weights=True).random_weights
 
@@ -136,39 +138,39 @@ def original_llava(folder: Path, tower: Path, *, inside: bool) -> Path:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_original_llava_is_held_to_the_same_rule(checkpoints: dict[str, Path], tmp_path: Path, inside: bool) -> None:
+def test_same_rule_applies_to_an_original_llava(checkpoints: dict[str, Path], tmp_path: Path, inside: bool) -> None:
     folder = original_llava(tmp_path / "llava", checkpoints["clip"], inside=inside)
     adapt(folder, "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.7.self_attn.q_proj.lora_A.weight")
-    assert "leaves the tower as it is" in " ".join(open_checkpoint(str(folder)).layout.remarks)
+    assert "does not change the tower" in " ".join(open_checkpoint(str(folder)).layout.remarks)
     adapt(folder, "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight")
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter: merge it"):
         open_checkpoint(str(folder))
 
 
-def test_tower_that_a_llava_names_is_held_to_the_same_rule(tmp_path: Path) -> None:
+def test_same_rule_applies_to_the_tower_that_a_llava_names(tmp_path: Path) -> None:
     make_model("clip").save_pretrained(tmp_path / "clip")
     folder = original_llava(tmp_path / "llava", tmp_path / "clip", inside=False)
     adapt(tmp_path / "clip", "vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight")
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter: merge it"):
         open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("place", ["", "vision_tower"])
-def test_vila_is_held_to_the_same_rule(tmp_path: Path, place: str) -> None:
+def test_same_rule_applies_to_vila(tmp_path: Path, place: str) -> None:
     make_model("siglip").save_pretrained(tmp_path / "vila" / "vision_tower")
     written = {"model_type": "llava_llama", "vision_tower_cfg": "x", "mm_vision_select_feature": "cls_patch"}
     (tmp_path / "vila" / "config.json").write_text(json.dumps(written))
     adapt(tmp_path / "vila", "model.layers.0.self_attn.q_proj.lora_A.weight")
-    assert "leaves the tower as it is" in " ".join(open_checkpoint(str(tmp_path / "vila")).layout.remarks)
+    assert "does not change the tower" in " ".join(open_checkpoint(str(tmp_path / "vila")).layout.remarks)
     adapt(tmp_path / "vila" / place, "vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight")
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter: merge it"):
         open_checkpoint(str(tmp_path / "vila"))
 
 
 @pytest.mark.parametrize(
     "config", [None, {"model_type": "llava_llama", "mm_vision_tower": "TOWER"}, {"model_type": "clip_vision_model"}]
 )
-def test_adapter_alone_names_its_base(
+def test_adapter_without_a_model_names_its_base(
     checkpoints: dict[str, Path], tmp_path: Path, config: dict[str, str] | None
 ) -> None:
     adapt(tmp_path, LANGUAGE, base_model_name_or_path="liuhaotian/llava-v1.5-7b")
@@ -181,7 +183,7 @@ def test_adapter_alone_names_its_base(
 
 @pytest.fixture
 def rename(tmp_path: Path) -> Callable[[Callable[[str], str]], Path]:
-    """Write a small CLIP whose tensors have other names."""
+    """Write a small CLIP with renamed tensors."""
 
     def write(change: Callable[[str], str]) -> Path:
         make_model("clip").save_pretrained(tmp_path / "clip")
@@ -193,7 +195,7 @@ def rename(tmp_path: Path) -> Callable[[Callable[[str], str]], Path]:
 
 
 @pytest.mark.parametrize(
-    ("part", "made"),
+    ("part", "renamed"),
     [
         ("layers.2.self_attn.q_proj.", "layers.2.self_attn.q_proj.base_layer."),
         ("layers.2.self_attn.q_proj.bias", "layers.2.self_attn.q_proj.lora_A.default.weight"),
@@ -205,15 +207,15 @@ def rename(tmp_path: Path) -> Callable[[Callable[[str], str]], Path]:
         ("embeddings.", "embeddings.modules_to_save.default."),
     ],
 )
-def test_adapter_inside_the_weights_is_to_be_merged(
-    rename: Callable[[Callable[[str], str]], Path], part: str, made: str
+def test_adapter_inside_the_weights_must_be_merged(
+    rename: Callable[[Callable[[str], str]], Path], part: str, renamed: str
 ) -> None:
-    folder = rename(lambda name: name.replace(part, made))
+    folder = rename(lambda name: name.replace(part, renamed))
     with pytest.raises(CheckpointError, match=r"of an adapter that was not merged: merge it .*merge_and_unload"):
         open_checkpoint(str(folder))
 
 
-def test_module_that_was_saved_beside_its_original_is_not_a_second_tower(llava: Path) -> None:
+def test_module_saved_beside_its_original_is_not_a_second_tower(llava: Path) -> None:
     path = llava / "model.safetensors"
     tensors = load_file(path)
     tower = {name: tensor for name, tensor in tensors.items() if "vision_tower." in name}
@@ -224,7 +226,7 @@ def test_module_that_was_saved_beside_its_original_is_not_a_second_tower(llava: 
         open_checkpoint(str(llava))
 
 
-def test_adapter_inside_the_language_model_is_said(llava: Path) -> None:
+def test_adapter_inside_the_language_model_is_reported(llava: Path) -> None:
     path = llava / "model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "language_model" in name and name.endswith("q_proj.weight"))
@@ -232,5 +234,5 @@ def test_adapter_inside_the_language_model_is_said(llava: Path) -> None:
     tensors[name.replace("q_proj.", "q_proj.lora_A.default.")] = torch.ones(2, 2)
     save_file(tensors, path)
     checkpoint = open_checkpoint(str(llava))
-    assert "was not merged, and that leaves the tower as it is" in " ".join(checkpoint.layout.remarks)
+    assert "was not merged; it does not change the tower" in " ".join(checkpoint.layout.remarks)
     assert_same_tower(checkpoint, make_model("clip"), (3,))

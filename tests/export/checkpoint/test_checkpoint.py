@@ -1,4 +1,4 @@
-"""What is read, what is refused, and that nothing of a tower is left random."""
+"""What is read, what is refused, and that no part of a tower stays random."""
 
 import json
 import os
@@ -52,12 +52,12 @@ def clip(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["clip"]
 
 
-def test_whole_clip_model_gives_its_vision_tower(clip: Path, tmp_path: Path) -> None:
+def test_vision_tower_of_a_whole_clip_model_is_read(clip: Path, tmp_path: Path) -> None:
     vision = open_checkpoint(str(clip)).load_model()
     whole_clip(vision).save_pretrained(tmp_path)
-    found = open_checkpoint(str(tmp_path))
-    assert found.config.hidden_size == WIDTH
-    model = found.load_model()
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.config.hidden_size == WIDTH
+    model = checkpoint.load_model()
     assert all(torch.equal(a, b) for a, b in zip(vision.parameters(), model.parameters(), strict=True))
 
 
@@ -74,12 +74,12 @@ def test_half_precision_weights_are_widened(clip: Path, tmp_path: Path) -> None:
     assert next(open_checkpoint(str(tmp_path)).load_model().parameters()).dtype == torch.float32
 
 
-def test_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
+def test_folder_without_config_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no config\.json"):
         open_checkpoint(str(tmp_path))
 
 
-def test_folder_that_does_not_exist_is_not_looked_for_on_the_hub() -> None:
+def test_missing_folder_is_not_looked_up_on_the_hub() -> None:
     with pytest.raises(CheckpointError, match=r"\./nowhere is not a folder"):
         open_checkpoint("./nowhere")
 
@@ -92,7 +92,7 @@ def test_broken_config_is_named(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["swin", "no-such-type", None])
-def test_model_without_a_family_lists_those_there_are(tmp_path: Path, model_type: str | None) -> None:
+def test_model_without_a_family_lists_the_families(tmp_path: Path, model_type: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match=r"no family.*clip \(clip_vision_model\).*dinov2 \(dinov2\)"):
         open_checkpoint(str(tmp_path))
@@ -140,7 +140,7 @@ def test_pickled_weights_are_refused_unread(clip: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-def test_pickled_weights_are_read_when_asked_for(clip: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_read_when_allowed(clip: Path, tmp_path: Path) -> None:
     expected = open_checkpoint(str(clip)).load_model()
     folder = copy(clip, tmp_path / "c")
     (folder / "model.safetensors").unlink()
@@ -159,13 +159,12 @@ def test_index_cannot_smuggle_a_pickle_or_a_path_in(clip: Path, tmp_path: Path, 
 
 
 class FakeHub:
-    """A hub that copies what is asked for out of a folder, one file pattern at a time, as the real one does."""
+    """A hub that copies the requested files from a folder, matching patterns as the real one does."""
 
     def __init__(self, repository: Path, cache: Path) -> None:
-        self.repository, self.cache, self.asked = repository, cache, []
+        self.repository, self.cache = repository, cache
 
     def download(self, _: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None, **__: object) -> str:
-        self.asked += allow_patterns
         for path in self.repository.rglob("*"):
             name = str(path.relative_to(self.repository))
             if path.is_file() and list(
@@ -192,7 +191,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Fak
     return put
 
 
-def test_rehearsal_asks_the_hub_for_no_weights(hub: Callable[[Path], FakeHub], clip: Path) -> None:
+def test_rehearsal_downloads_no_weights(hub: Callable[[Path], FakeHub], clip: Path) -> None:
     fake = hub(clip)
     rehearsal = open_checkpoint("somebody/tower", random_weights=True)
     assert fake.downloaded == {"config.json"}
@@ -219,7 +218,7 @@ def test_only_the_shards_with_the_tower_are_downloaded(
 
 @pytest.fixture
 def remote(clip: Path, tmp_path: Path) -> Path:
-    """Make a checkpoint whose own code leaves a mark when it is run."""
+    """Write a checkpoint whose own code leaves a mark when it runs."""
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
     folder = copy(clip, tmp_path / "remote", auto_map=auto_map)
     (folder / "own.py").write_text(
@@ -232,13 +231,13 @@ def remote(clip: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_remote_code_is_refused_unrun(remote: Path) -> None:
+def test_own_code_is_refused_without_running_it(remote: Path) -> None:
     with pytest.raises(CheckpointError, match="--trust-remote-code"):
         open_checkpoint(str(remote)).load_model()
     assert not (remote.parent / "mark").exists()
 
 
-def test_remote_code_is_run_when_asked_for(remote: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_code_runs_when_it_is_trusted(remote: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(remote.parent / "modules"))
     model = open_checkpoint(str(remote), trust=Trust(remote_code=True)).load_model()
     assert type(model).__name__ == "OwnModel"
@@ -249,14 +248,14 @@ def test_remote_code_is_run_when_asked_for(remote: Path, clip: Path, monkeypatch
 
 @pytest.fixture
 def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put a server in the hub's place that accepts and never answers, as a firewall that drops packets does."""
+    """Replace the hub by a server that accepts connections and never answers, like a firewall that drops packets."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        held: list[socket.socket] = []
+        connections: list[socket.socket] = []
 
         def accept() -> None:
             while True:
                 try:
-                    held.append(server.accept()[0])
+                    connections.append(server.accept()[0])
                 except OSError:
                     return
 
@@ -265,7 +264,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "HUB_TIMEOUT_S", 0.5)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         yield
-        for connection in held:
+        for connection in connections:
             connection.close()
 
 
@@ -276,7 +275,7 @@ def test_unreachable_hub_names_both_ways_out_within_seconds(silent_hub: None, tm
     assert time.monotonic() - start < 10
 
 
-def test_name_that_no_hub_could_have_is_refused() -> None:
+def test_invalid_hub_id_is_refused() -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         open_checkpoint("not a checkpoint!")
 
@@ -294,7 +293,7 @@ def test_random_weights_are_the_same_every_time(clip: Path) -> None:
 
 
 PUBLISHED = {
-    # tokens, layers run, width, million parameters of the full vision model, from the models' own cards and papers
+    # tokens, layers run, width, millions of parameters in the full vision model; from the models' own cards and papers
     "clip-vit-large-patch14-336": (577, 23, 1024, 304),
     "clip-vit-large-patch14": (257, 23, 1024, 303),
     "clip-vit-base-patch32": (50, 11, 768, 87),

@@ -1,4 +1,4 @@
-"""What is not a checkpoint is told for what it is, and what to export instead is named."""
+"""What is not a checkpoint is recognised, and the message says what to export instead."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ POINTER = (
 
 
 def refusal(source: Path | str, trust: Trust | None = None) -> str:
-    """Return the one line with which a source is refused."""
+    """Return the error message for a source, which must be one line."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(source), trust=trust).load_model()
     assert "\n" not in str(caught.value)
@@ -45,32 +45,31 @@ def shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"]
 )
-def test_pointer_of_git_lfs_asks_for_a_pull(clip: Path, name: str) -> None:
+def test_git_lfs_pointer_is_answered_with_a_pull(clip: Path, name: str) -> None:
     if "0000" in name or "index" in name:
         shard(clip)
     (clip / name).write_text(POINTER)
     assert f"{clip / name} is a git-lfs pointer and not the file itself: run `git lfs pull` in {clip}" in refusal(clip)
 
 
-def test_pointer_in_the_place_of_a_pickle_asks_for_a_pull(clip: Path) -> None:
+def test_git_lfs_pointer_instead_of_a_pickle_is_answered_with_a_pull(clip: Path) -> None:
     (clip / "model.safetensors").unlink()
     (clip / "pytorch_model.bin").write_text(POINTER)
     assert "git lfs pull" in refusal(clip, Trust(allow_pickle=True))
     assert "git lfs pull" in refusal(clip / "pytorch_model.bin")
 
 
-def test_pointer_in_the_place_of_an_adapter_asks_for_a_pull(clip: Path) -> None:
+def test_git_lfs_pointer_instead_of_an_adapter_is_answered_with_a_pull(clip: Path) -> None:
     (clip / "adapter_config.json").write_text("{}")
     (clip / "adapter_model.safetensors").write_text(POINTER)
     assert "git lfs pull" in refusal(clip)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize(("content", "said"), [("", "is empty"), ("<!DOCTYPE html><html>", "is a web page")])
-def test_file_that_did_not_arrive_is_named(clip: Path, name: str, content: str, said: str) -> None:
+@pytest.mark.parametrize(("content", "reason"), [("", "is empty"), ("<!DOCTYPE html><html>", "is a web page")])
+def test_failed_download_is_named(clip: Path, name: str, content: str, reason: str) -> None:
     (clip / name).write_text(content)
-    assert str(clip / name) in refusal(clip)
-    assert said in refusal(clip)
+    assert f"{clip / name} {reason}" in refusal(clip)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.incomplete", ".cache/huggingface/download/a.incomplete"])
@@ -94,23 +93,23 @@ FILES: dict[str, tuple[bytes, str]] = {
     "tf_model.h5": (b"\x89HDF\r\n\x1a\n", "a Keras file"),
     "flax_model.msgpack": (b"\x81\xa6params", "Flax weights"),
     "clip.tar.gz": (b"\x1f\x8b\x08\x00", "an archive: unpack it"),
-    "README.md": (b"# CLIP\n", "not a checkpoint: a folder with a config.json"),
+    "README.md": (b"# CLIP\n", "not a checkpoint: expected a folder with a config.json"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("beside", [None, "config.json", "open_clip_config.json"])
-def test_file_of_another_tool_is_told_for_what_it_is(tmp_path: Path, name: str, beside: str | None) -> None:
-    content, said = FILES[name]
+def test_file_of_another_tool_is_recognised(tmp_path: Path, name: str, beside: str | None) -> None:
+    content, what = FILES[name]
     (tmp_path / name).write_bytes(content)
     if beside and name != "README.md":
         (tmp_path / beside).write_text("{}")
-    assert f"{tmp_path / name} is {said}" in refusal(tmp_path / name)
+    assert f"{tmp_path / name} is {what}" in refusal(tmp_path / name)
 
 
-def test_archives_are_told_by_their_content(clip: Path, tmp_path: Path) -> None:
-    for suffix, made in ((".tar", "clip"), (".zip", "clip"), (".pt", "other")):
-        path = tmp_path / f"{made}{suffix}"
+def test_archives_are_recognised_by_their_content(clip: Path, tmp_path: Path) -> None:
+    for suffix, stem in ((".tar", "clip"), (".zip", "clip"), (".pt", "other")):
+        path = tmp_path / f"{stem}{suffix}"
         if suffix == ".tar":
             with tarfile.open(path, "w") as archive:
                 archive.add(clip, "clip")
@@ -121,7 +120,7 @@ def test_archives_are_told_by_their_content(clip: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_torch_script_is_not_taken_for_weights(tmp_path: Path) -> None:
+def test_torch_script_is_not_mistaken_for_weights(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "tower.pt")
     assert "is a TorchScript program: export the PyTorch checkpoint" in refusal(tmp_path / "tower.pt")
 
@@ -135,7 +134,7 @@ def test_torch_script_is_not_taken_for_weights(tmp_path: Path) -> None:
         lambda path: path.with_suffix(".ckpt").write_bytes(pickle.dumps({"a": 1})),
     ],
 )
-def test_file_of_weights_is_answered_with_its_folder(tmp_path: Path, save: Callable[[Path], object]) -> None:
+def test_file_of_weights_is_answered_with_the_folder_to_export(tmp_path: Path, save: Callable[[Path], object]) -> None:
     save(tmp_path / "model")
     (path,) = tmp_path.iterdir()
     assert f"{path} has no open_clip_config.json beside it, and no config.json" in refusal(path)
@@ -143,7 +142,7 @@ def test_file_of_weights_is_answered_with_its_folder(tmp_path: Path, save: Calla
     assert f"{path} is one file of a checkpoint: export the folder that holds it, {tmp_path}." in refusal(path)
 
 
-def test_config_itself_and_adapters_are_answered_with_their_folder(clip: Path) -> None:
+def test_config_or_adapter_is_answered_with_the_folder_to_export(clip: Path) -> None:
     assert f"export the folder that holds it, {clip}." in refusal(clip / "config.json")
     (clip / "adapter_model.safetensors").write_bytes((clip / "model.safetensors").read_bytes())
     assert f"is part of an adapter: export {clip}" in refusal(clip / "adapter_model.safetensors")
@@ -153,15 +152,15 @@ def test_config_itself_and_adapters_are_answered_with_their_folder(clip: Path) -
 def test_folder_around_a_checkpoint_names_it(checkpoints: dict[str, Path], tmp_path: Path, inner: str) -> None:
     shutil.copytree(checkpoints["clip"], tmp_path / "run" / inner)
     (tmp_path / "run" / "tokenizer.json").write_text("{}")
-    said = refusal(tmp_path / "run")
-    assert "no checkpoint: it has no config.json" in said
-    assert str(tmp_path / "run" / inner) in said
+    message = refusal(tmp_path / "run")
+    assert "not a checkpoint: it has no config.json" in message
+    assert str(tmp_path / "run" / inner) in message
 
 
-def test_folder_around_a_checkpoint_may_have_a_config_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_folder_around_a_checkpoint_may_have_its_own_config(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoints["clip"], tmp_path / "checkpoint-1000")
     (tmp_path / "config.json").write_text('{"learning_rate": 1e-5}')
-    assert f"its config.json names no model_type. Export {tmp_path / 'checkpoint-1000'}" in refusal(tmp_path)
+    assert f"its config.json has no model_type. Export {tmp_path / 'checkpoint-1000'}" in refusal(tmp_path)
 
 
 def test_folder_around_several_names_those_with_a_tower(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -169,10 +168,10 @@ def test_folder_around_several_names_those_with_a_tower(checkpoints: dict[str, P
         shutil.copytree(checkpoints["clip"], tmp_path / name)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    said = refusal(tmp_path)
-    assert "checkpoint-1 or " in said
-    assert "checkpoint-2" in said
-    assert "unet" not in said
+    message = refusal(tmp_path)
+    assert "checkpoint-1 or " in message
+    assert "checkpoint-2" in message
+    assert "unet" not in message
 
 
 def test_config_without_weights_names_the_folder_that_has_them(clip: Path, checkpoints: dict[str, Path]) -> None:
@@ -182,40 +181,40 @@ def test_config_without_weights_names_the_folder_that_has_them(clip: Path, check
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "reason"),
     [
-        (("model_index.json", "image_encoder/config.json"), "a pipeline of diffusers"),
-        (("modules.json", "0_CLIPModel/config.json"), "a model of sentence-transformers"),
+        (("model_index.json", "image_encoder/config.json"), "a diffusers pipeline"),
+        (("modules.json", "0_CLIPModel/config.json"), "a sentence-transformers model"),
         (("tokenizer_config.json", "tokenizer.json"), "a tokenizer"),
         (("model.gguf",), "model.gguf is a GGUF file of llama.cpp"),
-        (("model.safetensors",), "which says what model.safetensors is"),
+        (("model.safetensors",), "to describe model.safetensors"),
         ((), "the folder is empty"),
     ],
 )
-def test_folder_of_another_library_is_told_for_what_it_is(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+def test_folder_of_another_library_is_recognised(tmp_path: Path, files: tuple[str, ...], reason: str) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    text = refusal(tmp_path)
-    assert said in text
-    assert all(str((tmp_path / name).parent) in text for name in files)
+    message = refusal(tmp_path)
+    assert reason in message
+    assert all(str((tmp_path / name).parent) in message for name in files)
 
 
-def test_bundle_is_told_for_one(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
+def test_bundle_is_recognised(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
     assert str(fp32_bundle) not in refusal(fp32_bundle.parent)
-    text = refusal(fp32_bundle)
-    assert f"{fp32_bundle} is a bundle, which trtower exported from {checkpoints['clip'].resolve()}" in text
+    message = refusal(fp32_bundle)
+    assert f"{fp32_bundle} is a bundle, which trtower exported from {checkpoints['clip'].resolve()}" in message
 
 
 @pytest.mark.parametrize("config", [{}, {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "bert", "t5"])
-def test_language_model_is_told_for_one(tmp_path: Path, config: dict[str, object], model_type: str) -> None:
+def test_language_model_is_recognised(tmp_path: Path, config: dict[str, object], model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
     assert f"model_type '{model_type}' is a language model without a vision tower" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "reason"),
     [
         ({"model_type": "mlcd_vision_model"}, "rotate queries and keys in 2-D"),
         ({"model_type": "llava_onevision", "vision_config": {"model_type": "mlcd_vision_model"}}, "rotate queries"),
@@ -224,20 +223,18 @@ def test_language_model_is_told_for_one(tmp_path: Path, config: dict[str, object
         ({"model_type": "llava", "vision_config": {"model_type": "my_vit"}}, "'my_vit' belongs to no family"),
     ],
 )
-def test_code_of_a_checkpoint_that_cannot_help_is_not_asked_for(
-    tmp_path: Path, config: dict[str, object], said: str
-) -> None:
+def test_own_code_is_not_requested_if_it_cannot_help(tmp_path: Path, config: dict[str, object], reason: str) -> None:
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
     (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
     for trust in (Trust(), Trust(remote_code=True)):
-        text = refusal(tmp_path, trust)
-        assert said in text
-        assert "--trust-remote-code" not in text
+        message = refusal(tmp_path, trust)
+        assert reason in message
+        assert "--trust-remote-code" not in message
     assert not (tmp_path / "mark").exists()
 
 
-def test_code_that_may_help_is_still_asked_for(tmp_path: Path) -> None:
+def test_own_code_is_requested_if_it_may_help(tmp_path: Path) -> None:
     for config in (
         {"model_type": "clip_vision_model"},
         {"model_type": "my_llava", "vision_config": {"model_type": "clip_vision_model"}},
@@ -246,7 +243,7 @@ def test_code_that_may_help_is_still_asked_for(tmp_path: Path) -> None:
         assert "--trust-remote-code" in refusal(tmp_path)
 
 
-def test_paths_are_read_as_a_shell_does(
+def test_paths_are_expanded_as_in_a_shell(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(checkpoints["clip"], tmp_path / "clip")
@@ -266,6 +263,6 @@ def test_paths_are_read_as_a_shell_does(
         assert f"{source} is not a folder" in refusal(source)
 
 
-def test_vision_model_of_the_right_family_is_not_touched(tmp_path: Path) -> None:
+def test_plain_vision_model_gets_no_remarks(tmp_path: Path) -> None:
     make_model("clip").save_pretrained(tmp_path)
     assert open_checkpoint(str(tmp_path)).layout.remarks == ()

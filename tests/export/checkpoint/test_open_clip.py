@@ -1,4 +1,4 @@
-"""An OpenCLIP file becomes the CLIP tower that it is: compared with OpenCLIP's arithmetic, written out in PyTorch."""
+"""An OpenCLIP file is read as a CLIP tower: compared with OpenCLIP's arithmetic, written out in PyTorch."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 WIDTH, HEADS, LAYERS, IMAGE_SIZE, PATCH_SIZE = 64, 2, 3, 42, 14
 VISION = {"image_size": IMAGE_SIZE, "layers": LAYERS, "width": WIDTH, "head_width": 32, "patch_size": PATCH_SIZE}
 CLOSE = 2e-6
-"""PyTorch's MultiheadAttention sums in another order than transformers' projections."""
+"""Not exact, because PyTorch's MultiheadAttention sums in another order than transformers' projections."""
 
 
 class QuickGelu(nn.Module):
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Visual(nn.Module):
-    """The module tree of `open_clip.transformer.VisionTransformer`, whose names its state dict has."""
+    """The module tree of `open_clip.transformer.VisionTransformer`, so that the state dict has its names."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -91,20 +91,20 @@ def write(folder: Path, visual: Visual, *, quick_gelu: bool = False, pickled: bo
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
-def test_every_layer_is_open_clips(tmp_path: Path, quick: bool, layer: int) -> None:
+def test_every_layer_equals_open_clips(tmp_path: Path, quick: bool, layer: int) -> None:
     visual = draw(QuickGelu() if quick else nn.GELU())
     checkpoint = open_checkpoint(str(write(tmp_path, visual, quick_gelu=quick)))
     spec = checkpoint.spec(layer)
     pixel_values = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        found = truncate(checkpoint.load_model(), checkpoint.family, spec)(pixel_values)
+        features = truncate(checkpoint.load_model(), checkpoint.family, spec)(pixel_values)
         states = visual.hidden_states(pixel_values)
-    errors = [float((found - state).norm() / state.norm()) for state in states]
+    errors = [float((features - state).norm() / state.norm()) for state in states]
     assert errors[layer] < CLOSE
     assert sum(error < 100 * CLOSE for error in errors) == 1
 
 
-def test_folder_is_recognised_as_the_file_is(tmp_path: Path) -> None:
+def test_folder_is_recognised_like_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, draw(nn.GELU()))
     assert open_checkpoint(str(tmp_path)).config.to_dict() == open_checkpoint(str(file)).config.to_dict()
 
@@ -120,7 +120,7 @@ def test_bundle_prepares_images_as_open_clip_does(tmp_path: Path) -> None:
     assert not written["do_center_crop"]
 
 
-def test_pickle_is_read_only_where_it_is_allowed(tmp_path: Path) -> None:
+def test_pickle_is_read_only_if_it_is_allowed(tmp_path: Path) -> None:
     file = write(tmp_path, draw(nn.GELU()), pickled=True)
     for source in (file, tmp_path):
         with pytest.raises(CheckpointError, match="--allow-pickle"):
@@ -128,7 +128,7 @@ def test_pickle_is_read_only_where_it_is_allowed(tmp_path: Path) -> None:
         assert open_checkpoint(str(source), trust=Trust(allow_pickle=True)).load_model()
 
 
-def test_file_without_its_config_says_what_is_written_nowhere_else(tmp_path: Path) -> None:
+def test_file_without_its_config_asks_for_it(tmp_path: Path) -> None:
     file = write(tmp_path, draw(nn.GELU()))
     (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no open_clip_config\.json beside it"):
@@ -145,7 +145,7 @@ def test_other_architecture_is_named(tmp_path: Path, vision: dict[str, Any]) -> 
         open_checkpoint(str(file))
 
 
-def test_repository_of_timm_has_a_config_of_its_own_beside(tmp_path: Path) -> None:
+def test_repository_of_timm_may_have_its_own_config_too(tmp_path: Path) -> None:
     write(tmp_path, draw(nn.GELU()))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_small", "num_classes": 0}))
     assert open_checkpoint(str(tmp_path)).layout.kind == "OpenCLIP checkpoint"
@@ -194,18 +194,18 @@ def test_width_of_the_mlp_follows_its_ratio(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("written", "resample"), [("bilinear", 2), ("bicubic", 3)])
 def test_pixels_are_resized_as_the_config_says(tmp_path: Path, written: str, resample: int) -> None:
     config = {"preprocess_cfg": {"mean": [0.5], "std": [0.5], "interpolation": written, "resize_mode": "shortest"}}
-    made = preprocessor(config, 56)
-    assert made
-    assert (made["resample"], made["do_center_crop"], made["size"]) == (resample, True, {"shortest_edge": 56})
+    result = preprocessor(config, 56)
+    assert result
+    assert (result["resample"], result["do_center_crop"], result["size"]) == (resample, True, {"shortest_edge": 56})
 
 
-def test_res_net_is_no_vit(tmp_path: Path) -> None:
+def test_res_net_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, draw(nn.GELU()), layers=[3, 4, 6, 3])
     with pytest.raises(CheckpointError, match="a ResNet"):
         open_checkpoint(str(file))
 
 
-def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path, draw(nn.GELU()))
     save_file({"weight": torch.zeros(3)}, file)
     with pytest.raises(CheckpointError, match=r"holds no visual\.conv1\.weight"):

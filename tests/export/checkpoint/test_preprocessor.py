@@ -1,4 +1,4 @@
-"""Whatever a checkpoint's image processor makes, the bundle's makes S x S pixels of it, and says so."""
+"""Whatever a checkpoint's image processor makes, the bundle's makes S x S pixels, and the change is reported."""
 
 import json
 import shutil
@@ -32,8 +32,8 @@ def fit(written: dict[str, Any]) -> dict[str, Any]:
 
 def pixels(config: dict[str, Any], width: int = 120, height: int = 80) -> torch.Tensor:
     picture = Image.effect_mandelbrot((width, height), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    made: torch.Tensor = ImageProcessor(config).preprocess(picture, return_tensors="pt")["pixel_values"]
-    return made
+    pixel_values: torch.Tensor = ImageProcessor(config).preprocess(picture, return_tensors="pt")["pixel_values"]
+    return pixel_values
 
 
 SQUARE = {"height": SIZE, "width": SIZE}
@@ -55,32 +55,32 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("written", "said"), SHAPES)
-def test_every_form_of_size_is_fitted_to_a_square_and_said(
-    written: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("written", "prepares"), SHAPES)
+def test_every_form_of_size_is_fitted_to_a_square_and_reported(
+    written: dict[str, Any], prepares: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
         fitted = fit(written | COLOURS)
-    assert said in caplog.text
+    assert prepares in caplog.text
     assert "rewritten for the engine's 56 x 56 pixels" in caplog.text
     assert pixels(fitted).shape == pixels(fitted, 30, 200).shape == (1, 3, SIZE, SIZE)
 
 
-def test_crop_without_resizing_is_kept_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_crop_without_resizing_is_kept_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     written = {"do_resize": False, "crop_size": SIZE, **COLOURS}
     with caplog.at_level("INFO"):
         assert fit(written) == written
-    assert "do_resize is false: of each picture the middle 56 x 56 pixels are read" in caplog.text
+    assert "do_resize is false: only the middle 56 x 56 pixels of each picture are read" in caplog.text
     assert pixels(written).shape == (1, 3, SIZE, SIZE)
 
 
-def test_sides_that_are_null_are_not_said() -> None:
+def test_null_sides_are_ignored() -> None:
     nothing = dict.fromkeys(("shortest_edge", "longest_edge", "max_height", "max_width"))
     written = {"size": SQUARE | nothing, "crop_size": SQUARE | nothing, **COLOURS}
     assert fit(written) == {"size": SQUARE, "crop_size": SQUARE, **COLOURS}
 
 
-def test_square_that_is_cropped_stays_a_square_when_it_is_scaled() -> None:
+def test_cropped_square_stays_a_square_when_it_is_scaled() -> None:
     written = {"size": {"height": 40, "width": 40}, "crop_size": {"height": 28, "width": 28}, **COLOURS}
     assert fit(written) == {**written, "do_resize": True, "size": {"height": 80, "width": 80}, "crop_size": SQUARE}
 
@@ -96,21 +96,21 @@ def test_square_that_is_cropped_stays_a_square_when_it_is_scaled() -> None:
         ("crop_size", -1),
     ],
 )
-def test_size_that_is_none_names_the_file_and_the_key(key: str, value: Any) -> None:
+def test_invalid_size_names_the_file_and_the_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"preprocessor_config\.json of facebook/dinov2-small: {key}="):
         fit({key: value, **COLOURS})
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_colours_of_other_channels_are_refused(key: str, count: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{key}=.* has {count} numbers; 3 are expected"):
+def test_colours_with_another_number_of_channels_are_refused(key: str, count: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=.* has {count} numbers; expected 3"):
         fit({**COLOURS, key: [0.5] * count})
 
 
 @pytest.mark.parametrize("channels", [1, 4, 0, "3", None])
 @pytest.mark.parametrize("family", ["clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip"])
-def test_tower_of_other_channels_is_refused_by_name(
+def test_tower_with_another_number_of_channels_is_refused_by_name(
     checkpoints: dict[str, Path], tmp_path: Path, family: str, channels: Any
 ) -> None:
     folder = Path(shutil.copytree(checkpoints[family], tmp_path / "c"))
@@ -124,18 +124,18 @@ UNKNOWN = ["DeepseekVLImageProcessor", "Lfm2VlImageProcessorFast", "ViTImageProc
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_unknown_processor_makes_one_tile_where_its_settings_are_written(
+def test_unknown_processor_makes_one_tile_if_its_settings_are_written(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = {"image_processor_type": kind, "size": {"height": 40, "width": 40}, "min_size": 14, **COLOURS}
     with caplog.at_level("INFO"):
         fitted = fit(written)
-    assert "tiling and padding stay with you" in caplog.text
+    assert "tiling and padding remain up to you" in caplog.text
     assert pixels(fitted).shape == (1, 3, SIZE, SIZE)
     assert fitted["image_mean"] == COLOURS["image_mean"]
 
 
-def test_unknown_processor_that_crops_is_read_as_one_that_does() -> None:
+def test_unknown_processor_that_crops_keeps_its_crop() -> None:
     crops = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 28, "width": 28}}
     fitted = fit({"image_processor_type": "VideoLlavaImageProcessor", **crops, **COLOURS})
     assert (fitted["size"], fitted["crop_size"]) == ({"shortest_edge": 80}, SQUARE)
@@ -149,14 +149,14 @@ def test_unknown_processor_makes_the_pixels_that_transformers_makes() -> None:
     assert torch.equal(pixels(fitted), expected)
 
 
-def test_unknown_processor_is_told_which_settings_to_write() -> None:
+def test_error_for_an_unknown_processor_names_the_settings_to_write() -> None:
     with pytest.raises(
-        ConfigError, match=r"'ViTImageProcessor' is not known here.*write size, resample, image_std into"
+        ConfigError, match=r"unknown image_processor_type 'ViTImageProcessor'.*write size, resample, image_std into"
     ):
         fit({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5]})
 
 
-def test_processor_of_other_colours_is_refused() -> None:
+def test_processor_that_changes_colours_is_refused() -> None:
     written = {"image_processor_type": "MobileViTImageProcessor", "size": 40, "do_flip_channel_order": True, **COLOURS}
     with pytest.raises(ConfigError, match="do_flip_channel_order=True"):
         fit(written)
@@ -175,5 +175,5 @@ def test_processor_of_other_colours_is_refused() -> None:
         ({"image_processor_type": "CLIPImageProcessor"}, None),
     ],
 )
-def test_padding_and_tiling_are_read_off_the_processor(written: dict[str, Any], ratio: str | None) -> None:
+def test_padding_and_tiling_are_read_from_the_processor(written: dict[str, Any], ratio: str | None) -> None:
     assert image_aspect_ratio(prepared(written)) == ratio

@@ -1,4 +1,4 @@
-"""An export says what its reader would not expect, and the manifest keeps it."""
+"""An export reports what its user may not expect, and the manifest keeps it."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.conftest import make_model
 from tests.export.checkpoint.test_layouts import LLAMA, TEXT, save_composite
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import MANIFEST
+from trtower.bundle.manifest import MANIFEST, TO_PAD
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -22,15 +22,15 @@ Export = Callable[..., tuple[Bundle, str]]
 
 @pytest.fixture
 def say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Export:
-    """Export without a plan or a check; return the bundle and what was said."""
+    """Export without a plan or a check; return the bundle and the log."""
 
     def export(source: Path, **options: Any) -> tuple[Bundle, str]:
         caplog.clear()
         with caplog.at_level("INFO"):
-            made = export_tower(
+            bundle = export_tower(
                 str(source), tmp_path / "b", ExportOptions(flavour="none", check=False, overwrite=True, **options)
             )
-        return made, caplog.text
+        return bundle, caplog.text
 
     return export
 
@@ -47,23 +47,22 @@ def original_llava(folder: Path, tower: Path, **config: Any) -> Path:
 def test_padding_and_tiling_of_a_llava_stay_with_the_caller(
     checkpoints: dict[str, Path], tmp_path: Path, say: Export, ratio: str
 ) -> None:
-    bundle, said = say(original_llava(tmp_path / "llava", checkpoints["clip"], image_aspect_ratio=ratio))
-    line = "process_images([image], tower.image_processor, model.config) of llava.mm_utils"
-    assert f"by {ratio}: padding and tiling stay with you" in said
-    assert line in said
-    found = inspect_bundle(bundle)
-    assert f"by {ratio}: padding and tiling stay with you" in as_text(found)
-    assert line in as_text(found)
-    assert found.source.image_aspect_ratio == ratio
+    bundle, log = say(original_llava(tmp_path / "llava", checkpoints["clip"], image_aspect_ratio=ratio))
+    call = "process_images([image], tower.image_processor, model.config)"
+    assert f"by {ratio}: {TO_PAD}" in log
+    assert call in log
+    inspection = inspect_bundle(bundle)
+    assert f"by {ratio}: {TO_PAD}" in as_text(inspection)
+    assert inspection.source.image_aspect_ratio == ratio
     assert Bundle.open(bundle.path).manifest.source.image_aspect_ratio == ratio
 
 
 @pytest.mark.parametrize("config", [{}, {"image_aspect_ratio": "square"}, {"image_aspect_ratio": None}])
-def test_llava_that_neither_pads_nor_tiles_says_nothing_of_it(
+def test_llava_that_neither_pads_nor_tiles_gets_no_remark(
     checkpoints: dict[str, Path], tmp_path: Path, say: Export, config: dict[str, Any]
 ) -> None:
-    bundle, said = say(original_llava(tmp_path / "llava", checkpoints["clip"], **config))
-    assert "padding" not in said + as_text(inspect_bundle(bundle))
+    bundle, log = say(original_llava(tmp_path / "llava", checkpoints["clip"], **config))
+    assert "padding" not in log + as_text(inspect_bundle(bundle))
 
 
 @pytest.mark.parametrize(("kind", "ratio"), [("LlavaImageProcessor", "pad"), ("LlavaNextImageProcessorFast", "anyres")])
@@ -74,49 +73,47 @@ def test_padding_and_tiling_of_transformers_stay_with_its_own_processor(
     written = {"image_processor_type": kind, "do_pad": True, "resample": 3}
     written |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (tmp_path / "llava" / "preprocessor_config.json").write_text(json.dumps(written))
-    bundle, said = say(tmp_path / "llava")
-    assert f"by {ratio}: padding and tiling stay with you" in said
-    assert "AutoProcessor" in said
+    bundle, log = say(tmp_path / "llava")
+    assert f"by {ratio}: {TO_PAD}" in log
+    assert "AutoProcessor" in log
     assert bundle.manifest.source.image_aspect_ratio == ratio
     assert "AutoProcessor" in as_text(inspect_bundle(bundle))
 
 
-def test_size_that_leaves_pixels_over_names_the_nearest_that_do_not(checkpoints: dict[str, Path], say: Export) -> None:
-    said = say(checkpoints["clip"], image_size=57)[1]
-    assert "57 pixels are not a multiple of the patch's 14: the last 1 of each row and column are not read" in said
-    assert "56 and 70 are the nearest sizes" in said
+def test_size_that_does_not_fit_names_the_nearest_that_do(checkpoints: dict[str, Path], say: Export) -> None:
+    log = say(checkpoints["clip"], image_size=57)[1]
+    assert "57 pixels are not a multiple of the patch size 14: the last 1 of each row and column are not read" in log
+    assert "the nearest sizes that fit are 56 and 70" in log
     assert "not a multiple" not in say(checkpoints["clip"], image_size=56)[1]
 
 
-def test_size_of_a_config_that_leaves_pixels_over_is_said_too(tmp_path: Path, say: Export) -> None:
+def test_size_of_a_config_that_does_not_fit_is_reported_too(tmp_path: Path, say: Export) -> None:
     make_model("siglip", image_size=45).save_pretrained(tmp_path / "siglip")
-    assert "the last 3 of each row and column are not read; 42 and 56 are" in say(tmp_path / "siglip")[1]
+    assert "the last 3 of each row and column are not read; the nearest sizes" in say(tmp_path / "siglip")[1]
 
 
 @pytest.mark.parametrize(("kind", "family"), [("CLIP", "clip"), ("Siglip", "siglip")])
-def test_model_of_embeddings_is_told_that_features_come_out(
+def test_remark_on_an_embedding_model_says_that_features_come_out(
     tmp_path: Path, say: Export, kind: str, family: str
 ) -> None:
     save_composite(kind, family, tmp_path / "m", text_config=TEXT)
-    said = say(tmp_path / "m")[1]
-    assert f"this {kind.lower()} model embeds an image as one pooled vector" in said
-    assert "the features of hidden state 3 of 4 layers, patch tokens, and not the pooled embedding" in said
-    assert "hidden state -2 is LLaVA's default" in said
-    chosen = say(tmp_path / "m", select_layer=-1)[1]
-    assert "not the pooled embedding" in chosen
-    assert "LLaVA's default" not in chosen
+    log = say(tmp_path / "m")[1]
+    assert f"this {kind.lower()} model embeds an image as one pooled vector" in log
+    assert "the features of hidden state 3 of 4 layers, patch tokens, not the pooled embedding" in log
+    assert "LLaVA's default, hidden state -2" in log
+    log = say(tmp_path / "m", select_layer=-1)[1]
+    assert "not the pooled embedding" in log
+    assert "LLaVA's default" not in log
 
 
-def test_default_layer_of_a_vision_model_is_said_to_be_one(checkpoints: dict[str, Path], say: Export) -> None:
-    said = say(checkpoints["clip"])[1]
-    assert (
-        "nothing says which layer to read: hidden state -2 is LLaVA's default; --select-layer chooses another" in said
-    )
-    assert "pooled" not in said
+def test_default_layer_of_a_vision_model_is_reported(checkpoints: dict[str, Path], say: Export) -> None:
+    log = say(checkpoints["clip"])[1]
+    assert "does not say which layer to read: using LLaVA's default, hidden state -2; choose another with" in log
+    assert "pooled" not in log
     assert "LLaVA's default" not in say(checkpoints["clip"], select_layer=-2)[1]
 
 
-def test_layer_that_a_model_says_is_no_default(tmp_path: Path, say: Export) -> None:
+def test_layer_from_a_config_is_not_reported_as_a_default(tmp_path: Path, say: Export) -> None:
     save_composite("Llava", "clip", tmp_path / "llava", text_config=LLAMA)
     assert "LLaVA's default" not in say(tmp_path / "llava")[1]
 
@@ -127,7 +124,7 @@ def edit_source(bundle: Path, **changes: Any) -> None:
     (bundle / MANIFEST).write_text(json.dumps(data))
 
 
-def test_bundle_of_before_is_read_without_the_keys_that_have_defaults(spoilt: Path) -> None:
+def test_older_bundle_is_read_without_the_keys_that_have_defaults(spoilt: Path) -> None:
     edit_source(spoilt, image_aspect_ratio=..., tower=...)
     source = Bundle.open(spoilt).manifest.source
     assert (source.image_aspect_ratio, source.tower) == (None, None)

@@ -1,7 +1,8 @@
-"""Only the tower's tensors are read, whatever lies around them, and what is wrong with them is named."""
+"""Only the tower's tensors are read, whatever lies around them, and a faulty tensor or file is named."""
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from trtower_export.options import Trust
 
 GIB = 2**30
 MARGIN = GIB // 2
-"""What a sharded checkpoint may cost in memory beyond its tower alone."""
+"""How much more memory a sharded checkpoint may need than its tower by itself."""
 
 
 @pytest.fixture
@@ -32,15 +33,15 @@ def clip(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rewrite(clip: Path) -> Callable[..., Path]:
-    """Change the tensors of a small CLIP: by what their names contain, to what a function makes of them or None."""
+    """Apply functions to the tensors of a small CLIP whose names contain their keywords; drop a tensor for None."""
 
     def change(**changes: Callable[[torch.Tensor], torch.Tensor | None]) -> Path:
         path = clip / "model.safetensors"
         tensors = {}
         for name, tensor in load_file(path).items():
-            made = next((make(tensor) for part, make in changes.items() if part.replace("__", ".") in name), tensor)
-            if made is not None:
-                tensors[name] = made
+            changed = next((edit(tensor) for part, edit in changes.items() if part.replace("__", ".") in name), tensor)
+            if changed is not None:
+                tensors[name] = changed
         save_file(tensors, path, metadata={"format": "pt"})
         return clip
 
@@ -49,17 +50,17 @@ def rewrite(clip: Path) -> Callable[..., Path]:
 
 def test_tensor_of_another_shape_is_named_with_both_shapes(rewrite: Callable[..., Path]) -> None:
     folder = rewrite(layers__2__mlp__fc1__weight=lambda tensor: tensor[:-3].clone())
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight has shape \(125, 64\); \(128, 64\)"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight has shape \(125, 64\); .* \(128, 64\)"):
         open_checkpoint(str(folder)).load_model()
 
 
 def test_positions_of_another_size_are_named_with_both_shapes(rewrite: Callable[..., Path]) -> None:
     folder = rewrite(position_embedding=lambda tensor: tensor[:5].clone())
-    with pytest.raises(CheckpointError, match=r"position_embedding\.weight has shape \(5, 64\); \(10, 64\)"):
+    with pytest.raises(CheckpointError, match=r"position_embedding\.weight has shape \(5, 64\); .* \(10, 64\)"):
         open_checkpoint(str(folder)).load_model()
 
 
-def test_tensor_that_the_cut_tower_reads_must_be_there(rewrite: Callable[..., Path]) -> None:
+def test_tensors_that_the_cut_tower_reads_must_be_there(rewrite: Callable[..., Path]) -> None:
     folder = rewrite(layers__1__mlp__fc1__weight=lambda _: None, post_layernorm=lambda _: None)
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.load_model(checkpoint.spec(1))
@@ -74,14 +75,14 @@ def test_positions_must_be_there_for_another_size_too(rewrite: Callable[..., Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_quantised_weights_are_not_taken_for_weights(rewrite: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_quantised_weights_are_refused(rewrite: Callable[..., Path], dtype: torch.dtype) -> None:
     folder = rewrite(layers__2__mlp__fc1__weight=lambda tensor: tensor.to(dtype))
     with pytest.raises(CheckpointError, match=r"fc1\.weight is torch\.\w+, so this tower is quantised"):
         open_checkpoint(str(folder)).load_model()
 
 
 def root_of(tensors: dict[str, torch.Tensor]) -> str:
-    """Give what the names begin with: nothing in transformers 5, `vision_model.` before."""
+    """Return what the names begin with: nothing in transformers 5, `vision_model.` before."""
     name = next(name for name in tensors if name.endswith("embeddings.patch_embedding.weight"))
     return name.removesuffix("embeddings.patch_embedding.weight")
 
@@ -89,18 +90,18 @@ def root_of(tensors: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize(
     "extra", ["encoder.layers.1.self_attn.q_norm.weight", "embeddings.register_tokens", "encoder.layers.1.ls_1.gamma"]
 )
-def test_weights_that_the_config_knows_nothing_of_are_refused(clip: Path, extra: str) -> None:
+def test_weights_that_the_config_does_not_describe_are_refused(clip: Path, extra: str) -> None:
     path = clip / "model.safetensors"
     tensors = load_file(path)
     extra = root_of(tensors) + extra
     save_file({**tensors, extra: torch.ones(64)}, path, metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=rf"holds {re.escape(extra)}, which a CLIPVisionModel of its config has not"
+        CheckpointError, match=rf"holds {re.escape(extra)}, but its config describes a CLIPVisionModel without it"
     ):
         open_checkpoint(str(clip)).load_model()
 
 
-def test_positions_that_are_only_counted_are_passed_over(clip: Path) -> None:
+def test_position_ids_are_ignored(clip: Path) -> None:
     path = clip / "model.safetensors"
     tensors = load_file(path)
     ids = {f"{root_of(tensors)}embeddings.position_ids": torch.arange(10)[None]}
@@ -108,7 +109,7 @@ def test_positions_that_are_only_counted_are_passed_over(clip: Path) -> None:
     assert open_checkpoint(str(clip)).load_model()
 
 
-def test_pickle_beside_an_open_clip_file_is_the_models(clip: Path) -> None:
+def test_pickle_beside_an_open_clip_file_holds_the_model(clip: Path) -> None:
     tensors = load_file(clip / "model.safetensors")
     (clip / "model.safetensors").unlink()
     save_file({"visual.conv1.weight": torch.zeros(2)}, clip / "open_clip_model.safetensors")
@@ -134,15 +135,15 @@ def test_more_layers_than_the_config_has_are_refused(clip: Path) -> None:
 
 
 def shard(folder: Path) -> dict[str, str]:
-    """Spread a small CLIP over three shards, and give its index."""
+    """Spread a small CLIP over three shards; return its weight map."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
     for number in range(3):
         name = f"model-{number}.safetensors"
-        held = dict(list(tensors.items())[number::3])
-        save_file(held, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(held, name)
+        content = dict(list(tensors.items())[number::3])
+        save_file(content, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(content, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
 
@@ -150,7 +151,7 @@ def shard(folder: Path) -> dict[str, str]:
 def test_shard_that_is_missing_is_named(clip: Path) -> None:
     shard(clip)
     (clip / "model-1.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-1\.safetensors is missing: the index names it"):
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors is missing: the index says that it holds tensors"):
         open_checkpoint(str(clip))
 
 
@@ -160,7 +161,7 @@ def test_shard_that_lacks_what_the_index_promises_is_named(clip: Path) -> None:
     (clip / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": weight_map | {name: "model-2.safetensors"}})
     )
-    with pytest.raises(CheckpointError, match=rf"model-2\.safetensors does not hold {name}, which the index"):
+    with pytest.raises(CheckpointError, match=rf"model-2\.safetensors does not hold {name}, although the index"):
         open_checkpoint(str(clip))
 
 
@@ -182,8 +183,7 @@ def test_shards_without_an_index_are_read_by_their_headers(clip: Path) -> None:
 def test_one_name_in_two_shards_without_an_index_is_refused(clip: Path) -> None:
     shard(clip)
     (clip / "model.safetensors.index.json").unlink()
-    held = load_file(clip / "model-0.safetensors")
-    save_file(held, clip / "model-9.safetensors")
+    shutil.copy(clip / "model-0.safetensors", clip / "model-9.safetensors")
     with pytest.raises(CheckpointError, match=r"both hold \S+, and no index says which"):
         open_checkpoint(str(clip))
 
@@ -192,11 +192,12 @@ def test_one_name_in_two_shards_without_an_index_is_refused(clip: Path) -> None:
 def test_file_cut_short_is_named_before_any_work(clip: Path, kept: int) -> None:
     path = clip / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors could not be read, it may be cut short: .+\.$"):
+    problem = "could not be read; it may be cut short" if kept else "is empty"
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors {problem}: .+\.$"):
         open_checkpoint(str(clip))
 
 
-def test_pickled_shards_are_told_by_their_index_and_refused_only_where_the_tower_is_in_them(clip: Path) -> None:
+def test_pickled_shards_are_refused_only_if_the_tower_is_in_them(clip: Path) -> None:
     path = clip / "pytorch_model.bin.index.json"
     (clip / "model.safetensors").unlink()
     names = {"a.weight": "pytorch_model-1.bin", "tower.patch.weight": "pytorch_model-2.bin"}
@@ -208,7 +209,7 @@ def test_pickled_shards_are_told_by_their_index_and_refused_only_where_the_tower
         tensors.select("tower.")
 
 
-def test_pickled_shards_are_read_where_they_are_allowed(clip: Path) -> None:
+def test_pickled_shards_are_read_if_they_are_allowed(clip: Path) -> None:
     expected = open_checkpoint(str(clip)).load_model()
     tensors = load_file(clip / "model.safetensors")
     (clip / "model.safetensors").unlink()
@@ -220,7 +221,7 @@ def test_pickled_shards_are_read_where_they_are_allowed(clip: Path) -> None:
 
 
 def write_sparse(path: Path, name: str, size: int, beside: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file of these FP32 tensors and one FP16 tensor of zeros, which takes no disk."""
+    """Write a safetensors file with these FP32 tensors and a sparse FP16 tensor of zeros, which uses no disk."""
     header, offset = {}, 0
     for other, tensor in beside.items():
         end = offset + tensor.nbytes
@@ -236,7 +237,7 @@ def write_sparse(path: Path, name: str, size: int, beside: dict[str, torch.Tenso
 
 
 def peak_memory_of_export(folder: Path, out: Path) -> int:
-    """Export in a process of its own, and give the most memory it ever held, in bytes."""
+    """Export in a separate process; return its peak memory in bytes."""
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
@@ -250,7 +251,7 @@ def peak_memory_of_export(folder: Path, out: Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def test_sharded_checkpoint_of_gigabytes_takes_no_more_memory_than_its_tower(clip: Path, tmp_path: Path) -> None:
+def test_sharded_checkpoint_of_gigabytes_needs_no_more_memory_than_its_tower(clip: Path, tmp_path: Path) -> None:
     tower = {
         f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}": tensor
         for name, tensor in load_file(clip / "model.safetensors").items()
@@ -259,10 +260,10 @@ def test_sharded_checkpoint_of_gigabytes_takes_no_more_memory_than_its_tower(cli
     folder.mkdir()
     weight_map = {}
     for number in range(4):
-        name, held = f"model-{number}.safetensors", f"model.layers.{number}.mlp.weight"
+        name, large = f"model-{number}.safetensors", f"model.layers.{number}.mlp.weight"
         beside = dict(list(tower.items())[number::4])
-        write_sparse(folder / name, held, GIB, beside)
-        weight_map |= dict.fromkeys((held, *beside), name)
+        write_sparse(folder / name, large, GIB, beside)
+        weight_map |= dict.fromkeys((large, *beside), name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": str(clip), "mm_vision_select_layer": -2}))
     assert sum(path.stat().st_size for path in folder.iterdir()) > 4 * GIB

@@ -1,4 +1,4 @@
-"""Of a checkpoint with several towers the one that is named is exported, and found again for the check."""
+"""The named one of several towers in a checkpoint is exported, and found again for the check."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 
 @pytest.fixture
 def video_llava(tmp_path: Path) -> Path:
-    """Write a model of transformers with two CLIPs, the one for videos of twice the weights."""
+    """Write a transformers model with two CLIPs; the weights of the one for videos are doubled."""
     image, video = make_model("clip"), doubled(make_model("clip"))
     config = transformers.VideoLlavaConfig(vision_config=image.config.to_dict(), text_config=LLAMA)
     model = transformers.VideoLlavaForConditionalGeneration(config)
@@ -42,26 +42,25 @@ def test_two_towers_are_listed_with_the_option_that_chooses(video_llava: Path) -
         open_checkpoint(str(video_llava))
 
 
-def test_tower_that_is_named_is_opened(video_llava: Path) -> None:
+def test_named_tower_is_opened(video_llava: Path) -> None:
     for name, vision in (("image_tower", make_model("clip")), ("video_tower", doubled(make_model("clip")))):
         root = open_checkpoint(str(video_llava), tower=name).layout.root
-        for called in (name, f"model.{name}", root.rstrip("."), root):
-            checkpoint = open_checkpoint(str(video_llava), tower=called)
-            asked = checkpoint.spec(-2, "patch")
-            found = checkpoint.load_model(asked)
-            assert all(torch.equal(a, b) for a, b in zip(found.parameters(), vision.parameters(), strict=True))
+        for tower in (name, f"model.{name}", root.rstrip("."), root):
+            checkpoint = open_checkpoint(str(video_llava), tower=tower)
+            model = checkpoint.load_model(checkpoint.spec(-2, "patch"))
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), vision.parameters(), strict=True))
 
 
-def test_wrong_name_lists_those_there_are(video_llava: Path, checkpoints: dict[str, Path]) -> None:
+def test_wrong_name_lists_the_towers(video_llava: Path, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(
         CheckpointError, match=r"has no tower 'audio_tower'; it has \S*image_tower\S* and \S*video_tower"
     ):
         open_checkpoint(str(video_llava), tower="audio_tower")
-    with pytest.raises(CheckpointError, match=r"'tower'; it has|is one tower and nothing else: leave --tower"):
+    with pytest.raises(CheckpointError, match=r"'tower'; it has|is a single tower and nothing else: leave out --tower"):
         open_checkpoint(str(checkpoints["clip"]), tower="tower")
 
 
-def test_name_of_both_chooses_neither(video_llava: Path) -> None:
+def test_name_that_fits_both_chooses_neither(video_llava: Path) -> None:
     path = video_llava / "model.safetensors"
     save_file({f"net.{name}": tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(CheckpointError, match="holds 2 towers"):
@@ -87,8 +86,8 @@ def test_check_and_doctor_find_the_tower_again(video_llava: Path, tmp_path: Path
     assert "image_tower" in doctor.stderr
 
 
-def test_tower_of_a_config_of_its_own_is_read_by_it(tmp_path: Path) -> None:
-    """A checkpoint may describe its towers apart: a config per tower, of other families even."""
+def test_tower_with_its_own_config_is_read_with_it(tmp_path: Path) -> None:
+    """A checkpoint may have one config per tower, even of different families."""
     clip, gelu = make_model("clip"), make_model("clip-gelu")
     config = transformers.LlavaConfig(vision_config=clip.config.to_dict(), text_config=LLAMA)
     tensors = {f"vision_tower.{n.removeprefix('vision_model.')}": t for n, t in clip.state_dict().items()}
@@ -97,6 +96,6 @@ def test_tower_of_a_config_of_its_own_is_read_by_it(tmp_path: Path) -> None:
     written = {**config.to_dict(), "video_config": gelu.config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert_same_tower(open_checkpoint(str(tmp_path), tower="vision_tower"), clip, (3,))
-    with_its_own = open_checkpoint(str(tmp_path), tower="video_tower")
-    assert with_its_own.config.hidden_act == "gelu"
-    assert_same_tower(with_its_own, doubled(gelu), (3,))
+    video = open_checkpoint(str(tmp_path), tower="video_tower")
+    assert video.config.hidden_act == "gelu"
+    assert_same_tower(video, doubled(gelu), (3,))

@@ -1,4 +1,4 @@
-"""Names that a wrapper changed are read without it, and what is not known to be a wrapper is refused."""
+"""Known wrappers are removed from the names of tensors, and unknown ones are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 
 
 def write(folder: Path, change: Callable[[str], str]) -> Path:
-    """Write a small CLIP whose tensors have other names."""
+    """Write a small CLIP with renamed tensors."""
     make_model("clip").save_pretrained(folder)
     path = folder / "model.safetensors"
     save_file({change(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -36,22 +36,22 @@ def write(folder: Path, change: Callable[[str], str]) -> Path:
         lambda name: name.replace("mlp.", "_fsdp_wrapped_module._checkpoint_wrapped_module.mlp."),
     ],
 )
-def test_wrapper_is_taken_off_and_said(
+def test_wrapper_is_removed_and_reported(
     tmp_path: Path, change: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write(tmp_path / "clip", change)
     with caplog.at_level("INFO"):
         export_tower(str(folder), tmp_path / "b", ExportOptions(flavour="none", check=False))
-    assert "removed from the names of the tower's tensors" in caplog.text
+    assert "from the names of the tower's tensors: they only wrap modules" in caplog.text
     assert_same_tower(open_checkpoint(str(folder)), make_model("clip"), (3,))
 
 
-def test_what_pytorch_itself_saves_of_wrapped_models_is_read(tmp_path: Path) -> None:
+def test_state_dict_that_pytorch_saves_of_a_wrapped_model_is_read(tmp_path: Path) -> None:
     model = make_model("clip")
     layers = getattr(model, "vision_model", model).encoder.layers
     for index in range(len(layers)):
         layers[index] = checkpoint_wrapper(layers[index])
-    state = {f"module.{name}": tensor for name, tensor in torch.compile(model).state_dict().items()}  # of DDP
+    state = {f"module.{name}": tensor for name, tensor in torch.compile(model).state_dict().items()}  # as DDP does
     state = {name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): t for name, t in state.items()}
     make_model("clip").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -61,23 +61,23 @@ def test_what_pytorch_itself_saves_of_wrapped_models_is_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("part", "made", "named"),
+    ("part", "wrapped", "wrapper"),
     [
         ("layers.1.", "layers.1._my_wrapper.", "_my_wrapper"),
         ("layers.1.", "layers.1.module.", "module"),
         ("embeddings.", "embeddings._my_wrapper.", "_my_wrapper"),
     ],
 )
-def test_wrapper_that_is_not_known_is_named(tmp_path: Path, part: str, made: str, named: str) -> None:
-    folder = write(tmp_path, lambda name: name.replace(part, made))
-    with pytest.raises(CheckpointError, match=rf"{named}.*save_pretrained"):
+def test_unknown_wrapper_is_named(tmp_path: Path, part: str, wrapped: str, wrapper: str) -> None:
+    folder = write(tmp_path, lambda name: name.replace(part, wrapped))
+    with pytest.raises(CheckpointError, match=rf"{wrapper}.*save_pretrained"):
         open_checkpoint(str(folder))
 
 
-def test_tensor_that_is_there_with_and_without_its_wrapper_is_refused(tmp_path: Path) -> None:
+def test_tensor_saved_both_with_and_without_its_wrapper_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, lambda name: name)
     tensors = load_file(folder / "model.safetensors")
     tensors |= {f"_orig_mod.{name}": tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="are one tensor once the wrapper is taken off"):
+    with pytest.raises(CheckpointError, match="have the same name once wrappers are removed"):
         open_checkpoint(str(folder))

@@ -683,7 +683,7 @@ def test_bundle_is_not_taken_out_inside_a_call_of_its_own(model: Any, bundles: B
     given = inputs(model, "llava", "one image")
     with trtower.install(model, bundles()) as installed:
         installed.tower.on_batch = lambda report: trtower.uninstall(model)
-        with pytest.raises(BackendError, match="is not closed or moved inside a call of its own"):
+        with pytest.raises(BackendError, match="cannot be closed or moved inside its own call"):
             logits(model, given)
         assert installed.is_installed
         installed.tower.on_batch = None

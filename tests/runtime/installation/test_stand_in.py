@@ -119,7 +119,7 @@ def test_output_is_assigned_to_as_models_do(install: Install) -> None:
     stand_in, _ = install()
     output = stand_in(draw(), output_hidden_states=True)
     assert type(output) is transformers.modeling_outputs.BaseModelOutputWithPooling
-    assert "pooler_output is asked for, one vector of an image" in repr(output)
+    assert "pooler_output, one vector per image, was requested" in repr(output)
     output.pooler_output = [torch.ones(3)]
     assert output.pooler_output[0].sum() == output["pooler_output"][0].sum() == 3
     assert output.attentions is None
@@ -152,7 +152,7 @@ def test_what_is_not_there_may_be_handed_on_and_not_used(install: Install, use: 
             ):
                 use(last)
         for pooled in (output.pooler_output, output[1]):
-            with pytest.raises(ConfigError, match="pooler_output is asked for"):
+            with pytest.raises(ConfigError, match="pooler_output, one vector per image, was requested"):
                 use(pooled)
 
 
@@ -209,11 +209,14 @@ def test_options_that_change_the_tower_are_refused(install: Install, option: str
     ("pixel_values", "words"),
     [
         (None, "pixel_values is a NoneType"),
-        (torch.zeros(3, 42, 42), r"pixel_values has shape \(3, 42, 42\); this engine takes a tensor \(B, 3, 42, 42\)"),
+        (
+            torch.zeros(3, 42, 42),
+            r"pixel_values has shape \(3, 42, 42\); this engine accepts a tensor \(B, 3, 42, 42\)",
+        ),
         (torch.zeros(1, 2, 3, 42, 42), r"pixel_values has shape \(1, 2, 3, 42, 42\)"),
         (
             torch.zeros(1, 3, 56, 56),
-            r"pixel_values has shape \(1, 3, 56, 56\); this engine takes a tensor \(B, 3, 42, 42\)",
+            r"pixel_values has shape \(1, 3, 56, 56\); this engine accepts a tensor \(B, 3, 42, 42\)",
         ),
         (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), "has dtype torch.uint8"),
         (torch.full((1, 3, 42, 42), float("nan")), "NaN or infinite"),

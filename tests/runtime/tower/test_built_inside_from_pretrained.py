@@ -1,4 +1,4 @@
-"""A tower that LLaVA's model class builds in its constructor, inside `from_pretrained`, with accelerate at work."""
+"""LLaVA's model class builds a tower in its constructor, inside `from_pretrained`, while accelerate is active."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +40,8 @@ class Llava(transformers.LlamaForCausalLM):
 @pytest.fixture(params=["one scale", "s2"])
 def saved(request: pytest.FixtureRequest, fp32_bundle: Path, tmp_path: Path) -> Path:
     scales = {"s2": True, "s2_scales": "42,84"} if request.param == "s2" else {}
-    said = {"mm_vision_tower": str(fp32_bundle), "mm_vision_select_layer": -2, "delay_load": True}
-    config = transformers.LlamaConfig(**TEXT, **said, **scales)
+    settings = {"mm_vision_tower": str(fp32_bundle), "mm_vision_select_layer": -2, "delay_load": True}
+    config = transformers.LlamaConfig(**TEXT, **settings, **scales)
     torch.manual_seed(1)
     Llava(config).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
@@ -53,13 +53,13 @@ def tower_of(model: Any) -> VisionTower:
 
 
 def assert_answers(model: Any, bundle: Path) -> None:
-    """Load the tower as LLaVA's loader does, and compare with one that was built alone."""
+    """Load the tower as LLaVA's loader does, and compare it with one built outside a model."""
     tower = tower_of(model)
     if not tower.is_loaded:
         tower.load_model(device_map="auto")
     pixel_values = images(2)
-    alone = build_vision_tower(model.config) if isinstance(tower, CLIPVisionTowerS2) else VisionTower.load(bundle)
-    assert torch.equal(tower(pixel_values), alone(pixel_values))
+    separate = build_vision_tower(model.config) if isinstance(tower, CLIPVisionTowerS2) else VisionTower.load(bundle)
+    assert torch.equal(tower(pixel_values), separate(pixel_values))
     assert tower.device == torch.device("cpu") == next(tower.parameters()).device
     assert model.model.mm_projector(tower(pixel_values)).shape[-1] == PROJECTED
 
@@ -115,7 +115,7 @@ def test_model_without_memory_has_a_tower_that_can_be_placed(saved: Path, fp32_b
     assert_answers(model, fp32_bundle)
 
 
-def test_split_over_devices_is_dispatched(saved: Path, fp32_bundle: Path) -> None:
+def test_model_split_over_devices_is_dispatched(saved: Path, fp32_bundle: Path) -> None:
     model = Llava.from_pretrained(saved)
     sizes = {0: "1GB", "cpu": "1GB"}
     device_map = accelerate.infer_auto_device_map(
@@ -137,7 +137,7 @@ def test_saved_model_holds_nothing_of_the_tower(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_hooks_of_offloading_can_be_taken_off(saved: Path, fp32_bundle: Path, loaded: bool) -> None:
+def test_offloading_hooks_can_be_removed(saved: Path, fp32_bundle: Path, loaded: bool) -> None:
     model = Llava.from_pretrained(saved)
     if loaded:
         tower_of(model).load_model()

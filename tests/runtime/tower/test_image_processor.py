@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 
 def reference_class(model: str, name: str) -> type:
-    """Find the PIL processor: transformers 5 has it in a module of its own, 4.57 under the plain name."""
+    """Find the PIL processor: transformers 5 has it in a separate module, 4.57 under the plain name."""
     package = f"transformers.models.{model}"
     try:
         return getattr(importlib.import_module(f"{package}.image_processing_pil_{model}"), f"{name}ImageProcessorPil")
@@ -89,9 +89,9 @@ def reference(config: dict) -> object:
     return REFERENCES[kind](**{k: v for k, v in config.items() if not k.endswith("_type")})
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected, strict=True)
+def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected, strict=True)
 
 
 def composites() -> bool:
@@ -100,20 +100,22 @@ def composites() -> bool:
     return bool(reference(settings)(clear)["pixel_values"][0].max() == 255)
 
 
-needs_compositing = pytest.mark.skipif(not composites(), reason="this transformers drops alpha, or takes no such array")
+needs_compositing = pytest.mark.skipif(
+    not composites(), reason="this transformers drops alpha, or does not accept such arrays"
+)
 
 
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_pil_images_give_the_pixels_of_transformers(config: str, image: str) -> None:
     picture = Image.fromarray(IMAGES[image]())
-    found = ImageProcessor(CONFIGS[config]).preprocess(picture)["pixel_values"][0]
-    assert_same(found, reference(CONFIGS[config]).preprocess(picture)["pixel_values"][0])
+    actual = ImageProcessor(CONFIGS[config]).preprocess(picture)["pixel_values"][0]
+    assert_same(actual, reference(CONFIGS[config]).preprocess(picture)["pixel_values"][0])
 
 
 @needs_compositing
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB"])
-def test_transparency_is_laid_on_white_as_in_transformers(mode: str) -> None:
+def test_transparency_is_composited_on_white_as_in_transformers(mode: str) -> None:
     picture = Image.fromarray(noise(120, 201, 4))
     if mode in ("P", "RGB"):
         picture = picture.convert("RGB").convert(mode)
@@ -159,7 +161,7 @@ def test_batches_and_nested_lists_keep_their_order() -> None:
         assert_same(processor(form, return_tensors="np")["pixel_values"], expected)
 
 
-def test_the_way_llava_calls_it() -> None:
+def test_calls_of_llava_work() -> None:
     processor = ImageProcessor(CONFIGS["clip 336, old form"])
     image = Image.fromarray(data.astronaut())
     pixels = processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
@@ -192,7 +194,7 @@ def test_overrides_last_one_call() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_to_dict_makes_the_same_processor_here_and_there(config: str) -> None:
+def test_to_dict_makes_the_same_processor_here_and_in_transformers(config: str) -> None:
     processor = ImageProcessor(CONFIGS[config])
     image = Image.fromarray(data.chelsea())
     expected = processor(image)["pixel_values"][0]
@@ -205,7 +207,7 @@ def test_a_siglip_config_names_its_final_size_as_crop_size() -> None:
     assert ImageProcessor(CONFIGS["siglip"]).crop_size == {"height": 384, "width": 384}
 
 
-def test_what_transformers_saves_is_read(tmp_path) -> None:
+def test_configs_that_transformers_saves_are_read(tmp_path) -> None:
     for kind in REFERENCES.values():
         kind().save_pretrained(tmp_path)
         assert ImageProcessor.from_file(tmp_path / "preprocessor_config.json").image_mean == list(kind().image_mean)
@@ -235,20 +237,20 @@ def test_what_transformers_saves_is_read(tmp_path) -> None:
         ({"image_std": [0.2, 0, 0.2]}, r"image_std=\[0.2, 0, 0.2\]"),
     ],
 )
-def test_a_config_it_cannot_honour_is_refused_by_name(config: dict, named: str) -> None:
+def test_unsupported_config_is_refused_by_name(config: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ImageProcessor(config)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text: str) -> None:
+def test_file_that_is_not_a_config_is_refused_by_name(tmp_path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text)
     for name in ("broken.json", "absent.json"):
         with pytest.raises(ConfigError, match=name):
             ImageProcessor.from_file(tmp_path / name)
 
 
-def test_a_call_it_cannot_honour_is_refused() -> None:
+def test_call_with_an_unsupported_argument_is_refused() -> None:
     processor = ImageProcessor({})
     image = Image.fromarray(noise(40, 60))
     for wrong in ({"do_pad": False}, {"resample": 7}, {"return_tensors": "tf"}):
@@ -257,7 +259,7 @@ def test_a_call_it_cannot_honour_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "settings", "found"),
+    ("images", "settings", "actual"),
     [
         ("photo.jpg", {}, "str"),
         (Image.new("RGB", (0, 9)), {}, r"\(3, 9, 0\)"),
@@ -269,12 +271,12 @@ def test_a_call_it_cannot_honour_is_refused() -> None:
         (Image.fromarray(noise(40, 60, 1)), {"do_convert_rgb": False}, "1 channels, image_mean has 3"),
     ],
 )
-def test_images_it_does_not_take_are_refused(images: object, settings: dict, found: str) -> None:
-    with pytest.raises(InputError, match=found):
+def test_unsupported_images_are_refused(images: object, settings: dict, actual: str) -> None:
+    with pytest.raises(InputError, match=actual):
         ImageProcessor(settings)(images)
 
 
-def test_unequal_sizes_make_a_list_but_no_batch() -> None:
+def test_unequal_sizes_make_a_list_but_not_a_batch() -> None:
     processor = ImageProcessor({"size": 20, "do_center_crop": False})
     images = [noise(40, 60), noise(60, 40)]
     assert [image.shape for image in processor(images).pixel_values] == [(3, 20, 30), (3, 30, 20)]
@@ -295,6 +297,6 @@ def test_a_batch_feature_is_a_dict_with_attributes_that_moves() -> None:
         _ = batch.pixel_mask
 
 
-def test_importing_it_brings_neither_pillow_nor_transformers() -> None:
+def test_importing_it_imports_neither_pillow_nor_transformers() -> None:
     code = "import sys, trtower.tower.image_processor; sys.exit(not {'PIL', 'transformers'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Model code that reaches through a built tower: VILA builds and saves it, tinychat calls what is inside."""
+"""Model code that reaches through a built tower: VILA builds and saves it, tinychat calls the model inside."""
 
 import functools
 import json
@@ -21,8 +21,8 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 
 def vila(**changes: object) -> transformers.PretrainedConfig:
-    said = {"vision_tower_cfg": {}, "mm_vision_select_layer": -2, "mm_vision_select_feature": "cls_patch"}
-    return transformers.PretrainedConfig(**{**said, **changes})
+    settings = {"vision_tower_cfg": {}, "mm_vision_select_layer": -2, "mm_vision_select_feature": "cls_patch"}
+    return transformers.PretrainedConfig(**{**settings, **changes})
 
 
 def test_vila_passes_the_path_before_the_config(fp32_bundle: Path) -> None:
@@ -40,25 +40,25 @@ def test_vila_reads_two_scales_in_its_own_form(fp32_bundle: Path) -> None:
     assert config.mm_hidden_size == 2 * WIDTH
 
 
-def test_vila_has_no_tower_where_it_passes_none() -> None:
+def test_vila_has_no_tower_if_it_passes_none() -> None:
     assert build_vision_tower(None, vila()) is None
 
 
-def test_vila_reads_the_layer_before_the_last_unless_it_says_another(fp32_bundle: Path) -> None:
-    said = SimpleNamespace(vision_tower_cfg={}, mm_vision_select_feature=None)
-    tower = build_vision_tower(str(fp32_bundle), said)
+def test_vila_reads_the_layer_before_the_last_by_default(fp32_bundle: Path) -> None:
+    config = SimpleNamespace(vision_tower_cfg={}, mm_vision_select_feature=None)
+    tower = build_vision_tower(str(fp32_bundle), config)
     assert tower is not None
     assert (tower.select_layer, tower.select_feature) == (-2, "patch")
 
 
-def test_patch_is_asked_about_where_vila_would_drop_one(bundles: Bundles) -> None:
+def test_patch_is_refused_if_vila_would_drop_a_patch(bundles: Bundles) -> None:
     siglip = bundles("siglip")
     with pytest.raises(ConfigError, match=r"drops the first token in VILA; a siglip tower has 0 .*'cls_patch'"):
         CLIPVisionTower(siglip, vila(mm_vision_select_feature="patch"))
     assert CLIPVisionTower(siglip, vila())(images(1)).shape == (1, PATCHES, WIDTH)
-    # LLaVA-NeXT says the same, and keeps every patch.
-    next_says = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    assert CLIPVisionTower(siglip, next_says)(images(1)).shape == (1, PATCHES, WIDTH)
+    # LLaVA-NeXT uses the same code, but keeps every patch.
+    next_config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    assert CLIPVisionTower(siglip, next_config)(images(1)).shape == (1, PATCHES, WIDTH)
 
 
 def test_bundle_is_named_without_the_config(fp32_bundle: Path) -> None:
@@ -70,11 +70,11 @@ def test_bundle_is_named_without_the_config(fp32_bundle: Path) -> None:
         build_vision_tower(config)
 
 
-def test_trained_tower_that_the_bundle_was_not_made_of_is_told_of(
+def test_trained_tower_that_the_bundle_was_not_exported_from_is_warned_about(
     fp32_bundle: Path, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def build(**said: object) -> None:
-        CLIPVisionTower(fp32_bundle, SimpleNamespace(mm_vision_select_layer=-2, **said), delay_load=True)
+    def build(**settings: object) -> None:
+        CLIPVisionTower(fp32_bundle, SimpleNamespace(mm_vision_select_layer=-2, **settings), delay_load=True)
 
     build(_name_or_path="acme/llava-7b")
     build(mm_tunable_parts="mm_vision_tower", _name_or_path=str(checkpoints["clip"]))
@@ -113,7 +113,7 @@ def test_saving_over_a_bundle_replaces_it_and_over_anything_else_is_refused(
     VisionTower.load(clip_bundle).vision_tower.save_pretrained(folder)
     inner.save_pretrained(folder)
     assert Bundle.open(folder).manifest == Bundle.open(fp32_bundle).manifest
-    inner.save_pretrained(fp32_bundle)  # where it is already
+    inner.save_pretrained(fp32_bundle)  # the bundle itself
     eager = tmp_path / "eager"
     eager.mkdir()
     (eager / "model.safetensors").touch()
@@ -121,7 +121,7 @@ def test_saving_over_a_bundle_replaces_it_and_over_anything_else_is_refused(
         inner.save_pretrained(eager)
 
 
-def test_processor_of_a_bundle_is_kept_and_what_was_changed_is_named(
+def test_processor_of_a_bundle_is_kept_and_changes_are_named(
     fp32_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tower = VisionTower.load(fp32_bundle)
@@ -130,11 +130,11 @@ def test_processor_of_a_bundle_is_kept_and_what_was_changed_is_named(
     assert not caplog.records
     tower.image_processor.size = {"shortest_edge": 84}
     tower.image_processor.save_pretrained(tmp_path / "bundle")
-    assert "it is kept, and size is not saved" in caplog.text
-    tower.image_processor.save_pretrained(tmp_path / "alone")
-    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "alone")
+    assert "belongs to a bundle and is kept; changes not saved: size." in caplog.text
+    tower.image_processor.save_pretrained(tmp_path / "separate")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "separate")
     assert dict(theirs.size) == {"shortest_edge": 84}
-    assert ImageProcessor.from_file(tmp_path / "alone" / "preprocessor_config.json").size == {"shortest_edge": 84}
+    assert ImageProcessor.from_file(tmp_path / "separate" / "preprocessor_config.json").size == {"shortest_edge": 84}
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
@@ -145,29 +145,29 @@ def test_states_are_those_of_the_model_inside_llavas_wrapper(
     inner, eager = tower.vision_tower, open_checkpoint(str(checkpoints[family])).load_model()
     assert isinstance(inner, type(eager))
     assert (inner.dtype, inner.device) == (next(inner.parameters()).dtype, tower.device)
-    found = inner(images(2).to(inner.dtype), output_hidden_states=True)
+    actual = inner(images(2).to(inner.dtype), output_hidden_states=True)
     with torch.no_grad():
         expected = eager(images(2), output_hidden_states=True)
     for layer in (-2, 3, -1):
-        assert torch.allclose(found.hidden_states[layer], expected.hidden_states[layer], atol=FP32_TOLERANCE)
+        assert torch.allclose(actual.hidden_states[layer], expected.hidden_states[layer], atol=FP32_TOLERANCE)
     with pytest.raises(
-        ConfigError, match=r"hidden state 1 of 4 layers was requested, .*export that, too: trtower export"
+        ConfigError, match=r"hidden state 1 of 4 layers was requested, .*export that state too: trtower export"
     ):
-        found.hidden_states[1]
+        actual.hidden_states[1]
 
 
-def test_model_inside_refuses_what_an_engine_cannot_follow(fp32_bundle: Path) -> None:
+def test_model_inside_refuses_unsupported_options(fp32_bundle: Path) -> None:
     inner = VisionTower.load(fp32_bundle).vision_tower
-    with pytest.raises(ConfigError, match="output_attentions cannot be followed by a compiled tower"):
+    with pytest.raises(ConfigError, match="output_attentions is not supported by a compiled tower"):
         inner(images(1), output_attentions=True)
     with pytest.raises(
-        InputError, match=r"pixel_values has shape \(3, 42, 42\); this engine takes a tensor \(B, 3, 42, 42\)"
+        InputError, match=r"pixel_values has shape \(3, 42, 42\); this engine accepts a tensor \(B, 3, 42, 42\)"
     ):
         inner(images(1)[0])
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_size_answers_in_every_way_that_llava_and_next_read_it(bundles: Bundles, family: str) -> None:
+def test_size_can_be_read_in_every_way_that_llava_and_next_do(bundles: Bundles, family: str) -> None:
     processor = VisionTower.load(bundles(family)).image_processor
     size = processor.size
     assert isinstance(size, dict)
@@ -179,7 +179,7 @@ def test_size_answers_in_every_way_that_llava_and_next_read_it(bundles: Bundles,
         size["longest_edge"]
 
 
-def test_size_of_unequal_sides_says_which_is_which() -> None:
+def test_size_of_unequal_sides_keeps_them_apart() -> None:
     size = Size(height=3, width=5)
     assert (size["shortest_edge"], size[0], size[1], size[-1], min(size), max(size), tuple(size)) == (
         3, 3, 5, 5, 3, 5, (3, 5),
@@ -191,7 +191,7 @@ def _warnings_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
 
-def test_folder_with_anything_beside_a_bundle_is_left_alone(
+def test_folder_with_files_beside_a_bundle_stays_unchanged(
     fp32_bundle: Path, clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "saved"
@@ -223,13 +223,13 @@ def test_saved_bundle_that_was_altered_or_reads_other_tokens_is_replaced(
     assert not Bundle.open(tmp_path / "saved").altered()
 
 
-def test_model_inside_a_tower_of_several_scales_takes_one_tile(fp32_bundle: Path) -> None:
+def test_model_inside_a_tower_of_several_scales_accepts_single_tiles(fp32_bundle: Path) -> None:
     args = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
     inner = CLIPVisionTowerS2(fp32_bundle, args).vision_tower
     assert inner(images(1)).hidden_states is None
-    with pytest.raises(InputError, match=r"shape \(1, 3, 84, 84\); this engine takes a tensor \(B, 3, 42, 42\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 3, 84, 84\); this engine accepts a tensor \(B, 3, 42, 42\)"):
         inner(torch.zeros(1, 3, 84, 84))
-    with pytest.raises(ConfigError, match="attention_mask cannot be followed"):
+    with pytest.raises(ConfigError, match="attention_mask is not supported"):
         inner(images(1), attention_mask=torch.ones(2, 10))
 
 
@@ -244,10 +244,12 @@ def test_size_is_set_in_the_form_that_it_has() -> None:
 
 
 @pytest.mark.parametrize("config", [{"mm_vision_select_layer": -2, "mm_vision_tower": "a"}, "engines/a"], ids=type)
-def test_config_that_is_no_object_is_called_what_it_is(fp32_bundle: Path, config: object) -> None:
+def test_config_that_is_a_dict_or_a_path_is_described(fp32_bundle: Path, config: object) -> None:
     with pytest.raises(
-        ConfigError, match=r"the config (is a dict \(pass types\.SimpleNamespace|'engines/a' has neither)"
+        ConfigError, match=r"the config (is a dict \(pass types\.SimpleNamespace.*\), so it|'engines/a') has neither"
     ):
         build_vision_tower(config)
-    with pytest.raises(ConfigError, match=r"the config (is a dict|'engines/a' has no mm_vision_select_layer)"):
+    with pytest.raises(
+        ConfigError, match=r"the config (is a dict .*, so it|'engines/a') has no mm_vision_select_layer"
+    ):
         CLIPVisionTower(fp32_bundle, config)

@@ -1,4 +1,4 @@
-"""A tower is loaded, warmed, watched, closed, and belongs to one process."""
+"""Load, warm up, observe and close a tower, which belongs to one process."""
 
 import copy
 import gc
@@ -39,14 +39,14 @@ def draw(batch: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, 42, 42, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def test_closed_tower_says_so_and_can_be_loaded_again(tower: VisionTower) -> None:
+def test_closed_tower_raises_and_can_be_loaded_again(tower: VisionTower) -> None:
     before = tower(draw(2))
     runner = tower._runner
     tower.close()
     tower.close()
     assert not tower.is_loaded
     assert tower.backend == "not loaded"
-    with pytest.raises(BackendError, match=r"not loaded, or closed: call load_model\(\)"):
+    with pytest.raises(BackendError, match=r"is not loaded, or was closed\. Call load_model\(\)"):
         tower(draw(2))
     with pytest.raises(BackendError, match="closed"):
         runner.run(draw(1), torch.empty(1, 10, 64).half())
@@ -54,7 +54,7 @@ def test_closed_tower_says_so_and_can_be_loaded_again(tower: VisionTower) -> Non
     assert torch.equal(tower(draw(2)), before)
 
 
-def test_block_closes_the_tower_whatever_happens_in_it(clip_bundle: Path) -> None:
+def test_with_block_closes_the_tower_even_after_an_error(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle)
     with pytest.raises(ZeroDivisionError), tower as entered:
         raise ZeroDivisionError(entered.is_loaded)
@@ -89,15 +89,15 @@ def test_warm_up_runs_what_the_profile_is_made_for(
     assert calls == [1, 2, 4]
     calls.clear()
     for wrong in ([-1], [0], ["8"], "8", 1.5, [True]):
-        with pytest.raises(ConfigError, match="warmup takes numbers of images"):
+        with pytest.raises(ConfigError, match="warmup expects numbers of images"):
             tower.warmup(wrong)  # type: ignore[arg-type]
     tower.warmup([3, 9])
     assert calls == [3, 4, 4, 1]
 
 
-def test_warm_up_wants_a_tower_that_is_loaded(clip_bundle: Path) -> None:
+def test_warm_up_needs_a_loaded_tower(clip_bundle: Path) -> None:
     args = SimpleNamespace(mm_vision_select_layer=-2)
-    with pytest.raises(BackendError, match=r"call load_model\(\)"):
+    with pytest.raises(BackendError, match=r"Call load_model\(\)"):
         CLIPVisionTower(clip_bundle, args, delay_load=True).warmup()
 
 
@@ -105,7 +105,7 @@ def test_warm_up_wants_a_tower_that_is_loaded(clip_bundle: Path) -> None:
 def test_tower_is_neither_pickled_nor_copied(tower: VisionTower, how: Callable[[object], object]) -> None:
     model = torch.nn.ModuleDict({"vision_tower": tower})
     for thing in (tower, model) if how is not copy.copy else (tower,):
-        with pytest.raises(BackendError, match=r"cannot be pickled or copied.*Hand over the bundle's path"):
+        with pytest.raises(BackendError, match=r"cannot be pickled or copied.*Pass the bundle's path instead"):
             how(thing)
 
 
@@ -148,9 +148,11 @@ def test_fork_refuses_what_would_hang_there(clip_bundle: Path, backend: str) -> 
     assert not done.returncode, done.stderr
     *refused, child, parent = done.stdout.splitlines()
     for line in refused[:2]:
-        assert "and this is a fork of it, where no backend runs: start processes with 'spawn'" in line
+        assert "this process is a fork of it, where no backend runs. Start processes with 'spawn'" in line
     for line in refused[2:]:
-        assert "has had a tower loaded before it forked this one" in line
+        assert (
+            "after a tower had been loaded there; the threads of torch and of a backend do not survive a fork" in line
+        )
     assert (len(refused), child, parent) == (5, "child ends with 0", "parent goes on (3, 9, 64)")
 
 
@@ -159,7 +161,7 @@ import os, sys
 from types import SimpleNamespace
 import torch
 from trtower import CLIPVisionTower
-torch.set_num_threads(1)  # torch's own threads, if it had any by now, would not be in the fork
+torch.set_num_threads(1)  # torch's own threads, if it had started any, would not exist in the fork
 tower = CLIPVisionTower(sys.argv[1], SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
 if not os.fork():
     tower.load_model()
@@ -183,7 +185,7 @@ def test_tower_that_was_made_before_a_fork_is_loaded_after_it(clip_bundle: Path)
     assert done.stdout.splitlines() == ["(1, 9, 64)", "False", "child ends with 0"], done.stderr
 
 
-def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: VisionTower, one_thread: None) -> None:
+def test_calls_go_on_while_another_thread_reopens_the_tower(tower: VisionTower, one_thread: None) -> None:
     del one_thread
     images = draw(9)
     expected, stop = tower(images), threading.Event()
@@ -204,14 +206,14 @@ def test_calls_go_on_while_the_tower_is_opened_anew_by_another_thread(tower: Vis
 
 
 def test_call_of_several_pieces_ends_before_the_tower_closes(tower: VisionTower) -> None:
-    images, begun, told = draw(9), threading.Event(), list[BatchReport]()
+    images, begun, reports = draw(9), threading.Event(), list[BatchReport]()
     expected = tower(images)
-    tower.on_batch = lambda report: (begun.set(), time.sleep(0.05), told.append(report))
+    tower.on_batch = lambda report: (begun.set(), time.sleep(0.05), reports.append(report))
     with ThreadPoolExecutor(1) as thread:
         call = thread.submit(tower, images)
         assert begun.wait(PATIENCE_S)
         tower.close()
-        assert len(told) == 3
+        assert len(reports) == 3
         assert torch.equal(call.result(PATIENCE_S), expected)
 
 
@@ -229,27 +231,27 @@ def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch
     assert len(opened) == 1
 
 
-def test_tower_is_not_closed_by_a_call_of_its_own(tower: VisionTower) -> None:
+def test_tower_cannot_be_closed_inside_its_own_call(tower: VisionTower) -> None:
     tower.on_batch = lambda _: tower.close()
-    with pytest.raises(BackendError, match="is not closed or moved inside a call of its own"):
+    with pytest.raises(BackendError, match="cannot be closed or moved inside its own call"):
         tower(draw(1))
     tower.on_batch = None
     assert tower(draw(1)).shape == (1, 9, 64)
 
 
-def test_tower_is_moved_and_loaded_while_a_callback_asks_for_both(
+def test_callback_can_load_and_cast_the_tower_while_it_moves(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What closes the old engine waits for calls, and holds nothing meanwhile that a call may want."""
+    """Closing the old engine waits for its calls, but holds no lock that a call may need."""
     begun, go_on = threading.Event(), threading.Event()
 
-    def ask(_: BatchReport) -> None:
+    def load_and_cast(_: BatchReport) -> None:
         begun.set()
         assert go_on.wait(PATIENCE_S)
         tower.load_model()
         tower.half()
 
-    tower.on_batch = ask
+    tower.on_batch = load_and_cast
     with ThreadPoolExecutor(2) as threads:
         call = threads.submit(tower, draw(1))
         assert begun.wait(PATIENCE_S)
@@ -270,7 +272,7 @@ def test_tower_that_is_closed_while_it_moves_stays_closed(tower: VisionTower, mo
         return choose(bundle, backend, "cpu", **options)
 
     monkeypatch.setattr("trtower.tower.engine.choose", choose_late)
-    monkeypatch.setattr(tower._engine, "_device_after", lambda *_: torch.device("cpu:0"))  # to torch another device
+    monkeypatch.setattr(tower._engine, "_device_after", lambda *_: torch.device("cpu:0"))  # another device to torch
     with ThreadPoolExecutor(2) as threads:
         moving = threads.submit(tower.to, "cuda")
         assert begun.wait(PATIENCE_S)
@@ -295,13 +297,13 @@ print("main ends")
 
 
 @pytest.mark.parametrize("backend", CPU)
-def test_python_ends_though_a_call_does_not(clip_bundle: Path, backend: str) -> None:
+def test_python_exits_even_if_a_call_does_not_end(clip_bundle: Path, backend: str) -> None:
     command = [sys.executable, "-c", STUCK, str(clip_bundle), backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE_S)
     assert (done.returncode, done.stdout) == (0, "main ends\n")
 
 
-def test_tower_that_nobody_holds_is_closed(clip_bundle: Path) -> None:
+def test_garbage_collected_tower_is_closed(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     runner = tower._runner
     del tower
@@ -320,13 +322,13 @@ def test_move_that_fails_leaves_the_tower_where_it_is_every_time(tower: VisionTo
     tower.load_model()
 
 
-def test_tower_that_is_loaded_is_not_loaded_elsewhere_in_silence(tower: VisionTower) -> None:
+def test_loaded_tower_is_not_silently_loaded_elsewhere(tower: VisionTower) -> None:
     tower.load_model("cpu")
-    with pytest.raises(BackendError, match=r"is loaded on cpu: \.to\('cuda:3'\) moves it"):
+    with pytest.raises(BackendError, match=r"is already loaded on cpu\. To move it: \.to\('cuda:3'\)"):
         tower.load_model("cuda:3")
 
 
-def test_callback_is_told_of_every_engine_call(tower: VisionTower) -> None:
+def test_callback_receives_a_report_of_every_engine_call(tower: VisionTower) -> None:
     reports: list[BatchReport] = []
     tower.on_batch = reports.append
     tower(draw(9))
@@ -338,7 +340,7 @@ def test_callback_is_told_of_every_engine_call(tower: VisionTower) -> None:
     assert len(reports) == 3
 
 
-def test_wait_for_a_turn_is_told_apart_from_the_run(clip_bundle: Path) -> None:
+def test_queue_time_is_reported_apart_from_run_time(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     reports: list[BatchReport] = []
     tower.on_batch = reports.append
@@ -352,28 +354,30 @@ def test_wait_for_a_turn_is_told_apart_from_the_run(clip_bundle: Path) -> None:
     assert report.queue_s > 0.1 > report.run_s
 
 
-def test_ranges_are_opened_and_closed_around_each_call(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_nvtx_ranges_are_opened_and_closed_around_each_call(
+    tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
     tower(draw(1))
-    assert not said
+    assert not calls
     tower.nvtx = True
     tower(draw(5))
     backend = tower._runner.backend
-    assert said == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
+    assert calls == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
 
 
-def test_ranges_are_refused_where_torch_has_none(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvtx_is_refused_if_torch_lacks_it(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(BackendError, match="built without CUDA, and has no NVTX"):
+    with pytest.raises(BackendError, match="nvtx=True needs NVTX, but this torch is built without CUDA"):
         tower.nvtx = True
     tower.nvtx = False
     assert tower(draw(1)).shape == (1, 9, 64)
 
 
-def test_callback_that_counts_as_nothing_is_still_called(tower: VisionTower) -> None:
+def test_callback_that_is_falsy_is_still_called(tower: VisionTower) -> None:
     class Reports(list[BatchReport]):
         def __call__(self, report: BatchReport) -> None:
             self.append(report)
@@ -388,14 +392,14 @@ def test_capture_of_a_cuda_graph_around_the_tower_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    tower(draw(1))  # a CUDA graph says nothing of what runs on the CPU
+    tower(draw(1))  # a CUDA graph does not concern what runs on the CPU
     monkeypatch.setattr(tower._engine, "runner", SimpleNamespace(device=torch.device("cuda", 0)))
-    with pytest.raises(BackendError, match="cannot run while a CUDA graph is captured around it"):
+    with pytest.raises(BackendError, match="cannot run inside a CUDA graph capture"):
         tower(draw(1))
     monkeypatch.undo()
 
 
-def test_features_are_written_where_the_caller_wants_them(tower: VisionTower) -> None:
+def test_features_are_written_into_out(tower: VisionTower) -> None:
     images = draw(2)
     out = torch.full((2, 9, 64), -1.0)
     assert tower(images, out=out) is out
@@ -404,35 +408,35 @@ def test_features_are_written_where_the_caller_wants_them(tower: VisionTower) ->
     assert torch.equal(tower(images[None], out=tiles)[0], out)
 
 
-def test_engine_writes_into_out_itself_where_everything_is_picked(
+def test_engine_writes_into_out_directly_if_everything_is_picked(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, run, places = draw(6), tower._runner.run, list[int]()
+    images, run, addresses = draw(6), tower._runner.run, list[int]()
     expected = tower(images)
 
     def watch(pixel_values: torch.Tensor, hidden_states: torch.Tensor, *rest: object) -> None:
-        places.append(hidden_states.data_ptr())
+        addresses.append(hidden_states.data_ptr())
         run(pixel_values, hidden_states, *rest)
 
     monkeypatch.setattr(tower._runner, "run", watch)
     tower.select_feature = "cls_patch"
     whole = torch.empty(6, 10, 64).half()
     assert tower(images, out=whole) is whole
-    assert places == [whole.data_ptr(), whole[4].data_ptr()]  # two calls, as the profile ends at 4
+    assert addresses == [whole.data_ptr(), whole[4].data_ptr()]  # two calls, as the profile ends at 4
     assert torch.equal(whole[:, 1:], expected)
     assert torch.equal(tower(images[None], out=torch.empty_like(whole)[None])[0], whole)
     strided, wider = torch.empty(6, 64, 10).half().mT, torch.empty(6, 10, 64)
     tower.select_feature = "patch"
     fewer = torch.empty(6, 9, 64).half()
     for out, feature in ((strided, "cls_patch"), (wider, "cls_patch"), (fewer, "patch")):
-        places.clear()
+        addresses.clear()
         tower.select_feature = feature
         tower(images, out=out)
-        assert out.data_ptr() not in places
+        assert out.data_ptr() not in addresses
         assert torch.equal(out.half(), whole if feature == "cls_patch" else expected)
 
 
-def test_out_may_lie_where_the_images_do(tower: VisionTower) -> None:
+def test_out_can_share_memory_with_the_images(tower: VisionTower) -> None:
     tower.select_feature = "cls_patch"
     images = draw(2)
     expected = tower(images)
@@ -450,19 +454,19 @@ def test_out_is_not_rounded_to_the_dtype_of_the_images(tower: VisionTower) -> No
     ("out", "message"),
     [
         (torch.empty(2, 9, 64).int(), "out has dtype torch.int32"),
-        (torch.empty(2, 10, 64), r"out is \(2, 10, 64\) on cpu; \(2, 9, 64\) on cpu is expected"),
+        (torch.empty(2, 10, 64), r"out is \(2, 10, 64\) on cpu; expected \(2, 9, 64\) on cpu"),
         (torch.empty(2, 9, 64, device="meta"), r"out is \(2, 9, 64\) on meta"),
         ([], "out is of type list"),
     ],
 )
-def test_out_of_another_shape_or_place_is_refused(tower: VisionTower, out: object, message: str) -> None:
+def test_out_of_another_shape_dtype_or_device_is_refused(tower: VisionTower, out: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tower(draw(2), out=out)
     with pytest.raises(InputError, match="images is a list"):
         tower([draw(1)[0]], out=torch.empty(1, 9, 64))
 
 
-def test_eight_threads_get_their_own_answers_in_ten_thousand_calls(tower: VisionTower, one_thread: None) -> None:
+def test_eight_threads_get_their_own_features_in_ten_thousand_calls(tower: VisionTower, one_thread: None) -> None:
     del one_thread
     batches = [draw(1 + seed % 3, seed) for seed in range(THREADS)]
     expected = [tower(images) for images in batches]

@@ -1,4 +1,4 @@
-"""The keywords of a tower are written once, and every class of towers shows them all."""
+"""The options of a tower are written once, and every tower class shows them all."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ LLAVA = ["vision_tower", "args", "delay_load", "vision_tower_cfg"]
 ARGS = SimpleNamespace(mm_vision_select_layer=-2)
 
 
-def test_type_checkers_read_the_options_that_there_are() -> None:
+def test_type_checkers_read_the_actual_options() -> None:
     assert get_type_hints(TowerKeywords) == {each.name: each.type for each in fields(TowerOptions)}
 
 
@@ -55,12 +55,12 @@ def test_signature_shows_every_keyword_with_its_default(function: Callable[..., 
         lambda path, **options: build_vision_tower(ARGS, bundle=path, **options),
     ],
 )
-def test_keyword_that_no_tower_takes_is_named(clip_bundle: Path, make: Callable[..., Any]) -> None:
+def test_keyword_that_no_tower_accepts_is_named(clip_bundle: Path, make: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'torch_dtype'"):
         make(clip_bundle, torch_dtype="float16")
 
 
-def test_layer_of_llavas_class_stands_in_its_config_alone(clip_bundle: Path) -> None:
+def test_layer_of_llavas_class_comes_only_from_its_config(clip_bundle: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'select_layer'"):
         CLIPVisionTower(clip_bundle, ARGS, select_layer=-2)
 
@@ -75,8 +75,8 @@ def test_options_are_checked_before_anything_is_loaded(clip_bundle: Path, make: 
 
 @pytest.mark.parametrize("make", [VisionTower, VisionTower.load, CLIPVisionTower.load])
 @pytest.mark.parametrize(
-    ("bundle", "said"), [(None, "of type NoneType"), (5, "of type int"), ("~nobody-of-this-name/x", "'~nobody")]
+    ("bundle", "actual"), [(None, "of type NoneType"), (5, "of type int"), ("~nobody-of-this-name/x", "'~nobody")]
 )
-def test_what_is_no_path_is_refused_in_one_line(make: Callable[..., Any], bundle: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"bundle is {said}.*; the path of a folder is expected"):
+def test_bundle_that_is_not_a_path_is_refused_in_one_line(make: Callable[..., Any], bundle: Any, actual: str) -> None:
+    with pytest.raises(ConfigError, match=f"bundle is {actual}.*; the path of a folder is expected"):
         make(bundle)

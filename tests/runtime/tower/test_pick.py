@@ -1,4 +1,4 @@
-"""Every layer code reads, out of a bundle of many hidden states, what the eager towers read."""
+"""From a bundle with many hidden states, every layer code reads what the eager towers read."""
 
 import shlex
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from trtower_export.pipeline import ExportOptions, export_tower
 
 NUM_LAYERS = 12
 HELD = (9, 0, 5, 6, 7, 2, 1, 12, 3, 11, 8, 10, 4)
-"""Every hidden state of 12 layers, in no order that a code has."""
+"""Every hidden state of 12 layers, in an order that no layer code has."""
 
 FP32_TOLERANCE = 2e-5
-"""ONNX Runtime and PyTorch sum in other orders; values here are of the order of 1."""
+"""ONNX Runtime and PyTorch sum in different orders; values here are of the order of 1."""
 
 PICKS = [
     (-2, "patch"),
@@ -112,14 +112,14 @@ def test_code_is_read_without_a_config(bundle: Path, output: object, layer: obje
     assert torch.allclose(tower(images()), read_eagerly(output.hidden_states, layer, feature), atol=FP32_TOLERANCE)
 
 
-def test_list_of_images_follows_the_pick(bundle: Path, output: object) -> None:
+def test_list_of_images_is_read_with_the_pick(bundle: Path, output: object) -> None:
     tower = CLIPVisionTower(bundle, config([4, -1]))
     expected = read_eagerly(output.hidden_states, [4, -1], "patch")
     for features, reference in zip(tower(list(images())), expected.split(1), strict=True):
         assert torch.allclose(features, reference, atol=FP32_TOLERANCE)
 
 
-def test_without_a_code_all_is_read_in_the_order_of_the_bundle(bundle: Path, output: object) -> None:
+def test_without_a_code_everything_is_read_in_the_order_of_the_bundle(bundle: Path, output: object) -> None:
     tower = VisionTower.load(bundle)
     assert tower.select_layer == list(HELD)
     assert tower.hidden_size == WIDTH * len(HELD)
@@ -152,11 +152,13 @@ def test_last_hidden_state_is_read_after_the_norm(export: Callable[..., Path], c
         expected = torch.cat(expected, dim=-1) if isinstance(expected, tuple) else expected
         assert torch.allclose(tower(images()), expected, atol=FP32_TOLERANCE)
         assert torch.equal(tower.feature_select(output), expected)
-    with pytest.raises(ConfigError, match=r"hidden state 3 of 4 layers; .* holds 2, last_hidden_state, 4\."):
+    with pytest.raises(
+        ConfigError, match=r"hidden state 3 of 4 layers, but .* contains only 2, last_hidden_state, 4\."
+    ):
         CLIPVisionTower(path, config(-2))
 
 
-def test_feature_and_layer_may_be_changed(bundle: Path, output: object) -> None:
+def test_feature_and_layer_can_be_changed(bundle: Path, output: object) -> None:
     tower = CLIPVisionTower(bundle, config(-2))
     for name, value in (
         ("select_layer", -4),
@@ -181,7 +183,7 @@ def test_refused_change_changes_nothing(export: Callable[..., Path]) -> None:
         assert (tower.select_layer, tower.select_feature, tower.hidden_size) == ([4, 1, 3], "patch", 3 * WIDTH)
 
 
-def test_select_sets_both_where_one_at_a_time_would_be_refused(export: Callable[..., Path]) -> None:
+def test_select_sets_both_if_one_at_a_time_would_be_refused(export: Callable[..., Path]) -> None:
     tower = CLIPVisionTower(
         export("clip", select_layer=(4, 1, 3, 2), precision="fp32", flavour="none"), config(1, "slicefour_patch")
     )
@@ -193,20 +195,22 @@ def test_select_sets_both_where_one_at_a_time_would_be_refused(export: Callable[
 
 
 @pytest.mark.parametrize(
-    ("layer", "feature", "found", "option"),
+    ("layer", "feature", "reading", "option"),
     [
-        (-4, "patch", "select_layer=-4 is hidden state 1 of 4 layers", "--select-layer=-4 "),
-        ([-1, -4], "patch", r"select_layer=\[-1, -4\] is hidden state 4, 1 of", "--select-layer=-1,-4 "),
-        ("last_hidden_state", "patch", "is hidden state last_hidden_state of", "--select-layer=last_hidden_state "),
-        (-102, "patch", "select_layer=-102 is hidden state 2, 4 of", "--select-layer=-102 "),
-        (0, "slicefour_patch", "select_layer=0 under slicefour_patch is hidden state 1, 2, 3, 4", "=1,2,3,4 "),
+        (-4, "patch", "select_layer=-4 reads hidden state 1 of 4 layers", "--select-layer=-4 "),
+        ([-1, -4], "patch", r"select_layer=\[-1, -4\] reads hidden state 4, 1 of", "--select-layer=-1,-4 "),
+        ("last_hidden_state", "patch", "reads hidden state last_hidden_state of", "--select-layer=last_hidden_state "),
+        (-102, "patch", "select_layer=-102 reads hidden state 2, 4 of", "--select-layer=-102 "),
+        (0, "slicefour_patch", "select_layer=0 with slicefour_patch reads hidden state 1, 2, 3, 4", "=1,2,3,4 "),
     ],
 )
-def test_layer_that_the_bundle_lacks_names_both_and_the_command(
-    export: Callable[..., Path], layer: object, feature: str, found: str, option: str
+def test_error_for_a_missing_layer_names_both_and_the_command(
+    export: Callable[..., Path], layer: object, feature: str, reading: str, option: str
 ) -> None:
     path = export("clip", select_layer=(4, 3), precision="fp32", flavour="none")
-    with pytest.raises(ConfigError, match=rf"{found}.*; {path} holds 4, 3\. Export it: trtower export ") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"{reading}.*, but {path} contains only 4, 3\. Export it: trtower export "
+    ) as caught:
         CLIPVisionTower(path, config(layer, feature))
     message = str(caught.value)
     assert "\n" not in message
@@ -214,13 +218,13 @@ def test_layer_that_the_bundle_lacks_names_both_and_the_command(
     assert " --select-feature patch --image-size 42 --precision fp32 --flavour none --batch 1,2,4 --out " in message
 
 
-def test_command_leaves_a_plan_to_the_machine_where_the_bundle_has_one(clip_bundle: Path) -> None:
+def test_command_omits_the_flavour_if_the_bundle_has_a_plan(clip_bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"--precision fp16 --batch 1,2,4 --out "):
         CLIPVisionTower(clip_bundle, config(0, "patch"))
 
 
-def test_the_command_in_the_message_exports_what_was_asked_for(export: Callable[..., Path], tmp_path: Path) -> None:
-    """A slice is asked for by its plain layers."""
+def test_command_in_the_message_exports_the_missing_layers(export: Callable[..., Path], tmp_path: Path) -> None:
+    """The command names the plain layers of a slice."""
     path = export("clip", precision="fp32", flavour="none")
     with pytest.raises(ConfigError) as caught:
         CLIPVisionTower(path, config(0, "slicefour_patch"))

@@ -1,4 +1,4 @@
-"""What a caller passes as pictures is read as transformers reads it, or refused in one line that says which and why."""
+"""Pictures are read as transformers reads them, or refused in one line that names the picture and the reason."""
 
 import io
 import tracemalloc
@@ -28,7 +28,7 @@ MEGABYTE = 2**20
 
 
 def in_mode(mode: str) -> Image.Image:
-    """Make a picture of any mode, with alpha that varies where the mode has it."""
+    """Make a picture of any mode, with varying alpha if the mode has alpha."""
     by_way_of = {"La": ("LA",), "LA": ("LA",), "PA": ("LA",), "RGBa": (), "RGBA": ()}
     picture = Image.fromarray(noise(120, 201, 4))
     for step in by_way_of.get(mode, ("L",) if mode in DEEP else ("RGB",)):
@@ -53,28 +53,28 @@ def test_every_mode_of_8_bits_gives_the_pixels_of_transformers(mode: str) -> Non
 
 
 @needs_compositing
-def test_premultiplied_grey_is_what_it_is_with_plain_alpha() -> None:
+def test_premultiplied_grey_gives_the_pixels_of_plain_alpha() -> None:
     picture = in_mode("La")
     assert_same(ImageProcessor({})(picture).pixel_values[0], reference({})(picture.convert("LA")).pixel_values[0])
 
 
 @needs_compositing
 @pytest.mark.parametrize("mode", [mode for mode in EIGHT_BIT if mode not in ("1", "P", "PA")])
-def test_every_mode_that_stays_as_it_is_gives_the_pixels_of_transformers(mode: str) -> None:
+def test_every_unconverted_mode_gives_the_pixels_of_transformers(mode: str) -> None:
     picture = in_mode(mode)
     assert_same(ImageProcessor(AS_THEY_ARE)(picture).pixel_values[0], reference(AS_THEY_ARE)(picture).pixel_values[0])
 
 
 @pytest.mark.parametrize("settings", [{}, AS_THEY_ARE, OFF], ids=["defaults", "not converted", "no steps"])
 @pytest.mark.parametrize("mode", DEEP)
-def test_mode_of_more_bits_is_refused_with_its_place_and_the_line_that_scales_it(mode: str, settings: dict) -> None:
+def test_deeper_mode_is_refused_with_its_position_and_the_line_that_scales_it(mode: str, settings: dict) -> None:
     line = r"PIL\.Image\.fromarray\(\(np\.asarray\(picture\) / white \* 255\)\.clip\(0, 255\)\.astype\(np\.uint8\)\)"
-    with pytest.raises(InputError, match=rf"^images\[1\]\[0\]: mode {mode} is not 8 bits a channel.*{line}$"):
+    with pytest.raises(InputError, match=rf"^images\[1\]\[0\]: mode {mode} does not have 8 bits per channel.*{line}$"):
         ImageProcessor(settings)([PICTURE, [in_mode(mode)]])
 
 
-def test_the_line_that_scales_it_does() -> None:
-    picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 16)  # 12 bits in a picture of 16
+def test_line_that_scales_a_deeper_mode_works() -> None:
+    picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 16)  # 12 bits in a 16-bit picture
     assert picture.mode == "I;16"
     scaled = Image.fromarray((np.asarray(picture) / 4080 * 255).clip(0, 255).astype(np.uint8))
     expected = ImageProcessor({})(PICTURE.getchannel(0)).pixel_values[0]
@@ -88,7 +88,7 @@ def test_16_bits_of_a_file_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "PA"])
-def test_palette_and_bits_are_no_brightness(mode: str) -> None:
+def test_palette_and_bits_are_not_brightness(mode: str) -> None:
     with pytest.raises(InputError, match=f"mode {mode} .*do_convert_rgb=True"):
         ImageProcessor(AS_THEY_ARE)(in_mode(mode))
 
@@ -143,7 +143,7 @@ def test_tensors_that_are_not_numbers_of_pixels_are_refused_by_name(dtype: torch
         ImageProcessor({})(torch.ones(3, 40, 60, dtype=dtype))
 
 
-def test_the_line_for_bools_makes_white_of_them() -> None:
+def test_line_for_bools_makes_true_white() -> None:
     with pytest.raises(InputError, match=r"array \* np\.uint8\(255\)"):
         ImageProcessor({})(PIXELS > 99)
     assert set(np.unique(ImageProcessor(OFF)((PIXELS > 99) * np.uint8(255)).pixel_values)) == {0, 255}
@@ -159,14 +159,14 @@ def test_a_value_that_is_not_finite_is_refused(value: float, settings: dict) -> 
 
 
 def test_masked_values_are_refused_and_unmasked_ones_read() -> None:
-    with pytest.raises(InputError, match=r"masked; fill them: array\.filled\(0\)"):
+    with pytest.raises(InputError, match=r"masked values; fill them: array\.filled\(0\)"):
         ImageProcessor({})(np.ma.masked_greater(PIXELS, 250))
     found = ImageProcessor(OFF)(np.ma.masked_greater(PIXELS, 255)).pixel_values[0]
     assert type(found) is np.ndarray
 
 
 @pytest.mark.parametrize("array", [PIXELS / 2, PIXELS.astype(np.float32) + np.float32(0.5) - PIXELS % 2])
-def test_fractions_beyond_1_are_not_resized_by_guess(array: np.ndarray) -> None:
+def test_fractions_beyond_1_are_not_resized(array: np.ndarray) -> None:
     with pytest.raises(InputError, match=r"fractions of float(32|64) .*array\.round\(\)"):
         ImageProcessor({})(array.clip(0, 255))
 
@@ -175,22 +175,22 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8], ids=str)
-def test_float_types_that_numpy_does_not_have_are_read_as_float32(dtype: torch.dtype) -> None:
+def test_float_types_that_numpy_lacks_are_read_as_float32(dtype: torch.dtype) -> None:
     tensor = (torch.from_numpy(PIXELS) / 256).to(dtype)
     expected = reference({"do_rescale": False})(tensor.float().numpy()).pixel_values[0]
     assert_same(ImageProcessor({"do_rescale": False})(tensor).pixel_values[0], expected)
 
 
-def test_tensors_that_autograd_follows_are_read() -> None:
+def test_tensors_that_autograd_tracks_are_read() -> None:
     tensor = torch.from_numpy(PIXELS).float()
     expected = ImageProcessor({})(PIXELS).pixel_values[0]
     negated = torch.complex(tensor, -tensor).conj().imag  # a view that torch negates when it is read
-    for followed in (tensor.clone().requires_grad_(), torch.nn.Parameter(tensor), tensor.clone().requires_grad_() * 1):
-        assert_same(ImageProcessor({})(followed).pixel_values[0], expected)
+    for tracked in (tensor.clone().requires_grad_(), torch.nn.Parameter(tensor), tensor.clone().requires_grad_() * 1):
+        assert_same(ImageProcessor({})(tracked).pixel_values[0], expected)
     assert_same(ImageProcessor({})(negated).pixel_values[0], expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what is in beta and of what is going
+@pytest.mark.filterwarnings("ignore")  # torch's own, about beta and deprecated features
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -211,7 +211,7 @@ def test_tensors_without_an_array_are_refused_by_name(make: Callable[[torch.Tens
 @pytest.mark.parametrize(
     "shape", [(1, 300, 3), (3, 200, 3), (3, 9, 3), (3, 9, 1), (4, 9, 3), (1, 9, 4), (4, 9, 4), (1, 1, 1), (1, 3, 3)]
 )
-def test_an_array_with_channels_at_both_ends_waits_for_its_format(shape: tuple[int, ...]) -> None:
+def test_array_with_channels_at_both_ends_needs_a_format(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     for pictures in (array, torch.from_numpy(array), array[None], [PIXELS, array]):
         with pytest.raises(InputError, match=rf"\({', '.join(map(str, shape))}\).*input_data_format='channels_first'"):
@@ -228,7 +228,7 @@ def test_input_data_format_means_what_it_means_in_transformers(shape: tuple[int,
         assert_same(ImageProcessor({})(pictures, input_data_format=input_data_format).pixel_values[0], expected)
 
 
-def test_the_enum_of_transformers_is_a_format() -> None:
+def test_enum_of_transformers_is_accepted_as_a_format() -> None:
     from transformers.image_utils import ChannelDimension
 
     array = PIXELS[:3]
@@ -237,7 +237,7 @@ def test_the_enum_of_transformers_is_a_format() -> None:
     assert_same(found.pixel_values[0], expected.pixel_values[0])
 
 
-def test_format_none_is_greyscale_without_a_side_of_channels() -> None:
+def test_format_none_means_greyscale_without_channels() -> None:
     grey = PIXELS[..., 0]
     expected = ImageProcessor({})(Image.fromarray(grey)).pixel_values[0]
     assert_same(ImageProcessor({})(grey, input_data_format="none").pixel_values[0], expected)
@@ -251,20 +251,20 @@ def test_format_none_is_greyscale_without_a_side_of_channels() -> None:
         ImageProcessor({})(grey)
 
 
-def test_a_format_is_not_asked_of_pil_images() -> None:
+def test_format_does_not_matter_for_pil_images() -> None:
     expected = ImageProcessor({})(PICTURE).pixel_values[0]
     for input_data_format in ("channels_first", "channels_last", "none"):
         assert_same(ImageProcessor({})(PICTURE, input_data_format=input_data_format).pixel_values[0], expected)
 
 
 def test_a_side_that_cannot_be_channels_is_refused() -> None:
-    for array, given, named in (
+    for array, input_data_format, named in (
         (PIXELS, "channels_first", "first side"),
         (PIXELS.transpose(2, 0, 1), "channels_last", "last side"),
         (PIXELS[..., :2], None, "first or last side"),
     ):
         with pytest.raises(InputError, match=f"{named} of 1, 3 or 4"):
-            ImageProcessor({})(array, input_data_format=given)
+            ImageProcessor({})(array, input_data_format=input_data_format)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ FRACTIONS = PIXELS.astype(np.float32) / 256
 
 
 @pytest.mark.parametrize(
-    ("pictures", "settings", "seen", "expected", "advice"),
+    ("pictures", "settings", "values", "expected", "advice"),
     [
         (FRACTIONS, {}, r"0\.0 to 0\.99", "0 to 255", "do_rescale=False"),
         (torch.from_numpy(FRACTIONS).double(), {"do_resize": False}, r"0\.0 to 0\.99", "0 to 255", "do_rescale=False"),
@@ -292,14 +292,14 @@ FRACTIONS = PIXELS.astype(np.float32) / 256
         (PICTURE, {"do_rescale": False}, "0 to 255", "0 to 1", "do_rescale=True"),
     ],
 )
-def test_a_range_that_is_scaled_twice_or_not_at_all_is_told_once(
-    pictures: object, settings: dict, seen: str, expected: str, advice: str, caplog: pytest.LogCaptureFixture
+def test_range_that_is_scaled_twice_or_not_at_all_warns_once(
+    pictures: object, settings: dict, values: str, expected: str, advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = ImageProcessor(settings)
     for _ in range(3):
         found = processor([pictures, pictures]).pixel_values[0]
     (message,) = warnings_of(caplog)
-    assert seen.replace("\\", "") in message
+    assert values.replace("\\", "") in message
     assert f"expects {expected}" in message
     assert advice in message
     assert_same(found, reference(settings)(pictures).pixel_values[0])
@@ -311,17 +311,17 @@ def test_a_range_that_is_scaled_twice_or_not_at_all_is_told_once(
         (PIXELS.astype(np.float32), {}),
         (FRACTIONS, {"do_rescale": False}),
         (PIXELS // 128, {}),  # bytes of a dark picture
-        (PIXELS * 0.0, {}),  # black, whichever the range
+        (PIXELS * 0.0, {}),  # black in either range
         (PICTURE, {"do_rescale": False, "image_mean": [123, 117, 104]}),
         (PICTURE, {"do_rescale": False, "do_normalize": False}),
     ],
 )
-def test_a_range_that_fits_is_not_warned_of(pictures: object, settings: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_range_that_fits_does_not_warn(pictures: object, settings: dict, caplog: pytest.LogCaptureFixture) -> None:
     ImageProcessor(settings)(pictures)
     assert warnings_of(caplog) == []
 
 
-def test_a_picture_is_not_turned_by_its_exif_as_in_transformers(tmp_path: Path) -> None:
+def test_exif_orientation_is_ignored_as_in_transformers(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     PICTURE.save(tmp_path / "turned.jpg", exif=exif)
@@ -331,7 +331,7 @@ def test_a_picture_is_not_turned_by_its_exif_as_in_transformers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (10000, 1), (1, 10000), (30000, 30)])
-def test_a_strip_is_refused_before_the_memory_is_taken(size: tuple[int, int]) -> None:
+def test_strip_is_refused_before_memory_is_allocated(size: tuple[int, int]) -> None:
     picture = Image.new("L", size)
     tracemalloc.start()
     try:
@@ -356,18 +356,19 @@ def test_strips_that_are_possible_give_the_pixels_of_transformers() -> None:
     strip = Image.fromarray(noise(2, 600))
     assert_same(ImageProcessor({})(strip).pixel_values[0], reference({})(strip).pixel_values[0])
     strip, square = Image.fromarray(noise(1, 10000)), {"size": {"height": 30, "width": 40}}
-    expected = reference(square)(strip, input_data_format="channels_last").pixel_values[0]  # 4.57 asks it of PIL too
+    # transformers 4.57 needs the format for PIL images too.
+    expected = reference(square)(strip, input_data_format="channels_last").pixel_values[0]
     assert_same(ImageProcessor(square)(strip).pixel_values[0], expected)
 
 
-def test_a_large_tower_still_takes_a_panorama() -> None:
+def test_large_tower_still_accepts_a_panorama() -> None:
     assert ImageProcessor({"size": 2100, "crop_size": 10})(Image.new("L", (4, 1))).pixel_values[0].shape == (3, 10, 10)
     with pytest.raises(InputError, match="at most 4 to 1"):
         ImageProcessor({"size": 2100})(Image.new("L", (5, 1)))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif"])
-def test_a_file_that_ends_too_early_is_one_line(tmp_path: Path, suffix: str) -> None:
+def test_truncated_file_gives_one_line(tmp_path: Path, suffix: str) -> None:
     whole = tmp_path / f"whole.{suffix}"
     Image.fromarray(data.chelsea()).save(whole)
     content = whole.read_bytes()
@@ -376,7 +377,7 @@ def test_a_file_that_ends_too_early_is_one_line(tmp_path: Path, suffix: str) -> 
         ImageProcessor({})([PICTURE, Image.open(broken)])
 
 
-def test_a_file_that_was_closed_is_one_line(tmp_path: Path) -> None:
+def test_closed_file_gives_one_line(tmp_path: Path) -> None:
     PICTURE.save(tmp_path / "closed.png")
     with Image.open(tmp_path / "closed.png") as closed:
         pass
@@ -385,7 +386,7 @@ def test_a_file_that_was_closed_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
-def test_of_several_frames_the_first_is_read_as_in_transformers(tmp_path: Path, suffix: str) -> None:
+def test_first_of_several_frames_is_read_as_in_transformers(tmp_path: Path, suffix: str) -> None:
     first, *others = (Image.fromarray(noise(30, 40) // (index + 1)) for index in range(3))
     first.save(tmp_path / f"frames.{suffix}", save_all=True, append_images=others)
     with Image.open(tmp_path / f"frames.{suffix}") as frames:
@@ -398,7 +399,7 @@ def test_of_several_frames_the_first_is_read_as_in_transformers(tmp_path: Path, 
     assert not np.array_equal(every[0], every[2])
 
 
-def test_lists_tuples_generators_and_kinds_may_be_mixed() -> None:
+def test_lists_tuples_generators_and_kinds_can_be_mixed() -> None:
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     expected = ImageProcessor({})(PICTURE).pixel_values[0]
     mixed = [PICTURE, PIXELS, (tensor, [PIXELS[None], tensor[None]])]
@@ -421,7 +422,7 @@ def test_strides_do_not_matter() -> None:
 
 
 class Subclass(Image.Image):
-    """A picture of somebody's own class."""
+    """A picture of a caller's own class."""
 
 
 def test_subclasses_of_pil_images_are_pictures() -> None:
@@ -431,7 +432,7 @@ def test_subclasses_of_pil_images_are_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("pictures", "named"),
     [
         ("cat.jpg", r"images is of type str; open it with PIL\.Image\.open\(path\)"),
         (Path("cat.jpg"), r"Path; open it with PIL\.Image\.open\(path\)"),
@@ -452,9 +453,9 @@ def test_subclasses_of_pil_images_are_pictures() -> None:
         (np.array([PICTURE, None], dtype=object), r"shape \(2,\)"),
     ],
 )
-def test_what_is_not_a_picture_is_refused_with_the_call_to_make(given: object, named: str) -> None:
+def test_other_objects_are_refused_with_the_call_that_opens_them(pictures: object, named: str) -> None:
     with pytest.raises(InputError, match=named):
-        ImageProcessor({})(given)
+        ImageProcessor({})(pictures)
 
 
 @pytest.mark.parametrize("mode", EIGHT_BIT)
@@ -471,7 +472,7 @@ def test_arrays_without_pixels_are_refused(shape: tuple[int, ...]) -> None:
             ImageProcessor({})(pictures)
 
 
-def test_transparency_that_makes_no_sense_is_one_line() -> None:
+def test_invalid_transparency_gives_one_line() -> None:
     picture = PICTURE.convert("L")
     picture.info["transparency"] = b"abc"
     with pytest.raises(InputError, match="Pillow cannot"):

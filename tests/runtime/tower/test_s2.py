@@ -1,4 +1,4 @@
-"""Several scales in few calls give what one scale after the other gives."""
+"""Running several scales in few calls gives the same features as running one scale after another."""
 
 import math
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from trtower.errors import ConfigError, InputError
 from trtower_export.pipeline import ExportOptions, export_tower
 
 S, P, N = IMAGE_SIZE, 1, 9
-"""Pixels of a tile's side, prefix tokens, and patches of a tile."""
+"""Pixels per side of a tile, prefix tokens, and patches per tile."""
 
 FP32_TOLERANCE = 2e-5
-"""ONNX Runtime and PyTorch sum in other orders; values here are of the order of 1."""
+"""ONNX Runtime and PyTorch sum in different orders; values here are of the order of 1."""
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,7 +35,7 @@ def images(batch: int, side: int = 126, dtype: torch.dtype = torch.float32) -> t
 def read_scale_by_scale(
     tower: Reference, pixels: torch.Tensor, scales: list[int], index: int = 0, prefix: int = 0
 ) -> torch.Tensor:
-    """Do what s2wrapper's `forward` does with split_mode="resize", in loops: one call of the tower a tile."""
+    """Do what s2wrapper's `forward` does with split_mode="resize", in loops: one call of the tower per tile."""
     grids, prefixes = [], []
     for scale in scales:
         resized = functional.interpolate(pixels.float(), size=(scale, scale), mode="bicubic").to(pixels.dtype)
@@ -115,7 +115,7 @@ def test_features_are_those_of_the_eager_scales(
 
 
 @pytest.mark.parametrize("side", [30, 42, 100, 200])
-def test_images_of_any_size_are_brought_to_every_scale(fp32_bundle: Path, eager: Reference, side: int) -> None:
+def test_images_of_any_size_are_resized_to_every_scale(fp32_bundle: Path, eager: Reference, side: int) -> None:
     pixels = images(2, side)
     features = CLIPVisionTowerS2(fp32_bundle, config())(pixels)
     assert torch.allclose(features, read_scale_by_scale(eager, pixels, [42, 84, 126]), atol=FP32_TOLERANCE)
@@ -123,23 +123,23 @@ def test_images_of_any_size_are_brought_to_every_scale(fp32_bundle: Path, eager:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_pixels_and_features_are_rounded_where_the_eager_tower_rounds(fp32_bundle: Path, dtype: torch.dtype) -> None:
-    """Resized pixels, a tile's features and the averages of an area are each in the dtype of the images."""
+    """Resized pixels, the features of a tile and area averages are each rounded to the dtype of the images."""
     pixels = images(2, 126, dtype)
     one_scale = VisionTower.load(fp32_bundle)
     features = CLIPVisionTowerS2(fp32_bundle, config())(pixels)
     expected = read_scale_by_scale(one_scale, pixels, [42, 84, 126])
     assert features.dtype == dtype
-    # Two batches of one tile differ in the last bits of FP32, which may tip a rounding: few values, one unit each.
+    # The same tile differs in the last FP32 bits between batches, which can tip a rounding: few values, one unit each.
     assert torch.isclose(features, expected, rtol=0, atol=FP32_TOLERANCE).float().mean() > 0.99
     assert torch.allclose(features, expected, rtol=torch.finfo(dtype).eps, atol=FP32_TOLERANCE)
 
 
-def test_half_precision_engine_gives_what_it_gives_scale_by_scale(clip_bundle: Path) -> None:
+def test_half_precision_engine_gives_the_same_features_scale_by_scale(clip_bundle: Path) -> None:
     pixels = images(2, 126, torch.float16)
     expected = read_scale_by_scale(VisionTower.load(clip_bundle), pixels, [42, 84, 126])
     features = CLIPVisionTowerS2(clip_bundle, config())(pixels)
     assert features.dtype == torch.float16
-    # FP16 kernels round otherwise for other batches: some units of 2 ** -9 at the 4 that features reach.
+    # FP16 kernels round differently for other batches: some units of 2 ** -9 for features, which reach 4.
     assert torch.allclose(features, expected, rtol=0, atol=2e-2)
     assert (features - expected).abs().float().mean() < 1e-3
 
@@ -160,10 +160,10 @@ def test_all_tiles_of_all_scales_run_packed(
 ) -> None:
     tower = CLIPVisionTowerS2(fp32_bundle, config(scales))
     calls = count_calls(tower)
-    for given in (images(1), images(2), [images(1)[0], images(1, 50)[0], images(2, 84)]):
+    for inputs in (images(1), images(2), [images(1)[0], images(1, 50)[0], images(2, 84)]):
         calls.clear()
-        tower(given)
-        total = tiles * (len(given) if isinstance(given, torch.Tensor) else 4)
+        tower(inputs)
+        total = tiles * (len(inputs) if isinstance(inputs, torch.Tensor) else 4)
         assert sum(calls) == total
         assert len(calls) == math.ceil(total / BATCH.max)
 
@@ -177,7 +177,7 @@ def test_cls_tokens_are_averaged_over_a_scale(fp32_bundle: Path, eager: Callable
     assert torch.allclose(features, expected, atol=FP32_TOLERANCE)
 
 
-def test_tower_without_cls_keeps_all_patches_as_vila_means_it(siglip_bundle: Path) -> None:
+def test_tower_without_cls_keeps_all_patches_as_in_vila(siglip_bundle: Path) -> None:
     args = config("42,84", mm_vision_select_feature="cls_patch")
     tower = build_vision_tower(SimpleNamespace(**vars(args), mm_vision_tower=str(siglip_bundle)))
     assert isinstance(tower, CLIPVisionTowerS2)
@@ -196,7 +196,7 @@ def test_several_layers_at_several_scales(export: Callable[..., Path]) -> None:
     assert torch.allclose(tower(pixels), expected, atol=FP32_TOLERANCE)
 
 
-def test_config_answers_as_llavas_and_vilas_towers_do(fp32_bundle: Path) -> None:
+def test_attributes_are_those_of_llavas_and_vilas_towers(fp32_bundle: Path) -> None:
     tower = CLIPVisionTowerS2(fp32_bundle, config("126,42,84"), delay_load=True)
     assert (tower.s2_scales, tower.s2_split_size, tower.s2_image_size) == ([42, 84, 126], 42, 126)
     assert (tower.scales, tower.max_split_size, tower.resize_output_to_scale_idx) == ([42, 84, 126], 42, 0)
@@ -219,7 +219,7 @@ def test_image_processor_makes_the_largest_scale(fp32_bundle: Path, siglip_bundl
         assert tower(pixel_values).shape == (1, N, 3 * WIDTH)
 
 
-def test_dynamic_s2_multiplies_the_width_alone(fp32_bundle: Path) -> None:
+def test_dynamic_s2_multiplies_only_the_width(fp32_bundle: Path) -> None:
     args = config("84,42", s2=False, dynamic_s2=True, s2_max_split_size=42, s2_resize_output_to_scale_idx=-1)
     tower = build_vision_tower(SimpleNamespace(**vars(args), mm_vision_tower=str(fp32_bundle)))
     assert type(tower) is CLIPVisionTowerDynamicS2
@@ -229,11 +229,11 @@ def test_dynamic_s2_multiplies_the_width_alone(fp32_bundle: Path) -> None:
     tiles = images(5, S)
     assert torch.equal(tower(tiles), VisionTower.load(fp32_bundle)(tiles))
     assert torch.equal(tower(tiles, out=torch.empty(5, N, WIDTH)), tower(tiles))
-    with pytest.raises(InputError, match="this engine takes"):
+    with pytest.raises(InputError, match="this engine accepts"):
         tower(images(1, 84))
 
 
-def test_builder_takes_the_class_that_the_config_asks_for(fp32_bundle: Path) -> None:
+def test_builder_chooses_the_class_that_the_config_needs(fp32_bundle: Path) -> None:
     for flags, kind in (
         ({"s2": True}, CLIPVisionTowerS2),
         ({"s2": False, "dynamic_s2": True}, CLIPVisionTowerDynamicS2),
@@ -247,36 +247,39 @@ def test_builder_takes_the_class_that_the_config_asks_for(fp32_bundle: Path) -> 
     assert build_vision_tower(config(mm_vision_tower=str(fp32_bundle), unfreeze_mm_vision_tower=True)).is_loaded
 
 
-def test_class_may_be_named_without_the_flag(fp32_bundle: Path) -> None:
+def test_class_can_be_used_without_the_flag(fp32_bundle: Path) -> None:
     assert CLIPVisionTowerS2(fp32_bundle, config("42,84", s2=False), delay_load=True).hidden_size == 2 * WIDTH
 
 
-def test_class_that_the_config_does_not_ask_for_is_refused(fp32_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"CLIPVisionTowerS2 does not .* take trtower\.CLIPVisionTowerDynamicS2"):
+def test_class_that_does_not_fit_the_config_is_refused(fp32_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"this is CLIPVisionTowerS2\. Use trtower\.CLIPVisionTowerDynamicS2"):
         CLIPVisionTowerS2(fp32_bundle, config(s2=False, dynamic_s2=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"s2_scales": ""}, "s2_scales='' are no sizes"),
-        ({"s2_scales": []}, "no sizes"),
-        ({"s2_scales": "42,big"}, "s2_scales='42,big' are no sizes"),
-        ({"s2_scales": [42, 84.0]}, "no sizes"),
-        ({"s2_scales": [True, 42]}, "no sizes"),
-        ({"s2_scales": [42, None]}, "no sizes"),
-        ({"s2_scales": 42}, "no sizes"),
-        ({"s2_scales": "0,42"}, "no sizes"),
-        ({"s2_scales": "-42,42"}, "no sizes"),
+        ({"s2_scales": ""}, "s2_scales='' is not a list of sizes"),
+        ({"s2_scales": []}, "not a list of sizes"),
+        ({"s2_scales": "42,big"}, "s2_scales='42,big' is not a list of sizes"),
+        ({"s2_scales": [42, 84.0]}, "not a list of sizes"),
+        ({"s2_scales": [True, 42]}, "not a list of sizes"),
+        ({"s2_scales": [42, None]}, "not a list of sizes"),
+        ({"s2_scales": 42}, "not a list of sizes"),
+        ({"s2_scales": "0,42"}, "not a list of sizes"),
+        ({"s2_scales": "-42,42"}, "not a list of sizes"),
         ({"s2_scales": "42,100"}, "s2_scales=42,100 cannot be cut into tiles of 42 pixels"),
         ({"s2_scales": "21,42", "s2_max_split_size": 42}, "s2_scales=21,42 cannot be cut"),
         ({"s2_max_split_size": 0}, "s2_max_split_size=0"),
         ({"s2_max_split_size": "42"}, "s2_max_split_size='42'"),
-        ({"s2_resize_output_to_scale_idx": 3}, r"idx=3 is none of s2_scales=42,84,126: -3 to 2 are"),
+        ({"s2_resize_output_to_scale_idx": 3}, r"idx=3 is outside s2_scales=42,84,126; expected -3 to 2"),
         ({"s2_resize_output_to_scale_idx": -4}, "idx=-4"),
-        ({"s2_resize_output_to_scale_idx": 0.0}, "idx=0.0 is no index"),
-        ({"s2_scales": "84,168"}, r"read in tiles of 84 pixels; .* takes 42\. .*trtower export .* --image-size 84 "),
-        ({"s2_scales": None}, r"\[336, 672, 1008\] are read in tiles of 336 pixels; .* --image-size 336 "),
+        ({"s2_resize_output_to_scale_idx": 0.0}, "idx=0.0 is not an index"),
+        (
+            {"s2_scales": "84,168"},
+            r"read in tiles of 84 pixels, but .* accepts 42\. .*trtower export .* --image-size 84 ",
+        ),
+        ({"s2_scales": None}, r"\[336, 672, 1008\] are read in tiles of 336 pixels, but .* --image-size 336 "),
     ],
 )
 @pytest.mark.parametrize("kind", [CLIPVisionTowerS2, CLIPVisionTowerDynamicS2])

@@ -1,4 +1,4 @@
-"""The tower answers as LLaVA's eager tower does."""
+"""The tower returns what LLaVA's eager tower returns."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from trtower_export.console import LoggedProgress
 SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4
 
 FP32_TOLERANCE = 2e-5
-"""ONNX Runtime and PyTorch sum in other orders; values here are of the order of 1."""
+"""ONNX Runtime and PyTorch sum in different orders; values here are of the order of 1."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_list_gives_a_list_in_order(tower: VisionTower, eager: Callable) -> None
 
 @pytest.fixture
 def sizes(tower: VisionTower, count_calls: Callable[[VisionTower], list[int]]) -> list[int]:
-    """How many images each call of the engine took."""
+    """How many images each engine call ran."""
     return count_calls(tower)
 
 
@@ -92,14 +92,12 @@ def test_tiles_keep_their_places(tower: VisionTower, eager: Callable, sizes: lis
     assert features.shape == (2, 3, PATCHES, WIDTH)
     for row, row_tiles in zip(features, tiles, strict=True):
         assert torch.allclose(row, eager(row_tiles), atol=FP32_TOLERANCE)
-    # A view whose tiles lie apart in memory.
+    # A view whose tiles are not contiguous in memory.
     assert torch.equal(tower(tiles.transpose(0, 1)), features.transpose(0, 1))
     assert torch.equal(tower(tiles.transpose(0, 1).double()), features.transpose(0, 1).double())
 
 
-def test_list_of_images_and_tiles_comes_back_as_it_went_in(
-    tower: VisionTower, eager: Callable, sizes: list[int]
-) -> None:
+def test_list_of_images_and_tiles_keeps_its_form(tower: VisionTower, eager: Callable, sizes: list[int]) -> None:
     pixels = images(7)
     mixed = [pixels[:3], pixels[3], pixels[4:6].double(), pixels[6:7].half()]
     answers = tower(mixed)
@@ -111,7 +109,7 @@ def test_list_of_images_and_tiles_comes_back_as_it_went_in(
         assert torch.allclose(answer, eager(tiles.view(-1, 3, SIZE, SIZE)), atol=tolerance)
 
 
-def test_tiles_alone_in_a_list_stay_a_list(tower: VisionTower) -> None:
+def test_single_tiles_in_a_list_stay_a_list(tower: VisionTower) -> None:
     tiles = images(3)
     (answer,) = tower([tiles])
     assert torch.equal(answer, tower(tiles))
@@ -119,13 +117,13 @@ def test_tiles_alone_in_a_list_stay_a_list(tower: VisionTower) -> None:
     assert torch.equal(answer, tower(tiles[:1]))
 
 
-def test_pixels_in_place_are_not_copied(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(tower._runner, "run", lambda pixel_values, _: seen.append(pixel_values.data_ptr()))
+def test_pixels_on_the_device_are_not_copied(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: list[int] = []
+    monkeypatch.setattr(tower._runner, "run", lambda pixel_values, _: addresses.append(pixel_values.data_ptr()))
     tiles = images(4).unflatten(0, (2, 2))
     for batch in (tiles[0], tiles):
         tower(batch)
-        assert seen.pop() == batch.data_ptr()
+        assert addresses.pop() == batch.data_ptr()
 
 
 def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Callable) -> None:
@@ -133,7 +131,7 @@ def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Call
     assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
 
 
-def test_rest_below_the_minimum_is_still_right(export: Callable, eager: Callable) -> None:
+def test_remainder_below_the_minimum_is_still_right(export: Callable, eager: Callable) -> None:
     profile = trtower.spec.BatchProfile(min=3, opt=3, max=4)
     tower = VisionTower.load(export("clip", precision="fp32", flavour="none", profiles=(profile,)))
     batch = images(5)
@@ -153,7 +151,7 @@ def test_features_carry_no_gradient(tower: VisionTower) -> None:
     assert not tower(images(1).requires_grad_()).requires_grad
 
 
-def test_views_are_read_as_what_they_show(tower: VisionTower) -> None:
+def test_strided_views_are_read_correctly(tower: VisionTower) -> None:
     wide = torch.randn(2, 3, SIZE, 2 * SIZE)
     assert torch.equal(tower(wide[..., ::2]), tower(wide[..., ::2].contiguous()))
 
@@ -199,7 +197,7 @@ def test_memory_stays_flat_over_a_thousand_calls(tower: VisionTower) -> None:
 
     batches = [images(n + 1) for n in range(MAX)]
     grown(100)
-    # One leaked (4, 10, 64) FP32 output a call would be 10 MB.
+    # One leaked (4, 10, 64) FP32 output per call would be 10 MB.
     assert grown(1000) < 4_000_000
 
 
@@ -212,7 +210,7 @@ def test_config_answers_before_loading(fp32_bundle: Path) -> None:
     assert tower.cfg_only.patch_size == 14
     assert tower.vision_tower_name == str(fp32_bundle)
     assert (tower.select_layer, tower.select_feature) == (-2, "patch")
-    with pytest.raises(BackendError, match=r"not loaded, or closed: call load_model\(\)"):
+    with pytest.raises(BackendError, match=r"is not loaded, or was closed\. Call load_model\(\)"):
         tower(images(1))
     tower.load_model()
     assert tower.is_loaded
@@ -224,7 +222,7 @@ def test_bundle_that_failed_its_check_warns_when_it_is_loaded(
 ) -> None:
     bundle = Bundle.open(shutil.copytree(fp32_bundle, tmp_path / "b"))
     photographs = load_photographs(None, limit=1)
-    honest = certify(
+    passing = certify(
         bundle,
         open_checkpoint(str(checkpoints["clip"])),
         photographs,
@@ -232,11 +230,14 @@ def test_bundle_that_failed_its_check_warns_when_it_is_loaded(
         quick=True,
         backend="onnxruntime-cpu",
     )
-    VisionTower.load(bundle.add_certificate(honest).path, "onnxruntime-cpu")
+    VisionTower.load(bundle.add_certificate(passing).path, "onnxruntime-cpu")
     assert "failed its check" not in caplog.text
-    failed = replace(honest, passed=False, bounds=tuple(replace(bound, holds=False) for bound in honest.bounds))
+    failed = replace(passing, passed=False, bounds=tuple(replace(bound, holds=False) for bound in passing.bounds))
     VisionTower.load(bundle.add_certificate(failed).path, "onnxruntime-cpu")
-    assert "failed its check" in caplog.text
+    assert (
+        f"failed its check on onnxruntime-cpu. To see which bounds it missed: trtower inspect {bundle.path}"
+        in caplog.text
+    )
 
 
 def test_second_load_does_nothing(fp32_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +257,7 @@ def test_next_passes_its_config_by_another_name(fp32_bundle: Path) -> None:
     assert CLIPVisionTower(fp32_bundle, vision_tower_cfg=config(), delay_load=True).select_layer == -2
 
 
-def test_positive_code_of_the_same_layer_is_taken(fp32_bundle: Path) -> None:
+def test_positive_code_of_the_same_layer_is_accepted(fp32_bundle: Path) -> None:
     assert CLIPVisionTower(fp32_bundle, config(mm_vision_select_layer=3), delay_load=True).select_layer == 3
 
 
@@ -271,7 +272,7 @@ def test_positive_code_of_the_same_layer_is_taken(fp32_bundle: Path) -> None:
         {"mm_vision_select_feature": "slicefour_patch"},
     ],
 )
-def test_args_that_no_tower_has_are_refused(fp32_bundle: Path, changes: dict[str, object]) -> None:
+def test_args_that_no_tower_can_read_are_refused(fp32_bundle: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         CLIPVisionTower(fp32_bundle, config(**changes), delay_load=True)
 
@@ -291,13 +292,15 @@ def test_builder_refuses_what_it_cannot_build(fp32_bundle: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="neither mm_vision_tower nor vision_tower"):
         build_vision_tower(config())
     for flag, name in (("s2", "CLIPVisionTowerS2"), ("dynamic_s2", "CLIPVisionTowerDynamicS2")):
-        with pytest.raises(ConfigError, match=rf"several scales; .* trtower\.{name}, or trtower\.build_vision_tower"):
+        with pytest.raises(
+            ConfigError, match=rf"needs {name}; this is .* trtower\.{name}, or trtower\.build_vision_tower"
+        ):
             CLIPVisionTower(fp32_bundle, config(**{flag: True}), delay_load=True)
     with pytest.raises(BundleError, match="is not a bundle"):
         build_vision_tower(config(mm_vision_tower=str(tmp_path)))
 
 
-def test_tower_lives_in_a_model(fp32_bundle: Path) -> None:
+def test_tower_works_inside_a_model(fp32_bundle: Path) -> None:
     model = torch.nn.Module()
     model.vision_tower = VisionTower.load(fp32_bundle)
     model.half().eval().requires_grad_(requires_grad=False)
@@ -310,7 +313,7 @@ def test_tower_lives_in_a_model(fp32_bundle: Path) -> None:
 
 
 def test_tower_loads_inside_from_pretrained(fp32_bundle: Path, tmp_path: Path) -> None:
-    """transformers makes models on the meta device, and LLaVA loads the tower afterwards."""
+    """transformers makes models on the meta device; LLaVA loads the tower afterwards."""
 
     class Llava(transformers.PreTrainedModel):
         config_class = transformers.PretrainedConfig
@@ -331,12 +334,12 @@ def test_tower_loads_inside_from_pretrained(fp32_bundle: Path, tmp_path: Path) -
     assert Llava.from_pretrained(tmp_path, delay_load=False).vision_tower.is_loaded
 
 
-def test_state_dict_survives_its_round_trip(fp32_bundle: Path) -> None:
+def test_state_dict_can_be_loaded_again(fp32_bundle: Path) -> None:
     model = torch.nn.ModuleDict({"vision_tower": VisionTower.load(fp32_bundle)})
     model.load_state_dict(model.state_dict())
 
 
-def test_weights_meant_for_the_tower_are_not_swallowed(fp32_bundle: Path) -> None:
+def test_weights_for_the_tower_are_reported_as_unexpected(fp32_bundle: Path) -> None:
     model = torch.nn.ModuleDict({"vision_tower": VisionTower.load(fp32_bundle)})
     weights = {"vision_tower.vision_tower.embeddings.weight": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -354,20 +357,20 @@ def test_dummy_feature_is_one_row_of_zeros(tower: VisionTower) -> None:
     assert torch.equal(tower.dummy_feature, torch.zeros(1, WIDTH))
 
 
-def test_feature_select_takes_an_eager_output(tower: VisionTower, checkpoints: dict[str, Path]) -> None:
+def test_feature_select_accepts_an_eager_output(tower: VisionTower, checkpoints: dict[str, Path]) -> None:
     model = transformers.CLIPVisionModel.from_pretrained(checkpoints["clip"]).eval()
     with torch.no_grad():
         output = model(images(2), output_hidden_states=True)
     assert torch.equal(tower.feature_select(output), output.hidden_states[-2][:, 1:])
 
 
-def test_image_processor_makes_what_the_tower_takes(tower: VisionTower) -> None:
+def test_image_processor_makes_what_the_tower_accepts(tower: VisionTower) -> None:
     picture = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8).numpy()
     pixel_values = tower.image_processor.preprocess(picture, return_tensors="pt")["pixel_values"]
     assert tower(pixel_values).shape == (1, PATCHES, WIDTH)
 
 
-def test_backend_says_what_runs(fp32_bundle: Path) -> None:
+def test_backend_names_what_runs(fp32_bundle: Path) -> None:
     tower = VisionTower.load(fp32_bundle, "onnxruntime-cpu")
     assert tower.backend.startswith("onnxruntime ")
     assert tower.backend.endswith(", CPU")
@@ -377,14 +380,14 @@ def test_backend_says_what_runs(fp32_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine takes \(B, 3, 42, 42\)"),
-        (torch.zeros(3, 42, 42), r"this engine takes \(B, 3, 42, 42\)"),
+        (torch.zeros(2, 3, 41, 42), r"shape \(2, 3, 41, 42\); this engine accepts \(B, 3, 42, 42\)"),
+        (torch.zeros(3, 42, 42), r"this engine accepts \(B, 3, 42, 42\)"),
         (torch.zeros(0, 3, 42, 42), r"shape \(0, 3, 42, 42\)"),
         (torch.zeros(1, 1, 1, 3, 42, 42), r"shape \(1, 1, 1, 3, 42, 42\)"),
         (torch.zeros(2, 0, 3, 42, 42), r"shape \(2, 0, 3, 42, 42\); .* or tiles \(B, T, 3, 42, 42\)"),
-        (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), r"dtype torch\.uint8; floating-point"),
+        (torch.zeros(1, 3, 42, 42, dtype=torch.uint8), r"dtype torch\.uint8; expected floating-point"),
         (torch.zeros(1, 3, 42, 42, device="meta"), "meta device"),
-        (torch.zeros(1, 3, 42, 42).to_sparse(), "layout torch.sparse_coo; a dense tensor is expected"),
+        (torch.zeros(1, 3, 42, 42).to_sparse(), "layout torch.sparse_coo; expected a dense tensor"),
         ([], "images is an empty list"),
         ([torch.zeros(3, 42, 42), torch.zeros(1, 2, 3, 42, 42)], r"images\[1\] has shape \(1, 2, 3, 42, 42\)"),
         ([torch.zeros(0, 3, 42, 42)], r"images\[0\] has shape \(0, 3, 42, 42\); .* tiles \(T, 3, 42, 42\) in a list"),
@@ -421,13 +424,13 @@ PICTURE = np.random.default_rng(3).integers(0, 256, (50, 60, 3)).astype(np.uint8
     ],
     ids=["PIL", "PIL in a list", "array", "batch", "tensor", "tensors", "tensor in a list", "nothing", "unstacked"],
 )
-def test_pictures_are_answered_with_the_call_that_prepares_them(tower: VisionTower, bad: object) -> None:
+def test_error_for_pictures_quotes_the_call_that_prepares_them(tower: VisionTower, bad: object) -> None:
     with pytest.raises(InputError, match=r"tower\(tower\.image_processor\(pictures, return_tensors='pt'\)") as caught:
         tower(bad)
     assert "\n" not in str(caught.value)
 
 
-def test_what_an_image_processor_returns_is_taken_as_it_is(tower: VisionTower) -> None:
+def test_output_of_an_image_processor_is_accepted(tower: VisionTower) -> None:
     prepared = tower.image_processor(Image.fromarray(PICTURE), return_tensors="pt")
     expected = tower(prepared["pixel_values"])
     theirs = transformers.BatchFeature(dict(prepared))
@@ -438,19 +441,19 @@ def test_what_an_image_processor_returns_is_taken_as_it_is(tower: VisionTower) -
 def test_other_inputs_beside_pixels_are_refused_by_name(tower: VisionTower) -> None:
     with pytest.raises(InputError, match=r"holds pixel_values, image_sizes; .* tower\(inputs\['pixel_values'\]\)"):
         tower({"pixel_values": images(1), "image_sizes": [[42, 42]]})
-    with pytest.raises(InputError, match="both of images and pixel_values"):
+    with pytest.raises(InputError, match="got both images and pixel_values; expected exactly one"):
         tower(images(1), pixel_values=images(1))
 
 
 @pytest.mark.parametrize(
-    ("pixels", "seen"),
+    ("pixels", "values"),
     [
         (torch.rand(2, 3, SIZE, SIZE), r"from \S+ to (1|0\.9\d*)"),
         (torch.rand(2, 3, SIZE, SIZE) * 255, r"from \S+ to 25\d"),
     ],
 )
-def test_pixels_that_nobody_normalised_are_told_of_once(
-    fp32_bundle: Path, caplog: pytest.LogCaptureFixture, pixels: torch.Tensor, seen: str
+def test_pixels_that_nobody_normalised_warn_once(
+    fp32_bundle: Path, caplog: pytest.LogCaptureFixture, pixels: torch.Tensor, values: str
 ) -> None:
     tower = VisionTower.load(fp32_bundle)
     tower(torch.zeros(1, 3, SIZE, SIZE))  # LLaVA's, for a sample without a picture
@@ -461,7 +464,7 @@ def test_pixels_that_nobody_normalised_are_told_of_once(
     tower(list(pixels))
     (record,) = caplog.records
     assert re.search(
-        rf"{seen}; .*tiny-clip expects about -1\.79 to 2\.15, rescaled and normalised", record.getMessage()
+        rf"{values}; .*tiny-clip expects about -1\.79 to 2\.15, rescaled and normalised", record.getMessage()
     )
 
 
@@ -481,7 +484,7 @@ def test_expected_range_is_that_of_the_image_processor(
 
 
 @pytest.mark.parametrize("kind", [VisionTower, CLIPVisionTower])
-def test_load_makes_the_class_that_it_is_called_on(fp32_bundle: Path, kind: type[VisionTower]) -> None:
+def test_load_returns_the_class_that_it_is_called_on(fp32_bundle: Path, kind: type[VisionTower]) -> None:
     for load in (kind.load, kind.from_pretrained):
         tower = load(fp32_bundle, "onnxruntime-cpu", select_feature="cls_patch")
         assert type(tower) is kind
@@ -498,8 +501,8 @@ def test_tower_stays_where_it_is_if_torch_cannot_move_it(tower: VisionTower) -> 
     assert tower(images(1)).shape == (1, PATCHES, WIDTH)
 
 
-def test_large_finite_images_are_not_taken_for_infinite(tower: VisionTower) -> None:
-    # Their sum overflows FP32, their values do not.
+def test_large_finite_images_are_not_reported_as_infinite(tower: VisionTower) -> None:
+    # Their sum overflows FP32, but their values do not.
     assert tower(torch.full((1, 3, SIZE, SIZE), 3e38)).shape == (1, PATCHES, WIDTH)
 
 
@@ -508,12 +511,12 @@ def test_pixels_that_overflow_the_engine_are_refused(clip_bundle: Path) -> None:
         VisionTower.load(clip_bundle)(torch.full((1, 3, SIZE, SIZE), 1e5))
 
 
-def test_finite_check_can_be_left_out(fp32_bundle: Path) -> None:
+def test_finite_check_can_be_disabled(fp32_bundle: Path) -> None:
     tower = VisionTower.load(fp32_bundle, check_finite=False)
     assert tower(torch.full((1, 3, SIZE, SIZE), float("nan"))).isnan().all()
 
 
-def test_device_map_of_one_device_is_taken(fp32_bundle: Path) -> None:
+def test_device_map_of_one_device_is_accepted(fp32_bundle: Path) -> None:
     tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
     with pytest.raises(ConfigError, match="splits the tower"):
         tower.load_model(device_map={"stem": "cpu", 1: "cuda:0"})
@@ -524,14 +527,14 @@ def test_device_map_of_one_device_is_taken(fp32_bundle: Path) -> None:
     assert tower.device == torch.device("cpu")
 
 
-def test_device_that_a_map_named_is_kept_when_the_tower_is_opened_again(
+def test_device_from_a_map_is_kept_when_the_tower_is_reopened(
     fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[object] = []
+    requested: list[object] = []
     choose = engine.choose
 
     def watch(bundle: Bundle, backend: str, device: Any, **options: Any) -> Any:
-        asked.append(device)
+        requested.append(device)
         return choose(bundle, backend, device, **options)
 
     monkeypatch.setattr(engine, "choose", watch)
@@ -539,7 +542,7 @@ def test_device_that_a_map_named_is_kept_when_the_tower_is_opened_again(
     tower.load_model(device_map="cpu")
     tower.close()
     tower.load_model()
-    assert asked == [torch.device("cpu")] * 2
+    assert requested == [torch.device("cpu")] * 2
 
 
 def test_config_is_what_hugging_face_wrote(fp32_bundle: Path, tower: VisionTower) -> None:
@@ -547,7 +550,7 @@ def test_config_is_what_hugging_face_wrote(fp32_bundle: Path, tower: VisionTower
 
 
 @pytest.mark.parametrize(("picture", "mean"), [(128, None), (200, 0.5), (130, 0.5), (255, 0.5)])
-def test_bright_pictures_are_not_taken_for_pixels_that_nobody_normalised(
+def test_bright_pictures_do_not_warn(
     fp32_bundle: Path, caplog: pytest.LogCaptureFixture, picture: int, mean: float | None
 ) -> None:
     tower = VisionTower.load(fp32_bundle)
@@ -558,14 +561,14 @@ def test_bright_pictures_are_not_taken_for_pixels_that_nobody_normalised(
     assert not caplog.records
 
 
-def test_settings_that_no_processor_has_do_not_end_a_call(tower: VisionTower, fp32_bundle: Path) -> None:
-    for spoilt in (None, [0.1, 0.2], "a"):
+def test_invalid_processor_settings_do_not_fail_a_call(tower: VisionTower, fp32_bundle: Path) -> None:
+    for invalid in (None, [0.1, 0.2], "a"):
         tower = VisionTower.load(fp32_bundle)
-        tower.image_processor.image_mean = spoilt  # type: ignore[assignment]
+        tower.image_processor.image_mean = invalid  # type: ignore[assignment]
         assert tower(images(1)).shape == (1, PATCHES, WIDTH)
 
 
-def test_tower_that_was_loaded_for_inference_follows_requires_grad(fp32_bundle: Path) -> None:
+def test_requires_grad_works_after_loading_in_inference_mode(fp32_bundle: Path) -> None:
     tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
     with torch.inference_mode():
         tower.load_model()
@@ -574,7 +577,7 @@ def test_tower_that_was_loaded_for_inference_follows_requires_grad(fp32_bundle: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 @pytest.mark.parametrize("device", [0, 1, "cpu:1"])
-def test_index_of_a_device_that_is_not_here_is_refused(fp32_bundle: Path, device: object) -> None:
+def test_index_of_a_missing_device_is_refused(fp32_bundle: Path, device: object) -> None:
     with pytest.raises((BackendError, ConfigError), match=r"no GPU here|'cpu:1' has no backend"):
         VisionTower.load(fp32_bundle, device=device)  # type: ignore[arg-type]
 
