@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-wheel bench bench-gpu wheels \
-	cpu-choices goals living precisions export-speed clients clean
+	cpu-choices goals living precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -127,6 +127,15 @@ export-speed: $(STAMP) .venv-peer/.installed
 	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+# The documentation site, into site/. The code is read and not imported, so its environment needs no torch.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
 # make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path
 clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
@@ -159,4 +168,4 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv* .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv* .mypy_cache .pytest_cache .ruff_cache dist site
