@@ -72,12 +72,12 @@ def test_slicefour_reads_every_fourth_part_shifted(
 
 @pytest.mark.parametrize("layer", [-7, 19, [-2], "last_hidden_state", None])
 def test_what_is_no_shift_for_slicefour_names_those_that_are(layer: object) -> None:
-    with pytest.raises(ConfigError, match="is no shift for slicefour: 24 layers accept -6 to 18"):
+    with pytest.raises(ConfigError, match="is not a valid shift for slicefour: 24 layers accept -6 to 18"):
         read_layer_code(layer, "slicefour_patch", 24)  # type: ignore[arg-type]
 
 
 def test_slicefour_needs_four_states() -> None:
-    with pytest.raises(ConfigError, match="no shift for slicefour"):
+    with pytest.raises(ConfigError, match="not a valid shift for slicefour"):
         read_layer_code(0, "slicefour_patch", 2)
 
 
@@ -118,7 +118,7 @@ def test_layer_code_is_read_as_it_is_typed(text: str, code: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "-2,", "two", "-2 -5", "1.5"])
 def test_typing_errors_are_refused_when_they_are_used(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no layer code"):
+    with pytest.raises(ConfigError, match="is not a layer code"):
         normalise_layers(parse_layer_code(text), 24)
 
 
@@ -131,12 +131,12 @@ def test_layers_are_named_as_they_are_typed() -> None:
     [("-2", "-2"), ("-2,-5", r"\[-2, -5\]"), ("last_hidden_state,3", r"\['last_hidden_state', 3\]"), (["6", -2], "6")],
 )
 def test_code_in_quotes_is_told_to_be_written_without(layer: str | list[str | int], meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"is no layer code: .* Write {meant}, without quotes"):
+    with pytest.raises(ConfigError, match=f"is not a layer code: .* Write {meant}, without quotes"):
         read_layer_code(layer, "patch", 24)
 
 
 def test_shift_in_quotes_is_told_to_be_written_without() -> None:
-    with pytest.raises(ConfigError, match=r"no shift for slicefour: .* Write -2, without quotes"):
+    with pytest.raises(ConfigError, match=r"not a valid shift for slicefour: .* Write -2, without quotes"):
         read_layer_code("-2", "slicefour_patch", 24)
 
 

@@ -40,7 +40,7 @@ def test_columns_are_found_in_the_order_asked_for() -> None:
 
 @pytest.mark.parametrize("layers", [(), (26,), (-1,)])
 def test_layers_that_are_no_hidden_states_are_refused(layers: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="0 to 25 are"):
+    with pytest.raises(ConfigError, match="expected some of 0 to 25"):
         spec(layers=layers)
 
 
@@ -75,7 +75,7 @@ def test_pieces_cover_every_image_within_the_profile(low: int, high: int) -> Non
 
 
 def test_batch_below_the_minimum_is_refused() -> None:
-    with pytest.raises(InputError, match="takes 4 to 8"):
+    with pytest.raises(InputError, match="accepts 4 to 8"):
         list(BatchProfile(min=4, opt=4, max=8).pieces(3))
 
 

@@ -44,8 +44,8 @@ def test_older_schema_asks_for_another_export(spoilt: Path) -> None:
     with pytest.raises(BundleError) as failure:
         Bundle.open(spoilt)
     assert str(failure.value) == (
-        f"{spoilt}: tower.json has schema {SCHEMA - 1}, of an older trtower; this one reads {SCHEMA}: export it again, "
-        "with --overwrite."
+        f"{spoilt}: tower.json has schema {SCHEMA - 1}, from an older trtower; this one reads {SCHEMA}. "
+        "Export the bundle again, with --overwrite."
     )
 
 
@@ -61,7 +61,7 @@ def test_figures_are_integers_and_none_may_be_null(spoilt: Path, key: str) -> No
     cut = json.loads((spoilt / MANIFEST).read_text())["cut"]
     for wrong in (None, float(cut[key]), str(cut[key]), True):
         edit(spoilt, cut={**cut, key: wrong})
-        with pytest.raises(BundleError, match=rf"tower\.json\.cut\.{key} is .*; int is expected"):
+        with pytest.raises(BundleError, match=rf"tower\.json\.cut\.{key} is .*; expected int"):
             Bundle.open(spoilt)
 
 
@@ -69,7 +69,7 @@ def test_figures_are_integers_and_none_may_be_null(spoilt: Path, key: str) -> No
 def test_layers_that_the_spec_does_not_read_are_refused(spoilt: Path, key: str, counted: str) -> None:
     extent = json.loads((spoilt / MANIFEST).read_text())[key]
     edit(spoilt, **{key: {**extent, "layers": 9}})
-    with pytest.raises(BundleError, match=f"contradicts itself: {counted} layers are counted; the spec reads 3 of 4"):
+    with pytest.raises(BundleError, match=f"contradicts itself: cut has {counted} layers; the spec reads 3 of 4"):
         Bundle.open(spoilt)
 
 

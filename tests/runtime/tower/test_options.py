@@ -78,5 +78,5 @@ def test_options_are_checked_before_anything_is_loaded(clip_bundle: Path, make: 
     ("bundle", "said"), [(None, "of type NoneType"), (5, "of type int"), ("~nobody-of-this-name/x", "'~nobody")]
 )
 def test_what_is_no_path_is_refused_in_one_line(make: Callable[..., Any], bundle: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"bundle is {said}.*; the path of a folder is expected"):
+    with pytest.raises(ConfigError, match=f"bundle is {said}.*; expected the path of a folder"):
         make(bundle)
