@@ -1,4 +1,4 @@
-"""What the tests of the GPU runners share where there is no GPU."""
+"""Fixtures for testing the GPU runners without a GPU."""
 
 from collections.abc import Callable
 
@@ -19,16 +19,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.new_graph)
     monkeypatch.setattr("trtower.runners.slot.allocate", lambda size, device: torch.empty(64))
-    # The host's memory is not aligned as a GPU's is; tests/gpu holds what becomes of a slice.
+    # Host memory is not aligned like a GPU's; tests/gpu tests slices on a real one.
     monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
-    # Torch gives freed memory to nobody before its stream is done with it; of the host's there is no such promise.
+    # On a GPU, torch reuses freed memory only after its stream is done with it. Host memory has no such guarantee.
     for runner, queue in ((Slot, "_launch"), (OnnxRuntimeRunner, "_run")):
         monkeypatch.setattr(runner, queue, _holding(getattr(runner, queue), fake.held))
     return fake
 
 
 def _holding(call: Callable[..., None], held: list[object]) -> Callable[..., None]:
-    """Make a call keep what it is given."""
+    """Make a call keep its arguments alive."""
 
     def keep(*arguments: object) -> None:
         held.append(arguments[1:])

@@ -383,11 +383,26 @@ BREAKS = "raise AttributeError('numpy.dtype size changed')\n"
 @pytest.mark.parametrize(
     ("package", "content", "command", "said"),
     [
-        ("pydantic", PYDANTIC_1, ["inspect", "nowhere"], r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'"),
-        ("pydantic", PYDANTIC_1, ["export", "nowhere"], r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'"),
+        (
+            "pydantic",
+            PYDANTIC_1,
+            ["inspect", "nowhere"],
+            r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'",
+        ),
+        (
+            "pydantic",
+            PYDANTIC_1,
+            ["export", "nowhere"],
+            r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'",
+        ),
         ("rich", BREAKS, ["inspect", "nowhere"], r"the installed rich \S+ fails to import \(AttributeError"),
         ("onnx", BREAKS, ["export", "nowhere"], r"the installed onnx \S+ fails to import \(AttributeError"),
-        ("rich", "import gone", ["inspect", "nowhere"], r"the installed rich \S+ fails to import .*No module named 'gone'"),
+        (
+            "rich",
+            "import gone",
+            ["inspect", "nowhere"],
+            r"the installed rich \S+ fails to import .*No module named 'gone'",
+        ),
     ],
 )
 def test_package_that_breaks_at_import_is_one_line(

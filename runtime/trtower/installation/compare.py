@@ -27,8 +27,8 @@ STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """What vision models return. A bundle provides the states; models can do without the rest."""
 
 SAME_TOWER = 0.1
-"""Two towers count as the same up to this relative error in a state's median channel. The demo's pretrained ViT-S is off
-by 0.002 in FP16, 0.016 in BF16, 0.15 with QuickGELU for GELU, 0.45 with two layers swapped, and 0.6 in its next state.
+"""Two towers count as the same up to this relative error in a state's median channel. The demo's pretrained ViT-S is
+off by 0.002 in FP16, 0.016 in BF16, 0.15 with QuickGELU for GELU, 0.45 with two layers swapped, 0.6 in its next state.
 The median, because in real towers one channel is a hundred times larger than the others."""
 
 SAME_TOWER_8_BIT = 0.3

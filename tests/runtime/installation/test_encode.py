@@ -53,12 +53,12 @@ def test_pixels_alone_are_enough_where_a_model_asks_for_no_more(bundles: Bundles
 @new
 def test_what_cannot_be_encoded_is_said(bundles: Bundles) -> None:
     model = make("llava")
-    with pytest.raises(ConfigError, match=r"has no bundle installed: trtower\.install\(model, bundle\) first"):
+    with pytest.raises(ConfigError, match=r"has no bundle installed: call trtower\.install\(model, bundle\) first"):
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
     with trtower.install(model, bundles()):
-        with pytest.raises(InputError, match="images has input_ids; pixel_values or pixel_values_videos is expected"):
+        with pytest.raises(InputError, match="images has input_ids; expected pixel_values or pixel_values_videos"):
             trtower.encode_for(model, {"input_ids": torch.tensor([[IMAGE_TOKEN]])})
-        with pytest.raises(ConfigError, match="encodes no video, and pixel_values_videos is given"):
+        with pytest.raises(ConfigError, match="cannot encode video: leave pixel_values_videos out of images"):
             trtower.encode_for(model, {"pixel_values_videos": torch.zeros(1, 2, 3, 42, 42)})
     model = make("llava_next")
     with trtower.install(model, bundles()), pytest.raises(InputError, match="image_sizes"):
@@ -74,7 +74,10 @@ def test_transformers_that_takes_no_features_is_told(bundles: Bundles) -> None:
 
 def test_model_in_a_wrapper_is_asked_for(bundles: Bundles) -> None:
     model = torch.compile(make("llava"))
-    with trtower.install(model, bundles()), pytest.raises(ConfigError, match=r"the one inside, model\._orig_mod\."):
+    with (
+        trtower.install(model, bundles()),
+        pytest.raises(ConfigError, match=r"pass the one inside it, model\._orig_mod\."),
+    ):
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
 
 

@@ -215,7 +215,7 @@ def test_delayed_tower_is_told_to_be_loaded(checkpoints: Checkpoints, bundles: B
     said = config()
     model = Llava(ClipWrapper(str(checkpoints["clip"]), said, delay_load=True), said)
     with pytest.raises(
-        ConfigError, match=r"ClipWrapper that is not loaded: get_vision_tower\(\)\.load_model\(\) first"
+        ConfigError, match=r"ClipWrapper that is not loaded: call get_vision_tower\(\)\.load_model\(\) first"
     ):
         trtower.install(model, bundles())
 
@@ -223,7 +223,7 @@ def test_delayed_tower_is_told_to_be_loaded(checkpoints: Checkpoints, bundles: B
 def test_compiled_tower_of_trtower_is_told(checkpoints: Checkpoints, bundles: Bundles) -> None:
     model = make("llava", checkpoints)
     model.model.vision_tower = trtower.CLIPVisionTower(bundles(), config())
-    with pytest.raises(ConfigError, match=r"served by a compiled tower already, at model\.vision_tower"):
+    with pytest.raises(ConfigError, match=r"already has a compiled tower, at model\.vision_tower"):
         trtower.install(model, bundles())
 
 
@@ -232,7 +232,8 @@ def test_other_layer_is_refused(name: str, checkpoints: Checkpoints, bundles: Bu
     model = make(name, checkpoints)
     before = model.state_dict().keys()
     with pytest.raises(
-        ConfigError, match=r"hidden state 3 of \d layers; .* holds 2\. Export it: trtower export .*=(-2|3)"
+        ConfigError,
+        match=r"hidden state 3 of \d layers; .* holds 2\. Export a bundle with it: trtower export .*=(-2|3)",
     ):
         trtower.install(model, bundles(MODELS[name][1], 2))
     assert model.state_dict().keys() == before

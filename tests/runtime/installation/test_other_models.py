@@ -98,15 +98,15 @@ def test_model_that_asks_for_more_than_it_reads(make: Any, tower: str, tokens: i
     [
         (
             lambda: transformers.Dinov2Backbone(vision_config("dinov2")),
-            "gives feature_maps; a bundle gives hidden states alone",
+            "returns feature_maps; a bundle returns only hidden states",
         ),
         (
             lambda: transformers.CLIPVisionModelWithProjection(vision_config("clip")),
-            "gives image_embeds; a bundle gives hidden states alone",
+            "returns image_embeds; a bundle returns only hidden states",
         ),
         (
             lambda: transformers.Siglip2VisionModel(vision_config("siglip2")),
-            r"is of family clip|takes pictures of free shape",
+            r"is of family clip|accepts images of any shape",
         ),
     ],
     ids=["backbone", "projection", "naflex"],

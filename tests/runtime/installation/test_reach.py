@@ -134,7 +134,7 @@ def test_tower_that_is_named_is_installed_though_no_way_leads_there(
     model = make("llava")
     for each in (model, model.model):
         monkeypatch.setattr(each, "get_image_features", lambda pixel_values: pixel_values)
-    with pytest.raises(ConfigError, match=r"tower='model\.vision_tower' installs it all the same"):
+    with pytest.raises(ConfigError, match=r"Install it nevertheless with tower='model\.vision_tower'"):
         trtower.install(model, bundles())
     trtower.install(model, bundles(), tower="model.vision_tower")
     assert "could not prove" in caplog.text

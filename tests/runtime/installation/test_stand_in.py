@@ -200,7 +200,7 @@ def test_positions_need_no_interpolation(install: Install, value: Any) -> None:
 @pytest.mark.parametrize("option", ["output_attentions", "attention_mask", "bool_masked_pos"])
 def test_options_that_change_the_tower_are_refused(install: Install, option: str) -> None:
     stand_in, _ = install()
-    with pytest.raises(ConfigError, match=rf"{option} is not for tower, which is compiled: trtower\.uninstall"):
+    with pytest.raises(ConfigError, match=rf"tower is compiled and does not support {option}: trtower\.uninstall"):
         stand_in(draw(), **{option: torch.ones(1)})
     assert stand_in(draw(), **{option: None}, vision_aspect_ratio="anyres_max_9") is not None
 
@@ -239,7 +239,7 @@ def test_states_are_in_the_dtype_of_the_tower_whatever_the_pixels(install: Insta
 def test_training_is_refused(install: Install) -> None:
     stand_in, _ = install()
     stand_in.train()
-    with pytest.raises(BackendError, match=r"tower is compiled and cannot be trained: model\.eval\(\)"):
+    with pytest.raises(BackendError, match=r"tower is compiled and cannot be trained: call model\.eval\(\)"):
         stand_in(draw())
     assert stand_in.eval()(draw()) is not None
 
@@ -252,7 +252,7 @@ def test_gradients_are_refused(bundles: Bundles) -> None:
         with pytest.raises(BackendError, match=r"a gradient reached the vision tower, .*requires_grad_\(False\)"):
             loss.backward()
         wants = {**given, "pixel_values": given["pixel_values"].clone().requires_grad_()}
-        with pytest.raises(BackendError, match="pixel_values wants a gradient, which no engine gives"):
+        with pytest.raises(BackendError, match="pixel_values requires a gradient, which no engine computes"):
             model(**wants)
         with torch.no_grad():
             assert not model(**wants).logits.requires_grad
