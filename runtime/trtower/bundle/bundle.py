@@ -54,7 +54,7 @@ class Bundle:
         except (FileNotFoundError, NotADirectoryError) as err:
             raise BundleError(f"{folder} is not a bundle: {_describe_instead(folder)}") from err
         except UnicodeDecodeError as err:
-            raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err
+            raise BundleError(f"{folder / MANIFEST} is not UTF-8 text ({err}). Copy the bundle again.") from err
         try:
             manifest = Manifest.from_json(text)
         except BundleError as err:

@@ -36,14 +36,15 @@ SAME_TOWER_8_BIT = 0.3
 
 
 @torch.no_grad()
-def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None:
+def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) -> None:
     """Raise ConfigError if the tower returns what no bundle can, or if ``compared`` and the two differ on an image.
 
-    ``ran`` returns every token of every layer that its bundle holds.
+    ``compiled`` returns every token of every layer that its bundle holds.
     """
-    spec, module = ran.spec, place.module
+    spec, module = compiled.spec, place.module
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(ran.bundle.manifest.batch.min, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
+    batch = compiled.bundle.manifest.batch.min
+    drawn = torch.randn(batch, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
     pixel_values = drawn.to(next(module.parameters()).device, module.dtype)
     with _all_states_on(module.config):
         output = module.forward(pixel_values)  # does not call hooks
@@ -60,7 +61,7 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
         )
     depth = count_layers(module, spec.naming)
     states = (*output.hidden_states[: depth + 1], output.last_hidden_state)
-    tokens = ran(pixel_values)
+    tokens = compiled(pixel_values)
     for layer, held in served_layers(spec, depth).items():
         (columns,) = spec.columns([held])
         actual, expected = tokens[..., columns].float(), states[layer].float()
@@ -72,16 +73,16 @@ def check_answers(place: TowerSlot, ran: VisionTower, *, compared: bool) -> None
             )
             return
         error = _error(actual, expected)
-        limit = SAME_TOWER_8_BIT if ran.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
+        limit = SAME_TOWER_8_BIT if compiled.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
         if not error <= limit:  # catches NaN too
             state = f"hidden state {name_layer(layer, depth)}"
             if not math.isfinite(error):
                 raise ConfigError(
-                    f"{ran.bundle.path} returns NaN or infinity in {state}, but {place.path} of this model does not. "
-                    f"Measure the bundle's accuracy: trtower check {ran.bundle.path}"
+                    f"{compiled.bundle.path} returns NaN or infinity in {state}, but {place.path} of this model does "
+                    f"not. Measure the bundle's accuracy: trtower check {compiled.bundle.path}"
                 )
             raise ConfigError(
-                f"{place.path} of this model and {ran.bundle.path} differ on the same image: {state} is off by "
+                f"{place.path} of this model and {compiled.bundle.path} differ on the same image: {state} is off by "
                 f"{error:.0%}, expected at most {limit:.0%}. Was the model's code changed, or were its weights swapped?"
             )
 

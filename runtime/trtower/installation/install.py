@@ -71,7 +71,7 @@ class Installation:
         return [place for place in find_towers(self.model) if place.installation is self]
 
     def __enter__(self) -> "Installation":
-        """Enter a `with` block, whose end takes the bundle out unless an earlier call had put it in.
+        """Enter a `with` block, whose end takes the bundle out. The block of a repeated `install` leaves it in.
 
         Returns:
             This installation.
@@ -158,26 +158,26 @@ def install(
     """
     with _changing:
         place = find_tower(model, tower)
-        served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
+        tower_options = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
         allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
         path = read_folder(bundle, "bundle").resolve()
-        options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
+        options = {"bundle": path, **vars(tower_options), "keep_original": keep_original, **allowed}
         folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
         if isinstance(place.installation, Installation):
             return place.installation._install_again(options)
         check_replaceable(model, place, dropped=not keep_original)
         check_match(model, place, Bundle.open(bundle), **allowed)
-        on_its_device = replace(served, device=next(place.module.parameters()).device)
-        ran = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
+        on_its_device = replace(tower_options, device=next(place.module.parameters()).device)
+        compiled = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
         with ExitStack() as undo:
-            undo.callback(ran.close)
-            check_answers(place, ran, compared=not any(allowed.values()))
+            undo.callback(compiled.close)
+            check_answers(place, compiled, compared=not any(allowed.values()))
             check_reached(model, place, named=tower is not None)
-            installation = Installation(model, place.path, ran, options)
+            installation = Installation(model, place.path, compiled, options)
             _put_in(place, installation, folder, keep_original=keep_original)
             undo.pop_all()
     if installation.freed:
-        give_memory_back(ran.device)
+        give_memory_back(compiled.device)
     logger.info("%r", installation)
     return installation
 
