@@ -26,8 +26,7 @@ def load_flavour(flavour: str) -> ModuleType:
     module: ModuleType = import_extra(name, extra=extra, purpose=f"flavour {flavour}")
     if not hasattr(module, "Runtime"):  # with only type stubs installed, an empty `tensorrt` can be imported
         raise MissingExtraError(
-            f"flavour {flavour} needs the package {name}, but only its type stubs are installed: "
-            f"{how_to_install(extra)}"
+            f"flavour {flavour} needs the package {name}, but only type stubs are installed: {how_to_install(extra)}"
         )
     return module
 

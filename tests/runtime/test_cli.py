@@ -42,7 +42,7 @@ from trtower_export.precision.bounds import BOUNDS
         (["bench", "BUNDLE", "--json", "bench.json"], 2, "bench.json"),
         (["bench", "BUNDLE", "--against", "onnx"], 2, "'onnx'; did you mean 'onnxruntime'? choose eager, "),
         (["inspect", "CLIP"], 1, "it has no tower.json. `trtower export "),
-        (["inspect", "BUNDLE/tower.onnx"], 1, "it is a file of "),
+        (["inspect", "BUNDLE/tower.onnx"], 1, "it is a file in the bundle "),
         (["build", "BUNDLE", "--flavour", "none"], 2, "unknown flavour 'none'; choose auto, tensorrt or tensorrt-rtx."),
         (["build", "BUNDLE", "--flavour", "rtx"], 2, "unknown flavour 'rtx'; did you mean 'tensorrt-rtx'?"),
         (["check", "BUNDLE", "--backend", "onnxruntime"], 2, "did you mean 'onnxruntime-cpu' or 'onnxruntime-cuda'?"),

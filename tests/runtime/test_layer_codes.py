@@ -131,7 +131,7 @@ def test_layers_are_named_as_on_the_command_line() -> None:
     [("-2", "-2"), ("-2,-5", r"\[-2, -5\]"), ("last_hidden_state,3", r"\['last_hidden_state', 3\]"), (["6", -2], "6")],
 )
 def test_quoted_code_has_advice_to_drop_the_quotes(layer: str | list[str | int], meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"is not a layer code: .* Write {meant}, without quotes"):
+    with pytest.raises(ConfigError, match=f"is not a layer code; .* Write {meant}, without quotes"):
         read_layer_code(layer, "patch", 24)
 
 

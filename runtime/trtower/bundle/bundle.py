@@ -37,15 +37,13 @@ class Bundle:
 
         Args:
             path: The folder that `trtower export` wrote.
-            whole: Whether to refuse missing and cut-short files. False is for callers that report them. Build logs may
-                be missing in any case.
+            whole: Refuse missing and cut-short files, except build logs. False is for callers that report them.
 
         Returns:
             The bundle.
 
         Raises:
-            BundleError: The folder is not a bundle, its manifest is invalid, or a listed file is missing, has another
-                size, or lies outside the folder.
+            BundleError: This is not a bundle, the manifest is invalid, or a file is missing, cut short or misplaced.
             ConfigError: ``path`` is not a path.
         """
         folder = read_folder(path, "bundle")
@@ -191,13 +189,11 @@ class Bundle:
     def map(self, name: str) -> mmap.mmap:
         """Map a file read-only, without a copy, and compare what is mapped with its sha256 in the manifest.
 
-        The map stays on this file, even if another file takes its name later.
-
         Args:
             name: A file that the manifest lists.
 
         Returns:
-            The map.
+            The map. It stays on this file, even if another file takes its name later.
 
         Raises:
             BundleError: The file is not listed, missing or altered.
@@ -240,8 +236,7 @@ class Bundle:
             The bundle with the plan.
 
         Raises:
-            BundleError: The bundle now has another graph than the plan was built from, or its plans folder is a link
-                to another place.
+            BundleError: The bundle now has another graph, or its plans folder is a link to another place.
         """
         current = self._reread((GRAPH, GRAPH_DATA), "plan")
         if not (self.path / plan.file).parent.resolve().is_relative_to(self.path.resolve()):
@@ -266,9 +261,7 @@ class Bundle:
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
-        """Add a certificate to the manifest. It replaces the one for the same files on the same backend.
-
-        Call this while holding the lock of `locked`.
+        """Add a certificate, replacing that of the same files and backend. Call this under the lock of `locked`.
 
         Args:
             certificate: The result of the check.
@@ -304,8 +297,7 @@ class Bundle:
             The bundle in ``folder``.
 
         Raises:
-            BundleError: ``folder`` holds other files, is the current folder or is being written, or a file of this
-                bundle is altered.
+            BundleError: ``folder`` holds other files, is the current one or is being written, or a file is altered.
             BuildError: The disk is full.
         """
         folder = folder.expanduser().resolve()

@@ -129,30 +129,26 @@ def install(
     allow_random_weights: bool = False,
     tower: str | None = None,
 ) -> Installation:
-    """Replace a loaded model's vision tower with a bundle, and free the tower's weights.
-
-    The bundle runs on the tower's device. If anything fails, the model stays as it was. A second call with the same
-    arguments returns the installation of the first.
+    """Replace a loaded model's vision tower with a bundle. If anything fails, the model stays as it was.
 
     Args:
         model: A model of transformers, or an original LLaVA, LLaVA-NeXT, VILA or tinychat. No call may be in flight.
-        bundle: The folder that `trtower export` wrote.
+        bundle: The folder that `trtower export` wrote. It runs on the tower's device.
         backend: The backend, as in `VisionTower.load`.
         engine: How the bundle is run on a GPU, as in `VisionTower.load`.
         require_certificate: Refuse the bundle unless its check passed, as in `VisionTower.load`.
-        keep_original: Keep the tower's weights in memory, where they are.
-        offload_folder: Where to write the tower's weights, to an unnamed file from which `uninstall` and
-            `save_pretrained` read them. None: the folder for temporary files.
+        keep_original: Keep the tower's weights in memory, instead of freeing them.
+        offload_folder: Where a file keeps the weights for `uninstall` and `save_pretrained`; None: where temporary
+            files go.
         allow_other_weights: Accept a bundle of other weights than the tower's; the bundle's are used.
         allow_random_weights: Accept a rehearsal, whose outputs mean nothing.
         tower: The path of the tower, if the model has several.
 
     Returns:
-        The installation, which is also a context manager: the end of its `with` block takes the bundle out.
+        The installation; the end of its `with` block takes the bundle out. A repeated call returns the same one.
 
     Raises:
-        ConfigError: The model has no tower that can be replaced, the bundle was made of another tower (family, image
-            size, layers or weights), or the weights cannot be written.
+        ConfigError: The bundle is of another tower (family, size, layers, weights), or the tower cannot be replaced.
         BundleError: The folder is not a bundle, is damaged or not certified, or is a rehearsal.
         BackendError: No requested backend can run the bundle here.
     """

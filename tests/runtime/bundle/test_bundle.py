@@ -61,7 +61,7 @@ def test_error_says_what_the_path_is_instead_of_a_bundle(
 
 def test_newer_schema_asks_for_a_newer_trtower(spoilt: Path) -> None:
     edit(spoilt, schema=SCHEMA + 1)
-    with pytest.raises(BundleError, match="install a newer trtower"):
+    with pytest.raises(BundleError, match="Install a newer trtower"):
         Bundle.open(spoilt)
 
 
