@@ -1,4 +1,4 @@
-"""The dtypes that a manifest names, as torch has them."""
+"""Map the dtype names of a manifest to torch dtypes."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""The one error tree: everything trtower raises on purpose derives from TrtowerError.
+"""The error tree: every error that trtower raises on purpose derives from TrtowerError.
 
-A message says what was found, what was expected, and the next step.
+A message says what was found, what was expected, and what to do next.
 """
 
 
@@ -9,33 +9,33 @@ class TrtowerError(Exception):
 
 
 class ConfigError(TrtowerError, ValueError):
-    """An option or a config value that this tower, bundle or target cannot have."""
+    """An option or config value is not valid for this tower, bundle, model or target."""
 
 
 class InputError(TrtowerError, ValueError):
-    """Images that the tower does not take."""
+    """The tower does not accept these images."""
 
 
 class CheckpointError(TrtowerError):
-    """A checkpoint that cannot be found, read or trusted."""
+    """A checkpoint cannot be found, read or trusted."""
 
 
 class BundleError(TrtowerError):
-    """A bundle that is missing, incomplete, altered or of a newer schema."""
+    """A bundle is missing, incomplete, altered, of another schema, or not certified when that is required."""
 
 
 class BackendError(TrtowerError):
-    """A backend that cannot run here."""
+    """A backend cannot run here, or cannot do what was requested."""
 
 
 class BuildError(TrtowerError):
-    """An ONNX graph or a plan that could not be made."""
+    """An ONNX graph or a plan could not be built."""
 
 
 class MissingExtraError(TrtowerError, ImportError):
-    """A package that is not installed; the message names the extra that brings it."""
+    """A package is not installed; the message names the extra that provides it."""
 
 
 def one_line(err: BaseException | str) -> str:
-    """Put a message, or an error of another library, on one line; its class if it says nothing."""
+    """Put a message, or another library's error, on one line; return the error's class name if it has no text."""
     return " ".join(str(err).split()) or type(err).__name__

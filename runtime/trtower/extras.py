@@ -1,4 +1,4 @@
-"""Import an optional package, or say which extra brings it and how to install that from where trtower came from."""
+"""Import an optional package, or say which extra provides it and how to install that extra."""
 
 import importlib
 import json
@@ -15,10 +15,9 @@ from trtower.errors import MissingExtraError
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
-    """Import ``module``; raise MissingExtraError naming ``extra`` where its package is not installed.
+    """Import ``module``; raise MissingExtraError naming ``extra`` if its package is not installed.
 
-    Only the absence of the package itself is translated: an installed package that breaks
-    while it is imported raises its own error, because installing it again would not help.
+    An installed package that breaks during import raises its own error, because installing the extra would not help.
     """
     try:
         return importlib.import_module(module)
@@ -34,7 +33,7 @@ def import_extra(module: str, *, extra: str, purpose: str) -> Any:
 def how_to_install(extra: str) -> str:
     """Return the pip command that adds ``extra``, from the clone, repository or index that trtower came from.
 
-    Several extras are one string, joined by commas. The command is quoted for a shell.
+    Pass several extras as one comma-separated string. The command is quoted for a shell.
     """
     name = f"trtower[{extra}]"
     try:  # pip wrote this when it installed trtower
@@ -47,7 +46,7 @@ def how_to_install(extra: str) -> str:
         editable = "-e " if origin["dir_info"].get("editable") else ""
         if Path(folder).is_dir():
             return f"pip install {editable}{shlex.quote(f'{folder}[{extra}]')}"
-        origin, url = {}, ""  # built from a folder that is gone, as in a container
+        origin, url = {}, ""  # the folder was removed after the install, as in a container
     if "vcs_info" in origin:
         revision = origin["vcs_info"].get("requested_revision")
         url = f"{origin['vcs_info']['vcs']}+{url}{f'@{revision}' if revision else ''}"
@@ -57,20 +56,20 @@ def how_to_install(extra: str) -> str:
 
 
 def extra_of(module: str) -> str | None:
-    """Find the extra whose requirements have a module's name, by trtower's own metadata."""
+    """Return the extra that requires the package of ``module``, by trtower's metadata; None if there is none."""
     try:
         lines = requires("trtower") or []
     except PackageNotFoundError:
         return None
     name = module.partition(".")[0].replace("_", "-")
-    wanted = re.compile(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", flags=re.IGNORECASE)
-    return next((match[1] for match in map(wanted.match, lines) if match), None)
+    pattern = re.compile(rf"{re.escape(name)}\b(?!-).*extra == ['\"]([\w-]+)['\"]", flags=re.IGNORECASE)
+    return next((match[1] for match in map(pattern.match, lines) if match), None)
 
 
 def why_broken(err: BaseException) -> str | None:
-    """Say which installed package broke while it was imported, and what to do; None if ``err`` is of another kind.
+    """Say which installed package broke during import, and what to do; None if ``err`` has another origin.
 
-    An exception comes from an import if a module body of that package is on its traceback, or on its cause's.
+    An error comes from an import if a package's module body is on its traceback, or on that of its cause.
     """
     names = [
         str(frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -82,10 +81,10 @@ def why_broken(err: BaseException) -> str | None:
     if package is None:
         return why_broken(err.__cause__) if err.__cause__ else None
     reason = f"{type(err).__name__}: {err}"
-    remedy = f"install {package} again"
+    remedy = f"reinstall {package}"
     if package == "typer" and "pydantic" in reason:
         remedy = "pip install 'typer<0.29', which does not need pydantic 2"
     return (
-        f"the installed {package} {version(installed[package][0])} breaks when it is imported ({reason}): "
-        f"{remedy}, or install trtower and its command in an environment of their own"
+        f"the installed {package} {version(installed[package][0])} fails to import ({reason}): "
+        f"{remedy}, or install trtower in an environment of its own"
     )

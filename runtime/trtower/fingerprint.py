@@ -1,7 +1,7 @@
-"""Tell whether a tower has the weights that a bundle was made of, in whichever dtype it holds them.
+"""Hash a tower's weights, so that a bundle can recognise the tower that it was exported from.
 
-A checkpoint in FP32 is served in FP16, and one in FP16 in BF16, so an identity of the stored numbers alone would not
-know most towers again. A bundle has one for each dtype that a tower may be rounded to.
+Models often hold their weights in another dtype than the checkpoint: FP32 is served in FP16, FP16 in BF16. A hash of
+the stored numbers would miss those towers, so a bundle holds one hash per dtype that a tower may be rounded to.
 """
 
 import hashlib
@@ -17,28 +17,29 @@ from trtower.spec import Naming, TowerSpec
 
 
 def count_layers(tower: nn.Module, naming: Naming) -> int:
-    """Count the transformer layers of a full tower of transformers, which may be fewer than its config says."""
-    found = (naming.find_layer(name) for name, _ in tower.named_parameters())
-    return 1 + max((layer for layer in found if layer is not None), default=-1)
+    """Count the layers of a transformers vision model, which may be fewer than its config says."""
+    indices = (naming.find_layer(name) for name, _ in tower.named_parameters())
+    return 1 + max((index for index in indices if index is not None), default=-1)
 
 
 def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
-    """Begin to hash what ``spec`` reads of a full tower of transformers, in every dtype, as a manifest has it.
+    """Hash the weights that ``spec`` reads, in every dtype, in a background thread; return a future of the hashes.
 
-    It goes on beside what else the program does, which may cast ``tower`` meanwhile, and ends with the program.
+    ``tower`` is the full vision model of transformers. It may be cast or moved while the thread runs: the hashes are of
+    the weights at the time of this call. The thread is a daemon, so it does not keep the process alive.
     """
-    parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # what is in them now
+    parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # keeps the present values
     future: Future[dict[str, str]] = Future()
 
     def hash_each() -> None:
         digests: dict[str, list[str]] = {name: [] for name in DTYPES}
         try:
-            while parameters:  # each is let go of once it is hashed
+            while parameters:  # frees each once it is hashed
                 parameter = parameters.pop()
                 for name, dtype in DTYPES.items():
                     digests[name].append(_digest(parameter, dtype))
             future.set_result({name: _join(each) for name, each in digests.items()})
-        except BaseException as err:  # noqa: BLE001 - raised where the result is asked for
+        except BaseException as err:  # noqa: BLE001 - result() raises it
             future.set_exception(err)
 
     threading.Thread(target=hash_each, daemon=True).start()
@@ -46,10 +47,10 @@ def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
 
 
 def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> str:
-    """Hash a tower's weights, rounded to ``dtype``, whatever the installed transformers calls them.
+    """Hash weights, rounded to ``dtype``, independently of their names.
 
-    The sha256 of the sorted sha256 of each parameter's shape and bytes: names changed between releases of
-    transformers, values did not, but for DINOv2's SwiGLU, whose one tensor became two with 5.x.
+    The result is the sha256 of the sorted sha256 of each parameter's shape and bytes. Names are left out because they
+    changed between releases of transformers. Values did not, except in DINOv2's SwiGLU: 5.x splits one tensor in two.
     """
     return _join([_digest(parameter, dtype) for parameter in parameters])
 
@@ -65,8 +66,8 @@ def _join(digests: list[str]) -> str:
 
 
 def read_parameters(tower: nn.Module, spec: TowerSpec) -> Iterator[Tensor]:
-    """Return the parameters of a full tower of transformers that the states a bundle holds depend on.
+    """Return the parameters of a transformers vision model that the hidden states in ``spec`` depend on.
 
-    What is known not to be on the way to them is left out, so that whatever was added to a tower counts.
+    Only parameters known to be irrelevant are left out, so anything that was added to the tower counts.
     """
     return (parameter for name, parameter in tower.named_parameters() if spec.reads(name))

@@ -1,6 +1,6 @@
-"""The two TensorRTs behind one name: data-centre `tensorrt` and `tensorrt-rtx`.
+"""The two flavours of TensorRT behind one interface: data-centre `tensorrt` and `tensorrt-rtx`.
 
-Their Python modules have the same names inside, so all code here takes the module as a parameter.
+Their Python modules define the same names, so the functions here accept the module as a parameter.
 """
 
 import platform
@@ -11,34 +11,33 @@ from trtower.errors import MissingExtraError
 from trtower.extras import how_to_install, import_extra
 
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
-"""Flavour -> its Python module, and the extra of trtower that brings it."""
+"""Flavour -> its Python module, and the extra of trtower that provides it."""
 
 PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
-"""Plans are bound to the operating system and processor they were built for."""
+"""A plan runs only on the operating system and processor that it was built for."""
 
 PORTABLE_FROM = "8.0"
-"""Plans that name no compute capability start at Ampere, with either TensorRT."""
+"""A plan that names no compute capability needs at least Ampere, in both flavours."""
 
 
 def load_flavour(flavour: str) -> ModuleType:
-    """Import a flavour's module; raise MissingExtraError where it is not installed."""
+    """Import a flavour's module; raise MissingExtraError if it is not installed."""
     name, extra = FLAVOURS[flavour]
     module: ModuleType = import_extra(name, extra=extra, purpose=f"flavour {flavour}")
-    if not hasattr(module, "Runtime"):  # type stubs alone make an empty `tensorrt` importable
+    if not hasattr(module, "Runtime"):  # with only type stubs installed, an empty `tensorrt` can be imported
         raise MissingExtraError(
-            f"flavour {flavour} needs the package {name}, of which only type stubs are installed: "
-            f"{how_to_install(extra)}"
+            f"flavour {flavour} needs the package {name}, but only type stubs are installed: {how_to_install(extra)}"
         )
     return module
 
 
 def sm_name(capability: str) -> str:
-    """Write a compute capability such as "8.9" as NVIDIA's compilers and the names of files have it: "sm89"."""
+    """Turn a compute capability such as "8.9" into the form used by NVIDIA's compilers and in file names: "sm89"."""
     return "sm" + capability.replace(".", "")
 
 
 def known_capabilities(module: ModuleType) -> list[str]:
-    """List the compute capabilities that a TensorRT-RTX builds for, as "8.6", in order."""
+    """List the compute capabilities that this TensorRT-RTX can build for, such as "8.6", in ascending order."""
     names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
     return [f"{name[:-1]}.{name[-1]}" for name in names]
 
@@ -46,11 +45,11 @@ def known_capabilities(module: ModuleType) -> list[str]:
 def capability_obstacle(
     flavour: str, module: ModuleType | None, compute_capabilities: Sequence[str], here: str
 ) -> str | None:
-    """Say why a plan does not run on a GPU of compute capability ``here``; None where it does.
+    """Say why a plan cannot run on a GPU of compute capability ``here``; None if it can.
 
-    One that names no ``compute_capabilities`` is portable. TensorRT-RTX's are so over the GPUs that it knows and those
-    after them, and not over what lies between: Hopper and the Blackwell of data centres. ``module`` is None where the
-    flavour is not installed, so that nobody can say what it knows.
+    A plan without ``compute_capabilities`` is portable. A portable plan of TensorRT-RTX runs on the GPUs that this
+    TensorRT-RTX knows and on newer ones, but not on those in between: Hopper and data-centre Blackwell. ``module`` is
+    None if the flavour is not installed; then the GPUs that it knows cannot be listed.
     """
     needs = " or ".join(compute_capabilities)
     runs = here in compute_capabilities
@@ -58,5 +57,5 @@ def capability_obstacle(
         needs, runs = f"{PORTABLE_FROM} or later", float(here) >= float(PORTABLE_FROM)
         if flavour == "tensorrt-rtx" and module is not None:
             known = [each for each in known_capabilities(module) if float(each) >= float(PORTABLE_FROM)]
-            needs, runs = f"{' or '.join(known)} or later than that", here in known or float(here) > float(known[-1])
+            needs, runs = f"{' or '.join(known)} or later", here in known or float(here) > float(known[-1])
     return None if runs else f"needs compute capability {needs}; this GPU has {here}"

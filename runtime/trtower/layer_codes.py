@@ -1,9 +1,9 @@
-"""What a model's config says of layers and tokens, turned into hidden-state indices. No torch.
+"""Turn the layers and tokens that a model's config names into hidden-state indices. Does not import torch.
 
-A tower of L layers has L + 1 hidden states, counted as transformers counts them: 0 is what enters the first layer
-(after `pre_layrnorm` in CLIP) and k the output of layer k, so -1 is L and -2 is L - 1. One more can be read and
-stands in no `hidden_states`: `last_hidden_state`, which is state L after the tower's final norm, as PaliGemma
-reads it. It is written as index L + 1.
+A tower of L layers has L + 1 hidden states, numbered as in transformers: 0 is the input of the first layer (after
+`pre_layrnorm` in CLIP) and k is the output of layer k, so -1 is L and -2 is L - 1. One more state can be read,
+although it is not in `hidden_states`: `last_hidden_state`, which is state L after the tower's final norm. PaliGemma
+reads it. Its index here is L + 1.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from trtower.errors import ConfigError
 from trtower.names import check_name
 
 LayerCode: TypeAlias = int | str | Sequence[int | str]
-"""An integer; a list of them, concatenated in its order; "last_hidden_state"; or tinychat's two in one number."""
+"""An integer, "last_hidden_state", tinychat's two layers in one number, or a list, concatenated in its order."""
 
 FEATURES = ("patch", "cls_patch")
-"""Which tokens are kept: without the prefix tokens, or with them."""
+"""Which tokens are kept: without or with the prefix tokens."""
 
 LAST = "last_hidden_state"
 
@@ -25,17 +25,17 @@ SLICE_FOUR = "slicefour_"
 SLICE_M25811_F6 = "slice_m25811_f6_"
 M25811_F6 = (-2, -5, -8, -11, 6)
 FEATURE_CODES = (*FEATURES, *(code + feature for code in (SLICE_FOUR, SLICE_M25811_F6) for feature in FEATURES))
-"""Every `mm_vision_select_feature` of LLaVA and LLaVA-NeXT; the slices also say which layers are read."""
+"""Every `mm_vision_select_feature` of LLaVA and LLaVA-NeXT. The slices also choose the layers."""
 
 TWO_IN_ONE = 100
-"""From here on a layer code of tinychat holds two: -212 is state 12, then state -2."""
+"""Beyond this absolute value, a layer code is tinychat's and holds two layers: -212 is state 12, then state -2."""
 
 
 def read_layer_code(select_layer: LayerCode, select_feature: str, num_layers: int) -> tuple[tuple[int, ...], str]:
-    """Turn a config's layer and feature into hidden-state indices, in the order read, and the tokens that are kept.
+    """Turn a config's layer and feature into hidden-state indices, in reading order, and the tokens to keep.
 
     Sources: LLaVA-NeXT's `CLIPVisionTower.feature_select` for the slices, tinychat's `LlavaLlamaForCausalLM` for
-    two layers in one number. Raises ConfigError naming what is no code, or is outside a tower of ``num_layers``.
+    two layers in one number. Raises ConfigError if a code is invalid, or outside a tower of ``num_layers``.
     """
     check_name("select_feature", select_feature, FEATURE_CODES)
     if select_feature.startswith(SLICE_FOUR):
@@ -46,19 +46,19 @@ def read_layer_code(select_layer: LayerCode, select_feature: str, num_layers: in
 
 
 def normalise_layers(select_layer: LayerCode, num_layers: int) -> tuple[int, ...]:
-    """Turn a layer code into hidden-state indices, in the order given; raise ConfigError where it is none."""
+    """Turn a layer code into hidden-state indices, in its order; raise ConfigError if it is invalid."""
     if _is_integer(select_layer) and abs(select_layer) > TWO_IN_ONE:
         deeper, first = divmod(abs(select_layer), TWO_IN_ONE)
         return normalise_layers([first, -deeper], num_layers)
     if isinstance(select_layer, str) or not isinstance(select_layer, Sequence):
         return (_normalise(select_layer, num_layers),)
     if not select_layer:
-        raise ConfigError("select_layer is an empty list: name at least one layer.")
+        raise ConfigError("select_layer is an empty list; name at least one layer.")
     return tuple(_normalise(code, num_layers) for code in select_layer)
 
 
 def parse_layer_code(text: str) -> LayerCode:
-    """Read a layer code as it is typed: "-2", "-2,-5,6", "last_hidden_state"."""
+    """Parse a layer code from the command line: "-2", "-2,-5,6", "last_hidden_state"."""
     codes: list[int | str] = []
     for part in text.strip("[]() ").split(","):
         try:
@@ -69,7 +69,7 @@ def parse_layer_code(text: str) -> LayerCode:
 
 
 def name_layer(layer: int, num_layers: int) -> str:
-    """Say in a message which hidden state an index is."""
+    """Name a hidden state by its index, or as `last_hidden_state`."""
     return LAST if layer == num_layers + 1 else str(layer)
 
 
@@ -78,7 +78,7 @@ def _normalise(code: object, num_layers: int) -> int:
         return num_layers + 1
     if not _is_integer(code):
         raise ConfigError(
-            f"select_layer={code!r} is no layer code: an integer such as -2 is, a list of them, or {LAST!r}."
+            f"select_layer={code!r} is not a layer code; expected an integer such as -2, {LAST!r}, or a list of these."
             f"{_unquoted(code)}"
         )
     if not -(num_layers + 1) <= code <= num_layers:
@@ -89,24 +89,24 @@ def _normalise(code: object, num_layers: int) -> int:
 
 
 def _slice_four(select_layer: LayerCode, num_layers: int) -> tuple[int, ...]:
-    """Every fourth part of the states, each shifted by the layer: -2 of 24 layers reads 4, 10, 16 and 22."""
+    """Return the states at each quarter of the tower, shifted by ``select_layer``: -2 of 24 layers is 4, 10, 16, 22."""
     states = num_layers + 1
     step = states // 4
     if not _is_integer(select_layer) or not 0 <= step + select_layer < states or not step:
         raise ConfigError(
-            f"select_layer={select_layer!r} is no shift for slicefour: {num_layers} layers accept "
+            f"select_layer={select_layer!r} is not a valid shift for slicefour: {num_layers} layers accept "
             f"-{step} to {states - step - 1}.{_unquoted(select_layer)}"
         )
     return tuple(range(step + select_layer, states, step))
 
 
 def _unquoted(code: object) -> str:
-    """Say what to write instead of a layer code as it is typed in a command; nothing for anything else."""
-    read = parse_layer_code(code) if isinstance(code, str) else code
-    codes = read if isinstance(read, list) else [read]
-    is_meant = read != code and all(_is_integer(each) or each == LAST for each in codes)
-    return f" Write {read!r}, without quotes." if is_meant else ""
+    """Return the advice to drop the quotes if ``code`` is a string that holds a valid layer code; otherwise ""."""
+    parsed = parse_layer_code(code) if isinstance(code, str) else code
+    codes = parsed if isinstance(parsed, list) else [parsed]
+    is_valid = parsed != code and all(_is_integer(each) or each == LAST for each in codes)
+    return f" Write {parsed!r}, without quotes." if is_valid else ""
 
 
 def _is_integer(code: object) -> TypeGuard[int]:
-    return isinstance(code, Integral) and not isinstance(code, bool)  # numpy's too
+    return isinstance(code, Integral) and not isinstance(code, bool)  # including numpy's integers

@@ -1,4 +1,4 @@
-"""Refuse a name that is not among the known ones, and say which of them was probably meant."""
+"""Refuse an unknown name, and suggest the known one that was probably meant."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -28,29 +28,29 @@ _MEANT = (
     ("no off false", "none"),
 )
 ALSO_WRITTEN = {written: meant.split() for several, meant in _MEANT for written in several.split()}
-"""What people write, and what they mean by it; of those, the names that an option knows are suggested."""
+"""What people write -> what they mean. Only the names that an option accepts are suggested."""
 
 CLOSE = 0.7
-"""How alike two names must be, by difflib, for one to be suggested: "tensort" is, and "tpu" is not "cpu"."""
+"""The least similarity, by difflib, of a suggestion: "tensort" suggests tensorrt, "tpu" does not suggest cpu."""
 
 
 def check_name(what: str, name: object, known: Sequence[str]) -> None:
-    """Raise ConfigError unless ``name`` is in ``known``; the message begins with the nearest of them.
+    """Raise ConfigError unless ``name`` is in ``known``; the message suggests the nearest ones.
 
-    ``what`` says what the name is of, such as "backend".
+    ``what`` is the kind of thing that is named, such as "backend".
     """
     if not isinstance(name, str) or name not in known:
         raise unknown(what, name, known, nearest(str(name), known))
 
 
 def unknown(what: str, name: object, known: Sequence[str], meant: Sequence[str]) -> ConfigError:
-    """Make the error for a name that is not known: what it probably ``meant`` first, then every choice."""
+    """Make the error for an unknown name. It suggests the names in ``meant`` first, then lists every choice."""
     suggestion = f" did you mean {list_choices([repr(each) for each in meant])}?" if meant else ""
     return ConfigError(f"unknown {what} {name!r};{suggestion} choose {list_choices(known)}.")
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Return those of ``known`` that ``name`` probably means, the likeliest first; spelling and case are forgiven."""
+    """Return the known names that ``name`` probably means, likeliest first, ignoring case and small misspellings."""
     plain = name.strip().lower().removeprefix("torch.").replace("_", "-").replace(" ", "-")
     if plain in known:
         return [plain]
@@ -60,6 +60,6 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
 
 
 def list_choices(names: Sequence[str]) -> str:
-    """Join names as in "a, b or c"."""
+    """Join names as "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last

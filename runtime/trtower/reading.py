@@ -1,4 +1,4 @@
-"""What a model's config says of its vision tower: what is read of it, and whether it was trained. No transformers.
+"""Tell from a model's config what it reads of its tower, and if it trained it. Does not import transformers.
 
 Sources: `get_image_features` of each model in transformers 4.57 and 5.23.
 """
@@ -9,10 +9,10 @@ from typing import Any
 from trtower.layer_codes import LAST, LayerCode
 
 READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "aya_vision", "internvl")
-"""Model types that read the layer that their config's `vision_feature_layer` names."""
+"""Model types that read the layer named by `vision_feature_layer` in their config."""
 
 READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2")
-"""Model types that read `last_hidden_state`. Of all others nothing is known."""
+"""Model types that read `last_hidden_state`. What other types read is not known."""
 
 
 TRAINED = (
@@ -22,27 +22,27 @@ TRAINED = (
     "mm_vision_tower_lr",
     "vision_tower_lr",
 )
-"""Keys with which LLaVA and its forks say that the tower they name is not the tower they were trained with."""
+"""Config keys of LLaVA and its forks which say that the tower was trained, so the one they name has other weights."""
 
 
-def says_trained(said: Callable[[str], Any]) -> str | None:
-    """Return the key of a LLaVA config that says that the tower was trained; ``said`` returns a key's value."""
-    if "mm_vision_tower" in str(said("mm_tunable_parts")):
+def says_trained(get: Callable[[str], Any]) -> str | None:
+    """Return the key of a LLaVA config that says that the tower was trained, if any; ``get`` returns a key's value."""
+    if "mm_vision_tower" in str(get("mm_tunable_parts")):
         return "mm_tunable_parts"
-    return next((key for key in TRAINED if said(key)), None)
+    return next((key for key in TRAINED if get(key)), None)
 
 
 def is_contrastive(config: Any, vision_config: Any) -> bool:
-    """Whether this is CLIP, or one like it, which reads one pooled vector of an image and no hidden state."""
+    """Whether this is CLIP or a similar model, which reads one pooled vector per image and no hidden state."""
     return bool(vision_config.model_type == f"{getattr(config, 'model_type', None)}_vision_model")
 
 
 def read_vision_feature_layer(config: Any) -> LayerCode | None:
-    """Give the layer code that a model reads; None where its config does not say, or nothing is known of it."""
+    """Return the layer code that a model reads; None if its config does not say, or its type is not known here."""
     layer: Any = None
     model_type = getattr(config, "model_type", None)
     if model_type in READS_LAYER:
-        # VipLlava's has an s in transformers 4.57.
+        # VipLlava's key is plural in transformers 4.57.
         layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     if model_type in READS_LAST or (model_type == "internvl" and layer == -1):
         return LAST

@@ -1,7 +1,7 @@
-"""What a tower is, in numbers: layers, features, tokens, shapes. No torch.
+"""Describe a tower in numbers: layers, features, tokens, shapes. Does not import torch.
 
-Letters used for shapes everywhere: B images, S pixels a side, P prefix tokens (CLS and registers),
-N patches, D features a token.
+Shapes are written in these letters everywhere: B images, S pixels per side, P prefix tokens (CLS and registers),
+N patches, D features per token.
 """
 
 import re
@@ -17,14 +17,14 @@ MB, MIB = 10**6, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What weights and activations are in, and what each library calls it.
+    """The format of weights and activations, and its name in each library.
 
     ``dtype`` is the name in torch and in a manifest, ``onnx`` the number in ONNX's TensorProto, ``tensorrt`` the name
-    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs before compute capability
+    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs below compute capability
     ``first_capability`` lack the format, and TensorRT refuses the graph for them. Graphs are written in ``opset``: 23
-    gives one Attention node a layer, which TensorRT-RTX 1.7 has kernels for only in half precision.
+    gives one Attention node per layer, for which TensorRT-RTX 1.7 has kernels only in half precision.
 
-    An 8-bit precision is another one whose linear layers have weights of the type ``onnx_linear``, ONNX's number again.
+    An 8-bit precision is another precision whose linear layers hold weights of type ``onnx_linear`` (in TensorProto).
     """
 
     name: str
@@ -50,16 +50,16 @@ _ROWS = (
 PRECISIONS = {each.name: each for each in _ROWS}
 EIGHT_BIT = tuple(name for name, each in PRECISIONS.items() if each.onnx_linear)
 BY_DTYPE = {each.dtype: each for each in PRECISIONS.values() if not each.onnx_linear}
-"""The precision in which everything has that dtype."""
+"""Dtype -> the precision in which everything has that dtype."""
 HALVES = tuple(each.name for each in BY_DTYPE.values() if each.itemsize == 2)
 
 MOST_IMAGES = 65536
-"""In one call: beyond any GPU's memory, and within what TensorRT counts with."""
+"""The largest batch of a profile: more than any GPU's memory holds, and within TensorRT's integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
-    """How many images one engine call takes: at least, as tuned, at most (TensorRT's min, opt, max)."""
+    """How many images one engine call accepts: fewest, tuned for, most (TensorRT's min, opt, max)."""
 
     min: int
     opt: int
@@ -68,37 +68,39 @@ class BatchProfile:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise ConfigError(
-                f"batch profile {self.min} {self.opt} {self.max} is out of order: "
-                "1 <= MIN <= OPT <= MAX is expected, such as 1 8 32."
+                f"batch profile {self.min} {self.opt} {self.max} is out of order; "
+                "expected 1 <= MIN <= OPT <= MAX, such as 1 8 32."
             )
         if self.max > MOST_IMAGES:
-            raise ConfigError(f"batch profile {self.min} {self.opt} {self.max}: {MOST_IMAGES} images are the most.")
+            raise ConfigError(
+                f"batch profile {self.min} {self.opt} {self.max} is too large; MAX can be at most {MOST_IMAGES}."
+            )
 
     def pieces(self, batch: int) -> Iterator[tuple[int, int]]:
-        """Cut ``batch`` images into ranges that one engine call takes each.
+        """Split ``batch`` images into ranges of one engine call each.
 
-        A rest below the minimum is topped up with images of the range before it, which are then
-        computed twice; a whole batch below the minimum is refused.
+        A remainder below the minimum is topped up with images of the previous range, which are then computed twice.
+        Raises InputError if the whole batch is below the minimum.
         """
         if batch < self.min:
-            raise InputError(f"images has batch {batch}; this engine takes {self.min} to {self.max} at once.")
+            raise InputError(f"images has batch {batch}; this engine accepts {self.min} to {self.max} at once.")
         for start in range(0, batch, self.max):
             stop = min(start + self.max, batch)
             yield min(start, stop - self.min), stop
 
 
 DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
-"""What a bundle is tuned for, unless another is named."""
+"""The batch profile of an export that names none."""
 
 
 def merge_profiles(profiles: Sequence[BatchProfile]) -> BatchProfile:
-    """Give what several profiles take together, tuned as the last.
+    """Return the profile that covers several profiles, tuned as the last one.
 
-    Raises ConfigError where they leave a batch out, and where two are the same.
+    Raises ConfigError if they leave a gap, or if two are the same.
     """
     for index, profile in enumerate(profiles):
         if profile in profiles[:index]:
-            raise ConfigError(f"batch profile {profile.min} {profile.opt} {profile.max} is named twice.")
+            raise ConfigError(f"batch profile {profile.min} {profile.opt} {profile.max} was given twice.")
     ordered = sorted(profiles, key=lambda profile: profile.min)
     reached = ordered[0].max
     for profile in ordered[1:]:
@@ -110,7 +112,7 @@ def merge_profiles(profiles: Sequence[BatchProfile]) -> BatchProfile:
 
 
 def profile_batches(profiles: Sequence[BatchProfile]) -> list[int]:
-    """List the batches that profiles name: least, as tuned, most."""
+    """List the batches that the profiles name as min, opt or max, in ascending order."""
     return sorted({size for profile in profiles for size in (profile.min, profile.opt, profile.max)})
 
 
@@ -125,13 +127,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """What transformers calls the parts of the model that a tower was cut from, so that a bundle knows it again.
+    """What transformers calls the parts of a family's vision model, so that a bundle can recognise its tower.
 
-    Names are dotted, as in `named_parameters()`, and each field lists what its part may be called. They count from
-    inside ``wrapper``, a module that some releases of transformers put around the whole tower; those of the list of
-    ``layers`` may lie anywhere. ``final_norm`` turns hidden state L into `last_hidden_state`; if it is empty, the two
-    are one state. No hidden state depends on what is ``unread``. The ``config_fields`` decide what a tower computes,
-    beside its weights.
+    Names are dotted, as in `named_parameters()`, and each field lists every name that its part may have. Names start
+    inside ``wrapper``, a module that some releases of transformers put around the whole tower; the list of ``layers``
+    may lie anywhere. ``final_norm`` turns hidden state L into `last_hidden_state`; if it is empty, the two are the same
+    state. No hidden state depends on the ``unread`` parts. Besides the weights, the ``config_fields`` decide what a
+    tower computes.
     """
 
     wrapper: str = "vision_model"
@@ -156,21 +158,22 @@ class Naming:
     )
 
     def inside(self, parameter: str) -> str:
-        """Return the name of a parameter as it counts from inside the wrapper, if there is one."""
+        """Return the name of a parameter without the wrapper's prefix."""
         return parameter.removeprefix(f"{self.wrapper}.")
 
     def find_layer(self, parameter: str) -> int | None:
-        """Return the index of the layer that a parameter is part of; None if it is outside the layers."""
+        """Return the index of the layer that holds a parameter; None if it is outside the layers."""
         layers = "|".join(map(re.escape, self.layers))
-        found = re.search(rf"(?:^|\.)(?:{layers})\.(\d+)\.", parameter)
-        return int(found[1]) if found else None
+        match = re.search(rf"(?:^|\.)(?:{layers})\.(\d+)\.", parameter)
+        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """A cut tower of ``num_layers`` layers L.
+    """What a bundle reads of a tower with ``num_layers`` layers L.
 
-    ``layers`` are hidden-state indices 0 to L, as read; L + 1 is `last_hidden_state` (see layer_codes.py).
+    ``layers`` are the hidden-state indices, in reading order: 0 to L, and L + 1 for `last_hidden_state` (see
+    layer_codes.py).
     """
 
     family: str
@@ -186,45 +189,48 @@ class TowerSpec:
     def __post_init__(self) -> None:
         if min(self.image_size, self.patch_size, self.num_layers, self.width) < 1 or self.num_prefix_tokens < 0:
             raise ConfigError(
-                f"a tower of {self.image_size} pixels, {self.patch_size} a patch, {self.num_layers} layers "
-                f"of {self.width} cannot be: all are 1 at least."
+                "invalid tower: image_size, patch_size, num_layers and width must each be at least 1, and "
+                f"num_prefix_tokens at least 0; got {self.image_size}, {self.patch_size}, {self.num_layers}, "
+                f"{self.width} and {self.num_prefix_tokens}."
             )
         self.first_token(self.select_feature)
         if not self.layers or not all(0 <= layer <= self.num_layers + 1 for layer in self.layers):
-            raise ConfigError(f"layers={self.layers} are not hidden-state indices: 0 to {self.num_layers + 1} are.")
+            raise ConfigError(
+                f"layers={self.layers} are not hidden-state indices; expected some of 0 to {self.num_layers + 1}."
+            )
 
     @property
     def num_patches_per_side(self) -> int:
-        """Patches along one side of the image."""
+        """The number of patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """N: the square of the side, with or without a CLS token, as LLaVA counts."""
+        """N, the square of `num_patches_per_side`: like LLaVA, it never counts a CLS token."""
         return self.num_patches_per_side**2
 
     @property
     def num_tokens(self) -> int:
-        """P + N: the tokens that the engine gives."""
+        """P + N, the number of tokens that the engine returns."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
     def hidden_size(self) -> int:
-        """D: the layers that are read, concatenated."""
+        """D, the features per token of all layers that are read, concatenated."""
         return self.width * len(self.layers)
 
     @property
     def depth(self) -> int:
-        """How many layers must run for the deepest state that is read."""
+        """The number of layers that must run to reach the deepest state that is read."""
         return min(max(self.layers), self.num_layers)
 
     @property
     def reads_final_norm(self) -> bool:
-        """Whether `last_hidden_state` is among what is read."""
+        """Whether `last_hidden_state` is read."""
         return self.num_layers + 1 in self.layers
 
     def reads(self, parameter: str) -> bool:
-        """Return whether a state that is read may depend on a parameter of the full model, by its name there."""
+        """Whether a hidden state that is read may depend on a parameter of the full model, given its name there."""
         naming, layer = self.naming, self.naming.find_layer(parameter)
         if layer is not None and layer >= self.depth:
             return False
@@ -233,27 +239,27 @@ class TowerSpec:
 
     @property
     def reading(self) -> str:
-        """Say what is read, in words."""
+        """What is read, in words."""
         states = ", ".join(name_layer(layer, self.num_layers) for layer in self.layers)
         several = "s" if len(self.layers) > 1 else ""
         return f"hidden state{several} {states} of {self.num_layers} layers, {self.select_feature} tokens"
 
     def columns(self, layers: Sequence[int]) -> list[slice]:
-        """Find hidden states that are held among the concatenated ones, (B, P + N, D), in the order asked for."""
+        """Return the columns of hidden states in the concatenated (B, P + N, D), in the order of ``layers``."""
         starts = [self.layers.index(layer) * self.width for layer in layers]
         return [slice(start, start + self.width) for start in starts]
 
     def first_token(self, select_feature: str) -> int:
-        """Give the index of the first token that a feature keeps; `patch` drops CLS and registers, where there are."""
+        """Return the index of the first token that a feature keeps; `patch` drops CLS and registers, if any."""
         check_name("select_feature", select_feature, FEATURES)
         return self.num_prefix_tokens if select_feature == "patch" else 0
 
     def input(self, precision: str) -> TensorSpec:
-        """Describe the tensor that enters: normalised pixels, (B, 3, S, S)."""
+        """Describe the input tensor: normalised pixels, (B, 3, S, S)."""
         shape = ("batch", 3, self.image_size, self.image_size)
         return TensorSpec(name="pixel_values", dtype=PRECISIONS[precision].dtype, shape=shape)
 
     def output(self, precision: str) -> TensorSpec:
-        """Describe the tensor that leaves: all tokens of the layers read, (B, P + N, D)."""
+        """Describe the output tensor: all tokens of the layers that are read, (B, P + N, D)."""
         shape = ("batch", self.num_tokens, self.hidden_size)
         return TensorSpec(name="hidden_states", dtype=PRECISIONS[precision].dtype, shape=shape)

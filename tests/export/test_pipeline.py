@@ -70,7 +70,7 @@ def test_second_export_to_the_same_place_is_refused_before_any_work(
     clip: Path, spoilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "staged", None)
-    with pytest.raises(BundleError, match="only with --overwrite"):
+    with pytest.raises(BundleError, match="Replace it with --overwrite"):
         export_tower(str(clip), spoilt, ExportOptions(flavour="none"))
 
 

@@ -30,8 +30,8 @@ from trtower_export.precision.bounds import BOUNDS
     ("arguments", "code", "message"),
     [
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
-        (["inspect", "a\0b"], 2, "the path of a folder is expected, which has no NUL in it"),
-        (["inspect", "~nobody-of-this-name/x"], 2, "'~nobody-of-this-name/x'; the path of a folder is expected"),
+        (["inspect", "a\0b"], 2, "expected the path of a folder, without NUL"),
+        (["inspect", "~nobody-of-this-name/x"], 2, "'~nobody-of-this-name/x'; expected the path of a folder"),
         (["inspect"], 2, "Missing argument"),
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["export"], 2, "Missing argument"),
@@ -42,7 +42,7 @@ from trtower_export.precision.bounds import BOUNDS
         (["bench", "BUNDLE", "--json", "bench.json"], 2, "bench.json"),
         (["bench", "BUNDLE", "--against", "onnx"], 2, "'onnx'; did you mean 'onnxruntime'? choose eager, "),
         (["inspect", "CLIP"], 1, "it has no tower.json. `trtower export "),
-        (["inspect", "BUNDLE/tower.onnx"], 1, "it is a file of "),
+        (["inspect", "BUNDLE/tower.onnx"], 1, "it is a file in the bundle "),
         (["build", "BUNDLE", "--flavour", "none"], 2, "unknown flavour 'none'; choose auto, tensorrt or tensorrt-rtx."),
         (["build", "BUNDLE", "--flavour", "rtx"], 2, "unknown flavour 'rtx'; did you mean 'tensorrt-rtx'?"),
         (["check", "BUNDLE", "--backend", "onnxruntime"], 2, "did you mean 'onnxruntime-cpu' or 'onnxruntime-cuda'?"),
@@ -55,19 +55,19 @@ from trtower_export.precision.bounds import BOUNDS
         ),
         (["export", "CLIP", "--select-layer", "-30", "--no-check"], 2, "4 layers accept -5 to 4"),
         (["export", "CLIP", "--batch", "4,2,8", "--no-check"], 2, "batch profile 4 2 8 is out of order"),
-        (["export", "CLIP", "--batch", "1,1,9999999999", "--no-check"], 2, "65536 images are the most"),
+        (["export", "CLIP", "--batch", "1,1,9999999999", "--no-check"], 2, "is too large; MAX can be at most 65536"),
         (
             ["export", "CLIP", "--batch", "1,1,1", "--batch", "1,1,1", "--no-check"],
             2,
-            "1 1 1 is named twice",
+            "1 1 1 was given twice",
         ),
-        (["build", "BUNDLE", "--workspace-mib", "99999999999999"], 2, "1 to 16777216 is expected"),
+        (["build", "BUNDLE", "--workspace-mib", "99999999999999"], 2, "expected 1 to 16777216"),
         (["build", "BUNDLE", "--strip", "--flavour", "tensorrt-rtx"], 1, "--strip needs a GPU to build a plan without"),
         (["export", "CLIP", "--compute-capability", "9.9", "--no-check"], 2, "compute capability '9.9'; choose 7.5"),
         (["export", "CLIP", "--precision", "bf16", "--compute-capability", "7.5"], 2, "bf16 needs compute capability"),
         (["export", "CLIP", "--select-feature", "cls", "--no-check"], 2, "patch, cls_patch, slicefour_patch"),
-        (["export", "CLIP", "--select-layer", "sliceseven", "--no-check"], 2, "'sliceseven' is no layer code"),
-        (["export", "CLIP", "--select-layer=-2,x", "--no-check"], 2, "'x' is no layer code"),
+        (["export", "CLIP", "--select-layer", "sliceseven", "--no-check"], 2, "'sliceseven' is not a layer code"),
+        (["export", "CLIP", "--select-layer=-2,x", "--no-check"], 2, "'x' is not a layer code"),
         (["export", "CLIP", "--image-size", "0", "--no-check"], 2, "smaller than one patch of 14"),
         (["export", "", "--no-check"], 1, "no checkpoint named"),
         (["export", "CLIP", "--image-size", "7", "--no-check"], 2, "smaller than one patch of 14"),
@@ -383,11 +383,26 @@ BREAKS = "raise AttributeError('numpy.dtype size changed')\n"
 @pytest.mark.parametrize(
     ("package", "content", "command", "said"),
     [
-        ("pydantic", PYDANTIC_1, ["inspect", "nowhere"], r"the installed typer \S+ breaks .*pip install 'typer<0\.29'"),
-        ("pydantic", PYDANTIC_1, ["export", "nowhere"], r"the installed typer \S+ breaks .*pip install 'typer<0\.29'"),
-        ("rich", BREAKS, ["inspect", "nowhere"], r"the installed rich \S+ breaks when it is imported \(AttributeError"),
-        ("onnx", BREAKS, ["export", "nowhere"], r"the installed onnx \S+ breaks when it is imported \(AttributeError"),
-        ("rich", "import gone", ["inspect", "nowhere"], r"the installed rich \S+ breaks .*No module named 'gone'"),
+        (
+            "pydantic",
+            PYDANTIC_1,
+            ["inspect", "nowhere"],
+            r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'",
+        ),
+        (
+            "pydantic",
+            PYDANTIC_1,
+            ["export", "nowhere"],
+            r"the installed typer \S+ fails to import .*pip install 'typer<0\.29'",
+        ),
+        ("rich", BREAKS, ["inspect", "nowhere"], r"the installed rich \S+ fails to import \(AttributeError"),
+        ("onnx", BREAKS, ["export", "nowhere"], r"the installed onnx \S+ fails to import \(AttributeError"),
+        (
+            "rich",
+            "import gone",
+            ["inspect", "nowhere"],
+            r"the installed rich \S+ fails to import .*No module named 'gone'",
+        ),
     ],
 )
 def test_package_that_breaks_at_import_is_one_line(
@@ -407,7 +422,7 @@ def test_package_that_breaks_at_import_is_one_line(
     )
     assert done.returncode == 1
     assert re.match(f"error: {said}", done.stderr.splitlines()[-1])
-    assert "environment of their own" in done.stderr
+    assert "environment of its own" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""A message that names an extra gives a command that installs it from where trtower came from."""
+"""A message that names an extra contains the command that installs it from where trtower came from."""
 
 import json
 import shlex
@@ -53,7 +53,7 @@ def test_folder_is_quoted_for_a_shell(
     assert shlex.split(how_to_install("cpu,cli")) == expected
 
 
-def test_trtower_that_is_not_installed_is_named_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_is_plain_if_trtower_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise extras.PackageNotFoundError(name)
 
@@ -100,7 +100,7 @@ def test_extra_is_the_one_that_requires_the_package(
     assert extra_of(module) == extra
 
 
-def test_no_message_names_an_extra_without_saying_where_it_comes_from() -> None:
+def test_no_message_contains_a_hard_coded_install_command() -> None:
     root = Path(__file__).parent.parent.parent
     sources = [path for side in ("runtime", "export") for path in (root / side).rglob("*.py")]
     assert [path.name for path in sources if "pip install 'trtower" in path.read_text(encoding="utf-8")] == []

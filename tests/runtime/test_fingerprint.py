@@ -1,4 +1,4 @@
-"""A tower is known again by the weights that are read of it, in every dtype, and by no others."""
+"""A tower is recognised in every dtype, and only by the weights that are read."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def spec_of(model: nn.Module, layer: LayerCode = -2) -> TowerSpec:
 
 
 GRIDDED = {"siglip2"}
-"""Whose cut tower has positions of its own grid, made of those that are read."""
+"""Families whose cut tower holds positions for its own grid, interpolated from those of the checkpoint."""
 
 
 @pytest.mark.parametrize("layer", [0, -2, -1, LAST])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - GRIDDED))
-def test_what_is_read_is_what_the_cut_tower_is_made_of(name: str, layer: LayerCode) -> None:
+def test_parameters_read_are_those_of_the_cut_tower(name: str, layer: LayerCode) -> None:
     model = make_model(name)
     spec = spec_of(model, layer)
     cut = truncate(model, family_of(model.config.model_type), spec)
@@ -31,7 +31,7 @@ def test_what_is_read_is_what_the_cut_tower_is_made_of(name: str, layer: LayerCo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tower_is_known_in_the_dtype_that_it_is_held_in(dtype: str) -> None:
+def test_tower_is_recognised_in_every_dtype(dtype: str) -> None:
     model = make_model("clip")
     spec = spec_of(model)
     known = hash_later(model, spec).result()
@@ -40,7 +40,7 @@ def test_tower_is_known_in_the_dtype_that_it_is_held_in(dtype: str) -> None:
     assert weights_sha256(read_parameters(held, spec), DTYPES[dtype]) == known[dtype]
 
 
-def test_checkpoint_in_half_precision_is_known_in_full() -> None:
+def test_checkpoint_in_half_precision_is_recognised_in_fp32() -> None:
     half = make_model("clip").half()
     spec = spec_of(half)
     assert hash_later(half.float(), spec).result() == hash_later(make_model("clip").half(), spec).result()
@@ -55,7 +55,7 @@ def test_hash_follows_values_and_not_names() -> None:
     assert weights_sha256(read_parameters(model, spec)) != weights_sha256(renamed.parameters())
 
 
-def test_dead_layers_and_heads_do_not_count_and_whatever_is_added_does() -> None:
+def test_dead_layers_and_heads_do_not_count_but_additions_do() -> None:
     model = make_model("siglip")
     spec = spec_of(model)
     known = hash_later(model, spec).result()
@@ -69,7 +69,7 @@ def test_dead_layers_and_heads_do_not_count_and_whatever_is_added_does() -> None
     assert hash_later(model, spec).result() != known
 
 
-def test_weights_are_hashed_as_they_were_though_the_tower_is_cast_meanwhile() -> None:
+def test_weights_are_hashed_as_they_were_even_if_the_tower_is_cast_during_hashing() -> None:
     model = make_model("clip")
     spec = spec_of(model)
     known = hash_later(model, spec).result()

@@ -1,4 +1,4 @@
-"""What configs say of layers and tokens becomes hidden-state indices, or a line that says why not."""
+"""A config's layers and tokens become hidden-state indices, or an error that says why not."""
 
 import pytest
 
@@ -33,14 +33,14 @@ def test_layer_outside_the_tower_names_the_range(layer: int) -> None:
         normalise_layers(layer, 24)
 
 
-def test_list_and_number_of_two_name_the_layer_that_is_outside() -> None:
+def test_list_and_two_layers_in_one_name_the_layer_that_is_outside() -> None:
     for code in ([-2, 25], 225):
         with pytest.raises(ConfigError, match="select_layer=25 is outside this tower"):
             normalise_layers(code, 24)
 
 
 @pytest.mark.parametrize("layer", ["sliceseven", "-2", "", 1.5, True, None, [], [[1]], [1.0], [-2, False], [-2, -212]])
-def test_what_is_no_layer_is_refused(layer: object) -> None:
+def test_invalid_layer_code_is_refused(layer: object) -> None:
     with pytest.raises(ConfigError, match="select_layer") as caught:
         normalise_layers(layer, 24)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -58,11 +58,11 @@ def test_plain_feature_leaves_the_layers_as_they_are(feature: str) -> None:
         (-2, 24, (4, 10, 16, 22)),
         (-2, 12, (1, 4, 7, 10)),
         (0, 24, (6, 12, 18, 24)),
-        (-6, 24, (0, 6, 12, 18, 24)),  # five, though LLaVA-NeXT counts four: its range gives five
+        (-6, 24, (0, 6, 12, 18, 24)),  # five states: LLaVA-NeXT says four, but its range yields five
         (3, 4, (4,)),
     ],
 )
-def test_slicefour_reads_every_fourth_part_shifted(
+def test_slicefour_reads_a_shifted_state_of_every_quarter(
     layer: int, num_layers: int, layers: tuple[int, ...], feature: str
 ) -> None:
     states = list(range(num_layers + 1))
@@ -71,19 +71,19 @@ def test_slicefour_reads_every_fourth_part_shifted(
 
 
 @pytest.mark.parametrize("layer", [-7, 19, [-2], "last_hidden_state", None])
-def test_what_is_no_shift_for_slicefour_names_those_that_are(layer: object) -> None:
-    with pytest.raises(ConfigError, match="is no shift for slicefour: 24 layers accept -6 to 18"):
+def test_invalid_shift_for_slicefour_names_the_range(layer: object) -> None:
+    with pytest.raises(ConfigError, match="is not a valid shift for slicefour: 24 layers accept -6 to 18"):
         read_layer_code(layer, "slicefour_patch", 24)  # type: ignore[arg-type]
 
 
 def test_slicefour_needs_four_states() -> None:
-    with pytest.raises(ConfigError, match="no shift for slicefour"):
+    with pytest.raises(ConfigError, match="not a valid shift for slicefour"):
         read_layer_code(0, "slicefour_patch", 2)
 
 
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 @pytest.mark.parametrize("layer", [-2, 99, None])
-def test_slice_of_five_names_its_own_layers(layer: object, feature: str) -> None:
+def test_slice_of_five_ignores_the_configs_layer(layer: object, feature: str) -> None:
     code = f"slice_m25811_f6_{feature}"
     assert read_layer_code(layer, code, 24) == ((23, 20, 17, 14, 6), feature)  # type: ignore[arg-type]
 
@@ -112,17 +112,17 @@ def test_unknown_feature_lists_the_known(feature: object) -> None:
         ("-2, last_hidden_state", [-2, "last_hidden_state"]),
     ],
 )
-def test_layer_code_is_read_as_it_is_typed(text: str, code: object) -> None:
+def test_layer_code_is_parsed(text: str, code: object) -> None:
     assert parse_layer_code(text) == code
 
 
 @pytest.mark.parametrize("text", ["", "-2,", "two", "-2 -5", "1.5"])
-def test_typing_errors_are_refused_when_they_are_used(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no layer code"):
+def test_typing_errors_are_refused_when_the_code_is_used(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a layer code"):
         normalise_layers(parse_layer_code(text), 24)
 
 
-def test_layers_are_named_as_they_are_typed() -> None:
+def test_layers_are_named_as_on_the_command_line() -> None:
     assert [name_layer(layer, 24) for layer in (0, 24, 25)] == ["0", "24", "last_hidden_state"]
 
 
@@ -130,18 +130,18 @@ def test_layers_are_named_as_they_are_typed() -> None:
     ("layer", "meant"),
     [("-2", "-2"), ("-2,-5", r"\[-2, -5\]"), ("last_hidden_state,3", r"\['last_hidden_state', 3\]"), (["6", -2], "6")],
 )
-def test_code_in_quotes_is_told_to_be_written_without(layer: str | list[str | int], meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"is no layer code: .* Write {meant}, without quotes"):
+def test_quoted_code_has_advice_to_drop_the_quotes(layer: str | list[str | int], meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"is not a layer code; .* Write {meant}, without quotes"):
         read_layer_code(layer, "patch", 24)
 
 
-def test_shift_in_quotes_is_told_to_be_written_without() -> None:
-    with pytest.raises(ConfigError, match=r"no shift for slicefour: .* Write -2, without quotes"):
+def test_quoted_shift_has_advice_to_drop_the_quotes() -> None:
+    with pytest.raises(ConfigError, match=r"not a valid shift for slicefour: .* Write -2, without quotes"):
         read_layer_code("-2", "slicefour_patch", 24)
 
 
 @pytest.mark.parametrize("layer", ["sliceseven", "1.5", "", "a,b", 1.5, True])
-def test_what_is_no_code_in_quotes_either_is_not_told_so(layer: object) -> None:
+def test_invalid_code_has_no_advice_on_quotes(layer: object) -> None:
     with pytest.raises(ConfigError) as failure:
         read_layer_code(layer, "patch", 24)
     assert "without quotes" not in str(failure.value)

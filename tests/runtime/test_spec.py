@@ -33,14 +33,14 @@ def test_last_hidden_state_needs_the_last_layer_and_the_norm() -> None:
     assert not spec(layers=(24,)).reads_final_norm
 
 
-def test_columns_are_found_in_the_order_asked_for() -> None:
+def test_columns_are_in_the_order_of_the_layers_requested() -> None:
     tower = spec(layers=(22, 4, 25), width=8)
     assert tower.columns((25, 22)) == [slice(16, 24), slice(0, 8)]
 
 
 @pytest.mark.parametrize("layers", [(), (26,), (-1,)])
-def test_layers_that_are_no_hidden_states_are_refused(layers: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="0 to 25 are"):
+def test_layers_that_are_not_hidden_states_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="expected some of 0 to 25"):
         spec(layers=layers)
 
 
@@ -75,7 +75,7 @@ def test_pieces_cover_every_image_within_the_profile(low: int, high: int) -> Non
 
 
 def test_batch_below_the_minimum_is_refused() -> None:
-    with pytest.raises(InputError, match="takes 4 to 8"):
+    with pytest.raises(InputError, match="accepts 4 to 8"):
         list(BatchProfile(min=4, opt=4, max=8).pieces(3))
 
 
@@ -83,13 +83,13 @@ def profiles(*numbers: tuple[int, int, int]) -> list[BatchProfile]:
     return [BatchProfile(min=low, opt=tuned, max=high) for low, tuned, high in numbers]
 
 
-def test_several_profiles_take_what_any_of_them_takes() -> None:
+def test_merged_profiles_accept_every_batch_that_one_of_them_accepts() -> None:
     assert merge_profiles(profiles((1, 1, 1), (1, 8, 32))) == BatchProfile(min=1, opt=8, max=32)
     assert merge_profiles(profiles((9, 16, 32), (2, 4, 8))) == BatchProfile(min=2, opt=4, max=32)
     assert merge_profiles(profiles((1, 8, 32), (2, 2, 4), (33, 40, 48))) == BatchProfile(min=1, opt=40, max=48)
     assert profile_batches(profiles((1, 1, 1), (1, 8, 32))) == [1, 8, 32]
 
 
-def test_profiles_that_leave_a_batch_out_are_refused() -> None:
+def test_profiles_with_a_gap_are_refused() -> None:
     with pytest.raises(ConfigError, match="batch profiles 1 8 8, 10 16 32 leave out 9 to 9 images"):
         merge_profiles(profiles((1, 8, 8), (10, 16, 32)))

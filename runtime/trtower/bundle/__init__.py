@@ -1,1 +1,1 @@
-"""A bundle on disk: the folder that holds everything deployment needs. No torch."""
+"""A bundle on disk: the folder that holds everything deployment needs. Does not import torch."""

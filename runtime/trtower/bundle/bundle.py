@@ -1,7 +1,7 @@
-"""Read, verify and write a bundle: the folder that holds everything deployment needs. No torch.
+"""Read, verify and write a bundle: the folder that holds everything deployment needs. Does not import torch.
 
-A reader trusts nothing: names are checked before they are joined to a path, and a file's sha256 before a
-backend sees a byte of it. A writer never shows half a bundle: see staging.py.
+A reader trusts nothing: it checks names before joining them to a path, and a file's sha256 before a backend sees a byte
+of it. A writer never shows half a bundle: see staging.py.
 """
 
 import hashlib
@@ -20,7 +20,12 @@ from trtower.errors import BundleError, ConfigError
 
 
 class Bundle:
-    """A bundle on disk whose manifest has been read and whose files are there in their full size."""
+    """A bundle on disk. `open` reads its manifest and checks that its files are present in full size.
+
+    Attributes:
+        path: The folder.
+        manifest: The content of tower.json when the bundle was opened.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -28,18 +33,26 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, whole: bool = True) -> "Bundle":
-        """Read the manifest; raise BundleError where it or a file it lists is missing, cut short or misplaced.
+        """Open a bundle: read its manifest, and check that every listed file is there. Hashes nothing yet.
 
-        Without ``whole`` a file may be missing or cut short: for whoever tells of it. The log of a build always may.
-        Raises ConfigError if ``path`` is not a path.
+        Args:
+            path: The folder that `trtower export` wrote.
+            whole: Refuse missing and cut-short files, except build logs. False is for callers that report them.
+
+        Returns:
+            The bundle.
+
+        Raises:
+            BundleError: This is not a bundle, the manifest is invalid, or a file is missing, cut short or misplaced.
+            ConfigError: ``path`` is not a path.
         """
         folder = read_folder(path, "bundle")
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
-            raise BundleError(f"{folder} is not a bundle: {_say_what_instead(folder)}") from err
+            raise BundleError(f"{folder} is not a bundle: {_describe_instead(folder)}") from err
         except UnicodeDecodeError as err:
-            raise BundleError(f"{folder / MANIFEST} is not UTF-8 text: {err}") from err
+            raise BundleError(f"{folder / MANIFEST} is not UTF-8 text ({err}). Copy the bundle again.") from err
         try:
             manifest = Manifest.from_json(text)
         except BundleError as err:
@@ -52,34 +65,64 @@ class Bundle:
         return bundle
 
     def verify(self, name: str) -> Path:
-        """Compare a file with its sha256 in the manifest and return its path."""
+        """Compare a file with its sha256 in the manifest.
+
+        Args:
+            name: A file that the manifest lists, such as "tower.onnx".
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            BundleError: The file is not listed, missing or altered.
+        """
         path = self._check_present(name)
         self._compare(name, describe(path).sha256)
         return path
 
     def altered(self, names: Collection[str] | None = None) -> list[str]:
-        """List the files, or those of ``names``, whose content is not what the manifest says. Reads them all.
+        """List the files whose content does not match the manifest. Reads all of them.
 
-        The log of a build may be missing.
+        Args:
+            names: The files to compare. None compares every listed file.
+
+        Returns:
+            The names of altered and missing files, in the manifest's order. A missing build log does not count.
         """
-        wanted = self.manifest.files.keys() if names is None else names
-        return [name for name in self.manifest.files if name in wanted and self._is_altered(name)]
+        compared = self.manifest.files.keys() if names is None else names
+        return [name for name in self.manifest.files if name in compared and self._is_altered(name)]
 
     def _is_altered(self, name: str) -> bool:
         try:
             return describe(self.path / name) != self.manifest.files[name]
-        except FileNotFoundError:  # since the bundle was opened, unless it may be missing
+        except FileNotFoundError:  # a build log, or a file removed since the bundle was opened
             return name not in self._logs
         except (IsADirectoryError, NotADirectoryError):
             return True
 
     def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
-        """Find the certificate of what a backend executes, ``file`` among it; None where it was not checked."""
-        found = (each for each in self.manifest.certificates if each.backend == backend and file in each.executed)
-        return next(found, None)
+        """Find the certificate of a backend for a file that it executes.
+
+        Args:
+            backend: The backend's name, such as "tensorrt-rtx".
+            file: The graph, or a plan.
+
+        Returns:
+            The certificate, which may have failed or be void; None if this was not checked.
+        """
+        certificates = self.manifest.certificates
+        return next((each for each in certificates if each.backend == backend and file in each.executed), None)
 
     def changed_since(self, certificate: Certificate, altered: Collection[str] = ()) -> list[str]:
-        """List the files that a certificate speaks of and that are others now; all that are ``altered`` are."""
+        """List the files that changed since a check, which make its certificate void.
+
+        Args:
+            certificate: The certificate of the check.
+            altered: Files known not to match the manifest; they count as changed.
+
+        Returns:
+            The names of the certificate's files that are altered, gone from the manifest, or have another sha256 there.
+        """
         files = self.manifest.files
         return [
             name
@@ -88,7 +131,11 @@ class Bundle:
         ]
 
     def uncertifiable(self) -> str | None:
-        """Say why no certificate can vouch for this bundle, whatever runs it; None where one may."""
+        """Say why no certificate can vouch for this bundle on any backend.
+
+        Returns:
+            The reason as a clause, such as "it has no certificate"; None if a certificate may vouch for it.
+        """
         if not self.manifest.certificates:
             return "it has no certificate"
         if self.manifest.source.random_weights:
@@ -98,35 +145,58 @@ class Bundle:
     def why_uncertified(
         self, backend: str, executed: Sequence[str], altered: Collection[str] | None = None
     ) -> str | None:
-        """Say why no certificate vouches for the files that a backend executes; None where one does.
+        """Say why no certificate vouches for the files that a backend executes.
 
-        ``altered`` are the bundle's altered files. Without them what the certificate speaks of is read, but for
-        ``executed``: whoever has executed a file has compared what he read of it.
+        Args:
+            backend: The backend's name.
+            executed: The files that it executes.
+            altered: The bundle's altered files, if they are known. None reads and compares the certificate's files,
+                except ``executed``, which were compared when they were loaded.
+
+        Returns:
+            The reason as a clause; None if a certificate vouches for the files.
         """
         if reason := self.uncertifiable():
             return reason
         certificate = self.find_certificate(backend, executed[0])
         if certificate is None:
             checked = " and ".join(f"{each.executed[0]} on {each.backend}" for each in self.manifest.certificates)
-            return f"{executed[0]} on {backend} was not checked, {checked} was"
+            return f"{executed[0]} on {backend} was not checked, only {checked}"
         if not certificate.passed:
             return f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
         if altered is None:
             altered = self.altered(certificate.files.keys() - set(executed))
         if void := self.changed_since(certificate, altered):
-            return f"its certificate is void, {', '.join(void)} changed since"
+            return f"its certificate is void because {', '.join(void)} changed after the check"
         return None
 
     def read(self, name: str) -> bytes:
-        """Read a file whole, and compare what was read with its sha256 in the manifest."""
+        """Read a whole file, and compare what was read with its sha256 in the manifest.
+
+        Args:
+            name: A file that the manifest lists.
+
+        Returns:
+            The content.
+
+        Raises:
+            BundleError: The file is not listed, missing or altered.
+        """
         content = self._check_present(name).read_bytes()
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 
     def map(self, name: str) -> mmap.mmap:
-        """Map a file read-only and compare what is mapped with its sha256 in the manifest.
+        """Map a file read-only, without a copy, and compare what is mapped with its sha256 in the manifest.
 
-        The map stays on this very file, whatever takes its name later, and costs no copy.
+        Args:
+            name: A file that the manifest lists.
+
+        Returns:
+            The map. It stays on this file, even if another file takes its name later.
+
+        Raises:
+            BundleError: The file is not listed, missing or altered.
         """
         with self._check_present(name).open("rb") as stream:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -135,26 +205,42 @@ class Bundle:
 
     @contextmanager
     def steady(self, *names: str) -> Iterator[None]:
-        """Verify files that a library opens by their paths inside the block; raise where one was replaced meanwhile."""
+        """Verify files that a library opens by path inside the `with` block.
+
+        Args:
+            *names: Files that the manifest lists.
+
+        Raises:
+            BundleError: A file is not listed, missing or altered, or was replaced before the end of the block.
+        """
         before = [_identity(self._check_present(name)) for name in names]
         for name in names:
             self.verify(name)
         yield
         for name, identity in zip(names, before, strict=True):
             if _identity(self._check_present(name)) != identity:
-                raise BundleError(f"{self.path / name} was replaced while it was loaded: load the bundle again.")
+                raise BundleError(f"{self.path / name} was replaced while it was being loaded: load the bundle again.")
 
     def add_plan(self, plan: PlanEntry, staged: Path, log: Path | None = None) -> "Bundle":
-        """Move a staged plan, and the log of its build, into the bundle; it supersedes one for the same target.
+        """Move a plan and the log of its build into the bundle. The plan replaces one for the same target.
 
-        Call it under `locked`. Raises BundleError where the bundle has another graph by now.
+        Call this while holding the lock of `locked`. A file name in the old manifest is never reused for other bytes,
+        so a concurrent reader finds either the old plan with the old manifest, or the new plan with the new one.
 
-        A name that the old manifest vouches for is never given to other bytes: whoever reads the bundle meanwhile
-        finds the old plan under the old manifest, or the new one under the new.
+        Args:
+            plan: What the manifest shall say of the plan. If its file name is taken, part of a hash is added to it.
+            staged: The plan, on the disk of the bundle.
+            log: The log of the build, if any, on the same disk.
+
+        Returns:
+            The bundle with the plan.
+
+        Raises:
+            BundleError: The bundle now has another graph, or its plans folder is a link to another place.
         """
         current = self._reread((GRAPH, GRAPH_DATA), "plan")
         if not (self.path / plan.file).parent.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{(self.path / plan.file).parent} leads out of the bundle: refused.")
+            raise BundleError(f"{(self.path / plan.file).parent} leads out of the bundle; no plan was added.")
         entry = describe(staged)
         if current.files.get(plan.file, entry) != entry:
             plan = replace(plan, file=f"{plan.file.removesuffix('.plan')}.{entry.sha256[:8]}.plan")
@@ -165,19 +251,26 @@ class Bundle:
                 with source.open("rb") as stream:
                     os.fsync(stream.fileno())
                 source.replace(self.path / name)
-        gone = [old for old in current.plans if plan.replaces(old)]
-        superseded = {name for old in gone for name in (old.file, old.log)}
+        replaced = [old for old in current.plans if plan.replaces(old)]
+        superseded = {name for old in replaced for name in (old.file, old.log)}
         files = {name: file for name, file in current.files.items() if name not in superseded}
-        plans = (*(old for old in current.plans if old not in gone), plan)
+        plans = (*(old for old in current.plans if old not in replaced), plan)
         bundle = self._rewrite(replace(current, plans=plans, files={**files, **added}))
         for name in superseded - added.keys():
             (self.path / name).unlink(missing_ok=True)
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
-        """Write the certificate into the manifest, in the place of one for the same.
+        """Add a certificate, replacing that of the same files and backend. Call this under the lock of `locked`.
 
-        Call it under `locked`. Raises BundleError if the bundle has other files by now than were checked.
+        Args:
+            certificate: The result of the check.
+
+        Returns:
+            The bundle with the certificate.
+
+        Raises:
+            BundleError: The bundle no longer has the files that were checked.
         """
         current = self._reread(certificate.files, "certificate")
         checked = (certificate.backend, certificate.executed)
@@ -185,17 +278,27 @@ class Bundle:
         return self._rewrite(replace(current, certificates=(*others, certificate)))
 
     def _reread(self, names: Iterable[str], added: str) -> Manifest:
-        """Read the manifest that is there now; raise BundleError if it has other files of these ``names``."""
+        """Read the manifest again; raise BundleError if any of ``names`` has changed in it."""
         current = Bundle.open(self.path).manifest
         if any(current.files.get(name) != self.manifest.files.get(name) for name in names):
-            raise BundleError(f"{self.path} was exported again meanwhile, and the {added} is of what it was before.")
+            raise BundleError(
+                f"{self.path} was exported again, so this {added} is out of date: open the bundle and make it again."
+            )
         return current
 
     def copy_to(self, folder: Path) -> "Bundle":
-        """Copy the bundle, every file verified, into a folder that is absent, empty, or holds another bundle alone.
+        """Copy the bundle into a folder, verifying every file.
 
-        A folder that holds the same tower, unaltered, is left as it is, with the plans and certificates that were added
-        to it. Raises BundleError if the folder holds anything else, or a file of this bundle is altered.
+        Args:
+            folder: A folder that does not exist, is empty, or holds only a bundle, which is replaced. If that bundle
+                holds the same tower, unaltered, it is left as it is, with the plans and certificates added to it.
+
+        Returns:
+            The bundle in ``folder``.
+
+        Raises:
+            BundleError: ``folder`` holds other files, is the current one or is being written, or a file is altered.
+            BuildError: The disk is full.
         """
         folder = folder.expanduser().resolve()
         if (folder / MANIFEST).is_file():
@@ -208,12 +311,10 @@ class Bundle:
             foreign = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]
             if foreign:
                 raise BundleError(
-                    f"{folder} holds {foreign[0]} beside a bundle: it is left alone. Name another folder."
+                    f"{folder} holds a bundle and {foreign[0]}, so it was not replaced. Choose another folder."
                 )
         if folder == Path.cwd():
-            raise BundleError(
-                f"{folder} is the current folder, and a bundle is put in place whole: name one inside it."
-            )
+            raise BundleError(f"{folder} is the current folder, which a bundle cannot replace: choose one inside it.")
         with disk_errors(folder), staged(folder, overwrite=True) as staging:
             for name in self.manifest.files:
                 if name in self._logs and not (self.path / name).exists():
@@ -229,21 +330,21 @@ class Bundle:
 
     @property
     def _logs(self) -> set[str]:
-        """The logs of builds, the only files that may be missing."""
+        """The build logs, the only files that may be missing."""
         return {plan.log for plan in self.manifest.plans}
 
     def _locate(self, name: str) -> Path:
-        """Return the path of a listed file, which is inside the bundle."""
+        """Return the path of a listed file; raise BundleError if it is not listed or leads out of the bundle."""
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so nothing vouches for it.")
+            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so it cannot be verified.")
         path, pure = self.path / name, PurePosixPath(name)
         is_odd = "\0" in name or pure.is_absolute() or ".." in pure.parts
         if is_odd or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle: refused.")
+            raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle.")
         return path
 
     def _check_present(self, name: str) -> Path:
-        """Return the path of a listed file that lies inside the bundle in its full size."""
+        """Return the path of a listed file; raise BundleError unless it is there in full size."""
         path, entry = self._locate(name), self.manifest.files[name]
         if not path.is_file():
             raise BundleError(f"{path} is missing; {MANIFEST} lists it with {entry.size} bytes. Copy the bundle again.")
@@ -253,24 +354,24 @@ class Bundle:
             )
         return path
 
-    def _compare(self, name: str, found: str) -> None:
+    def _compare(self, name: str, sha256: str) -> None:
         expected = self.manifest.files[name].sha256
-        if found != expected:
+        if sha256 != expected:
             raise BundleError(
-                f"{self.path / name} was altered: its sha256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…. "
+                f"{self.path / name} was altered: its sha256 is {sha256[:12]}…, {MANIFEST} says {expected[:12]}…. "
                 "Copy the bundle again."
             )
 
 
 def read_folder(path: object, name: str) -> Path:
-    """Return the path of a folder as the user named it, ``name`` being the option; raise ConfigError if it is none."""
+    """Return ``path`` as a Path, with ~ expanded; raise ConfigError naming the option ``name`` if it is not a path."""
     try:
         folder = Path(path).expanduser()  # type: ignore[arg-type]
-    except (TypeError, RuntimeError) as err:  # another type, or the home of nobody
-        said = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
-        raise ConfigError(f"{name} is {said}; the path of a folder is expected.") from err
+    except (TypeError, RuntimeError) as err:  # not a path, or the home of an unknown user
+        value = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
+        raise ConfigError(f"{name} is {value}; expected the path of a folder.") from err
     if "\0" in str(folder):
-        raise ConfigError(f"{name} is {str(folder)!r}; the path of a folder is expected, which has no NUL in it.")
+        raise ConfigError(f"{name} is {str(folder)!r}; expected the path of a folder, without NUL characters.")
     return folder
 
 
@@ -279,20 +380,20 @@ def _identity(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _say_what_instead(folder: Path) -> str:
-    """Say what there is in the place of a bundle, and where one may be or what makes one."""
+def _describe_instead(folder: Path) -> str:
+    """Say what is at a path that is not a bundle, and where a bundle is or how to make one."""
     if folder.is_file():
         is_part = (folder.parent / MANIFEST).is_file()
-        return f"it is a file {f'of {folder.parent}, which is one.' if is_part else 'and no folder.'}"
+        return f"it is a file{f' in the bundle {folder.parent}.' if is_part else ', not a folder.'}"
     if folder.exists():
         inside = [each.parent.name for each in sorted(folder.glob(f"[!.]*/{MANIFEST}"))]
-        found = f"; {', '.join(inside)} in it {'are' if inside[1:] else 'is'}" if inside else ""
-        of = (folder, " of it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
-        return f"it has no {MANIFEST}{found}. `trtower export {of[0]}` makes one{of[1]}."
+        nearby = f", but contains the bundle{'s' if inside[1:] else ''} {', '.join(inside)}" if inside else ""
+        checkpoint, source = (folder, " from it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
+        return f"it has no {MANIFEST}{nearby}. `trtower export {checkpoint}` makes a bundle{source}."
     beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
-    made = "`trtower export CHECKPOINT` makes one."
-    # Such as openai/clip-vit-base-patch32, on the hub, and no bundle that lies elsewhere.
+    advice = "`trtower export CHECKPOINT` makes one."
+    # Looks like a checkpoint on the hub, such as openai/clip-vit-base-patch32, and not like a missing bundle.
     if len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines":
-        made = f"`trtower export {folder}` makes one of that on the hub."
+        advice = f"`trtower export {folder}` makes one from that checkpoint on the hub."
     where = "" if folder.is_absolute() else f" in {Path.cwd()}"
-    return f"it does not exist{where}. {f'There is {beside[0]}.' if beside else made}"
+    return f"it does not exist{where}. {f'There is {beside[0]}.' if beside else advice}"

@@ -1,4 +1,4 @@
-"""The result of a check against PyTorch, as the manifest keeps it."""
+"""The result of a check against PyTorch, as stored in the manifest."""
 
 import dataclasses
 
@@ -9,9 +9,10 @@ from trtower.errors import ConfigError
 class Figures:
     """How far features are from FP32 PyTorch.
 
-    ``token_cosine_*`` over the tokens; ``token_error_p999`` is the 99.9th percentile over the tokens, and
-    ``relative_error`` is over all of them together, of ‖x - ref‖ / ‖ref‖; ``max_abs_error`` = max |x - ref|;
-    ``non_finite`` counts values that are NaN or infinite. Where any is, the others may be NaN, written as null.
+    ``token_cosine_*`` are the mean and minimum over the tokens. The error is ‖x - ref‖ / ‖ref‖: ``token_error_p999`` is
+    its 99.9th percentile over the tokens, ``relative_error`` its value over all tokens together. ``max_abs_error`` is
+    max |x - ref|. ``non_finite`` counts NaN and infinite values; if there are any, the other figures may be NaN, which
+    is written as null.
     """
 
     token_cosine_mean: float | None
@@ -24,9 +25,9 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFigures:
-    """The figures of one image over every batch it was in: the bundle's, and PyTorch's in the bundle's own precision.
+    """The figures of one image over all its batches: the bundle's, and PyTorch's in the bundle's own precision.
 
-    ``kind`` is "photograph", or what was drawn in its place: "noise", "constant", "saturated".
+    ``kind`` is "photograph", or for a drawn image "noise", "constant" or "saturated".
     """
 
     name: str
@@ -37,7 +38,7 @@ class ImageFigures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchFigures:
-    """The bundle's figures with ``batch`` images at once, over all images. Beyond the profile it ran in pieces."""
+    """The bundle's figures over all images, with ``batch`` of them at once; a batch above the profile ran in pieces."""
 
     batch: int
     bundle: Figures
@@ -45,9 +46,9 @@ class BatchFigures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFigures:
-    """The figures of hidden state ``layer`` on its way to the one that is read, and where the bundle's are worst.
+    """The figures of hidden state ``layer``, on the way to the state that is read, and where the bundle is worst.
 
-    ``worst_token`` counts from 0, prefix tokens included.
+    ``worst_token`` counts from 0 and includes prefix tokens.
     """
 
     layer: int
@@ -59,10 +60,10 @@ class LayerFigures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One thing the check demanded: ``figure`` is the limit's name, e.g. "token_cosine_min".
+    """One demand of the check, on the ``figure`` of that name, such as "token_cosine_min".
 
-    ``images`` says of what: "photograph", or "drawn" for noise, constant and saturated images. ``measured`` is the
-    worst of every batch, and of ``as_typed``.
+    ``images`` says on which images: "photograph", or "drawn" for noise, constant and saturated ones. ``measured`` is
+    the worst over all batches and ``as_typed``.
     """
 
     figure: str
@@ -74,14 +75,14 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The parity with the uncut FP32 PyTorch tower of this bundle on one backend.
+    """How well this bundle, on one backend, matches the uncut FP32 PyTorch tower.
 
-    ``ran`` is what was executed, "plan" or "graph", on ``backend``, in ``runner``'s words; ``executed`` are its files,
-    and ``files`` the sha256 of everything that the result depends on, these among them: another in its place makes the
-    certificate void. ``not_run`` names the plans that were built and not executed in this check. ``gpu`` is its name,
-    None where none was used. ``layers`` is empty where nobody asked for them. ``as_typed`` are the figures of the graph
-    in FP32 with every result rounded to its type, which kernels for the CPU leave out; None where the bundle ran on a
-    GPU, in FP32, or in such an emulation.
+    ``ran`` is what was executed, "plan" or "graph", on ``backend``, which describes itself as ``runner``. ``executed``
+    are its files. ``files`` holds the sha256 of everything that the result depends on, including these; if one of them
+    changes, the certificate is void. ``not_run`` names the plans that this check did not execute. ``gpu`` is the GPU's
+    name, None if none was used. ``layers`` is empty unless the check was to measure each layer. ``as_typed`` are the
+    figures of the graph in FP32 with every result rounded to its type, a rounding that CPU kernels leave out; None if
+    the bundle ran on a GPU, in FP32, or in such an emulation.
     """
 
     passed: bool
@@ -108,16 +109,18 @@ class Certificate:
 
     def __post_init__(self) -> None:
         if not self.executed or not set(self.executed) <= self.files.keys():
-            raise ConfigError(f"a certificate of {self.backend} executed {self.executed}, of {[*self.files]}.")
+            raise ConfigError(
+                f"the certificate for {self.backend} executed {self.executed}; expected some of {[*self.files]}."
+            )
         if not self.bounds or self.passed != all(bound.holds for bound in self.bounds):
-            raise ConfigError(f"a certificate of {self.backend} says passed={self.passed}, and its bounds do not.")
+            raise ConfigError(f"the certificate for {self.backend} says passed={self.passed}, but its bounds do not.")
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """The figures whose bounds do not hold."""
+        """The names of the figures whose bounds do not hold."""
         return tuple(dict.fromkeys(bound.figure for bound in self.bounds if not bound.holds))
 
     def describe_run(self) -> str:
-        """Say what was executed, and where."""
+        """Say what was executed, and on what."""
         subject = "the plan was run" if self.ran == "plan" else "the ONNX graph was run"
         return f"{subject} on {self.runner}, {self.gpu or 'not run on a GPU'}"

@@ -1,8 +1,7 @@
-"""tower.json, typed: what a bundle says of itself.
+"""tower.json as typed dataclasses: the description of a bundle.
 
-The manifest is decoded strictly. A key that is unknown or of another type is an error, and so is one that is missing
-unless it has a default, because a manifest that is half understood would load a tower that is half the one that was
-exported.
+The manifest is decoded strictly. An unknown key, a value of the wrong type, and a missing key without a default are all
+errors, because a half-understood manifest would load another tower than the one that was exported.
 """
 
 import dataclasses
@@ -27,19 +26,19 @@ PLANS = "plans"
 """The files of a bundle, and the folder of its plans."""
 
 SCHEMA = 6
-"""Raised only if a key is removed or changes its meaning.
+"""Increased only if a key is removed or changes its meaning.
 
-A new key has a default with which every manifest that lacks it means what it meant, so no bundle is exported again.
+A new key has a default that keeps the meaning of every older manifest, so no bundle has to be exported again.
 """
 
 NORM_ONLY_THE_POOLED = ("clip", "metaclip_2")
-"""Families whose final norm is not on the way to `last_hidden_state`, for manifests that lack `spec.naming`."""
+"""Families whose `last_hidden_state` does not pass the final norm, for manifests that lack `spec.naming`."""
 
 TO_PAD = (
-    "padding and tiling stay with you: process_images([image], tower.image_processor, model.config) of llava.mm_utils, "
-    "or for a model of transformers its own AutoProcessor"
+    "your code does the padding and tiling: use process_images([image], tower.image_processor, model.config) of "
+    "llava.mm_utils, or for a model of transformers its own AutoProcessor"
 )
-"""What to call for a tower whose `Source.image_aspect_ratio` is not None."""
+"""What to call if `Source.image_aspect_ratio` is not None."""
 
 T = TypeVar("T")
 
@@ -48,10 +47,10 @@ T = TypeVar("T")
 class Source:
     """Where the weights came from.
 
-    ``weights_sha256`` is over the tensors of the checkpoint that the cut tower was made of, in each dtype that a model
-    may hold them in (see fingerprint.py). With ``random_weights`` the bundle is a rehearsal: its answers mean nothing.
+    ``weights_sha256`` hashes the checkpoint's tensors that the cut tower reads, in each dtype that a model may hold
+    them in (see fingerprint.py). With ``random_weights`` the bundle is a rehearsal: its outputs mean nothing.
     ``image_aspect_ratio`` is how the model's own code pads or tiles pictures before the image processor sees them, such
-    as "pad" or "anyres"; None if it does not. ``tower`` was named at export, in a checkpoint that holds several.
+    as "pad" or "anyres"; None if it does not. ``tower`` is the one chosen at export if the checkpoint holds several.
     """
 
     checkpoint: str
@@ -63,14 +62,14 @@ class Source:
 
     def __post_init__(self) -> None:
         if "float32" not in self.weights_sha256:
-            raise ConfigError("weights_sha256 has no float32, by which a check knows the checkpoint.")
+            raise ConfigError("weights_sha256 has no float32, by which a check recognises the checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerCost:
-    """What a tower is and what it costs; ``flop`` are those of one image, two for a multiply-add.
+    """The size and cost of a tower; ``flop`` is for one image and counts a multiply-add as two.
 
-    How each is counted stands in `trtower_export.graph.cost`.
+    `trtower_export.graph.cost` documents how each is counted.
     """
 
     layers: int
@@ -78,9 +77,9 @@ class TowerCost:
     flop: int
 
     def describe_cut(self, full: "TowerCost", precision: str) -> str:
-        """Say in one line what this is of the ``full`` tower, and how much that is in a precision."""
+        """Compare a cut tower with the ``full`` one in one line, with the size of the weights in ``precision``."""
         megabytes = ""
-        if precision not in EIGHT_BIT:  # in which the size depends on the layers that are
+        if precision not in EIGHT_BIT:  # whose size depends on which layers are in 8 bits
             size = PRECISIONS[precision].itemsize / MB
             megabytes = f" ({self.parameters * size:.0f} of {full.parameters * size:.0f} MB)"
         return (
@@ -92,7 +91,7 @@ class TowerCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How many linear layers are in 8 bits, and the images that their ranges were found on."""
+    """How many linear layers are in 8 bits, and on which images their ranges were measured."""
 
     layers: int
     images: int
@@ -115,9 +114,9 @@ MOST_WORKSPACE_MIB = 1 << 24
 class BuildSettings:
     """How a plan was built; None is TensorRT's default.
 
-    ``workspace_mib`` of GPU memory a layer may use, ``optimization_level`` 0 to 5. ``hardware_compatible`` gives up
-    speed to run on every GPU from Ampere on. ``stripped`` leaves the weights out: they are refitted from the graph when
-    the plan is loaded.
+    ``workspace_mib`` is the GPU memory that a layer may use, ``optimization_level`` is 0 to 5. ``hardware_compatible``
+    gives up speed to run on every GPU from Ampere on. ``stripped`` leaves the weights out: loading the plan refits them
+    from the graph.
     """
 
     workspace_mib: int | None = None
@@ -127,12 +126,12 @@ class BuildSettings:
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and not 1 <= self.workspace_mib <= MOST_WORKSPACE_MIB:
-            raise ConfigError(f"--workspace-mib {self.workspace_mib}: 1 to {MOST_WORKSPACE_MIB} is expected.")
+            raise ConfigError(f"--workspace-mib is {self.workspace_mib}; expected 1 to {MOST_WORKSPACE_MIB}.")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise ConfigError(f"--optimization-level {self.optimization_level}: 0 to 5 is expected.")
+            raise ConfigError(f"--optimization-level is {self.optimization_level}; expected 0 to 5.")
 
     def describe(self) -> str:
-        """Say in a few words how a plan was built."""
+        """Describe in a few words how a plan was built."""
         says = []
         if self.optimization_level is not None:
             says.append(f"at optimization level {self.optimization_level}")
@@ -145,10 +144,10 @@ class BuildSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanEntry:
-    """One plan and what it needs.
+    """One plan and what it needs to run.
 
-    ``version`` is the TensorRT that built it, which must be the one that runs it. An empty
-    ``compute_capabilities`` is the portable form: every GPU from Ampere (8.0) on that this TensorRT supports.
+    ``version`` is the TensorRT that built the plan; only that version runs it. A plan with empty
+    ``compute_capabilities`` is portable: it runs on every GPU from Ampere (8.0) on that this TensorRT supports.
     """
 
     file: str
@@ -160,7 +159,7 @@ class PlanEntry:
 
     @property
     def log(self) -> str:
-        """The file with what TensorRT said while it built the plan."""
+        """The file with TensorRT's messages from the build."""
         return f"{self.file.removesuffix('.plan')}.log"
 
     def replaces(self, other: "PlanEntry") -> bool:
@@ -171,11 +170,11 @@ class PlanEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """What tower.json says of the tower, and `trtower inspect` says again.
+    """The part of tower.json that `trtower inspect` repeats.
 
-    ``full`` is the tower of the checkpoint, and ``cut`` what is left of it in the graph. ``keep_fp32`` are the
-    operations that stay in FP32 inside a graph of lower precision, by their names in it; 8 bits have a ``calibration``.
-    ``profiles`` are what plans are tuned for; the graph takes any batch that they cover.
+    ``full`` is the checkpoint's tower, and ``cut`` what is left of it in the graph. ``keep_fp32`` names the operations
+    that stay in FP32 in a graph of lower precision. Only 8-bit precisions have a ``calibration``. Plans are tuned for
+    the ``profiles``; the graph accepts any batch that they cover.
     """
 
     schema: int
@@ -196,9 +195,9 @@ class BundleFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest(BundleFacts):
-    """All of tower.json.
+    """The whole of tower.json.
 
-    ``certificates`` has the last check of every backend, and of every plan, in the order in which they were made.
+    ``certificates`` holds the last check of every backend and every plan, oldest first.
     """
 
     files: dict[str, FileEntry]
@@ -208,22 +207,22 @@ class Manifest(BundleFacts):
     def __post_init__(self) -> None:
         check_name("precision", self.precision, tuple(PRECISIONS))
         if (self.precision in EIGHT_BIT) != (self.calibration is not None):
-            raise ConfigError(f"precision {self.precision} and calibration {self.calibration} contradict each other.")
+            raise ConfigError(f"precision {self.precision} does not go with calibration {self.calibration}.")
         tensors = (self.spec.input(self.precision), self.spec.output(self.precision))
-        for found, expected in zip((self.input, self.output), tensors, strict=True):
-            if found != expected:
-                raise ConfigError(f"{found} is not what the spec makes of it: {expected}.")
+        for tensor, expected in zip((self.input, self.output), tensors, strict=True):
+            if tensor != expected:
+                raise ConfigError(f"the tensor is {tensor}; the spec and precision require {expected}.")
         if not self.profiles:
-            raise ConfigError("profiles is empty: one at least is expected.")
+            raise ConfigError("profiles is empty; expected at least one.")
         merge_profiles(self.profiles)
         if (self.cut.layers, self.full.layers) != (self.spec.depth, self.spec.num_layers):
             raise ConfigError(
-                f"{self.cut.layers} of {self.full.layers} layers are counted; the spec reads {self.spec.depth} of "
+                f"cut has {self.cut.layers} of {self.full.layers} layers; the spec reads {self.spec.depth} of "
                 f"{self.spec.num_layers}."
             )
         checked = [(each.backend, each.executed) for each in self.certificates]
         if len(set(checked)) < len(checked):
-            raise ConfigError("certificates has two of the same files on the same backend.")
+            raise ConfigError("certificates has two for the same files on the same backend.")
         for plan in self.plans:
             check_name(f"flavour of {plan.file}", plan.flavour, tuple(FLAVOURS))
 
@@ -234,35 +233,35 @@ class Manifest(BundleFacts):
 
     @functools.cached_property
     def batch(self) -> BatchProfile:
-        """What one call takes, over all profiles."""
+        """The batches that the profiles cover together."""
         return merge_profiles(self.profiles)
 
     @property
     def certificate(self) -> Certificate | None:
-        """The certificate of the last check."""
+        """The certificate of the last check; None if there was none."""
         return self.certificates[-1] if self.certificates else None
 
     def to_json(self) -> str:
-        """Write the text of tower.json."""
+        """Return the text of tower.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Read the text of tower.json; raise BundleError saying which key is wrong."""
+        """Parse the text of tower.json; raise BundleError naming the key that is wrong."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as err:
             raise BundleError(f"tower.json is not JSON: {err}. Copy the bundle again.") from err
         schema = data.get("schema") if isinstance(data, dict) else None
         if type(schema) is not int or schema < 1:
-            raise BundleError("tower.json has no schema number, so it is not a bundle's manifest.")
+            raise BundleError("tower.json has no schema number, so it is not the manifest of a bundle.")
         if schema < SCHEMA:
             raise BundleError(
-                f"tower.json has schema {schema}, of an older trtower; this one reads {SCHEMA}: export it again, with "
-                "--overwrite."
+                f"tower.json has schema {schema}, from an older trtower; this one reads {SCHEMA}. Export the bundle "
+                "again, with --overwrite."
             )
         if schema > SCHEMA:
-            raise BundleError(f"tower.json has schema {schema}; this trtower reads {SCHEMA}: install a newer trtower.")
+            raise BundleError(f"tower.json has schema {schema}; this trtower reads {SCHEMA}. Install a newer trtower.")
         spec = data.get("spec")
         if isinstance(spec, dict) and spec.get("family") in NORM_ONLY_THE_POOLED:
             spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
@@ -274,7 +273,7 @@ class Manifest(BundleFacts):
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:
-    """Turn JSON into ``kind``: dataclasses, tuples, dicts of strings, unions with None, and plain values."""
+    """Turn JSON into ``kind``: a dataclass, tuple, dict with string keys, union with None, or plain value."""
     if dataclasses.is_dataclass(kind):
         return _decode_fields(kind, _expect(dict, data, where), where)
     origin, args = get_origin(kind), get_args(kind)
@@ -298,7 +297,7 @@ def _decode_fields(kind: Any, data: Mapping[str, Any], where: str) -> Any:
     unknown = data.keys() - hints.keys()
     if missing or unknown:
         named = (", ".join(sorted(keys)) or "none" for keys in (missing, unknown))
-        raise BundleError("{} has other keys than schema {}: missing {}; unknown {}.".format(where, SCHEMA, *named))
+        raise BundleError("{} does not match schema {}: missing {}; unknown {}.".format(where, SCHEMA, *named))
     return kind(**{key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
@@ -308,5 +307,5 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 def _expect(kind: type[T], data: Any, where: str) -> T:
     if type(data) is not kind:
-        raise BundleError(f"{where} is {data!r}; {kind.__name__} is expected.")
+        raise BundleError(f"{where} is {data!r}; expected {kind.__name__}.")
     return data

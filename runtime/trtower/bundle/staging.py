@@ -1,7 +1,7 @@
 """Write a bundle without ever showing half of one.
 
-A writer works in a staging folder beside the target, under a lock that the system drops when the process dies, and
-renames at the end.
+A writer fills a staging folder beside the target and renames it at the end. It works under a lock, which the system
+releases if the process dies.
 """
 
 import errno
@@ -19,7 +19,7 @@ from trtower.errors import BuildError, BundleError
 
 
 def describe(path: Path) -> FileEntry:
-    """Take a file's size and sha256."""
+    """Return a file's size and sha256."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -28,7 +28,7 @@ def describe(path: Path) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one step."""
+    """Replace the manifest atomically."""
     staged = folder / f".{MANIFEST}.staging"
     with staged.open("w", encoding="utf-8") as stream:
         stream.write(manifest.to_json())
@@ -39,24 +39,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Be the only writer of the bundle at ``target``; raise BundleError where another process is, and remains."""
+    """Be the only writer of the bundle at ``target``; raise BundleError if another still writes after ``wait_s``."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         held = FileLock(_beside(target, "lock")).acquire(timeout=wait_s)
     except Timeout as err:
-        raise BundleError(f"another process is writing {target}: wait for it, or name another folder.") from err
+        raise BundleError(
+            f"another process is writing {target}: wait for it to end, or choose another folder."
+        ) from err
     with held:
         yield
 
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that takes its name when the block ends well.
+    """Yield an empty folder beside ``target``, which is renamed to ``target`` if the block succeeds.
 
-    When the block raises the folder is removed; when the process dies, the next writer removes it. An old
-    bundle is set aside only once the new one is whole, and put back if the second rename fails; should the
-    process die between the two, the next writer does so.
+    If the block raises, the folder is removed; if the process dies, the next writer removes it. An old bundle is moved
+    aside only once the new one is complete, and moved back if the second rename fails; if the process dies between the
+    two renames, the next writer moves it back.
     """
     target = target.resolve()
     with locked(target):
@@ -82,27 +84,29 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(target: Path | str) -> Iterator[None]:
-    """Turn a disk that fills up, wherever that is noticed, into one clear BuildError."""
+    """Turn the many errors of a full disk into one clear BuildError."""
     try:
         yield
     except OSError as err:
-        cut_short = err.errno is None and str(err).endswith("written")  # numpy's word for it
+        cut_short = err.errno is None and str(err).endswith("written")  # numpy raises this without an errno
         if not cut_short and err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise BuildError(
-            f"the disk filled up while {target} was written ({err.strerror or err}): nothing half-written was "
-            "left behind. Free some space, or take another disk."
+            f"the disk filled up while writing {target} ({err.strerror or err}); nothing half-written was left behind. "
+            "Free some space, or use another disk."
         ) from err
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise BundleError where ``target`` is taken: by a bundle without ``overwrite``, by anything else always."""
+    """Raise BundleError if ``target`` holds a bundle and ``overwrite`` is off, or if it holds anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
-        raise BundleError(f"{target} exists and is not a bundle: it is left alone. Name another folder with --out.")
+        raise BundleError(
+            f"{target} exists and is not a bundle, so it was not touched. Choose another folder with --out."
+        )
     if not overwrite:
-        raise BundleError(f"{target} exists: it is replaced only with --overwrite, or name another folder with --out.")
+        raise BundleError(f"{target} exists. Replace it with --overwrite, or choose another folder with --out.")
 
 
 def _beside(target: Path, suffix: str) -> Path:
@@ -110,7 +114,7 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file of a folder, so that a rename cannot outlive what it names."""
+    """Flush every file of a folder to the disk, so that a crash after the rename cannot lose them."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:

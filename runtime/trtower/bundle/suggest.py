@@ -1,4 +1,4 @@
-"""Write the commands that messages name as the next step."""
+"""Compose the commands that messages suggest as the next step."""
 
 import shlex
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from trtower.spec import DEFAULT_BATCH, TowerSpec
 
 
 def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
-    """Call hidden states what `--select-layer` does."""
+    """Name hidden states in the way that `--select-layer` accepts."""
     return [name_layer(layer, spec.num_layers) for layer in layers]
 
 
 def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> str:
-    """Write the command that makes a bundle like this one, but for the layers and the size of the images."""
+    """Return the command that exports a bundle like this one with other layers and another image size."""
     spec, source = bundle.manifest.spec, bundle.manifest.source
     layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
     command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
@@ -28,12 +28,12 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
 
 
 def export_command_of(checkpoint: str, bundle: Bundle) -> str:
-    """Write the command that makes a bundle of another checkpoint, built as this one, which may have its usual name."""
+    """Return the command that exports another checkpoint with the options of this bundle, into a folder beside it."""
     return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle), "--out", f"{bundle.path}-own"])
 
 
 def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str]) -> str:
-    """Write the command that adds a plan to a bundle that has none."""
+    """Return the command that adds a plan to a bundle that has none."""
     command = ["trtower", "build", str(bundle), *([] if flavour == "auto" else ["--flavour", flavour])]
     return shlex.join([*command, *(each for one in compute_capabilities for each in ("--compute-capability", one))])
 

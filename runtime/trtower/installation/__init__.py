@@ -1,1 +1,1 @@
-"""A bundle in a loaded model: found, compared, put in the place of the tower, and taken out again."""
+"""Put a bundle into a loaded model: find the tower, compare it with the bundle, replace it, and bring it back."""

@@ -1,8 +1,8 @@
-"""Find the vision tower in a loaded model, wherever it hangs.
+"""Find the vision tower in a loaded model.
 
-LLaVA, VILA and tinychat hang a wrapper of their own into the model and, inside, a vision model of transformers; models
-of transformers hang that in directly. So there is one thing to look for. What surrounds it stays as it is, and with it
-every member of a wrapper that model code touches.
+Models of transformers hold a vision model of transformers directly. LLaVA, VILA and tinychat hold it inside a wrapper.
+So the vision model is what to look for. Everything around it stays as it is, including every member of a wrapper that
+model code touches.
 """
 
 import sys
@@ -20,9 +20,10 @@ from trtower.tower.vision_tower import VisionTower
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSlot:
-    """A vision model of transformers (``module``) in a model, where it hangs, and the module that it hangs in.
+    """A vision model of transformers (``module``) and every place that holds it in a model.
 
-    ``paths`` are all its names; it is called by the first. ``slots`` are dicts and lists, each with its key there.
+    ``paths`` are all its names; messages use the first. ``slots`` are the dicts and lists that hold it, each with its
+    key. ``holder`` is the module around it.
     """
 
     module: Any
@@ -32,16 +33,16 @@ class TowerSlot:
 
     @property
     def path(self) -> str:
-        """Where it is, such as "model.vision_tower"."""
+        """The name of the place, such as "model.vision_tower"."""
         return self.paths[0]
 
     @property
     def installation(self) -> Any:
-        """What `trtower.install` has returned for the bundle that is here; None if an eager tower is."""
+        """The `Installation` of the bundle that is here; None for an eager tower."""
         return vars(self.module).get("installation")
 
     def put(self, module: nn.Module) -> None:
-        """Hang another module in every slot, or if that fails in none."""
+        """Put another module into every slot; if one fails, restore the others."""
         with ExitStack() as undo:
             for container, key in self.slots:
                 before = container[key]
@@ -51,40 +52,42 @@ class TowerSlot:
 
 
 def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
-    """Find the one tower in a model, or the one at ``path``; raise ConfigError where there is none, or two."""
+    """Find the only tower in a model, or the one at ``path``; raise ConfigError if there is none, or several."""
     places = find_towers(model)
     if not isinstance(path, str | None):
-        raise ConfigError(f"tower is of type {type(path).__name__}; its path in the model is expected.")
-    name, found = type(model).__name__, " and ".join(place.path for place in places)
+        raise ConfigError(f"tower is of type {type(path).__name__}; expected its path in the model, a str.")
+    name, paths = type(model).__name__, " and ".join(place.path for place in places)
     if path is not None:
         places = [place for place in places if path in place.paths]
         if not places:
-            raise ConfigError(f"{name} has no vision tower at {path!r}; it has {found or 'none'}.")
+            raise ConfigError(f"{name} has no vision tower at {path!r}; it has {paths or 'none'}.")
     if len(places) > 1:
-        raise ConfigError(f"{name} has {len(places)} vision towers, {found}: say which with tower={places[0].path!r}.")
+        raise ConfigError(
+            f"{name} has {len(places)} vision towers, {paths}: choose one, as in tower={places[0].path!r}."
+        )
     if not places:
-        raise ConfigError(f"{name} {_say_absent(model)}")
+        raise ConfigError(f"{name} {_explain_absence(model)}")
     return places[0]
 
 
 def find_towers(model: nn.Module) -> list[TowerSlot]:
-    """List the vision models of transformers in a model, the outermost of each, those that stand in for one too."""
+    """List the vision models of transformers in a model, including stand-ins; of nested ones, only the outermost."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is of type {type(model).__name__}; a loaded model, a torch.nn.Module, is expected.")
-    found = _collect(model, "")
-    if not found and isinstance(wrapper := _wrapper(model), nn.Module):  # should it hang out of sight
-        found = _collect(wrapper, "get_vision_tower().")
-    return found
+        raise ConfigError(f"model is of type {type(model).__name__}; expected a loaded model, a torch.nn.Module.")
+    places = _collect(model, "")
+    if not places and isinstance(wrapper := _wrapper(model), nn.Module):  # held where _walk does not look
+        places = _collect(wrapper, "get_vision_tower().")
+    return places
 
 
 def _collect(root: nn.Module, prefix: str) -> list[TowerSlot]:
-    found: dict[int, TowerSlot] = {}
+    places: dict[int, TowerSlot] = {}
     for place in _walk(root, prefix, set()):
-        known = found.setdefault(id(place.module), place)
+        known = places.setdefault(id(place.module), place)
         if known is not place:
             known.slots.extend(place.slots)
             known.paths.extend(place.paths)
-    return list(found.values())
+    return list(places.values())
 
 
 def _wrapper(model: Any) -> Any:
@@ -92,22 +95,22 @@ def _wrapper(model: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[TowerSlot]:
-    if id(module) in seen:
+def _walk(module: nn.Module, prefix: str, visited: set[int]) -> Iterator[TowerSlot]:
+    if id(module) in visited:
         return
-    seen.add(id(module))
+    visited.add(id(module))
     for container, key, name, child in _children(module):
         path = f"{prefix}{name}"
         if _is_tower(child):
             yield TowerSlot(module=child, paths=[path], slots=[(container, key)], holder=module)
         else:
-            yield from _walk(child, f"{path}.", seen)
+            yield from _walk(child, f"{path}.", visited)
 
 
 def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
-    """Return what hangs in a module, registered or not, in a list as under FSDP or not."""
-    if (saved := _trained_copy(module)) is not None:
-        yield saved
+    """List the modules that a module holds: registered, as plain attributes, or in lists, as under FSDP."""
+    if (called := _called_by_peft(module)) is not None:
+        yield called
         return
     registered: dict[str, nn.Module | None] = module._modules
     for name, child in registered.items():
@@ -122,8 +125,8 @@ def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
                     yield value, index, f"{name}[{index}]", item
 
 
-def _trained_copy(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
-    """Return the one module that PEFT's wrapper of `modules_to_save` calls: a copy that it trains, or the original."""
+def _called_by_peft(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
+    """Return the copy or original that PEFT's wrapper for `modules_to_save` calls; None for any other module."""
     if type(module).__name__ != "ModulesToSaveWrapper":
         return None
     copies, active = module.modules_to_save, [*module.active_adapters]
@@ -133,10 +136,10 @@ def _trained_copy(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
 
 
 def _is_tower(module: nn.Module) -> bool:
-    """Whether this is an eager model of transformers that takes pixels and holds no other that does."""
+    """Whether this is an eager model of transformers that takes pixels itself, and not the model around a tower."""
     if isinstance(module, VisionModel):
         return False
-    # Where transformers was never imported no module is one of its models.
+    # If transformers was never imported, no module can be one of its models.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if pretrained is None or not isinstance(module, pretrained):
         return False
@@ -144,20 +147,20 @@ def _is_tower(module: nn.Module) -> bool:
     return getattr(module, "main_input_name", None) == "pixel_values" and not hasattr(config, "vision_config")
 
 
-def _say_absent(model: nn.Module) -> str:
-    """Say what there is in the place of a tower that can be replaced."""
+def _explain_absence(model: nn.Module) -> str:
+    """Say why no tower was found that can be replaced, and what to do."""
     if _is_tower(model):
-        return "is a vision tower itself, in no model: trtower.VisionTower.load(…) serves its bundle."
+        return "is itself a vision tower, not a model with one: serve its bundle with trtower.VisionTower.load(…)."
     served = next((name for name, module in model.named_modules() if isinstance(module, VisionTower)), None)
     wrapper = _wrapper(model)
     if isinstance(wrapper, nn.Module) and _is_tower(wrapper):
-        return "gives its vision tower, which hangs in no module or list of it and cannot be replaced."
+        return "has a vision tower, but not in a module or list of its own, so it cannot be replaced."
     if served or isinstance(wrapper, VisionTower):
-        return f"is served by a compiled tower already, at {served or 'get_vision_tower()'}."
+        return f"already has a compiled tower, at {served or 'get_vision_tower()'}: leave out trtower.install."
     if wrapper is not None and not getattr(wrapper, "is_loaded", True):
         return (
-            f"has a {type(wrapper).__name__} that is not loaded: get_vision_tower().load_model() first, or build "
-            "it with trtower.build_vision_tower, which never loads the eager tower."
+            f"has a {type(wrapper).__name__} that is not loaded: call get_vision_tower().load_model() first, or build "
+            "the tower with trtower.build_vision_tower, which never loads the eager one."
         )
-    has = f"its {type(wrapper).__name__} holds none" if wrapper is not None else "it holds none"
-    return f"has no vision tower: a model of transformers that takes pixel_values is looked for, and {has}."
+    where = f"in its {type(wrapper).__name__}" if wrapper is not None else "in it"
+    return f"has no vision tower: expected a model of transformers that takes pixel_values {where}."

@@ -1,6 +1,6 @@
-"""Put a bundle into a loaded model, in one line, and take it out again.
+"""Put a bundle into a loaded model with one call, and take it out again.
 
-find -> match -> load -> compare -> reach -> stand in -> drop. Whatever fails on the way leaves the model as it was.
+find -> match -> load -> compare -> reach -> stand in -> drop. If a step fails, the model stays as it was.
 """
 
 import logging
@@ -28,14 +28,17 @@ from trtower.tower.vision_tower import VisionTower
 logger = logging.getLogger(__name__)
 
 _changing = threading.RLock()
-"""One model is changed at a time: two of them may share a tower."""
+"""Only one model is changed at a time, because two models may share a tower."""
 
 
 class Installation:
     """A bundle in a model, until `uninstall` or the end of a `with` block.
 
-    ``tower`` is what runs, with its `backend`, `warmup` and `on_batch`; ``path`` says where in the model it is, and
-    ``freed`` how many bytes the weights of the tower took whose place it has, 0 where they were kept.
+    Attributes:
+        model: The model.
+        path: The tower's place in the model, such as "model.vision_tower".
+        tower: The compiled tower, with its `backend`, `warmup` and `on_batch`.
+        freed: The bytes that the replaced tower's weights took; 0 if they were kept.
     """
 
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
@@ -45,11 +48,16 @@ class Installation:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the bundle is in the model still."""
+        """Whether the bundle is still in the model."""
         return bool(self._places())
 
     def uninstall(self) -> None:
-        """Take this bundle out of the model, and no other; see `uninstall`."""
+        """Take this bundle out of the model, but no other; see the function `uninstall`.
+
+        Raises:
+            ConfigError: The bundle was taken out before, or the tower's weights cannot be read back.
+            BackendError: It was called inside a call of the tower, such as in `on_batch`.
+        """
         with _changing:
             self._check_installed()
             for place in self._places():
@@ -57,15 +65,19 @@ class Installation:
 
     def _check_installed(self) -> None:
         if not self.is_installed:
-            raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was taken out before.")
+            raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was already taken out.")
 
     def _places(self) -> list[TowerSlot]:
         return [place for place in find_towers(self.model) if place.installation is self]
 
     def __enter__(self) -> "Installation":
-        """Return itself. The end of the block takes the bundle out, unless a call before the block put it in.
+        """Enter a `with` block, whose end takes the bundle out. The block of a repeated `install` leaves it in.
 
-        Raises ConfigError where it was taken out before the block.
+        Returns:
+            This installation.
+
+        Raises:
+            ConfigError: The bundle was already taken out.
         """
         with _changing:
             self._check_installed()
@@ -73,7 +85,7 @@ class Installation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the bundle out, where that was not done in the block."""
+        """Take the bundle out, unless that was done in the block."""
         with _changing:
             self._holders -= 1
             if not self._holders and self.is_installed:
@@ -89,18 +101,18 @@ class Installation:
     def _where(self) -> str:
         return f"{type(self.model).__name__}.{self.path}"
 
-    def _ask_again(self, options: dict[str, Any]) -> "Installation":
-        """Return itself, for a second call; raise ConfigError if that asks for something else."""
-        asked = ", ".join(f"{name}={value}" for name, value in options.items() if value != self._options[name])
-        if not asked and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
-            asked = "the same bundle as it is by now, exported or built anew,"
-        if asked:
+    def _install_again(self, options: dict[str, Any]) -> "Installation":
+        """Return itself for a second call of `install`; raise ConfigError if its options differ from the first."""
+        changed = ", ".join(f"{name}={value}" for name, value in options.items() if value != self._options[name])
+        if not changed and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
+            changed = "the bundle has changed on disk"
+        if changed:
             raise ConfigError(
-                f"{self.path} of this model has {self.tower.bundle.path} installed, and {asked} is asked for: "
-                "trtower.uninstall(model) first."
+                f"{self.path} of this model already has {self.tower.bundle.path} installed, and this call differs from "
+                f"the first ({changed}): call trtower.uninstall(model) first."
             )
-        self.tower.load_model()  # should it have been closed
-        self._holders = self._holders or 1  # the first call, if it was in no block
+        self.tower.load_model()  # opens it again if it was closed
+        self._holders = self._holders or 1  # stands for the first call, if that was outside of a block
         return self
 
 
@@ -117,47 +129,58 @@ def install(
     allow_random_weights: bool = False,
     tower: str | None = None,
 ) -> Installation:
-    """Put a bundle in the place of a loaded model's vision tower, and let go of the tower's weights.
+    """Replace a loaded model's vision tower with a bundle. If anything fails, the model stays as it was.
 
-    The model is one of transformers, or an original LLaVA, LLaVA-NeXT, VILA or tinychat, with no call in flight; the
-    bundle runs on the device where the tower is. ``backend``, ``engine`` and ``require_certificate`` are those of
-    `VisionTower.load`. The weights are written to a file without a name in ``offload_folder``, by default where
-    temporary files go, from where `uninstall` and `save_pretrained` read them; ``keep_original`` leaves them where they
-    are. ``tower`` is the path of the tower in a model that has several.
+    Args:
+        model: A model of transformers, or an original LLaVA, LLaVA-NeXT, VILA or tinychat. No call may be in flight.
+        bundle: The folder that `trtower export` wrote. It runs on the tower's device.
+        backend: The backend, as in `VisionTower.load`.
+        engine: How the bundle is run on a GPU, as in `VisionTower.load`.
+        require_certificate: Refuse the bundle unless its check passed, as in `VisionTower.load`.
+        keep_original: Keep the tower's weights in memory, instead of freeing them.
+        offload_folder: Where a file keeps the weights for `uninstall` and `save_pretrained`; None: where temporary
+            files go.
+        allow_other_weights: Accept a bundle of other weights than the tower's; the bundle's are used.
+        allow_random_weights: Accept a rehearsal, whose outputs mean nothing.
+        tower: The path of the tower, if the model has several.
 
-    Raises ConfigError where the bundle is not of this tower: its family, size, layers, or weights, which
-    ``allow_other_weights`` permits; BundleError for a rehearsal, unless ``allow_random_weights``; BackendError where it
-    cannot run. The model is then as it was. A second call with the same arguments returns what the first did.
+    Returns:
+        The installation; the end of its `with` block takes the bundle out. A repeated call returns the same one.
+
+    Raises:
+        ConfigError: The bundle is of another tower (family, size, layers, weights), or the tower cannot be replaced.
+        BundleError: The folder is not a bundle, is damaged or not certified, or is a rehearsal.
+        BackendError: No requested backend can run the bundle here.
     """
     with _changing:
         place = find_tower(model, tower)
-        served = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
+        tower_options = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
         allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
         path = read_folder(bundle, "bundle").resolve()
-        options = {"bundle": path, **vars(served), "keep_original": keep_original, **allowed}
+        options = {"bundle": path, **vars(tower_options), "keep_original": keep_original, **allowed}
         folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
         if isinstance(place.installation, Installation):
-            return place.installation._ask_again(options)
+            return place.installation._install_again(options)
         check_replaceable(model, place, dropped=not keep_original)
         check_match(model, place, Bundle.open(bundle), **allowed)
-        on_its_device = replace(served, device=next(place.module.parameters()).device)
-        ran = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
+        on_its_device = replace(tower_options, device=next(place.module.parameters()).device)
+        compiled = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
         with ExitStack() as undo:
-            undo.callback(ran.close)
-            check_answers(place, ran, compared=not any(allowed.values()))
+            undo.callback(compiled.close)
+            check_answers(place, compiled, compared=not any(allowed.values()))
             check_reached(model, place, named=tower is not None)
-            installation = Installation(model, place.path, ran, options)
+            installation = Installation(model, place.path, compiled, options)
             _put_in(place, installation, folder, keep_original=keep_original)
             undo.pop_all()
     if installation.freed:
-        give_memory_back(ran.device)
+        give_memory_back(compiled.device)
     logger.info("%r", installation)
     return installation
 
 
 def _put_in(place: TowerSlot, installation: Installation, folder: Path | None, *, keep_original: bool) -> None:
-    """Hang a stand-in in the place of the tower, and drop the tower's weights; if that fails, neither."""
-    # Here and not above: it imports transformers, which such a model has imported already.
+    """Replace the tower with a stand-in, and drop the tower's weights. If either fails, undo both."""
+    # Imported here because it imports transformers, which a model with a tower has already imported.
     from trtower.installation.stand_in import make_stand_in
 
     stand_in = make_stand_in(place, installation.tower, installation)
@@ -173,10 +196,17 @@ def _put_in(place: TowerSlot, installation: Installation, folder: Path | None, *
 
 
 def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
-    """Bring back the eager tower that a bundle took the place of, and free the engine.
+    """Bring back the eager tower that a bundle replaced, and free the engine.
 
-    It is the very same module, where, in which dtype and in which mode the model is by now. ``tower`` is its path;
-    without it every bundle is taken out. Raises ConfigError where none is installed.
+    The tower is the same module as before, on the device and in the dtype and mode that the model now has.
+
+    Args:
+        model: The model with a bundle installed.
+        tower: The path of the tower. None takes every bundle out.
+
+    Raises:
+        ConfigError: No bundle is installed, or the tower's weights cannot be read back.
+        BackendError: It was called inside a call of the tower, such as in `on_batch`.
     """
     with _changing:
         places = [place for place in find_towers(model) if place.installation and tower in (None, *place.paths)]

@@ -1,4 +1,4 @@
-"""Hold a bundle against the tower that it is to take the place of, before anything is changed."""
+"""Compare a bundle's description with the tower that it will replace, before anything is changed."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.tower.outputs import served_layers
 
 CHANGED = (
-    "The model was changed since it was loaded, or is of another revision: merge what was added to the tower, and "
+    "The model was changed after it was loaded, or is of another revision: merge what was added to the tower, and "
     "export the folder that model.save_pretrained writes."
 )
 
@@ -27,12 +27,12 @@ CHANGED = (
 def check_match(
     model: nn.Module, place: TowerSlot, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
 ) -> None:
-    """Raise ConfigError, or BundleError for a rehearsal, naming what the bundle has and what the model has."""
+    """Raise ConfigError if the bundle was made of another tower, BundleError if it is a rehearsal."""
     source = bundle.manifest.source
     if source.random_weights and not allow_random_weights:
         raise BundleError(
-            f"{bundle.path} is a rehearsal, with random weights, and the model's answers would mean nothing: export "
-            "its checkpoint, or ask for it with allow_random_weights=True."
+            f"{bundle.path} is a rehearsal, with random weights, so the model's answers would mean nothing: export its "
+            "checkpoint, or accept the rehearsal with allow_random_weights=True."
         )
     checkpoint = _loaded_from(model, place)
     export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
@@ -41,33 +41,34 @@ def check_match(
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
         _check_weights(place, bundle, own)
-    for code, feature, said in codes:  # of a bundle of these weights, so the command may name its checkpoint
-        _check_layers(code, feature, said, place, bundle)
+    for code, feature, key in codes:  # after the weights, because the message names the bundle's checkpoint
+        _check_layers(code, feature, key, place, bundle)
 
 
 def check_replaceable(model: nn.Module, place: TowerSlot, *, dropped: bool) -> None:
-    """Raise ConfigError where another module cannot take the tower's place, or its weights cannot be ``dropped``."""
+    """Raise ConfigError if the tower cannot be replaced, or its weights cannot be ``dropped``."""
     tower = place.module
     if type(place.holder).__name__ == "OptimizedModule":
         raise ConfigError(
-            f"{place.path} was compiled by torch.compile, which keeps running what it compiled: install first."
+            f"{place.path} was compiled by torch.compile, which would keep running the old tower: install first, then "
+            "compile."
         )
-    gone = next((name for name, each in tower.named_parameters() if each.is_meta), None)
-    if gone:
+    absent = next((name for name, each in tower.named_parameters() if each.is_meta), None)
+    if absent:
         raise ConfigError(
-            f"{place.path}.{gone} is on the meta device: accelerate has offloaded its weights, or a bundle in another "
-            "model with the same tower has let go of them. Load this model with a tower of its own, on one device."
+            f"{place.path}.{absent} is on the meta device: accelerate has offloaded the weights, or a bundle in "
+            "another model with the same tower has freed them. Load this model with its own tower, on one device."
         )
     if tower.training:
         raise ConfigError(
-            f"{place.path} is in training mode, and a compiled tower is not trained: model.eval() first, or "
-            f"model.{place.path}.eval() to train what is around it."
+            f"{place.path} is in training mode, and a compiled tower cannot be trained: call model.eval() first, or "
+            f"model.{place.path}.eval() to train the rest of the model."
         )
     if not dropped:
         return
     if any(parameter.grad is not None for parameter in tower.parameters()):
         raise ConfigError(
-            f"{place.path} has gradients, which would be lost: model.zero_grad() first, or keep_original=True."
+            f"{place.path} has gradients, which would be lost: call model.zero_grad() first, or set keep_original=True."
         )
     own = {id(each) for each in (*tower.modules(), *tower.parameters())} - {id(tower)}
     for name, module in model.named_modules():
@@ -78,13 +79,13 @@ def check_replaceable(model: nn.Module, place: TowerSlot, *, dropped: bool) -> N
         )
         if shared:
             raise ConfigError(
-                f"{f'{name}.' if name else ''}{shared} is a part of {place.path}, whose weights are to be let go of: "
-                "keep_original=True keeps them."
+                f"{f'{name}.' if name else ''}{shared} is a part of {place.path}, whose weights would be freed: "
+                "set keep_original=True to keep them."
             )
 
 
 def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
-    """Give the checkpoint that a model says it was loaded from, a folder in full, as a bundle names its own."""
+    """Return the checkpoint named by the model's config; a folder as absolute path, as in a manifest."""
     configs = [getattr(each, "config", None) for each in (model, place.module)]
     name = next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -93,7 +94,7 @@ def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
 def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> None:
     config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
     if config.model_type != made_of["model_type"]:
-        supported = f"own checkpoint, if `trtower export` supports {config.model_type}"  # which is not known here
+        supported = f"own checkpoint, if `trtower export` supports {config.model_type}"  # the runtime cannot know
         if_exported = export.replace("own checkpoint", supported)
         raise ConfigError(
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
@@ -101,44 +102,46 @@ def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> No
         )
     side = _plain(getattr(config, "image_size", None))
     if not isinstance(side, int):
-        raise ConfigError(f"{place.path} of this model takes pictures of free shape, and an engine those of one.")
+        raise ConfigError(f"{place.path} of this model accepts images of any shape; a bundle accepts only one shape.")
     if side != spec.image_size:
         raise ConfigError(
-            f"{bundle.path} takes images of {spec.image_size} pixels; {place.path} of this model takes {side}. {export}"
+            f"{bundle.path} accepts images of {spec.image_size} pixels; {place.path} of this model accepts {side}. "
+            f"{export}"
         )
     for name in spec.naming.config_fields:
-        found, expected = (_plain(value) for value in (getattr(config, name, None), made_of.get(name)))
-        if None not in (found, expected) and found != expected:
+        value, expected = (_plain(each) for each in (getattr(config, name, None), made_of.get(name)))
+        if None not in (value, expected) and value != expected:
             raise ConfigError(
-                f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {found}. "
+                f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {value}. "
                 f"{own}"
             )
     depth = count_layers(place.module, spec.naming)
     if spec.depth > depth:
         raise ConfigError(
-            f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has {depth} layers. {own}"
+            f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has only {depth} layers. "
+            f"{own}"
         )
 
 
 def _plain(value: Any) -> Any:
-    """Make (14, 14) of one config and 14 of another the same."""
+    """Turn (14, 14) into 14, since configs write either."""
     if isinstance(value, (list, tuple)) and len(set(value)) == 1:
         return value[0]
     return value
 
 
 def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str, str]]:
-    """Give what is known of what the model reads: layer code, feature code, and where it is said.
+    """List what the model is known to read: layer code, feature code, and the key that names them.
 
-    Of a model that says nothing, nothing is checked here; the state that it then asks for is there or raises.
+    If the config names nothing, nothing is checked here; a state that the bundle lacks then raises when it is read.
     """
     holder = place.holder
-    if getattr(holder, "select_layer", None) is not None:  # LLaVA's wrapper, and its like
+    if getattr(holder, "select_layer", None) is not None:  # the wrapper of LLaVA or a fork
         feature = getattr(holder, "select_feature", "patch")
         yield holder.select_layer, feature, "select_layer"  # type: ignore[misc]
     configs = [config for each in (holder, model) if (config := getattr(each, "config", None)) is not None]
     for config in configs:
-        if getattr(config, "mm_vision_select_layer", None) is not None:  # which counts layers that a wrapper may drop
+        if getattr(config, "mm_vision_select_layer", None) is not None:  # counts layers that a wrapper may have dropped
             feature = getattr(config, "mm_vision_select_feature", "patch")
             layers, _ = read_layer_code(config.mm_vision_select_layer, feature, place.module.config.num_hidden_layers)
             codes = [LAST if layer > place.module.config.num_hidden_layers else layer for layer in layers]
@@ -149,8 +152,7 @@ def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str,
             continue
         if is_contrastive(config, vision_config):
             raise ConfigError(
-                f"{type(model).__name__} reads the pooled vector of an image, and no hidden state, which is what a "
-                "bundle holds."
+                f"{type(model).__name__} reads the pooled vector of an image; a bundle holds only hidden states."
             )
         code = read_vision_feature_layer(config)
         if code is not None:
@@ -158,19 +160,18 @@ def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str,
         return
 
 
-def _check_layers(code: LayerCode, feature: str, said: str, place: TowerSlot, bundle: Bundle) -> None:
+def _check_layers(code: LayerCode, feature: str, key: str, place: TowerSlot, bundle: Bundle) -> None:
     spec = bundle.manifest.spec
     depth = count_layers(place.module, spec.naming)
-    wanted, _ = read_layer_code(code, feature, depth)
-    lacking = set(wanted) - served_layers(spec, depth).keys()
-    if lacking:
-        names = [name_layer(layer, depth) for layer in wanted]
-        is_whole = feature in FEATURES and depth == spec.num_layers  # else codes mean other states in the checkpoint
+    layers, _ = read_layer_code(code, feature, depth)
+    if not set(layers) <= served_layers(spec, depth).keys():
+        names = [name_layer(layer, depth) for layer in layers]
+        is_whole = feature in FEATURES and depth == spec.num_layers  # else the code means other states at export
         command = export_command(bundle, code if is_whole else names, spec.image_size)
         raise ConfigError(
-            f"this model reads {said}={code}{'' if feature in FEATURES else f' under {feature}'}, hidden state "
+            f"this model reads {key}={code}{'' if feature in FEATURES else f' under {feature}'}, hidden state "
             f"{', '.join(names)} of {depth} layers; {bundle.path} holds {', '.join(name_layers(spec, spec.layers))}. "
-            f"Export it: {command}"
+            f"Export a bundle with it: {command}"
         )
 
 
@@ -180,18 +181,18 @@ def _check_weights(place: TowerSlot, bundle: Bundle, own: str) -> None:
     held = list(read_parameters(place.module, bundle.manifest.spec))
     others = sorted({str(each.dtype).removeprefix("torch.") for each in held} - {name})
     if name is None or others:
-        found = " and ".join(others) or str(dtype)
+        dtypes = " and ".join(others) or str(dtype)
         raise ConfigError(
-            f"{place.path} of this model holds weights in {found}, so it is quantised or converted, in whole or in "
-            f"part, and not what {bundle.path} was made of: allow_other_weights=True takes the bundle's."
+            f"{place.path} of this model holds weights in {dtypes}, so it is at least partly quantised or converted, "
+            f"and {bundle.path} was not made of it: set allow_other_weights=True to use the bundle's weights."
         )
     if name not in source.weights_sha256:
         raise ConfigError(
-            f"{place.path} of this model holds weights in {name}; {bundle.path} was exported before those could be "
-            "compared: export it again, or allow_other_weights=True takes the bundle's."
+            f"{place.path} of this model holds weights in {name}; {bundle.path} was exported by a trtower that "
+            "could not compare these: export it again, or set allow_other_weights=True to use the bundle's weights."
         )
     if weights_sha256(held, dtype) != source.weights_sha256[name]:
         raise ConfigError(
-            f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}; "
-            f"allow_other_weights=True takes the bundle's. {own}"
+            f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}. "
+            f"allow_other_weights=True would use the bundle's weights. {own}"
         )

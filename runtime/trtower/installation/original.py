@@ -1,7 +1,7 @@
-"""The tower that a bundle took the place of: its weights out of memory, and exactly as they were back again.
+"""The tower that a bundle replaced: take its weights out of memory, and bring them back exactly as they were.
 
-They are written to a file without a name, which vanishes with the process however that ends. The checkpoint is no
-substitute: its weights may have been changed, cast or merged since they were loaded, and it may not be there any more.
+The weights are written to an unnamed file, which vanishes however the process ends. The checkpoint is no substitute:
+the weights may have been changed, cast or merged since they were loaded, and the checkpoint may be gone.
 """
 
 import ctypes
@@ -19,20 +19,20 @@ from trtower.errors import ConfigError
 
 
 class Original:
-    """A replaced tower (``module``), which keeps its weights until `drop`. Threads may read it, and processes."""
+    """A replaced tower (``module``), which keeps its weights until `drop`. Threads and forked processes may read it."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self._dtype: torch.dtype = module.dtype
         self._trained, self._training = wants_gradient(module), module.training
         self._parameters: list[nn.Parameter] = list(module.parameters())
-        self._left: list[nn.Parameter] = []  # what `drop` leaves in their places, on the meta device
+        self._left: list[nn.Parameter] = []  # what `drop` puts in their places, on the meta device
         self._file: IO[bytes] | None = None
 
     def write(self, folder: Path | None) -> None:
-        """Write the weights into a file in ``folder``, by default where temporary files go.
+        """Write the weights to an unnamed file in ``folder``; None is the folder for temporary files.
 
-        Raises ConfigError where they cannot be written; nothing is left behind then.
+        Raises ConfigError if they cannot be written, and leaves nothing behind.
         """
         where = folder or Path(tempfile.gettempdir())
         try:
@@ -42,15 +42,15 @@ class Original:
             file.flush()
         except OSError as err:
             raise ConfigError(
-                f"the tower's own weights could not be written to {where} ({err.strerror}), from where they would be "
-                "brought back: name another with offload_folder=, or keep them in memory with keep_original=True."
+                f"could not save the tower's own weights to {where} ({err.strerror}): choose another folder with "
+                "offload_folder=, or keep them in memory with keep_original=True."
             ) from err
         self._file = file
 
     def drop(self) -> int:
-        """Let go of the weights, which `write` has written; give the bytes that they took.
+        """Free the weights, which `write` has saved; return the bytes that they took.
 
-        Whoever holds the module besides finds them on the meta device, of which torch says that it holds no data.
+        Other holders of the module find the weights on the meta device, where torch raises when they are used.
         """
         freed = sum(parameter.nbytes for parameter in self._parameters)
         self._left = [nn.Parameter(parameter.to("meta"), parameter.requires_grad) for parameter in self._parameters]
@@ -61,7 +61,7 @@ class Original:
 
     @torch.inference_mode(mode=False)
     def bring_back(self, anchor: Tensor, *, training: bool) -> nn.Module:
-        """Return the module with its weights, where its stand-in is by now, in the dtype and mode that it is in."""
+        """Return the module with its weights, on the device and in the dtype and mode of its stand-in."""
         if self._left:
             for parameter, weight in zip(self._parameters, list(self._read()), strict=True):
                 parameter.data = weight.to(anchor.device)
@@ -80,7 +80,7 @@ class Original:
 
     @torch.inference_mode(mode=False)
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Give the state dict of the module, on the CPU where its weights are out of memory."""
+        """Return the state dict of the module, cast to ``dtype``; on the CPU if the weights were dropped."""
         state: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
         if self._left:
             read = {id(left): weight for left, weight in zip(self._left, self._read(), strict=True)}
@@ -91,7 +91,7 @@ class Original:
         }
 
     def _exchange(self, before: list[nn.Parameter], after: list[nn.Parameter]) -> None:
-        """Put other parameters into the module, wherever it holds these."""
+        """Replace parameters of the module by others, in every place that holds them."""
         others = {id(each): other for each, other in zip(before, after, strict=True)}
         for module in self.module.modules():
             for name, parameter in module._parameters.items():
@@ -99,7 +99,7 @@ class Original:
                     module._parameters[name] = others[id(parameter)]
 
     def _read(self) -> Iterator[Tensor]:
-        """Read the weights, at offsets and not where the file is at: other threads read it, and forks have it too."""
+        """Read the weights, at explicit offsets: threads and forked processes share the file's position."""
         assert self._file is not None  # noqa: S101 - narrows the type
         offset = 0
         for left in self._left:
@@ -108,15 +108,17 @@ class Original:
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], offset)
                 if not count:
-                    raise ConfigError(f"the weights of this {type(self.module).__name__} cannot be read back.")
+                    raise ConfigError(
+                        f"the weights of this {type(self.module).__name__} cannot be read back: load the model again."
+                    )
                 rest, offset = rest[count:], offset + count
             yield tensor
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Give back what is free: torch's cache to the GPU, which TensorRT takes its own from, and the heap to the system.
+    """Return free memory: torch's cache to the GPU, where TensorRT needs it, and the heap to the system.
 
-    glibc keeps freed blocks of up to 32 MiB in its heap, and the matrices of a tower are such blocks.
+    glibc keeps freed blocks of up to 32 MiB in its heap, and a tower's matrices are such blocks.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -125,11 +127,11 @@ def give_memory_back(device: torch.device) -> None:
 
 
 def wants_gradient(module: nn.Module) -> bool:
-    """Whether any weight of a tower wants a gradient."""
+    """Whether any weight of a tower requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Give the memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return view

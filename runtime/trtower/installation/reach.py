@@ -1,9 +1,9 @@
-"""Prove that a model's own code calls the tower whose place a bundle is to take, before anything is changed.
+"""Prove that the model's own code calls the tower that a bundle will replace, before anything is changed.
 
-A tower can hang in a model and never be called: PEFT keeps the copy that it does not train, and model code may reach
-past `forward` into the layers. The model's way from pixels to features is run up to where it calls the tower.
+A model can hold a tower and never call it: PEFT keeps the copy that it does not train, and model code may bypass
+`forward` and call the layers. The proof runs the model's methods from pixels to features until one calls the tower.
 
-Shapes: B images, T tiles of one, S pixels a side.
+Shapes: S pixels per side.
 """
 
 import inspect
@@ -21,10 +21,10 @@ from trtower.installation.find import TowerSlot, find_towers
 logger = logging.getLogger(__name__)
 
 WAYS = ("get_image_features", "get_video_features", "encode_images")
-"""Methods that turn pixels into features, in transformers, and in LLaVA, VILA and their like."""
+"""Methods that turn pixels into features, in transformers and in LLaVA, VILA and their forks."""
 
 PIXELS = ("pixel_values", "pixel_values_videos", "images", "image")
-"""What they call the pixels."""
+"""What these methods call the pixels."""
 
 
 class _Called(BaseException):
@@ -35,36 +35,36 @@ class _Called(BaseException):
 def check_reached(model: nn.Module, place: TowerSlot, *, named: bool) -> None:
     """Raise ConfigError if the model turns pixels into features without calling the tower at ``place``.
 
-    A model whose way cannot be found, or wants more than pixels, is passed with a warning; so is one whose tower was
-    ``named`` by the caller.
+    Only warn if no such method was found or could be run on pixels, if the caller ``named`` the tower, or if the model
+    has several.
     """
     bypassed = None
     with _stopping(place.module):
         for name, way in _ways(model, place):
             for arguments in _arguments(way, place):
                 try:
-                    found = way(**arguments)
+                    features = way(**arguments)
                 except _Called:
                     return
-                except Exception as err:  # noqa: BLE001 - model code wants other inputs than these, and says so somehow
-                    logger.debug("%s was not run: %r", name, err)
+                except Exception as err:  # noqa: BLE001 - model code that needs other inputs may raise anything
+                    logger.debug("%s could not be run: %r", name, err)
                 else:
-                    bypassed = bypassed if found is None else name
+                    bypassed = bypassed if features is None else name
     if bypassed and not named and len(find_towers(model)) == 1:
         raise ConfigError(
             f"{type(model).__name__}.{bypassed} runs without calling {place.path}, so a bundle there would never run. "
-            "Does the model's code call another module, or the tower's layers one by one? tower="
-            f"{place.path!r} installs it all the same."
+            "Does the model's code call another module, or the tower's layers one by one? Install it nevertheless with "
+            f"tower={place.path!r}."
         )
     logger.warning(
-        "%s: could not prove that it calls %s, by running a method that turns pixels into features. After the first "
-        "picture, see whether installation.tower.on_batch was called.", type(model).__name__, place.path
+        "%s: could not prove that it calls %s by running a method that turns pixels into features. Set "
+        "installation.tower.on_batch, and verify that the first image calls it.", type(model).__name__, place.path
     )  # fmt: skip
 
 
 @contextmanager
 def _stopping(tower: nn.Module) -> Iterator[None]:
-    """Have every call of a tower end before it runs, by `__call__` before any hook hears of it, or by `forward`."""
+    """Make every call of a tower, by `__call__` or by `forward`, raise _Called before its hooks and code run."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise _Called
@@ -82,11 +82,11 @@ def _stopping(tower: nn.Module) -> Iterator[None]:
 
 
 def _ways(model: nn.Module, place: TowerSlot) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """List what may lead to the tower, the outermost first: methods of the modules around it, then its own holder."""
+    """List the methods that may call the tower: those of the modules around it, outermost first, then its holder."""
     parts = place.path.split(".")
     around = [model]
     for part in parts[:-1]:
-        inner = getattr(around[-1], part, None)  # a list's item, or a wrapper that is asked for, is no attribute
+        inner = getattr(around[-1], part, None)  # items of lists, and get_vision_tower(), are not attributes
         if not isinstance(inner, nn.Module):
             break
         around.append(inner)
@@ -101,7 +101,7 @@ def _ways(model: nn.Module, place: TowerSlot) -> Iterator[tuple[str, Callable[..
 def _attribute(module: nn.Module, name: str) -> Any:
     try:
         return getattr(module, name, None)
-    except Exception:  # noqa: BLE001 - a property of somebody's own
+    except Exception:  # noqa: BLE001 - a property of model code may raise anything
         return None
 
 
@@ -113,7 +113,7 @@ def _parameters(way: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _arguments(way: Callable[..., Any], place: TowerSlot) -> Iterator[dict[str, Any]]:
-    """List the inputs to try: one picture (1, 3, S, S), the same as a tile (1, 1, 3, S, S), and sizes beside it."""
+    """List the inputs to try: an image as (1, 3, S, S), then as a tile (1, 1, 3, S, S), with its size if accepted."""
     parameters = _parameters(way)
     name = next((name for name in PIXELS if name in parameters), None)
     if name is None:
@@ -121,8 +121,8 @@ def _arguments(way: Callable[..., Any], place: TowerSlot) -> Iterator[dict[str, 
     side: Any = place.module.config.image_size
     shape = (3, side, side) if isinstance(side, int) else (3, *side)
     first = next(place.module.parameters())
-    picture = torch.ones(1, *shape, dtype=first.dtype, device=first.device)
+    image = torch.ones(1, *shape, dtype=first.dtype, device=first.device)
     sizes = {"image_sizes": torch.tensor([shape[1:]], device=first.device)}
-    beside = sizes if "image_sizes" in parameters else {}
-    yield {name: picture, **beside}
-    yield {name: picture[None], **beside}
+    others = sizes if "image_sizes" in parameters else {}
+    yield {name: image, **others}
+    yield {name: image[None], **others}

@@ -1,6 +1,6 @@
-"""The module that takes a tower's place in a living model: an instance of the same class, with a bundle inside.
+"""The module that replaces a tower in a loaded model: an instance of the same class, with a bundle inside.
 
-Shapes: B images, S pixels a side, P prefix tokens, N patches, D features a token (see spec.py).
+Shapes: B images, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
 from collections.abc import Callable
@@ -21,21 +21,21 @@ from trtower.tower.vision_model import named_as
 from trtower.tower.vision_tower import VisionTower
 
 OF_ANOTHER = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
-"""What accelerate and torch.compile hang into a module, to run the one that it is."""
+"""Attributes by which accelerate and torch.compile run the module that they were set on; the stand-in omits them."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-"""What a caller has registered on the tower, and goes on hearing from."""
+"""Hooks that were registered on the tower; the stand-in keeps calling them."""
 
 CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_masked_pos", "pixel_attention_mask")
-"""Options that have a vision model compute something else. Others reach it by the way, and change nothing there."""
+"""Options that change what a vision model computes. Models also pass it other options, which change nothing."""
 
 
 class StandIn(nn.Module):
     """Answers like the vision model whose class it shares, without its weights.
 
-    It gives every token of the layers of its bundle; what picks among them is the model's own code. Its one parameter
-    is an empty anchor in the device and dtype of the tower that it replaced; it follows `.to`, `.half` and
-    `requires_grad_` as that tower would.
+    It returns every token of the layers in its bundle, and the model's own code picks among them. Its only parameter is
+    an empty anchor on the device and in the dtype of the tower that it replaced. The anchor follows `.to`, `.half` and
+    `requires_grad_` as the tower would.
     """
 
     config: Any
@@ -56,64 +56,64 @@ class StandIn(nn.Module):
         interpolate_pos_encoding: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in this dtype.
+        """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in the anchor's dtype.
 
-        ``output_hidden_states`` may be layers, as in transformers 5. The states that the bundle holds are there, and
-        the others raise ConfigError when they are read. S is the size that the bundle was made for, so there are no
-        positions to interpolate. Raises ConfigError for an option that no bundle can follow, and InputError.
+        ``output_hidden_states`` may name layers, as in transformers 5. A state that the bundle does not hold raises
+        ConfigError when it is read. S is the bundle's image size, so there are no positions to interpolate. Raises
+        ConfigError for an option that no bundle supports, InputError for other pixels, BackendError for training.
         """
         del interpolate_pos_encoding
         self._refuse_training(pixel_values)
         for name in CHANGE_THE_TOWER:
             if self._default(name, options.get(name), otherwise=False) is not False:
-                raise ConfigError(f"{name} is not for {self._path}, which is compiled: {BACK}.")
+                raise ConfigError(f"{self._path} is compiled and does not support {name}: {BACK}.")
         anchor = self.anchor.empty
         tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
         if anchor.requires_grad:
             tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
-        wanted = self._default("output_hidden_states", output_hidden_states, otherwise=False)
+        layers = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
             last_hidden_state=self._outputs.last_hidden_state(tokens),
             pooler_output=POOLER_OUTPUT,  # type: ignore[arg-type]
-            hidden_states=None if wanted is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
+            hidden_states=None if layers is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
 
     def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
-        """Take an option as it was given, else from the config, as models of transformers do."""
+        """Return an option's value, or else the config's, as models of transformers do."""
         value = getattr(self.config, name, otherwise) if value is None else value
         return otherwise if value is None else value
 
     def _refuse_training(self, pixel_values: Any) -> None:
         if self.training:
             raise BackendError(
-                f"{self._path} is compiled and cannot be trained: model.eval() to serve the model, or to train what is "
-                f"around it {self._path}.eval(); {BACK}."
+                f"{self._path} is compiled and cannot be trained: call model.eval() to serve the model, or "
+                f"{self._path}.eval() to train the rest of it; {BACK}."
             )
         if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
-            raise BackendError(f"pixel_values wants a gradient, which no engine gives: {BACK}.")
+            raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow `.to(device)` of the model, and its casts."""
+        """Follow the model's `.to(device)` and its casts."""
         self._tower._apply(fn)  # raises before anything has moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def take_back(self) -> nn.Module:
-        """Return the tower that was replaced, with its weights, as this has come to be placed, cast and set."""
+        """Return the replaced tower with its weights, on this module's device, in its dtype and mode."""
         return self.original.bring_back(self.anchor.empty, training=self.training)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the weights of the tower that was replaced, as the model's checkpoint has them."""
+        """Save the replaced tower's weights, under the names of the model's checkpoint."""
         del keep_vars
         for name, tensor in self.original.state_dict(self.anchor.empty.dtype).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        """Refuse weights that are meant for the tower: the engine cannot take them in."""
+        """Refuse weights for the tower, because the engine cannot load them."""
         *_, error_msgs = others
         if any(key.startswith(prefix) for key in state_dict):
-            error_msgs.append(f"{prefix}* is for the eager tower, which is compiled: {BACK}.")
+            error_msgs.append(f"{prefix}* cannot be loaded, because the tower is compiled: {BACK}.")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -122,23 +122,23 @@ class StandIn(nn.Module):
             original = vars(self).get("original")
             if original is not None and name in original.module._modules:
                 raise AttributeError(
-                    f"{self._path}.{name} is a part of the eager tower, which is compiled: {BACK}."
+                    f"{self._path}.{name} is a part of the eager tower, which was replaced: {BACK}."
                 ) from err
             raise
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise BackendError(
-            f"{self._path} is compiled, and its engine belongs to this process: install the bundle where the model is "
-            f"needed; to copy or pickle this one, {BACK}."
+            f"{self._path} is compiled, and its engine belongs to this process: install the bundle in the process "
+            f"that needs it. To copy or pickle this model: {BACK}."
         )
 
     def extra_repr(self) -> str:
-        """Tell what `print(model)` should show of this module."""
+        """Return what `print(model)` shows of this module."""
         return self._tower.extra_repr()
 
 
 class _Ungraded(torch.autograd.Function):
-    """Passes features on, and refuses the gradient of a tower that wants one."""
+    """Passes features on, and raises if a gradient reaches a tower that requires one."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
@@ -149,22 +149,22 @@ class _Ungraded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         del ctx, gradients
         raise BackendError(
-            "a gradient reached the vision tower, which is compiled: requires_grad_(False) on it trains what is around "
-            f"it; {BACK}."
+            "a gradient reached the vision tower, which is compiled: call requires_grad_(False) on it to train the "
+            f"rest of the model; {BACK}."
         )
 
 
 def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> StandIn:
-    """Make what takes the place of a tower; the tower, and the model around it, stay as they are."""
+    """Make the stand-in for a tower. Neither the tower nor the model is changed."""
     module = place.module
     stand_in: StandIn = object.__new__(named_as(module.__class__, StandIn))
     nn.Module.__init__(stand_in)
     attributes = vars(stand_in)
-    not_taken = {*attributes, *OF_ANOTHER} - {*HOOKS, "training"}
-    attributes |= {name: value for name, value in vars(module).items() if name not in not_taken}
+    omitted = {*attributes, *OF_ANOTHER} - {*HOOKS, "training"}
+    attributes |= {name: value for name, value in vars(module).items() if name not in omitted}
     first = next(module.parameters())
     stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
-    # Not registered: a module of its own would be seen by whoever walks the model.
+    # Set past __setattr__, which would register the tower as a child, visible to code that walks the model.
     attributes |= {
         "_tower": tower,
         "original": Original(module),

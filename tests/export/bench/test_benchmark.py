@@ -176,7 +176,7 @@ def test_list_that_cannot_be_run_is_named_and_the_rest_stays(arena: Arena, monke
 def test_bundle_that_does_not_run_is_an_error(export: Callable[..., Path], checkpoint: Checkpoint) -> None:
     folder = export("clip", flavour="none", profiles=(BatchProfile(min=2, opt=2, max=4),))
     options = dataclasses.replace(OPTIONS, batches=(1,), against=(), rounds=1)
-    with pytest.raises(BackendError, match="did not run: images has batch 1; this engine takes 2 to 4 at once"):
+    with pytest.raises(BackendError, match="did not run: images has batch 1; this engine accepts 2 to 4 at once"):
         run_benchmark(Bundle.open(folder), checkpoint, options, LoggedProgress())
 
 

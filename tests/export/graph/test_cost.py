@@ -190,7 +190,7 @@ def test_export_refuses_a_tower_that_was_cut_elsewhere(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "truncate", lambda model, *_: cut(model, -1)[0])
-    with pytest.raises(ConfigError, match="4 of 4 layers are counted; the spec reads 3 of 4"):
+    with pytest.raises(ConfigError, match="cut has 4 of 4 layers; the spec reads 3 of 4"):
         export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(flavour="none", check=False))
 
 

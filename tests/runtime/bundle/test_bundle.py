@@ -1,4 +1,4 @@
-"""A bundle is whole or not there, and nothing in it is believed before it was hashed."""
+"""A bundle is complete or absent, and nothing in it is used before it was hashed."""
 
 import json
 import os
@@ -29,29 +29,29 @@ def test_manifest_survives_writing_and_reading(clip_bundle: Path) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
-def test_bundle_that_is_near_is_named(spoilt: Path) -> None:
+def test_error_names_a_bundle_nearby(spoilt: Path) -> None:
     spoilt.rename(spoilt.parent / "clip.rehearsal")
     with pytest.raises(BundleError, match=rf"does not exist\. There is {spoilt.parent / 'clip.rehearsal'}"):
         Bundle.open(spoilt.parent / "clip")
-    with pytest.raises(BundleError, match=r"it has no tower\.json; clip\.rehearsal in it is\."):
+    with pytest.raises(BundleError, match=r"it has no tower\.json, but contains the bundle clip\.rehearsal\."):
         Bundle.open(spoilt.parent)
 
 
-def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+def test_folder_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle: it has no tower\.json.*trtower export"):
         Bundle.open(tmp_path)
 
 
-def test_what_is_no_bundle_is_called_by_its_name(
+def test_error_says_what_the_path_is_instead_of_a_bundle(
     clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for path, words in (
-        (clip_bundle / "tower.onnx", f"tower.onnx is not a bundle: it is a file of {clip_bundle}, which is one."),
-        (tmp_path / "config.json", "config.json is not a bundle: it is a file and no folder."),
-        (tmp_path, f"it has no tower.json. `trtower export {tmp_path}` makes one of it."),
-        (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one of that on the hub."),
+        (clip_bundle / "tower.onnx", f"tower.onnx is not a bundle: it is a file in the bundle {clip_bundle}."),
+        (tmp_path / "config.json", "config.json is not a bundle: it is a file, not a folder."),
+        (tmp_path, f"it has no tower.json. `trtower export {tmp_path}` makes a bundle from it."),
+        (Path("acme/eyes-7b"), "`trtower export acme/eyes-7b` makes one from that checkpoint on the hub."),
         (Path("engines/eyes-7b"), "`trtower export CHECKPOINT` makes one."),
         (Path("engines/of/eyes-7b"), "`trtower export CHECKPOINT` makes one."),
     ):
@@ -61,7 +61,7 @@ def test_what_is_no_bundle_is_called_by_its_name(
 
 def test_newer_schema_asks_for_a_newer_trtower(spoilt: Path) -> None:
     edit(spoilt, schema=SCHEMA + 1)
-    with pytest.raises(BundleError, match="install a newer trtower"):
+    with pytest.raises(BundleError, match="Install a newer trtower"):
         Bundle.open(spoilt)
 
 
@@ -73,7 +73,7 @@ def test_unknown_key_is_refused(spoilt: Path) -> None:
 
 def test_value_of_another_type_is_named(spoilt: Path) -> None:
     edit(spoilt, precision=16)
-    with pytest.raises(BundleError, match=r"tower\.json\.precision is 16; str is expected"):
+    with pytest.raises(BundleError, match=r"tower\.json\.precision is 16; expected str"):
         Bundle.open(spoilt)
 
 
@@ -121,16 +121,16 @@ def test_link_that_leaves_the_bundle_is_refused(spoilt: Path) -> None:
         Bundle.open(spoilt)
 
 
-def test_plan_that_the_manifest_does_not_vouch_for_is_refused(spoilt: Path) -> None:
+def test_plan_that_the_manifest_does_not_list_is_refused(spoilt: Path) -> None:
     manifest = json.loads((spoilt / MANIFEST).read_text())
     plan = manifest["plans"][0]["file"]
     edit(spoilt, files={name: entry for name, entry in manifest["files"].items() if name != plan})
-    with pytest.raises(BundleError, match="nothing vouches for it"):
+    with pytest.raises(BundleError, match="so it cannot be verified"):
         Bundle.open(spoilt)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
-def test_graph_cannot_read_a_file_that_nothing_vouches_for(spoilt: Path, backend: str) -> None:
+def test_graph_cannot_read_a_file_that_is_not_in_the_manifest(spoilt: Path, backend: str) -> None:
     model = onnx.load(spoilt / "tower.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -163,7 +163,7 @@ def test_manifest_that_contradicts_itself_is_refused(spoilt: Path, changes: dict
         Bundle.open(spoilt)
 
 
-def test_plan_built_anew_never_takes_the_name_of_the_old(spoilt: Path) -> None:
+def test_rebuilt_plan_never_takes_the_name_of_the_old_one(spoilt: Path) -> None:
     bundle = Bundle.open(spoilt)
     (old,) = bundle.manifest.plans
     (spoilt / "staged").write_bytes(b"another plan for the same target")
@@ -175,7 +175,7 @@ def test_plan_built_anew_never_takes_the_name_of_the_old(spoilt: Path) -> None:
     assert Bundle.open(spoilt).manifest == after.manifest
 
 
-def test_lock_is_one_for_every_spelling_of_a_path(spoilt: Path, tmp_path: Path) -> None:
+def test_lock_is_the_same_for_every_spelling_of_a_path(spoilt: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(spoilt)
     with locked(spoilt), pytest.raises(BundleError, match="another process"), locked(tmp_path / "link"):
         pass
@@ -198,16 +198,16 @@ def test_failed_overwrite_keeps_the_old_bundle(spoilt: Path) -> None:
     assert (spoilt / MANIFEST).read_bytes() == before
 
 
-def test_overwrite_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
+def test_overwrite_never_removes_anything_but_a_bundle(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("")
-    with pytest.raises(BundleError, match="left alone"), staged(precious, overwrite=True):
+    with pytest.raises(BundleError, match="is not a bundle, so it was not touched"), staged(precious, overwrite=True):
         pass
     assert (precious / "thesis.tex").exists()
 
 
-def test_old_bundle_is_back_if_the_new_one_cannot_take_its_place(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_bundle_is_restored_if_the_new_one_cannot_be_renamed(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
@@ -234,13 +234,13 @@ def test_killed_writer_leaves_no_bundle_and_no_lock(tmp_path: Path) -> None:
     assert died.returncode == -signal.SIGKILL
     assert not (tmp_path / "b").exists()
     with staged(tmp_path / "b", overwrite=False) as folder:
-        assert os.listdir(folder) == []  # noqa: PTH208 - the dead writer's half file is gone
+        assert os.listdir(folder) == []  # noqa: PTH208 - the dead writer's file is gone
     assert (tmp_path / "b").is_dir()
 
 
 def test_writer_killed_between_the_renames_costs_nothing(spoilt: Path) -> None:
     spoilt.rename(spoilt.with_name(".bundle.old"))
-    with pytest.raises(BundleError, match="only with --overwrite"), staged(spoilt, overwrite=False):
+    with pytest.raises(BundleError, match="Replace it with --overwrite"), staged(spoilt, overwrite=False):
         pass
     assert Bundle.open(spoilt)
 

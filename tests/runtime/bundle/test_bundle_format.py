@@ -1,4 +1,4 @@
-"""The page of the bundle format names every key of tower.json, with its type and its default, and no other."""
+"""The page on the bundle format lists exactly the keys of tower.json, with their types and defaults."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", types.
 
 
 def type_of(hint: Any) -> str:
-    """Write a type as the page does, in the words of JSON."""
+    """Return a type as the page writes it, in JSON's terms."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple:
         return f"list of {type_of(args[0])}"
@@ -29,7 +29,7 @@ def type_of(hint: Any) -> str:
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """Write what an absent key means; a dataclass by what differs from its own defaults, which is nothing."""
+    """Return a default as the page writes it; `{}` for a dataclass with its own defaults."""
     if field.default_factory is not dataclasses.MISSING:
         return "`{}`"
     if field.default is dataclasses.MISSING:
@@ -38,7 +38,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def kinds_in(hint: Any) -> Iterator[Any]:
-    """List the dataclasses that a type is made of, itself first."""
+    """Yield the dataclasses in a type, outermost first."""
     if dataclasses.is_dataclass(hint):
         yield hint
         for inner in get_type_hints(hint).values():
@@ -51,7 +51,7 @@ KINDS = {kind.__name__: kind for kind in kinds_in(Manifest)}
 SECTIONS = {section.partition("\n")[0]: section for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]}
 
 
-def test_page_describes_every_object_of_the_manifest_and_no_other() -> None:
+def test_page_describes_exactly_the_objects_of_the_manifest() -> None:
     assert SECTIONS.keys() == KINDS.keys()
 
 

@@ -1,4 +1,4 @@
-"""A certificate vouches for the files that were checked, and for what was run; whoever requires one gets no less."""
+"""A certificate vouches only for the files that were checked, and for what was run."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ DEPENDS = (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
 
 @pytest.fixture(scope="module")
 def passed(fp32_bundle: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a bundle whose check has passed; it must not be changed."""
+    """Return a bundle whose check has passed; do not change it."""
     folder = Path(shutil.copytree(fp32_bundle, tmp_path_factory.mktemp("certified") / "bundle"))
     photographs = load_photographs(None, limit=1)
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
@@ -64,7 +64,7 @@ def change_certificate(folder: Path, **changes: Any) -> Certificate:
 
 
 def change_file(folder: Path, name: str) -> None:
-    """Change a file's bytes, and nothing of what they mean."""
+    """Change a file's bytes, but not their meaning."""
     if name == GRAPH:
         model = onnx.load(folder / name, load_external_data=False)
         model.producer_version += "x"
@@ -79,15 +79,15 @@ def load(folder: Path) -> VisionTower:
 
 
 def refusal(folder: Path) -> str:
-    """Give the reason why a bundle is refused where a certificate is required, and only there."""
+    """Return why a bundle is refused if a certificate is required; without that it must load."""
     assert VisionTower.load(folder).is_loaded
     with pytest.raises(BundleError) as failure:
         load(folder)
     message = str(failure.value)
     rehearsal = Bundle.open(folder).manifest.source.random_weights
-    command = f"To certify what runs here: trtower check {folder} --backend {BACKEND}"
-    next_step = "Export the checkpoint itself." if rehearsal else command
-    head, tail = f"{folder} is not certified: ", f". {next_step}"
+    check = f"trtower check {folder} --backend {BACKEND} certifies what runs here"
+    remedy = "Export the checkpoint itself" if rehearsal else check
+    head, tail = f"{folder} is not certified: ", f". {remedy}."
     assert message.startswith(head)
     assert message.endswith(tail)
     assert "\n" not in message
@@ -131,13 +131,13 @@ def test_rehearsal_is_refused(certified: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DEPENDS)
-def test_other_file_in_the_place_of_one_that_was_checked_makes_the_certificate_void(
+def test_replaced_file_makes_the_certificate_void(
     certified: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The manifest vouches for it, as after another export into the same folder."""
+    """The manifest lists the new file, as after another export into the same folder."""
     change_file(certified, name)
     make_hashes_fit(certified, name)
-    assert refusal(certified) == f"its certificate is void, {name} changed since"
+    assert refusal(certified) == f"its certificate is void because {name} changed after the check"
     assert inspected(certified, capsys) == (
         f"of {BACKEND} is void: {name} changed since: trtower check {certified} --backend {BACKEND}"
     )
@@ -148,24 +148,24 @@ def test_other_file_in_the_place_of_one_that_was_checked_makes_the_certificate_v
 def test_altered_file_makes_the_certificate_void(
     certified: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing vouches for it any more, so it is not even loaded."""
+    """The manifest lists another sha256, so the file is not even loaded."""
     content = bytearray((certified / name).read_bytes())
     content[len(content) // 2] ^= 1
     (certified / name).write_bytes(content)
-    assert inspected(certified, capsys) == f"of {BACKEND} is void: {name} changed since"  # a check would not mend it
+    assert inspected(certified, capsys) == f"of {BACKEND} is void: {name} changed since"  # a check would not help
     with pytest.raises(BundleError, match=f"{name} was altered"):
         load(certified)
 
 
-def test_file_that_is_gone_from_the_manifest_makes_the_certificate_void(certified: Path) -> None:
+def test_file_removed_from_the_manifest_makes_the_certificate_void(certified: Path) -> None:
     certificate = Bundle.open(certified).manifest.certificate
     assert certificate
     change_certificate(certified, files={**certificate.files, "plans/gone.plan": "0" * 64})
-    assert refusal(certified) == "its certificate is void, plans/gone.plan changed since"
+    assert refusal(certified) == "its certificate is void because plans/gone.plan changed after the check"
 
 
 def add_plan(folder: Path) -> str:
-    """Put a plan into a bundle that nobody here can run."""
+    """Add a plan that cannot run on this machine."""
     name = "plans/other.plan"
     (folder / "plans").mkdir()
     (folder / name).write_bytes(b"a plan")
@@ -176,21 +176,21 @@ def add_plan(folder: Path) -> str:
 
 
 def certify_plan(folder: Path, plan: str) -> None:
-    """Have the certificate speak of a plan."""
+    """Turn the certificate into that of a plan."""
     manifest = Bundle.open(folder).manifest
     files = {**manifest.certificate.files, plan: manifest.files[plan].sha256}
     change_certificate(folder, ran="plan", backend=PLAN_BACKEND, executed=(plan,), files=files)
 
 
-def test_check_of_a_plan_says_nothing_of_the_graph(certified: Path) -> None:
+def test_check_of_a_plan_does_not_certify_the_graph(certified: Path) -> None:
     plan = add_plan(certified)
     certify_plan(certified, plan)
-    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, {plan} on {PLAN_BACKEND} was"
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, only {plan} on {PLAN_BACKEND}"
 
 
-def test_check_of_one_backend_says_nothing_of_another(certified: Path) -> None:
+def test_check_of_one_backend_does_not_certify_another(certified: Path) -> None:
     checked = change_certificate(certified, backend="onnxruntime-cuda")
-    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, {GRAPH} on onnxruntime-cuda was"
+    assert refusal(certified) == f"{GRAPH} on {BACKEND} was not checked, only {GRAPH} on onnxruntime-cuda"
     both = Bundle.open(certified).add_certificate(replace(checked, backend=BACKEND))
     assert [each.backend for each in both.manifest.certificates] == ["onnxruntime-cuda", BACKEND]
     assert load(certified).is_loaded
@@ -202,8 +202,8 @@ def test_check_of_one_backend_says_nothing_of_another(certified: Path) -> None:
         ({"executed": ()}, "executed"),
         ({"executed": ("tower.plan",)}, "executed"),
         ({"files": {}}, "executed"),
-        ({"passed": False}, "says passed=False, and its bounds do not"),
-        ({"bounds": ()}, "says passed=True, and its bounds do not"),
+        ({"passed": False}, "says passed=False, but its bounds do not"),
+        ({"bounds": ()}, "says passed=True, but its bounds do not"),
     ],
 )
 def test_certificate_that_contradicts_itself_is_refused(
@@ -218,7 +218,7 @@ def test_certificate_that_contradicts_itself_is_refused(
     data = json.loads(text)
     data["certificates"] *= 2
     (certified / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(BundleError, match="two of the same files on the same backend"):
+    with pytest.raises(BundleError, match="two for the same files on the same backend"):
         Bundle.open(certified)
 
 
@@ -230,42 +230,43 @@ def test_refused_runner_is_closed(certified: Path, monkeypatch: pytest.MonkeyPat
     assert len(closed) == 1
 
 
-def test_check_replaces_the_one_before_of_the_same_backend(certified: Path) -> None:
+def test_check_replaces_the_previous_one_of_the_same_backend(certified: Path) -> None:
     before = Bundle.open(certified).manifest.certificate
     assert before
     bundle = Bundle.open(certified).add_certificate(replace(before, date="2027-01-01"))
     assert [each.date for each in bundle.manifest.certificates] == ["2027-01-01"]
 
 
-def test_check_of_the_graph_says_nothing_of_a_plan(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_the_graph_does_not_certify_a_plan(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = add_plan(certified)
     bundle = Bundle.open(certified)
-    reason = f"{plan} on {PLAN_BACKEND} was not checked, {GRAPH} on {BACKEND} was"
+    reason = f"{plan} on {PLAN_BACKEND} was not checked, only {GRAPH} on {BACKEND}"
     assert bundle.why_uncertified(PLAN_BACKEND, (plan,)) == reason
     assert load(certified).is_loaded  # on the graph
     assert run(["inspect", str(certified)]) == 0
     assert f"NOT run      {plan}: built, and checked on no GPU" in capsys.readouterr().out
 
 
-def test_graph_that_was_altered_voids_the_check_of_a_plan_that_was_built_from_it(certified: Path) -> None:
+def test_altered_graph_voids_the_check_of_a_plan_built_from_it(certified: Path) -> None:
     plan = add_plan(certified)
     certify_plan(certified, plan)
     assert Bundle.open(certified).why_uncertified(PLAN_BACKEND, (plan,)) is None
     content = bytearray((certified / GRAPH_DATA).read_bytes())
     content[-1] ^= 1
     (certified / GRAPH_DATA).write_bytes(content)
-    reason = f"its certificate is void, {GRAPH_DATA} changed since"
+    reason = f"its certificate is void because {GRAPH_DATA} changed after the check"
     assert Bundle.open(certified).why_uncertified(PLAN_BACKEND, (plan,)) == reason
 
 
-def test_file_that_vanished_since_voids_the_certificate(certified: Path) -> None:
+def test_file_that_vanished_voids_the_certificate(certified: Path) -> None:
     bundle = Bundle.open(certified)
     (certified / CONFIG).unlink()
-    assert bundle.why_uncertified(BACKEND, (GRAPH, GRAPH_DATA)) == f"its certificate is void, {CONFIG} changed since"
+    reason = f"its certificate is void because {CONFIG} changed after the check"
+    assert bundle.why_uncertified(BACKEND, (GRAPH, GRAPH_DATA)) == reason
 
 
 @pytest.mark.parametrize("make", [CLIPVisionTower, lambda path, args, **o: build_vision_tower(args, **o)])
-def test_llava_s_tower_takes_the_requirement(
+def test_llavas_tower_accepts_require_certificate(
     certified: Path, fp32_bundle: Path, make: Callable[..., CLIPVisionTower]
 ) -> None:
     def config(path: Path) -> SimpleNamespace:
@@ -277,7 +278,7 @@ def test_llava_s_tower_takes_the_requirement(
         make(str(fp32_bundle), config(fp32_bundle), require_certificate=True)
 
 
-def test_requirement_holds_where_loading_is_put_off(fp32_bundle: Path) -> None:
+def test_requirement_holds_for_delayed_loading(fp32_bundle: Path) -> None:
     args = SimpleNamespace(mm_vision_select_layer=-2)
     tower = CLIPVisionTower(str(fp32_bundle), args, delay_load=True, require_certificate=True)
     with pytest.raises(BundleError, match="is not certified: it has no certificate"):
@@ -285,22 +286,20 @@ def test_requirement_holds_where_loading_is_put_off(fp32_bundle: Path) -> None:
     assert not tower.is_loaded
 
 
-def test_certificate_of_another_schema_is_refused_as_a_whole(certified: Path) -> None:
+def test_certificate_with_a_missing_key_is_refused(certified: Path) -> None:
     manifest = json.loads((certified / MANIFEST).read_text())
     del manifest["certificates"][0]["executed"]
     (certified / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(
-        BundleError, match=r"tower\.json\.certificates\[0\] has other keys than schema \d: missing executed"
-    ):
+    with pytest.raises(BundleError, match=r"tower\.json\.certificates\[0\] does not match schema \d: missing executed"):
         load(certified)
 
 
-def test_certificate_of_files_that_are_no_longer_there_is_refused(certified: Path) -> None:
+def test_certificate_of_files_that_changed_is_refused(certified: Path) -> None:
     opened = Bundle.open(certified)
     config = certified / CONFIG
     config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     files = {**opened.manifest.files, CONFIG: describe(config)}
     write_manifest(certified, replace(opened.manifest, files=files))
     assert opened.manifest.certificate
-    with pytest.raises(BundleError, match="exported again meanwhile, and the certificate is of what it was before"):
+    with pytest.raises(BundleError, match="was exported again, so this certificate is out of date"):
         opened.add_certificate(opened.manifest.certificate)

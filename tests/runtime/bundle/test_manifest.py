@@ -1,4 +1,4 @@
-"""What tower.json says of the full tower and of the cut one, and of itself."""
+"""tower.json describes the full tower and the cut one, and is refused if it contradicts itself."""
 
 import json
 from pathlib import Path
@@ -30,22 +30,22 @@ def edit(bundle: Path, **changes: Any) -> None:
         ("fp16", " (582 of 607 MB)"),
         ("bf16", " (582 of 607 MB)"),
         ("fp32", " (1164 of 1214 MB)"),
-        ("int8", ""),  # which leaves some layers in FP16
+        ("int8", ""),  # leaves some layers in FP16
     ],
 )
-def test_cut_is_told_in_one_line(precision: str, megabytes: str) -> None:
+def test_cut_is_described_in_one_line(precision: str, megabytes: str) -> None:
     assert CUT.describe_cut(FULL, precision) == (
         f"23 of 24 layers, 290.9 of 303.5 M parameters{megabytes}, 366.0 of 381.9 GFLOP an image"
     )
 
 
-def test_older_schema_asks_for_another_export(spoilt: Path) -> None:
+def test_older_schema_needs_another_export(spoilt: Path) -> None:
     edit(spoilt, schema=SCHEMA - 1, full=..., cut=...)
     with pytest.raises(BundleError) as failure:
         Bundle.open(spoilt)
     assert str(failure.value) == (
-        f"{spoilt}: tower.json has schema {SCHEMA - 1}, of an older trtower; this one reads {SCHEMA}: export it again, "
-        "with --overwrite."
+        f"{spoilt}: tower.json has schema {SCHEMA - 1}, from an older trtower; this one reads {SCHEMA}. "
+        "Export the bundle again, with --overwrite."
     )
 
 
@@ -57,30 +57,30 @@ def test_manifest_without_its_figures_is_refused(spoilt: Path, key: str) -> None
 
 
 @pytest.mark.parametrize("key", ["layers", "parameters", "flop"])
-def test_figures_are_integers_and_none_may_be_null(spoilt: Path, key: str) -> None:
+def test_figures_are_integers_and_never_null(spoilt: Path, key: str) -> None:
     cut = json.loads((spoilt / MANIFEST).read_text())["cut"]
     for wrong in (None, float(cut[key]), str(cut[key]), True):
         edit(spoilt, cut={**cut, key: wrong})
-        with pytest.raises(BundleError, match=rf"tower\.json\.cut\.{key} is .*; int is expected"):
+        with pytest.raises(BundleError, match=rf"tower\.json\.cut\.{key} is .*; expected int"):
             Bundle.open(spoilt)
 
 
 @pytest.mark.parametrize(("key", "counted"), [("full", "3 of 9"), ("cut", "9 of 4")])
 def test_layers_that_the_spec_does_not_read_are_refused(spoilt: Path, key: str, counted: str) -> None:
-    extent = json.loads((spoilt / MANIFEST).read_text())[key]
-    edit(spoilt, **{key: {**extent, "layers": 9}})
-    with pytest.raises(BundleError, match=f"contradicts itself: {counted} layers are counted; the spec reads 3 of 4"):
+    cost = json.loads((spoilt / MANIFEST).read_text())[key]
+    edit(spoilt, **{key: {**cost, "layers": 9}})
+    with pytest.raises(BundleError, match=f"contradicts itself: cut has {counted} layers; the spec reads 3 of 4"):
         Bundle.open(spoilt)
 
 
-def test_source_without_the_weights_by_which_a_check_knows_them_is_refused(spoilt: Path) -> None:
+def test_source_without_a_float32_hash_is_refused(spoilt: Path) -> None:
     edit(spoilt, source=json.loads((spoilt / MANIFEST).read_text())["source"] | {"weights_sha256": {}})
     with pytest.raises(BundleError, match="contradicts itself: weights_sha256 has no float32"):
         Bundle.open(spoilt)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_manifest_from_before_names_were_in_it_means_what_it_meant(name: str) -> None:
+def test_manifest_without_naming_keeps_its_meaning(name: str) -> None:
     config = make_model(name).config
     written = manifest(family_of(config.model_type).spec(config, LAST, "patch", IMAGE_SIZE))
     data = json.loads(written.to_json())

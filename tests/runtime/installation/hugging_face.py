@@ -1,7 +1,7 @@
-"""Small random models of every class of transformers that reads a vision tower, and what is asked of them.
+"""Small random models of every class of transformers that reads a vision tower, and their inputs.
 
-Their towers are those of conftest, so that bundles of these are theirs. The language models are drawn wide enough that
-an image changes what they say.
+Their towers are those of conftest, so that the bundles of conftest fit. The language models are wide enough that an
+image changes their answers.
 """
 
 import inspect
@@ -39,9 +39,9 @@ VIP_LAYERS = (-2, -3, -4, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A class of transformers: the tower it is given, the layer it reads of it, and what else its config says.
+    """A class of transformers: its tower, the layer that it reads, and the rest of its config.
 
-    ``frames`` are the features that it makes of a video of two frames, where it takes videos.
+    ``frames`` is how many features it makes of a video of two frames; 0 if it accepts no videos.
     """
 
     model_class: str
@@ -78,14 +78,14 @@ KINDS = {
 
 
 def make(name: str) -> Any:
-    """Draw a model; the same one every time."""
+    """Draw a model, the same one every time."""
     kind = KINDS[name]
     vision_class, options = MODELS[kind.tower]
     vision_config = getattr(transformers, vision_class).config_class(**options)
     text_class = transformers.GemmaConfig if name == "paligemma" else transformers.LlamaConfig
     text_config = text_class(**TEXT | ({"head_dim": 16} if name == "paligemma" else {}))
     config_class = getattr(transformers, f"{kind.model_class}Config")
-    said = (
+    layer = (
         {}
         if kind.layer == LAST
         else {("vision_feature_layers" if IS_OLD and name == "vipllava" else "vision_feature_layer"): kind.layer}
@@ -93,7 +93,7 @@ def make(name: str) -> Any:
     tokens = {"image_token_index": IMAGE_TOKEN} if IS_OLD else {"image_token_id": IMAGE_TOKEN}
     if kind.frames:
         tokens |= {"video_token_index": VIDEO_TOKEN} if IS_OLD else {"video_token_id": VIDEO_TOKEN}
-    config = config_class(vision_config=vision_config, text_config=text_config, **tokens, **said, **kind.config)
+    config = config_class(vision_config=vision_config, text_config=text_config, **tokens, **layer, **kind.config)
     torch.manual_seed(3)
     model = getattr(transformers, f"{kind.model_class}ForConditionalGeneration")(config)
     draw(model)
@@ -122,7 +122,7 @@ def cases(name: str) -> list[str]:
 
 
 def pixels(name: str, case: str, seed: int = 0) -> dict[str, Any]:
-    """Draw what the processor of a class makes of images, in FP32."""
+    """Draw what the processor of a class returns for images, in FP32."""
     kind = KINDS[name]
     generator = torch.Generator().manual_seed(seed)
     if case == "text":
@@ -140,14 +140,14 @@ def pixels(name: str, case: str, seed: int = 0) -> dict[str, Any]:
 
 @torch.no_grad()
 def inputs(model: Any, name: str, case: str, seed: int = 0) -> dict[str, Any]:
-    """Make a prompt with as many placeholders as an eager model has features for these images."""
-    given = pixels(name, case, seed)
+    """Make images and a prompt with as many placeholders as the eager model returns features."""
+    images = pixels(name, case, seed)
     ids = [1, 5]
     if case == "video":
         ids += [VIDEO_TOKEN] * KINDS[name].frames
     elif case != "text":
-        found = model.model.get_image_features(**given)
-        for features in getattr(found, "pooler_output", found):
+        output = model.model.get_image_features(**images)
+        for features in getattr(output, "pooler_output", output):
             ids += [IMAGE_TOKEN] * features.shape[:-1].numel() + [6]
     prompt = torch.tensor([[*ids, 7, 8]])
-    return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **given}
+    return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **images}

@@ -1,7 +1,7 @@
-"""LLaVA, LLaVA-NeXT, VILA and tinychat in small: how their own code calls a tower, in this project's words.
+"""Small versions of LLaVA, LLaVA-NeXT, VILA and tinychat: how their code calls a tower, written anew.
 
-Their repositories are no packages that a test could install. What is held to is what they do to a tower: which members
-they touch, where they hang it, which state they read and how they cut it.
+Their repositories are not packages that a test could install. These models do to a tower what the originals do: which
+members they touch, where they hold it, which state they read and how they cut it.
 """
 
 from pathlib import Path
@@ -96,7 +96,7 @@ class ClipWrapper(nn.Module):
 
 
 class SiglipWrapper(nn.Module):
-    """LLaVA-NeXT's `SigLipVisionTower`: it drops the last layer and the head, and reads the last state that is left."""
+    """LLaVA-NeXT's `SigLipVisionTower`: it drops the last layer and the head, and reads the last remaining state."""
 
     def __init__(self, vision_tower: str) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class SiglipWrapper(nn.Module):
 
 
 class MetaModel(nn.Module):
-    """`LlavaMetaModel`: what `get_model()` gives; under FSDP the wrapper hangs in a list."""
+    """`LlavaMetaModel`: what `get_model()` returns; under FSDP it holds the wrapper in a list."""
 
     def __init__(self, wrapper: Any, *, fsdp: bool) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class MetaModel(nn.Module):
 
 
 class Multimodal(nn.Module):
-    """What all of them do with features: project them and put them in the place of an image's token."""
+    """What all of them do with features: project them, and replace an image's token with them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Multimodal(nn.Module):
         embed = self.llm.get_input_embeddings()
         if images is None:
             return embed(input_ids)
-        if type(images) is list or images.ndim == 5:  # AnyRes: the tiles of every image
+        if type(images) is list or images.ndim == 5:  # AnyRes: the tiles of each image
             features = self.encode_images(torch.cat(list(images)))
             features = [each.flatten(0, 1) for each in features.split([len(image) for image in images])]
         else:
@@ -196,7 +196,7 @@ class Llava(Multimodal):
 
 
 class Tinychat(Llava):
-    """tinychat: it reaches for the model inside, reads the layer of its own config, and asks what class it has."""
+    """tinychat: it calls the vision model in the wrapper, reads the layer in its own config, and tests its class."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         tower = self.get_vision_tower().vision_tower
@@ -213,7 +213,7 @@ class Tinychat(Llava):
 
 
 class Vila(Multimodal):
-    """VILA: the wrapper hangs in the model itself, which saves every part into a folder of its own."""
+    """VILA: the model itself holds the wrapper, and saves each part into a separate folder."""
 
     def __init__(self, wrapper: Any, config: Any) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Vila(Multimodal):
 
 
 class Letters:
-    """A tokenizer that makes a token of a letter."""
+    """A tokenizer that turns each letter into a token."""
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(letter) % (VOCABULARY - 10) for letter in text]
@@ -253,7 +253,7 @@ class Letters:
 
 
 def draw_llava(path: str) -> Llava:
-    """Draw a LLaVA around the tower at ``path``; the same one every time."""
+    """Draw a LLaVA around the tower at ``path``, the same one every time."""
     torch.manual_seed(5)
     return Llava(ClipWrapper(path, config()), config()).eval()
 

@@ -1,4 +1,4 @@
-"""Models that accelerate has spread over devices and disk, or that were loaded in another dtype."""
+"""Models that accelerate spread over devices and disk, or that were loaded in another dtype."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,11 +44,11 @@ def test_answers_are_the_same_under_a_device_map(
 ) -> None:
     model = load(saved, tmp_path, device_map=device_map)
     given = inputs(model, "llava", "one image")
-    before, said = logits(model, given), generate(model, given)
+    before, expected = logits(model, given), generate(model, given)
     eager, hooked = tower(model), hasattr(tower(model), "_hf_hook")
     with trtower.install(model, bundles()):
         assert (logits(model, given) - before).abs().max() <= EXACT
-        assert generate(model, given) == said
+        assert generate(model, given) == expected
         assert not hasattr(tower(model), "_hf_hook")
     assert tower(model) is eager
     assert hasattr(eager, "_hf_hook") == hooked
@@ -58,13 +58,13 @@ def test_answers_are_the_same_under_a_device_map(
 def test_tower_that_is_offloaded_is_refused(saved: Path, tmp_path: Path, bundles: Bundles) -> None:
     model = load(saved, tmp_path, device_map=spread("cpu", "disk"))
     eager = tower(model)
-    with pytest.raises(ConfigError, match="is on the meta device: accelerate has offloaded its weights"):
+    with pytest.raises(ConfigError, match="is on the meta device: accelerate has offloaded the weights"):
         trtower.install(model, bundles())
     assert tower(model) is eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_model_is_known_in_the_dtype_it_was_loaded_in(
+def test_model_is_recognised_in_the_dtype_it_was_loaded_in(
     saved: Path, tmp_path: Path, bundles: Bundles, dtype: torch.dtype
 ) -> None:
     model = load(saved, tmp_path, torch_dtype=dtype)

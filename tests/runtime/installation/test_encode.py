@@ -1,4 +1,4 @@
-"""Images are encoded apart from the language model, in another process too."""
+"""Images can be encoded apart from the language model, even in another process."""
 
 import multiprocessing
 from pathlib import Path
@@ -16,9 +16,9 @@ from trtower.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-new = pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers takes no features")
+new = pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers accepts no features")
 
-SEEN = [(name, case) for name in KINDS for case in cases(name) if case != "text"]
+WITH_IMAGES = [(name, case) for name in KINDS for case in cases(name) if case != "text"]
 
 
 def prompt(given: dict[str, Any]) -> dict[str, Any]:
@@ -26,20 +26,20 @@ def prompt(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @new
-@pytest.mark.parametrize(("name", "case"), SEEN)
-def test_features_take_the_place_of_pixels(name: str, case: str, bundles: Bundles) -> None:
+@pytest.mark.parametrize(("name", "case"), WITH_IMAGES)
+def test_features_replace_pixels(name: str, case: str, bundles: Bundles) -> None:
     model, kind = make(name), KINDS[name]
     given = inputs(model, name, case)
-    said = generate(model, given)
+    expected = generate(model, given)
     with trtower.install(model, bundles(kind.tower, kind.layer)):
         encoded = trtower.encode_for(model, given)
     assert [*encoded] == ["video" if case == "video" else "image"]
-    model.model.vision_tower = None  # the language model's process needs none
-    assert generate(model, prompt(given), mm_encoder_outputs=encoded) == said
+    model.model.vision_tower = None  # the process of the language model needs none
+    assert generate(model, prompt(given), mm_encoder_outputs=encoded) == expected
 
 
 @new
-def test_pixels_alone_are_enough_where_a_model_asks_for_no_more(bundles: Bundles) -> None:
+def test_pixel_values_are_enough_if_a_model_requires_no_more(bundles: Bundles) -> None:
     model = make("llava")
     given = inputs(model, "llava", "several images")
     with trtower.install(model, bundles()):
@@ -51,35 +51,38 @@ def test_pixels_alone_are_enough_where_a_model_asks_for_no_more(bundles: Bundles
 
 
 @new
-def test_what_cannot_be_encoded_is_said(bundles: Bundles) -> None:
+def test_what_cannot_be_encoded_is_refused(bundles: Bundles) -> None:
     model = make("llava")
-    with pytest.raises(ConfigError, match=r"has no bundle installed: trtower\.install\(model, bundle\) first"):
+    with pytest.raises(ConfigError, match=r"has no bundle installed: call trtower\.install\(model, bundle\) first"):
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
     with trtower.install(model, bundles()):
-        with pytest.raises(InputError, match="images has input_ids; pixel_values or pixel_values_videos is expected"):
+        with pytest.raises(InputError, match="images has input_ids; expected pixel_values or pixel_values_videos"):
             trtower.encode_for(model, {"input_ids": torch.tensor([[IMAGE_TOKEN]])})
-        with pytest.raises(ConfigError, match="encodes no video, and pixel_values_videos is given"):
+        with pytest.raises(ConfigError, match="cannot encode video: leave pixel_values_videos out of images"):
             trtower.encode_for(model, {"pixel_values_videos": torch.zeros(1, 2, 3, 42, 42)})
     model = make("llava_next")
     with trtower.install(model, bundles()), pytest.raises(InputError, match="image_sizes"):
         trtower.encode_for(model, torch.zeros(1, 3, 3, 42, 42))
 
 
-@pytest.mark.skipif(TAKES_FEATURES, reason="generate of this transformers takes features")
-def test_transformers_that_takes_no_features_is_told(bundles: Bundles) -> None:
+@pytest.mark.skipif(TAKES_FEATURES, reason="generate of this transformers accepts features")
+def test_transformers_without_mm_encoder_outputs_is_refused(bundles: Bundles) -> None:
     model = make("llava")
     with trtower.install(model, bundles()), pytest.raises(ConfigError, match="forward has no mm_encoder_outputs"):
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
 
 
-def test_model_in_a_wrapper_is_asked_for(bundles: Bundles) -> None:
+def test_error_names_the_model_inside_a_wrapper(bundles: Bundles) -> None:
     model = torch.compile(make("llava"))
-    with trtower.install(model, bundles()), pytest.raises(ConfigError, match=r"the one inside, model\._orig_mod\."):
+    with (
+        trtower.install(model, bundles()),
+        pytest.raises(ConfigError, match=r"pass the one inside it, model\._orig_mod\."),
+    ):
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
 
 
 def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], queue: Any) -> None:
-    """Be the process that sees: it has the model's tower and projector, and answers with features."""
+    """Run as the encoding process: load the model with its tower and projector, and save the features."""
     torch.set_num_threads(1)
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint)
     with trtower.install(model, bundle):
@@ -92,7 +95,7 @@ def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], queue
 def test_another_process_encodes(name: str, bundles: Bundles, tmp_path: Path) -> None:
     model, kind = make(name), KINDS[name]
     given = inputs(model, name, "several images")
-    said = generate(model, given)
+    expected = generate(model, given)
     model.save_pretrained(tmp_path / "model")
     images = {key: value for key, value in given.items() if key in ("pixel_values", "image_sizes")}
     arguments = (str(tmp_path / "model"), str(bundles(kind.tower, kind.layer)), images, tmp_path / "features.pt")
@@ -102,4 +105,4 @@ def test_another_process_encodes(name: str, bundles: Bundles, tmp_path: Path) ->
     assert process.exitcode == 0
     encoded = torch.load(tmp_path / "features.pt", weights_only=False)
     model.model.vision_tower = None
-    assert generate(model, prompt(given), mm_encoder_outputs=encoded) == said
+    assert generate(model, prompt(given), mm_encoder_outputs=encoded) == expected

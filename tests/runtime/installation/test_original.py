@@ -1,4 +1,4 @@
-"""A bundle in LLaVA, LLaVA-NeXT, VILA and tinychat: their answers stay, and every member of their wrappers."""
+"""LLaVA, LLaVA-NeXT, VILA and tinychat answer as before, and so does every member of their wrappers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +28,13 @@ Checkpoints = dict[str, Path]
 
 
 def llava(checkpoints: Checkpoints, **options: Any) -> Llava:
-    said = config()
-    return Llava(ClipWrapper(str(checkpoints["clip"]), said), said, **options)
+    args = config()
+    return Llava(ClipWrapper(str(checkpoints["clip"]), args), args, **options)
 
 
 def slices(checkpoints: Checkpoints) -> Llava:
-    said = config(feature="slicefour_patch", layer=0)
-    return Llava(ClipWrapper(str(checkpoints["clip"]), said), said)
+    args = config(feature="slicefour_patch", layer=0)
+    return Llava(ClipWrapper(str(checkpoints["clip"]), args), args)
 
 
 def next_siglip(checkpoints: Checkpoints) -> Llava:
@@ -42,16 +42,16 @@ def next_siglip(checkpoints: Checkpoints) -> Llava:
 
 
 def tinychat(checkpoints: Checkpoints, layer: int = -2) -> Tinychat:
-    said = config(layer)
-    model = Tinychat(ClipWrapper(str(checkpoints["clip"]), said), said)
+    args = config(layer)
+    model = Tinychat(ClipWrapper(str(checkpoints["clip"]), args), args)
     if abs(layer) > 100:
         model.model.mm_projector = torch.nn.Linear(2 * WIDTH, WIDTH)
     return model
 
 
 def vila(checkpoints: Checkpoints) -> Vila:
-    said = config()
-    return Vila(ClipWrapper(str(checkpoints["clip"]), said), said)
+    args = config()
+    return Vila(ClipWrapper(str(checkpoints["clip"]), args), args)
 
 
 MODELS: dict[str, tuple[Callable[[Checkpoints], Any], str, Any]] = {
@@ -63,14 +63,14 @@ MODELS: dict[str, tuple[Callable[[Checkpoints], Any], str, Any]] = {
     "tinychat": (tinychat, "clip", -2),
     "tinychat with two layers in one": (lambda checkpoints: tinychat(checkpoints, -201), "clip", [1, -2]),
 }
-"""By name: how it is made, its tower, and what it reads."""
+"""Name -> how to make it, its tower, and the layers that it reads."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def given(case: str, seed: int = 0) -> dict[str, Any]:
+def make_inputs(case: str, seed: int = 0) -> dict[str, Any]:
     image = IMAGE_TOKEN_INDEX
     ids = {"text": [1, 5, 7], "one image": [1, image, 5, 7]}.get(case, [1, image, 5, image, 7])
     images = {
@@ -87,8 +87,8 @@ CASES = ("text", "one image", "several images", "tiles of one number", "tiles of
 
 
 @torch.no_grad()
-def logits(model: Any, asked: dict[str, Any]) -> torch.Tensor:
-    return model(**asked).logits
+def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    return model(**inputs).logits
 
 
 def make(name: str, checkpoints: Checkpoints) -> Any:
@@ -98,35 +98,39 @@ def make(name: str, checkpoints: Checkpoints) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_in_fp32_are_the_models_own(name: str, case: str, checkpoints: Checkpoints, bundles: Bundles) -> None:
+def test_answers_in_fp32_are_those_of_the_eager_tower(
+    name: str, case: str, checkpoints: Checkpoints, bundles: Bundles
+) -> None:
     model, (_, tower, layer) = make(name, checkpoints), MODELS[name]
-    asked = given(case)
-    before, said = logits(model, asked), model.generate(**asked, max_new_tokens=6, do_sample=False)
-    assert case == "text" or (logits(model, given(case, seed=1)) - before).abs().max() > MATTERS
+    inputs = make_inputs(case)
+    before, expected = logits(model, inputs), model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert case == "text" or (logits(model, make_inputs(case, seed=1)) - before).abs().max() > MATTERS
     with trtower.install(model, bundles(tower, layer)):
-        assert (logits(model, asked) - before).abs().max() <= EXACT
-        assert torch.equal(model.generate(**asked, max_new_tokens=6, do_sample=False), said)
-    assert torch.equal(logits(model, asked), before)
+        assert (logits(model, inputs) - before).abs().max() <= EXACT
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(logits(model, inputs), before)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_in_fp16_are_within_the_models_own_error(name: str, checkpoints: Checkpoints, bundles: Bundles) -> None:
+def test_answers_in_fp16_are_within_the_eager_towers_error(
+    name: str, checkpoints: Checkpoints, bundles: Bundles
+) -> None:
     model, (_, tower, layer) = make(name, checkpoints), MODELS[name]
-    asked = given("several images")
-    exact = logits(model, asked)
+    inputs = make_inputs("several images")
+    exact = logits(model, inputs)
     model.half()
-    model.get_vision_tower().half()  # under FSDP the model does not see it
-    half = asked | {"images": asked["images"].half()}
+    model.get_vision_tower().half()  # the model does not cast a wrapper in a list, as under FSDP
+    half = inputs | {"images": inputs["images"].half()}
     own = (logits(model, half).float() - exact).abs().max()
     with trtower.install(model, bundles(tower, layer, "fp16")):
-        found = logits(model, half)
-        assert found.dtype == torch.float16
-        assert (found.float() - exact).abs().max() <= OWN_ERROR * own
+        actual = logits(model, half)
+        assert actual.dtype == torch.float16
+        assert (actual.float() - exact).abs().max() <= OWN_ERROR * own
 
 
 def members(wrapper: Any) -> dict[str, Any]:
-    found = {name: getattr(wrapper, name) for name in MEMBERS}
-    return found | {"config": found["config"].to_dict(), "image_processor": found["image_processor"]}
+    actual = {name: getattr(wrapper, name) for name in MEMBERS}
+    return actual | {"config": actual["config"].to_dict(), "image_processor": actual["image_processor"]}
 
 
 MEMBERS = (
@@ -163,9 +167,9 @@ def test_every_member_of_the_wrapper_answers_as_before(checkpoints: Checkpoints,
         assert next(iter(wrapper.parameters())).dtype == torch.float32
         assert wrapper.requires_grad_(False) is wrapper
         assert wrapper.eval() is wrapper
-        found = wrapper([draw(), draw(seed=1)])
-        assert [each.shape for each in found] == [(1, 9, WIDTH)] * 2
-        for one, other in zip(found, listed, strict=True):
+        actual = wrapper([draw(), draw(seed=1)])
+        assert [each.shape for each in actual] == [(1, 9, WIDTH)] * 2
+        for one, other in zip(actual, listed, strict=True):
             assert torch.allclose(one, other, atol=EXACT)
         saved = model.state_dict()
         assert saved.keys() == state.keys()
@@ -183,7 +187,7 @@ def test_wrapper_of_tinychat_may_be_cast_before_every_call(checkpoints: Checkpoi
     with trtower.install(model, bundles()):
         once = model.get_vision_tower().half()(draw(1))
         assert torch.equal(model.get_vision_tower().half()(draw(1)), once)
-    assert model.get_vision_tower().dtype == torch.float16  # as it was cast
+    assert model.get_vision_tower().dtype == torch.float16  # the last cast stays
     assert model.get_vision_tower().vision_tower.dtype == torch.float16
 
 
@@ -198,32 +202,32 @@ def test_vila_saves_the_tower_that_was_replaced(checkpoints: Checkpoints, bundle
     assert all(torch.equal(saved.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-def test_tower_that_hangs_in_a_list_without_a_wrapper(checkpoints: Checkpoints, bundles: Bundles) -> None:
+def test_tower_in_a_list_without_a_wrapper(checkpoints: Checkpoints, bundles: Bundles) -> None:
     model = make("llava", checkpoints)
     inner = model.get_vision_tower().vision_tower
     del model.model.vision_tower
-    model.model.vision_tower = [inner]  # the first LLaVA's
+    model.model.vision_tower = [inner]  # as in the first LLaVA
     exact = inner(draw(1), output_hidden_states=True).hidden_states[-2]
     with trtower.install(model, bundles()) as installed:
         assert installed.path == "model.vision_tower[0]"
-        found = model.model.vision_tower[0](draw(1), output_hidden_states=True).hidden_states[-2]
-        assert torch.allclose(found, exact, atol=EXACT)
+        actual = model.model.vision_tower[0](draw(1), output_hidden_states=True).hidden_states[-2]
+        assert torch.allclose(actual, exact, atol=EXACT)
     assert model.model.vision_tower[0] is inner
 
 
-def test_delayed_tower_is_told_to_be_loaded(checkpoints: Checkpoints, bundles: Bundles) -> None:
-    said = config()
-    model = Llava(ClipWrapper(str(checkpoints["clip"]), said, delay_load=True), said)
+def test_delayed_tower_must_be_loaded_first(checkpoints: Checkpoints, bundles: Bundles) -> None:
+    args = config()
+    model = Llava(ClipWrapper(str(checkpoints["clip"]), args, delay_load=True), args)
     with pytest.raises(
-        ConfigError, match=r"ClipWrapper that is not loaded: get_vision_tower\(\)\.load_model\(\) first"
+        ConfigError, match=r"ClipWrapper that is not loaded: call get_vision_tower\(\)\.load_model\(\) first"
     ):
         trtower.install(model, bundles())
 
 
-def test_compiled_tower_of_trtower_is_told(checkpoints: Checkpoints, bundles: Bundles) -> None:
+def test_model_with_a_compiled_tower_is_refused(checkpoints: Checkpoints, bundles: Bundles) -> None:
     model = make("llava", checkpoints)
     model.model.vision_tower = trtower.CLIPVisionTower(bundles(), config())
-    with pytest.raises(ConfigError, match=r"served by a compiled tower already, at model\.vision_tower"):
+    with pytest.raises(ConfigError, match=r"already has a compiled tower, at model\.vision_tower"):
         trtower.install(model, bundles())
 
 
@@ -232,7 +236,8 @@ def test_other_layer_is_refused(name: str, checkpoints: Checkpoints, bundles: Bu
     model = make(name, checkpoints)
     before = model.state_dict().keys()
     with pytest.raises(
-        ConfigError, match=r"hidden state 3 of \d layers; .* holds 2\. Export it: trtower export .*=(-2|3)"
+        ConfigError,
+        match=r"hidden state 3 of \d layers; .* holds 2\. Export a bundle with it: trtower export .*=(-2|3)",
     ):
         trtower.install(model, bundles(MODELS[name][1], 2))
     assert model.state_dict().keys() == before

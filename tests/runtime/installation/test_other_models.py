@@ -1,4 +1,4 @@
-"""Models that read their tower in other ways: another name, another output, two towers."""
+"""Models that read their tower in unusual ways: under another name, or another output."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def blip2() -> Any:
     return build(transformers.Blip2ForConditionalGeneration, config, "eva_clip")
 
 
-def asked(tokens: int, seed: int = 0) -> dict[str, Any]:
+def prompt(tokens: int, seed: int = 0) -> dict[str, Any]:
     ids = torch.tensor([[1, 5, *[IMAGE_TOKEN] * tokens, 7]])
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
@@ -84,13 +84,13 @@ def asked(tokens: int, seed: int = 0) -> dict[str, Any]:
     [(internvl, "internvl_vision-normed", 9), (blip2, "eva_clip", 4)],
     ids=["internvl", "blip2"],
 )
-def test_model_that_asks_for_more_than_it_reads(make: Any, tower: str, tokens: int, bundles: Bundles) -> None:
+def test_model_that_requests_more_than_it_reads(make: Any, tower: str, tokens: int, bundles: Bundles) -> None:
     model = make()
-    before = logits(model, asked(tokens))
-    assert (logits(model, asked(tokens, seed=1)) - before).abs().max() > MATTERS
+    before = logits(model, prompt(tokens))
+    assert (logits(model, prompt(tokens, seed=1)) - before).abs().max() > MATTERS
     with trtower.install(model, bundles(tower, LAST)):
-        assert (logits(model, asked(tokens)) - before).abs().max() <= EXACT
-    assert torch.equal(logits(model, asked(tokens)), before)
+        assert (logits(model, prompt(tokens)) - before).abs().max() <= EXACT
+    assert torch.equal(logits(model, prompt(tokens)), before)
 
 
 @pytest.mark.parametrize(
@@ -98,20 +98,20 @@ def test_model_that_asks_for_more_than_it_reads(make: Any, tower: str, tokens: i
     [
         (
             lambda: transformers.Dinov2Backbone(vision_config("dinov2")),
-            "gives feature_maps; a bundle gives hidden states alone",
+            "returns feature_maps; a bundle returns only hidden states",
         ),
         (
             lambda: transformers.CLIPVisionModelWithProjection(vision_config("clip")),
-            "gives image_embeds; a bundle gives hidden states alone",
+            "returns image_embeds; a bundle returns only hidden states",
         ),
         (
             lambda: transformers.Siglip2VisionModel(vision_config("siglip2")),
-            r"is of family clip|takes pictures of free shape",
+            r"is of family clip|accepts images of any shape",
         ),
     ],
     ids=["backbone", "projection", "naflex"],
 )
-def test_tower_that_gives_something_else_is_refused(make: Any, words: str, bundles: Bundles) -> None:
+def test_tower_that_returns_something_else_is_refused(make: Any, words: str, bundles: Bundles) -> None:
     holder = torch.nn.ModuleDict({"tower": make()}).eval()
     eager = holder["tower"]
     tower = "dinov2" if "Dinov2" in type(eager).__name__ else "clip"

@@ -1,4 +1,4 @@
-"""A bundle takes the place of the tower that the model calls, and of no other."""
+"""A bundle replaces the tower that the model calls, and no other."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def test_copy_that_peft_trains_is_the_one_that_is_replaced(bundles: Bundles) -> 
         assert (logits(model, given) - before).abs().max() <= EXACT
         assert calls
         assert wrapper.original_module is original
-        with model.disable_adapter():  # PEFT calls the original then
+        with model.disable_adapter():  # PEFT now calls the original
             calls.clear()
             logits(model, given)
             assert not calls
@@ -43,7 +43,7 @@ def test_copy_that_peft_trains_is_the_one_that_is_replaced(bundles: Bundles) -> 
     assert torch.equal(logits(model, given), before)
 
 
-def test_copy_that_peft_keeps_is_not_offered(bundles: Bundles) -> None:
+def test_copy_that_peft_does_not_call_is_not_offered(bundles: Bundles) -> None:
     model = with_adapter(modules_to_save=["vision_tower"])
     unused = "base_model.model.model.vision_tower.original_module"
     with pytest.raises(ConfigError, match=r"no vision tower at '.*original_module'; it has .*modules_to_save\.default"):
@@ -52,7 +52,7 @@ def test_copy_that_peft_keeps_is_not_offered(bundles: Bundles) -> None:
         assert installed.path == unused
 
 
-def test_adapter_beside_the_tower_does_not_concern_it(bundles: Bundles) -> None:
+def test_adapter_outside_the_tower_does_not_matter(bundles: Bundles) -> None:
     model = with_adapter()
     given = inputs(model.base_model.model, "llava", "one image")
     before = logits(model, given)
@@ -61,7 +61,7 @@ def test_adapter_beside_the_tower_does_not_concern_it(bundles: Bundles) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "vipllava", "paligemma"])
-def test_way_of_every_model_is_proven(bundles: Bundles, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_model_is_proven_to_call_its_tower(bundles: Bundles, name: str, caplog: pytest.LogCaptureFixture) -> None:
     from tests.runtime.installation.hugging_face import KINDS
 
     kind = KINDS[name]
@@ -70,14 +70,14 @@ def test_way_of_every_model_is_proven(bundles: Bundles, name: str, caplog: pytes
 
 
 @pytest.mark.parametrize("draw", [draw_llava, draw_vila])
-def test_way_of_a_wrapper_is_proven(
+def test_every_wrapper_is_proven_to_call_its_tower(
     draw: Any, bundles: Bundles, checkpoints: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     trtower.install(draw(str(checkpoints["clip"])), bundles())
     assert "could not prove" not in caplog.text
 
 
-def test_model_that_reaches_past_forward_is_refused(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_bypasses_forward_is_refused(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llava")
     eager = tower(model)
 
@@ -92,7 +92,9 @@ def test_model_that_reaches_past_forward_is_refused(bundles: Bundles, monkeypatc
     assert tower(model) is eager
 
 
-def test_model_whose_way_is_not_known_is_told_of(bundles: Bundles, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_with_unknown_methods_is_installed_with_a_warning(
+    bundles: Bundles, caplog: pytest.LogCaptureFixture
+) -> None:
     class Policy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -106,7 +108,7 @@ def test_model_whose_way_is_not_known_is_told_of(bundles: Bundles, caplog: pytes
     assert "on_batch" in caplog.text
 
 
-def test_model_that_calls_forward_itself_is_proven_unheard(
+def test_model_that_calls_forward_itself_is_proven_without_running_hooks(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, heard = make("llava"), list[object]()
@@ -122,19 +124,19 @@ def test_model_that_calls_forward_itself_is_proven_unheard(
     assert "forward" not in vars(eager)
 
 
-def test_way_that_is_not_written_in_python_is_passed_over(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_that_is_not_written_in_python_is_skipped(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llava")
     monkeypatch.setattr(model, "get_image_features", max)
     assert trtower.install(model, bundles()).is_installed
 
 
-def test_tower_that_is_named_is_installed_though_no_way_leads_there(
+def test_named_tower_is_installed_even_if_the_model_does_not_call_it(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make("llava")
     for each in (model, model.model):
         monkeypatch.setattr(each, "get_image_features", lambda pixel_values: pixel_values)
-    with pytest.raises(ConfigError, match=r"tower='model\.vision_tower' installs it all the same"):
+    with pytest.raises(ConfigError, match=r"Install it nevertheless with tower='model\.vision_tower'"):
         trtower.install(model, bundles())
     trtower.install(model, bundles(), tower="model.vision_tower")
     assert "could not prove" in caplog.text

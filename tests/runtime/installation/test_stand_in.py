@@ -1,4 +1,4 @@
-"""What takes the tower's place answers as the vision model does whose class it shares, or says what it has not."""
+"""The stand-in answers like the vision model whose class it shares, or says what it lacks."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ LAYERS = [1, -2]
 
 
 class Holder(nn.Module):
-    """A model that reads nothing and has a tower."""
+    """A model that has a tower and reads nothing."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ Install = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture
 def install(bundles: Bundles) -> Iterator[Install]:
-    """Give the stand-in of a small tower, and an eager one beside it."""
+    """Return a function that makes the stand-in of a small tower, and the same tower eagerly."""
     installed = []
 
     def put(name: str = "clip", layer: LayerCode = LAYERS, **options: Any) -> tuple[Any, Any]:
@@ -83,24 +83,24 @@ def test_state_that_is_not_held_raises_with_its_number(install: Install, index: 
         output.hidden_states[5]
 
 
-@pytest.mark.parametrize("wanted", [1, -2, [1], [-2, 1], (3,)])
-def test_layers_may_be_asked_for_by_number(install: Install, wanted: Any) -> None:
+@pytest.mark.parametrize("layers", [1, -2, [1], [-2, 1], (3,)])
+def test_layers_can_be_requested_by_number(install: Install, layers: Any) -> None:
     stand_in, eager = install()
     expected = states(eager, draw())
-    output = stand_in(draw(), output_hidden_states=wanted)
-    for index in [wanted] if isinstance(wanted, int) else wanted:
+    output = stand_in(draw(), output_hidden_states=layers)
+    for index in [layers] if isinstance(layers, int) else layers:
         assert torch.allclose(output.hidden_states[index], expected[index], atol=EXACT)
 
 
-@pytest.mark.parametrize(("wanted", "layer"), [(2, 2), ([1, 2], 2), (-1, 4)])
-def test_layers_that_are_not_held_raise_when_they_are_read(install: Install, wanted: Any, layer: int) -> None:
+@pytest.mark.parametrize(("layers", "layer"), [(2, 2), ([1, 2], 2), (-1, 4)])
+def test_layers_that_are_not_held_raise_when_they_are_read(install: Install, layers: Any, layer: int) -> None:
     stand_in, _ = install()
-    output = stand_in(draw(), output_hidden_states=wanted)  # InternVL asks for -1 and reads last_hidden_state
+    output = stand_in(draw(), output_hidden_states=layers)  # InternVL requests -1 and reads last_hidden_state
     with pytest.raises(ConfigError, match=rf"hidden state {layer} of 4 layers was requested"):
         output.hidden_states[layer]
 
 
-def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(install: Install) -> None:
+def test_states_are_returned_if_the_call_or_the_config_requests_them(install: Install) -> None:
     stand_in, _ = install()
     assert stand_in(draw()).hidden_states is None
     assert stand_in(draw(), output_hidden_states=False).hidden_states is None
@@ -109,13 +109,13 @@ def test_states_are_given_where_they_are_asked_for_and_the_config_may_ask(instal
     assert stand_in(draw(), output_hidden_states=False).hidden_states is None
 
 
-def test_states_are_a_tuple_where_all_are_held(install: Install) -> None:
+def test_states_are_a_tuple_if_all_are_held(install: Install) -> None:
     stand_in, eager = install(layer=[0, 1, 2, 3, 4])
     found = stand_in(draw(), output_hidden_states=True).hidden_states
     assert torch.allclose(torch.stack(found), torch.stack(states(eager, draw())), atol=EXACT)
 
 
-def test_output_is_assigned_to_as_models_do(install: Install) -> None:
+def test_models_can_assign_to_the_output(install: Install) -> None:
     stand_in, _ = install()
     output = stand_in(draw(), output_hidden_states=True)
     assert type(output) is transformers.modeling_outputs.BaseModelOutputWithPooling
@@ -138,7 +138,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_what_is_not_there_may_be_handed_on_and_not_used(install: Install, use: Callable[[Any], Any]) -> None:
+def test_absent_output_can_be_passed_on_but_not_used(install: Install, use: Callable[[Any], Any]) -> None:
     stand_in, _ = install()
     given = stand_in(draw(), output_hidden_states=True)
     for output in (given, type(given)(dict(given.items())), pickle.loads(pickle.dumps(given))):
@@ -156,7 +156,7 @@ def test_what_is_not_there_may_be_handed_on_and_not_used(install: Install, use: 
                 use(pooled)
 
 
-def test_tuple_has_its_places_where_it_has_them_in_the_eager_tower(install: Install) -> None:
+def test_tuple_has_the_order_of_the_eager_tower(install: Install) -> None:
     stand_in, _ = install()
     found = stand_in(draw(), return_dict=False, output_hidden_states=True)
     assert [type(each).__name__ for each in found] == ["Absent", "Absent", "Held"]
@@ -166,7 +166,7 @@ def test_tuple_has_its_places_where_it_has_them_in_the_eager_tower(install: Inst
     assert not isinstance(stand_in(draw(), return_dict=True), tuple)
 
 
-def test_normed_state_is_last_hidden_state_and_no_hidden_state(install: Install) -> None:
+def test_normed_state_is_last_hidden_state_but_not_a_hidden_state(install: Install) -> None:
     stand_in, eager = install("siglip", LAST)
     with torch.no_grad():
         expected = eager(draw()).last_hidden_state
@@ -200,7 +200,7 @@ def test_positions_need_no_interpolation(install: Install, value: Any) -> None:
 @pytest.mark.parametrize("option", ["output_attentions", "attention_mask", "bool_masked_pos"])
 def test_options_that_change_the_tower_are_refused(install: Install, option: str) -> None:
     stand_in, _ = install()
-    with pytest.raises(ConfigError, match=rf"{option} is not for tower, which is compiled: trtower\.uninstall"):
+    with pytest.raises(ConfigError, match=rf"tower is compiled and does not support {option}: trtower\.uninstall"):
         stand_in(draw(), **{option: torch.ones(1)})
     assert stand_in(draw(), **{option: None}, vision_aspect_ratio="anyres_max_9") is not None
 
@@ -229,7 +229,7 @@ def test_other_pixels_are_refused(install: Install, pixel_values: Any, words: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_states_are_in_the_dtype_of_the_tower_whatever_the_pixels(install: Install, dtype: torch.dtype) -> None:
+def test_states_have_the_dtype_of_the_tower_not_of_the_pixels(install: Install, dtype: torch.dtype) -> None:
     stand_in, eager = install()
     stand_in.to(dtype)
     expected = states(eager, draw())[1]
@@ -242,7 +242,7 @@ def test_states_are_in_the_dtype_of_the_tower_whatever_the_pixels(install: Insta
 def test_training_is_refused(install: Install) -> None:
     stand_in, _ = install()
     stand_in.train()
-    with pytest.raises(BackendError, match=r"tower is compiled and cannot be trained: model\.eval\(\)"):
+    with pytest.raises(BackendError, match=r"tower is compiled and cannot be trained: call model\.eval\(\)"):
         stand_in(draw())
     assert stand_in.eval()(draw()) is not None
 
@@ -255,7 +255,7 @@ def test_gradients_are_refused(bundles: Bundles) -> None:
         with pytest.raises(BackendError, match=r"a gradient reached the vision tower, .*requires_grad_\(False\)"):
             loss.backward()
         wants = {**given, "pixel_values": given["pixel_values"].clone().requires_grad_()}
-        with pytest.raises(BackendError, match="pixel_values wants a gradient, which no engine gives"):
+        with pytest.raises(BackendError, match="pixel_values requires a gradient, which no engine computes"):
             model(**wants)
         with torch.no_grad():
             assert not model(**wants).logits.requires_grad
@@ -263,7 +263,7 @@ def test_gradients_are_refused(bundles: Bundles) -> None:
             assert model(**given).logits.is_inference()
 
 
-def test_what_is_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) -> None:
+def test_model_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) -> None:
     model = make("llava")
     tower(model).requires_grad_(False)
     given = inputs(model, "llava", "one image")
@@ -279,7 +279,7 @@ def test_what_is_around_a_frozen_tower_is_trained_as_before(bundles: Bundles) ->
         assert not tower(model).anchor.empty.requires_grad
 
 
-def test_parts_of_the_eager_tower_are_told_of(install: Install) -> None:
+def test_parts_of_the_eager_tower_raise_with_advice(install: Install) -> None:
     stand_in, eager = install()
     part = next(iter(eager._modules))
     with pytest.raises(AttributeError, match=rf"tower\.{part} is a part of the eager tower, .*uninstall\(model\)"):
@@ -290,7 +290,7 @@ def test_parts_of_the_eager_tower_are_told_of(install: Install) -> None:
     assert stand_in.config.hidden_size == WIDTH
 
 
-def test_hidden_states_of_the_language_model_may_be_asked_for(bundles: Bundles) -> None:
+def test_hidden_states_of_the_language_model_can_be_requested(bundles: Bundles) -> None:
     model = make("llava")
     given = inputs(model, "llava", "one image")
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_hidden_states_of_the_language_model_may_be_asked_for(bundles: Bundles) 
     assert torch.allclose(found, expected, atol=EXACT)
 
 
-def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
+def test_call_with_another_layer_raises_with_its_number(bundles: Bundles) -> None:
     model = make("llava")
     given = inputs(model, "llava", "one image")
     with trtower.install(model, bundles()):
@@ -309,7 +309,7 @@ def test_other_layer_at_a_call_is_told_by_its_number(bundles: Bundles) -> None:
         assert logits(model, given) is not None
 
 
-def test_hooks_on_the_tower_go_on_being_called(bundles: Bundles) -> None:
+def test_hooks_on_the_tower_are_still_called(bundles: Bundles) -> None:
     holder = Holder("clip").eval()
     heard: list[Any] = []
     holder.tower.register_forward_hook(lambda module, arguments, output: heard.append(output))

@@ -153,7 +153,7 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_refused(
         (spoilt / "again").replace(spoilt / "tower.onnx.data")
 
     monkeypatch.setattr(runner_module, "check_contract", replace_it)
-    with pytest.raises(BundleError, match=r"tower\.onnx\.data was replaced while it was loaded"):
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was replaced while it was being loaded"):
         VisionTower.load(spoilt, "openvino")
 
 

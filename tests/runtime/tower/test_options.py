@@ -78,5 +78,5 @@ def test_options_are_checked_before_anything_is_loaded(clip_bundle: Path, make: 
     ("bundle", "actual"), [(None, "of type NoneType"), (5, "of type int"), ("~nobody-of-this-name/x", "'~nobody")]
 )
 def test_bundle_that_is_not_a_path_is_refused_in_one_line(make: Callable[..., Any], bundle: Any, actual: str) -> None:
-    with pytest.raises(ConfigError, match=f"bundle is {actual}.*; the path of a folder is expected"):
+    with pytest.raises(ConfigError, match=f"bundle is {actual}.*; expected the path of a folder"):
         make(bundle)

@@ -136,7 +136,7 @@ def test_remainder_below_the_minimum_is_still_right(export: Callable, eager: Cal
     tower = VisionTower.load(export("clip", precision="fp32", flavour="none", profiles=(profile,)))
     batch = images(5)
     assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
-    with pytest.raises(InputError, match="batch 2; this engine takes 3 to 4"):
+    with pytest.raises(InputError, match="batch 2; this engine accepts 3 to 4"):
         tower(images(2))
 
 
