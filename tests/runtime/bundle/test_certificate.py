@@ -85,9 +85,9 @@ def refusal(folder: Path) -> str:
         load(folder)
     message = str(failure.value)
     rehearsal = Bundle.open(folder).manifest.source.random_weights
-    check = f"trtower check {folder} --backend {BACKEND} certifies what runs here"
-    remedy = "Export the checkpoint itself" if rehearsal else check
-    head, tail = f"{folder} is not certified: ", f". {remedy}."
+    command = f"To certify what runs here: trtower check {folder} --backend {BACKEND}"
+    next_step = "Export the checkpoint itself." if rehearsal else command
+    head, tail = f"{folder} is not certified: ", f". {next_step}"
     assert message.startswith(head)
     assert message.endswith(tail)
     assert "\n" not in message
