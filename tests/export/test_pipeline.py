@@ -123,7 +123,7 @@ def test_disk_that_fills_while_the_plan_is_built_leaves_the_bundle_without_it(
     clip: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "check_space", lambda *_, **__: None)
-    with pytest.raises(BuildError, match=r"the disk filled up while .*/b is whole, and serves without a plan"):
+    with pytest.raises(BuildError, match=r"the disk filled up while .*/b is complete and serves without a plan"):
         export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
     assert_whole_without_a_plan(small_disk / "b")
 
@@ -148,7 +148,7 @@ def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_
     printed = capsys.readouterr()
     error, _, command = printed.err.splitlines()[-1].rpartition(" To add a plan later: trtower ")
     assert error.startswith("error: tensorrt-rtx could not build tower.onnx: out of words. ")
-    assert f"{out} is whole, and serves without a plan; it was not checked" in error
+    assert f"{out} is complete and serves without a plan, but was not checked" in error
     assert_whole_without_a_plan(out)
     assert VisionTower.load(out).is_loaded
     assert shlex.split(command) == ["build", str(out), *flavour]
@@ -185,7 +185,7 @@ main()
     done = subprocess.run([*command, "--flavour", "tensorrt-rtx"], check=False, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "error: interrupted"
-    assert f"{out} is whole, and serves without a plan; the plan follows" in done.stderr
+    assert f"{out} is complete, and serves without a plan; building its plan" in done.stderr
     assert_whole_without_a_plan(out)
 
 
@@ -317,5 +317,7 @@ def test_preprocessor_that_no_tower_could_use_is_refused_before_any_work(clip: P
 
 
 def test_images_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--images is read by the check, and precision fp16 reads none"):
+    with pytest.raises(
+        ConfigError, match="--images is only for the check, which --no-check skips; precision fp16 needs no images"
+    ):
         ExportOptions(images=tmp_path / "nowhere", check=False)

@@ -204,7 +204,7 @@ def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     assert "ALTERED      tower.onnx" in said.out
     assert "not  onnxruntime-cpu   tower.onnx was altered" in said.out
-    assert "and auto takes it" not in said.out  # it raises, rather than passing damage over
+    assert "and auto picks it" not in said.out  # it raises, rather than passing damage over
     assert said.err == f"error: {spoilt}: tower.onnx was altered: copy the bundle again\n"
     assert run(["inspect", str(spoilt), "--json"]) == 1
     assert not any(row["auto"] for row in json.loads(capsys.readouterr().out)["backends"])
@@ -338,12 +338,12 @@ def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> 
 
 def test_module_is_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "trtower", "--version"], check=True, capture_output=True, text=True)
-    assert ran.stdout.strip() == trtower.__version__
+    assert ran.stdout == f"trtower {trtower.__version__}\n"
 
 
 def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == run(["version"]) == 0
-    assert capsys.readouterr().out.split() == [trtower.__version__] * 2
+    assert capsys.readouterr().out.splitlines() == [f"trtower {trtower.__version__}"] * 2
 
 
 @pytest.mark.parametrize("altered", [False, True])
@@ -354,7 +354,7 @@ def test_inspect_marks_what_auto_takes(spoilt: Path, capsys: pytest.CaptureFixtu
     assert run(["inspect", str(spoilt), "--json"]) == int(altered)
     chosen = [row["backend"] for row in json.loads(capsys.readouterr().out)["backends"] if row["auto"]]
     assert run(["inspect", str(spoilt)]) == int(altered)
-    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto takes it" in line]
+    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto picks it" in line]
     if not altered:
         runner = VisionTower.load(spoilt)._runner
         assert runner
@@ -373,7 +373,7 @@ def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
     found = inspect_bundle(Bundle.open(bundle))
     (row,) = [row for row in found.backends if row.auto]
     assert (row.backend, row.runs) == ("onnxruntime-cpu", True)
-    assert re.search(r"and auto takes it, although its check of \S+ missed", as_text(found))
+    assert re.search(r"and auto picks it, although its check of \S+ missed", as_text(found))
 
 
 PYDANTIC_1 = "VERSION = '1.10.27'\n"
@@ -430,6 +430,6 @@ def test_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, clip_bundle: P
     def bug(*_: object, **__: object) -> None:
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("trtower.cli.inspect_bundle", bug)
+    monkeypatch.setattr("trtower.inspection.inspect_bundle", bug)
     with pytest.raises(AttributeError, match="a bug"):
         run(["inspect", str(clip_bundle)])
