@@ -244,7 +244,9 @@ main()
 def test_error_for_numbers_with_spaces_shows_the_right_form(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: .*unexpected extra argument.*: numbers after --batch .* as in --batch 1,8,32$", line)
+    assert re.match(
+        r"error: .*unexpected extra argument.*: separate the numbers after --batch .* as in --batch 1,8,32$", line
+    )
 
 
 @pytest.mark.parametrize(
