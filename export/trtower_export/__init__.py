@@ -1,7 +1,11 @@
-"""The build machine's side of trtower: checkpoint in, bundle out. Start reading at pipeline.py.
+"""Turn a checkpoint into a bundle. This side of trtower runs on the build machine.
 
-The public names are imported when they are first used: the command loads this package for every call, and most calls
-need neither transformers nor onnx.
+    from trtower_export import ExportOptions, export_tower
+    bundle = export_tower("openai/clip-vit-large-patch14-336", options=ExportOptions(precision="auto"))
+    assert bundle.manifest.certificate.passed
+
+To read the code, start at pipeline.py. Public names are imported on first use: the command loads this package on every
+call, and most calls need neither transformers nor onnx.
 """
 
 from importlib import import_module
@@ -16,17 +20,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "ExportOptions", "add_plan", "check_bundle", "export_tower", "open_checkpoint"]
 
-_HOMES = {
-    "Checkpoint": "checkpoint.checkpoint",
-    "ExportOptions": "options",
-    "add_plan": "plan.build",
-    "check_bundle": "check.certify",
-    "export_tower": "pipeline",
-    "open_checkpoint": "checkpoint.checkpoint",
-}
+if not TYPE_CHECKING:  # or a type checker would accept every name
+    _HOMES = {
+        "Checkpoint": "checkpoint.checkpoint",
+        "ExportOptions": "options",
+        "add_plan": "plan.build",
+        "check_bundle": "check.certify",
+        "export_tower": "pipeline",
+        "open_checkpoint": "checkpoint.checkpoint",
+    }
 
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

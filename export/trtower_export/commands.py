@@ -1,6 +1,8 @@
-"""The export side's commands. They are found by entry point; nothing heavy is imported before one runs."""
+"""The export side's commands. The runtime finds them by entry point; they import what is heavy only when they run."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,115 +11,83 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR, BuildSettings
-from trtower.inspection import describe_loading
 from trtower.layer_codes import parse_layer_code
-from trtower.names import list_choices
-from trtower.spec import EIGHT_BIT, PRECISIONS
-from trtower_export.arguments import check_png, read_names, read_numbers, read_profile
-from trtower_export.console import ConsoleProgress, as_json, importing, say
+from trtower_export.arguments import (
+    BackendOption,
+    BatchOption,
+    BuildFlavourOption,
+    BundleArgument,
+    CapabilityOption,
+    CheckBackendOption,
+    CheckpointArgument,
+    ErrorImagesOption,
+    ExportedTowerOption,
+    FlavourOption,
+    HardwareCompatibleOption,
+    ImageSizeOption,
+    ImagesOption,
+    JsonOption,
+    KeepFp16Option,
+    KeepFp32Option,
+    OptimizationLevelOption,
+    PickleOption,
+    PrecisionOption,
+    RandomWeightsOption,
+    RemoteCodeOption,
+    RevisionOption,
+    SelectFeatureOption,
+    SelectLayerOption,
+    StoreOption,
+    TowerOption,
+    WeightsOption,
+    check_png,
+    complete,
+    read_names,
+    read_numbers,
+    read_profile,
+)
+from trtower_export.console import ConsoleProgress, Progress, as_json, importing, say
 from trtower_export.options import ExportOptions, Trust
-from trtower_export.plan.store import default_store
 
-CheckpointArgument = Annotated[
-    str, typer.Argument(help="Hub id, folder (Hugging Face, LLaVA, VILA), OpenCLIP file, or a recipe's name.")
-]
-BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
-BatchOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--batch",
-        metavar="MIN,OPT,MAX",
-        help="Images per engine call: at least, as tuned, at most. One number N is 1,N,N. Repeat for several profiles.",
-    ),
-]
-PrecisionOption = Annotated[
-    str,
-    typer.Option(
-        help="fp16; auto, which is fp16 and fp32 where that is not enough; "
-        f"{list_choices([name for name in PRECISIONS if name != 'fp16'])}."
-    ),
-]
-FlavourOption = Annotated[
-    str,
-    typer.Option(help="tensorrt (on its GPU), tensorrt-rtx (anywhere), none, or auto: what this machine can do."),
-]
-CapabilityOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--compute-capability", help="GPU to build for, such as 8.9, or 8.6,8.9; may repeat. Default: a portable plan."
-    ),
-]
-StoreOption = Annotated[
-    bool, typer.Option("--store/--no-store", help="Keep plans in the user's cache, and take those that are there.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", help="Where the weights are now. Default: where they were at export."),
-]
-ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images. Default: the demo extra's photographs.")]
-PickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pickled weights, which may run their author's code.")
-]
-RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")]
-TowerOption = Annotated[
-    str | None,
-    typer.Option("--tower", help="Which tower of a checkpoint that has several. Default of a check: the exported one."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+def _competitors() -> tuple[str, ...]:
+    from trtower_export.bench.entrants import competitors
+
+    return competitors()
 
 
 def export(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: engines/NAME.")] = None,
-    select_layer: Annotated[
-        str | None,
-        typer.Option(
-            help="Hidden states to read: -2, or several as in --select-layer=-2,-5,6, or last_hidden_state. "
-            "Default: what the checkpoint says, else -2."
-        ),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the bundle. Default: engines/NAME.")
     ] = None,
-    select_feature: Annotated[
-        str | None, typer.Option(help="patch, cls_patch, or LLaVA-NeXT's slices. Default: what the checkpoint says.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels a side; positions are interpolated. Default: the checkpoint's.")
-    ] = None,
+    select_layer: SelectLayerOption = None,
+    select_feature: SelectFeatureOption = None,
+    image_size: ImageSizeOption = None,
     precision: PrecisionOption = "fp16",
-    keep_fp32: Annotated[
-        str | None,
-        typer.Option(
-            "--keep-fp32", help="Operations to keep in FP32, as `doctor` names them: 'layers.3.mlp,layers.*.norm1'."
-        ),
-    ] = None,
-    keep_fp16: Annotated[
-        str | None,
-        typer.Option(
-            "--keep-fp16",
-            help=f"What {list_choices(EIGHT_BIT)} leaves in FP16; '' is nothing. "
-            "Default: of int8, what follows activations.",
-        ),
-    ] = None,
+    keep_fp32: KeepFp32Option = None,
+    keep_fp16: KeepFp16Option = None,
     images: ImagesOption = None,
     batch: BatchOption = None,
     flavour: FlavourOption = "auto",
     compute_capability: CapabilityOption = None,
     revision: RevisionOption = None,
     tower: TowerOption = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Rehearse without weights: same size, build time and latency.")
-    ] = False,
+    random_weights: RandomWeightsOption = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the bundle that is there, with its plans.")
-    ] = False,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check on two photographs.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle and its plans.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Finish with a check on two photographs.")] = True,
     store: StoreOption = True,
 ) -> int:
-    """Cut, trace and build a checkpoint's tower into a bundle."""
+    """Export a checkpoint's tower into a bundle.
+
+    Cuts the tower after the deepest layer that is read, traces it to ONNX, builds a plan if TensorRT is installed, and
+    checks the result. Exits with 1 if the check misses a bound.
+    """
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     with importing(progress):
+        from trtower.inspection import describe_loading
         from trtower_export.pipeline import export_tower
 
     options = ExportOptions(
@@ -130,7 +100,7 @@ def export(
         images=images,
         profiles=tuple(read_profile(text) for text in batch or ()),
         flavour=flavour,
-        store=default_store() if store and flavour != "none" else None,
+        store=_find_store(progress) if store and flavour != "none" else None,
         compute_capabilities=tuple(compute_capability or ()),
         random_weights=random_weights,
         revision=revision,
@@ -141,7 +111,7 @@ def export(
     )
     bundle = export_tower(checkpoint, out, options, progress)
     if bundle.manifest.source.random_weights:
-        say(console, "  random weights: this bundle is a rehearsal, its features mean nothing")
+        say(console, "  random weights: this bundle is a rehearsal; its features are meaningless")
     say(console, str(bundle.path))
     code = _verdict(console, bundle) if bundle.manifest.certificate else 0
     if code == 0:
@@ -151,23 +121,23 @@ def export(
 
 def build(
     bundle: BundleArgument,
-    flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: what this machine can do.")] = "auto",
+    flavour: BuildFlavourOption = "auto",
     compute_capability: CapabilityOption = None,
     workspace_mib: Annotated[
-        int | None, typer.Option(help="GPU memory that a layer may use. Default: all of it.")
+        int | None, typer.Option(metavar="MIB", help="GPU memory that a layer may use, in MiB. Default: all of it.")
     ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(help="0 to 5: how long TensorRT looks for faster kernels. Default: TensorRT's, 3.")
-    ] = None,
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="tensorrt: for every GPU from Ampere on, and slower.")
-    ] = False,
+    optimization_level: OptimizationLevelOption = None,
+    hardware_compatible: HardwareCompatibleOption = False,
     strip: Annotated[
-        bool, typer.Option("--strip", help="Leave the weights out; they come from the graph at load. Needs a GPU.")
+        bool,
+        typer.Option("--strip", help="Leave the weights out; loading takes them from the graph. Needs a GPU."),
     ] = False,
     store: StoreOption = True,
 ) -> int:
-    """Add a plan to a bundle, where it is served: needs only the bundle and TensorRT."""
+    """Add a TensorRT plan to a bundle.
+
+    Run it where the tower is served: it needs only the bundle and TensorRT, not the checkpoint.
+    """
     from trtower_export.plan.build import add_plan
 
     progress = ConsoleProgress(Console(stderr=True))
@@ -177,9 +147,9 @@ def build(
         hardware_compatible=hardware_compatible,
         stripped=strip,
     )
-    opened, kept = Bundle.open(bundle), default_store() if store else None
-    built = add_plan(opened, flavour, tuple(compute_capability or ()), progress, settings=settings, store=kept)
-    typer.echo(built)
+    opened, plans = Bundle.open(bundle), _find_store(progress) if store else None
+    built = add_plan(opened, flavour, tuple(compute_capability or ()), progress, settings=settings, store=plans)
+    say(Console(), str(built))
     return 0
 
 
@@ -187,21 +157,23 @@ def check(
     bundle: BundleArgument,
     images: ImagesOption = None,
     checkpoint: WeightsOption = None,
-    tower: TowerOption = None,
-    backend: Annotated[
-        str, typer.Option(help="auto, a backend to run the bundle on, or emulated-fp16: every rounding there could be.")
-    ] = "auto",
+    tower: ExportedTowerOption = None,
+    backend: CheckBackendOption = "auto",
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare every hidden state, and name the first whose error jumps.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page with pictures; compares by layer, too.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a page with pictures into this folder. Implies --by-layer."),
     ] = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
     json_: JsonOption = False,
 ) -> int:
-    """Prove a bundle against the uncut FP32 PyTorch tower; exit 1 when a bound is missed."""
+    """Compare a bundle with its PyTorch tower.
+
+    The reference is the whole tower in FP32. Writes a certificate into the bundle. Exits with 1 if a bound is missed.
+    """
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with importing(progress):
@@ -242,24 +214,26 @@ def check(
 def doctor(
     checkpoint: CheckpointArgument,
     images: ImagesOption = None,
-    select_layer: Annotated[str | None, typer.Option(help="As for export.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="As for export.")] = None,
-    error_images: Annotated[
-        int,
-        typer.Option(
-            min=0, help="On how many images, the hardest, each operation is rounded alone: half a run each. 0: none."
-        ),
-    ] = 1,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw: layers by operations.")] = None,
+    select_layer: SelectLayerOption = None,
+    image_size: ImageSizeOption = None,
+    error_images: ErrorImagesOption = 1,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw layers by operations into this file.")
+    ] = None,
     every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
     revision: RevisionOption = None,
     tower: TowerOption = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="Examine a rehearsal.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Examine a rehearsal, without the weights.")
+    ] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
     json_: JsonOption = False,
 ) -> int:
-    """Say what half precision costs in every operation of a tower, and where it overflows."""
+    """Find where half precision hurts a tower.
+
+    Measures what half precision costs in every operation, and where it overflows.
+    """
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     if picture:
         check_png(picture, "--picture")
@@ -274,25 +248,25 @@ def doctor(
 
     photographs = load_photographs(images)
     say_skipped(photographs, progress)
-    found = open_checkpoint(
+    opened = open_checkpoint(
         checkpoint,
         random_weights=random_weights,
         revision=revision,
         tower=tower,
         trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
     )
-    spec = found.spec(None if select_layer is None else parse_layer_code(select_layer), None, image_size)
-    processor = ImageProcessor(fit_preprocessor(found, spec.image_size, progress))
-    progress.say(found.describe())
+    spec = opened.spec(None if select_layer is None else parse_layer_code(select_layer), None, image_size)
+    processor = ImageProcessor(fit_preprocessor(opened, spec.image_size, progress))
+    progress.say(opened.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
     pixels = prepare(photographs.images, processor)
     named = {each.name: pixel_values for each, pixel_values in zip(photographs.images, pixels, strict=True)}
-    diagnosis = examine(found, spec, named, progress, error_images=error_images)
+    diagnosis = examine(opened, spec, named, progress, error_images=error_images)
     if picture:
         picture.write_bytes(draw_heatmap(diagnosis.operations))
         progress.say(str(picture))
     if json_:
-        typer.echo(as_json(dataclasses.replace(diagnosis, skipped=photographs.skipped)))
+        say(Console(), as_json(dataclasses.replace(diagnosis, skipped=photographs.skipped)))
     else:
         print_operations(console, diagnosis, every=every)
     return 0
@@ -304,24 +278,40 @@ def bench(
         list[str] | None,
         typer.Option(
             "--batch",
-            metavar="N,…",
-            help="Images at once, such as 1,8,32. Default: the profile's; its minimum on a CPU.",
+            metavar="N,N",
+            help="Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest.",
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Comma-separated competitors: eager, sdpa, compile, onnxruntime, … Default: all.")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Competitors, separated by commas: eager, sdpa, compile, onnxruntime and others. Default: all.",
+            autocompletion=complete(_competitors),
+        ),
     ] = None,
     checkpoint: WeightsOption = None,
-    tower: TowerOption = None,
-    backend: Annotated[str, typer.Option(help="What the bundle runs on, as for VisionTower.load.")] = "auto",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Default: 100 on a GPU, 7 elsewhere.")] = None,
-    tiles: Annotated[int, typer.Option(min=0, help="Images in the list that LLaVA's tower loops over. 0: none.")] = 16,
+    tower: ExportedTowerOption = None,
+    backend: BackendOption = "auto",
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How often to time each batch size. Default: 100 on a GPU, 7 elsewhere."),
+    ] = None,
+    tiles: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Images in the list that LLaVA's tower loops over (0 skips that measurement)."
+        ),
+    ] = 16,
     json_: JsonOption = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the results into this file.")] = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> int:
-    """Race a bundle against PyTorch and other runtimes, in turn in one run."""
+    """Time a bundle against PyTorch and others.
+
+    All competitors take turns in one run.
+    """
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     if plot:
@@ -340,10 +330,10 @@ def bench(
         tiles=tiles,
     )
     trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
-    found = reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust)
-    benchmark = run_benchmark(opened, found, options, progress)
+    original = reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust)
+    benchmark = run_benchmark(opened, original, options, progress)
     if json_:
-        typer.echo(as_json(benchmark))
+        say(Console(), as_json(benchmark))
     else:
         print_benchmark(console, benchmark)
     if plot:
@@ -352,35 +342,58 @@ def bench(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the bundles and the picture go.")] = Path("engines"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundles and the picture.")] = Path("engines"),
 ) -> int:
-    """Show the whole way on pretrained weights and photographs, offline."""
+    """Run a demo on real weights, offline.
+
+    Exports, checks and draws a pretrained tower on photographs, then times a full-size rehearsal.
+    """
     from trtower_export.demo.demo import run_demo
 
     return run_demo(out, Console())
 
 
 def recipes(json_: JsonOption = False) -> int:
-    """List the checkpoints that trtower knows the tower of, and what an export of each takes by default."""
+    """List the checkpoints that have a recipe.
+
+    A recipe holds the defaults of an export, and lets a rehearsal run without the checkpoint.
+    """
     from trtower_export.recipes import all_recipes
     from trtower_export.recipes.table import describe_recipe, print_recipes
 
     rows = [describe_recipe(recipe) for recipe in all_recipes()]
     if json_:
-        typer.echo(as_json(rows))
+        say(Console(), as_json(rows))
     else:
         print_recipes(Console(), rows)
     return 0
 
 
+def _find_store(progress: Progress) -> Path | None:
+    """Return the user's store of plans, or None if it cannot be written: it only saves the time of a build."""
+    from trtower_export.plan.store import default_store
+
+    store = default_store()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        reason = err.strerror
+    else:
+        if os.access(store, os.W_OK):
+            return store
+        reason = os.strerror(errno.EACCES)
+    progress.say(f"plans are not kept for reuse: {store}: {reason}")
+    return None
+
+
 def _verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:
-    """Print what a check found, and return its exit code."""
+    """Print a bundle's certificate, and return the exit code of its check."""
     from trtower_export.check.tables import print_certificate
 
     certificate = bundle.manifest.certificate
     assert certificate is not None  # noqa: S101 - the bundle was checked
     if json_:
-        typer.echo(as_json(certificate))
+        say(Console(), as_json(certificate))
     else:
         print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
     return 0 if certificate.passed else 1

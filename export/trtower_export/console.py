@@ -1,4 +1,4 @@
-"""What a command prints: how it is getting on, live on a terminal and one line per step elsewhere, and wide tables."""
+"""Print what a command does: progress (live on a terminal, one line per step elsewhere), text and wide tables."""
 
 import dataclasses
 import gc
@@ -17,38 +17,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 160
-"""Characters that a table may take, whatever is at the other end of a pipe: names and numbers are there whole."""
-
+"""Minimum width of a table in characters, whatever the terminal: names and numbers are never cut."""
 
 LONG_S = 10.0
-"""After which a step is named where no bar moves."""
+"""Seconds after which a running step is named if there is no terminal to show a bar."""
+
+TITLE = 58
+"""Characters that the title of a finished step takes, before its seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 class Step:
-    """A step under way. This one says nothing between start and end: a log wants facts, not movement."""
+    """A running step. This one reports nothing until it ends: a log needs facts, not movement."""
 
     def update(self, fraction: float, note: str) -> None:
-        """Say what is done now, and how much of the step lies behind, 0 to 1."""
+        """Report which fraction of the step is done, 0 to 1, and what is happening now."""
 
 
 class Progress(Protocol):
-    """Receives the steps of a long work."""
+    """Receives the steps of a long job."""
 
     def step(self, title: str) -> AbstractContextManager[Step]:
-        """Open a step; it ends with the block."""
+        """Start a step, which ends with the `with` block."""
 
     def say(self, message: str) -> None:
-        """Tell something that was decided and is not an error."""
+        """Report a decision that is not an error."""
 
 
 class LoggedProgress:
-    """Progress for programs: the log, at INFO."""
+    """Progress for programs: the log, at level INFO."""
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Log a step with its seconds once it ended well."""
+        """Log a step and its seconds if it succeeds."""
         start = time.perf_counter()
         yield Step()
         logger.info("%s: %.1f s", title, time.perf_counter() - start)
@@ -59,22 +61,23 @@ class LoggedProgress:
 
 
 class ConsoleProgress:
-    """Progress for people: rich's, on a console that is a terminal or not."""
+    """Progress for people, on a console that may or may not be a terminal."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Show a bar that moves while the step runs, and a line with its seconds once it ended well.
+        """Show a bar while the step runs, and print a line with its seconds if it succeeds.
 
-        Where there is no terminal for a bar, a step that takes long is named while it runs.
+        Without a terminal there is no bar; a long step is then named while it runs.
         """
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
         start = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+        spinner = SpinnerColumn("line" if self._console.options.ascii_only else "dots")
+        columns = (spinner, TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
         note = TextColumn("[dim]{task.fields[note]}")
         silent = not self._console.is_terminal
         long = threading.Timer(LONG_S, self.say, [f"{title} …"])
@@ -86,7 +89,8 @@ class ConsoleProgress:
                 yield ConsoleStep(bars, title)
         finally:
             long.cancel()
-        self._console.print(f"  {title:<58} {time.perf_counter() - start:6.1f} s", highlight=False, markup=False)
+        width = min(TITLE, self._console.width - 11)  # the indent and the seconds
+        self.say(f"{title.ljust(width)} {time.perf_counter() - start:6.1f} s")
 
     def say(self, message: str) -> None:
         """Print a message."""
@@ -106,21 +110,21 @@ class ConsoleStep(Step):
 
 
 def say(console: "Console", text: str) -> None:
-    """Print text as it is: not folded, not coloured, and no brackets of it read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print text unchanged: not folded or coloured, and without markup or emoji codes."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def as_json(found: Any) -> str:
-    """Write a dataclass, or what JSON has, as indented JSON; NaN and infinities are a bug."""
-    return json.dumps(found, indent=2, allow_nan=False, default=dataclasses.asdict)
+def as_json(value: Any) -> str:
+    """Return a dataclass or plain data as indented JSON. NaN and infinities are a bug, and raise ValueError."""
+    return json.dumps(value, indent=2, allow_nan=False, default=dataclasses.asdict)
 
 
 @contextmanager
 def importing(progress: Progress) -> Iterator[None]:
-    """Show the step in which a command imports what it needs.
+    """Show the step in which a command imports its libraries, and keep the garbage collector out of them.
 
-    What is imported stays, so no garbage is looked for in it, then or later: a second of an export. A second command in
-    the same process imports nothing, and would keep the garbage of the first.
+    Imported modules stay, so searching them for garbage is wasted work: a second of an export. Only the first command
+    of a process freezes them, since a later one imports nothing and would freeze the first one's garbage.
     """
     collects, is_first = gc.isenabled(), "transformers" not in sys.modules
     gc.disable()
@@ -135,7 +139,7 @@ def importing(progress: Progress) -> Iterator[None]:
 
 
 def new_table(*columns: str, left: Collection[str]) -> "Table":
-    """Make a table without lines; no column is folded, and those in ``left`` are words, the others numbers."""
+    """Make a table without lines or folded columns. Columns in ``left`` hold words, the others numbers."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -145,7 +149,7 @@ def new_table(*columns: str, left: Collection[str]) -> "Table":
 
 
 def print_whole(console: "Console", table: "Table") -> None:
-    """Print a table with every column whole, however narrow the console says it is."""
+    """Print a table with every column whole, however narrow the console is."""
     from rich.console import Console
 
     Console(file=console.file, width=max(console.width, WIDTH)).print(table)  # print() itself only narrows

@@ -1,4 +1,4 @@
-"""What to make of a checkpoint: the options of an export, checked when they are put together."""
+"""The options of an export, checked when they are created."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """What a checkpoint may do that could run its author's code. Both are off unless the user asks."""
+    """Permissions for checkpoints that could run their author's code. All are off by default.
+
+    Attributes:
+        allow_pickle: Read pickled weights; they can run code when they are read.
+        remote_code: Run the checkpoint's own Python code (transformers' `trust_remote_code`).
+    """
 
     allow_pickle: bool = False
     remote_code: bool = False
@@ -22,12 +27,38 @@ class Trust:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a checkpoint. None takes what the checkpoint says, or its recipe, or the default, as () does.
+    """What to export from a checkpoint, and how. None and () mean: as the checkpoint, its recipe or the default says.
 
-    ``precision`` "auto" is FP16 with the fewest operations in FP32 that the bounds of the check ask for on ``images``,
-    a folder, and on drawn images; ``keep_fp32`` names such operations, as `trtower doctor` lists them. "fp8" and "int8"
-    are calibrated on ``images``; ``keep_fp16`` names what they leave in FP16, by default see `left_in_half`. ``store``
-    is a folder of plans that were built before (see store.py). ``tower`` names one of several towers of a checkpoint.
+    Args:
+        select_layer: The hidden states to read: an index such as -2, several, or "last_hidden_state". Default: what the
+            checkpoint says, else -2.
+        select_feature: The tokens to keep: "patch", "cls_patch" or a slice of LLaVA-NeXT. Default: what the checkpoint
+            says.
+        image_size: Side of the square input in pixels; positions are interpolated. Default: the checkpoint's.
+        precision: "fp16" (the default), "bf16", "fp32", "fp8", "int8" or "auto". "auto" is FP16 with as few operations
+            in FP32 as the check's bounds allow on ``images`` and on drawn images. "fp8" and "int8" are calibrated on
+            ``images``.
+        keep_fp32: Operations to keep in FP32, named as `trtower doctor` lists them; `*` is a wildcard.
+        keep_fp16: Layers to keep in FP16 with "fp8" or "int8"; () quantises every linear layer. Default: none with
+            "fp8"; with "int8" the layers fed by an activation.
+        images: Folder of images for the check, the search of "auto" and calibration. Default: the demo extra's
+            photographs.
+        profiles: Batch profiles: the fewest, tuned-for and most images per engine call. Default: the recipe's, else
+            1, 8, 32.
+        flavour: The plan to build: "tensorrt", "tensorrt-rtx", "none", or "auto" (the default): what this machine can
+            build.
+        store: Folder that keeps built plans for reuse. Default: none, so each plan is built anew.
+        compute_capabilities: GPUs to build the plan for, such as "8.9". Default: a portable plan of TensorRT-RTX, or
+            this machine's GPU.
+        random_weights: Rehearse without the weights. Size, build time and latency are the real ones. Default: False.
+        revision: Branch, tag or commit on the hub.
+        tower: Which tower, if the checkpoint has several.
+        trust: Whether to read pickled weights and run the checkpoint's own code. Default: neither.
+        overwrite: Replace an existing bundle and its plans. Default: False.
+        check: Finish with a check on two photographs. Default: True.
+
+    Raises:
+        ConfigError: An option has an invalid value, or contradicts another.
     """
 
     select_layer: LayerCode | None = None
@@ -53,35 +84,37 @@ class ExportOptions:
             merge_profiles(self.profiles)
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
         if self.images is not None and not self.check and not self.runs_on_images:
-            raise ConfigError(f"--images is read by the check, and precision {self.precision} reads none without it.")
+            raise ConfigError(
+                f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images."
+            )
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
         if self.keep_fp16 is not None and not self.calibrates:
             raise ConfigError(
-                f"--keep-fp16 is for {' and '.join(EIGHT_BIT)}; precision {self.precision} was asked for."
+                f"--keep-fp16 needs --precision {' or '.join(EIGHT_BIT)}; the precision is {self.precision}."
             )
 
     @property
     def of_checkpoint(self) -> dict[str, Any]:
-        """The options of `open_checkpoint`."""
+        """The keyword arguments of `open_checkpoint`."""
         return {name: getattr(self, name) for name in ("random_weights", "revision", "trust", "tower")}
 
     @property
     def graph_precision(self) -> str:
-        """The precision of the graph, as its manifest says it."""
+        """The precision of the graph, as in its manifest."""
         return "fp16" if self.searches else self.precision
 
     @property
     def searches(self) -> bool:
-        """Whether images decide what stays in FP32."""
+        """Whether a search on images decides which operations stay in FP32."""
         return self.precision == AUTO
 
     @property
     def calibrates(self) -> bool:
-        """Whether images decide the ranges of 8 bits."""
+        """Whether images calibrate the 8-bit ranges."""
         return self.precision in EIGHT_BIT
 
     @property
     def runs_on_images(self) -> bool:
-        """Whether the precision is decided on images, as many as there are."""
+        """Whether images decide the precision; then all of them are used."""
         return self.searches or self.calibrates

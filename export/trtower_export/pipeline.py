@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: the whole story. A reader starts here.
+"""Turn a checkpoint into a bundle: the whole story. Start reading here.
 
 checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 """
@@ -34,18 +34,27 @@ def export_tower(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint into a bundle, which exists whole or not at all, and add a plan to it.
+    """Export a checkpoint's tower into a bundle, add a plan and check the result.
+
+    The bundle appears whole or not at all. If only its plan fails, the bundle stays and serves without a plan.
 
     Args:
-        source: a hub id, a folder, an OpenCLIP file, or a recipe's name.
-        out: the bundle's folder; engines/NAME unless given.
-        options: what to make of the checkpoint.
-        progress: who is told of every step; the log unless given.
+        source: A hub id, a local folder, an OpenCLIP file, or the name of a recipe.
+        out: The bundle's folder. Default: engines/NAME.
+        options: What to export, and how. Default: `ExportOptions()`.
+        progress: Receives every step. Default: the log, at level INFO.
 
-    Returns: the bundle; if it was checked, its certificate says whether the check passed.
+    Returns:
+        The bundle. If it was checked, `bundle.manifest.certificate.passed` is the result; a failed check does not
+        raise.
 
-    Raises a TrtowerError, by its kind for what was asked for, what is missing or what failed. Whatever keeps the plan
-    from being built is a BuildError that says so: the bundle is there then, whole, and only its plan is missing.
+    Raises:
+        ConfigError: An option is invalid for this checkpoint or machine.
+        CheckpointError: The checkpoint cannot be found, read or trusted.
+        BundleError: ``out`` is a bundle and ``options.overwrite`` is off, or is a folder of something else.
+        BackendError: The GPU that the plan must be built on is missing.
+        BuildError: The graph or the plan cannot be built.
+        MissingExtraError: A package is missing; the message names the extra that installs it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     target, reason = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
@@ -58,14 +67,14 @@ def export_tower(
     preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
     say_what_is_read(checkpoint, spec, options, reason, progress)
 
-    with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # it is named `out` after the block
+    with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # renamed to `out` at the end
         loaded = load_and_cut(checkpoint, spec, progress)
         check_space(loaded.tower, options.graph_precision, folder, plans=target is not None)
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
             traced.write(spec, folder / GRAPH)
-        release(loaded.tower, traced.program)  # for the plan's build, which needs the room
+        release(loaded.tower, traced.program)  # the plan's build needs the memory
         manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced)
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 
@@ -73,19 +82,19 @@ def export_tower(
     if target:
         bundle = _add_first_plan(bundle, target, options, progress)
     if options.check and photographs:
-        progress.say(f"{out} is complete; the check follows")
+        progress.say(f"{out} is complete; checking it")
         bundle = check_bundle(bundle, checkpoint, photographs.first(CHECK_PHOTOGRAPHS), progress, quick=True)
     return bundle
 
 
 def _add_first_plan(bundle: Bundle, target: Target, options: ExportOptions, progress: Progress) -> Bundle:
-    """Add the first plan to a bundle that is whole; if that fails, say so, and which command adds it later."""
-    progress.say(f"{bundle.path} is whole, and serves without a plan; the plan follows")
+    """Add the first plan to a complete bundle. If that fails, name the command that adds it later."""
+    progress.say(f"{bundle.path} is complete, and serves without a plan; building its plan")
     try:
         return build_into(bundle, target, progress, options.store)
     except (TrtowerError, OSError) as err:
         later = build_command(bundle.path, options.flavour, options.compute_capabilities)
         raise BuildError(
-            f"{str(err).rstrip('.')}. {bundle.path} is whole, and serves without a plan; it was not checked. To add a "
-            f"plan later: {later}"
+            f"{str(err).rstrip('.')}. {bundle.path} is complete and serves without a plan, but was not checked. To add "
+            f"a plan later: {later}"
         ) from err

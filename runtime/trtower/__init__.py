@@ -1,25 +1,34 @@
 """trtower: the vision tower of a LLaVA-like model, compiled.
 
-This package is what deployment imports: torch and one backend. Bundles are made by `trtower export`.
+    import trtower
+    trtower.install(model, "engines/clip-l")                  # into a loaded model that has this tower
+    tower = trtower.VisionTower.load("engines/clip-l")        # or the tower by itself
+
+Deployment imports this package. It needs torch and one backend; `trtower export` makes the bundles.
+Public names are imported on first use, so that the command can print its help without torch.
 """
 
-from trtower.bundle.bundle import Bundle
-from trtower.errors import (
-    BackendError,
-    BuildError,
-    BundleError,
-    CheckpointError,
-    ConfigError,
-    InputError,
-    MissingExtraError,
-    TrtowerError,
-)
-from trtower.installation.encode import encode_for
-from trtower.installation.install import Installation, install, uninstall
-from trtower.runners.base import EngineOptions
-from trtower.runners.observation import BatchReport
-from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
-from trtower.tower.vision_tower import VisionTower
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trtower.bundle.bundle import Bundle
+    from trtower.errors import (
+        BackendError,
+        BuildError,
+        BundleError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        MissingExtraError,
+        TrtowerError,
+    )
+    from trtower.installation.encode import encode_for
+    from trtower.installation.install import Installation, install, uninstall
+    from trtower.runners.base import EngineOptions
+    from trtower.runners.observation import BatchReport
+    from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
+    from trtower.tower.vision_tower import VisionTower
 
 __version__ = "0.1.0"
 
@@ -46,3 +55,25 @@ __all__ = [
     "install",
     "uninstall",
 ]
+
+if not TYPE_CHECKING:  # or a type checker would accept every name
+    _MODULES = {
+        "bundle.bundle": "Bundle",
+        "installation.encode": "encode_for",
+        "installation.install": "Installation install uninstall",
+        "runners.base": "EngineOptions",
+        "runners.observation": "BatchReport",
+        "tower.llava": "CLIPVisionTower CLIPVisionTowerDynamicS2 CLIPVisionTowerS2 build_vision_tower",
+        "tower.vision_tower": "VisionTower",
+    }
+    _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m trtower` is the command `trtower`."""
+"""Run the command `trtower` as `python -m trtower`."""
 
 from trtower.cli import main
 

@@ -1,20 +1,23 @@
-"""The command `trtower`: what deployment needs itself, and the export side's commands where they are installed.
+"""The command `trtower`: the commands that deployment needs, and those of the export side if it is installed.
 
-The export side registers its commands as entry points, so this module never imports it.
+The export side registers its commands as entry points, so this module never imports it. Nothing here imports torch
+before a command needs it: help and shell completion answer at once.
 """
 
+import codecs
+import errno
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from trtower import __version__
-from trtower.bundle.bundle import Bundle
 from trtower.errors import ConfigError, TrtowerError, one_line
 from trtower.extras import extra_of, how_to_install, import_extra, why_broken
-from trtower.inspection import as_text, inspect_bundle
 
 if TYPE_CHECKING:
     import typer
@@ -22,10 +25,43 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+IN_ASCII = {
+    **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}─", "-"),
+    **dict.fromkeys("│├", "|"),
+    **dict.fromkeys("\N{MULTIPLICATION SIGN}✕", "x"),
+    **dict.fromkeys("\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}", "'"),
+    **dict.fromkeys("“”", '"'),
+    **{"└": "`", "‖": "||", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "±": "+-", "·": "*", "∞": "inf"},
+}
+"""How to write characters that a terminal does not have."""
+
 
 def main() -> None:
-    """Run the command; exit 0 when done, 1 for a failure, 2 for wrong usage."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command. Exit 0 if it succeeded, 1 if it failed, 2 for wrong usage and 130 for Ctrl-C."""
+    codecs.register_error("trtower", _transliterate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not if it is closed
+            stream.reconfigure(errors="trtower")
+    # ONNX Runtime would store an identifier in the user's cache, and print a warning if it cannot.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    code = run(sys.argv[1:])
+    try:
+        print(end="", flush=True)  # noqa: T201
+    except OSError as err:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it exits
+        reader_left = isinstance(err, BrokenPipeError)  # as in `trtower inspect … | head -1`
+        code = code or (1 if reader_left else _fail(f"cannot write the output: {err.strerror}", 1))
+    sys.exit(code)
+
+
+def _transliterate(err: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace a character that a stream cannot encode: the error handler of stdout and stderr."""
+    if not isinstance(err, UnicodeEncodeError):
+        raise err
+    character = err.object[err.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not text in this locale
+        return bytes([ord(character) - 0xDC00]), err.start + 1
+    return IN_ASCII.get(character, ascii(character)[1:-1]), err.start + 1
 
 
 def run(arguments: list[str]) -> int:
@@ -40,12 +76,12 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as err:
-        if hasattr(err, "format_message"):  # click's own errors know their exit code and their words
+        if hasattr(err, "format_message"):  # click's own errors have an exit code and a message
             message = err.format_message()
             if any(a.startswith("--batch") for a in arguments) and "unexpected extra argument" in message:
-                message += ": numbers after --batch are separated by commas, as in --batch 1,8,32"
+                message += ": separate the numbers after --batch with commas, as in --batch 1,8,32"
             return _fail(message, getattr(err, "exit_code", 2))
-        message = None if debug else _explain(err)
+        message = None if debug else _explain(err) or _explain_locale(arguments)
         if message is None:  # a bug, which shows its traceback
             raise
         return _fail(message, 2 if isinstance(err, ConfigError) else 1)
@@ -55,7 +91,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(err: Exception) -> str | None:
-    """Put an error that is not a bug of trtower into words; None for one that is."""
+    """Explain an error in one line; return None if it is a bug of trtower."""
     if isinstance(err, TrtowerError):
         return str(err)
     if isinstance(err, ModuleNotFoundError) and (extra := extra_of(err.name or "")):
@@ -64,6 +100,19 @@ def _explain(err: Exception) -> str | None:
         return broken
     if isinstance(err, OSError) and err.filename is not None:
         return f"{err.filename}: {err.strerror}"
+    if isinstance(err, OSError) and err.errno == errno.ENOSPC:
+        return f"cannot write the output: {err.strerror}"
+    return None
+
+
+def _explain_locale(arguments: list[str]) -> str | None:
+    """Explain an unexpected error if a path cannot be decoded in this locale; many libraries reject such paths."""
+    for path in (*arguments, str(Path.cwd())):
+        if any("\udc80" <= character <= "\udcff" for character in path):
+            return (
+                f"{path} cannot be decoded as {sys.getfilesystemencoding()}, the encoding of this locale. Run with "
+                "PYTHONUTF8=1, or rename it."
+            )
     return None
 
 
@@ -77,16 +126,15 @@ def _app() -> "typer.Typer":
 
     app = typer.Typer(
         name="trtower",
-        help="Compile the vision tower of a LLaVA-like model, and look at what was compiled.",
+        help="Compile the vision tower of a LLaVA-like model into a bundle, check it and inspect it.",
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
 
-    def print_version(*, asked: bool) -> None:
-        if asked:
-            print(__version__)  # noqa: T201
+    def print_version(*, requested: bool = True) -> None:
+        if requested:
+            print(f"trtower {__version__}")  # noqa: T201
             raise typer.Exit
 
     @app.callback()
@@ -98,23 +146,31 @@ def _app() -> "typer.Typer":
         ] = False,
     ) -> None:
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+        if not verbose:  # it warns about a cache that it cannot write, and draws all the same
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
     @app.command()
     def version() -> None:
         """Print the version."""
-        print(__version__)  # noqa: T201
+        print_version()
 
     @app.command()
     def inspect(
-        bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
-        why: Annotated[bool, typer.Option("--why", help="Say what every plan needs, and what of it is met.")] = False,
+        bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+        why: Annotated[bool, typer.Option("--why", help="List what each plan needs, and whether it is met.")] = False,
         json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> int:
-        """Say what a bundle is, what of it would run here, and why the rest would not; exit 1 if it was altered."""
-        found = inspect_bundle(Bundle.open(bundle, whole=False))
-        print(json.dumps(asdict(found), indent=2) if json_ else as_text(found, why=why))  # noqa: T201
-        if found.altered:
-            return _fail(f"{bundle}: {', '.join(found.altered)} was altered: copy the bundle again", 1)
+        """Describe a bundle and what can run it here.
+
+        Explains why the other backends cannot run it. Exits with 1 if a file of the bundle was altered.
+        """
+        from trtower.bundle.bundle import Bundle
+        from trtower.inspection import as_text, inspect_bundle
+
+        inspection = inspect_bundle(Bundle.open(bundle, whole=False))
+        print(json.dumps(asdict(inspection), indent=2) if json_ else as_text(inspection, why=why))  # noqa: T201
+        if inspection.altered:
+            return _fail(f"{bundle}: {', '.join(inspection.altered)} was altered: copy the bundle again", 1)
         return 0
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):

@@ -1,4 +1,4 @@
-"""Describe a bundle: what it is, which plans it has, what would run here and why the others would not."""
+"""Describe a bundle: what it is, its plans, which backends can run it here and why the others cannot."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from trtower.spec import MB, BatchProfile
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackendRow:
-    """One way to run a bundle here. ``auto``: it is the one that `auto` would open."""
+    """One way to run a bundle here; ``auto`` marks the one that `auto` would open."""
 
     backend: str
     file: str | None
@@ -29,7 +29,7 @@ class BackendRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectedPlan(PlanEntry):
-    """A plan, its ``size`` in bytes, and of everything that it needs why it is not met here; None if it is."""
+    """A plan, its ``size`` in bytes, and for each thing it needs why that is not met here, or None if it is."""
 
     size: int
     verdicts: dict[str, str | None]
@@ -37,16 +37,16 @@ class InspectedPlan(PlanEntry):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectedCertificate(Certificate):
-    """A certificate, and the files that make it ``void`` because they have changed since."""
+    """A certificate, and the files that have changed since and so make it ``void``."""
 
     void: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection(BundleFacts):
-    """What `trtower inspect` says of a bundle; as JSON it is this, key by key. ``size`` is that of all files, in bytes.
+    """What `trtower inspect` reports, with the same keys as its JSON. ``size`` is that of all files, in bytes.
 
-    No row of ``backends`` is that of `auto` if its files were altered, because `auto` then raises.
+    If the files that `auto` would open were altered, no row of ``backends`` is marked `auto`, because `auto` raises.
     """
 
     path: str
@@ -61,10 +61,10 @@ class Inspection(BundleFacts):
 
 
 def inspect_bundle(bundle: Bundle) -> Inspection:
-    """Describe a bundle. Files are hashed; none is executed or deserialised."""
+    """Describe a bundle. This hashes its files, but executes and deserialises none of them."""
     manifest, altered = bundle.manifest, bundle.altered()
-    found = candidates(bundle)
-    choice = auto_choice(found)
+    ways = candidates(bundle)
+    choice = auto_choice(ways)
     return Inspection(
         **{each.name: getattr(manifest, each.name) for each in dataclasses.fields(BundleFacts)},
         path=str(bundle.path),
@@ -73,7 +73,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         num_patches=manifest.spec.num_patches,
         plans=[_inspect_plan(bundle, plan, altered) for plan in manifest.plans],
         size=sum(entry.size for entry in manifest.files.values()),
-        backends=[_backend_row(each, altered, auto=each is choice) for each in found],
+        backends=[_backend_row(each, altered, auto=each is choice) for each in ways],
         certificates=[
             InspectedCertificate(**vars(each), void=bundle.changed_since(each, altered))
             for each in manifest.certificates
@@ -105,7 +105,7 @@ def _backend_row(candidate: Candidate, altered: list[str], *, auto: bool) -> Bac
 
 
 def _spoilt(plan: PlanEntry | None, altered: list[str]) -> str | None:
-    """Say which files were altered of those that are read to run a plan, or the graph; None if none was."""
+    """Name the altered files among those that running a plan, or the graph, reads; None if there are none."""
     read = [plan.file] if plan else []
     if plan is None or plan.settings.stripped:
         read += [GRAPH, GRAPH_DATA]
@@ -114,10 +114,10 @@ def _spoilt(plan: PlanEntry | None, altered: list[str]) -> str | None:
 
 
 def as_text(found: Inspection, *, why: bool = False) -> str:
-    """Put a description into words; with ``why``, what each plan needs and whether it is met here."""
+    """Return a description as text; ``why`` adds what each plan needs and whether it is met here."""
     source, batch = found.source, found.batch
     tuned = " and ".join(dict.fromkeys(str(profile.opt) for profile in found.profiles))
-    weights = "RANDOM WEIGHTS: a rehearsal, its features mean nothing" if source.random_weights else "pretrained"
+    weights = "RANDOM WEIGHTS: a rehearsal; its features are meaningless" if source.random_weights else "pretrained"
     shape = f"({', '.join(map(str, found.input.shape))}) {found.input.dtype}"
     lines = [
         f"{found.name}: {found.spec.family} tower from {source.checkpoint}",
@@ -140,12 +140,12 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
 
 
 def _describe_precision(found: Inspection) -> str:
-    says = [found.precision]
+    parts = [found.precision]
     if found.calibration:
-        says.append(f"{found.calibration.layers} linear layers, calibrated on {found.calibration.images} images")
+        parts.append(f"{found.calibration.layers} linear layers, calibrated on {found.calibration.images} images")
     if found.keep_fp32:
-        says.append(f"in FP32 {', '.join(found.keep_fp32)}")
-    return ", ".join(says)
+        parts.append(f"in FP32 {', '.join(found.keep_fp32)}")
+    return ", ".join(parts)
 
 
 def _describe_plans(found: Inspection, *, why: bool) -> Iterator[str]:
@@ -164,29 +164,29 @@ def _describe_backends(found: Inspection) -> Iterator[str]:
     for row in found.backends:
         verdict = row.obstacle or f"on {row.device}"
         if row.auto:
-            verdict += ", and auto takes it"
+            verdict += ", and auto picks it"
         if row.runs and row.reservation:
-            verdict += f"{', although' if row.auto else ', and auto takes another:'} {row.reservation}"
+            verdict += f"{', although' if row.auto else ', but auto picks another:'} {row.reservation}"
         if len(plans) > 1 and row.file in plans and not verdict.startswith(row.file):
             verdict = f"{row.file}: {verdict}"
         yield f"    {'runs' if row.runs else 'not '} {row.backend:<17} {verdict}"
 
 
 def _describe_certificates(found: Inspection) -> Iterator[str]:
-    """Say in a line each what certificates prove, and which plans no check has executed."""
+    """Describe each certificate in one line, then the plans that no check has run."""
     for each in found.certificates:
         if each.void:
             next_step = "" if found.altered else f": trtower check {found.path} --backend {each.backend}"
-            said = f"of {each.backend} is void: {', '.join(each.void)} changed since{next_step}"
+            proof = f"of {each.backend} is void: {', '.join(each.void)} changed since{next_step}"
         else:
-            said = _describe_proof(each)
-        yield f"  certificate  {said}"
+            proof = _describe_proof(each)
+        yield f"  certificate  {proof}"
     if not found.certificates:
-        yield f"  certificate  none: trtower check {found.path} makes one"
+        yield f"  certificate  none; make one with: trtower check {found.path}"
         return
-    seen = {*found.altered, *(name for each in found.certificates for name in each.executed)}
-    if not_run := [plan.file for plan in found.plans if plan.file not in seen]:
-        yield f"  NOT run      {', '.join(not_run)}: built, and checked on no GPU"
+    known = {*found.altered, *(name for each in found.certificates for name in each.executed)}
+    if not_run := [plan.file for plan in found.plans if plan.file not in known]:
+        yield f"  NOT run      {', '.join(not_run)}: built, but not checked on a GPU"
 
 
 def _describe_proof(certificate: Certificate) -> str:
@@ -196,26 +196,26 @@ def _describe_proof(certificate: Certificate) -> str:
     return (
         f"{verdict} on {certificate.date}, {len(certificate.images)} images, {batches} at once: "
         f"{certificate.describe_run()}; "
-        f"token cosine {describe_figure(figures.token_cosine_min)} at least, "
+        f"token cosine at least {describe_figure(figures.token_cosine_min)}, "
         f"relative error {describe_figure(figures.relative_error)}"
     )
 
 
 def describe_loading(bundle: Path) -> str:
-    """Return the Python lines that load a bundle: as a tower, and into a model around it."""
-    path = json.dumps(str(bundle), ensure_ascii=False)  # which is Python, too
+    """Return the Python lines that load a bundle: by itself, and into a model that has this tower."""
+    path = json.dumps(str(bundle), ensure_ascii=False)  # valid Python, too
     return (
         "Load it:\n"
         "  from trtower import VisionTower\n"
         f"  tower = VisionTower.load({path})\n"
-        "or put it into a loaded model that has this tower:\n"
+        "Or install it in a loaded model that has this tower:\n"
         "  import trtower\n"
         f"  trtower.install(model, {path})"
     )
 
 
 def describe_figure(value: float | None) -> str:
-    """Write one of a certificate's figures: six places of a cosine, three digits of an error."""
+    """Format a certificate's figure: a cosine with six decimals, an error with three digits."""
     if value is None:
         return "not finite"
     return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"

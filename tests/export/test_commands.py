@@ -1,4 +1,4 @@
-"""The commands take what people type first, and what they print can be read by a script."""
+"""The commands accept what people type first, and print what a script can read."""
 
 import json
 import re
@@ -39,14 +39,14 @@ def exported(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., Path
         (["--batch", "1,1,1", "--batch", "1,2,3"], [(1, 1, 1), (1, 2, 3)]),
     ],
 )
-def test_profile_is_taken_as_people_write_it(
+def test_profile_is_accepted_as_people_write_it(
     exported: Callable[..., Path], typed: list[str], profiles: list[tuple[int, int, int]]
 ) -> None:
     manifest = Bundle.open(exported("--no-check", *typed)).manifest
     assert [(each.min, each.opt, each.max) for each in manifest.profiles] == profiles
 
 
-def test_one_number_is_the_most_and_what_is_tuned_for() -> None:
+def test_one_number_is_the_maximum_and_the_tuned_for() -> None:
     assert read_profile("8") == BatchProfile(min=1, opt=8, max=8)
     assert read_profile("1") == BatchProfile(min=1, opt=1, max=1)
 
@@ -60,7 +60,7 @@ def test_export_ends_with_lines_that_load_the_bundle(
     load, install = (line.strip() for line in lines if re.search(r"VisionTower\.load|trtower\.install", line))
     assert lines[-1].strip() == install
     names: dict[str, Any] = {"VisionTower": VisionTower}
-    exec(load, names)  # noqa: S102 - what the command told its user to run
+    exec(load, names)  # noqa: S102 - the line that the command printed
     assert names["tower"].is_loaded
     assert install == f"trtower.install(model, {json.dumps(str(bundle))})"
     assert hasattr(trtower, "install")
@@ -75,7 +75,7 @@ def test_unknown_precision_names_the_nearest(precision: str, capsys: pytest.Capt
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
-def test_json_is_all_that_stands_on_stdout(
+def test_stdout_holds_only_the_json(
     checkpoints: dict[str, Path], spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = str(spoilt)

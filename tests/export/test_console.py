@@ -1,4 +1,4 @@
-"""Progress says what is done, and that it is still being done."""
+"""Progress reports what is done, and that a long step still runs."""
 
 import gc
 import io
@@ -13,24 +13,24 @@ from trtower_export import console
 from trtower_export.console import ConsoleProgress, importing
 
 
-def test_long_step_is_named_while_it_runs_where_no_bar_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_step_is_named_while_it_runs_if_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LONG_S", 0.5)
     stream = io.StringIO()
-    teller = ConsoleProgress(Console(file=stream, width=100))
-    with teller.step("Think"):
+    progress = ConsoleProgress(Console(file=stream, width=100))
+    with progress.step("Think"):
         assert not stream.getvalue()
         deadline = time.monotonic() + 10
         while not stream.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert stream.getvalue() == "  Think …\n"
-    with teller.step("Act"):
+    with progress.step("Act"):
         pass
     time.sleep(0.7)
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["Think", "Think", "Act"]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_no_garbage_is_looked_for_in_what_the_first_command_imports(
+def test_imports_of_the_first_command_are_not_searched_for_garbage(
     monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     stream = io.StringIO()
@@ -61,6 +61,6 @@ def test_garbage_collection_that_was_off_stays_off() -> None:
 
 
 def test_every_table_is_printed_whole() -> None:
-    """Its columns are not folded, so a console that is narrower would cut them off."""
+    """Columns are not folded, so a narrow console would cut them."""
     sources = Path(console.__file__).parent.rglob("*.py")
     assert not [path for path in sources if "console.print(table" in path.read_text(encoding="utf-8")]

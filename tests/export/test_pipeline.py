@@ -1,4 +1,4 @@
-"""A bundle exists whole or not at all, and the same input gives the same bytes."""
+"""A bundle appears whole or not at all, and the same input makes the same bytes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_export_ends_with_a_certificate(clip: Path, tmp_path: Path) -> None:
     assert bundle.manifest.source.checkpoint == str(clip.resolve())
 
 
-def test_rehearsal_says_that_it_is_one(clip: Path, tmp_path: Path) -> None:
+def test_manifest_marks_a_rehearsal(clip: Path, tmp_path: Path) -> None:
     bundle = export_tower(str(clip), tmp_path / "b", ExportOptions(flavour="none", random_weights=True))
     assert bundle.manifest.source.random_weights
     assert bundle.manifest.certificate
@@ -63,7 +63,7 @@ def test_two_exports_in_two_processes_give_the_same_bytes(clip: Path, tmp_path: 
     (plan,) = a.plans
     assert a.files.keys() == b.files.keys()
     assert len(a.files) == 6
-    assert all(a.files[name] == b.files[name] for name in a.files if name != plan.log)  # which says how long it took
+    assert all(a.files[name] == b.files[name] for name in a.files if name != plan.log)  # has times
 
 
 def test_second_export_to_the_same_place_is_refused_before_any_work(
@@ -123,7 +123,7 @@ def test_disk_that_fills_while_the_plan_is_built_leaves_the_bundle_without_it(
     clip: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "check_space", lambda *_, **__: None)
-    with pytest.raises(BuildError, match=r"the disk filled up while .*/b is whole, and serves without a plan"):
+    with pytest.raises(BuildError, match=r"the disk filled up while .*/b is complete and serves without a plan"):
         export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
     assert_whole_without_a_plan(small_disk / "b")
 
@@ -148,7 +148,7 @@ def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_
     printed = capsys.readouterr()
     error, _, command = printed.err.splitlines()[-1].rpartition(" To add a plan later: trtower ")
     assert error.startswith("error: tensorrt-rtx could not build tower.onnx: out of words. ")
-    assert f"{out} is whole, and serves without a plan; it was not checked" in error
+    assert f"{out} is complete and serves without a plan, but was not checked" in error
     assert_whole_without_a_plan(out)
     assert VisionTower.load(out).is_loaded
     assert shlex.split(command) == ["build", str(out), *flavour]
@@ -185,7 +185,7 @@ main()
     done = subprocess.run([*command, "--flavour", "tensorrt-rtx"], check=False, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "error: interrupted"
-    assert f"{out} is whole, and serves without a plan; the plan follows" in done.stderr
+    assert f"{out} is complete, and serves without a plan; building its plan" in done.stderr
     assert_whole_without_a_plan(out)
 
 
@@ -194,7 +194,7 @@ def test_disk_that_is_too_small_is_refused_at_once(clip: Path, small_disk: Path)
         export_tower(str(clip), small_disk / "b", ExportOptions(check=False))
 
 
-def test_file_limit_is_told_like_a_full_disk(clip: Path, tmp_path: Path) -> None:
+def test_file_limit_is_reported_like_a_full_disk(clip: Path, tmp_path: Path) -> None:
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "from trtower.cli import main; main()"
@@ -207,7 +207,7 @@ def test_file_limit_is_told_like_a_full_disk(clip: Path, tmp_path: Path) -> None
     assert not (tmp_path / "b").exists()
 
 
-def test_manifest_holds_what_was_asked_for(clip_bundle: Path) -> None:
+def test_manifest_holds_the_options(clip_bundle: Path) -> None:
     manifest = json.loads((clip_bundle / MANIFEST).read_text())
     assert manifest["schema"] == SCHEMA
     assert manifest["profiles"] == [{"min": BATCH.min, "opt": BATCH.opt, "max": BATCH.max}]
@@ -243,7 +243,7 @@ def prepared(written: dict[str, object]) -> Checkpoint:
     return replace(checkpoint, layout=replace(checkpoint.layout, preprocessor=written))
 
 
-def test_preprocessor_that_fits_is_left_as_it_was_written() -> None:
+def test_preprocessor_that_fits_is_unchanged() -> None:
     checkpoint = open_checkpoint("clip-vit-large-patch14-336", random_weights=True)
     assert fit_preprocessor(checkpoint, 336, LoggedProgress()) is checkpoint.layout.preprocessor
 
@@ -270,7 +270,7 @@ def test_processor_of_many_tiles_makes_one(kind: str, caplog: pytest.LogCaptureF
     assert fitted["image_mean"] == written["image_mean"]
 
 
-def test_tile_of_a_whole_picture_is_that_of_llava_next() -> None:
+def test_tile_of_a_whole_picture_equals_llava_next() -> None:
     name = (
         "LlavaNextImageProcessorPil"
         if hasattr(transformers, "LlavaNextImageProcessorPil")
@@ -286,14 +286,14 @@ def test_tile_of_a_whole_picture_is_that_of_llava_next() -> None:
     assert torch.equal(ours.preprocess(picture, return_tensors="pt")["pixel_values"][0], expected)
 
 
-def test_processor_that_leaves_its_colours_to_a_default_is_refused() -> None:
+def test_processor_without_its_own_mean_is_refused() -> None:
     written = {"image_processor_type": "GotOcr2ImageProcessor", "resample": 3}
     with pytest.raises(CheckpointError, match="leaves image_mean to the defaults of GotOcr2ImageProcessor"):
         fit_preprocessor(prepared(written), 56, LoggedProgress())
 
 
 def transformers_processor(kind: str) -> dict[str, object]:
-    """Give what such a processor writes that concerns the pixels, and one key that it has of its own."""
+    """Return the keys of such a processor that concern pixels, and one key that only it has."""
     size = {"height": 56, "width": 56}
     if kind.startswith("LlavaNext"):
         size = {"shortest_edge": 56}
@@ -302,7 +302,7 @@ def transformers_processor(kind: str) -> dict[str, object]:
     return written | ({"crop_size": {"height": 56, "width": 56}} if kind.startswith("LlavaNext") else {})
 
 
-def test_preprocessor_that_is_only_assumed_is_said(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_assumed_preprocessor_is_reported(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit_preprocessor(open_checkpoint(str(clip)), IMAGE_SIZE, LoggedProgress())
     assert "no preprocessor_config.json in the checkpoint" in caplog.text
@@ -316,6 +316,8 @@ def test_preprocessor_that_no_tower_could_use_is_refused_before_any_work(clip: P
     assert not (tmp_path / ".b.lock").exists()
 
 
-def test_images_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--images is read by the check, and precision fp16 reads none"):
+def test_images_without_a_reader_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="--images is only for the check, which --no-check skips; precision fp16 needs no images"
+    ):
         ExportOptions(images=tmp_path / "nowhere", check=False)

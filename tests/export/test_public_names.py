@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import subprocess
 import sys
 
@@ -15,6 +17,8 @@ def test_public_names_are_these() -> None:
     ]
     for name in trtower_export.__all__:
         assert getattr(trtower_export, name).__name__ == name
+        assert name in dir(trtower_export)
+        assert inspect.getdoc(getattr(trtower_export, name))
 
 
 def test_names_load_only_when_they_are_used() -> None:
@@ -29,3 +33,11 @@ assert "transformers" in sys.modules
 assert not hasattr(trtower_export, "export_twoer")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_option_of_an_export_is_documented() -> None:
+    text = inspect.getdoc(trtower_export.ExportOptions) or ""
+    for each in dataclasses.fields(trtower_export.ExportOptions):
+        assert f"\n    {each.name}: " in text
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert f"\n{section}\n" in (inspect.getdoc(trtower_export.export_tower) or "")

@@ -1,4 +1,4 @@
-"""One line for an error, exit 1 for a failure and 2 for wrong usage."""
+"""An error is one line; a failure exits with 1, wrong usage with 2."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_missing_package_names_its_extra() -> None:
     assert done.stderr.splitlines()[-1] == expected
 
 
-def test_inspect_tells_what_runs_and_why_the_rest_does_not(
+def test_inspect_reports_what_runs_and_why_the_rest_does_not(
     clip_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", str(clip_bundle)]) == 0
@@ -124,24 +124,24 @@ def test_inspect_tells_what_runs_and_why_the_rest_does_not(
         assert part in text
 
 
-def test_export_and_inspect_say_what_was_cut_in_the_same_words(
+def test_export_and_inspect_describe_the_cut_in_the_same_words(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--precision", "fp32", "--flavour", "none", "--no-check"]
     assert run(["export", str(checkpoints["clip"]), "--out", str(tmp_path / "b"), *arguments]) == 0
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "GFLOP" in line]
-    assert said == "  keeps 3 of 4 layers, 0.1 of 0.2 M parameters (1 of 1 MB), 0.0 of 0.0 GFLOP an image"
+    (cut,) = [line for line in capsys.readouterr().err.splitlines() if "GFLOP" in line]
+    assert cut == "  keeps 3 of 4 layers, 0.1 of 0.2 M parameters (1 of 1 MB), 0.0 of 0.0 GFLOP an image"
     assert run(["inspect", str(tmp_path / "b")]) == 0
-    assert f"\n  {said.split()[0]:<12} {' '.join(said.split()[1:])}\n" in capsys.readouterr().out
+    assert f"\n  {cut.split()[0]:<12} {' '.join(cut.split()[1:])}\n" in capsys.readouterr().out
 
 
-def test_inspect_names_the_state_that_stands_in_no_list(clip_bundle: Path) -> None:
+def test_inspect_names_last_hidden_state(clip_bundle: Path) -> None:
     found = inspect_bundle(Bundle.open(clip_bundle))
     found = replace(found, spec=replace(found.spec, layers=(3, 5)))
     assert "\n  reads        hidden states 3, last_hidden_state of 4 layers, patch tokens\n" in as_text(found)
 
 
-def test_inspect_says_the_same_as_json(clip_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_the_same_as_json(clip_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(clip_bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["spec"]["layers"] == [3]
@@ -152,7 +152,7 @@ def test_inspect_says_the_same_as_json(clip_bundle: Path, capsys: pytest.Capture
     assert all(row["runs"] or row["obstacle"] for row in found["backends"])
 
 
-def test_inspect_calls_a_rehearsal_by_its_name(
+def test_inspect_marks_a_rehearsal(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "b")
@@ -201,21 +201,21 @@ def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixtu
     graph = spoilt / "tower.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
     assert run(["inspect", str(spoilt)]) == 1
-    said = capsys.readouterr()
-    assert "ALTERED      tower.onnx" in said.out
-    assert "not  onnxruntime-cpu   tower.onnx was altered" in said.out
-    assert "and auto takes it" not in said.out  # it raises, rather than passing damage over
-    assert said.err == f"error: {spoilt}: tower.onnx was altered: copy the bundle again\n"
+    printed = capsys.readouterr()
+    assert "ALTERED      tower.onnx" in printed.out
+    assert "not  onnxruntime-cpu   tower.onnx was altered" in printed.out
+    assert "and auto picks it" not in printed.out  # auto raises, rather than skip a damaged file
+    assert printed.err == f"error: {spoilt}: tower.onnx was altered: copy the bundle again\n"
     assert run(["inspect", str(spoilt), "--json"]) == 1
     assert not any(row["auto"] for row in json.loads(capsys.readouterr().out)["backends"])
 
 
-def test_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "Commands:" in capsys.readouterr().out
 
 
-def test_interrupt_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_interrupt_is_reported(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from trtower_export.precision import program
@@ -241,23 +241,23 @@ main()
         "bench BUNDLE --batch 1 8 32",
     ],
 )
-def test_numbers_with_spaces_between_them_are_told_how_to_be_written(
-    typed: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_for_numbers_with_spaces_shows_the_right_form(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: .*unexpected extra argument.*: numbers after --batch .* as in --batch 1,8,32$", line)
+    assert re.match(
+        r"error: .*unexpected extra argument.*: separate the numbers after --batch .* as in --batch 1,8,32$", line
+    )
 
 
 @pytest.mark.parametrize(
     "numbers", ["1,2", "1,2,3,4", "1.5", "-1,1,1", "0", "-8", "1,8", "8x", "1-32", "1:8:32", ",", "1 8 32", "1,8,"]
 )
-def test_profile_that_is_none_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_profile_is_one_line(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", "CLIP", "--no-check", "--batch", numbers]) == 2
     assert re.match(r"error: (--batch|batch profile) .*1.8.32", capsys.readouterr().err.splitlines()[-1])
 
 
-def test_inspect_says_why_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_lists_the_needs_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_why, without = [], []
     for arguments, lines in ((["--why"], with_why), ([], without)):
         assert run(["inspect", str(spoilt), *arguments]) == 0
@@ -269,8 +269,8 @@ def test_inspect_says_why_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixt
     assert added[4].endswith("it has no certificate")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
-def test_verdicts_of_a_plan_are_each_their_own(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+def test_each_need_of_a_plan_has_its_own_verdict(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((spoilt / "tower.json").read_text())
     plan = manifest["plans"][0]
     plan |= {"version": "1.0.0", "platform": "windows-amd64"}
@@ -287,7 +287,7 @@ def test_verdicts_of_a_plan_are_each_their_own(spoilt: Path, capsys: pytest.Capt
     assert verdicts["sha256"] == f"{plan['file']} was altered: copy the bundle again"
 
 
-def test_plan_without_weights_wants_the_graph_too(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_without_weights_needs_the_graph_too(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((spoilt / "tower.json").read_text())
     manifest["plans"][0]["settings"]["stripped"] = True
     (spoilt / "tower.json").write_text(json.dumps(manifest))
@@ -299,9 +299,7 @@ def test_plan_without_weights_wants_the_graph_too(spoilt: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
-def test_inspect_tells_of_a_plan_that_is_not_whole(
-    spoilt: Path, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_reports_a_damaged_plan(spoilt: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     (plan,) = Bundle.open(spoilt).manifest.plans
     (spoilt / plan.file).unlink()
     if damage == "cut short":
@@ -309,14 +307,14 @@ def test_inspect_tells_of_a_plan_that_is_not_whole(
     with pytest.raises(BundleError, match=r"\.plan (has 4 bytes|is missing)"):
         Bundle.open(spoilt)
     assert run(["inspect", str(spoilt), "--why"]) == 1
-    told = capsys.readouterr().out
-    assert f"sha256             {plan.file} was altered: copy the bundle again" in told
-    assert f"ALTERED      {plan.file}" in told
+    text = capsys.readouterr().out
+    assert f"sha256             {plan.file} was altered: copy the bundle again" in text
+    assert f"ALTERED      {plan.file}" in text
 
 
-def test_inspect_names_the_plan_where_there_are_several(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_the_plan_if_there_are_several(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("tells what happens where there is no GPU")
+        pytest.skip("describes a machine without a GPU")
     add_plan(Bundle.open(spoilt), "tensorrt-rtx", ("8.9",), LoggedProgress())
     assert run(["inspect", str(spoilt)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    not  tensorrt-rtx ")]
@@ -324,7 +322,7 @@ def test_inspect_names_the_plan_where_there_are_several(spoilt: Path, capsys: py
     assert [plan.file in line for plan, line in zip(plans, lines, strict=True)] == [True, True]
 
 
-def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> None:
+def test_missing_build_log_does_not_prevent_serving(spoilt: Path) -> None:
     (plan,) = Bundle.open(spoilt).manifest.plans
     (spoilt / plan.log).unlink()
     bundle = Bundle.open(spoilt)
@@ -338,23 +336,23 @@ def test_log_of_a_build_that_is_gone_keeps_nobody_from_serving(spoilt: Path) -> 
 
 def test_module_is_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "trtower", "--version"], check=True, capture_output=True, text=True)
-    assert ran.stdout.strip() == trtower.__version__
+    assert ran.stdout == f"trtower {trtower.__version__}\n"
 
 
-def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_an_option_and_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == run(["version"]) == 0
-    assert capsys.readouterr().out.split() == [trtower.__version__] * 2
+    assert capsys.readouterr().out.splitlines() == [f"trtower {trtower.__version__}"] * 2
 
 
 @pytest.mark.parametrize("altered", [False, True])
-def test_inspect_marks_what_auto_takes(spoilt: Path, capsys: pytest.CaptureFixture[str], *, altered: bool) -> None:
-    if altered:  # of what auto does not take
+def test_inspect_marks_what_auto_picks(spoilt: Path, capsys: pytest.CaptureFixture[str], *, altered: bool) -> None:
+    if altered:  # a file that auto does not pick
         (plan,) = Bundle.open(spoilt).manifest.plans
         (spoilt / plan.file).write_bytes(b"half")
     assert run(["inspect", str(spoilt), "--json"]) == int(altered)
     chosen = [row["backend"] for row in json.loads(capsys.readouterr().out)["backends"] if row["auto"]]
     assert run(["inspect", str(spoilt)]) == int(altered)
-    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto takes it" in line]
+    marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto picks it" in line]
     if not altered:
         runner = VisionTower.load(spoilt)._runner
         assert runner
@@ -363,7 +361,7 @@ def test_inspect_marks_what_auto_takes(spoilt: Path, capsys: pytest.CaptureFixtu
     assert len(chosen) == 1
 
 
-def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
+def test_auto_picks_what_failed_its_check_if_nothing_else_runs(
     export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = shutil.copytree(export("clip", precision="fp32", flavour="none"), tmp_path / "b")
@@ -373,7 +371,7 @@ def test_auto_takes_what_failed_its_check_where_nothing_else_runs(
     found = inspect_bundle(Bundle.open(bundle))
     (row,) = [row for row in found.backends if row.auto]
     assert (row.backend, row.runs) == ("onnxruntime-cpu", True)
-    assert re.search(r"and auto takes it, although its check of \S+ missed", as_text(found))
+    assert re.search(r"and auto picks it, although its check of \S+ missed", as_text(found))
 
 
 PYDANTIC_1 = "VERSION = '1.10.27'\n"
@@ -381,7 +379,7 @@ BREAKS = "raise AttributeError('numpy.dtype size changed')\n"
 
 
 @pytest.mark.parametrize(
-    ("package", "content", "command", "said"),
+    ("package", "content", "command", "message"),
     [
         (
             "pydantic",
@@ -406,7 +404,7 @@ BREAKS = "raise AttributeError('numpy.dtype size changed')\n"
     ],
 )
 def test_package_that_breaks_at_import_is_one_line(
-    tmp_path: Path, package: str, content: str, command: list[str], said: str
+    tmp_path: Path, package: str, content: str, command: list[str], message: str
 ) -> None:
     if package == "pydantic" and "pydantic" not in " ".join(metadata.requires("typer") or ()):
         pytest.skip("this typer does not need pydantic")
@@ -421,7 +419,7 @@ def test_package_that_breaks_at_import_is_one_line(
         env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 1
-    assert re.match(f"error: {said}", done.stderr.splitlines()[-1])
+    assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
     assert "environment of its own" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -445,6 +443,6 @@ def test_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, clip_bundle: P
     def bug(*_: object, **__: object) -> None:
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("trtower.cli.inspect_bundle", bug)
+    monkeypatch.setattr("trtower.inspection.inspect_bundle", bug)
     with pytest.raises(AttributeError, match="a bug"):
         run(["inspect", str(clip_bundle)])

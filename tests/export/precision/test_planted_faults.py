@@ -197,5 +197,5 @@ def test_operations_are_kept_by_hand_in_the_order_in_which_they_run(
 def test_fp32_has_nothing_to_keep() -> None:
     with pytest.raises(ConfigError, match="--keep-fp32 is for half precision"):
         ExportOptions(precision="fp32", keep_fp32=("stem",))
-    with pytest.raises(ConfigError, match="--keep-fp16 is for fp8 and int8; precision fp16 was asked for"):
+    with pytest.raises(ConfigError, match="--keep-fp16 needs --precision fp8 or int8; the precision is fp16"):
         ExportOptions(keep_fp16=())

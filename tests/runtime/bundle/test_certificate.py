@@ -244,7 +244,7 @@ def test_check_of_the_graph_does_not_certify_a_plan(certified: Path, capsys: pyt
     assert bundle.why_uncertified(PLAN_BACKEND, (plan,)) == reason
     assert load(certified).is_loaded  # on the graph
     assert run(["inspect", str(certified)]) == 0
-    assert f"NOT run      {plan}: built, and checked on no GPU" in capsys.readouterr().out
+    assert f"NOT run      {plan}: built, but not checked on a GPU" in capsys.readouterr().out
 
 
 def test_altered_graph_voids_the_check_of_a_plan_built_from_it(certified: Path) -> None:

@@ -126,7 +126,7 @@ def test_auto_requires_a_check_if_it_is_coarse(bundle: Path, monkeypatch: pytest
 
 def test_inspect_shows_it(bundle: Path, toy: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(bundle)]) == 0
-    assert "runs toy               on cpu, and auto takes it\n" in capsys.readouterr().out
+    assert "runs toy               on cpu, and auto picks it\n" in capsys.readouterr().out
     assert run(["inspect", str(bundle), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"][0] == {
         "backend": "toy",
