@@ -1,4 +1,4 @@
-"""What the tests of the check share: a check in one call, engines that are wrong here and there, damaged graphs."""
+"""Shared by the tests of the check: a check in one call, engines that return wrong results, damaged graphs."""
 
 import json
 from collections.abc import Callable
@@ -22,17 +22,17 @@ from trtower_export.console import LoggedProgress
 
 
 def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: object) -> Certificate:
-    """Certify a bundle; nothing is written into it."""
-    found = load_photographs(None, limit=photographs)
+    """Certify a bundle without writing into it."""
+    loaded = load_photographs(None, limit=photographs)
     opened = open_checkpoint(str(checkpoint))
-    return certify(Bundle.open(bundle), opened, found, progress=LoggedProgress(), **options)
+    return certify(Bundle.open(bundle), opened, loaded, progress=LoggedProgress(), **options)
 
 
 Run = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Wrapped(Runner):
-    """A runner around another, which is told what it was given and what it made of it."""
+    """A runner around another one that passes inputs and outputs of every call to ``after``."""
 
     def __init__(self, runner: Runner, after: Run) -> None:
         self.backend, self.name, self.files = runner.backend, runner.name, runner.files
@@ -50,13 +50,13 @@ class Wrapped(Runner):
 
 
 def wrap_runner(monkeypatch: pytest.MonkeyPatch, after: Run) -> None:
-    """Have the check run its bundles on a wrapped runner; ``after`` sees each call, and may spoil its result."""
+    """Make the check run its bundles on a wrapped runner; ``after`` sees each call, and may change its result."""
     choose = module.choose
     monkeypatch.setattr(module, "choose", lambda *arguments: Wrapped(choose(*arguments), after))
 
 
 def damage(bundle: Path, node: str) -> None:
-    """Turn the sign of one row of a node's weight, with the hashes made to fit: only arithmetic can find it."""
+    """Flip the sign of one row of a node's weight and update the hashes, so that only arithmetic can find it."""
     model = onnx.load(bundle / GRAPH)
     (product,) = (each for each in model.graph.node if each.name == node)
     (tensor,) = (each for each in model.graph.initializer if each.name == product.input[1])
