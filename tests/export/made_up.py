@@ -1,4 +1,4 @@
-"""Manifests, certificates and evidence made up by hand, for what shows them."""
+"""Invented manifests, certificates and evidence, for tests of what displays them."""
 
 from collections.abc import Sequence
 from pathlib import Path

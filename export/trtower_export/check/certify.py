@@ -157,7 +157,7 @@ class _Towers:
 
 
 RunKey: TypeAlias = int | str
-"""A batch of the bundle, or one of two more runs: PyTorch in its precision, and its graph rounded as typed."""
+"""A batch of the bundle, or one of two more runs: PyTorch in its precision, and its graph with rounded results."""
 TORCH, TYPED = "torch", "typed"
 
 
@@ -182,7 +182,7 @@ def _load_towers(
     runner = _open(bundle, backend)
     if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # the runner has verified its own files
         raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or rebuild the plan.")
-    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # no CPU kernels
+    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # no BF16 kernels on the CPU
     half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):

@@ -47,8 +47,8 @@ class EmulatedRunner(Runner):
         """See Runner.run."""
         if on_start:
             on_start(None)
-        (found,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
-        hidden_states.copy_(torch.from_numpy(found))
+        (features,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
+        hidden_states.copy_(torch.from_numpy(features))
 
     def close(self) -> None:
         """See Runner.close."""

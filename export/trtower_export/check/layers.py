@@ -31,7 +31,7 @@ ROUNDING = 1e-3
 """The relative error of hidden state 0 that every precision except BF16 may have. PyTorch's own may be zero there."""
 
 EXACT = 1e-6
-"""The relative error of FP32 arithmetic; smaller errors are treated as this."""
+"""The relative error of FP32 arithmetic; smaller errors count as this."""
 
 
 class GraphStates:

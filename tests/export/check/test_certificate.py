@@ -186,10 +186,10 @@ def test_quick_check_runs_only_photographs_and_only_the_smallest_batch(fp32_bund
 
 
 def test_evidence_is_reported_for_every_image(export: Callable[..., Path], clip: Path) -> None:
-    seen: list[ImageEvidence] = []
-    certificate = check(export("clip", flavour="none"), clip, on_image=seen.append)
-    assert [(each.name, each.kind) for each in seen] == [(image.name, image.kind) for image in certificate.images]
-    for each in seen:
+    evidence: list[ImageEvidence] = []
+    certificate = check(export("clip", flavour="none"), clip, on_image=evidence.append)
+    assert [(each.name, each.kind) for each in evidence] == [(image.name, image.kind) for image in certificate.images]
+    for each in evidence:
         assert each.pixel_values.shape == (3, 42, 42)
         assert each.reference.shape == each.bundle.shape == each.torch.shape == (10, 64)
         assert {tensor.dtype for tensor in (each.pixel_values, each.reference, each.bundle, each.torch)} == {

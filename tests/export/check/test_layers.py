@@ -141,12 +141,12 @@ def test_layer_with_a_damaged_weight_is_named_with_its_worst_image_and_token(
 def test_layer_that_is_read_can_be_named(spoilt: Path, checkpoints: dict[str, Path]) -> None:
     """In the graph it has the name of the output."""
     damage(spoilt, "layers.2.mlp.fc1/MatMul")
-    seen: list[ImageEvidence] = []
-    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, on_image=seen.append)
+    evidence: list[ImageEvidence] = []
+    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, on_image=evidence.append)
     jump = first_jump(certificate.layers)
     assert jump is not None
     assert jump.layer == 3
-    expected = worst_of([each.bundle for each in seen], [each.reference for each in seen])
+    expected = worst_of([each.bundle for each in evidence], [each.reference for each in evidence])
     assert (jump.worst_image, jump.worst_token) == expected
 
 

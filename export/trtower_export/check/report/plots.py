@@ -107,7 +107,7 @@ def draw_tokens(series: Sequence[TokenDistances]) -> bytes:
         name = ", ".join(one.label for one in series if one.limit == limit)
         axes.axvline(limit, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         place = {"xy": (limit, 0.97), "xycoords": ("data", "axes fraction"), "xytext": (-5, 0)}
-        text = f"bound of\n{name}\n{limit:.1g}"
+        text = f"bound for\n{name}\n{limit:.1g}"
         axes.annotate(
             text, **place, textcoords="offset points", ha="right", va="top", fontsize=7, color=RED, linespacing=1.4
         )
