@@ -70,7 +70,7 @@ def _version(name: str) -> str | None:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor has BF16 arithmetic, without which PyTorch is many times slower; assumed outside Linux."""
+    """Whether this processor has BF16 arithmetic; assumed outside Linux. PyTorch in BF16 is far slower without it."""
     fields = _processor_fields()
     flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86 has the first, Arm the second
     return not fields or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
