@@ -20,7 +20,7 @@ from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import MANIFEST, SCHEMA
 from trtower.cli import run
-from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError
+from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError, MissingExtraError
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.vision_tower import VisionTower
 from trtower_export import pipeline
@@ -321,3 +321,13 @@ def test_images_without_a_reader_are_refused(tmp_path: Path) -> None:
         ConfigError, match="--images is only for the check, which --no-check skips; precision fp16 needs no images"
     ):
         ExportOptions(images=tmp_path / "nowhere", check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is emulated")
+def test_check_that_could_not_run_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"checking FP16 without a GPU .*needs the package onnxruntime"):
+        export_tower("nowhere", options=ExportOptions(flavour="none"))
+    for options in (ExportOptions(flavour="none", check=False), ExportOptions(flavour="none", precision="bf16")):
+        with pytest.raises(CheckpointError, match="nowhere"):
+            export_tower("nowhere", options=options)

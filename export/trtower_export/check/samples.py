@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import torch
+
+from trtower.extras import import_extra
+from trtower.spec import PRECISIONS
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
     DRAWN,
@@ -21,7 +25,12 @@ CHECK_PHOTOGRAPHS = 2
 
 
 def load_for_export(options: ExportOptions, progress: Progress) -> Photographs | None:
-    """Load the photographs of --images, or the demo's by default; None if this export needs none."""
+    """Load the photographs of --images, or the demo's by default; None if this export needs none.
+
+    Raises MissingExtraError, before any work is done, if the check at the end could not run on this machine.
+    """
+    if options.check and PRECISIONS[options.graph_precision].dtype == "float16" and not torch.cuda.is_available():
+        import_extra("onnxruntime", extra="cpu", purpose="checking FP16 without a GPU (--no-check leaves it out)")
     if not options.check and not options.runs_on_images:
         return None
     photographs = load_photographs(options.images, limit=None if options.runs_on_images else CHECK_PHOTOGRAPHS)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
+from trtower.bundle.not_a_bundle import describe_instead
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
 from trtower.errors import BundleError, ConfigError
 
@@ -50,7 +51,7 @@ class Bundle:
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as err:
-            raise BundleError(f"{folder} is not a bundle: {_describe_instead(folder)}") from err
+            raise BundleError(f"{folder} is not a bundle: {describe_instead(folder)}") from err
         except UnicodeDecodeError as err:
             raise BundleError(f"{folder / MANIFEST} is not UTF-8 text ({err}). Copy the bundle again.") from err
         try:
@@ -378,22 +379,3 @@ def read_folder(path: object, name: str) -> Path:
 def _identity(path: Path) -> tuple[int, ...]:
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _describe_instead(folder: Path) -> str:
-    """Say what is at a path that is not a bundle, and where a bundle is or how to make one."""
-    if folder.is_file():
-        is_part = (folder.parent / MANIFEST).is_file()
-        return f"it is a file{f' in the bundle {folder.parent}.' if is_part else ', not a folder.'}"
-    if folder.exists():
-        inside = [each.parent.name for each in sorted(folder.glob(f"[!.]*/{MANIFEST}"))]
-        nearby = f", but contains the bundle{'s' if inside[1:] else ''} {', '.join(inside)}" if inside else ""
-        checkpoint, source = (folder, " from it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
-        return f"it has no {MANIFEST}{nearby}. `trtower export {checkpoint}` makes a bundle{source}."
-    beside = [each.parent for each in sorted(folder.parent.glob(f"{folder.name}.*/{MANIFEST}"))]
-    advice = "`trtower export CHECKPOINT` makes one."
-    # Looks like a checkpoint on the hub, such as openai/clip-vit-base-patch32, and not like a missing bundle.
-    if len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines":
-        advice = f"`trtower export {folder}` makes one from that checkpoint on the hub."
-    where = "" if folder.is_absolute() else f" in {Path.cwd()}"
-    return f"it does not exist{where}. {f'There is {beside[0]}.' if beside else advice}"

@@ -259,3 +259,14 @@ def flip(path: Path) -> None:
         byte = stream.read(1)[0]
         stream.seek(-1, os.SEEK_CUR)
         stream.write(bytes([byte ^ 1]))
+
+
+def test_bundle_without_manifest_is_a_broken_copy(spoilt: Path) -> None:
+    (spoilt / "tower.json").unlink()
+    with pytest.raises(BundleError, match=r"it has a tower\.onnx, but no tower\.json\. Copy the bundle again\.$"):
+        Bundle.open(spoilt)
+
+
+def test_misspelt_bundle_is_answered_with_the_nearest(spoilt: Path) -> None:
+    with pytest.raises(BundleError, match=rf"does not exist\. There is {spoilt}\.$"):
+        Bundle.open(spoilt.with_name(spoilt.name + "x"))
