@@ -94,7 +94,7 @@ def test_no_file_and_no_function_outgrows_a_reader() -> None:
         for node in ast.walk(ast.parse(text)):
             # A command's options are declared in its signature, and lie in no way to be read.
             if isinstance(node, ast.FunctionDef) and name != "trtower_export.commands":
-                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, f"{name}.{node.name}"  # type: ignore[operator]
+                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, f"{name}.{node.name}"
 
 
 def test_page_shows_every_file_and_no_other() -> None:
@@ -102,7 +102,7 @@ def test_page_shows_every_file_and_no_other() -> None:
     (tree,) = re.findall(r"```text\n((?:runtime|export)/.*?)```", PAGE, flags=re.DOTALL)
     folders: list[str] = []
     for line in filter(None, tree.splitlines()):
-        indent, names = re.match(r"( *)(\S+(?:  ?\S+)*?)(?:   +|$)", line).groups()  # type: ignore[union-attr]
+        indent, names = re.match(r"( *)(\S+(?:  ?\S+)*?)(?:   +|$)", line).groups()
         folders[len(indent) // 2 :] = [names] if names.endswith("/") else []
         parts = [] if names.endswith("/") else names.split()
         shown |= {"".join(folders) + part for part in parts}
