@@ -1,7 +1,7 @@
-"""Time what ONNX Runtime and OpenVINO may be told on a CPU, for ViT-L/14-336 and one image: `make cpu-choices`.
+"""Time the settings of ONNX Runtime and OpenVINO on a CPU, for ViT-L/14-336 and one image: `make cpu-choices`.
 
-Each choice runs in a process of its own, in turn twice; the better median of seven calls counts, because what disturbs
-a run only ever makes it longer. What the runners choose is marked.
+Each setting runs in its own process, twice in turn. The better median of seven calls counts, because disturbances only
+ever make a run slower. The table marks the settings that trtower uses.
 """
 
 import json
@@ -81,12 +81,12 @@ with TemporaryDirectory() as folder:
     best: dict[str, list[float]] = {}
     for _ in range(2):
         for name, precision, script, settings in CHOICES:
-            told = {**({"threads": THREADS} if script is ORT else {"INFERENCE_NUM_THREADS": THREADS}), **settings}
+            configured = {**({"threads": THREADS} if script is ORT else {"INFERENCE_NUM_THREADS": THREADS}), **settings}
             dtype = "float16" if precision == "fp16" else "float32"
             command = [sys.executable, "-c", script + TIMING, str(Path(folder, precision, "tower.onnx")), dtype]
-            done = subprocess.run([*command, json.dumps(told)], check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            best[name] = min(best.get(name, found), found, key=lambda each: each[2])
-    print(f"{'choice':<44}  load s  first s  median ms  peak GB   ({THREADS} threads; * is what trtower takes)")
+            done = subprocess.run([*command, json.dumps(configured)], check=True, stdout=subprocess.PIPE, text=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            best[name] = min(best.get(name, result), result, key=lambda each: each[2])
+    print(f"{'setting':<44}  load s  first s  median ms  peak GB   ({THREADS} threads; * is used by trtower)")
     for name, (load_s, first_s, median_s, peak_gb) in best.items():
         print(f"{name:<44}  {load_s:6.2f}  {first_s:7.2f}  {median_s * 1e3:9.0f}  {peak_gb:7.2f}")

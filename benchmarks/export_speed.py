@@ -2,10 +2,10 @@
 
     python benchmarks/export_speed.py PEER_PYTHON [ROUNDS] [CHECKPOINT]
 
-In each round run, in turn and each in a process of its own, the graph alone, the graph with its plan, and the peer's
-`optimum-cli export onnx`, which writes the whole tower in FP32. PEER_PYTHON is a Python that has optimum-onnx; the
-target makes one. Without CHECKPOINT a folder of random weights is saved in FP32 first. Seconds are whole processes,
-imports included; the share of a core says whether others were busy: compare the seconds of the CPU then.
+Each round runs in turn, each in its own process: an export of the graph only, one of graph and plan, and the peer's
+`optimum-cli export onnx`, which writes the full tower in FP32. PEER_PYTHON is a Python with optimum-onnx; the make
+target installs one. Without CHECKPOINT, a folder of random weights is saved in FP32 first. Times include imports. If
+"cores" shows that the machine was busy, compare the CPU seconds.
 """
 
 import os
@@ -32,7 +32,7 @@ STEP = re.compile(r"^  (\S.*?) +(\d+\.\d) s$", re.MULTILINE)
 
 @dataclass
 class Runs:
-    """What the runs of one command took; ``steps`` are trtower's own progress lines."""
+    """Time and memory of the runs of one command; ``steps`` are trtower's own progress lines."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -40,24 +40,24 @@ class Runs:
     steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, command: list[str], log: Path) -> None:
-        """Run a command to its end; stop at one that fails, with what it said."""
+        """Run a command to its end; if it fails, exit with its output."""
         start = perf_counter()
         with log.open("w") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=stream)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        said = log.read_text()
+        output = log.read_text()
         if process.returncode:
-            sys.exit(f"{command[0]} … {' '.join(command[3:])} failed:\n{said}")
+            sys.exit(f"{command[0]} … {' '.join(command[3:])} failed:\n{output}")
         self.seconds.append(perf_counter() - start)
         self.cpu_seconds.append(used.ru_utime + used.ru_stime)
         self.gigabytes.append(used.ru_maxrss * 1024 / 1e9)
-        for title, seconds in STEP.findall(said):
+        for title, seconds in STEP.findall(output):
             self.steps[title].append(float(seconds))
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run all commands and print their times."""
     peer_python, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -80,10 +80,10 @@ def main() -> None:
 
 
 def print_table(runs: dict[str, Runs]) -> None:
-    """Print medians, ratios to the peer, and where the time of an export goes."""
+    """Print medians, ratios to the peer, and the steps of an export."""
     median = statistics.median
     *ours, peer = runs
-    print(f"{'median of ' + str(len(runs[peer].seconds)):<26}     s  of peer  CPU s  of peer  cores  peak GB")
+    print(f"{'median of ' + str(len(runs[peer].seconds)):<26}     s  vs peer  CPU s  vs peer  cores  peak GB")
     for name, each in runs.items():
         wall, cpu = median(each.seconds), median(each.cpu_seconds)
         of_wall, of_cpu = wall / median(runs[peer].seconds), cpu / median(runs[peer].cpu_seconds)
@@ -94,7 +94,7 @@ def print_table(runs: dict[str, Runs]) -> None:
         steps = {title: median(seconds) for title, seconds in runs[name].steps.items()}
         for title, seconds in steps.items():
             print(f"  {title:<40} {seconds:5.1f} s")
-        print(f"  {'the rest, Python and its end':<40} {median(runs[name].seconds) - sum(steps.values()):5.1f} s")
+        print(f"  {'rest (Python itself)':<40} {median(runs[name].seconds) - sum(steps.values()):5.1f} s")
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
 
 

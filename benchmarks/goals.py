@@ -1,9 +1,9 @@
-"""Measure what trtower promises on this machine, each in processes of its own, and print one table.
+"""Measure trtower's own goals on this machine, each in its own processes, and print one table.
 
     make goals
 
-Rehearses CLIP ViT-L/14-336 at full size in a temporary folder. Nothing here is a test: times are this
-machine's, and ratios are of one run. benchmarks/README.md says how each is measured and keeps the results.
+Rehearses CLIP ViT-L/14-336 at full size in a temporary folder. This is not a test: the times depend on the machine.
+benchmarks/README.md explains each row and keeps the results.
 """
 
 import resource
@@ -26,7 +26,7 @@ COMMAND = [sys.executable, "-c", "from trtower.cli import main; main()"]
 
 IMPORT = """
 import gc, time, torch
-gc.collect()  # a full pass over torch's own objects falls due about here, and takes longer than the import
+gc.collect()  # or the import triggers a full pass over torch's own objects, which takes longer than the import
 start = time.perf_counter()
 import trtower
 print(time.perf_counter() - start)
@@ -38,7 +38,7 @@ tower = trtower.VisionTower.load(sys.argv[1])
 size = tower.image_size
 images = torch.randn(1, 3, size, size).to(tower.dtype)
 features = torch.empty(1, tower.spec.num_tokens, tower.hidden_size, dtype=tower.dtype)
-# The session's own time varies by more than the wrapper adds, so the runner is replaced by one that does nothing.
+# The time of a session varies by more than the wrapper adds, so replace the runner with one that does nothing.
 tower._runner.run = lambda *tensors: None
 seconds = []
 for _ in range(2000):
@@ -50,7 +50,7 @@ print(statistics.median(seconds))
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure everything and print the table."""
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, bundle = Path(temporary, "checkpoint"), Path(temporary, "bundle")
@@ -65,7 +65,7 @@ def main() -> None:
         wrapper_s = float(run(WRAPPER, bundle))
     rows = (
         ("from weights to plan", f"{export_s:.1f} s", "under 30 s"),
-        ("peak memory of that", f"{peak_gb:.2f} GB", "under 3.5 GB"),
+        ("peak memory of this", f"{peak_gb:.2f} GB", "under 3.5 GB"),
         ("import trtower, after torch", f"{import_s * 1e3:.0f} ms", "under 100 ms"),
         ("the wrapper around a bare session call", f"{wrapper_s * 1e6:.0f} us", "under 50 us"),
     )
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run(script: str, *arguments: Path) -> str:
-    """Run a script in a process of its own and return what it printed last."""
+    """Run a script in its own process and return the last line that it printed."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip().splitlines()[-1]

@@ -1,7 +1,7 @@
-"""What a bundle in a living model frees, and what it does to the time to features: LLaVA-1.5's tower in LLaVA's class.
+"""Measure the memory that a bundle frees in a loaded model, and the time to features: LLaVA-1.5's tower and class.
 
-The tower is CLIP ViT-L/14-336 at full size with drawn weights, in `LlavaForConditionalGeneration` of transformers with
-two layers of a language model of LLaVA-1.5-7B's width. FP16 where a GPU is, BF16 on a CPU. Prints JSON.
+The tower is CLIP ViT-L/14-336 at full size with random weights, in `LlavaForConditionalGeneration` of transformers with
+two layers of a language model as wide as LLaVA-1.5-7B's. FP16 on a GPU, BF16 on a CPU. Prints JSON.
 """
 
 import json
@@ -22,11 +22,11 @@ from trtower_export.recipes import find_recipe
 
 ROUNDS = {"cuda": 50, "cpu": 3}
 IMAGES = {"cuda": (1, 5, 20), "cpu": (1, 5)}
-"""One image, the tiles of an AnyRes image, and those of four."""
+"""One image, the tiles of one AnyRes image, and the tiles of four."""
 
 
 def draw_model(dtype: torch.dtype) -> Any:
-    """Draw the model in this dtype; the same one every time."""
+    """Create the model with random weights in this dtype, the same ones every time."""
     recipe = find_recipe("clip-vit-large-patch14-336")
     assert recipe is not None
     tower = transformers.CLIPVisionConfig(**recipe.config)
@@ -41,7 +41,7 @@ def draw_model(dtype: torch.dtype) -> Any:
 
 @torch.inference_mode()
 def time_features(model: Any, images: int) -> float:
-    """Give the median ms of `get_image_features`, projector included."""
+    """Return the median ms of `get_image_features`, including the projector."""
     device = next(model.parameters()).device
     pixel_values = torch.randn(images, 3, 336, 336, device=device, dtype=model.dtype)
     seconds = []
@@ -55,13 +55,13 @@ def time_features(model: Any, images: int) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the GPU has done what it was given."""
+    """Wait until the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def used_mb(device: torch.device) -> float:
-    """Give what the GPU has not free, or the resident set of this process."""
+    """Return the GPU memory that is not free, or on a CPU the resident set of this process."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.empty_cache()
@@ -71,7 +71,7 @@ def used_mb(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure both towers in one model, one after the other."""
+    """Measure both towers in the same model, one after the other."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, precision = (torch.float16, "fp16") if device.type == "cuda" else (torch.bfloat16, "bf16")
     transformers.logging.set_verbosity_error()
@@ -91,7 +91,7 @@ def main() -> None:
         report["installed_ms"] = {images: time_features(model, images) for images in IMAGES[device.type]}
         report["used_installed_mb"] = used_mb(device)
         installed.tower.close()
-        report["used_closed_mb"] = used_mb(device)  # neither tower
+        report["used_closed_mb"] = used_mb(device)  # without either tower
         started = time.perf_counter()
         trtower.uninstall(model)
         report["uninstall_s"] = time.perf_counter() - started

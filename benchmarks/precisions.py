@@ -1,7 +1,7 @@
 """Export the demo's pretrained ViT-S/14 in every precision, and print size and fidelity: `make precisions`.
 
-Photographs of scikit-image's wheel; FP8 and INT8 are calibrated on the very images that they are judged on, so theirs
-is the best case. Each is checked on every backend that runs it here.
+The photographs are from scikit-image's wheel. FP8 and INT8 are calibrated on the same images that they are checked on,
+so their figures are the best case. Each bundle is checked on every backend that can run it on this machine.
 """
 
 import sys
@@ -27,7 +27,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"},
     "int8, all": {"precision": "int8", "keep_fp16": ()},
 }
-"""By default INT8 leaves what follows an activation in FP16."""
+"""By default INT8 keeps layers that an activation feeds in FP16."""
 
 LIMIT = int(sys.argv[1]) if len(sys.argv) > 1 else None
 
@@ -46,11 +46,11 @@ with TemporaryDirectory() as folder:
             manifest, certificate = bundle.manifest, bundle.manifest.certificate
             assert certificate
             graph, plan = (manifest.files[name].size / 1e6 for name in (GRAPH_DATA, manifest.plans[0].file))
-            found = certificate.bundle
+            figures = certificate.bundle
             own = "exact" if certificate.torch.relative_error == 0 else f"{certificate.torch.relative_error:.2e}"
             print(
-                f"{name:<9}  {graph:8.1f}  {plan:7.1f}  {found.token_cosine_mean:12.6f}  {found.token_cosine_min:.5f}"
-                f"  {found.relative_error:14.2e}  {own:>13}  {'hold' if certificate.passed else 'missed'}"
-                f"  {certificate.runner}",
+                f"{name:<9}  {graph:8.1f}  {plan:7.1f}  {figures.token_cosine_mean:12.6f}"
+                f"  {figures.token_cosine_min:.5f}  {figures.relative_error:14.2e}  {own:>13}"
+                f"  {'hold' if certificate.passed else 'missed'}  {certificate.runner}",
                 flush=True,
             )

@@ -94,7 +94,9 @@ def test_no_file_and_no_function_outgrows_a_reader() -> None:
         for node in ast.walk(ast.parse(text)):
             # A command's options are declared in its signature, and lie in no way to be read.
             if isinstance(node, ast.FunctionDef) and name != "trtower_export.commands":
-                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, f"{name}.{node.name}"
+                documented = len((ast.get_docstring(node) or "").splitlines())
+                lines = (node.end_lineno or 0) - node.lineno - documented
+                assert lines < LINES_OF_A_FUNCTION, f"{name}.{node.name}"
 
 
 def test_page_shows_every_file_and_no_other() -> None:

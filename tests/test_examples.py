@@ -1,4 +1,4 @@
-"""Every example runs, on a small random model, and says what the model says without a bundle."""
+"""Every example runs on a small random model, and gives the same answer as the model without a bundle."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def run(example: str, *arguments: object, package: str | None = None) -> list[str]:
-    """Run an example as its reader would, with the stand-in of the package that it imports."""
+    """Run an example as a user would, with a stand-in for the package that it imports."""
     path = [ROOT, *([ROOT / "tests" / "packages" / package] if package else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     command: list[str | Path] = [sys.executable, EXAMPLES / example, *map(str, arguments)]
@@ -47,10 +47,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pil_image_processor() -> Any:
-    """Find the PIL processor: transformers 5 has it in a module of its own, 4.57 under the plain name."""
+    """Return a PIL processor: transformers 5 has it in a module of its own, 4.57 under the plain name."""
     module = f"transformers.models.clip.image_processing{'' if IS_OLD else '_pil'}_clip"
-    found = importlib.import_module(module)
-    return found.CLIPImageProcessor if IS_OLD else found.CLIPImageProcessorPil
+    processors = importlib.import_module(module)
+    return processors.CLIPImageProcessor if IS_OLD else processors.CLIPImageProcessorPil
 
 
 def save_with_processor(model: Any, folder: Path) -> Any:
@@ -77,7 +77,7 @@ def save_with_processor(model: Any, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> tuple[Path, str]:
-    """Give a checkpoint with its processor, and what it says of the picture."""
+    """Return a checkpoint with its processor, and its answer about the picture."""
     folder = tmp_path_factory.mktemp("hugging-face") / "llava"
     model = make("llava")
     processor = save_with_processor(model, folder)
@@ -88,12 +88,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> tuple[Path
 
 def test_hugging_face(llava: tuple[Path, str], picture: Path, bundles: Bundles) -> None:
     checkpoint, expected = llava
-    said = run("serve_hugging_face.py", checkpoint, bundles(), picture, QUESTION)
-    assert said[-1] == expected
-    assert "freed" in said[-2]
+    output = run("serve_hugging_face.py", checkpoint, bundles(), picture, QUESTION)
+    assert output[-1] == expected
+    assert "freed" in output[-2]
 
 
-@pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers takes no features")
+@pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers version does not accept features")
 def test_two_processes(llava: tuple[Path, str], picture: Path, bundles: Bundles) -> None:
     checkpoint, expected = llava
     assert run("two_processes.py", checkpoint, bundles(), picture, QUESTION)[-1] == expected
@@ -102,14 +102,14 @@ def test_two_processes(llava: tuple[Path, str], picture: Path, bundles: Bundles)
 
 
 def test_llava(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) -> None:
-    said = run("serve_llava.py", checkpoints["clip"], bundles(), picture, QUESTION, package="llava")
+    output = run("serve_llava.py", checkpoints["clip"], bundles(), picture, QUESTION, package="llava")
     model, letters = draw_llava(str(checkpoints["clip"])), Letters()
     image = Image.open(picture).convert("RGB")
     pixels = model.get_vision_tower().image_processor.preprocess(image, return_tensors="pt")["pixel_values"]
     ids = [*letters.encode("USER: "), IMAGE_TOKEN_INDEX, *letters.encode(f"\n{QUESTION} ASSISTANT:")]
     answer = model.generate(torch.tensor([ids]), images=pixels, max_new_tokens=64, do_sample=False)
-    assert said[-1] == letters.batch_decode(answer)[0].strip()
-    assert said[-2].startswith(f"<{bundles()} in Llava.model.vision_tower.vision_tower, on ")
+    assert output[-1] == letters.batch_decode(answer)[0].strip()
+    assert output[-2].startswith(f"<{bundles()} in Llava.model.vision_tower.vision_tower, on ")
 
 
 def test_vila(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) -> None:
@@ -117,18 +117,18 @@ def test_vila(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) -> 
         picture: Image.Image
 
     Media.picture = Image.open(picture).convert("RGB")
-    said = run("serve_vila.py", checkpoints["clip"], bundles(), picture, QUESTION, package="vila")
-    assert said[-1] == draw_vila(str(checkpoints["clip"])).generate_content([Media, QUESTION])
-    assert said[-2].startswith(f"<{bundles()} in Vila.vision_tower.vision_tower, on ")
+    output = run("serve_vila.py", checkpoints["clip"], bundles(), picture, QUESTION, package="vila")
+    assert output[-1] == draw_vila(str(checkpoints["clip"])).generate_content([Media, QUESTION])
+    assert output[-2].startswith(f"<{bundles()} in Vila.vision_tower.vision_tower, on ")
 
 
 def test_tinychat(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) -> None:
     bundle = bundles(precision="fp16")
-    said = run("serve_tinychat.py", checkpoints["clip"], "awq.pt", bundle, picture, package="tinychat")
-    assert said[-1] == "features for the language model: (1, 9, 64) in torch.float16"
-    assert "freed" in said[-2]
+    output = run("serve_tinychat.py", checkpoints["clip"], "awq.pt", bundle, picture, package="tinychat")
+    assert output[-1] == "features for the language model: (1, 9, 64) in torch.float16"
+    assert "freed" in output[-2]
 
 
-def test_every_example_is_run_here() -> None:
+def test_every_example_is_tested_here() -> None:
     text = Path(__file__).read_text()
     assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))

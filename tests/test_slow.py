@@ -1,4 +1,4 @@
-"""Every recipe at full size: run before a release, by `make test-slow`."""
+"""Rehearse every recipe at full size. Run it before a release with `make test-slow`."""
 
 from pathlib import Path
 

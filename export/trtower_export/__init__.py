@@ -11,6 +11,9 @@ call, and most calls need neither transformers nor onnx.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trtower.errors import MissingExtraError
+from trtower.extras import extra_of, how_to_install
+
 if TYPE_CHECKING:
     from trtower_export.check.certify import check_bundle
     from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -33,7 +36,15 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        try:
+            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        except ModuleNotFoundError as err:
+            if err.name and (extra := extra_of(err.name)):
+                raise MissingExtraError(
+                    f"trtower_export.{name} needs the package {err.name}, which is not installed: "
+                    f"{how_to_install(extra)}"
+                ) from err
+            raise
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
-"""Make an empty matplotlib figure, and make a PNG of a finished one.
+"""Create an empty matplotlib figure, and turn a finished one into a PNG.
 
-Figures are made without pyplot: its global state and its search for a display are not touched.
+Figures are created without pyplot, which has global state and looks for a display.
 """
 
 import io
@@ -10,17 +10,17 @@ from trtower.extras import import_extra
 
 INK, GREY, RULE = "#1b1f24", "#6a737d", "#d8dee4"
 BLUE, ORANGE, RED = "#0a5ea8", "#c2700a", "#c1121f"
-"""One hue each for the bundle, for what it is compared with, and for what is wrong; told apart by the colour-blind."""
+"""Colours for the bundle, for what it is compared with, and for errors; colour-blind readers can tell them apart."""
 
 
 def new_figure(width: int, height: int, *, dpi: int, purpose: str) -> Any:
-    """Make a white figure of so many pixels; raise MissingExtraError where matplotlib is not installed."""
+    """Create a white figure of this size in pixels; raise MissingExtraError if matplotlib is not installed."""
     figure = import_extra("matplotlib.figure", extra="report", purpose=purpose)
     return figure.Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
 
 
 def to_png(figure: Any) -> bytes:
-    """Draw a figure. The same figure gives the same bytes: neither date nor version is written into it."""
+    """Encode a figure as a PNG. The same figure gives the same bytes: it contains neither date nor version."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=figure.dpi, metadata={"Software": None})
     return stream.getvalue()

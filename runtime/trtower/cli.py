@@ -42,8 +42,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not if it is closed
             stream.reconfigure(errors="trtower")
-    # ONNX Runtime would store an identifier in the user's cache, and print a warning if it cannot.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     code = run(sys.argv[1:])
     try:
         print(end="", flush=True)  # noqa: T201

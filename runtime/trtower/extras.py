@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import traceback
@@ -13,12 +14,20 @@ from urllib.request import url2pathname
 
 from trtower.errors import MissingExtraError
 
+ENVIRONMENT = {"onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"}}
+"""Variables that a package reads when it is imported, unless the user has set them.
+
+With telemetry ONNX Runtime stores an identifier in the user's cache, and prints a warning if it cannot.
+"""
+
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
     """Import ``module``; raise MissingExtraError naming ``extra`` if its package is not installed.
 
     An installed package that breaks during import raises its own error, because installing the extra would not help.
     """
+    for variable, value in ENVIRONMENT.get(module, {}).items():
+        os.environ.setdefault(variable, value)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as err:

@@ -1,4 +1,4 @@
-"""What `trtower bench` measured is held against our goals, and a goal that is missed is said so."""
+"""judge.py compares the results of `trtower bench` with our goals, and reports each missed goal."""
 
 import json
 import re
@@ -30,9 +30,9 @@ def measured(runs_on: str, *timings: dict[str, Any], **changes: Any) -> dict[str
     } | changes
 
 
-def verdicts(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return of each goal its verdict, and the ratio or why there is none."""
-    return [(line.partition(":")[0], line.rpartition(": ")[2]) for line in judge(found)]
+def verdicts(benchmark: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the verdict on each goal, with the ratio or the reason why there is none."""
+    return [(line.partition(":")[0], line.rpartition(": ")[2]) for line in judge(benchmark)]
 
 
 def cold(load_s: float, first_s: float) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def cold(load_s: float, first_s: float) -> list[dict[str, Any]]:
 
 
 def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
-    found = measured(
+    results = measured(
         "tensorrt 11.4.0, sm90",
         *(timing("trtower", batch, 1.0, share=0.7) for batch in (1, 8, 32)),
         *(timing("sdpa", batch, seconds) for batch, seconds in ((1, 1.5), (8, 1.49), (32, 2.0))),
@@ -48,7 +48,7 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
         cold=cold(1.5, 0.6),
         tiles={"images": 16, "llava_s": 2.9, "trtower_s": 1.0},
     )
-    assert verdicts(found) == [
+    assert verdicts(results) == [
         ("met", "1.50"),
         ("MISSED", "1.49"),
         ("met", "2.00"),
@@ -63,9 +63,9 @@ def test_goals_of_a_plan_are_met_or_missed_by_the_ratio() -> None:
 
 def test_goals_of_a_plan_are_not_judged_on_another_backend() -> None:
     timings = [timing("trtower", 1, 1.0), timing("sdpa", 1, 9.0), timing("llava", 1, 4.0)]
-    found = verdicts(measured("openvino 2026.4.1, CPU, BF16", *timings, cold=cold(1.0, 0.5)))
-    assert found[:7] == [("not measured", "wants a GPU that runs a plan")] * 7
-    assert found[7:] == [("not measured", "no such list was raced"), ("met", "4.00"), ("met", "1.50")]
+    results = verdicts(measured("openvino 2026.4.1, CPU, BF16", *timings, cold=cold(1.0, 0.5)))
+    assert results[:7] == [("not measured", "needs a GPU that runs a plan")] * 7
+    assert results[7:] == [("not measured", "no list of this size was raced"), ("met", "4.00"), ("met", "1.50")]
 
 
 def test_goal_that_was_not_measured_says_why() -> None:
@@ -77,12 +77,12 @@ def test_goal_that_was_not_measured_says_why() -> None:
         ("not measured", "compile did not run at batch 1"),
         ("not measured", "trtower and compile did not run at batch 8"),
         ("not measured", "compile did not run at batch 32"),
-        ("not measured", "its ceiling was not measured"),
-        ("not measured", "no such list was raced"),
-        ("not measured", "it did not run alone"),
+        ("not measured", "the ceiling was not measured"),
+        ("not measured", "no list of this size was raced"),
+        ("not measured", "trtower has no cold start"),
     ]
-    alone = verdicts(measured("tensorrt-rtx 1.7.1, sm89", timing("trtower", 1, 1.0)))
-    assert alone[6] == ("not measured", "trtower did not run at batch 32")
+    without_32 = verdicts(measured("tensorrt-rtx 1.7.1, sm89", timing("trtower", 1, 1.0)))
+    assert without_32[6] == ("not measured", "trtower did not run at batch 32")
 
 
 def run(*paths: Path) -> subprocess.CompletedProcess[str]:
@@ -90,19 +90,21 @@ def run(*paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_goals_are_of_one_tower(tmp_path: Path) -> None:
-    found = measured("openvino", timing("trtower", 1, 1.0))
-    found["bundle"] = {"name": "vit-b", "flop_an_image": 35e9}
-    (tmp_path / "b.json").write_text(json.dumps(found))
+def test_goals_apply_to_one_tower(tmp_path: Path) -> None:
+    results = measured("openvino", timing("trtower", 1, 1.0))
+    results["bundle"] = {"name": "vit-b", "flop_an_image": 35e9}
+    (tmp_path / "b.json").write_text(json.dumps(results))
     done = run(tmp_path / "b.json")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "is of vit-b, 35.0 GFLOP an image; goals are set for CLIP ViT-L/14-336, 366 GFLOP" in done.stderr
+    assert (
+        "is a benchmark of vit-b, 35.0 GFLOP per image; the goals are for CLIP ViT-L/14-336, 366 GFLOP" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_page_has_the_verdicts_on_what_was_measured(path: Path) -> None:
+def test_page_has_the_verdicts_on_the_stored_results(path: Path) -> None:
     done = run(path)
     assert done.returncode == 0, done.stderr
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -112,6 +114,6 @@ def test_page_has_the_verdicts_on_what_was_measured(path: Path) -> None:
     assert blocks == [done.stdout]
 
 
-def test_benchmark_ends_with_the_verdicts() -> None:
+def test_make_bench_ends_with_the_verdicts() -> None:
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nbench: ")[2].partition("\n\n")[0]
     assert re.search(r"trtower bench .*>\S+\.json && \\\n.*benchmarks/judge\.py \S+\.json", recipe, re.DOTALL)

@@ -146,9 +146,7 @@ def stub_tinychat_kernels() -> None:
 
     def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, enable_gqa=True
-        )
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return attended.transpose(1, 2)
 
     awq_inference_engine.layernorm_forward_cuda = layernorm_forward_cuda

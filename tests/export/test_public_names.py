@@ -3,7 +3,10 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import trtower_export
+from trtower.errors import MissingExtraError
 
 
 def test_public_names_are_these() -> None:
@@ -41,3 +44,13 @@ def test_every_option_of_an_export_is_documented() -> None:
         assert f"\n    {each.name}: " in text
     for section in ("Args:", "Returns:", "Raises:"):
         assert f"\n{section}\n" in (inspect.getdoc(trtower_export.export_tower) or "")
+
+
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for module in [
+        name for name in sys.modules if name.startswith(("trtower_export.pipeline", "trtower_export.graph"))
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(MissingExtraError, match=r"trtower_export.export_tower needs the package onnx, .*export\]"):
+        trtower_export.export_tower  # noqa: B018 - the name is imported when it is read

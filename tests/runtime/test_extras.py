@@ -1,6 +1,7 @@
 """A message that names an extra contains the command that installs it from where trtower came from."""
 
 import json
+import os
 import shlex
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -105,3 +106,12 @@ def test_no_message_contains_a_hard_coded_install_command() -> None:
     root = Path(__file__).parent.parent.parent
     sources = [path for side in ("runtime", "export") for path in (root / side).rglob("*.py")]
     assert [path.name for path in sources if "pip install 'trtower" in path.read_text(encoding="utf-8")] == []
+
+
+def test_onnxruntime_is_imported_without_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    import_extra("onnxruntime", extra="cpu", purpose="a test")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    import_extra("onnxruntime", extra="cpu", purpose="a test")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"

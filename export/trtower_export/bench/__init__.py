@@ -1,1 +1,1 @@
-"""Race a bundle against what else could run its tower. `benchmark.py` tells the story."""
+"""Race a bundle against the alternatives for running its tower. Start reading at `benchmark.py`."""

@@ -1,6 +1,6 @@
-"""Race a bundle against what else could run its tower, and say what share of the hardware each uses.
+"""Race a bundle against the alternatives for running its tower, and measure how much of the hardware each uses.
 
-entrants -> ceiling -> race (in turn, in this process) -> cold (each alone: load, first answer, memory)
+entrants -> ceiling -> race (in turn, in this process) -> cold (each in its own process: load, first call, memory)
 """
 
 import dataclasses
@@ -32,26 +32,26 @@ from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 
 ROUNDS = {"cpu": 7, "cuda": 100}
-"""How often each entrant runs, by the kind of device."""
+"""How often each entrant runs, by kind of device."""
 
-ALONE_S = 1800
-"""Seconds after which one alone is given up."""
+COLD_TIMEOUT_S = 1800
+"""Timeout of one cold start, in seconds."""
 
 COMPILATIONS = 64
-"""How many batches may be compiled; beyond that torch would give one up for eager without a word."""
+"""How many batches may be compiled. Beyond its own limit, torch would silently fall back to eager."""
 
 TILES = 16
-"""Images in a list: what AnyRes makes of about three pictures."""
+"""Images in the list: about three pictures, as AnyRes splits them."""
 
 LIST_ROUNDS = 3
-"""How often a list is run at the least, unless fewer rounds are asked for: a ratio of one run is none."""
+"""The list runs at least this often, unless --rounds is less: a ratio of single runs means nothing."""
 
 SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to race: ``batches`` (None: the profile's on a GPU, its minimum elsewhere), ``against`` whom, how often."""
+    """What to race. ``batches`` None means the profile's batches on a GPU, and only the minimum elsewhere."""
 
     batches: tuple[int, ...] | None = None
     against: tuple[str, ...] = field(default_factory=competitors)
@@ -63,33 +63,33 @@ class BenchOptions:
         for name in self.against:
             check_name("competitor", name, competitors())
         if len(set(self.against)) < len(self.against):
-            raise ConfigError(f"--against {','.join(self.against)} names one twice.")
+            raise ConfigError(f"--against {','.join(self.against)} has a duplicate; name each competitor once.")
         if any(batch < 1 for batch in self.batches or ()):
             raise ConfigError(f"--batch {','.join(map(str, self.batches or ()))}: each must be at least 1.")
 
 
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
-    """Measure all of it.
+    """Measure everything.
 
-    Raises BackendError where the bundle itself cannot run here, CheckpointError where the checkpoint is not its own.
+    Raises BackendError if the bundle itself cannot run here, CheckpointError if it is not from ``checkpoint``.
     """
-    found, entrants = _race_all(bundle, checkpoint, options, progress)
-    gc.collect()  # of the towers, whose memory and threads would be in the way of those that load alone
+    warm, entrants = _race_all(bundle, checkpoint, options, progress)
+    gc.collect()  # free the towers: their memory and threads would disturb the cold starts
     cold = []
-    batch = min(timing.batch for timing in found.timings)
+    batch = min(timing.batch for timing in warm.timings)
     for name, backend in entrants:
-        with progress.step(f"{name}, alone"):
-            device = found.environment["device"]
-            cold.append(_run_cold(bundle, checkpoint, name, backend, device, batch, found.absent))
-    return dataclasses.replace(found, cold=tuple(each for each in cold if each))
+        with progress.step(f"Cold start of {name}"):
+            device = warm.environment["device"]
+            cold.append(_run_cold(bundle, checkpoint, name, backend, device, batch, warm.absent))
+    return dataclasses.replace(warm, cold=tuple(each for each in cold if each))
 
 
 def _race_all(
     bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress
 ) -> tuple[Benchmark, list[tuple[str, str | None]]]:
-    """Return the benchmark as far as one process makes it, and who raced, with trtower's name for the backend of each.
+    """Run everything except the cold starts; return the result, and the name and backend of each entrant.
 
-    No tower outlives it.
+    All towers are freed on return.
     """
     profiles = bundle.manifest.profiles
     with progress.step("Load the towers"):
@@ -100,7 +100,7 @@ def _race_all(
     )
     rounds = options.rounds or ROUNDS[kind]
     entrants, absent = _enter_all(arena, options.against, progress)
-    with progress.step("Measure what the hardware can do"):
+    with progress.step("Measure the ceiling of the hardware"):
         ceilings = measure_ceilings(arena.device, {entrant.arithmetic for entrant in entrants})
     timings: list[Timing] = []
     for batch in sorted(set(batches)):
@@ -108,16 +108,16 @@ def _race_all(
         with progress.step(f"Race at batch {batch}, {rounds} rounds"), each_compiled:
             timings += _race(arena, entrants, batch, rounds, ceilings, absent)
         if ours := next((each for each in timings if (each.entrant, each.batch) == (TRTOWER, batch)), None):
-            ratio = "" if ours.times_llava is None else f", {ours.times_llava:.2f} times as fast as LLaVA's way"
+            ratio = "" if ours.times_llava is None else f", {ours.times_llava:.2f} times as fast as LLaVA's tower"
             progress.say(f"trtower at batch {batch}: {ours.median_s * 1e3:.1f} ms{ratio}")
     if not any(each.entrant == TRTOWER for each in timings):
         raise BackendError(f"{bundle.path} did not run: " + "; ".join(absent.values()))
     tiles = None
     if options.tiles:
-        often = max(min(rounds, LIST_ROUNDS), rounds // 4)
-        with progress.step(f"Race over a list of {options.tiles} images, {often} rounds"):
-            tiles = _race_over_a_list(arena, entrants, options.tiles, often, absent)
-    found = Benchmark(
+        list_rounds = max(min(rounds, LIST_ROUNDS), rounds // 4)
+        with progress.step(f"Race over a list of {options.tiles} images, {list_rounds} rounds"):
+            tiles = _race_over_a_list(arena, entrants, options.tiles, list_rounds, absent)
+    result = Benchmark(
         bundle=_describe_bundle(bundle, runner_of(arena.tower)),
         environment=describe_environment(arena.device),
         ceilings=ceilings,
@@ -126,7 +126,7 @@ def _race_all(
         tiles=tiles,
         absent=absent,
     )
-    return found, [(entrant.name, entrant.backend) for entrant in entrants]
+    return result, [(entrant.name, entrant.backend) for entrant in entrants]
 
 
 def _describe_bundle(bundle: Bundle, runner: Runner) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _run_cold(
     batch: int,
     absent: dict[str, str],
 ) -> ColdStart | None:
-    """Load and call an entrant once in a process of its own; a bundle's second time, when its files are in memory."""
+    """Load and call an entrant once in its own process; a bundle runs twice, so that its files are cached in memory."""
     arguments = {
         "bundle": str(bundle.path),
         "name": name,
@@ -176,16 +176,16 @@ def _run_cold(
     command = [sys.executable, "-m", "trtower_export.bench.cold", json.dumps(arguments)]
     try:
         for _ in range(2 if backend else 1):
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=ALONE_S)
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=COLD_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        absent[f"{name}, alone"] = f"it had not answered after {ALONE_S} s"
+        absent[f"{name}, alone"] = f"no answer after {COLD_TIMEOUT_S} s"
         return None
-    told = [line for line in done.stdout.splitlines() if line.startswith('{"load_s"')]
-    if done.returncode or not told:
-        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        absent[f"{name}, alone"] = words[-1]
+    results = [line for line in done.stdout.splitlines() if line.startswith('{"load_s"')]
+    if done.returncode or not results:
+        errors = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        absent[f"{name}, alone"] = errors[-1]
         return None
-    return ColdStart(entrant=name, **json.loads(told[-1]))
+    return ColdStart(entrant=name, **json.loads(results[-1]))
 
 
 def _race(
@@ -196,26 +196,26 @@ def _race(
     ceilings: dict[str, float],
     absent: dict[str, str],
 ) -> list[Timing]:
-    """Race at one batch; who cannot run it is named in ``absent``, and the others go on."""
+    """Race at one batch. Entrants that fail are recorded in ``absent``, and the others go on."""
 
     def drop(name: str, err: Exception) -> None:
-        absent[f"{name} at batch {batch}"] = _words(err)
+        absent[f"{name} at batch {batch}"] = _shorten(err)
 
     try:
         images = draw_images(arena, batch)
         reference = arena.reference(images[:1])
-    except RuntimeError as err:  # torch's, for want of memory
-        absent[f"batch {batch}"] = _words(err)
+    except RuntimeError as err:  # from torch, if memory runs out
+        absent[f"batch {batch}"] = _shorten(err)
         return []
     calls, errors = {}, {}
     for entrant in entrants:
         try:
-            given = entrant.prepare(images)
-            errors[entrant.name] = _error(entrant.call(given)[:1], reference)
-        except Exception as err:  # noqa: BLE001 - whatever a compiler or a full memory says, the others go on
+            prepared = entrant.prepare(images)
+            errors[entrant.name] = _error(entrant.call(prepared)[:1], reference)
+        except Exception as err:  # noqa: BLE001 - whether a compiler fails or memory runs out, the others go on
             drop(entrant.name, err)
             continue
-        calls[entrant.name] = partial(entrant.call, given)
+        calls[entrant.name] = partial(entrant.call, prepared)
     seconds = race(calls, rounds=rounds, drop=drop)
     llava = statistics.median(seconds[LLAVA]) if LLAVA in seconds else None
     flop = batch * arena.bundle.manifest.cut.flop
@@ -230,7 +230,7 @@ def _race(
 def _timing(
     entrant: Entrant, batch: int, seconds: list[float], floor: float | None, llava: float | None, error: float | None
 ) -> Timing:
-    """Make one of the seconds of each round, and those of its floor and of LLaVA's tower."""
+    """Compute a timing from the seconds of each round, the floor, and the median of LLaVA's tower."""
     median = statistics.median(seconds)
     return Timing(
         entrant=entrant.name,
@@ -250,34 +250,34 @@ def _timing(
 def _race_over_a_list(
     arena: Arena, entrants: Sequence[Entrant], count: int, rounds: int, absent: dict[str, str]
 ) -> ListTiming | None:
-    """Do what LLaVA's tower does with a list, one image after another, and what the bundle does."""
+    """Time a list of images: LLaVA's tower loops over it, the bundle gets it in one call."""
     llava = next(entrant for entrant in entrants if entrant.name == LLAVA)
     try:
         images = list(draw_images(arena, count))
         one_by_one = [llava.prepare(image[None]) for image in images]
-        given = [image.to(arena.tower.dtype) for image in images]
+        prepared = [image.to(arena.tower.dtype) for image in images]
         seconds = race(
-            {LLAVA: lambda: [llava.call(image) for image in one_by_one], TRTOWER: lambda: arena.tower(given)},
+            {LLAVA: lambda: [llava.call(image) for image in one_by_one], TRTOWER: lambda: arena.tower(prepared)},
             rounds=rounds,
         )
-    except Exception as err:  # noqa: BLE001 - what was measured before is not lost for a list that does not fit
-        absent[f"a list of {count}"] = _words(err)
+    except Exception as err:  # noqa: BLE001 - if the list does not fit, keep the measurements so far
+        absent[f"a list of {count}"] = _shorten(err)
         return None
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return ListTiming(images=count, rounds=rounds, llava_s=medians[LLAVA], trtower_s=medians[TRTOWER])
 
 
-def _words(err: Exception) -> str:
-    """Put an error into one line that is not too long for a table."""
+def _shorten(err: Exception) -> str:
+    """Shorten an error to one line that fits into a table."""
     return one_line(err)[:300]
 
 
 def draw_images(arena: Arena, batch: int) -> Tensor:
-    """Draw (B, 3, S, S) on the device, in FP32."""
+    """Draw random images (B, 3, S, S) on the device, in FP32."""
     side = arena.bundle.manifest.spec.image_size
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(SEED)).to(arena.device)
 
 
-def _error(found: Tensor, reference: Tensor) -> float | None:
-    error = float((found.float() - reference).norm() / reference.norm())
+def _error(features: Tensor, reference: Tensor) -> float | None:
+    error = float((features.float() - reference).norm() / reference.norm())
     return error if math.isfinite(error) else None

@@ -1,7 +1,7 @@
-"""Measure what this machine can multiply: the FLOP a second of a large matrix product, the best of who can compute it.
+"""Measure the ceiling of this machine: the FLOP per second of a large matrix product.
 
-A floor is no spec sheet's: the clocks, the cores and the libraries are those of the run. On a CPU torch is not always
-the fastest at it, so OpenVINO is asked too, and the better of them is the ceiling.
+The ceiling does not come from a spec sheet: clocks, cores and libraries are those of the run. On a CPU torch is not
+always the fastest, so OpenVINO is measured too, and the better one is the ceiling.
 """
 
 from collections.abc import Callable, Collection
@@ -16,18 +16,18 @@ from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.bench.race import race
 
 SIZE = {"cpu": 3072, "cuda": 8192}
-"""Rows and columns: 58 GFLOP a product on a CPU, 1100 on a GPU."""
+"""Rows and columns: 58 GFLOP per product on a CPU, 1100 on a GPU."""
 
 TRIES = 5
 
 
 def measure_ceilings(device: torch.device, arithmetics: Collection[str]) -> dict[str, float]:
-    """Return FLOP a second by arithmetic.
+    """Return FLOP per second by arithmetic.
 
-    8 bits are left out, because what reaches them is not one product of one type, and so is FP16 on a CPU, which has no
-    arithmetic for it, and torch a slow stand-in.
+    8 bits are left out, because they are not a single product of a single type. FP16 on a CPU is left out, because the
+    CPU has no FP16 arithmetic and torch only a slow substitute.
     """
-    found = {}
+    ceilings = {}
     for arithmetic in sorted(arithmetics):
         if arithmetic in EIGHT_BIT or (device.type == "cpu" and arithmetic == "fp16"):
             continue
@@ -35,8 +35,8 @@ def measure_ceilings(device: torch.device, arithmetics: Collection[str]) -> dict
         if device.type == "cpu":
             products |= _openvino_product(arithmetic)
         seconds = race(products, rounds=TRIES)
-        found[arithmetic] = 2 * SIZE[device.type] ** 3 / min(map(min, seconds.values()))  # the best: no median
-    return found
+        ceilings[arithmetic] = 2 * SIZE[device.type] ** 3 / min(map(min, seconds.values()))  # the best, not the median
+    return ceilings
 
 
 def _torch_product(device: torch.device, arithmetic: str) -> Callable[[], object]:
@@ -47,17 +47,17 @@ def _torch_product(device: torch.device, arithmetic: str) -> Callable[[], object
 
 def _openvino_product(arithmetic: str) -> dict[str, Callable[[], Any]]:
     try:
-        ov = import_extra("openvino", extra="openvino", purpose="the ceiling")
+        ov = import_extra("openvino", extra="openvino", purpose="measuring the ceiling")
     except MissingExtraError:
         return {}
     size = SIZE["cpu"]
     left, right = (torch.randn(size, size).numpy() for _ in range(2))
-    given = ov.opset13.parameter([size, size], ov.Type.f32)
-    model = ov.Model([ov.opset13.matmul(given, ov.opset13.constant(right), False, False)], [given])
+    parameter = ov.opset13.parameter([size, size], ov.Type.f32)
+    model = ov.Model([ov.opset13.matmul(parameter, ov.opset13.constant(right), False, False)], [parameter])
     settings = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[arithmetic].openvino,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    # The closure keeps `left`: a tensor that shares its memory does not own it.
+    # The closure keeps `left` alive: a tensor that shares memory does not own it.
     return {"openvino": lambda: request.infer({0: ov.Tensor(left, shared_memory=True)})}

@@ -1,6 +1,6 @@
-"""Load one entrant and call it once, alone in this process, and print as JSON what that took.
+"""Load one entrant in a process of its own, call it once, and print the times and the peak memory as JSON.
 
-Run by the benchmark: python -m trtower_export.bench.cold JSON, which are the arguments of `main`.
+The benchmark runs it as python -m trtower_export.bench.cold JSON, with the arguments of `main` in the JSON.
 """
 
 import json
@@ -26,9 +26,9 @@ def main(
     trust: dict[str, bool],
     **options: Any,
 ) -> None:
-    """Measure on ``device``, with everything imported that it needs. Without a ``backend`` it is PyTorch that runs.
+    """Measure on ``device`` after all imports. Without a ``backend``, PyTorch runs.
 
-    ``source``, ``trust`` and ``options`` are those of the checkpoint.
+    ``source``, ``trust`` and ``options`` belong to the checkpoint.
     """
     opened = Bundle.open(bundle)
     side = opened.manifest.spec.image_size
@@ -49,11 +49,11 @@ def main(
     else:
         arena = Arena.open_torch(opened, checkpoint, torch.device(device))
         if name.endswith("-bf16"):
-            arena.model.to(torch.bfloat16)  # in its place: nobody who runs it so keeps the weights in FP32 beside it
+            arena.model.to(torch.bfloat16)  # in place: nobody keeps a second copy of the weights in FP32
         entrant = enter(arena, name)
-        given = entrant.prepare(images.to(device))
+        prepared = entrant.prepare(images.to(device))
         loaded = time.perf_counter()
-        entrant.call(given)
+        entrant.call(prepared)
     peak = _peak_resident_set()
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -64,7 +64,7 @@ def main(
 
 
 def _peak_resident_set() -> int:
-    """Ask the kernel; getrusage() would give what the parent had where that was more."""
+    """Read the peak from the kernel: getrusage() would return the parent's if that was larger."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * KIB
 

@@ -1,4 +1,4 @@
-"""Who races: the bundle, LLaVA's eager tower, and what else could run the cut tower on this device."""
+"""The entrants of a race: the bundle, LLaVA's eager tower, and other ways to run the cut tower on this device."""
 
 import copy
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from trtower_export.graph.truncate import TruncatedTower, truncate
 TRTOWER, LLAVA = "trtower", "llava"
 
 PYTORCH = ("eager", "sdpa", "sdpa-bf16", "compile", "compile-bf16", "cudagraph")
-"""The ways in which PyTorch can run the cut tower."""
+"""The ways of running the cut tower in PyTorch."""
 
 
 def competitors() -> tuple[str, ...]:
-    """List whom a bundle is raced against besides LLaVA's tower: PyTorch, and its own graph on each backend.
+    """List the competitors besides LLaVA's tower: PyTorch, and the bundle's own graph on each backend.
 
-    A backend for the CPU and its counterpart for CUDA are one competitor.
+    A CPU backend and its CUDA counterpart are one competitor.
     """
     return (*PYTORCH, *sorted({_competitor(each) for each in choose.BACKENDS if each.name not in FLAVOURS}))
 
@@ -41,7 +41,7 @@ def _competitor(backend: Backend) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """Something that makes features of images. ``backend`` is trtower's name for it, None of PyTorch's."""
+    """One way to compute features of images. ``backend`` is trtower's name for the backend, None for PyTorch."""
 
     name: str
     runs_on: str
@@ -53,7 +53,7 @@ class Entrant:
 
 @dataclass(frozen=True, kw_only=True)
 class Arena:
-    """What the entrants are made of: the bundle, loaded (``ran``), and the full model and the cut tower in FP32."""
+    """What entrants share: the bundle, loaded (``ran``), and the full model and the cut tower in FP32."""
 
     bundle: Bundle
     ran: VisionTower | None
@@ -64,9 +64,9 @@ class Arena:
 
     @classmethod
     def open(cls, bundle: Bundle, checkpoint: Checkpoint, backend: str = "auto") -> "Arena":
-        """Load all of it.
+        """Load everything.
 
-        Raises BackendError where the bundle cannot run here, CheckpointError where it is not of these weights.
+        Raises BackendError if the bundle cannot run here, CheckpointError if it was exported from other weights.
         """
         ran = VisionTower.load(bundle.path, backend)
         arena = cls.open_torch(bundle, checkpoint, ran.device)
@@ -75,43 +75,43 @@ class Arena:
 
     @classmethod
     def open_torch(cls, bundle: Bundle, checkpoint: Checkpoint, device: torch.device) -> "Arena":
-        """Load what PyTorch runs, and not the bundle."""
+        """Load only what PyTorch runs, not the bundle."""
         model = checkpoint.load_model(bundle.manifest.spec)
         cut = truncate(model, checkpoint.family, bundle.manifest.spec)
         return cls(bundle=bundle, ran=None, model=model, cut=cut, checkpoint=checkpoint, device=device)
 
     @property
     def tower(self) -> VisionTower:
-        """The bundle, loaded."""
-        assert self.ran is not None  # noqa: S101 - only a process that times PyTorch alone is without it
+        """The loaded bundle."""
+        assert self.ran is not None  # noqa: S101 - None only in a process that times PyTorch
         return self.ran
 
     @torch.no_grad()
     def reference(self, images: Tensor) -> Tensor:
-        """Give the features of the cut tower in FP32, (B, N, D)."""
+        """Return the features of the cut tower in FP32, (B, N, D)."""
         features: Tensor = self.cut(images.to(next(self.cut.parameters()).device, torch.float32))
         return self.tokens(features).to(self.device)
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
-        """Keep the tokens that the bundle's feature does: (B, P + N, D) -> (B, N, D)."""
+        """Keep the same tokens as the bundle's feature: (B, P + N, D) -> (B, N, D)."""
         spec = self.bundle.manifest.spec
         return hidden_states[:, spec.first_token(spec.select_feature) :]
 
     @property
     def precision(self) -> str:
-        """What PyTorch runs in: on a GPU the bundle's dtype, on a CPU FP32: its FP16 takes many times as long."""
+        """PyTorch's precision: the bundle's dtype on a GPU, FP32 on a CPU, where its FP16 takes many times as long."""
         return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.input.dtype].name
 
 
 def runner_of(tower: VisionTower) -> Runner:
-    """Return what runs a loaded tower."""
+    """Return the runner of a loaded tower."""
     runner = tower._runner
-    assert runner is not None  # noqa: S101 - it was loaded
+    assert runner is not None  # noqa: S101 - a loaded tower has one
     return runner
 
 
 def enter(arena: Arena, name: str) -> Entrant:
-    """Make an entrant; raise BackendError saying why it cannot run here."""
+    """Create an entrant; raise BackendError with the reason if it cannot run here."""
     if name == TRTOWER:
         return _enter_bundle(arena, name, arena.tower)
     if name == LLAVA:
@@ -120,14 +120,14 @@ def enter(arena: Arena, name: str) -> Entrant:
         named = [each for each in choose.BACKENDS if _competitor(each) == name]
         backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
         if runner_of(arena.tower).backend == backend:
-            raise BackendError("it is what trtower runs here")
+            raise BackendError("trtower itself runs on it here")
         return _enter_bundle(arena, name, VisionTower.load(arena.bundle.path, backend, arena.device))
     kind, _, suffix = name.partition("-")
     precision = suffix or arena.precision
     if suffix and arena.device.type == "cuda":
-        raise BackendError(f"on a GPU all of PyTorch is raced in the bundle's own dtype, {arena.precision}")
+        raise BackendError(f"on a GPU PyTorch runs only in the bundle's own dtype, {arena.precision}")
     if suffix and not multiplies_bf16():
-        raise BackendError("this processor has no BF16 products")
+        raise BackendError("this processor has no BF16 arithmetic")
     if kind == "cudagraph" and arena.device.type != "cuda":
         raise BackendError("CUDA graphs need a GPU")
     model = _copy_of_model(arena, precision)
@@ -136,7 +136,7 @@ def enter(arena: Arena, name: str) -> Entrant:
     if kind == "compile":
         from torch._inductor import select_algorithm
 
-        select_algorithm.PRINT_AUTOTUNE = False  # on a GPU pages of candidates, in which the result is lost
+        select_algorithm.PRINT_AUTOTUNE = False  # on a GPU it prints pages of candidates, which bury the result
         tower = torch.compile(tower, mode="max-autotune", dynamic=False)
     if kind == "cudagraph":
         tower = _captured(tower)
@@ -173,7 +173,7 @@ def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tenso
 
 
 def _llava(arena: Arena) -> Callable[[Tensor], Tensor]:
-    """Do what LLaVA's tower does: run every layer, keep every state, read those that are selected."""
+    """Run as LLaVA's tower does: every layer runs, every state is kept, the selected ones are read."""
     model = _copy_of_model(arena, arena.precision)
     layers, family = arena.bundle.manifest.spec.layers, arena.checkpoint.family
 
@@ -185,7 +185,7 @@ def _llava(arena: Arena) -> Callable[[Tensor], Tensor]:
 
 
 def _copy_of_model(arena: Arena, precision: str) -> Any:
-    """Copy the model in ``precision`` onto the device; if it is that already, the copy shares its weights."""
+    """Copy the model to the device in ``precision``; on a CPU in the same dtype, the copy shares the weights."""
     model = arena.model
     dtype = DTYPES[PRECISIONS[precision].dtype]
     if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
@@ -194,24 +194,24 @@ def _copy_of_model(arena: Arena, precision: str) -> Any:
 
 
 def _captured(tower: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Replay PyTorch's own CUDA graphs: one for each batch, with inputs and outputs of its own."""
+    """Replay PyTorch's own CUDA graphs, one for each batch, each with its own inputs and outputs."""
     graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
     def run(images: Tensor) -> Tensor:
         if len(images) not in graphs:
-            given = images.clone()
+            inputs = images.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    tower(given)
+                    tower(inputs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                features = tower(given)
-            graphs[len(images)] = (graph, given, features)
-        graph, given, features = graphs[len(images)]
-        given.copy_(images)
+                features = tower(inputs)
+            graphs[len(images)] = (graph, inputs, features)
+        graph, inputs, features = graphs[len(images)]
+        inputs.copy_(images)
         graph.replay()
         return features
 

@@ -1,4 +1,4 @@
-"""Write down what a measurement was made on, so that somebody can tell whether it speaks of his machine."""
+"""Record the machine and versions behind a measurement, so that readers can judge whether it applies to theirs."""
 
 import datetime
 import os
@@ -14,19 +14,19 @@ from trtower.runners import choose
 from trtower.runners.device import capability_of
 
 PACKAGES = ("trtower", "torch", "transformers")
-"""Whose versions matter, besides those of the backends' packages."""
+"""Packages to record the versions of, besides those of the backends."""
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
-"""Of the environment, what changes speed."""
+"""Environment variables that change the speed."""
 
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Give processor, GPU, versions and date."""
+    """Return processor, GPU, versions and date."""
     backends = sorted({backend.package for backend in choose.BACKENDS})
-    found: dict[str, Any] = {
+    environment: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -41,7 +41,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
+        environment["gpu"] = {
             "name": properties.name,
             "compute_capability": capability_of(device),
             "memory_bytes": properties.total_memory,
@@ -49,17 +49,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": read_driver(DRIVER),
         }
-    return found
+    return environment
 
 
 def read_driver(path: Path) -> str | None:
-    """Give the version of NVIDIA's driver, from what its kernel module says of itself; None where there is none."""
+    """Return the version of NVIDIA's driver as its kernel module reports it; None without a driver."""
     try:
-        said = path.read_text(encoding="utf-8").splitlines()[0]
+        line = path.read_text(encoding="utf-8").splitlines()[0]
     except OSError:
         return None
-    number = re.search(r"\d+(\.\d+)+", said)
-    return number[0] if number else said
+    number = re.search(r"\d+(\.\d+)+", line)
+    return number[0] if number else line
 
 
 def _version(name: str) -> str | None:
@@ -70,14 +70,14 @@ def _version(name: str) -> str | None:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor has products in BF16, as far as Linux says. PyTorch's take many times as long else."""
+    """Whether this processor has BF16 arithmetic; assumed outside Linux. PyTorch in BF16 is far slower without it."""
     fields = _processor_fields()
-    flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86's word and Arm's
+    flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86 has the first, Arm the second
     return not fields or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _processor() -> str:
-    """Give the processor's name and the vector units that decide how fast it multiplies."""
+    """Return the processor's name and the vector units that decide how fast it multiplies."""
     fields = _processor_fields()
     if not fields:
         return platform.processor() or platform.machine()
@@ -87,7 +87,7 @@ def _processor() -> str:
 
 
 def _processor_fields() -> dict[str, str]:
-    """Read what Linux says of the last core; nothing elsewhere."""
+    """Read what Linux reports about the last core; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Time towers against each other, in turn in one run, so that a machine whose speed drifts drifts for all of them."""
+"""Time towers in turn in one run, so that a drift in the machine's speed affects all of them alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import torch
 ROUNDS = 5
 
 REST_S = 0.02
-"""Between two competitors: the threads of one go on spinning for a while, on the cores of the next."""
+"""Pause between two competitors: the threads of one keep spinning for a while on the cores of the next."""
 
 
 def race(
@@ -17,10 +17,10 @@ def race(
     rounds: int = ROUNDS,
     drop: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Give the seconds of each competitor in every one of ``rounds``, after one call each that does not count.
+    """Return the seconds of each competitor in each of ``rounds``, after one uncounted call each.
 
-    On a GPU they are what CUDA events say; on a CPU, of the call. With ``drop``, who raises is out of the race, and it
-    is told so.
+    CUDA events measure them on a GPU, the clock around the call on a CPU. With ``drop``, a competitor that raises
+    leaves the race, and ``drop`` is called with its name and the error; otherwise the error is raised.
     """
     clock = _on_gpu if torch.cuda.is_available() else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in competitors}

@@ -1,4 +1,4 @@
-"""What a benchmark measured, as `--json` writes it."""
+"""The results of a benchmark, as `--json` writes them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One entrant at one batch: seconds over ``rounds``, images a second, and what it is of two yardsticks.
+    """One entrant at one batch: seconds over ``rounds``, images per second, and two ratios.
 
-    ``share`` is the floor over the median, the floor being the cut tower's FLOP over what a large matrix product
-    reaches here in the same ``arithmetic``; None where that was not measured. ``times_llava`` is LLaVA's median over
-    this one's. ``error`` is ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None where that is
+    ``share`` is floor / median. The floor is the cut tower's FLOP divided by the FLOP per second of a large matrix
+    product on this machine in the same ``arithmetic``; None if that was not measured. ``times_llava`` is LLaVA's median
+    divided by this one. ``error`` is ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None if it is
     not finite.
     """
 
@@ -29,11 +29,11 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStart:
-    """One entrant alone in a process of its own, at the smallest batch: seconds, and bytes at the peak.
+    """One entrant in a process of its own, at the smallest batch.
 
-    torch is imported before, and the backend is not. ``load_s`` is from files to something that can be called, None
-    where there are no files because weights are drawn; ``first_s`` is the first call. On a GPU ``peak_bytes`` is what
-    the device lost, elsewhere the resident set.
+    torch was imported before, but not the backend. ``load_s`` is the time from files to something that can be called;
+    None if there are no files because the weights are random. ``first_s`` is the first call. ``peak_bytes`` is the
+    memory taken from the GPU, or the peak resident set on a CPU.
     """
 
     entrant: str
@@ -44,7 +44,7 @@ class ColdStart:
 
 @dataclass(frozen=True, kw_only=True)
 class ListTiming:
-    """A list of images: LLaVA's loop and the bundle's batches, median seconds."""
+    """A list of images: median seconds of LLaVA's loop and of one call of the bundle."""
 
     images: int
     rounds: int
@@ -54,7 +54,7 @@ class ListTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Everything that was measured in one run. ``absent`` says of each entrant that could not run why not."""
+    """Everything that was measured in one run. ``absent`` has the reason of each entrant that could not run."""
 
     bundle: dict[str, Any]
     environment: dict[str, Any]

@@ -1,1 +1,1 @@
-"""A bundle held against PyTorch, and the certificate of it."""
+"""Compare a bundle with PyTorch, and write its certificate."""

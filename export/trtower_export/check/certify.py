@@ -1,12 +1,12 @@
-"""Run a bundle and the full, uncut PyTorch tower on the same images, and write down how far they are apart.
+"""Run a bundle and the full, uncut PyTorch tower on the same images, and measure how far apart they are.
 
-The reference is transformers' own forward pass in FP32 with every layer in place, so a tower cut one layer off,
-or traced wrongly, cannot agree with it by construction. PyTorch in the bundle's own precision runs beside it:
-its error is what the eager tower that is being replaced makes, and the bundle is judged against that. Engines have
-been wrong at one batch size only, so every batch of the profile is run, and one that goes through in pieces.
+The reference is transformers' own forward pass in FP32 with every layer in place. A tower that was cut one layer off,
+or traced wrongly, cannot match it. PyTorch also runs in the bundle's own precision: its error is the error of the
+eager tower that the bundle replaces, and the bundle is judged against it. Some engines were wrong at a single batch
+size, so the check runs every batch of the profile, and one batch that has to be split.
 
-Backends for the CPU compute FP16 in FP32 and leave out the roundings between operations, so what overflows need not
-overflow there. Without a GPU the graph is therefore run once more, with every result rounded to its type.
+CPU backends compute FP16 in FP32 and skip the rounding between operations, which can hide an overflow. Without a GPU,
+the check therefore runs the graph once more and rounds every result to its type.
 """
 
 import copy
@@ -46,10 +46,10 @@ from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 
 WAIT_S = 600.0
-"""How long to wait while another process writes into the bundle, rather than lose what minutes have measured."""
+"""How long to wait while another process writes into the bundle. Giving up would throw away minutes of measuring."""
 
 OnImage = Callable[[ImageEvidence], None]
-"""Is shown what became of each image, such as for a report."""
+"""Called with the features of each image, for example to build a report."""
 
 
 def certify(
@@ -63,21 +63,36 @@ def certify(
     progress: Progress,
     on_image: OnImage | None = None,
 ) -> Certificate:
-    """Check ``bundle`` on ``photographs`` and on drawn images; the result passes or not, and is written nowhere yet.
+    """Check ``bundle`` on photographs and drawn images, and return the certificate without writing it.
 
-    ``quick`` takes photographs alone, and the smallest batch. ``by_layer`` compares every hidden state on the way.
-    Raises BackendError if nothing here can run the bundle, BundleError if a file of it was altered, executed here or
-    not, and CheckpointError if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
+    Args:
+        bundle: the bundle to check.
+        checkpoint: the checkpoint that it was exported from.
+        photographs: the photographs to run both towers on.
+        backend: the backend to run the bundle on, or "emulated-fp16" or "emulated-bf16"; "auto" picks the best.
+        quick: use only the photographs, and only the smallest batch.
+        by_layer: also compare every hidden state up to the one that is read.
+        progress: reports each step.
+        on_image: called with the evidence of each image.
+
+    Returns:
+        The certificate. Its ``passed`` says whether every bound holds.
+
+    Raises:
+        BackendError: if no backend on this machine can run the bundle.
+        BundleError: if any file of the bundle was altered, even one that does not run here.
+        CheckpointError: if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
+        ConfigError: if an emulated ``backend`` is for another precision than the bundle's.
     """
     towers = _load_towers(bundle, checkpoint, backend, progress, by_layer=by_layer)
     manifest = bundle.manifest
     images = [*photographs.images, *([] if quick else draw_images(manifest.spec.image_size))]
     batches = [manifest.batch.min] if quick else batches_of(manifest.profiles)
     comparison = _Comparison(batches=batches)
-    title = f"Compare {len(images)} images, {', '.join(map(str, batches))} at once"
+    title = f"Compare {len(images)} images, at batch {', '.join(map(str, batches))}"
     with closing(towers.runner), progress.step(title) as step, torch.no_grad():
         for start in range(0, len(images), max(batches)):
-            step.update(start / len(images), f"from {images[start].name} on")
+            step.update(start / len(images), f"from {images[start].name}")
             _compare(towers, images[start : start + max(batches)], comparison, on_image)
     return _make_certificate(towers, comparison, images, photographs)
 
@@ -85,32 +100,33 @@ def certify(
 def check_bundle(
     bundle: Bundle, checkpoint: Checkpoint, photographs: Photographs, progress: Progress, **options: Any
 ) -> Bundle:
-    """Certify a bundle and write the certificate into it, passed or not.
+    """Check a bundle against PyTorch and write the certificate into it, whether it passed or not.
 
     Args:
-        bundle: the bundle, whose folder can be written.
-        checkpoint: what it was exported from.
-        photographs: what both towers are run on.
-        progress: who is told of every step.
-        **options: as `certify` takes them.
+        bundle: the bundle to check; its folder must be writable.
+        checkpoint: the checkpoint that it was exported from.
+        photographs: the photographs to run both towers on.
+        progress: reports each step.
+        **options: the other options of `certify`: ``backend``, ``quick``, ``by_layer`` and ``on_image``.
 
     Returns:
-        The bundle with its certificate.
+        The bundle with its new certificate.
 
     Raises:
-        BackendError: if nothing here can run the bundle.
-        BundleError: if the bundle is read-only, or was altered.
+        BackendError: if no backend on this machine can run the bundle.
+        BundleError: if the bundle is read-only, or if any of its files was altered.
         CheckpointError: if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
+        ConfigError: if an emulated ``backend`` is for another precision than the bundle's.
     """
     if not os.access(bundle.path, os.W_OK):
-        raise BundleError(f"{bundle.path} is read-only, and its certificate is written into it: check a copy of it.")
+        raise BundleError(f"{bundle.path} is read-only, but the certificate is written into it: check a writable copy.")
     certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
     with disk_errors(bundle.path), locked(bundle.path, wait_s=WAIT_S):
         return bundle.add_certificate(certificate)
 
 
 def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
-    """List how many images are run at once: each minimum, optimum, maximum, and one more, which takes two calls."""
+    """List the batches to check: each minimum, optimum and maximum, and the largest plus one, which takes two calls."""
     return [*profile_batches(profiles), merge_profiles(profiles).max + 1]
 
 
@@ -118,7 +134,7 @@ def batches_of(profiles: Sequence[BatchProfile]) -> list[int]:
 class _Towers:
     """What is compared: the full model in FP32, the cut tower in the bundle's precision, and the bundle.
 
-    ``typed`` is the bundle's graph with every result rounded to its type.
+    ``typed`` runs the bundle's graph with every result rounded to its type.
     """
 
     bundle: Bundle
@@ -130,43 +146,43 @@ class _Towers:
     states: GraphStates | None
 
     def reference(self, name: str, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Give every hidden state of the full model, in FP32."""
+        """Return every hidden state of the full model, in FP32."""
         states = self.checkpoint.family.read_states(self.model, pixel_values)
         if not all(states[layer].isfinite().all() for layer in self.bundle.manifest.spec.layers):
             raise CheckpointError(
-                f"{self.checkpoint.source} is not finite in FP32 on {name} already, so nothing can be compared with "
-                f"it: trtower doctor {self.checkpoint.source} names the operation."
+                f"{self.checkpoint.source} is not finite in FP32 on {name}, so nothing can be compared with it: "
+                f"run trtower doctor {self.checkpoint.source} to find the operation."
             )
         return states
 
 
 RunKey: TypeAlias = int | str
-"""A batch of the bundle, or one of the two runs beside it: PyTorch in its precision, and its graph as typed."""
+"""A batch of the bundle, or one of two more runs: PyTorch in its precision, and its graph with rounded results."""
 TORCH, TYPED = "torch", "typed"
 
 
 @dataclass(kw_only=True)
 class _Comparison:
-    """What was measured so far, of every run on every image by its id: two photographs may have one name."""
+    """What was measured so far, by run and by the image's id(), because two photographs may share a name."""
 
     batches: Sequence[int]
     sums: dict[tuple[RunKey, int], MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     layers: LayerSums = field(default_factory=LayerSums)
 
     def figures(self, runs: Iterable[RunKey], images: Sequence[Photograph]) -> Figures:
-        """Make the figures of runs on images, taken together."""
+        """Compute the figures over all these runs and images together."""
         return total(self.sums[run, id(image)] for run in runs for image in images).figures()
 
 
 def _load_towers(
     bundle: Bundle, checkpoint: Checkpoint, backend: str, progress: Progress, *, by_layer: bool
 ) -> _Towers:
-    """Open what runs the bundle, every file of which must be as it was written, and load PyTorch's towers."""
+    """Verify every file of the bundle, open what runs it, and load PyTorch's towers."""
     manifest = bundle.manifest
     runner = _open(bundle, backend)
-    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # which compared its own
-        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or build the plan again.")
-    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # which has no kernels on the CPU
+    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # the runner has verified its own files
+        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or rebuild the plan.")
+    emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # no BF16 kernels on the CPU
     half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):
@@ -185,7 +201,7 @@ def _load_towers(
 
 
 def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Comparison, on_image: OnImage | None) -> None:
-    """Run ``images`` one by one through PyTorch, and in every size of batch through the bundle."""
+    """Run ``images`` through PyTorch one by one, and through the bundle at every batch size."""
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
     pixels = prepare(images, processor)
@@ -205,7 +221,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     features: dict[int, Tensor] = {}
     for batch in comparison.batches:
         for start in range(0, len(images), batch):
-            members = [(start + place) % len(images) for place in range(batch)]  # the last batch is filled up
+            members = [(start + place) % len(images) for place in range(batch)]  # the last batch wraps around
             taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
             for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
                 features.setdefault(member, row.float().cpu())
@@ -227,7 +243,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
 def _make_certificate(
     towers: _Towers, comparison: _Comparison, images: Sequence[Photograph], photographs: Photographs
 ) -> Certificate:
-    """Judge what was measured by the bounds, and write it down with what it was measured on."""
+    """Judge the measurements by the bounds, and record them with the setup they were measured on."""
     manifest, runner = towers.bundle.manifest, towers.runner
     batches, figures = comparison.batches, comparison.figures
     runs: list[RunKey] = [*batches, *([TYPED] if towers.typed else [])]
@@ -269,7 +285,7 @@ def _make_certificate(
 
 
 def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
-    """Bring PyTorch's tower into the precision of a bundle; 8 bits are simulated, with the bundle's own scales."""
+    """Convert PyTorch's tower to the bundle's precision; simulate 8 bits with the bundle's own scales."""
     manifest = bundle.manifest
     if manifest.calibration is None:
         return tower.to(DTYPES[manifest.input.dtype])
@@ -277,22 +293,24 @@ def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
 
 
 def _open(bundle: Bundle, backend: str) -> Runner:
-    """Open what a tower would run on; a BF16 bundle that nothing here can run is checked in emulation."""
+    """Open the runner that a tower would use; emulate a BF16 bundle if no backend here can run it."""
     stuck = all(candidate.obstacle for candidate in candidates(bundle))
     if backend == "auto" and bundle.manifest.precision == "bf16" and stuck:
         backend = "emulated-bf16"
     if backend in EMULATED:
         if EMULATED[backend] != bundle.manifest.precision:
-            found = f"{bundle.path} is {bundle.manifest.precision}"
-            raise ConfigError(f"--backend {backend} is for {EMULATED[backend]}; {found}.")
+            raise ConfigError(
+                f"--backend {backend} is for {EMULATED[backend]} bundles, but {bundle.path} is "
+                f"{bundle.manifest.precision}: use --backend auto."
+            )
         return EmulatedRunner(bundle, worst=True)
     return choose(bundle, backend)
 
 
 def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
-    """Raise CheckpointError unless a full tower has the weights that a bundle was made of."""
+    """Raise CheckpointError unless a full tower has the weights that the bundle was exported from."""
     if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
         raise CheckpointError(
-            f"the weights at {source} are not the ones that {manifest.name} was exported from, which were at "
-            f"{manifest.source.checkpoint}: name that checkpoint with --checkpoint, or export again."
+            f"the weights at {source} are not the ones that {manifest.name} was exported from: name the original "
+            f"with --checkpoint {manifest.source.checkpoint}, or export again."
         )

@@ -1,10 +1,10 @@
-"""Run a half-precision graph in FP32 that rounds after every operation, so that it can be checked without a GPU.
+"""Emulate a half-precision graph in FP32 by rounding after every operation, to check it without a GPU.
 
-ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each
-operation is computed in FP32 and its result rounded, which is what a GPU does that accumulates in FP32. What the graph
-has in FP32 is left alone. In FP16, which overflows, the worst can be taken where kernels differ: attention scores are
-rounded, and so are the sums of a LayerNorm (see `rounding.py`, which does the same to a traced tower). The emulation
-says so in its name, serves `trtower check` alone, and is never chosen to serve a tower.
+ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each operation
+is computed in FP32 and its result is rounded, as on a GPU that accumulates in FP32. FP32 parts of the graph stay as
+they are. FP16 can overflow, and kernels differ in what else they round. So FP16 can be emulated at its worst, which
+also rounds attention scores and the sums of a LayerNorm; `rounding.py` does the same to a traced tower. Only
+`trtower check` uses the emulation, and its name says what it is. It never serves a tower.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from trtower.spec import HALVES, PRECISIONS
 from trtower_export.graph.onnx_graph import read_onnx
 
 EMULATED = {f"emulated-{name}": name for name in HALVES}
-"""The names by which `trtower check --backend` knows it, and the precision that each is for."""
+"""The names for `trtower check --backend`, and the precision of each."""
 
 SMALL = 1024
-"""Bytes of a weight that stays inside a graph. As one message a graph could have 2 GB at most."""
+"""Weights up to this many bytes stay inside the graph. A graph in one protobuf message is limited to 2 GB."""
 
 
 class EmulatedRunner(Runner):
-    """A Runner on the CPU, in FP32 between roundings."""
+    """A Runner on the CPU that computes in FP32 and rounds every result."""
 
     def __init__(self, bundle: Bundle, *, worst: bool) -> None:
         ort = import_extra("onnxruntime", extra="cpu", purpose="emulating half precision")
@@ -47,8 +47,8 @@ class EmulatedRunner(Runner):
         """See Runner.run."""
         if on_start:
             on_start(None)
-        (found,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
-        hidden_states.copy_(torch.from_numpy(found))
+        (features,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
+        hidden_states.copy_(torch.from_numpy(features))
 
     def close(self) -> None:
         """See Runner.close."""
@@ -56,21 +56,21 @@ class EmulatedRunner(Runner):
 
 
 def read_emulated(bundle: Bundle, *, worst: bool = True) -> onnx.ModelProto:
-    """Read a bundle's graph with its weights, as an FP32 one that rounds after every operation."""
+    """Read a bundle's graph with its weights, and turn it into an FP32 graph that rounds after every operation."""
     model = read_onnx(bundle)
     emulate(model, PRECISIONS[bundle.manifest.precision].onnx, worst=worst)
     return model
 
 
 def open_session(model: onnx.ModelProto) -> Any:
-    """Open a graph with ONNX Runtime on the CPU, however large it is."""
+    """Open a graph of any size with ONNX Runtime on the CPU."""
     ort = import_extra("onnxruntime", extra="cpu", purpose="running a graph")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights, no faster here
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it copies the weights, and is no faster here
     names, values = [], []
     for tensor in model.graph.initializer:
-        if tensor.ByteSize() > SMALL:  # beside the graph
+        if tensor.ByteSize() > SMALL:  # kept outside the graph
             array = numpy_helper.to_array(tensor)
             names.append(tensor.name)
             values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type))
@@ -82,10 +82,10 @@ def open_session(model: onnx.ModelProto) -> Any:
 
 
 def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
-    """Turn a graph of ``half`` into an FP32 one, in place, that rounds to ``half`` after every operation of it.
+    """Turn a graph of type ``half`` into an FP32 graph, in place, that rounds to ``half`` after every operation.
 
-    Its values must be typed, as those of every bundle's graph are. ``worst`` also rounds what kernels for FP16 may
-    round on the way.
+    Every value of the graph must have a type, as in every bundle. ``worst`` also rounds what FP16 kernels may round
+    inside an operation.
     """
     graph = model.graph
     typed = (*graph.value_info, *graph.input, *graph.output)
@@ -158,4 +158,4 @@ def _attention(node: NodeProto, half: int) -> Iterator[NodeProto]:
 
 
 SPELLED_OUT = {"Attention": _attention, "LayerNormalization": _layer_norm}
-"""Operators that hold more than their result, which kernels for FP16 may hold in FP16."""
+"""Operators with intermediate values, which FP16 kernels may keep in FP16."""

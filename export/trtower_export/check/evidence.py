@@ -1,4 +1,4 @@
-"""What a check hands on of one image, so that a picture, a plot or a page can be made of it.
+"""What a check reports about each image: the input for pictures, plots and the report page.
 
 Letters: S pixels a side, P prefix tokens, N patches, D features a token.
 """
@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEvidence:
-    """What the check saw of one image: its pixels (3, S, S) as the tower was given them, and all its tokens (P + N, D).
+    """One image of a check: its pixels (3, S, S) as the tower received them, and all its tokens (P + N, D).
 
-    The tokens are from FP32 PyTorch, from the bundle at the minimum batch, and from PyTorch in the bundle's own
-    precision; all on the CPU, in FP32. ``kind`` is "photograph", "noise", "constant" or "saturated".
+    ``reference`` is from PyTorch in FP32, ``bundle`` from the bundle at the minimum batch, ``torch`` from PyTorch in
+    the bundle's own precision. All tensors are FP32 on the CPU. ``kind`` is "photograph", "noise", "constant" or
+    "saturated".
     """
 
     name: str

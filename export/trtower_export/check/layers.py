@@ -1,7 +1,7 @@
 """Compare every hidden state of a bundle's graph with PyTorch's, up to the one that is read.
 
-The states have names in the graph (see `onnx_graph.py`); a copy of it that also gives them is run on the CPU. A plan
-gives only what it was built to give, so this is of the graph, whatever else was run.
+The states have names in the graph (see `onnx_graph.py`). A copy of the graph that also returns them runs on the CPU. A
+plan returns only its output, so this always compares the graph, whatever the check ran.
 """
 
 import math
@@ -24,47 +24,47 @@ from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
 from trtower_export.precision.metrics import MetricSums
 
 JUMP = 3.0
-"""How many times the error of the layer before, or of PyTorch's own, makes a jump. Rounding adds up: on a pretrained
-ViT-S/14 in FP16 the error grew at most 1.9 times from one state to the next (PyTorch's 1.1 times there)."""
+"""An error that grows by more than this factor is a jump, unless PyTorch's own grows as fast. Rounding adds up: on a
+pretrained ViT-S/14 in FP16 the error grew at most 1.9 times from one state to the next (PyTorch's 1.1 times there)."""
 
 ROUNDING = 1e-3
-"""A relative error of hidden state 0 that any precision but BF16 may make; PyTorch's own may be zero there."""
+"""The relative error of hidden state 0 that every precision except BF16 may have. PyTorch's own may be zero there."""
 
 EXACT = 1e-6
-"""A relative error that FP32 makes; what is smaller is not compared."""
+"""The relative error of FP32 arithmetic; smaller errors count as this."""
 
 
 class GraphStates:
-    """A bundle's graph, giving every hidden state that it computes."""
+    """A bundle's graph that returns every hidden state it computes."""
 
     def __init__(self, bundle: Bundle, *, emulated: bool) -> None:
         manifest = bundle.manifest
         model = read_emulated(bundle) if emulated else read_onnx(bundle)
-        made = {name for node in model.graph.node for name in node.output}
-        names = sorted((name for name in made if re.fullmatch(rf"{HIDDEN_STATE}\d+", name)), key=_index)
+        computed = {name for node in model.graph.node for name in node.output}
+        names = sorted((name for name in computed if re.fullmatch(rf"{HIDDEN_STATE}\d+", name)), key=_index)
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
         self._session = open_session(model)
         self._input, self._least = manifest.input.name, manifest.batch.min
         spec = manifest.spec
         self._names = {_index(name): name for name in names}
         expected = set(range(spec.depth + 1))
-        if len(spec.layers) == 1:  # a single state that is read bears the output's name
+        if len(spec.layers) == 1:  # if one state is read, it has the name of the output
             (read,) = spec.layers
             self._names[read] = manifest.output.name
-            expected -= {read - 1} if read > spec.depth else set()  # last_hidden_state, without a norm, is that state
+            expected -= {read - 1} if read > spec.depth else set()  # if last_hidden_state has no norm, it is that state
         if absent := expected - self._names.keys():
             raise BundleError(
-                f"{bundle.path}: its graph names no hidden state {min(absent)}: export it again, with --overwrite."
+                f"the graph of {bundle.path} has no hidden state {min(absent)}: export it again with --overwrite."
             )
         self._dtype = DTYPES[manifest.input.dtype]
         self._emulated = emulated
 
     def run(self, pixel_values: Tensor) -> dict[int, Tensor]:
-        """Run one image (1, 3, S, S), and give hidden states (1, P + N, width) by their index, in FP32."""
+        """Run one image (1, 3, S, S) and return its hidden states (1, P + N, width) by index, in FP32."""
         batch = pixel_values.repeat(self._least, 1, 1, 1).to(self._dtype)
         batch = batch.float() if self._emulated else batch
-        found = self._session.run(list(self._names.values()), {self._input: batch.numpy()})
-        return {index: torch.from_numpy(values[:1]).float() for index, values in zip(self._names, found, strict=True)}
+        states = self._session.run(list(self._names.values()), {self._input: batch.numpy()})
+        return {index: torch.from_numpy(values[:1]).float() for index, values in zip(self._names, states, strict=True)}
 
 
 def _index(name: str) -> int:
@@ -73,22 +73,22 @@ def _index(name: str) -> int:
 
 @dataclass
 class LayerSums:
-    """What the figures of every layer are made of, over any number of images."""
+    """Sums for the figures of every layer, over any number of images."""
 
     images: list[str] = field(default_factory=list)
     bundle: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     torch: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
 
-    def add(self, name: str, reference: Sequence[Tensor], found: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
-        """Take an image in: its states from FP32 PyTorch, from the graph, and from PyTorch in half precision."""
+    def add(self, name: str, reference: Sequence[Tensor], states: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
+        """Add an image: its states from FP32 PyTorch, from the graph, and from PyTorch in the bundle's precision."""
         self.images.append(name)
-        for index, state in found.items():
-            place = min(index, len(own) - 1)  # last_hidden_state comes last
+        for index, state in states.items():
+            place = min(index, len(own) - 1)  # last_hidden_state is the last
             self.bundle[index].add(MetricSums.of(state, reference[index]))
             self.torch[index].add(MetricSums.of(own[place].float().cpu(), reference[index]))
 
     def figures(self) -> tuple[LayerFigures, ...]:
-        """Make the figures of every layer, from the first on."""
+        """Compute the figures of every layer, in order."""
         return tuple(self._of_layer(index) for index in sorted(self.bundle))
 
     def _of_layer(self, index: int) -> LayerFigures:
@@ -104,10 +104,10 @@ class LayerSums:
 
 
 def first_jump(layers: Sequence[LayerFigures]) -> LayerFigures | None:
-    """Find the first layer whose error is out of proportion to the one before; None where there is none.
+    """Find the first layer whose error is out of proportion to the layer before; None if there is none.
 
-    Where PyTorch's own half precision jumps as much the layer is hard, and not the graph wrong: that is no jump, as
-    long as it is finite.
+    If PyTorch's own half precision jumps as much, the layer is hard and the graph is not wrong. That is not a jump, as
+    long as the result is finite.
     """
     if layers and _error(layers[0].bundle) > JUMP * max(ROUNDING, _error(layers[0].torch)):
         return layers[0]
@@ -121,9 +121,10 @@ def first_jump(layers: Sequence[LayerFigures]) -> LayerFigures | None:
 
 
 def _own_growth(before: LayerFigures, layer: LayerFigures) -> float:
-    """How many times PyTorch's error grows, from the bundle's at least: of 8 bits PyTorch's stem is exact.
+    """Return the factor by which PyTorch's error grows, measured from the larger of both errors before.
 
-    Where it overflows, and the bundle need not, it is no measure.
+    With 8 bits PyTorch's stem is exact, so its own error before may be 0. If PyTorch overflows, the factor is 1:
+    the bundle need not overflow.
     """
     if before.torch.relative_error is None or layer.torch.relative_error is None:
         return 1.0

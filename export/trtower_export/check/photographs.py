@@ -1,6 +1,6 @@
-"""Turn a folder, or scikit-image's own wheel, into photographs to compare towers on.
+"""Load photographs to compare towers on, from a folder or from scikit-image's wheel.
 
-Real photographs, because noise excites none of the outlier channels that half precision loses.
+Real photographs are needed: noise does not excite the outlier channels on which half precision fails.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from trtower_export.console import Progress
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
-# All of these lie in scikit-image's wheel; the rest of its data set is downloaded on demand.
+# All of these are in scikit-image's wheel; it downloads the rest of its data set on demand.
 SHIPPED = (
     "astronaut.png",
     "chelsea.png",
@@ -40,21 +40,21 @@ SHIPPED = (
 
 SEED = 0
 SQUARES = 8
-"""Squares along one side of the drawn image of pure colours."""
+"""Squares along each side of the drawn image of pure colours."""
 
-# What Pillow's decoders raise on a damaged file; a bomb is no OSError.
+# What Pillow's decoders raise on a damaged file; DecompressionBombError is not an OSError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-_DAMAGED = "that are no readable image"
+_DAMAGED = "as unreadable"
 
 
 PHOTOGRAPH = "photograph"
 DRAWN = "drawn"
-"""What bounds call the images."""
+"""The kinds of images that bounds are set for."""
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One RGB image and the name of its file; ``kind`` is another where it was drawn and not taken."""
+    """One RGB image and its file name; ``kind`` differs for images that were drawn."""
 
     name: str
     image: Image.Image
@@ -63,7 +63,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Photographs:
-    """The images in order, and of each file that was skipped the reason."""
+    """The images in order, and the reason for each file that was skipped."""
 
     images: tuple[Photograph, ...]
     reasons: Mapping[str, str]
@@ -77,7 +77,7 @@ class Photographs:
     def sha256(self) -> str:
         """A digest of names, sizes and decoded RGB pixels.
 
-        It identifies what the tower was given, whichever file format it came in.
+        It identifies the tower's input, whatever the file format.
         """
         digest = hashlib.sha256()
         for photograph in self.images:
@@ -87,16 +87,16 @@ class Photographs:
         return digest.hexdigest()
 
     def first(self, count: int) -> "Photographs":
-        """Take the first ``count`` of them."""
+        """Return only the first ``count`` images."""
         return replace(self, images=self.images[:count])
 
 
 def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photographs:
-    """Read the photographs of ``folder`` by name, or a dozen from scikit-image's wheel.
+    """Read the photographs of ``folder`` in order of name, or a dozen from scikit-image's wheel.
 
-    They are read as the processor reads them: not turned by their EXIF orientation, and with transparency on white.
-    ``limit`` takes the first that can be read. A file that is damaged, or that the processor refuses, is named in
-    ``skipped``; InputError is raised if none is left.
+    They are read as the processor reads them: EXIF orientation is ignored, and transparency becomes white. With
+    ``limit``, stop after that many readable files. ``skipped`` lists the files that are damaged or that the processor
+    rejects. Raises InputError if none is left.
     """
     paths = _shipped() if folder is None else _image_files(folder)
     skipped: dict[str, str] = {}
@@ -105,14 +105,14 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
         why = "; ".join(reason for reason in dict.fromkeys(skipped.values()) if reason != _DAMAGED)
         raise InputError(
             f"{paths[0].parent} has no readable image: found {_named([*skipped])}, "
-            f"{why or 'damaged or of another format'}; "
+            f"{why or 'damaged or not an image'}; "
             "expected at least one photograph: replace the files or name another folder"
         )
     return Photographs(images, skipped)
 
 
 def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> list[Tensor]:
-    """Turn photographs into pixel_values, each (1, 3, S, S), in FP32; InputError names one that cannot be."""
+    """Preprocess photographs into pixel_values, each (1, 3, S, S) in FP32; InputError names one that fails."""
     prepared = []
     for photograph in photographs:
         try:
@@ -123,18 +123,18 @@ def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> lis
 
 
 def say_skipped(photographs: Photographs, progress: Progress) -> None:
-    """Say which files were skipped, how many, and why."""
-    names: dict[str, list[str]] = {}
+    """Report which files were skipped, how many, and why."""
+    by_reason: dict[str, list[str]] = {}
     for name, reason in photographs.reasons.items():
-        names.setdefault(reason, []).append(name)
-    for reason, some in names.items():
-        progress.say(f"skipped {len(some)} {reason}: {_named(some)}")
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        progress.say(f"skipped {len(names)} {reason}: {_named(names)}")
 
 
 def draw_images(size: int) -> tuple[Photograph, ...]:
-    """Draw what no camera takes, S pixels a side: noise, one grey, all white, and squares of pure colours.
+    """Draw images that no camera takes, ``size`` pixels a side: noise, plain grey, all white, squares of pure colours.
 
-    They reach what photographs do not: every token alike, and every pixel at its limit.
+    They cover cases that photographs do not: all tokens alike, and every pixel at its limit.
     """
     generator = np.random.default_rng(SEED)
     noise = generator.integers(0, 256, (size, size, 3))
@@ -149,19 +149,19 @@ def draw_images(size: int) -> tuple[Photograph, ...]:
 
 
 def _shipped() -> list[Path]:
-    skimage = import_extra("skimage", extra="demo", purpose="the set of a dozen photographs")
+    skimage = import_extra("skimage", extra="demo", purpose="the dozen sample photographs")
     data = Path(skimage.__file__).parent / "data"
     return [data / name for name in SHIPPED]
 
 
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(f"{folder} is not a folder: found {found}, expected a folder of photographs; check the path")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {problem}; expected a folder of photographs: check the path")
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not paths:
         raise InputError(
-            f"{folder} holds no image file: expected {', '.join(sorted(SUFFIXES))} directly in it; "
+            f"{folder} has no image files; expected {', '.join(sorted(SUFFIXES))} directly in it: "
             "add photographs or name another folder"
         )
     return sorted(paths, key=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Load the images that an export runs on: for a precision that is decided on them, and for the check at its end."""
+"""Load the images that an export needs: to choose or calibrate the precision, and for the check at the end."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ from trtower_export.options import ExportOptions
 from trtower_export.precision.program import Samples
 
 CHECK_PHOTOGRAPHS = 2
-"""Photographs in the check that ends an export: enough to find a wrong graph; `trtower check` takes them all."""
+"""Photographs in the check at the end of an export: enough to find a wrong graph. `trtower check` uses all of them."""
 
 
 def load_for_export(options: ExportOptions, progress: Progress) -> Photographs | None:
-    """Load the photographs that were named, or else the demo's; None if the export reads none."""
+    """Load the photographs of --images, or the demo's by default; None if this export needs none."""
     if not options.check and not options.runs_on_images:
         return None
     photographs = load_photographs(options.images, limit=None if options.runs_on_images else CHECK_PHOTOGRAPHS)
     say_skipped(photographs, progress)
     if options.calibrates and options.images is None:
         progress.say(
-            f"WARNING: {options.precision} is calibrated on {len(photographs.images)} photographs of the demo: name "
-            "some that are like those the tower will see, with --images"
+            f"WARNING: calibrating {options.precision} on the demo's {len(photographs.images)} photographs: use "
+            "--images to name photographs like the ones the tower will see"
         )
     return photographs
 
@@ -37,7 +37,7 @@ def load_for_export(options: ExportOptions, progress: Progress) -> Photographs |
 def make_samples(
     options: ExportOptions, photographs: Photographs | None, preprocessor: dict[str, Any], size: int
 ) -> Samples:
-    """Turn photographs, and for a search drawn images of S pixels a side, into what the precision is decided on."""
+    """Prepare the images for choosing a precision: the photographs and, for a search, drawn images."""
     if not options.runs_on_images or photographs is None:
         return Samples()
     processor = ImageProcessor(preprocessor)

@@ -1,1 +1,1 @@
-"""The whole way, offline."""
+"""From checkpoint to a checked and timed bundle, offline."""

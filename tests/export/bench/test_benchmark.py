@@ -1,4 +1,4 @@
-"""A benchmark races towers that compute the same thing, and says who could not run."""
+"""A benchmark races towers that compute the same thing, and reports who could not run."""
 
 import dataclasses
 import io
@@ -36,9 +36,9 @@ from trtower_export.options import Trust
 OPTIONS = BenchOptions(batches=(2, 1, 2), against=("eager", "cudagraph", "onnxruntime", "openvino"), rounds=3, tiles=4)
 
 SAME_TOWER = 0.02
-"""Relative error in half precision or better (7e-4 was seen in FP16, 9e-3 in BF16). A layer off makes more than 0.3."""
+"""Relative error in half precision or better (measured: 7e-4 in FP16, 9e-3 in BF16). One layer off makes over 0.3."""
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens where there is no GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -62,50 +62,50 @@ def torch_arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
 
 
 @pytest.fixture(scope="module")
-def found(bundle: Bundle, checkpoint: Checkpoint) -> Benchmark:
+def result(bundle: Bundle, checkpoint: Checkpoint) -> Benchmark:
     return run_benchmark(bundle, checkpoint, OPTIONS, LoggedProgress())
 
 
-def printed(found: Benchmark, width: int) -> str:
+def printed(result: Benchmark, width: int) -> str:
     stream = io.StringIO()
-    print_benchmark(Console(file=stream, width=width), found)
+    print_benchmark(Console(file=stream, width=width), result)
     return stream.getvalue()
 
 
-def test_everybody_races_at_every_batch(found: Benchmark) -> None:
+def test_every_entrant_races_at_every_batch(result: Benchmark) -> None:
     racers = ("trtower", "llava", "eager", "onnxruntime")
-    assert [(each.batch, each.entrant) for each in found.timings] == [(b, name) for b in (1, 2) for name in racers]
-    assert {each.rounds for each in found.timings} == {3}
-    assert [each.entrant for each in found.cold] == list(racers)
+    assert [(each.batch, each.entrant) for each in result.timings] == [(b, name) for b in (1, 2) for name in racers]
+    assert {each.rounds for each in result.timings} == {3}
+    assert [each.entrant for each in result.cold] == list(racers)
 
 
-def test_who_cannot_race_is_named_with_the_reason(found: Benchmark) -> None:
-    assert found.absent == {"cudagraph": "CUDA graphs need a GPU", "openvino": "it is what trtower runs here"}
+def test_entrant_that_cannot_race_is_named_with_the_reason(result: Benchmark) -> None:
+    assert result.absent == {"cudagraph": "CUDA graphs need a GPU", "openvino": "trtower itself runs on it here"}
 
 
-def test_figures_follow_from_the_medians(found: Benchmark) -> None:
-    medians = {(each.entrant, each.batch): each.median_s for each in found.timings}
-    for each in found.timings:
+def test_figures_follow_from_the_medians(result: Benchmark) -> None:
+    medians = {(each.entrant, each.batch): each.median_s for each in result.timings}
+    for each in result.timings:
         assert each.images_per_s == pytest.approx(each.batch / each.median_s)
         assert each.times_llava == pytest.approx(medians["llava", each.batch] / each.median_s)
-        floor = each.batch * found.bundle["flop_an_image"] / found.ceilings[each.arithmetic]
+        floor = each.batch * result.bundle["flop_an_image"] / result.ceilings[each.arithmetic]
         assert each.share == pytest.approx(floor / each.median_s)
         assert each.median_s <= each.p99_s
 
 
-def test_towers_compute_the_same(found: Benchmark) -> None:
-    assert max(each.error for each in found.timings) < SAME_TOWER
-    assert next(each.error for each in found.timings if each.entrant == "llava") < 1e-5
+def test_all_entrants_compute_the_same(result: Benchmark) -> None:
+    assert max(each.error for each in result.timings) < SAME_TOWER
+    assert next(each.error for each in result.timings if each.entrant == "llava") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name != "cudagraph")])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whatever the layers and the tokens."""
+    """With any layers and tokens."""
     if name == "openvino-bf16" and not has_bf16(pytest.importorskip("openvino")):
-        pytest.skip("this processor has no BF16 products")
-    monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)  # a small tower is done soon all the same
+        pytest.skip("this processor has no BF16 arithmetic")
+    monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)  # a small tower is fast even without it
     folder = export("dinov2", select_layer=(1, -2), select_feature="cls_patch", flavour="none")
     arena = Arena.open(Bundle.open(folder), open_checkpoint(str(checkpoints["dinov2"])), "onnxruntime-cpu")
     if name == "onnxruntime":
@@ -118,18 +118,18 @@ def test_every_entrant_reads_the_tower_of_the_bundle(
 
 
 @pytest.mark.parametrize(("flags", "multiplies"), [("avx2 fma", False), ("avx2 avx512_bf16", True)])
-def test_pytorch_races_in_bf16_where_the_processor_has_it(
+def test_pytorch_races_in_bf16_if_the_processor_has_it(
     torch_arena: Arena, monkeypatch: pytest.MonkeyPatch, flags: str, *, multiplies: bool
 ) -> None:
     monkeypatch.setattr("trtower_export.bench.environment._processor_fields", lambda: {"flags": flags})
     if multiplies:
         assert enter(torch_arena, "sdpa-bf16").arithmetic == "bf16"
     else:
-        with pytest.raises(BackendError, match="this processor has no BF16 products"):
+        with pytest.raises(BackendError, match="this processor has no BF16 arithmetic"):
             enter(torch_arena, "sdpa-bf16")
 
 
-def test_half_precision_entrant_leaves_the_others_weights_alone(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_entrant_does_not_change_other_weights(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)
     before = arena.reference(module.draw_images(arena, 1))
     full = enter(arena, "sdpa")
@@ -139,29 +139,29 @@ def test_half_precision_entrant_leaves_the_others_weights_alone(arena: Arena, mo
     assert torch.equal(arena.reference(images), before)
 
 
-def test_time_and_memory_of_one_alone_are_its_own(found: Benchmark) -> None:
-    cold = {each.entrant: each for each in found.cold}
-    assert all(each.load_s > 0 and each.first_s > 0 for each in found.cold)
-    assert cold["llava"].peak_bytes > cold["trtower"].peak_bytes  # transformers is in one of them alone
+def test_cold_start_measures_its_own_process(result: Benchmark) -> None:
+    cold = {each.entrant: each for each in result.cold}
+    assert all(each.load_s > 0 and each.first_s > 0 for each in result.cold)
+    assert cold["llava"].peak_bytes > cold["trtower"].peak_bytes  # only llava imports transformers
 
 
-def test_list_is_raced_against_the_loop(found: Benchmark) -> None:
-    assert found.tiles
-    assert (found.tiles.images, found.tiles.rounds) == (4, 3)
-    assert found.tiles.llava_s > 0 < found.tiles.trtower_s
+def test_list_is_raced_against_the_loop(result: Benchmark) -> None:
+    assert result.tiles
+    assert (result.tiles.images, result.tiles.rounds) == (4, 3)
+    assert result.tiles.llava_s > 0 < result.tiles.trtower_s
 
 
-def test_both_read_the_whole_list(arena: Arena, count_calls: Callable[[VisionTower], list[int]]) -> None:
-    ours, seen = count_calls(arena.tower), list[int]()
+def test_both_towers_read_the_whole_list(arena: Arena, count_calls: Callable[[VisionTower], list[int]]) -> None:
+    ours, llavas = count_calls(arena.tower), list[int]()
     llava = enter(arena, "llava")
-    llava = dataclasses.replace(llava, call=lambda images: seen.append(len(images)))
-    found = module._race_over_a_list(arena, [enter(arena, "trtower"), llava], 6, 2, {})
-    assert found == dataclasses.replace(found, images=6, rounds=2)
-    assert ours == [4, 2] * 3  # a round that does not count, and two that do
-    assert seen == [1] * 18
+    llava = dataclasses.replace(llava, call=lambda images: llavas.append(len(images)))
+    timing = module._race_over_a_list(arena, [enter(arena, "trtower"), llava], 6, 2, {})
+    assert timing == dataclasses.replace(timing, images=6, rounds=2)
+    assert ours == [4, 2] * 3  # one uncounted round and two that count
+    assert llavas == [1] * 18
 
 
-def test_list_that_cannot_be_run_is_named_and_the_rest_stays(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_that_does_not_run_is_named_and_other_results_stay(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no room for\nso many")
 
@@ -180,7 +180,7 @@ def test_bundle_that_does_not_run_is_an_error(export: Callable[..., Path], check
         run_benchmark(Bundle.open(folder), checkpoint, options, LoggedProgress())
 
 
-def test_checkpoint_of_other_weights_is_refused(bundle: Bundle, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_with_other_weights_is_refused(bundle: Bundle, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(checkpoints["clip"], tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
@@ -189,7 +189,7 @@ def test_checkpoint_of_other_weights_is_refused(bundle: Bundle, checkpoints: dic
         run_benchmark(bundle, open_checkpoint(str(other)), OPTIONS, LoggedProgress())
 
 
-def test_what_a_checkpoint_is_trusted_with_reaches_those_that_run_alone(
+def test_trust_in_a_checkpoint_reaches_the_cold_start(
     bundle: Bundle, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     pickled = Path(shutil.copytree(checkpoints["clip"], tmp_path / "pickled"))
@@ -200,7 +200,7 @@ def test_what_a_checkpoint_is_trusted_with_reaches_those_that_run_alone(
     assert module._run_cold(bundle, checkpoint, "sdpa", None, "cpu", 1, absent), absent
 
 
-def test_half_precision_alone_does_not_keep_full_precision_beside_it(torch_arena: Arena) -> None:
+def test_copy_in_the_same_precision_shares_its_weights(torch_arena: Arena) -> None:
     torch_arena.model.to(torch.bfloat16)
     before = {id(parameter) for parameter in torch_arena.model.parameters()}
     assert {id(parameter) for parameter in entrants._copy_of_model(torch_arena, "bf16").parameters()} == before
@@ -220,10 +220,10 @@ def test_entrant_that_breaks_is_named_and_the_others_go_on(
     monkeypatch.setattr(module, "enter", break_eager)
     monkeypatch.setattr(module, "_run_cold", lambda *_: None)
     options = dataclasses.replace(OPTIONS, against=("eager", "sdpa"), batches=(1,), tiles=0)
-    found = run_benchmark(bundle, checkpoint, options, LoggedProgress())
-    assert found.absent == {"eager at batch 1": "no room for 1 images"}
-    assert [each.entrant for each in found.timings] == ["trtower", "llava", "sdpa"]
-    assert found.tiles is None
+    result = run_benchmark(bundle, checkpoint, options, LoggedProgress())
+    assert result.absent == {"eager at batch 1": "no room for 1 images"}
+    assert [each.entrant for each in result.timings] == ["trtower", "llava", "sdpa"]
+    assert result.tiles is None
 
 
 def test_entrant_that_breaks_in_the_race_is_out_and_the_others_go_on() -> None:
@@ -242,7 +242,7 @@ def test_entrant_that_breaks_in_the_race_is_out_and_the_others_go_on() -> None:
 
 
 @pytest.mark.parametrize("stdout", ["", "a line of a library's\n"])
-def test_one_alone_that_answers_nothing_is_named(
+def test_cold_start_without_a_result_is_named(
     bundle: Bundle, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stdout: str
 ) -> None:
     absent: dict[str, str] = {}
@@ -251,29 +251,29 @@ def test_one_alone_that_answers_nothing_is_named(
     assert module._run_cold(bundle, checkpoint, "eager", None, "cpu", 1, absent) is None
     assert absent == {"eager, alone": "exit status 0"}
     done.stdout = '{"load_s": 1.0, "first_s": 2.0, "peak_bytes": 3}\nand a line after it\n'
-    found = module._run_cold(bundle, checkpoint, "eager", None, "cpu", 1, absent)
-    assert found == ColdStart(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
+    result = module._run_cold(bundle, checkpoint, "eager", None, "cpu", 1, absent)
+    assert result == ColdStart(entrant="eager", load_s=1.0, first_s=2.0, peak_bytes=3)
 
 
-def test_entrant_that_breaks_alone_is_named(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def test_entrant_that_breaks_in_its_cold_start_is_named(bundle: Bundle, checkpoint: Checkpoint) -> None:
     absent: dict[str, str] = {}
     gone = dataclasses.replace(checkpoint, source="nowhere/at-all")
     assert module._run_cold(bundle, gone, "eager", None, "cpu", 1, absent) is None
     assert "CheckpointError" in absent["eager, alone"]
 
 
-def test_competitors_run_in_turn_after_a_round_that_does_not_count() -> None:
+def test_competitors_run_in_turn_after_an_uncounted_round() -> None:
     order: list[str] = []
     seconds = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order == ["a", "b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceiling_is_measured_only_for_arithmetic_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.measure_ceilings.__globals__["SIZE"], "cpu", 256)
-    found = measure_ceilings(torch.device("cpu"), {"fp32", "bf16", "fp16", "int8"})
-    assert sorted(found) == ["bf16", "fp32"]
-    assert all(1e8 < flops < 1e15 for flops in found.values())
+    ceilings = measure_ceilings(torch.device("cpu"), {"fp32", "bf16", "fp16", "int8"})
+    assert sorted(ceilings) == ["bf16", "fp32"]
+    assert all(1e8 < flops < 1e15 for flops in ceilings.values())
 
 
 @pytest.mark.parametrize(
@@ -282,15 +282,15 @@ def test_ceiling_is_of_arithmetic_that_the_device_has(monkeypatch: pytest.Monkey
         ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or openvino-bf16"),
         ({"against": ("compiled",)}, "'compiled'; did you mean 'compile'"),
         ({"batches": (1, 0)}, "--batch 1,0: each must be at least 1"),
-        ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager names one twice"),
+        ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager has a duplicate"),
     ],
 )
-def test_what_cannot_be_raced_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BenchOptions(**options)
 
 
-def test_version_of_the_driver_is_read_from_what_its_module_says(tmp_path: Path) -> None:
+def test_version_of_the_driver_is_read_from_its_kernel_module(tmp_path: Path) -> None:
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version: 14.2\n"
     )
@@ -298,53 +298,53 @@ def test_version_of_the_driver_is_read_from_what_its_module_says(tmp_path: Path)
     assert read_driver(tmp_path / "none") is None
 
 
-def test_rate_in_the_plot_is_written_out() -> None:
+def test_rate_in_the_plot_has_no_exponent() -> None:
     assert [_rate(rate) for rate in (0.4587, 27.76, 1328.45)] == ["0.459", "27.8", "1328"]
 
 
-def test_json_has_everything_and_where_it_was_measured(found: Benchmark) -> None:
-    data = json.loads(as_json(found))
-    assert len(data["timings"]) == len(found.timings)
+def test_json_has_all_results_and_the_environment(result: Benchmark) -> None:
+    data = json.loads(as_json(result))
+    assert len(data["timings"]) == len(result.timings)
     assert {"date", "processor", "threads", "versions", "device"} <= data["environment"].keys()
     assert data["environment"]["versions"]["torch"] == torch.__version__
     assert data["bundle"]["precision"] == "fp16"
     assert data.keys() == {"bundle", "environment", "ceilings", "timings", "cold", "tiles", "absent"}
 
 
-def test_table_is_whole_on_a_narrow_console_and_names_who_did_not_run(found: Benchmark) -> None:
-    text = printed(found, width=40)
-    for each in found.timings:
+def test_table_is_complete_on_a_narrow_console_and_names_who_did_not_run(result: Benchmark) -> None:
+    text = printed(result, width=40)
+    for each in result.timings:
         assert f"{each.median_s * 1e3:.1f}" in text
         assert each.runs_on in text
     assert "cudagraph did not run: CUDA graphs need a GPU" in text
     assert "…" not in text
 
 
-def test_error_that_is_not_finite_is_none_in_json_and_words_in_the_table(found: Benchmark) -> None:
+def test_error_that_is_not_finite_is_null_in_json_and_text_in_the_table(result: Benchmark) -> None:
     assert module._error(torch.full((1, 2), torch.inf), torch.ones(1, 2)) is None
     assert module._error(torch.ones(1, 2), torch.ones(1, 2)) == 0.0
-    broken = dataclasses.replace(found, timings=(dataclasses.replace(found.timings[0], error=None),))
+    broken = dataclasses.replace(result, timings=(dataclasses.replace(result.timings[0], error=None),))
     assert json.loads(as_json(broken))["timings"][0]["error"] is None
     assert "not finite" in printed(broken, width=200)
 
 
-def test_table_says_what_it_is_of_and_whether_the_machine_was_busy(found: Benchmark) -> None:
-    even = tuple(dataclasses.replace(each, p99_s=1.4 * each.median_s) for each in found.timings)
+def test_output_names_the_bundle_and_says_if_the_machine_was_busy(result: Benchmark) -> None:
+    even = tuple(dataclasses.replace(each, p99_s=1.4 * each.median_s) for each in result.timings)
     uneven = (*even[:-1], dataclasses.replace(even[-1], p99_s=2.5 * even[-1].median_s))
-    texts = [printed(dataclasses.replace(found, timings=timings), width=200) for timings in (even, uneven)]
-    assert all(f"{found.bundle['path']}: fp16, not certified for what ran here" in text for text in texts)
+    texts = [printed(dataclasses.replace(result, timings=timings), width=200) for timings in (even, uneven)]
+    assert all(f"{result.bundle['path']}: fp16, not certified for this backend" in text for text in texts)
     assert ["this machine was busy" in text for text in texts] == [False, True]
     assert f"{uneven[-1].entrant} took up to 2.5 times its median" in texts[1]
 
 
-def test_longest_is_the_99th_percentile_of_a_few_and_not_of_many() -> None:
+def test_99th_percentile_of_a_few_rounds_is_the_longest() -> None:
     few, many = [1.0, 2.0, 9.0], [*(1.0 for _ in range(199)), 9.0]
     entrant = SimpleNamespace(name="a", runs_on="", arithmetic="fp32")
-    made = [module._timing(entrant, 1, seconds, None, None, 0.0) for seconds in (few, many)]
-    assert [(each.median_s, each.p99_s) for each in made] == [(2.0, 9.0), (1.0, 1.0)]
+    timings = [module._timing(entrant, 1, seconds, None, None, 0.0) for seconds in (few, many)]
+    assert [(each.median_s, each.p99_s) for each in timings] == [(2.0, 9.0), (1.0, 1.0)]
 
 
-def test_ceiling_is_two_flop_a_product_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceiling_counts_two_flop_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure_ceilings.__globals__["SIZE"], "cpu", 100)
     monkeypatch.setitem(
         measure_ceilings.__globals__, "race", lambda *_, **__: {"torch": [0.5], "openvino": [0.9, 0.25]}
@@ -352,10 +352,10 @@ def test_ceiling_is_two_flop_a_product_and_sum(monkeypatch: pytest.MonkeyPatch) 
     assert measure_ceilings(torch.device("cpu"), {"fp32"}) == {"fp32": 2 * 100**3 / 0.25}
 
 
-def test_plot_has_a_bar_for_each(found: Benchmark) -> None:
-    one = dataclasses.replace(found, timings=found.timings[:1])
-    heights = [Image.open(io.BytesIO(draw_benchmark(each))).height for each in (one, found)]
-    assert heights[1] - heights[0] == 60 * (len(found.timings) - 1)
+def test_plot_has_a_bar_for_each_timing(result: Benchmark) -> None:
+    one = dataclasses.replace(result, timings=result.timings[:1])
+    heights = [Image.open(io.BytesIO(draw_benchmark(each))).height for each in (one, result)]
+    assert heights[1] - heights[0] == 60 * (len(result.timings) - 1)
 
 
 @pytest.mark.parametrize(
@@ -372,15 +372,15 @@ def test_plot_names_the_backend_that_ran(runs_on: str, label: str) -> None:
     assert label_entrant(dataclasses.replace(timing("sdpa"), runs_on="PyTorch 2.13.0")) == "sdpa (fp16)"
 
 
-def test_plot_says_each_batch_once(found: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_labels_each_batch_once(result: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
     monkeypatch.setattr("trtower_export.bench.tables.to_png", lambda figure: figures.append(figure) or b"")
-    draw_benchmark(found)
+    draw_benchmark(result)
     (axes,) = figures[0].axes
     texts = [text.get_text() for text in axes.texts]
     assert [text for text in texts if text.startswith("batch")] == ["batch 1", "batch 2"]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == [label_entrant(each) for each in found.timings]
+    assert names == [label_entrant(each) for each in result.timings]
     assert names[0] == "trtower on OpenVINO (fp32)"
 
 
@@ -400,9 +400,7 @@ def timing(entrant: str) -> Timing:
     )
 
 
-def test_command_writes_what_it_is_asked_for(
-    clip_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_json_and_plot(clip_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch", "1,1,1", "--against", "", "--rounds", "1", "--tiles", "0"]
     assert run(["bench", str(clip_bundle), *options, "--json", "--plot", str(tmp_path / "b.png")]) == 0
     assert json.loads(capsys.readouterr().out)["tiles"] is None
@@ -410,7 +408,7 @@ def test_command_writes_what_it_is_asked_for(
 
 
 @pytest.mark.parametrize("batch", [["1,2"], ["1, 2"], ["1", "--batch", "2"]])
-def test_command_races_at_the_batches_that_are_named(
+def test_command_races_at_the_given_batches(
     clip_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: list[str]
 ) -> None:
     monkeypatch.setattr(module, "_run_cold", lambda *_: None)
@@ -433,7 +431,7 @@ def test_command_races_at_the_batches_that_are_named(
         (["--backend", "tensorrt"], "tensorrt"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_a_one_line_error(
     clip_bundle: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bench", str(clip_bundle), *arguments]) in (1, 2)

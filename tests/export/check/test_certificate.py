@@ -1,4 +1,4 @@
-"""A certificate speaks of every batch and every kind of image, and names what it does not speak of."""
+"""A certificate covers every batch and every kind of image, and names what it does not cover."""
 
 import json
 import shutil
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from trtower_export.check.evidence import ImageEvidence
 
 WRONG = 0.01
-"""Relative error: FP32 leaves 1e-6 here, and an image whose tokens are turned around 0.3 of all."""
+"""Relative error: FP32 makes 1e-6 here; one image with reversed tokens makes 0.3 over all images."""
 
 BATCHES = [1, 2, 4, 5]
-"""Of conftest's profile 1 2 4; 5 images take a call of 4 and one of 1."""
+"""The batches of conftest's profile 1 2 4; 5 images take a call of 4 and a call of 1."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def clip(checkpoints: dict[str, Path]) -> Path:
 
 
 def turn_around(hidden_states: torch.Tensor) -> None:
-    """Give tokens in reverse: finite, of the right size, and wrong."""
+    """Reverse the tokens: finite, of the right size, and wrong."""
     hidden_states.copy_(hidden_states.flip(-2))
 
 
@@ -72,21 +72,21 @@ def test_every_profile_is_checked() -> None:
 def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path
 ) -> None:
-    asked: dict[int, set[bytes]] = {}
+    by_batch: dict[int, set[bytes]] = {}
     run_batch, calls = certify.run_batch, []
 
     def watch(*arguments: object) -> torch.Tensor:
         pixel_values = arguments[-1]
         assert isinstance(pixel_values, torch.Tensor)
-        asked.setdefault(len(pixel_values), set()).update(image.numpy().tobytes() for image in pixel_values)
+        by_batch.setdefault(len(pixel_values), set()).update(image.numpy().tobytes() for image in pixel_values)
         return run_batch(*arguments)
 
     monkeypatch.setattr(certify, "run_batch", watch)
     wrap_runner(monkeypatch, lambda pixel_values, _: calls.append(len(pixel_values)))
     certificate = check(fp32_bundle, clip)
     assert certificate.passed
-    assert [each.batch for each in certificate.batches] == sorted(asked) == BATCHES
-    assert {batch: len(images) for batch, images in asked.items()} == dict.fromkeys(BATCHES, 2 + 4)
+    assert [each.batch for each in certificate.batches] == sorted(by_batch) == BATCHES
+    assert {batch: len(images) for batch, images in by_batch.items()} == dict.fromkeys(BATCHES, 2 + 4)
     assert set(calls) == {1, 2, 4}
     assert calls[-2:] == [4, 1]
 
@@ -95,14 +95,14 @@ def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
 def test_engine_that_is_wrong_at_one_size_of_batch_fails_and_the_batch_is_named(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path, size: int, wrong: list[int]
 ) -> None:
-    wrap_runner(monkeypatch, lambda pixel_values, found: turn_around(found) if len(pixel_values) == size else None)
+    wrap_runner(monkeypatch, lambda pixel_values, output: turn_around(output) if len(pixel_values) == size else None)
     certificate = check(fp32_bundle, clip)
     assert not certificate.passed
     assert wrong_batches(certificate) == wrong
     assert missed(certificate) == {"photograph", "drawn"}
 
 
-def test_batch_in_pieces_that_is_wrong_in_the_second_alone_fails(
+def test_split_batch_that_is_wrong_only_in_its_second_call_fails(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path
 ) -> None:
     before = [0]
@@ -119,19 +119,19 @@ def test_batch_in_pieces_that_is_wrong_in_the_second_alone_fails(
 
 
 def test_bound_measures_the_worst_batch(monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path) -> None:
-    wrap_runner(monkeypatch, lambda pixel_values, found: turn_around(found) if len(pixel_values) == 2 else None)
+    wrap_runner(monkeypatch, lambda pixel_values, output: turn_around(output) if len(pixel_values) == 2 else None)
     certificate = check(fp32_bundle, clip)
     (worst,) = (each.bundle for each in certificate.batches if each.batch == 2)
     measured = {(bound.figure, bound.images): bound.measured for bound in certificate.bounds}
     cosines = [measured["token_cosine_min", images] for images in ("photograph", "drawn")]
     assert min(cosines) == worst.token_cosine_min
     errors = [measured["relative_error", images] for images in ("photograph", "drawn")]
-    assert min(errors) < worst.relative_error < max(errors)  # which is over both kinds together
-    assert worst.relative_error > 1.9 * certificate.bundle.relative_error  # which is over four batches, three sound
+    assert min(errors) < worst.relative_error < max(errors)  # the batch covers both kinds together
+    assert worst.relative_error > 1.9 * certificate.bundle.relative_error  # four batches, three sound
 
 
 def saturated(bundle: Path) -> Callable[[torch.Tensor], bool]:
-    """Make a test of whether an image, as the tower is given it, has 0 and 255 alone."""
+    """Return a function that tells whether a preprocessed image consists only of 0 and 255."""
     processor = ImageProcessor.from_file(bundle / PREPROCESSOR)
     black, white = (
         (torch.full((3,), level) - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)
@@ -146,16 +146,16 @@ def saturated(bundle: Path) -> Callable[[torch.Tensor], bool]:
 
 
 @pytest.mark.parametrize(("spoilt", "kind"), [(True, "drawn"), (False, "photograph")])
-def test_bundle_that_is_wrong_on_one_kind_of_image_misses_the_bounds_of_that_kind_alone(
+def test_bundle_that_is_wrong_on_one_kind_of_image_misses_only_the_bounds_of_that_kind(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path, spoilt: bool, kind: str
 ) -> None:
-    """Saturated images are spoilt, or all that look like photographs: not saturated, not one grey, not noise."""
+    """Either saturated images are wrong, or everything that looks like a photograph: not saturated, grey or noise."""
     is_saturated = saturated(fp32_bundle)
 
     def spoil(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
         for image, tokens in zip(pixel_values, hidden_states, strict=True):
             neighbours = float((image[:, 1:] - image[:, :-1]).abs().mean() / image.std().clamp_min(1e-6))
-            photograph = not is_saturated(image) and 0 < neighbours < 0.8  # of noise it is 1.1
+            photograph = not is_saturated(image) and 0 < neighbours < 0.8  # noise has 1.1
             if is_saturated(image) if spoilt else photograph:
                 turn_around(tokens)
 
@@ -166,7 +166,7 @@ def test_bundle_that_is_wrong_on_one_kind_of_image_misses_the_bounds_of_that_kin
     wrong = {image.kind for image in certificate.images if image.bundle.relative_error > WRONG}
     assert wrong == ({"saturated"} if spoilt else {"photograph"})
     quick = check(fp32_bundle, clip, quick=True)
-    assert quick.passed is spoilt  # which looks at no drawn image
+    assert quick.passed is spoilt  # a quick check runs no drawn image
 
 
 def test_photographs_and_drawn_images_have_bounds_of_their_own(fp32_bundle: Path, clip: Path) -> None:
@@ -178,18 +178,18 @@ def test_photographs_and_drawn_images_have_bounds_of_their_own(fp32_bundle: Path
     assert len(certificate.bounds) == 2 * len(figures) == 2 * 4
 
 
-def test_quick_check_takes_photographs_at_the_smallest_batch_alone(fp32_bundle: Path, clip: Path) -> None:
+def test_quick_check_runs_only_photographs_and_only_the_smallest_batch(fp32_bundle: Path, clip: Path) -> None:
     certificate = check(fp32_bundle, clip, quick=True)
     assert [each.batch for each in certificate.batches] == [1]
     assert {image.kind for image in certificate.images} == {"photograph"}
     assert {bound.images for bound in certificate.bounds} == {"photograph"}
 
 
-def test_evidence_is_shown_of_every_image(export: Callable[..., Path], clip: Path) -> None:
-    seen: list[ImageEvidence] = []
-    certificate = check(export("clip", flavour="none"), clip, on_image=seen.append)
-    assert [(each.name, each.kind) for each in seen] == [(image.name, image.kind) for image in certificate.images]
-    for each in seen:
+def test_evidence_is_reported_for_every_image(export: Callable[..., Path], clip: Path) -> None:
+    evidence: list[ImageEvidence] = []
+    certificate = check(export("clip", flavour="none"), clip, on_image=evidence.append)
+    assert [(each.name, each.kind) for each in evidence] == [(image.name, image.kind) for image in certificate.images]
+    for each in evidence:
         assert each.pixel_values.shape == (3, 42, 42)
         assert each.reference.shape == each.bundle.shape == each.torch.shape == (10, 64)
         assert {tensor.dtype for tensor in (each.pixel_values, each.reference, each.bundle, each.torch)} == {
@@ -223,16 +223,16 @@ def pictures(folder: Path, *, readable: int, damaged: int = 0) -> Path:
 
 @pytest.fixture
 def checkable(export: Callable[..., Path], tmp_path: Path) -> Path:
-    """Give a bundle in FP16, without a plan, that a certificate may be written into."""
+    """Return an FP16 bundle without a plan that the test may write into."""
     return Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "checked"))
 
 
-def test_plan_that_is_altered_is_not_said_to_be_built(spoilt: Path, clip: Path) -> None:
+def test_altered_plan_is_refused_and_not_listed_as_built(spoilt: Path, clip: Path) -> None:
     (plan,) = (spoilt / "plans").glob("*.plan")
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)
-    with pytest.raises(BundleError, match=f"{plan.name} was altered: copy the bundle again, or build the plan again"):
+    with pytest.raises(BundleError, match=f"{plan.name} was altered: copy the bundle again, or rebuild the plan"):
         check(spoilt, clip, quick=True)
     assert "NOT run" not in as_text(inspect_bundle(Bundle.open(spoilt)))
 
@@ -243,8 +243,7 @@ def test_skipped_images_are_named_and_counted(
     folder = pictures(tmp_path / "pictures", readable=2, damaged=4)
     assert run(["check", str(checkable), "--images", str(folder)]) == 0
     assert (
-        "  skipped 4 that are no readable image: damaged-0.jpg, damaged-1.jpg, damaged-2.jpg and 1 more\n"
-        in capsys.readouterr().err
+        "  skipped 4 as unreadable: damaged-0.jpg, damaged-1.jpg, damaged-2.jpg and 1 more\n" in capsys.readouterr().err
     )
     certificate = Bundle.open(checkable).manifest.certificate
     assert certificate
@@ -268,7 +267,7 @@ def test_folder_of_unreadable_images_is_one_line_of_error(
 
 @pytest.fixture
 def infinite(clip: Path, tmp_path: Path) -> Path:
-    """Give a checkpoint whose third layer computes infinity in FP32."""
+    """Return a checkpoint whose third layer computes infinity in FP32."""
     folder = Path(shutil.copytree(clip, tmp_path / "infinite"))
     model = open_checkpoint(str(folder)).load_model()
     layers = getattr(model, "vision_model", model).encoder.layers
@@ -289,8 +288,8 @@ def test_checkpoint_that_is_not_finite_in_fp32_is_sent_to_the_doctor_in_one_line
     assert run(["check", str(bundle.path), "--images", str(folder)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == (
-        f"error: {infinite} is not finite in FP32 on picture-0.png already, so nothing can be compared with it: "
-        f"trtower doctor {infinite} names the operation."
+        f"error: {infinite} is not finite in FP32 on picture-0.png, so nothing can be compared with it: "
+        f"run trtower doctor {infinite} to find the operation."
     )
     assert Bundle.open(bundle.path).manifest.certificate is None
     assert run(["doctor", str(infinite), "--images", str(folder)]) == 1
@@ -308,27 +307,27 @@ def test_check_without_a_gpu_says_so(checkable: Path, tmp_path: Path, capsys: py
     said = f"the ONNX graph was run on {certificate.runner}, not run on a GPU"
     assert f"passed: {said}" in table
     for batch in BATCHES:
-        assert f"\n{batch} at once " in table
+        assert f"\nbatch {batch} " in table
     assert run(["inspect", str(checkable)]) == 0
     text = capsys.readouterr().out
     assert f"passed on {certificate.date}, 5 images, 1, 2, 4, 5 at once: {said}" in text
 
 
-def test_layers_are_printed_and_given_as_json_where_they_are_asked_for(
+def test_by_layer_prints_the_layers_and_adds_them_to_the_json(
     checkable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["check", str(checkable), "--images", str(pictures(tmp_path / "pictures", readable=1))]
     assert run([*arguments, "--by-layer"]) == 0
     table = capsys.readouterr().out
     header = next(line for line in table.splitlines() if "hidden state" in line)
-    assert " ".join(header.split()) == "hidden state cos min rel error PyTorch's worst image token"
+    assert " ".join(header.split()) == "hidden state cosine min rel. error PyTorch's error worst image worst token"
     rows = table.splitlines()[table.splitlines().index(header) + 1 :][:4]
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
     assert "no layer's error jumps" in table
     assert run([*arguments, "--by-layer", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3]
-    assert {layer["worst_image"] for layer in found["layers"]} <= {image["name"] for image in found["images"]}
+    data = json.loads(capsys.readouterr().out)
+    assert [layer["layer"] for layer in data["layers"]] == [0, 1, 2, 3]
+    assert {layer["worst_image"] for layer in data["layers"]} <= {image["name"] for image in data["images"]}
     assert run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == []
 
@@ -357,8 +356,8 @@ def test_report_that_cannot_be_written_is_refused_before_the_check(
     pytest.importorskip("matplotlib")
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    monkeypatch.setattr(certify, "check_bundle", lambda *_, **__: pytest.fail("the check was begun"))
+    monkeypatch.setattr(certify, "check_bundle", lambda *_, **__: pytest.fail("the check was started"))
     assert run(["check", str(checkable), "--report", str(taken)]) == 1
     *_, line = capsys.readouterr().err.splitlines()
-    assert line == f"error: {taken} is a file, or lies in one; a report takes a folder: name another."
+    assert line == f"error: {taken} is a file or inside one, but a report needs a folder: name another."
     assert taken.read_text() == "mine"

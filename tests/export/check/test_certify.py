@@ -1,4 +1,4 @@
-"""A check that could not fail would prove nothing."""
+"""The check passes sound bundles and fails broken ones: one that could not fail would prove nothing."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_sound_bundle_passes(
     assert [image.name for image in certificate.images] == ["astronaut.png", "chelsea.png"]
 
 
-def test_photographs_of_one_name_keep_their_own_figures(
+def test_photographs_of_the_same_name_keep_their_own_figures(
     export: Callable[..., Path], checkpoints: dict[str, Path]
 ) -> None:
     bundle, checkpoint = Bundle.open(export("clip", flavour="none")), open_checkpoint(str(checkpoints["clip"]))
@@ -93,8 +93,8 @@ def test_tower_cut_one_layer_off_fails(export: Callable[..., Path], checkpoints:
         progress=LoggedProgress(),
     )
     assert honest.passed
-    # The same graph, said to be the layer before: what a wrong index would ship.
-    cut = replace(bundle.manifest.cut, layers=3)  # or the manifest would contradict itself
+    # The same graph, declared as the layer before: what a wrong index would ship.
+    cut = replace(bundle.manifest.cut, layers=3)  # keeps the manifest consistent
     lying = Bundle(bundle.path, replace(bundle.manifest, spec=replace(bundle.manifest.spec, layers=(3,)), cut=cut))
     checkpoint = open_checkpoint(str(checkpoints["clip"]))
     weights = hash_later(checkpoint.load_model(), lying.manifest.spec).result()
@@ -122,7 +122,7 @@ def test_overflow_in_half_precision_fails(
 
 
 def test_damaged_weight_fails(spoilt: Path, checkpoints: dict[str, Path]) -> None:
-    """One row of one matrix, with the hashes made to fit: only the arithmetic can find it."""
+    """One row of one matrix is changed and the hashes updated, so only arithmetic can find it."""
     model = onnx.load(spoilt / GRAPH)
     tensor = next(t for t in model.graph.initializer if list(t.dims) == [64, 128])
     values = numpy_helper.to_array(tensor).copy()
@@ -132,9 +132,7 @@ def test_damaged_weight_fails(spoilt: Path, checkpoints: dict[str, Path]) -> Non
     assert not run_check(spoilt, checkpoints["clip"]).passed
 
 
-def test_other_weights_than_the_bundle_s_are_refused(
-    spoilt: Path, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_checkpoint_with_other_weights_is_refused(spoilt: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     other = open_checkpoint(str(checkpoints["clip"])).load_model()
     next(iter(other.parameters())).view(-1)[0] += 1
     other.save_pretrained(tmp_path / "other")
@@ -160,16 +158,16 @@ def test_emulation_rounds_after_every_operation(export: Callable[..., Path], che
         export("clip", precision="bf16", flavour="none"), checkpoints["clip"], backend="emulated-bf16"
     )
     assert "emulated" in certificate.backend
-    # FP32 arithmetic on rounded weights alone makes about half of PyTorch's own BF16 error.
+    # FP32 arithmetic on rounded weights makes only about half of PyTorch's own BF16 error.
     assert 0.8 < certificate.bundle.relative_error / certificate.torch.relative_error < 1.25
     with pytest.raises(ConfigError, match="is for bf16"):
         run_check(export("clip", flavour="none"), checkpoints["clip"], backend="emulated-bf16")
 
 
-def test_figures_are_what_they_are_called() -> None:
+def test_figures_match_their_definitions() -> None:
     reference = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
-    found = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])
-    figures = MetricSums.of(found, reference).figures()
+    features = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])
+    figures = MetricSums.of(features, reference).figures()
     assert figures.token_cosine_min == pytest.approx(0.0)
     assert figures.token_cosine_mean == pytest.approx(0.5)
     assert figures.relative_error == pytest.approx(1.0)
@@ -195,7 +193,7 @@ def test_nan_in_any_image_is_not_lost(order: int) -> None:
     assert not any(bound.holds for bound in judge("fp16", {"photograph": ([figures], figures)}))
 
 
-def test_bundle_is_not_blamed_for_what_pytorch_does_worse() -> None:
+def test_bundle_passes_if_pytorch_itself_is_worse() -> None:
     fine = Figures(**FINE)
     exact = replace(fine, relative_error=0.0)
     overflown = replace(fine, relative_error=None, token_cosine_min=None, non_finite=7)
@@ -223,7 +221,7 @@ def test_each_bound_can_fail_alone() -> None:
 
 
 def rewrite(folder: Path, model: onnx.ModelProto) -> None:
-    """Write another graph into a bundle, with the hashes made to fit."""
+    """Write another graph into a bundle, and update the hashes."""
     (folder / GRAPH_DATA).unlink()
     onnx.save_model(model, folder / GRAPH, save_as_external_data=True, location=GRAPH_DATA, size_threshold=1024)
     manifest = json.loads((folder / MANIFEST).read_text())

@@ -1,6 +1,6 @@
-"""Half precision is emulated, FP16 at its worst: what a kernel may round is rounded, what the graph has in FP32 is not.
+"""The emulation rounds everything that an FP16 kernel may round, and nothing that the graph has in FP32.
 
-The checkpoints are made so that PyTorch in FP16 and ONNX Runtime hold them well, or the sums exactly.
+The checkpoints are built so that PyTorch in FP16 and ONNX Runtime compute them well, or compute the sums exactly.
 """
 
 import shutil
@@ -29,16 +29,16 @@ from trtower_export.graph.onnx_graph import read_onnx
 from trtower_export.pipeline import ExportOptions, export_tower
 
 LARGE = 64.0
-"""States of this size: their squares add up to 64 x 64**2 = 262144 and more. A power of two loses nothing else."""
+"""Hidden states of this size: their squares sum to 64 x 64**2 = 262144 or more. A power of two loses nothing else."""
 
 HUGE = 200.0
-"""Queries and keys of this size: scores of 200 x 200 x 16 / 4 = 160000, all alike, so that their softmax is exact."""
+"""Queries and keys of this size: all scores are 200 x 200 x 16 / 4 = 160000, so their softmax is exact."""
 
 Change = Callable[[Any], None]
 
 
 def enlarge_states(vision: Any) -> None:
-    """Make every hidden state LARGE times as large; norms make of it what they made before."""
+    """Make every hidden state LARGE times as large; the norms undo it."""
     scaled = [vision.pre_layrnorm]
     for layer in vision.encoder.layers:
         scaled += [layer.self_attn.out_proj, layer.mlp.fc2]
@@ -48,7 +48,7 @@ def enlarge_states(vision: Any) -> None:
 
 
 def enlarge_scores(vision: Any) -> None:
-    """Have one layer attend to every token alike, with huge scores."""
+    """Make one layer attend to all tokens equally, with huge scores."""
     attention = vision.encoder.layers[1].self_attn
     for module in (attention.q_proj, attention.k_proj):
         module.weight.zero_()
@@ -73,7 +73,7 @@ def export_changed(checkpoint: Path, out: Path, *keep_fp32: str) -> Path:
     return export_tower(str(checkpoint), out, options).path
 
 
-def test_layer_norm_whose_squares_overflow_fails_in_emulation_alone(
+def test_layer_norm_whose_squares_overflow_fails_only_in_emulation(
     changed: Callable[[Change], Path], tmp_path: Path
 ) -> None:
     checkpoint = changed(enlarge_states)
@@ -108,7 +108,7 @@ def test_what_is_kept_in_fp32_is_not_rounded(
     bundle = export_changed(checkpoint, tmp_path / "b", *kept)
     emulated = check(bundle, checkpoint, quick=True, backend="emulated-fp16")
     assert emulated.passed, emulated.bounds
-    # and what is not kept still is, once more often than PyTorch does
+    # everything else is still rounded, once more often than in PyTorch
     assert 0.8 < emulated.bundle.relative_error / emulated.torch.relative_error < 1.5
 
 
@@ -124,15 +124,19 @@ def test_emulation_of_fp16_rounds_after_every_operation(
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("emulated-fp16", "fp32"), ("emulated-bf16", "fp16")])
-def test_emulation_of_another_precision_than_the_bundle_s_is_refused(
+def test_emulation_of_the_wrong_precision_is_refused(
     export: Callable[..., Path], checkpoints: dict[str, Path], backend: str, precision: str
 ) -> None:
     bundle = export("clip", precision=precision, flavour="none")
-    with pytest.raises(ConfigError, match=f"--backend {backend} is for {EMULATED[backend]}; .* is {precision}"):
+    with pytest.raises(
+        ConfigError, match=f"--backend {backend} is for {EMULATED[backend]} bundles, but .* is {precision}"
+    ):
         check(bundle, checkpoints["clip"], quick=True, backend=backend)
 
 
-def test_emulation_is_never_chosen_where_kernels_are(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+def test_emulation_is_never_chosen_if_there_are_kernels(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
     assert "emulated" not in check(export("clip", flavour="none"), checkpoints["clip"], quick=True).backend
 
 
@@ -161,8 +165,8 @@ def parse(body: str, inputs: str, outputs: str = "float16[n, m] y") -> onnx.Mode
 
 def run(model: onnx.ModelProto, **inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, inputs)
-    return np.asarray(found)
+    (output,) = session.run(None, inputs)
+    return np.asarray(output)
 
 
 def emulated(model: onnx.ModelProto, half: int = TensorProto.FLOAT16) -> onnx.ModelProto:
@@ -192,24 +196,24 @@ def test_results_in_half_precision_are_rounded_and_those_in_fp32_are_not() -> No
 def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
     size: float, precision: str, fits: bool
 ) -> None:
-    """Of 256 numbers +-10 the squares add up to 25600, of +-20 to 102400, which is infinite in FP16."""
+    """The squares of 256 numbers +-10 sum to 25600, those of +-20 to 102400, which is infinite in FP16."""
     half = PRECISIONS[precision].onnx
     word = {"fp16": "float16", "bf16": "bfloat16"}[precision]
     inputs = f"{word}[n, m] x, {word}[m] one, {word}[m] bias"
     model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, f"{word}[n, m] y"), half)
     row = np.tile(np.float32([size, -size]), (1, 128))
-    found = run(model, x=row, one=np.ones(256, np.float32), bias=np.full(256, 0.5, np.float32))
-    assert found.tolist() == [[1.5, -0.5] * 128 if fits else [0.5] * 256]
+    output = run(model, x=row, one=np.ones(256, np.float32), bias=np.full(256, 0.5, np.float32))
+    assert output.tolist() == [[1.5, -0.5] * 128 if fits else [0.5] * 256]
 
 
 @pytest.mark.parametrize(("mean", "fits"), [(200.0, True), (300.0, False)])
 def test_layer_norm_sums_its_numbers_in_half_precision(mean: float, fits: bool) -> None:
-    """Of 256 numbers of 300 the sum is 76800, which is infinite in FP16, though none of their squares around it is."""
+    """256 numbers of 300 sum to 76800, which is infinite in FP16; their squared deviations are small."""
     inputs = "float16[n, m] x, float16[m] one, float16[m] bias"
     model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, "float16[n, m] y"), TensorProto.FLOAT16)
     row = np.tile(np.float32([mean + 1, mean - 1]), (1, 128))
-    found = run(model, x=row, one=np.ones(256, np.float32), bias=np.zeros(256, np.float32))
-    assert np.isfinite(found).all() == fits
+    output = run(model, x=row, one=np.ones(256, np.float32), bias=np.zeros(256, np.float32))
+    assert np.isfinite(output).all() == fits
 
 
 def test_attention_is_spelled_out_with_its_own_scale() -> None:
@@ -223,10 +227,10 @@ def test_attention_is_spelled_out_with_its_own_scale() -> None:
     assert np.abs(run(model, q=q, k=k, v=v) - expected.numpy()).max() < 2e-3  # a few roundings of numbers of about 1
 
 
-def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
+def test_by_layer_emulates_a_bf16_graph_that_ran_on_a_gpu(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan gives no hidden states, and the CPU, where the graph is run for them, has no kernels for BF16."""
+    """A plan returns no hidden states, so the graph runs on the CPU, which has no BF16 kernels."""
     bundle = export("clip", precision="bf16", flavour="none")
     plan = Wrapped(EmulatedRunner(Bundle.open(bundle), worst=True), lambda *_: None)
     monkeypatch.setattr(certify, "_open", lambda *_: plan)
@@ -234,7 +238,7 @@ def test_by_layer_a_graph_in_bf16_that_ran_on_a_gpu_is_emulated(
     assert [layer.layer for layer in certificate.layers] == [0, 1, 2, 3]
 
 
-def test_bf16_which_does_not_overflow_is_rounded_at_its_results_alone(export: Callable[..., Path]) -> None:
+def test_bf16_is_rounded_only_at_results_because_it_does_not_overflow(export: Callable[..., Path]) -> None:
     def kinds(precision: str) -> set[str]:
         bundle = Bundle.open(export("clip", precision=precision, flavour="none"))
         return {node.op_type for node in read_emulated(bundle).graph.node}

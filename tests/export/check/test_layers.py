@@ -1,4 +1,4 @@
-"""Where a graph goes wrong is named: the first hidden state whose error is out of proportion to the one before."""
+"""The comparison by layer names where a graph goes wrong: the first hidden state whose error jumps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trtower_export.check.evidence import ImageEvidence
 
 SMALL = 1e-2
-"""Relative error that FP16 and BF16 stay below in these towers, where a wrong row makes 0.1 and a swapped layer 0.5."""
+"""The relative error of FP16 and BF16 stays below this in these towers; a wrong row makes 0.1, a swapped layer 0.5."""
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2"])
@@ -75,7 +75,7 @@ def test_every_state_of_every_family_is_found_in_its_graph(name: str, tmp_path: 
     assert all(layer.bundle.relative_error < SMALL for layer in certificate.layers)
 
 
-@pytest.mark.parametrize("family", ["dinov2", "clip"])  # with and without a norm behind the last layer
+@pytest.mark.parametrize("family", ["dinov2", "clip"])  # with and without a norm after the last layer
 def test_last_hidden_state_is_compared_after_the_last_layer(
     export: Callable[..., Path], checkpoints: dict[str, Path], family: str
 ) -> None:
@@ -86,12 +86,12 @@ def test_last_hidden_state_is_compared_after_the_last_layer(
     assert all(layer.torch.relative_error < SMALL for layer in certificate.layers)
 
 
-def test_no_layer_is_compared_unless_that_is_asked_for(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
+def test_no_layer_is_compared_without_by_layer(fp32_bundle: Path, checkpoints: dict[str, Path]) -> None:
     assert check(fp32_bundle, checkpoints["clip"], photographs=1, quick=True).layers == ()
 
 
 def states_of_graph(bundle: Path, layer: int) -> list[torch.Tensor]:
-    """Give one hidden state of the first two photographs, as ONNX Runtime computes it."""
+    """Return one hidden state of the first two photographs, as ONNX Runtime computes it."""
     model = onnx.load(bundle / GRAPH)
     model.graph.output.append(onnx.ValueInfoProto(name=f"{HIDDEN_STATE}{layer}"))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -114,9 +114,9 @@ def states_of_transformers(checkpoint: Path, bundle: Path, layer: int) -> list[t
     return [opened.family.read_states(model, pixels)[layer][0] for pixels in pixel_values(bundle)]
 
 
-def worst_of(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> tuple[str, int]:
+def worst_of(states: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> tuple[str, int]:
     """Find the photograph and the token with the largest relative error."""
-    errors = torch.stack([(x - ref).norm(dim=-1) / ref.norm(dim=-1) for x, ref in zip(found, reference, strict=True)])
+    errors = torch.stack([(x - ref).norm(dim=-1) / ref.norm(dim=-1) for x, ref in zip(states, reference, strict=True)])
     image, token = divmod(int(errors.argmax()), errors.shape[1])
     return ("astronaut.png", "chelsea.png")[image], token
 
@@ -133,27 +133,27 @@ def test_layer_with_a_damaged_weight_is_named_with_its_worst_image_and_token(
     assert jump.layer == damaged + 1
     assert jump.torch.relative_error < SMALL < jump.bundle.relative_error
     assert all(layer.bundle.relative_error < SMALL for layer in certificate.layers[: damaged + 1])
-    found = states_of_graph(spoilt, jump.layer)
+    states = states_of_graph(spoilt, jump.layer)
     reference = states_of_transformers(checkpoints["clip"], spoilt, jump.layer)
-    assert (jump.worst_image, jump.worst_token) == worst_of(found, reference)
+    assert (jump.worst_image, jump.worst_token) == worst_of(states, reference)
 
 
-def test_layer_that_is_read_is_named_as_well(spoilt: Path, checkpoints: dict[str, Path]) -> None:
-    """It bears the output's name in the graph."""
+def test_layer_that_is_read_can_be_named(spoilt: Path, checkpoints: dict[str, Path]) -> None:
+    """In the graph it has the name of the output."""
     damage(spoilt, "layers.2.mlp.fc1/MatMul")
-    seen: list[ImageEvidence] = []
-    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, on_image=seen.append)
+    evidence: list[ImageEvidence] = []
+    certificate = check(spoilt, checkpoints["clip"], quick=True, by_layer=True, on_image=evidence.append)
     jump = first_jump(certificate.layers)
     assert jump is not None
     assert jump.layer == 3
-    expected = worst_of([each.bundle for each in seen], [each.reference for each in seen])
+    expected = worst_of([each.bundle for each in evidence], [each.reference for each in evidence])
     assert (jump.worst_image, jump.worst_token) == expected
 
 
-def test_states_are_held_against_transformers_own_and_not_against_the_cut_tower_s(
+def test_states_are_compared_with_transformers_and_not_with_the_cut_tower(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tower whose second and third layer change places has the same weights, and the same error in the graph."""
+    """A tower with its second and third layer swapped has the same weights, and the graph has the same error."""
 
     def swap(*arguments: object) -> TruncatedTower:
         tower = truncate(*arguments)
@@ -179,22 +179,22 @@ def test_graph_without_names_for_its_states_asks_for_another_export(spoilt: Path
         value.name = value.name.replace(HIDDEN_STATE, "state-")
     onnx.save(model, spoilt / GRAPH)
     make_hashes_fit(spoilt, GRAPH, GRAPH_DATA)
-    with pytest.raises(BundleError, match="its graph names no hidden state 0: export it again, with --overwrite"):
+    with pytest.raises(BundleError, match="has no hidden state 0: export it again with --overwrite"):
         check(spoilt, checkpoints["clip"], photographs=1, quick=True, by_layer=True)
     assert check(spoilt, checkpoints["clip"], photographs=1, quick=True).passed
     assert Bundle.open(spoilt).manifest.certificate is None
 
 
-def test_worst_token_is_of_the_worst_image_whichever_comes_first() -> None:
+def test_worst_token_is_in_the_worst_image_in_any_order() -> None:
     reference = torch.ones(1, 4, 8)
     images = {"b.png": (2, 0.5), "a.png": (3, 0.25), "c.png": (0, 0.125)}
     for order in (list(images), list(images)[::-1]):
         sums = LayerSums()
         for name in order:
             token, error = images[name]
-            found = reference.clone()
-            found[0, token] += error
-            sums.add(name, [reference, reference], {0: reference, 1: found}, [reference, reference])
+            state = reference.clone()
+            state[0, token] += error
+            sums.add(name, [reference, reference], {0: reference, 1: state}, [reference, reference])
         first, second = sums.figures()
         assert (second.worst_image, second.worst_token) == ("b.png", 2)
         assert first.bundle.relative_error == second.torch.relative_error == 0.0
@@ -206,9 +206,9 @@ def test_worst_token_is_of_the_worst_image_whichever_comes_first() -> None:
 def test_token_that_is_not_finite_is_the_worst() -> None:
     reference, sums = torch.ones(1, 4, 8), LayerSums()
     for name, token, value in (("a.png", 1, 9.0), ("b.png", 3, float("nan")), ("c.png", 0, 99.0)):
-        found = reference.clone()
-        found[0, token, 5] = value
-        sums.add(name, [reference], {0: found}, [reference])
+        state = reference.clone()
+        state[0, token, 5] = value
+        sums.add(name, [reference], {0: state}, [reference])
     (layer,) = sums.figures()
     assert (layer.worst_image, layer.worst_token) == ("b.png", 3)
     assert layer.bundle.non_finite == 1
@@ -220,31 +220,31 @@ def with_torch(layers: Sequence[LayerFigures], errors: Sequence[float]) -> list[
     ]
 
 
-def test_error_that_adds_up_is_no_jump_and_three_times_as_much_is_one() -> None:
+def test_error_that_adds_up_is_not_a_jump_but_three_times_as_much_is() -> None:
     assert first_jump(made_up.layers([1e-4, 2.9e-4, 8e-4, 2e-3])) is None
     jump = first_jump(with_torch(made_up.layers([1e-4, 1.1e-4, 3.5e-4, 1e-1]), [1e-4, 1e-4, 1e-4, 1e-4]))
     assert jump is not None
     assert jump.layer == 2  # the first, and not the largest
 
 
-def test_layer_that_is_hard_for_pytorch_too_is_no_jump() -> None:
+def test_layer_that_is_hard_for_pytorch_too_is_not_a_jump() -> None:
     layers = made_up.layers([1e-4, 1e-3, 1e-3, 1e-3])
     assert first_jump(with_torch(layers, [1e-4, 1e-3, 1e-3, 1e-3])) is None
     assert first_jump(with_torch(layers, [1e-4, 2e-4, 1e-3, 1e-3])) == with_torch(layers, [1e-4, 2e-4, 1e-3, 1e-3])[1]
 
 
-def test_layer_that_is_no_longer_finite_is_a_jump_once() -> None:
+def test_first_layer_that_is_not_finite_is_a_jump() -> None:
     layers = with_torch(made_up.layers([1e-4, 1e-4, None, None]), [1e-4] * 4)
     jump = first_jump(layers)
     assert jump is not None
     assert jump.layer == 2
     assert first_jump(layers[2:]) == layers[2]  # a stem that is not finite
     hard = with_torch(layers, [1e-4, 1e-4, None, None])
-    assert first_jump(hard) == hard[2]  # PyTorch's own is not finite, either
+    assert first_jump(hard) == hard[2]  # PyTorch's own is not finite either
     assert first_jump(hard[2:]) == hard[2]
 
 
-def test_stem_that_is_wrong_is_named_and_one_that_rounds_is_not() -> None:
+def test_wrong_stem_is_named_and_one_that_only_rounds_is_not() -> None:
     damaged = with_torch(made_up.layers([1e-1, 1e-1, 1e-1, 1e-1]), [5e-4] * 4)
     assert first_jump(damaged) == damaged[0]
     assert first_jump(with_torch(made_up.layers([4e-3, 8e-3, 9e-3, 1e-2]), [4e-3, 8e-3, 9e-3, 1e-2])) is None  # BF16
@@ -252,23 +252,23 @@ def test_stem_that_is_wrong_is_named_and_one_that_rounds_is_not() -> None:
     assert first_jump(with_torch(made_up.layers([6e-4, 5e-2, 6e-2, 7e-2]), [0.0, 5e-2, 6e-2, 7e-2])) is None
 
 
-def test_wrong_first_layer_of_8_bits_is_named_though_pytorch_s_stem_is_exact() -> None:
+def test_wrong_first_layer_in_8_bits_is_named_although_pytorch_has_an_exact_stem() -> None:
     sound = with_torch(made_up.layers([4e-4, 9e-3, 1e-2, 1e-2]), [0.0, 9e-3, 1e-2, 1e-2])
     assert first_jump(sound) is None
     wrong = with_torch(made_up.layers([4e-4, 0.97, 1.0, 1.0]), [0.0, 9e-3, 1e-2, 1e-2])
     assert first_jump(wrong) == wrong[1]
 
 
-def test_wrong_layer_is_named_where_pytorch_s_own_overflows() -> None:
-    mended = with_torch(made_up.layers([1e-4, 2e-4, 3e-4, 4e-4]), [1e-4, 2e-4, None, None])
-    assert first_jump(mended) is None
+def test_wrong_layer_is_named_if_pytorch_overflows() -> None:
+    sound = with_torch(made_up.layers([1e-4, 2e-4, 3e-4, 4e-4]), [1e-4, 2e-4, None, None])
+    assert first_jump(sound) is None
     for wrong in (2, 3):
         errors = [2e-4 if layer < wrong else 0.8 for layer in range(4)]
         layers = with_torch(made_up.layers(errors), [1e-4, 2e-4, None, None])
         assert first_jump(layers) == layers[wrong]
 
 
-def test_jump_from_an_error_of_zero_is_one() -> None:
+def test_jump_from_an_error_of_zero_is_found() -> None:
     layers = with_torch(made_up.layers([0.0, 0.0, 1e-2, 1e-2]), [0.0] * 4)
     assert first_jump(layers) == layers[2]
     assert first_jump(with_torch(made_up.layers([0.0, 3e-7, 4e-7, 5e-7]), [0.0] * 4)) is None
@@ -281,12 +281,12 @@ def test_damaged_stem_is_named_in_a_graph(spoilt: Path, checkpoints: dict[str, P
     assert jump.layer == 0
 
 
-def test_state_that_no_layer_has_touched_is_compared(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
+def test_state_before_the_first_layer_is_compared(export: Callable[..., Path], checkpoints: dict[str, Path]) -> None:
     certificate = check(export("clip", select_layer=0, flavour="none"), checkpoints["clip"], quick=True, by_layer=True)
     assert [layer.layer for layer in certificate.layers] == [0]
 
 
-def test_emulated_layers_are_given_the_pixels_that_the_bundle_is_given(
+def test_emulated_layers_receive_the_same_pixels_as_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path]
 ) -> None:
     bundle = export("clip", precision="bf16", flavour="none")

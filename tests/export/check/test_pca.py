@@ -46,7 +46,7 @@ def strips(reference: list[torch.Tensor], bundle: list[torch.Tensor], mark: int 
 
 
 class Sheet:
-    """A sheet as it is drawn: its pixels, and what is written on it, by the pixel of its middle."""
+    """A sheet as drawn: its pixels, and the boxes of its texts."""
 
     def __init__(self, drawn: list[PcaRow], path: Path) -> None:
         figures: list[Any] = []
@@ -61,7 +61,7 @@ class Sheet:
             self.boxes.setdefault(text.get_text(), []).append((box.x0, top, box.x1, bottom))
 
     def places(self, strip: np.ndarray) -> list[tuple[int, int]]:
-        """Find where a strip lies: the tops and lefts from which on all of its pixels are there."""
+        """Find a strip on the sheet: every top and left at which all of its pixels match."""
         height, width = strip.shape[:2]
         corner = (self.pixels[: 1 - height, : 1 - width] == strip[0, 0]).all(axis=-1)
         return [
@@ -71,7 +71,7 @@ class Sheet:
         ]
 
 
-def test_sheet_has_the_strip_of_each_photograph_between_its_heads_and_its_name(
+def test_sheet_has_the_strip_of_each_photograph_between_headings_and_name(
     tmp_path: Path, features: list[torch.Tensor]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -103,7 +103,7 @@ def test_sheet_has_the_strip_of_each_photograph_between_its_heads_and_its_name(
 
 def test_equal_features_have_equal_panels_and_a_changed_patch_shows(features: list[torch.Tensor]) -> None:
     changed = [f.clone() for f in features]
-    changed[3][SIDE + 2] = changed[3][SIDE + 2].neg() + 20  # second line of patches, third place
+    changed[3][SIDE + 2] = changed[3][SIDE + 2].neg() + 20  # second row of patches, third column
     drawn = [cut(strip, 3) for strip in draw_strips(rows(features, changed), panel=pca.PANEL)]
     photograph, left, right = drawn[0]
     assert (photograph == (200, 0, 0)).all()
@@ -131,7 +131,7 @@ def test_picture_is_the_same_file_each_time(tmp_path: Path, features: list[torch
     assert one == other
 
 
-def test_drawing_leaves_pyplot_out(tmp_path: Path, features: list[torch.Tensor]) -> None:
+def test_drawing_does_not_import_pyplot(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
     loaded = "matplotlib.pyplot" in sys.modules
     draw_sheet(rows(features, features), tmp_path / "pca.png", runner=RUNNER)
@@ -164,7 +164,7 @@ def test_axes_are_the_directions_of_largest_variance_pointing_up() -> None:
         assert torch.corrcoef(torch.stack([channel, features[:, source].double()]))[0, 1] > 0.97
 
 
-def test_what_is_not_finite_is_drawn_black(features: list[torch.Tensor]) -> None:
+def test_values_that_are_not_finite_are_black(features: list[torch.Tensor]) -> None:
     broken = [f.clone() for f in features]
     broken[0][5] = torch.nan
     broken[0][6, 3] = torch.inf
@@ -173,7 +173,7 @@ def test_what_is_not_finite_is_drawn_black(features: list[torch.Tensor]) -> None
 
 
 def spoil(features: list[torch.Tensor], *patches: tuple[int, int]) -> list[torch.Tensor]:
-    """Turn patches of the first photograph away, each by less than the one before."""
+    """Change patches of the first photograph, each by less than the one before."""
     changed = [f.clone() for f in features]
     for place, (row, column) in enumerate(patches):
         changed[0][SIDE * row + column] += (20.0 - 4 * place) * torch.randn(
@@ -187,7 +187,7 @@ def colour(name: str) -> tuple[int, ...]:
 
 
 def framed(panel: np.ndarray, shade: str) -> tuple[int, int, int, int]:
-    """Give the top, left, bottom and right of what has this colour."""
+    """Return the top, left, bottom and right of the area with this colour."""
     places = np.argwhere((panel == colour(shade)).all(axis=-1))
     (top, left), (bottom, right) = places.min(axis=0), places.max(axis=0)
     return int(top), int(left), int(bottom), int(right)
@@ -202,12 +202,12 @@ def test_worst_patch_is_framed_where_it_lies(features: list[torch.Tensor]) -> No
     assert (top + frame, left + frame) == (3 * cell, 9 * cell)
     assert (bottom + 1 - frame, right + 1 - frame) == (4 * cell, 10 * cell)
     inside = photograph[3 * cell : 4 * cell, 9 * cell : 10 * cell]
-    assert (inside == (200, 0, 0)).all(), "a frame lies around its patch, not on it"
+    assert (inside == (200, 0, 0)).all(), "the frame must lie around its patch, not on it"
     assert not any((panel == colour(pca.WORST)).all(axis=-1).any() for panel in others)
-    assert (exact == (200, 0, 0)).all(), "an exact photograph has no worst patch"
+    assert (exact == (200, 0, 0)).all(), "an exact photograph must have no worst patch"
 
 
-def test_next_worst_patches_are_framed_in_another_colour_and_no_more_than_asked(features: list[torch.Tensor]) -> None:
+def test_next_worst_patches_have_another_colour_and_mark_limits_their_number(features: list[torch.Tensor]) -> None:
     changed = spoil(features, (3, 9), (12, 2), (8, 13))
     two = strips(features, changed, mark=2)[0][0]
     cell = len(two) // SIDE
@@ -252,7 +252,7 @@ def test_sheet_frames_nothing(tmp_path: Path, features: list[torch.Tensor]) -> N
     assert not (sheet.pixels == colour(pca.WORST)).all(axis=-1).any()
 
 
-def test_name_with_dollars_is_written_as_it_is(tmp_path: Path, features: list[torch.Tensor]) -> None:
+def test_name_with_dollar_signs_is_not_parsed_as_math(tmp_path: Path, features: list[torch.Tensor]) -> None:
     pytest.importorskip("matplotlib")
     row = replace(rows(features[:1], features[:1])[0], name=r"$\frac{$.png")
     assert row.name in Sheet([row], tmp_path / "pca.png").boxes
@@ -264,7 +264,7 @@ def test_few_patches_and_narrow_features_are_drawn(patches: int, width: int) -> 
     assert len(draw_strips(rows(features, features), panel=PANEL, limit=1e-3)) == 1
 
 
-def test_reference_that_is_not_finite_leaves_the_basis_alone(features: list[torch.Tensor]) -> None:
+def test_reference_that_is_not_finite_does_not_change_the_basis(features: list[torch.Tensor]) -> None:
     broken = [f.clone() for f in features]
     broken[0][5] = torch.nan
     reference, _ = pca_colours(broken, features)

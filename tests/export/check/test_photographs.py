@@ -59,7 +59,7 @@ def test_digest_follows_names_and_pixels_and_not_the_file_format(folder: Path) -
 
 
 def save_unlike_rgb(folder: Path) -> None:
-    """Save pictures that could be read in two ways: turned, transparent, with a palette, of 16 bits."""
+    """Save pictures that readers may decode differently: rotated by EXIF, transparent, with a palette, 1 bit, CMYK."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -100,9 +100,7 @@ def save_deep(path: Path) -> None:
     Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000).save(path)
 
 
-def test_photograph_of_16_bits_is_skipped_and_the_reason_is_said(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_photograph_of_16_bits_is_skipped_with_the_reason(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for index in range(4):
         save_deep(folder / f"depth-{index}.png")
     photographs = load_photographs(folder)
@@ -111,7 +109,7 @@ def test_photograph_of_16_bits_is_skipped_and_the_reason_is_said(
     with caplog.at_level("INFO", logger="trtower_export"):
         say_skipped(photographs.first(2), LoggedProgress())
     damaged, deep = (record.getMessage() for record in caplog.records)
-    assert damaged.endswith("skipped 1 that are no readable image: broken.png")
+    assert damaged.endswith("skipped 1 as unreadable: broken.png")
     assert "skipped 4 because mode I" in deep
     assert "PIL.Image.fromarray((np.asarray(picture) / white * 255).clip(0, 255).astype(np.uint8))" in deep
     assert deep.endswith(": depth-0.png, depth-1.png, depth-2.png and 1 more")
@@ -131,12 +129,12 @@ def test_photograph_that_the_processor_refuses_is_named(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_photograph_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone is not a folder: found nothing"):
+    with pytest.raises(InputError, match=r"gone does not exist; expected a folder"):
         load_photographs(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"notes\.txt is not a folder: found a file"):
+    with pytest.raises(InputError, match=r"notes\.txt is a file; expected a folder"):
         load_photographs(folder / "notes.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no image file: expected \.bmp, \.jpeg"):
+    with pytest.raises(InputError, match=r"has no image files; expected \.bmp, \.jpeg"):
         load_photographs(tmp_path / "empty")
     (tmp_path / "empty" / "x.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"no readable image: found x\.png"):
@@ -162,7 +160,7 @@ def test_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("size", [14, 42, 336])
-def test_drawn_images_are_what_their_kind_says(size: int) -> None:
+def test_drawn_images_match_their_kind(size: int) -> None:
     drawn = {image.name: image for image in draw_images(size)}
     pixels = {name: np.asarray(image.image) for name, image in drawn.items()}
     assert {name: image.kind for name, image in drawn.items()} == {
@@ -176,7 +174,7 @@ def test_drawn_images_are_what_their_kind_says(size: int) -> None:
     assert set(np.unique(pixels["white"])) == {255}
     assert set(np.unique(pixels["squares"])) == {0, 255}
     assert len(np.unique(pixels["squares"].reshape(-1, 3), axis=0)) == 8  # every pure colour
-    assert pixels["noise"].std() == pytest.approx(73.9, rel=0.1)  # of a uniform byte
+    assert pixels["noise"].std() == pytest.approx(73.9, rel=0.1)  # the deviation of a uniform byte
 
 
 def test_drawn_images_are_the_same_each_time() -> None:
@@ -184,7 +182,7 @@ def test_drawn_images_are_the_same_each_time() -> None:
         assert one.image.tobytes() == other.image.tobytes()
 
 
-def test_what_is_read_from_a_file_is_a_photograph(folder: Path) -> None:
+def test_images_from_files_are_photographs(folder: Path) -> None:
     assert {photograph.kind for photograph in load_photographs(folder).images} == {PHOTOGRAPH}
 
 
@@ -210,4 +208,4 @@ def test_skipped_files_are_counted_and_the_first_three_named(
         for index in range(damaged):
             (tmp_path / f"{index}.png").write_bytes(b"")
         say_skipped(load_photographs(tmp_path), LoggedProgress())
-    assert f"skipped {damaged} that are no readable image: {named}\n" in caplog.text
+    assert f"skipped {damaged} as unreadable: {named}\n" in caplog.text

@@ -1,4 +1,4 @@
-"""A plot is held by the ink that a fact must leave in it."""
+"""Plots are tested by the ink that each fact must leave in them."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ from trtower_export.precision.heatmap import draw_heatmap
 pytest.importorskip("matplotlib")
 
 LINE = 200
-"""Pixels of one colour that a line leaves at least; its entry in the legend leaves fewer."""
+"""A line leaves at least this many pixels of its colour; its entry in the legend leaves fewer."""
 
 LABELS = {"num_layers": 4, "torch_label": "PyTorch FP16"}
 
@@ -112,7 +112,7 @@ def test_tokens_of_any_distance_are_drawn(values: list[float]) -> None:
         pixels(draw_tokens(several))
 
 
-def test_drawing_leaves_pyplot_out() -> None:
+def test_drawing_does_not_import_pyplot() -> None:
     loaded = "matplotlib.pyplot" in sys.modules
     draw_tokens([TokenDistances(label="p", values=np.array([1e-3]))])
     draw_heatmap(tower(2, 2))
@@ -125,7 +125,7 @@ def test_plot_is_the_same_file_each_time() -> None:
 
 
 class HeatMap:
-    """A heat map as it is drawn: what is inked in its cells and written in them, by panel, row and column."""
+    """A heat map as drawn: the colours and texts of its cells, by panel, row and column."""
 
     def __init__(self, operations: Sequence[OperationFigures]) -> None:
         figures: list[Any] = []
@@ -133,15 +133,15 @@ class HeatMap:
             patch.setattr(heatmap, "to_png", lambda figure: figures.append(figure) or to_png(figure))
             self.pixels = pixels(draw_heatmap(operations))
         (self.figure,) = figures
-        # A panel is followed by its scale in the order of axes.
+        # In the list of axes, each panel is followed by its scale.
         self.panels = [axes for axes in self.figure.axes if axes.get_title(loc="left")]
         self.scales = [axes for axes in self.figure.axes if axes not in self.panels]
 
     def box(self, row: str, column: str | None, panel: int) -> tuple[slice, slice]:
         """Find a cell by the labels of its row and column; without a column, the whole row."""
-        axes, first = self.panels[panel], self.panels[0]  # which has the names of the rows
-        y = dict(zip(map(said, first.get_yticklabels()), first.get_yticks(), strict=True))[row]
-        places = dict(zip(map(said, axes.get_xticklabels()), axes.get_xticks(), strict=True))
+        axes, first = self.panels[panel], self.panels[0]  # only the first has row names
+        y = dict(zip(map(text_of, first.get_yticklabels()), first.get_yticks(), strict=True))[row]
+        places = dict(zip(map(text_of, axes.get_xticklabels()), axes.get_xticks(), strict=True))
         left, right = axes.get_xlim() if column is None else (places[column] - 0.5, places[column] + 0.5)
         (x0, y0), (x1, y1) = axes.transData.transform([(left, y - 0.5), (right, y + 0.5)]).round().astype(int)
         height = len(self.pixels)
@@ -151,34 +151,34 @@ class HeatMap:
         return self.pixels[self.box(row, column, panel)]
 
     def fill(self, row: str, column: str | None = None, panel: int = 0) -> tuple[int, ...]:
-        """Find the colour that most of a cell has."""
+        """Find the most frequent colour of a cell."""
         shades, counts = np.unique(self.cell(row, column, panel).reshape(-1, 3), axis=0, return_counts=True)
         return tuple(shades[counts.argmax()].tolist())
 
     def mark(self, row: str, column: str | None = None, panel: int = 0) -> str:
-        """Find what is written in the middle of a cell."""
+        """Find the text in the middle of a cell."""
         rows, columns = self.box(row, column, panel)
-        found = ""
+        words = ""
         for text in self.panels[panel].texts:
             box = text.get_window_extent()
             x, y = (box.x0 + box.x1) / 2, len(self.pixels) - (box.y0 + box.y1) / 2
-            if said(text) and rows.start < y < rows.stop and columns.start < x < columns.stop:
-                found += said(text)
-        return found
+            if text_of(text) and rows.start < y < rows.stop and columns.start < x < columns.stop:
+                words += text_of(text)
+        return words
 
     def marks(self) -> list[str]:
-        return [said(text) for axes in self.panels for text in axes.texts if said(text)]
+        return [text_of(text) for axes in self.panels for text in axes.texts if text_of(text)]
 
     def legend(self) -> list[str]:
-        return [said(text) for text in self.figure.legends[0].get_texts()]
+        return [text_of(text) for text in self.figure.legends[0].get_texts()]
 
 
-def said(text: Any) -> str:
+def text_of(text: Any) -> str:
     return str(text.get_text())
 
 
 def outlined(cell: np.ndarray) -> bool:
-    """Say whether a dark line goes all around a cell, which may be a pixel or two inside it."""
+    """Tell whether a dark line surrounds a cell; it may lie a pixel or two inside."""
     dark = (cell == ImageColor.getrgb(heatmap.BROKEN)).all(axis=-1)
     sides = (dark[:6].any(axis=0), dark[-6:].any(axis=0), dark[:, :6].any(axis=1), dark[:, -6:].any(axis=1))
     return all(side.mean() > 0.9 for side in sides)
@@ -200,7 +200,7 @@ def test_cells_beyond_the_largest_fp16_are_outlined_and_red_and_no_others() -> N
 
 
 @pytest.mark.parametrize("changes", [{"largest": 65504.0, "overflow": 1}, {"largest": 65505.0}])
-def test_overflow_alone_marks_a_cell_as_does_a_magnitude(changes: dict[str, Any]) -> None:
+def test_overflow_or_magnitude_marks_a_cell(changes: dict[str, Any]) -> None:
     operations = tower(3, 7)
     operations[1] = replace(operations[1], **changes)
     drawn = HeatMap(operations)
@@ -214,7 +214,7 @@ def test_operation_that_fits_exactly_is_not_marked() -> None:
     assert HeatMap(operations).marks() == []
 
 
-def test_operation_outside_the_layers_is_marked_as_well() -> None:
+def test_operation_outside_the_layers_can_be_marked() -> None:
     operations = tower(3, 7)
     operations[0] = replace(operations[0], largest=1e5, overflow=1)
     drawn = HeatMap(operations)
@@ -241,7 +241,7 @@ def test_operation_that_a_layer_lacks_is_blank() -> None:
         assert drawn.fill("layer 1", "op5", panel) != (255, 255, 255)
 
 
-def test_cell_has_the_colour_that_the_scale_has_at_its_value() -> None:
+def test_cell_has_the_colour_of_its_value_on_the_scale() -> None:
     operations = tower(1, 5)
     for place, (largest, error) in enumerate([(40.0, 2e-5), (4e2, 5e-5), (4e3, 1e-4), (3e4, 5e-4), (2e5, 9e-4)], 1):
         operations[place] = replace(operations[place], largest=largest, error={"fp16": error})
@@ -256,18 +256,18 @@ def test_cell_has_the_colour_that_the_scale_has_at_its_value() -> None:
             on_scale = drawn.pixels[len(drawn.pixels) - round(y), round(x)]
             assert np.abs(on_scale - np.array(fills[-1])).max() <= 6
         brightness = [sum(fill) for fill in fills]
-        assert brightness[:4] == sorted(brightness[:4], reverse=True), "darker towards the limit"
+        assert brightness[:4] == sorted(brightness[:4], reverse=True), "cells must get darker towards the limit"
 
 
 def test_scales_name_the_largest_fp16_and_powers_of_ten() -> None:
     headroom, cost = HeatMap(tower(3, 7)).scales
-    names = dict(zip(headroom.get_yticks(), map(said, headroom.get_yticklabels()), strict=True))
+    names = dict(zip(headroom.get_yticks(), map(text_of, headroom.get_yticklabels()), strict=True))
     assert names[1.0] == "65 504"
     assert names[0.1] == "$10^{-1}$"
-    assert list(map(said, cost.get_yticklabels())) == [f"$10^{{{power}}}$" for power in (-5, -4, -3)]
+    assert list(map(text_of, cost.get_yticklabels())) == [f"$10^{{{power}}}$" for power in (-5, -4, -3)]
 
 
-def test_panel_of_errors_is_left_out_where_none_was_measured() -> None:
+def test_panel_of_errors_is_left_out_if_none_was_measured() -> None:
     measured, bare = (HeatMap([replace(each, error=error) for each in tower(3, 7)]) for error in ({"fp16": 1e-5}, {}))
     titles = [[axes.get_title(loc="left") for axes in drawn.panels] for drawn in (measured, bare)]
     assert titles[0] == [
@@ -278,7 +278,7 @@ def test_panel_of_errors_is_left_out_where_none_was_measured() -> None:
     assert bare.pixels.shape[1] < 0.7 * measured.pixels.shape[1]
 
 
-def test_operation_whose_error_was_not_measured_is_grey_and_adds_a_word_to_the_legend() -> None:
+def test_operation_without_measured_error_is_grey_and_named_in_the_legend() -> None:
     whole = tower(3, 7)
     signs = ["✕ beyond 65 504: infinite in FP16", "∞ not finite"]
     assert HeatMap(whole).legend() == signs
@@ -293,8 +293,8 @@ def test_operation_whose_error_was_not_measured_is_grey_and_adds_a_word_to_the_l
 def test_towers_of_any_shape_are_legible(layers: int, parts: int) -> None:
     drawn = HeatMap(tower(layers, parts))
     expected = ["stem.0.patch", *(f"layer {layer}" for layer in range(layers)), "final_norm"]
-    assert [said(label) for label in drawn.panels[0].get_yticklabels()] == expected
-    assert [said(label) for label in drawn.panels[0].get_xticklabels()] == [f"op{part}" for part in range(parts)]
+    assert [text_of(label) for label in drawn.panels[0].get_yticklabels()] == expected
+    assert [text_of(label) for label in drawn.panels[0].get_xticklabels()] == [f"op{part}" for part in range(parts)]
     for row in expected:
         height, width, _ = drawn.cell(row, "op0" if row.startswith("layer") else None).shape
         assert height > 30

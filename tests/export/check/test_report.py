@@ -1,4 +1,4 @@
-"""The page that is attached to a deployment review shows what the certificate says, the bad above all."""
+"""The report page shows what the certificate says, and shows bad results first."""
 
 import base64
 import gc
@@ -29,7 +29,7 @@ pytest.importorskip("jinja2")
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its tags, its text, and the cells of its tables."""
+    """A page as a browser would parse it: its tags, its text, and the cells of its tables."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def write(folder: Path, *evidence: ImageEvidence, spec: TowerSpec = made_up.SPEC, **changes: object) -> Page:
-    """Write the report of some evidence, and read its page."""
+    """Write the report of this evidence, and parse its page."""
     report = Report(spec, made_up.PROCESSOR, keep=2)
     for one in evidence:
         report.see(one)
@@ -93,7 +93,7 @@ def test_page_needs_no_other_file_and_no_network(tmp_path: Path, five: list[Imag
     assert len(page.images()) == 2 + 4
 
 
-def test_every_picture_is_a_png_and_lies_beside_the_page(tmp_path: Path, five: list[ImageEvidence]) -> None:
+def test_every_picture_is_a_png_beside_the_page(tmp_path: Path, five: list[ImageEvidence]) -> None:
     page = write(tmp_path, *five, layers=made_up.layers())
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert sorted(files) == [
@@ -109,7 +109,7 @@ def test_every_picture_is_a_png_and_lies_beside_the_page(tmp_path: Path, five: l
             assert image.format == "PNG"
 
 
-def test_passed_is_said_only_where_it_passed(tmp_path: Path) -> None:
+def test_page_says_passed_only_if_the_check_passed(tmp_path: Path) -> None:
     good = write(tmp_path, made_up.evidence())
     bad = write(tmp_path, made_up.evidence(), bounds=made_up.bounds(0.98))
     assert "Passed" in good.text
@@ -119,7 +119,7 @@ def test_passed_is_said_only_where_it_passed(tmp_path: Path) -> None:
     assert "REHEARSAL" not in good.html
 
 
-def test_missed_bound_is_shown_with_what_was_measured_and_demanded(tmp_path: Path) -> None:
+def test_missed_bound_is_shown_with_measured_and_required_value(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(), bounds=(*made_up.bounds(0.98)[:3], *made_up.bounds()[3:]))
     missed = [row for row in page.rows if "MISSED" in row]
     assert missed == [["MISSED", "cosine of the worst token", "photographs", "0.980000", "≥ 0.999"]]
@@ -144,13 +144,13 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         machine=name,
     )
     assert not any("onerror" in attributes for _, attributes in page.tags)
-    # The heading, the island, the picture, the table, the skipped file, the machine, and four layers.
+    # Once each in heading, island, picture, table, skipped files and machine, and in four layers.
     assert page.text.count(name) == 6 + 4
 
 
-def test_what_ran_where_is_said(tmp_path: Path) -> None:
+def test_page_says_what_ran_where(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence())
-    assert "the ONNX graph, on onnxruntime 1.32.0, CPU" in page.text
+    assert "ONNX graph on onnxruntime 1.32.0, CPU" in page.text
     assert "not run on a GPU" in page.text
     assert f"Built, not run {made_up.PLAN}" in page.text
     assert "Dinov2Model of transformers 5.23.0, uncut, FP32 on the CPU" in page.text
@@ -164,21 +164,21 @@ def test_what_ran_where_is_said(tmp_path: Path) -> None:
         runner="tensorrt 11",
         gpu="NVIDIA L4",
     )
-    assert "a TensorRT plan, on tensorrt 11" in gpu.text
+    assert "TensorRT plan on tensorrt 11" in gpu.text
     assert "GPU NVIDIA L4" in gpu.text
     assert "not run" not in gpu.text
     emulated = write(tmp_path, made_up.evidence(), precision="bf16", backend="emulated-bf16")
     assert "Emulation" in emulated.text
-    assert "sums of a LayerNorm" not in emulated.text  # which only FP16 takes to be rounded
+    assert "sums of a LayerNorm" not in emulated.text  # only rounded in FP16
 
 
-def test_figures_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
+def test_figures_that_are_not_finite_are_shown_as_such(tmp_path: Path) -> None:
     broken = made_up.figures(None, None, non_finite=1234)
     page = write(tmp_path, made_up.evidence(), bundle=broken, bounds=made_up.bounds(None))
     row = next(row for row in page.rows if row[0].startswith("bundle"))
     assert (row[2], row[4], row[6]) == ("not finite", "not finite", "1,234")
     assert "None" not in page.text
-    assert "nan" not in page.text.lower().replace("nan or inf", "").replace("values that are nan", "")
+    assert "nan" not in page.text.lower().replace("nan or inf", "").replace("nan or infinite values", "")
 
 
 def test_best_and_worst_photographs_are_shown_in_order(tmp_path: Path, five: list[ImageEvidence]) -> None:
@@ -197,7 +197,7 @@ def test_photograph_that_is_not_finite_is_the_worst(tmp_path: Path, five: list[I
     assert "d.png worst token: row 1, column 1, cosine not finite" in page.text
 
 
-def test_bundle_that_is_finite_nowhere_has_no_worst_patch_and_no_histogram(tmp_path: Path) -> None:
+def test_bundle_without_finite_values_has_no_worst_patch_and_no_histogram(tmp_path: Path) -> None:
     broken = replace(made_up.evidence("a.png"), bundle=torch.full_like(made_up.evidence().bundle, torch.nan))
     page = write(tmp_path, broken, bounds=made_up.bounds(None))
     assert "a.png no token is finite" in page.text
@@ -212,7 +212,7 @@ def test_verdict_names_three_of_many_missed_bounds(tmp_path: Path) -> None:
     missed = [replace(bound, holds=False) for bound in made_up.bounds()]
     page = write(tmp_path, made_up.evidence(), bounds=missed)
     assert "6 of 6 bounds missed" in page.text
-    assert "demanded; and 3 more, below." in page.text
+    assert "; and 3 more, listed below." in page.text
 
 
 def test_no_photograph_is_shown_twice(tmp_path: Path, five: list[ImageEvidence]) -> None:
@@ -224,10 +224,10 @@ def test_no_photograph_is_shown_twice(tmp_path: Path, five: list[ImageEvidence])
     assert "The best" not in one.text
 
 
-def test_caption_says_where_the_worst_token_is() -> None:
+def test_caption_names_the_worst_token() -> None:
     spec = made_up.SPEC  # 1 + 4 x 4 tokens
     distances = torch.zeros(17, dtype=torch.float64)
-    assert describe_worst(distances, spec) == "every token is equal"
+    assert describe_worst(distances, spec) == "all tokens are equal"
     distances[1 + 4 * 2 + 3] = 1e-3
     assert describe_worst(distances, spec) == "worst token: row 2, column 3, cosine 0.999000"
     distances[0] = 2e-3
@@ -241,7 +241,7 @@ def test_worst_patch_is_outlined_in_the_photograph(tmp_path: Path) -> None:
 
     one = made_up.evidence(error=0.0)
     one.bundle[1 + 4 * 2 + 1] *= -1  # row 2, column 1
-    one.bundle[0] *= -1  # a prefix token is no patch
+    one.bundle[0] *= -1  # a prefix token is not a patch
     write(tmp_path, one)
     photograph = np.asarray(Image.open(tmp_path / "report-worst-1.png").convert("RGB"))
     cell = len(photograph) // 4
@@ -251,7 +251,7 @@ def test_worst_patch_is_outlined_in_the_photograph(tmp_path: Path) -> None:
     assert pink.max(axis=0).tolist() == [3 * cell + frame - 1, 2 * cell + frame - 1]
 
 
-def test_tokens_are_kept_of_the_best_and_the_worst_alone() -> None:
+def test_only_tokens_of_the_best_and_the_worst_are_kept() -> None:
     report = Report(made_up.SPEC, made_up.PROCESSOR, keep=2)
     watched = []
     for seed in range(40):
@@ -260,13 +260,13 @@ def test_tokens_are_kept_of_the_best_and_the_worst_alone() -> None:
         report.see(one)
     del one
     gc.collect()
-    assert not any(tensor() is not None for tensor in watched), "evidence outlives see()"
+    assert not any(tensor() is not None for tensor in watched), "see() must not keep the evidence"
     assert sorted(row.name for _, row in report._worst + report._best) == ["0.png", "17.png", "23.png", "34.png"]
     kept = [tensor for distances in report._distances.values() for tensor in distances]
     assert sum(tensor.numel() for tensor in kept) == 2 * 40 * 17
 
 
-def test_kept_tokens_do_not_hold_on_to_the_batch_they_came_in() -> None:
+def test_kept_tokens_do_not_keep_their_batch() -> None:
     report = Report(made_up.SPEC, made_up.PROCESSOR)
     one = made_up.evidence()
     batch = torch.stack([one.bundle] * 50)
@@ -275,9 +275,9 @@ def test_kept_tokens_do_not_hold_on_to_the_batch_they_came_in() -> None:
     assert kept.bundle.untyped_storage().nbytes() == 16 * 24 * 4
 
 
-def test_layers_that_were_not_compared_are_said_to_be_missing(tmp_path: Path) -> None:
+def test_page_says_if_layers_were_not_compared(tmp_path: Path) -> None:
     without = write(tmp_path, made_up.evidence())
-    assert "trtower check --by-layer adds it" in without.text
+    assert "Run trtower check --by-layer to add this" in without.text
     assert not (tmp_path / "report-layers.png").exists()
     compared = write(tmp_path, made_up.evidence(), layers=made_up.layers())
     assert "--by-layer" not in compared.text
@@ -285,9 +285,9 @@ def test_layers_that_were_not_compared_are_said_to_be_missing(tmp_path: Path) ->
     assert ["3 read", "1.90e-03", "1.71e-03", "0.999400", "a.png", "row 1, column 2"] in compared.rows
 
 
-def test_layers_that_are_not_finite_are_written(tmp_path: Path) -> None:
+def test_layers_that_are_not_finite_are_shown(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(), layers=made_up.layers((1e-3, 1e-3, None)))
-    assert "Hidden state 2 is the first that is not finite, and PyTorch's own is not, either" in page.text
+    assert "Hidden state 2 is the first that is not finite; PyTorch's own is not finite either" in page.text
     assert next(row for row in page.rows if row[0] == "2")[1:3] == ["not finite", "not finite"]
 
 
@@ -306,12 +306,12 @@ def test_first_jump_is_named_and_marked(tmp_path: Path, monkeypatch: pytest.Monk
     page = write(tmp_path, made_up.evidence(), layers=(*steady[:2], jump, steady[3]))
     assert marked == [None, 2]
     assert "The error jumps at hidden state 2 ," in page.text
-    assert "worst in a.png, row 1, column 2." in page.text
+    assert "It is worst in a.png, row 1, column 2." in page.text
 
 
 def test_skipped_files_are_counted_and_named(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(), skipped=("torn.jpg", "half.png"))
-    assert "2 files could not be read and were passed over: torn.jpg, half.png." in page.text
+    assert "2 files could not be read and were skipped: torn.jpg, half.png." in page.text
     assert "could not be read" not in write(tmp_path, made_up.evidence()).text
 
 
@@ -328,10 +328,10 @@ def test_drawn_images_are_in_the_table_and_in_no_picture(tmp_path: Path) -> None
     assert re.findall(r"<figcaption><b>(.*?)</b>", page.html) == ["a.png"]
 
 
-def test_batches_beyond_the_profile_are_said_to_run_in_pieces(tmp_path: Path) -> None:
+def test_page_says_that_batches_beyond_the_profile_are_split(tmp_path: Path) -> None:
     batches = tuple(replace(made_up.certificate().batches[0], batch=batch) for batch in (1, 8, 19))
     rows = [row[0] for row in write(tmp_path, made_up.evidence(), batches=batches).rows]
-    assert {"1 in one call", "8 in one call", "19 in pieces of at most 8"} <= set(rows)
+    assert {"1 in one call", "8 in one call", "19 split into calls of at most 8"} <= set(rows)
 
 
 def test_operations_kept_in_fp32_are_named(tmp_path: Path) -> None:
@@ -355,8 +355,8 @@ def test_appendix_has_every_hash_and_version(tmp_path: Path) -> None:
         "tower.onnx.data": "executed",
         made_up.PLAN: "built, not run",
     }
-    for said in ("x86_64, 2 threads", "transformers 5.23.0", "onnx 1.22.0", "2026-11-23"):
-        assert said in page.text
+    for word in ("x86_64, 2 threads", "transformers 5.23.0", "onnx 1.22.0", "2026-11-23"):
+        assert word in page.text
 
 
 def test_earlier_report_is_replaced_and_nothing_else_is_touched(tmp_path: Path, five: list[ImageEvidence]) -> None:
@@ -372,10 +372,10 @@ def test_earlier_report_is_replaced_and_nothing_else_is_touched(tmp_path: Path, 
     ]
 
 
-def test_file_in_the_folder_s_place_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_file_instead_of_the_folder_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="is a file, or lies in one; a report takes a folder") as caught:
+        with pytest.raises(InputError, match="is a file or inside one, but a report needs a folder") as caught:
             make_folder(folder)
         assert "\n" not in str(caught.value)
         with pytest.raises(InputError):
@@ -386,13 +386,13 @@ def test_file_in_the_folder_s_place_is_an_error_of_one_line(tmp_path: Path) -> N
 
 def test_bundle_without_certificate_has_nothing_to_report(tmp_path: Path) -> None:
     bundle = made_up.bundle()
-    with pytest.raises(BundleError, match="no certificate to report: trtower check"):
+    with pytest.raises(BundleError, match="no certificate to report: run trtower check"):
         Report(made_up.SPEC, made_up.PROCESSOR).write(
             tmp_path, Bundle(bundle.path, replace(bundle.manifest, certificates=()))
         )
 
 
-def test_missing_package_is_named_before_anything_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_before_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -400,12 +400,12 @@ def test_missing_package_is_named_before_anything_is_checked(monkeypatch: pytest
         Report(made_up.SPEC, made_up.PROCESSOR)
 
 
-def test_page_of_nothing_seen_is_written(tmp_path: Path) -> None:
+def test_page_without_evidence_is_written(tmp_path: Path) -> None:
     page = write(tmp_path, images=(), batches=(), versions={})
-    assert "There was no photograph to show" in page.text
+    assert "There are no photographs to show" in page.text
     assert page.images() == []
     drawn = write(tmp_path, made_up.evidence(kind="constant"))
-    assert "There was no photograph to show" in drawn.text
+    assert "There are no photographs to show" in drawn.text
     assert len(drawn.images()) == 1
 
 
@@ -425,7 +425,7 @@ def test_towers_of_any_shape_are_reported(
 
 def test_fp32_bundle_is_reported(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(error=0), precision="fp32", torch=made_up.figures(1.0, 0.0))
-    assert "The bundle is in FP32, as the reference is" in page.text
+    assert "The bundle is in FP32, like the reference" in page.text
 
 
 @pytest.mark.parametrize(
@@ -437,13 +437,13 @@ def test_fp32_bundle_is_reported(tmp_path: Path) -> None:
         {"image_mean": 0.5, "image_std": 0.25},
     ],
 )
-def test_photograph_is_shown_as_the_tower_saw_it(config: dict[str, object]) -> None:
+def test_photograph_is_shown_as_the_tower_received_it(config: dict[str, object]) -> None:
     processor = ImageProcessor({"size": 56, "crop_size": 56, **config})
     pixels = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     pixel_values = processor.preprocess(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     assert np.array_equal(np.asarray(as_image(pixel_values, processor)), pixels)
 
 
-def test_profile_is_told(tmp_path: Path) -> None:
+def test_page_states_the_profile(tmp_path: Path) -> None:
     page = write(tmp_path, made_up.evidence(), profiles=(BatchProfile(min=2, opt=3, max=5),))
-    assert "takes 2 to 5 images a call, and is tuned for 3" in page.text
+    assert "accepts 2 to 5 images per call and is tuned for 3" in page.text

@@ -421,7 +421,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 def test_folder_without_images_is_refused(hot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     assert doctor(hot, "--images", tmp_path) == 1
-    assert "holds no image file" in one_error(capsys)
+    assert "has no image files" in one_error(capsys)
 
 
 def test_images_that_are_all_unreadable_are_refused_by_name(
@@ -441,7 +441,7 @@ def test_image_that_is_unreadable_is_skipped_named_and_counted(
     assert doctor(hot, "--images", photographs, "--json") == 0
     captured = capsys.readouterr()
     assert strict(captured.out)["images"] == ["0.png", "1.png"]
-    assert "skipped 2 that are no readable image: broken.png, empty.webp" in captured.err
+    assert "skipped 2 as unreadable: broken.png, empty.webp" in captured.err
 
 
 def test_tower_with_broken_weights_is_refused_in_one_line(

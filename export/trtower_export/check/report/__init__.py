@@ -1,1 +1,1 @@
-"""The page of a check."""
+"""The HTML report of a check."""

@@ -1,4 +1,4 @@
-"""Turn a manifest, its certificate and their pictures into one HTML page that needs no other file."""
+"""Render a manifest, its certificate and the pictures as one self-contained HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
 Pictures = Sequence[tuple[PcaRow, bytes]]
-"""Photographs of the page, each with the PNG of its four panels."""
+"""The photographs of the page, each with the PNG of its four panels."""
 
 
 def render(
@@ -30,7 +30,7 @@ def render(
     tokens: bytes | None,
     jump: LayerFigures | None,
 ) -> str:
-    """Fill the template. Every name in it comes from somebody else's files, so all of it is escaped."""
+    """Fill the template. Names come from other people's files, so everything is escaped."""
     jinja2 = import_extra("jinja2", extra="report", purpose="a report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

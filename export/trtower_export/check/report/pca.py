@@ -1,9 +1,9 @@
-"""Turn the patch features of PyTorch and of a bundle into pictures in which a difference would show.
+"""Draw the patch features of PyTorch and of a bundle as colours, so that a difference shows.
 
-Both are projected on one basis and scaled by one range, fitted on PyTorch's features of all
-photographs: a basis of its own for each would rotate an error away.
+Both are projected on the same basis and scaled by the same range, fitted on PyTorch's features of all photographs.
+With a basis for each, an error could be rotated away.
 
-Letters: N patches of a photograph, D width, P pixels of a panel's side.
+Letters: N patches of a photograph, D width, P pixels per side of a panel.
 """
 
 import io
@@ -22,27 +22,27 @@ from trtower_export.drawing import GREY, INK, new_figure, to_png
 
 Pixels = npt.NDArray[np.uint8]
 
-PERCENTILES = (0.02, 0.98)  # a few outlier patches would otherwise take the whole range of colour
+PERCENTILES = (0.02, 0.98)  # otherwise a few outlier patches use up the whole range of colours
 
 DIRECTIONS = 16
 SWEEPS = 30
-"""Subspace iteration on 16 directions, of which three are shown: each sweep shrinks what is wrong with them by the
-ratio of the 17th variance to the third. An eigendecomposition of (D, D) takes minutes where D is five layers wide."""
+"""Subspace iteration on 16 directions, of which three are shown. Each sweep shrinks their error by the ratio of the
+17th variance to the third. An eigendecomposition of (D, D) takes minutes when D is the width of five layers."""
 
 WORST, WORSE, EDGE = "#ff2d95", "#ffd400", "#101418"
-"""The worst patch, the next ones, and the hairline around both that shows them on a photograph of any colour."""
+"""The worst patch, the next ones, and the hairline around both that stands out on any photograph."""
 
 DECADES = 4
-"""How far down the error panel looks: black is a ten-thousandth of what it shows white."""
+"""The range of the error panel: black is a ten-thousandth of white."""
 
 EXACT = 1e-12
-"""Below it 1 - cosine is the rounding of FP64, and a token is as good as equal."""
+"""A smaller 1 - cosine is rounding in FP64; the token counts as equal."""
 
 GAP = 1 / 37
-"""Between two panels, as a share of a panel's side."""
+"""The gap between two panels, as a fraction of a panel's width."""
 
 PANEL_OF_ONE_PIXEL = 120
-"""A frame is one pixel wide for so many of a panel's side."""
+"""A frame is one pixel wide per this many pixels of a panel's width."""
 
 # The layout of a sheet, in pixels.
 DPI = 150
@@ -56,7 +56,7 @@ COLUMNS = 3
 
 @dataclass(frozen=True, eq=False)
 class PcaRow:
-    """One photograph, square as the tower saw it, and its patch features, prefix tokens dropped, each (N, D)."""
+    """One photograph, square as the tower received it, and its patch features (N, D) without prefix tokens."""
 
     name: str
     image: Image.Image
@@ -66,14 +66,14 @@ class PcaRow:
 
 
 def draw_strips(rows: Sequence[PcaRow], *, panel: int, mark: int = 0, limit: float | None = None) -> list[Pixels]:
-    """Draw each row as a strip of panels without words: the photograph, PyTorch's colours, the bundle's colours.
+    """Draw each row as a strip of panels without text: the photograph, PyTorch's colours, the bundle's colours.
 
-    ``panel`` is about how many pixels the side of one takes, and ``mark`` how many of the worst patches are outlined in
-    the photograph. With ``limit`` a fourth panel shows the error of each patch, 1 - cosine, on a log scale whose white
-    is ``limit`` and beyond. What is not finite has the colour of the worst patch there.
+    ``panel`` is the approximate width of a panel in pixels. The ``mark`` worst patches are outlined in the photograph.
+    With ``limit``, a fourth panel shows the error of each patch, 1 - cosine, on a log scale that is white from
+    ``limit`` on. There, patches that are not finite have the colour of the worst patch.
     """
     side = isqrt(len(rows[0].reference))
-    cell = max(1, round(panel / side))  # whole pixels per patch, so that every patch is drawn the same size
+    cell = max(1, round(panel / side))  # whole pixels per patch, so that all patches have the same size
     gap = np.full((side * cell, round(side * cell * GAP), 3), 255, np.uint8)
     references, bundles = pca_colours([row.reference for row in rows], [row.bundle for row in rows])
     strips = []
@@ -86,7 +86,7 @@ def draw_strips(rows: Sequence[PcaRow], *, panel: int, mark: int = 0, limit: flo
 
 
 def draw_sheet(rows: Sequence[PcaRow], path: Path, *, runner: str) -> None:
-    """Write a PNG of all strips, three to a line, each with its name and caption; the bundle ran on ``runner``.
+    """Write a PNG of all strips, three to a row, each with name and caption; the bundle ran on ``runner``.
 
     Raises MissingExtraError if matplotlib is not installed.
     """
@@ -101,7 +101,7 @@ def draw_sheet(rows: Sequence[PcaRow], path: Path, *, runner: str) -> None:
     figure.text(width - MARGIN, height - 39, f"bundle: {runner}", ha="right", **small)
     for index, (row, strip) in enumerate(zip(rows, strips, strict=True)):
         line, column = divmod(index, COLUMNS)
-        x, y = MARGIN + column * (wide + GUTTER), height - HEADINGS - line * (high + CAPTION)  # its upper left corner
+        x, y = MARGIN + column * (wide + GUTTER), height - HEADINGS - line * (high + CAPTION)  # the top left corner
         figure.figimage(strip, x, y - high, origin="upper")
         if line == 0:
             for place, heading in enumerate(("photograph", "PyTorch FP32", "bundle")):
@@ -112,7 +112,7 @@ def draw_sheet(rows: Sequence[PcaRow], path: Path, *, runner: str) -> None:
 
 
 def strip_png(strip: Pixels) -> bytes:
-    """Encode a strip."""
+    """Encode a strip as a PNG."""
     stream = io.BytesIO()
     Image.fromarray(strip).save(stream, format="png", optimize=True)
     return stream.getvalue()
@@ -121,8 +121,8 @@ def strip_png(strip: Pixels) -> bytes:
 def pca_colours(references: Sequence[Tensor], bundles: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Colour the patches of each (N, D) as uint8 (N, 3), on the basis and range of ``references``.
 
-    What is not finite comes out black. Each axis points where its largest weight is
-    positive, as in scikit-learn's ``svd_flip``: the colours do not change from run to run.
+    Values that are not finite become black. Each axis points to where its largest weight is positive, as in
+    scikit-learn's ``svd_flip``, so the colours are the same in every run.
     """
     fitted = torch.cat([_float64(features) for features in references])  # (photographs * N, D)
     fitted = fitted[fitted.isfinite().all(dim=-1)]
@@ -141,21 +141,21 @@ def pca_colours(references: Sequence[Tensor], bundles: Sequence[Tensor]) -> tupl
     return [colour(features) for features in references], [colour(features) for features in bundles]
 
 
-def token_distances(found: Tensor, reference: Tensor) -> Tensor:
-    """Give 1 - cosine of each token, (..., D) -> (...), in FP64; NaN where a token is not finite."""
-    return 1 - torch.nn.functional.cosine_similarity(_float64(found), _float64(reference), dim=-1)
+def token_distances(features: Tensor, reference: Tensor) -> Tensor:
+    """Return 1 - cosine of each token, (..., D) -> (...), in FP64; NaN for tokens that are not finite."""
+    return 1 - torch.nn.functional.cosine_similarity(_float64(features), _float64(reference), dim=-1)
 
 
 def worst_tokens(distances: Tensor, count: int) -> list[int]:
-    """Find the tokens farthest off, the worst first; one that is not finite is worse than any, an exact one is none."""
+    """Find the worst tokens, worst first. Non-finite tokens come first; exact ones are left out."""
     badness = distances.nan_to_num(nan=torch.inf)
     order = badness.argsort(descending=True, stable=True)[:count]
-    found: list[int] = order[badness[order] > EXACT].tolist()
-    return found
+    worst: list[int] = order[badness[order] > EXACT].tolist()
+    return worst
 
 
 def _principal_axes(centred: Tensor) -> Tensor:
-    """Find the three directions of largest variance, (n, D) -> (D, 3), largest first; zeros where D has fewer."""
+    """Find the three directions of largest variance, (n, D) -> (D, 3), largest first; padded with zeros if D < 3."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         axes = torch.svd_lowrank(centred, q=DIRECTIONS, niter=SWEEPS)[2][:, :3]
@@ -174,17 +174,17 @@ def _grid(colours: Tensor, cell: int) -> Pixels:
 
 
 def _photograph(row: PcaRow, cell: int, mark: int) -> Pixels:
-    """Fit the photograph into a panel, and outline its worst patches: a frame around each, a hairline around that."""
+    """Fit the photograph into a panel, and outline its worst patches with a frame and a hairline around it."""
     side = isqrt(len(row.reference))
     panel = side * cell
     image = ImageOps.fit(row.image.convert("RGB"), (panel, panel), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
     frame = max(1, panel // PANEL_OF_ONE_PIXEL)
     distances = token_distances(row.bundle, row.reference)
-    patches = worst_tokens(distances, mark) if distances.isfinite().any() else []  # where none is finite, none is worst
-    for place in reversed(range(len(patches))):  # the worst last, on top
+    patches = worst_tokens(distances, mark) if distances.isfinite().any() else []  # none is finite: none is the worst
+    for place in reversed(range(len(patches))):  # the worst is drawn last, on top
         top, left = (index * cell for index in divmod(patches[place], side))
-        hairline = [max(start - frame - 1, 0) for start in (left, top)]  # moves inward at the border of the panel
+        hairline = [max(start - frame - 1, 0) for start in (left, top)]  # moved inward at the border of the panel
         hairline += [min(start + cell + frame, panel - 1) for start in (left, top)]
         draw.rectangle(hairline, outline=EDGE)
         inside = [hairline[0] + 1, hairline[1] + 1, hairline[2] - 1, hairline[3] - 1]

@@ -1,4 +1,4 @@
-"""Draw the figures of a certificate: the error of each layer, and how far off the tokens are."""
+"""Plot the figures of a certificate: the error of each layer, and the distances of the tokens."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from trtower_export.drawing import BLUE, GREY, INK, ORANGE, RED, RULE, new_figur
 DPI = 200
 WIDTH, HEIGHT = 1500, 640
 LEFT, RIGHT, BOTTOM, TOP = 0.085, 0.985, 0.155, 0.87
-"""Where the axes lie, as fractions of the figure."""
+"""The position of the axes, as fractions of the figure."""
 
 EXACT = 1e-16
-"""Where a distance of zero is put on a log scale: FP64 resolves no smaller 1 - cosine."""
+"""The place of zero on a log scale: FP64 cannot resolve a smaller 1 - cosine."""
 
 HALF_A_TOKEN = 0.5
-"""Where the log axis of a histogram begins, so that one token has a height."""
+"""The start of a histogram's log axis, so that a single token has a visible height."""
 
 BINS_PER_DECADE = 8
 MAX_TICKS = 28
@@ -29,7 +29,7 @@ MAX_TICKS = 28
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDistances:
-    """1 - cosine of many tokens, NaN where one is not finite, and the ``limit`` of it, where there is one."""
+    """1 - cosine of many tokens, NaN if not finite, and its ``limit`` if it has one."""
 
     label: str
     values: npt.NDArray[Any]
@@ -45,10 +45,10 @@ def draw_layers(
     limit: float | None = None,
     first_jump: int | None = None,
 ) -> bytes:
-    """Plot the relative error of each hidden state, the bundle's beside PyTorch's own half precision, as a PNG.
+    """Plot the relative error of each hidden state, for the bundle and for PyTorch in the same precision, as a PNG.
 
-    ``read`` are the states that leave the tower, which ``limit`` bounds; ``first_jump`` is the first state at which the
-    bundle leaves PyTorch's track.
+    ``read`` are the states that the model reads, to which ``limit`` applies. ``first_jump`` is the first state where
+    the bundle's error jumps.
     """
     figure, axes = _axes(purpose="the plot of the layers")
     states = [figures.layer for figures in layers]
@@ -73,13 +73,13 @@ def draw_layers(
     for index, state in enumerate(dict.fromkeys(read)):
         axes.axvline(state, color=RULE, linewidth=7, zorder=0, label="" if index else "read by the model")
     if limit is not None:
-        axes.axhline(limit, color=RED, linewidth=1, linestyle=(0, (5, 3)), label=f"its bound, {limit:g}")
+        axes.axhline(limit, color=RED, linewidth=1, linestyle=(0, (5, 3)), label=f"bound, {limit:g}")
     if first_jump in states:
         _mark_jump(axes, first_jump, values[states.index(first_jump)])
     every = -(-len(states) // MAX_TICKS) if states else 1
     ticks = states[::every]
     axes.set_xticks(ticks, [name_layer(s, num_layers).replace("last_hidden_state", "normed") for s in ticks])
-    axes.set(xlabel="hidden state (0 enters the first layer)", ylabel="relative error")
+    axes.set(xlabel="hidden state (0 is the input of the first layer)", ylabel="relative error")
     _legend(axes)
     return to_png(figure)
 
@@ -87,7 +87,7 @@ def draw_layers(
 def draw_tokens(series: Sequence[TokenDistances]) -> bytes:
     """Plot histograms of 1 - cosine over the tokens, both axes logarithmic, as a PNG.
 
-    The first series is filled, the others are outlines. Tokens that are not finite are counted in the legend.
+    The first series is filled, the others are outlines. The legend counts tokens that are not finite.
     """
     figure, axes = _axes(purpose="the plot of the tokens")
     finite = [np.maximum(one.values[np.isfinite(one.values)], EXACT) for one in series]
@@ -107,13 +107,13 @@ def draw_tokens(series: Sequence[TokenDistances]) -> bytes:
         name = ", ".join(one.label for one in series if one.limit == limit)
         axes.axvline(limit, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         place = {"xy": (limit, 0.97), "xycoords": ("data", "axes fraction"), "xytext": (-5, 0)}
-        text = f"bound of\n{name}\n{limit:.1g}"
+        text = f"bound for\n{name}\n{limit:.1g}"
         axes.annotate(
             text, **place, textcoords="offset points", ha="right", va="top", fontsize=7, color=RED, linespacing=1.4
         )
-    axes.set(xscale="log", xlabel="1 - token cosine (left is better)", yscale="log", ylabel="tokens")
+    axes.set(xscale="log", xlabel="1 - token cosine (smaller is better)", yscale="log", ylabel="number of tokens")
     axes.set_ylim(bottom=HALF_A_TOKEN)
-    axes.set_xlim(edges[0], edges[-1] * 1.3)  # a line on the last edge would lie on the frame
+    axes.set_xlim(edges[0], edges[-1] * 1.3)  # keeps a line on the last edge off the frame
     _legend(axes)
     return to_png(figure)
 
@@ -132,7 +132,7 @@ def _axes(*, purpose: str) -> tuple[Any, Any]:
 
 
 def _edges(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Cut whole decades into bins, from below the smallest value to above the largest."""
+    """Divide whole decades into bins, from below the smallest value to above the largest."""
     low, high = (round(math.log10(value), 9) for value in (values.min(), values.max()))
     bottom, top = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
     return np.logspace(bottom, top, BINS_PER_DECADE * (top - bottom) + 1)
@@ -146,7 +146,7 @@ def _legend(axes: Any) -> None:
 
 
 def _mark_jump(axes: Any, state: int, error: float) -> None:
-    """Circle the first jump and say so beside it; it hangs from the top where the error is not finite."""
+    """Circle the first jump and label it; if its error is not finite, put the label at the top."""
     where: dict[str, Any] = {"xy": (state, 0.97), "xycoords": ("data", "axes fraction")}
     if error > 0:
         where = {"xy": (state, error), "xycoords": "data"}
@@ -159,9 +159,9 @@ def _mark_jump(axes: Any, state: int, error: float) -> None:
 
 
 def _frame(values: Sequence[float]) -> tuple[float, float]:
-    """Give the ends of a log axis that shows these values with room around them, and a decade at least.
+    """Return the ends of a log axis that shows these values with a margin, at least a decade apart.
 
-    With less, an axis has no tick with a number, and noise looks like a mountain.
+    A shorter axis has no numbered tick, and makes noise look like a mountain.
     """
     low, high = (min(values), max(values)) if values else (1e-4, 1e-3)
     if high < 10 * low:

@@ -1,7 +1,7 @@
-"""Turn what a check sees, image by image, into one HTML page for a deployment review, and its pictures.
+"""Turn the evidence of a check into one HTML page for a deployment review, with its pictures.
 
-The tokens of all images would not fit into memory: those of the best and the worst photographs are kept, and of
-every other image the cosines alone.
+The tokens of all images would not fit into memory. The report keeps those of the best and the worst photographs, and
+only the cosines of every other image.
 
 Letters: S pixels a side, P prefix tokens, N patches, D features a token.
 """
@@ -31,25 +31,25 @@ from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_
 PAGE = "report.html"
 LAYERS, TOKENS = "report-layers.png", "report-tokens.png"
 OURS = re.compile(r"report-(layers|tokens|(worst|best)-\d+)\.png")
-"""The pictures that an earlier report may have left; nothing else in the folder is touched."""
+"""Pictures of an earlier report, which a new one deletes. Nothing else in the folder is touched."""
 
 PANEL = 370
-"""Pixels of a panel's side."""
+"""Width and height of a panel, in pixels."""
 
 MARKED = 5
-"""How many of the worst patches are outlined in a photograph."""
+"""How many of the worst patches to outline in a photograph."""
 
 
-OWN = "PyTorch's own, on the photographs"
+OWN = "PyTorch's own, photographs"
 KINDS = {"photographs": PHOTOGRAPH, "drawn images": DRAWN}
-"""How the plot of the tokens calls what bounds call otherwise."""
+"""The labels in the plot of the tokens, and the kinds of images that bounds are set for."""
 
 
 class Report:
-    """Collects evidence with `see`, image by image, and writes the page at the end.
+    """Collects evidence image by image with `see`, and writes the page at the end.
 
-    ``processor`` made the pixels, and says how to undo its normalisation; ``keep`` is how many of the best and of the
-    worst photographs are shown. Raises MissingExtraError where matplotlib or jinja2 is not installed.
+    ``processor`` prepared the pixels; the report undoes its normalisation. The page shows the ``keep`` best and the
+    ``keep`` worst photographs. Raises MissingExtraError if matplotlib or jinja2 is not installed.
     """
 
     def __init__(self, spec: TowerSpec, processor: ImageProcessor, *, keep: int = 3) -> None:
@@ -61,7 +61,7 @@ class Report:
         self._distances: dict[str, list[Tensor]] = {label: [] for label in (*KINDS, OWN)}  # 1 - cosine, by image
 
     def see(self, evidence: ImageEvidence) -> None:
-        """Take in one image. Its tokens are kept only while it is among the best or the worst photographs."""
+        """Add one image. Its tokens are kept only while it is among the best or the worst photographs."""
         distances = token_distances(evidence.bundle, evidence.reference)
         if evidence.kind != PHOTOGRAPH:
             self._distances["drawn images"].append(distances.float())
@@ -74,13 +74,13 @@ class Report:
         self._best = sorted([*self._best, (worst, row)], key=lambda one: one[0])[: self._keep]
 
     def write(self, folder: Path, bundle: Bundle) -> Path:
-        """Write the page and its pictures into ``folder``, in place of an earlier report's, and return the page's path.
+        """Write the page and its pictures into ``folder``, replacing an earlier report, and return the page's path.
 
-        Raises BundleError where there is no certificate yet, InputError where ``folder`` cannot be one.
+        Raises BundleError if the bundle has no certificate, InputError if ``folder`` cannot be created.
         """
         certificate = bundle.manifest.certificate
         if certificate is None:
-            raise BundleError(f"{bundle.path} has no certificate to report: trtower check {bundle.path} makes one.")
+            raise BundleError(f"{bundle.path} has no certificate to report: run trtower check {bundle.path} first.")
         make_folder(folder)
         worst, best = self._pictures(certificate)
         plots = {}
@@ -116,7 +116,7 @@ class Report:
         return folder / PAGE
 
     def _pictures(self, certificate: Certificate) -> tuple[Pictures, Pictures]:
-        """Draw the worst photographs, the worst first, and those of the best that are not among them."""
+        """Draw the worst photographs, worst first, and the best ones that are not among them."""
         worst = [row for _, row in self._worst]
         rows = worst + [row for _, row in self._best if row not in worst]
         if not rows:
@@ -141,21 +141,21 @@ class Report:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report, or raise InputError; the command does so before the minutes that a check takes."""
+    """Create the folder of a report, or raise InputError. The command does so before a check, which takes minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as err:
-        raise InputError(f"{folder} is a file, or lies in one; a report takes a folder: name another.") from err
+        raise InputError(f"{folder} is a file or inside one, but a report needs a folder: name another.") from err
     except OSError as err:
-        raise InputError(f"{folder} cannot be made a folder for the report: {err.strerror}. Name another.") from err
+        raise InputError(f"cannot create the report's folder {folder}: {err.strerror}. Name another folder.") from err
 
 
 def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
-    """Say where the worst token of an image is and how far off; where that is no patch, the worst patch as well."""
+    """Describe the worst token of an image and its cosine; if it is a prefix token, also the worst patch."""
     prefix, side = spec.num_prefix_tokens, spec.num_patches_per_side
     token = next(iter(worst_tokens(distances, 1)), None)
     if token is None:
-        return "every token is equal"
+        return "all tokens are equal"
     if not distances.isfinite().any():
         return "no token is finite"
     patch = next(iter(worst_tokens(distances[prefix:], 1)), None)
@@ -164,7 +164,7 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
         distance = float(distances[index])
         return describe_figure(1 - distance if math.isfinite(distance) else None)
 
-    place = "every patch is equal"
+    place = "all patches are equal"
     if patch is not None:
         row, column = divmod(patch, side)
         place = f"row {row}, column {column}, cosine {cosine(prefix + patch)}"
@@ -174,7 +174,7 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
 
 
 def make_row(evidence: ImageEvidence, spec: TowerSpec, processor: ImageProcessor, caption: str) -> PcaRow:
-    """Take from one image what its picture shows; nothing in it holds on to the batch that the tokens came in."""
+    """Collect what the picture of one image shows. Clone the tokens, so that their batch can be freed."""
     return PcaRow(
         name=evidence.name,
         image=as_image(evidence.pixel_values, processor),
@@ -185,7 +185,7 @@ def make_row(evidence: ImageEvidence, spec: TowerSpec, processor: ImageProcessor
 
 
 def as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
-    """Undo the normalisation, to show what the tower was shown: (3, S, S) -> S x S."""
+    """Undo the normalisation, to show what the tower received: (3, S, S) -> S x S."""
     pixels = pixel_values.detach().float().cpu()
     if processor.do_normalize:
         mean, std = (
@@ -199,7 +199,7 @@ def as_image(pixel_values: Tensor, processor: ImageProcessor) -> Image.Image:
 
 
 def _limit(certificate: Certificate, figure: str, images: str, *, distance: bool = False) -> float | None:
-    """Find the limit of a figure, as 1 - cosine where ``distance`` asks for it; None where nothing was demanded."""
+    """Find the limit of a figure, as 1 - cosine if ``distance`` is set; None if the figure has no bound."""
     for bound in certificate.bounds:
         if bound.figure == figure and bound.images == images:
             return 1 - bound.limit if distance else bound.limit
