@@ -25,7 +25,7 @@ def serve_vision(checkpoint: str, bundle: str, requests: Connection) -> None:
     config.text_config.num_hidden_layers = 0  # load no language layers; transformers warns of unexpected weights
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
     model.lm_head = model.model.language_model = None
-    model = model.to(DEVICE)  # type: ignore[arg-type] # for mypy, transformers' `to` is not a method
+    model = model.to(DEVICE)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
     with trtower.install(model, bundle):
         while (images := requests.recv()) is not None:
             encoded = trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()})

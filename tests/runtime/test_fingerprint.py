@@ -37,7 +37,7 @@ def test_tower_is_recognised_in_every_dtype(dtype: str) -> None:
     spec = spec_of(model)
     known = hash_later(model, spec).result()
     assert len(set(known.values())) == 3
-    held = make_model("clip").to(DTYPES[dtype])  # type: ignore[arg-type] # for mypy, transformers' `to` is not a method
+    held = make_model("clip").to(DTYPES[dtype])  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
     assert weights_sha256(read_parameters(held, spec), DTYPES[dtype]) == known[dtype]
 
 

@@ -330,7 +330,7 @@ def test_tower_loads_inside_from_pretrained(fp32_bundle: Path, tmp_path: Path) -
     Llava(transformers.PretrainedConfig()).save_pretrained(tmp_path)
     model = Llava.from_pretrained(tmp_path)
     model.vision_tower.load_model()
-    model.to(torch.float16)  # type: ignore[arg-type] # for mypy, transformers' `to` is not a method
+    model.to(torch.float16)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
     assert model.vision_tower.dummy_feature.device == torch.device("cpu")
     assert model.vision_tower(images(1, torch.float16)).shape == (1, PATCHES, WIDTH)
     assert Llava.from_pretrained(tmp_path, delay_load=False).vision_tower.is_loaded
