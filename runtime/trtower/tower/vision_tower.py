@@ -30,8 +30,7 @@ from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
 
-TowerT = TypeVar("TowerT", bound="VisionTower")
-"""Not Self, with which type checkers do not read the second name of `load`."""
+TowerT = TypeVar("TowerT", bound="VisionTower")  # not Self: mypy then rejects `from_pretrained`, another name of `load`
 
 
 class VisionTower(nn.Module):
@@ -248,8 +247,7 @@ class VisionTower(nn.Module):
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         self._pixel_range.check(pixel_values, finite=self.check_finite)
-        manifest = self.bundle.manifest
-        is_observed = self.on_batch is not None or self.nvtx
+        manifest, is_observed = self.bundle.manifest, self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if is_observed else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
 
