@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ print(json.dumps([load_s, first_s, statistics.median(seconds), int(peak) / 1e6])
 
 THREADS = torch.get_num_threads()
 PACKED = {"session.disable_prepacking": "1"}
-CHOICES = (
+CHOICES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("ONNX Runtime, FP16 *", "fp16", ORT, {}),
     ("ONNX Runtime, FP16, one thread", "fp16", ORT, {"threads": 1}),
     ("ONNX Runtime, FP16, weights not repacked", "fp16", ORT, PACKED),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def main() -> None:
         folder = Path(temporary)
         checkpoint = str(sys.argv[3]) if len(sys.argv) > 3 else str(folder / "checkpoint")
         if len(sys.argv) <= 3:
-            open_checkpoint(RECIPE, random_weights=True).load_model().save_pretrained(checkpoint)
+            model: Any = open_checkpoint(RECIPE, random_weights=True).load_model()
+            model.save_pretrained(checkpoint)
         common = [*COMMAND, checkpoint, "--no-check", "--no-store", "--overwrite"]
         commands = {
             "trtower, graph": [*common, "--flavour", "none", "--out", str(folder / "graph")],

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -53,9 +54,10 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, bundle = Path(temporary, "checkpoint"), Path(temporary, "bundle")
-        open_checkpoint(RECIPE, random_weights=True).load_model().save_pretrained(checkpoint)
+        model: Any = open_checkpoint(RECIPE, random_weights=True).load_model()
+        model.save_pretrained(checkpoint)
         start = time.perf_counter()
-        command = [*COMMAND, "export", checkpoint, "--out", bundle, "--no-check", "--no-store"]
+        command: list[str | Path] = [*COMMAND, "export", checkpoint, "--out", bundle, "--no-check", "--no-store"]
         subprocess.run(command, check=True, stdout=sys.stderr)
         export_s = time.perf_counter() - start
         peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9

@@ -27,7 +27,9 @@ IMAGES = {"cuda": (1, 5, 20), "cpu": (1, 5)}
 
 def draw_model(dtype: torch.dtype) -> Any:
     """Create the model with random weights in this dtype, the same ones every time."""
-    tower = transformers.CLIPVisionConfig(**find_recipe("clip-vit-large-patch14-336").config)
+    recipe = find_recipe("clip-vit-large-patch14-336")
+    assert recipe is not None
+    tower = transformers.CLIPVisionConfig(**recipe.config)
     text = transformers.LlamaConfig(num_hidden_layers=2)
     config = transformers.LlavaConfig(vision_config=tower, text_config=text)
     torch.manual_seed(0)
@@ -65,7 +67,7 @@ def used_mb(device: torch.device) -> float:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
-    return psutil.Process().memory_info().rss / 1e6
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ args = parser.parse_args()
 
 processor = AutoProcessor.from_pretrained(args.checkpoint)
 model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
-model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
 
 print(trtower.install(model, args.bundle))
 

@@ -25,7 +25,8 @@ def serve_vision(checkpoint: str, bundle: str, requests: Connection) -> None:
     config.text_config.num_hidden_layers = 0  # load no language layers; transformers warns of unexpected weights
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
     model.lm_head = model.model.language_model = None
-    with trtower.install(model.to(DEVICE), bundle):
+    model = model.to(DEVICE)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
+    with trtower.install(model, bundle):
         while (images := requests.recv()) is not None:
             encoded = trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()})
             features = io.BytesIO()  # bytes that could go over a network, not GPU memory
@@ -49,7 +50,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
     model.model.vision_tower = None
-    model = model.to(DEVICE)
+    model = model.to(DEVICE)  # type: ignore[arg-type]
     content = [{"type": "image"}, {"type": "text", "text": args.question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=Image.open(args.image).convert("RGB"), text=prompt, return_tensors="pt")

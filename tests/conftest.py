@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ BATCH = BatchProfile(min=1, opt=2, max=4)
 Bundles = Callable[..., Path]
 
 
-SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
 PATCHES = SHAPE | {"patch_size": PATCH_SIZE}
 IMAGES = PATCHES | {"image_size": IMAGE_SIZE}
 PAIRS = SHAPE | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2}
 MLP = {"intermediate_size": 128}
-MODELS: dict[str, tuple[str, dict[str, object]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip": ("CLIPVisionModel", IMAGES | MLP | {"hidden_act": "quick_gelu"}),
     "clip-gelu": ("CLIPVisionModel", IMAGES | MLP | {"hidden_act": "gelu"}),
     "metaclip_2": ("MetaClip2VisionModel", IMAGES | MLP),
@@ -53,7 +54,7 @@ TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip")
 """The models that the fixture `checkpoints` saves."""
 
 
-def make_model(name: str, **changes: object) -> torch.nn.Module:
+def make_model(name: str, **changes: object) -> transformers.PreTrainedModel:
     """Make a small tower with random weights in which every layer matters; default ones hardly change the residuals.
 
     ``changes`` are fields of its config.
@@ -61,7 +62,7 @@ def make_model(name: str, **changes: object) -> torch.nn.Module:
     torch.manual_seed(7)
     class_name, options = MODELS[name]
     model_class = getattr(transformers, class_name)
-    model: torch.nn.Module = model_class(model_class.config_class(**options | changes))
+    model: transformers.PreTrainedModel = model_class(model_class.config_class(**options | changes))
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
@@ -121,12 +122,12 @@ def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     """Return a function that exports a bundle by family and options, each only once; tests must not change bundles."""
     exported: dict[tuple[object, ...], Path] = {}
 
-    def get(family: str = "clip", **options: object) -> Path:
+    def get(family: str = "clip", **options: Any) -> Path:
         key = (family, *sorted(options.items()))
         if key not in exported:
             out = tmp_path_factory.mktemp("bundles") / f"tiny-{family}"
-            settings = ExportOptions(**{"profiles": (BATCH,), "check": False, **options})
-            exported[key] = export_tower(str(checkpoints[family]), out, settings).path
+            settings: dict[str, Any] = {"profiles": (BATCH,), "check": False, **options}
+            exported[key] = export_tower(str(checkpoints[family]), out, ExportOptions(**settings)).path
         return exported[key]
 
     return get

@@ -104,7 +104,7 @@ def test_page_shows_every_file_and_no_other() -> None:
     (tree,) = re.findall(r"```text\n((?:runtime|export)/.*?)```", PAGE, flags=re.DOTALL)
     folders: list[str] = []
     for line in filter(None, tree.splitlines()):
-        indent, names = re.match(r"( *)(\S+(?:  ?\S+)*?)(?:   +|$)", line).groups()  # type: ignore[union-attr]
+        indent, names = re.match(r"( *)(\S+(?:  ?\S+)*?)(?:   +|$)", line).groups()
         folders[len(indent) // 2 :] = [names] if names.endswith("/") else []
         parts = [] if names.endswith("/") else names.split()
         shown |= {"".join(folders) + part for part in parts}

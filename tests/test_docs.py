@@ -52,14 +52,15 @@ NOT_RUN = {
 by_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
-def every(find: Callable[[str], list[Any]]) -> Any:
+def every(find: Callable[[str], list[Any]]) -> pytest.MarkDecorator:
     """Parametrise a test by everything that ``find`` finds on any page."""
     found = [(page, item) for page in PAGES for item in find(read(page))]
     return pytest.mark.parametrize(("page", "item"), found, ids=[f"{name_of(page)}: {item}" for page, item in found])
 
 
 def find_command(name: str) -> click.Command:
-    command: click.Command = typer.main.get_command(cli._app()).commands[name]
+    group: Any = typer.main.get_command(cli._app())
+    command: click.Command = group.commands[name]
     return command
 
 
@@ -191,7 +192,7 @@ def test_export_from_python_runs(here: Path, capsys: pytest.CaptureFixture[str])
 
 def test_certificate_is_demanded(bundles: Bundles, checkpoints: dict[str, Path], here: Path) -> None:
     (load,) = pages.blocks("python", read(ROOT / "docs" / "certificate.md"))
-    bundle = shutil.copytree(bundles(), "engines/clip-vit-large-patch14-336")
+    bundle = Path(shutil.copytree(bundles(), "engines/clip-vit-large-patch14-336"))
     with pytest.raises(trtower.BundleError, match="not certified"):
         run(load)
     certify(bundle, checkpoints["clip"])
@@ -263,7 +264,7 @@ def test_image_loads_quickly(image: Path) -> None:
 # The site
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):  # type: ignore[misc] # yaml has no annotations
     """Reads mkdocs.yml without calling what its tags name."""
 
 

@@ -32,7 +32,7 @@ def run(example: str, *arguments: object, package: str | None = None) -> list[st
     """Run an example as a user would, with a stand-in for the package that it imports."""
     path = [ROOT, *([ROOT / "tests" / "packages" / package] if package else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / example, *map(str, arguments)]
+    command: list[str | Path] = [sys.executable, EXAMPLES / example, *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
@@ -114,7 +114,7 @@ def test_llava(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) ->
 
 def test_vila(checkpoints: dict[str, Path], picture: Path, bundles: Bundles) -> None:
     class Media:
-        picture = None
+        picture: Image.Image
 
     Media.picture = Image.open(picture).convert("RGB")
     output = run("serve_vila.py", checkpoints["clip"], bundles(), picture, QUESTION, package="vila")

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -41,6 +42,6 @@ def test_python_runs(clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clip_bundle, "engines/clip-vit-large-patch14-336")
     (code,) = blocks("python", README)
-    names = {"image": Image.new("RGB", (60, 50))}
+    names: dict[str, Any] = {"image": Image.new("RGB", (60, 50))}
     exec(code, names)  # noqa: S102 - the README's own example
     assert names["features"].shape == (1, 9, 64)

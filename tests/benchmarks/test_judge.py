@@ -86,7 +86,7 @@ def test_goal_that_was_not_measured_says_why() -> None:
 
 
 def run(*paths: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks" / "judge.py", *paths]
+    command: list[str | Path] = [sys.executable, ROOT / "benchmarks" / "judge.py", *paths]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 

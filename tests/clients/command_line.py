@@ -31,7 +31,18 @@ def arguments(**others: str) -> argparse.Namespace:
 def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
     """Export a checkpoint's tower in FP32, in the command's environment, because the client's has no exporter."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("runtime", "export"))
-    command = [trtower, "export", checkpoint, "--out", bundle, "--precision", "fp32", "--flavour", "none", *options]
+    command: list[str | Path] = [
+        trtower,
+        "export",
+        checkpoint,
+        "--out",
+        bundle,
+        "--precision",
+        "fp32",
+        "--flavour",
+        "none",
+        *options,
+    ]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")

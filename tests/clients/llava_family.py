@@ -1,6 +1,7 @@
 """What the scripts for LLaVA and LLaVA-NeXT share: how to install a bundle, and what to observe of a loaded model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from comparing import Observation
@@ -10,7 +11,7 @@ from PIL import Image
 
 import trtower
 
-Loaded = tuple
+Loaded = tuple[Any, Any, Any, Any]
 """The tokenizer, model, image processor and context length that both loaders return."""
 
 
@@ -41,7 +42,7 @@ def observe(
         if lists and tiles[0].shape[0] == 1:
             observed[f"features of {name} in a list"] = torch.cat(tower([tile[0] for tile in tiles]))
         observed[f"logits of {name}"] = model(input_ids=ids, images=pixels, image_sizes=sizes).logits
-        options = {"do_sample": False, "max_new_tokens": 8, "use_cache": True, "pad_token_id": 0}
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "use_cache": True, "pad_token_id": 0}
         observed[f"tokens of {name}"] = model.generate(ids, images=pixels, image_sizes=sizes, **options)
     observed["numbers of the tower"] = torch.tensor([getattr(tower, name) for name in numbers])
     return observed

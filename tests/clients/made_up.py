@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import sentencepiece
@@ -10,13 +11,15 @@ import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
 WIDTH = 64
 """D: the width of a tower's features and of the language model."""
 
 SPREAD = 0.2
 """Standard deviation of random weights: wide enough that logits depend on the picture and one token clearly leads."""
 
-LM_SHAPE = {
+LM_SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -25,7 +28,7 @@ LM_SHAPE = {
     "max_position_embeddings": 8192,
     "initializer_range": SPREAD,
 }
-TOWER_SHAPE = {
+TOWER_SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -39,7 +42,7 @@ CHAT = (
 WORDS = "a an the red green blue square on of is what in this picture and there one two three four USER ASSISTANT"
 
 
-def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokenizer:
+def write_tokenizer(folder: Path, **config: Any) -> transformers.LlamaTokenizer:
     """Train a SentencePiece model on a few words, and save it as a Llama tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -59,7 +62,7 @@ def write_tokenizer(folder: Path, **config: object) -> transformers.LlamaTokeniz
     return tokenizer
 
 
-def write_language_model(folder: Path, config_class: type, model_class: type) -> Path:
+def write_language_model(folder: Path, config_class: Any, model_class: Any) -> Path:
     """Save a language model and a tokenizer with a chat template, in the separate folder that VILA expects."""
     tokenizer = write_tokenizer(folder, model_max_length=4096)
     tokenizer.chat_template = CHAT
@@ -85,7 +88,7 @@ def write_clip(folder: Path, image_size: int, patch_size: int, **shape: int) -> 
 
 
 def write_siglip(
-    folder: Path, image_size: int, patch_size: int, model_class: type | None = None, processor: type | None = None
+    folder: Path, image_size: int, patch_size: int, model_class: Any = None, processor: Any = None
 ) -> Path:
     """Save a SigLIP tower and its image processor, of the client's own classes if it has them."""
     model_class = model_class or transformers.SiglipVisionModel
@@ -111,7 +114,7 @@ def _save(model: transformers.PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomised(model: ModelT) -> ModelT:
     """Replace every weight, whatever its initialisation, by a random one of `SPREAD`; those of norms lie around 1."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

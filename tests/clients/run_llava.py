@@ -2,8 +2,10 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -27,7 +29,7 @@ SIZE, PATCH = 56, 14
 
 observe = partial(llava_family.observe, images=pictures())
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "pad": {"image_aspect_ratio": "pad"},
     "anyres": {
         "image_aspect_ratio": "anyres",
@@ -37,14 +39,14 @@ LAYOUTS = {
     "cls_patch": {"mm_vision_select_feature": "cls_patch", "mm_vision_select_layer": -1},
     "s2": {"s2": True, "s2_scales": "56,112,168", "mm_hidden_size": 3 * WIDTH},
 }
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "device='cpu'": {"device": "cpu"},
     "device_map='auto'": {},
     "offloaded to disk": {"max_memory": {"cpu": 700_000}},
 }
 
 
-def write_checkpoint(folder: Path, tower: Path, **layout: object) -> Path:
+def write_checkpoint(folder: Path, tower: Path, **layout: Any) -> Path:
     """Save a small LLaVA checkpoint, which names its tower but does not contain it."""
     tokenizer = write_tokenizer(folder)
     config = LlavaConfig(
@@ -61,12 +63,12 @@ def write_checkpoint(folder: Path, tower: Path, **layout: object) -> Path:
     return folder
 
 
-def load(checkpoint: Path, **how: object) -> Loaded:
+def load(checkpoint: Path, **how: Any) -> Loaded:
     """Call LLaVA's loader as its scripts do. It tells kinds of checkpoints apart by name."""
     return load_pretrained_model(str(checkpoint), how.pop("model_base", None), checkpoint.name, **how)
 
 
-def load_built(checkpoint: Path, build: object = trtower.build_vision_tower, **how: object) -> Loaded:
+def load_built(checkpoint: Path, build: Callable[..., Any] = trtower.build_vision_tower, **how: Any) -> Loaded:
     with swapped(llava.model.llava_arch, build):
         return load(checkpoint, **how)
 
@@ -81,7 +83,7 @@ def naming(checkpoint: Path, bundle: Path) -> Path:
     return edited
 
 
-def load_split(checkpoint: Path, tower_device: str, **how: object) -> Loaded:
+def load_split(checkpoint: Path, tower_device: str, **how: Any) -> Loaded:
     """Load with a custom device map, which LLaVA's loader cannot do: it passes the whole map to the tower's `to`."""
     places = dict.fromkeys(("embed_tokens", "layers.0", "norm"), "cpu") | dict.fromkeys(
         ("layers.1", "mm_projector"), "disk"
@@ -120,7 +122,7 @@ def write_parts(checkpoint: Path) -> tuple[Path, Path, Path]:
     torch.save({f"base_model.model.{name}": weight for name, weight in ours.items()}, lora / "non_lora_trainables.bin")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     randomised(adapted)
-    adapted.save_pretrained(lora)
+    adapted.save_pretrained(str(lora))
     return base, projector, lora
 
 
@@ -152,7 +154,8 @@ def load_built_split(checkpoint: Path, place: str) -> Loaded:
 
 def name_the_bundle(report: Report, checkpoint: Path, bundle: Path) -> None:
     """Name a bundle without editing a config: to the loader if it accepts one, else to the constructor."""
-    observed, how = observe(load(checkpoint, device="cpu")), {"device": "cpu", "mm_vision_tower": str(bundle)}
+    observed = observe(load(checkpoint, device="cpu"))
+    how: dict[str, Any] = {"device": "cpu", "mm_vision_tower": str(bundle)}
     with report.attempt("the bundle named to the loader"):
         report.compare("the bundle named to the loader", observed, observe(load_built(checkpoint, **how)))
     named = partial(trtower.build_vision_tower, bundle=bundle)

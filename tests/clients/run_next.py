@@ -1,11 +1,13 @@
 """Compare LLaVA-NeXT's own loader and model classes, with CLIP and OneVision's SigLIP: eager, built, installed."""
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from command_line import arguments, export
-from comparing import Report
+from comparing import Observation, Report
 from made_up import LM_SHAPE, WIDTH, pictures, randomised, write_clip, write_in_hub_cache, write_siglip, write_tokenizer
 from swapping import swapped
 
@@ -23,19 +25,19 @@ from llava_family import Loaded, install  # noqa: E402
 CLIP_SIZE, CLIP_PATCH = 56, 14
 SIGLIP_SIZE, SIGLIP_PATCH = 384, 14  # NeXT's SigLIP wrapper accepts no others
 
-ANYRES = {
+ANYRES: dict[str, Any] = {
     "image_aspect_ratio": "anyres",
     "mm_patch_merge_type": "spatial_unpad",
     "image_grid_pinpoints": [[112, 56], [56, 112], [112, 112]],
 }
-ONEVISION = {
+ONEVISION: dict[str, Any] = {
     "image_aspect_ratio": "anyres_max_4",
     "mm_patch_merge_type": "spatial_unpad",
     "image_grid_pinpoints": "(1x1),...,(3x3)",
     "unfreeze_mm_vision_tower": True,
     "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
 }
-CLIP_LAYOUTS = {
+CLIP_LAYOUTS: dict[str, dict[str, Any]] = {
     "llava-v1.5-pad": {"image_aspect_ratio": "pad", "delay_load": True},
     "llava-llama-anyres": ANYRES,
     "llava-llama-slicefour": ANYRES | {"mm_vision_select_feature": "slicefour_patch", "mm_hidden_size": 4 * WIDTH},
@@ -44,10 +46,13 @@ CLIP_LAYOUTS = {
 }
 OFFLOADED = ("llava-llama-anyres", "llava-onevision-qwen")
 
-SIGLIP_LAYOUTS = {"llava-onevision-qwen": ONEVISION, "llava-siglip-qwen-pad": ONEVISION | {"image_aspect_ratio": "pad"}}
+SIGLIP_LAYOUTS: dict[str, dict[str, Any]] = {
+    "llava-onevision-qwen": ONEVISION,
+    "llava-siglip-qwen-pad": ONEVISION | {"image_aspect_ratio": "pad"},
+}
 
 
-def write_checkpoint(folder: Path, config_class: type, model_class: type, tower: str, **layout: object) -> Path:
+def write_checkpoint(folder: Path, config_class: Any, model_class: Any, tower_name: str, **layout: Any) -> Path:
     """Save a small checkpoint of NeXT, which contains its tower's weights unless the tower is loaded later."""
     tokenizer = write_tokenizer(folder)
     config = config_class(
@@ -58,7 +63,7 @@ def write_checkpoint(folder: Path, config_class: type, model_class: type, tower:
         mm_use_im_patch_token=False,
         **LM_SHAPE,
     )
-    config.update({"mm_vision_tower": tower, **layout})
+    config.update({"mm_vision_tower": tower_name, **layout})
     model = model_class(config)
     tower = model.get_vision_tower()
     weights = tower.vision_tower.state_dict() if tower.is_loaded else {}
@@ -70,12 +75,12 @@ def write_checkpoint(folder: Path, config_class: type, model_class: type, tower:
     return folder
 
 
-def load(checkpoint: Path, **how: object) -> Loaded:
+def load(checkpoint: Path, **how: Any) -> Loaded:
     """Call NeXT's loader without flash attention, its default."""
     return load_pretrained_model(str(checkpoint), None, checkpoint.name, attn_implementation="sdpa", **how)
 
 
-def load_built(checkpoint: Path, bundle: Path, **how: object) -> Loaded:
+def load_built(checkpoint: Path, bundle: Path, **how: Any) -> Loaded:
     """Name the bundle through NeXT's `overwrite_config`; NeXT's towers count a CLS token that they keep."""
     with swapped(llava.model.llava_arch, partial(trtower.build_vision_tower, count_cls=True)):
         return load(checkpoint, overwrite_config={"mm_vision_tower": str(bundle)}, **how)
@@ -102,14 +107,14 @@ def run(report: Report, work: Path) -> None:
     name_the_bundle(report, work)
 
 
-def compare(report: Report, checkpoint: Path, observe: object) -> None:
+def compare(report: Report, checkpoint: Path, observe: Callable[[Any], Observation]) -> None:
     bundle = export(args.trtower, checkpoint, checkpoint.parent / f"bundle-{checkpoint.name}")
     eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
     report.three_ways(checkpoint.name, observe, eager, built, partial(install, bundle=bundle))
     if checkpoint.name in OFFLOADED:
         # from_pretrained leaves an offloaded eager tower on the meta device, where it cannot be called
         folder = str(checkpoint.parent / "offloaded")
-        how = {"max_memory": {"cpu": 700_000}, "offload_folder": folder}
+        how: dict[str, Any] = {"max_memory": {"cpu": 700_000}, "offload_folder": folder}
         title = f"{checkpoint.name}, offloaded to disk"
         with report.attempt(f"{title}, built"):
             report.compare(f"{title}, built", observe(eager()), observe(built(**how)))

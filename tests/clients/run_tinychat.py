@@ -49,12 +49,12 @@ IMAGE_PATCH = 7
 """The token that tinychat puts in place of a patch."""
 
 
-def load_llava(tower: Path, select_layer: int, build: object = None) -> Any:
+def load_llava(tower_folder: Path, select_layer: int, build: Callable[..., Any] | None = None) -> Any:
     """Make tinychat's own LLaVA as `vila10_demo.py` does, with random weights in place of quantised ones."""
     config = transformers.LlamaConfig(vocab_size=400, **LM_SHAPE)
     config.update(
         {
-            "mm_vision_tower": str(tower),
+            "mm_vision_tower": str(tower_folder),
             "mm_vision_select_layer": select_layer,
             "mm_hidden_size": WIDTH * (2 if select_layer < -100 else 1),
             "mm_projector_type": "mlp2x_gelu",
@@ -95,7 +95,7 @@ def observe_llava(model: Any) -> Observation:
     return observed
 
 
-def load_nvila(checkpoint: Path, build: object = None) -> Any:
+def load_nvila(checkpoint: Path, build: Callable[..., Any] | None = None) -> Any:
     """Load as `nvila_demo.py` does."""
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path = str(checkpoint)
@@ -121,7 +121,7 @@ def observe_nvila(model: Any) -> Observation:
     return observed
 
 
-def load_vila(checkpoint: Path, build: object = None) -> Any:
+def load_vila(checkpoint: Path, build: Callable[..., Any] | None = None) -> Any:
     """Load as `vila15_demo.py` does, up to the weights of the language model."""
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path = str(checkpoint)

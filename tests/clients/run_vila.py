@@ -11,6 +11,7 @@ import torch
 import transformers
 from command_line import arguments, export
 from comparing import HALF_TOLERANCE, Observation, Report
+from PIL import Image
 from swapping import swapped
 
 import trtower
@@ -30,7 +31,7 @@ from vila_family import write_checkpoint  # noqa: E402
 SIZE, PATCH = 56, 14
 
 SCALES = {"s2_scales": "56,112,168", "s2_max_split_size": SIZE, "mm_projector_cfg": "mlp_downsample"}
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "vila-siglip": {"image_aspect_ratio": "resize"},
     "vila-clip": {"image_aspect_ratio": "pad", "mm_vision_select_feature": "patch"},
     "vila-tiles": {"image_aspect_ratio": "dynamic", "max_tiles": 6},
@@ -51,7 +52,7 @@ def observe(model: Any) -> Observation:
     observed = {}
     images = pictures()
     for name, some in (("one picture", images[:1]), ("four pictures", images)):
-        media_config = defaultdict(dict)
+        media_config: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         pixels = prepare(model, some, media_config)
         observed[f"pixels of {name}"] = pixels
         if config.image_aspect_ratio != "dynamic_s2" or len(some) == 1:
@@ -75,7 +76,7 @@ def observe(model: Any) -> Observation:
     return observed
 
 
-def prepare(model: Any, images: list, media_config: dict) -> torch.Tensor:
+def prepare(model: Any, images: list[Image.Image], media_config: dict[str, dict[str, Any]]) -> torch.Tensor:
     """Prepare pictures as `generate_content` does."""
     config, processor = model.config, model.get_vision_tower().image_processor
     if len(images) > 1 or config.image_aspect_ratio not in ("dynamic", "dynamic_s2"):
@@ -132,11 +133,15 @@ def run(report: Report, work: Path) -> None:
                 saved = save_and_load(built(), work / f"saved-{name}")
                 report.compare(f"{name}, built, saved and loaded", observe(built()), observe(saved), exact=True)
     checkpoint, bundle = work / "vila-siglip", work / "bundle-vila-siglip"
-    offloaded = {"device_map": "auto", "max_memory": {"cpu": 200_000}, "offload_folder": str(work / "offloaded")}
+    offloaded: dict[str, Any] = {
+        "device_map": "auto",
+        "max_memory": {"cpu": 200_000},
+        "offload_folder": str(work / "offloaded"),
+    }
     for title, how in (("from_pretrained", {}), ("from_pretrained, the rest offloaded to disk", offloaded)):
         with report.attempt(title):
-            eager = observe(load_from_config(checkpoint, **how))
-            report.compare(f"{title}, built", eager, observe(load_from_config(checkpoint, bundle, **how)))
+            observed = observe(load_from_config(checkpoint, **how))
+            report.compare(f"{title}, built", observed, observe(load_from_config(checkpoint, bundle, **how)))
     patches = write_checkpoint(
         work / "vila-patches", language, towers["siglip"], mm_vision_select_feature="patch", image_aspect_ratio="resize"
     )

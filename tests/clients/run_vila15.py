@@ -1,6 +1,7 @@
 """Compare the model class of VILA's branch vila1.5, up to its language model: eager, built and installed."""
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ PROJECTOR = {
     "mm_projector_cfg": "mlp2x_gelu"
 }  # with a current torch, its downsampling fails on what an eager SigLIP returns
 SCALES = {"s2": True, "s2_scales": "56,112,168", "s2_max_split_size": SIZE}
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "siglip": {"image_aspect_ratio": "resize", **PROJECTOR},
     "clip": {"image_aspect_ratio": "pad", "mm_vision_select_feature": "patch", **PROJECTOR},
     "s2": {"image_aspect_ratio": "resize", **SCALES, **PROJECTOR},
 }
 
 
-def load(checkpoint: Path, build: object = None) -> Any:
+def load(checkpoint: Path, build: Callable[..., Any] | None = None) -> Any:
     """Make the model as VILA's loader does, which loads a SigLIP tower only on a GPU."""
     config = LlavaLlamaConfig.from_pretrained(checkpoint)
     config.resume_path, config.model_dtype = str(checkpoint), "torch.float16"

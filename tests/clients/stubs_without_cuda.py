@@ -5,10 +5,11 @@ used as a decorator, which is all that a client's modules do at import. It canno
 computes anything, except two kernels that `stub_tinychat_kernels` implements in PyTorch.
 """
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableSequence
 from types import ModuleType
 from typing import Any
 
@@ -64,7 +65,7 @@ class _Absent:
 
 
 class _AbsentModule(ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - the type that ModuleType gives it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -72,7 +73,7 @@ class _AbsentModule(ModuleType):
         return _Absent(f"{self.__name__}.{name}")
 
 
-class _Finder:
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the absent packages and everything inside them."""
 
     def __init__(self, names: set[str]) -> None:
@@ -116,14 +117,14 @@ def stub_flash_attention() -> None:
         config._attn_implementation = "sdpa"
         return config
 
-    PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(take_sdpa)
+    PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(take_sdpa)  # type: ignore[attr-defined] # not in 5
     _done.append("attn_implementation='flash_attention_2' (sdpa in its place)")
 
 
 def stub_cuda() -> None:
     """Make `.cuda()` return a tensor or module unchanged."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _done.append(".cuda() (stays on the CPU)")
 
 
@@ -144,8 +145,8 @@ def stub_tinychat_kernels() -> None:
         out.copy_(torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps))
 
     def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-        parts = (part.transpose(1, 2) for part in (q, k, v))
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return attended.transpose(1, 2)
 
     awq_inference_engine.layernorm_forward_cuda = layernorm_forward_cuda
@@ -153,7 +154,7 @@ def stub_tinychat_kernels() -> None:
     _done.append("awq_inference_engine.layernorm_forward_cuda and flash_attn.flash_attn_func (computed in PyTorch)")
 
 
-def stub_tinychat_rotary(module: ModuleType) -> None:
+def stub_tinychat_rotary(module: Any) -> None:
     """Leave out a rotary module that tinychat creates on the GPU but never calls."""
     module.LlamaRotaryEmbedding = lambda *args, **kwargs: torch.nn.Identity()
     _done.append(f"{module.__name__}.LlamaRotaryEmbedding (made and never called)")

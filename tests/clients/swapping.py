@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import trtower
 
 
 @contextmanager
-def swapped(module: ModuleType, build: Callable[..., Any] | None = trtower.build_vision_tower) -> Iterator[None]:
+def swapped(module: Any, build: Callable[..., Any] | None = trtower.build_vision_tower) -> Iterator[None]:
     """Make a module build its tower with ``build`` inside the block; with None, leave the module as it is."""
     before = module.build_vision_tower
     module.build_vision_tower = build or before

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,6 +15,7 @@ from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST
 from trtower.bundle.staging import describe
 from trtower.runners.base import OnStart, Runner
+from trtower.runners.choose import choose
 from trtower_export.check import certify as module
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import load_photographs
@@ -21,7 +23,7 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
 
 
-def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: object) -> Certificate:
+def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: Any) -> Certificate:
     """Certify a bundle without writing into it."""
     images = load_photographs(None, limit=photographs)
     opened = open_checkpoint(str(checkpoint))
@@ -51,7 +53,6 @@ class Wrapped(Runner):
 
 def wrap_runner(monkeypatch: pytest.MonkeyPatch, after: Run) -> None:
     """Make the check run its bundles on a wrapped runner; ``after`` sees each call and may spoil its result."""
-    choose = module.choose
     monkeypatch.setattr(module, "choose", lambda *arguments: Wrapped(choose(*arguments), after))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ def layers(
     )
 
 
-def certificate(**changes: object) -> Certificate:
+def certificate(**changes: Any) -> Certificate:
     names = (*SIZES, PLAN)
-    values = {
+    values: dict[str, Any] = {
         "ran": "graph",
         "backend": "onnxruntime-cpu",
         "runner": "onnxruntime 1.32.0, CPU",
@@ -88,11 +89,11 @@ def certificate(**changes: object) -> Certificate:
     return Certificate(**values)
 
 
-def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes: object) -> Manifest:
+def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes: Any) -> Manifest:
     """Make a manifest with these changes; fields of the certificate are changed in its certificate."""
     of_certificate = {name: changes.pop(name) for name in list(changes) if name in Certificate.__dataclass_fields__}
     precision = str(changes.get("precision", "fp16"))
-    values = {
+    values: dict[str, Any] = {
         "schema": SCHEMA,
         "name": "tiny-dinov2",
         "trtower": "1.1.0",
@@ -124,7 +125,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
     return Manifest(**values)
 
 
-def bundle(spec: TowerSpec = SPEC, **changes: object) -> Bundle:
+def bundle(spec: TowerSpec = SPEC, **changes: Any) -> Bundle:
     """Make a bundle that exists only in memory."""
     return Bundle(Path("engines/tiny-dinov2"), manifest(spec, **changes))
 

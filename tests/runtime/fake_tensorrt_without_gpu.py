@@ -39,9 +39,9 @@ class FakeStream:
     def __init__(self, cuda: "FakeCuda", handle: int) -> None:
         self.cuda_stream = handle
         self._cuda = cuda
-        self._work: deque[Callable[[], None]] = deque()
+        self._work: deque[Callable[[], object]] = deque()
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         graph = self._cuda.capturing.get(self.cuda_stream)
         if graph:
             assert graph.thread == threading.get_ident(), "another call's work became part of a graph"
@@ -109,7 +109,7 @@ class FakeGraph:
 
     def __init__(self, cuda: "FakeCuda") -> None:
         self._cuda = cuda
-        self.work: list[Callable[[], None]] = []
+        self.work: list[Callable[[], object]] = []
         self.replays = 0
         self.thread = 0
 
@@ -200,8 +200,8 @@ class FakeCuda:
 
 
 def fake_plan(
-    input_: tuple[str, tuple[int, ...]],
-    output: tuple[str, tuple[int, ...]],
+    input_: tuple[str, tuple[int | str, ...]],
+    output: tuple[str, tuple[int | str, ...]],
     profiles: tuple[tuple[int, int, int], ...],
     *,
     says: tuple[str, ...] = (),

@@ -258,7 +258,8 @@ def test_invalid_profile_is_one_line(numbers: str, capsys: pytest.CaptureFixture
 
 
 def test_why_lists_the_needs_of_every_plan(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_why, without = [], []
+    with_why: list[str] = []
+    without: list[str] = []
     for arguments, lines in ((["--why"], with_why), ([], without)):
         assert run(["inspect", str(spoilt), *arguments]) == 0
         lines += capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def test_folder_is_quoted_for_a_shell(
 
 def test_command_is_plain_if_trtower_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise extras.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(extras, "distribution", missing)
     assert how_to_install("cpu") == "pip install 'trtower[cpu]'"

@@ -1,5 +1,7 @@
 """A config's layers and tokens become hidden-state indices, or an error that says why not."""
 
+from typing import Any
+
 import pytest
 
 from trtower.errors import ConfigError
@@ -141,7 +143,7 @@ def test_quoted_shift_has_advice_to_drop_the_quotes() -> None:
 
 
 @pytest.mark.parametrize("layer", ["sliceseven", "1.5", "", "a,b", 1.5, True])
-def test_invalid_code_has_no_advice_on_quotes(layer: object) -> None:
+def test_invalid_code_has_no_advice_on_quotes(layer: Any) -> None:
     with pytest.raises(ConfigError) as failure:
         read_layer_code(layer, "patch", 24)
     assert "without quotes" not in str(failure.value)

@@ -1,11 +1,13 @@
+from typing import Any
+
 import pytest
 
 from trtower.errors import ConfigError, InputError
 from trtower.spec import BatchProfile, TowerSpec, merge_profiles, profile_batches
 
 
-def spec(**changes: object) -> TowerSpec:
-    values = {
+def spec(**changes: Any) -> TowerSpec:
+    values: dict[str, Any] = {
         "family": "clip",
         "image_size": 336,
         "patch_size": 14,

@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, ta
 from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
+
+TowerT = TypeVar("TowerT", bound="VisionTower")  # not Self: mypy then rejects `from_pretrained`, another name of `load`
 
 
 class VisionTower(nn.Module):
@@ -91,7 +93,7 @@ class VisionTower(nn.Module):
     @classmethod
     @takes_options
     def load(
-        cls,
+        cls: type[TowerT],
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         device: str | torch.device | None = None,
@@ -99,7 +101,7 @@ class VisionTower(nn.Module):
         select_layer: LayerCode | None = None,
         select_feature: str | None = None,
         **options: Unpack[OtherKeywords],
-    ) -> Self:
+    ) -> TowerT:
         """Open a bundle and make it ready to run. `from_pretrained` is another name for this method.
 
         Args:
@@ -245,8 +247,7 @@ class VisionTower(nn.Module):
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
         self._pixel_range.check(pixel_values, finite=self.check_finite)
-        manifest = self.bundle.manifest
-        is_observed = self.on_batch is not None or self.nvtx
+        manifest, is_observed = self.bundle.manifest, self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if is_observed else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
 

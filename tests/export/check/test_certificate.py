@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
+from trtower.runners.base import run_batch
 from trtower.spec import BatchProfile
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check import certify
@@ -73,9 +74,9 @@ def test_every_image_is_run_in_every_batch_of_the_profile_and_in_pieces(
     monkeypatch: pytest.MonkeyPatch, fp32_bundle: Path, clip: Path
 ) -> None:
     by_batch: dict[int, set[bytes]] = {}
-    run_batch, calls = certify.run_batch, []
+    calls: list[int] = []
 
-    def watch(*arguments: object) -> torch.Tensor:
+    def watch(*arguments: Any) -> torch.Tensor:
         pixel_values = arguments[-1]
         assert isinstance(pixel_values, torch.Tensor)
         by_batch.setdefault(len(pixel_values), set()).update(image.numpy().tobytes() for image in pixel_values)
@@ -122,7 +123,9 @@ def test_bound_measures_the_worst_batch(monkeypatch: pytest.MonkeyPatch, fp32_bu
     wrap_runner(monkeypatch, lambda pixel_values, output: turn_around(output) if len(pixel_values) == 2 else None)
     certificate = check(fp32_bundle, clip)
     (worst,) = (each.bundle for each in certificate.batches if each.batch == 2)
-    measured = {(bound.figure, bound.images): bound.measured for bound in certificate.bounds}
+    measured: dict[tuple[str, str], Any] = {
+        (bound.figure, bound.images): bound.measured for bound in certificate.bounds
+    }
     cosines = [measured["token_cosine_min", images] for images in ("photograph", "drawn")]
     assert min(cosines) == worst.token_cosine_min
     errors = [measured["relative_error", images] for images in ("photograph", "drawn")]

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.precision.bounds import judge
 from trtower_export.precision.metrics import MetricSums
 
-FINE = {
+FINE: dict[str, Any] = {
     "token_cosine_mean": 1.0,
     "token_cosine_min": 1.0,
     "token_error_p999": 2e-3,
@@ -37,9 +38,10 @@ FINE = {
 }
 
 
-def run_check(bundle: Path, checkpoint: Path, **options: object) -> Certificate:
+def run_check(bundle: Path, checkpoint: Path, **options: Any) -> Certificate:
     photographs = load_photographs(None, limit=2)
-    opened, settings = Bundle.open(bundle), {"quick": True, **options}
+    settings: dict[str, Any] = {"quick": True, **options}
+    opened = Bundle.open(bundle)
     return certify(opened, open_checkpoint(str(checkpoint)), photographs, progress=LoggedProgress(), **settings)
 
 

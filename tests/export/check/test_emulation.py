@@ -180,13 +180,13 @@ def test_results_in_half_precision_are_rounded_and_those_in_fp32_are_not() -> No
     twice = run(
         emulated(parse("z = Add (x, x) y = Mul (z, half)", "float16[n, m] x, float16[1] half")),
         x=x,
-        half=np.float32([0.5]),
+        half=np.array([0.5], np.float32),
     )
     assert twice.tolist() == [[1.0, np.inf]]
     body = "w = Cast <to = 1> (x) z = Add (w, w) v = Mul (z, half) y = Cast <to = 10> (v)"
     model = emulated(parse(body, "float16[n, m] x, float[1] half"))
-    assert run(model, x=x, half=np.float32([0.5])).tolist() == [[1.0, 60000.0]]
-    third = run(model, x=np.float32([[1.0, 2.0]]), half=np.float32([1 / 3]))
+    assert run(model, x=x, half=np.array([0.5], np.float32)).tolist() == [[1.0, 60000.0]]
+    third = run(model, x=np.array([[1.0, 2.0]], np.float32), half=np.array([1 / 3], np.float32))
     assert third.tolist() == [[float(np.float16(2 / 3)), float(np.float16(4 / 3))]]
 
 
@@ -201,7 +201,7 @@ def test_layer_norm_sums_its_squares_in_the_half_precision_of_the_graph(
     word = {"fp16": "float16", "bf16": "bfloat16"}[precision]
     inputs = f"{word}[n, m] x, {word}[m] one, {word}[m] bias"
     model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, f"{word}[n, m] y"), half)
-    row = np.tile(np.float32([size, -size]), (1, 128))
+    row = np.tile(np.array([size, -size], np.float32), (1, 128))
     output = run(model, x=row, one=np.ones(256, np.float32), bias=np.full(256, 0.5, np.float32))
     assert output.tolist() == [[1.5, -0.5] * 128 if fits else [0.5] * 256]
 
@@ -211,7 +211,7 @@ def test_layer_norm_sums_its_numbers_in_half_precision(mean: float, fits: bool) 
     """256 numbers of 300 sum to 76800, which is infinite in FP16; their squared deviations are small."""
     inputs = "float16[n, m] x, float16[m] one, float16[m] bias"
     model = emulated(parse("y = LayerNormalization (x, one, bias)", inputs, "float16[n, m] y"), TensorProto.FLOAT16)
-    row = np.tile(np.float32([mean + 1, mean - 1]), (1, 128))
+    row = np.tile(np.array([mean + 1, mean - 1], np.float32), (1, 128))
     output = run(model, x=row, one=np.ones(256, np.float32), bias=np.zeros(256, np.float32))
     assert np.isfinite(output).all() == fits
 
@@ -223,7 +223,8 @@ def test_attention_is_spelled_out_with_its_own_scale() -> None:
     assert "Attention" not in kinds
     assert kinds.count("MatMul") == 2
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8)).astype(np.float16).astype(np.float32)
-    expected = torch.nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, (q, k, v)), scale=0.25)
+    query, key, value = map(torch.from_numpy, (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.25)
     assert np.abs(run(model, q=q, k=k, v=v) - expected.numpy()).max() < 2e-3  # a few roundings of numbers of about 1
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnxruntime
@@ -155,7 +155,7 @@ def test_states_are_compared_with_transformers_and_not_with_the_cut_tower(
 ) -> None:
     """A tower with its second and third layer swapped has the same weights, and the graph has the same error."""
 
-    def swap(*arguments: object) -> TruncatedTower:
+    def swap(*arguments: Any) -> TruncatedTower:
         tower = truncate(*arguments)
         tower.layers = torch.nn.ModuleList([tower.layers[0], tower.layers[2], tower.layers[1]])
         return tower
@@ -214,7 +214,7 @@ def test_token_that_is_not_finite_is_the_worst() -> None:
     assert layer.bundle.non_finite == 1
 
 
-def with_torch(layers: Sequence[LayerFigures], errors: Sequence[float]) -> list[LayerFigures]:
+def with_torch(layers: Sequence[LayerFigures], errors: Sequence[float | None]) -> list[LayerFigures]:
     return [
         replace(layer, torch=made_up.figures(relative_error=error)) for layer, error in zip(layers, errors, strict=True)
     ]

@@ -54,7 +54,7 @@ class Sheet:
             patch.setattr(pca, "to_png", lambda figure: figures.append(figure) or to_png(figure))
             draw_sheet(drawn, path, runner=RUNNER)
         self.pixels = np.asarray(Image.open(path).convert("RGB"))
-        self.boxes = {}
+        self.boxes: dict[str, list[tuple[float, float, float, float]]] = {}
         for text in figures[0].texts:
             box = text.get_window_extent()
             top, bottom = (len(self.pixels) - y for y in (box.y1, box.y0))

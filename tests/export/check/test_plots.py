@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 LINE = 200
 """A line leaves at least this many pixels of its colour; its entry in the legend leaves fewer."""
 
-LABELS = {"num_layers": 4, "torch_label": "PyTorch FP16"}
+LABELS: dict[str, Any] = {"num_layers": 4, "torch_label": "PyTorch FP16"}
 
 
 def operation(name: str, layer: int | None = None, part: str = "") -> OperationFigures:
@@ -268,7 +268,8 @@ def test_scales_name_the_largest_fp16_and_powers_of_ten() -> None:
 
 
 def test_panel_of_errors_is_left_out_if_none_was_measured() -> None:
-    measured, bare = (HeatMap([replace(each, error=error) for each in tower(3, 7)]) for error in ({"fp16": 1e-5}, {}))
+    errors: tuple[dict[str, float | None], ...] = ({"fp16": 1e-5}, {})
+    measured, bare = (HeatMap([replace(each, error=error) for each in tower(3, 7)]) for error in errors)
     titles = [[axes.get_title(loc="left") for axes in drawn.panels] for drawn in (measured, bare)]
     assert titles[0] == [
         "Largest magnitude, as a share of FP16's 65 504",

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,7 +295,7 @@ def test_layers_that_are_not_finite_are_shown(tmp_path: Path) -> None:
 def test_first_jump_is_named_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marked = []
 
-    def spy(*args: object, first_jump: int | None, **options: object) -> bytes:
+    def spy(*args: Any, first_jump: int | None, **options: Any) -> bytes:
         marked.append(first_jump)
         return draw_layers(*args, first_jump=first_jump, **options)
 

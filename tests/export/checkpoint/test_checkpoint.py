@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined] # it is not in __all__
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import WIDTH
@@ -184,7 +184,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Fak
     def put(repository: Path) -> FakeHub:
         fake = FakeHub(repository, tmp_path / "cache")
         fake.cache.mkdir()
-        monkeypatch.setattr(module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
         monkeypatch.setattr(module, "snapshot_download", fake.download)
         return fake
 

@@ -21,6 +21,7 @@ from trtower.errors import CheckpointError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
 from trtower.reading import READS_LAST, TRAINED
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from trtower_export.checkpoint.layout import Layout
 from trtower_export.checkpoint.layouts import _read_hf_layer, from_recipe
 from trtower_export.graph.truncate import truncate
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -168,16 +169,22 @@ def test_strategy_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
     assert checkpoint.spec(select_feature="cls_patch").num_tokens == 9
 
 
+def layout_of_so400m() -> Layout:
+    recipe = find_recipe("siglip-so400m-patch14-224")
+    assert recipe is not None
+    return from_recipe(recipe)
+
+
 @pytest.mark.parametrize("model_type", READS_LAST)
 def test_model_that_reads_its_last_state_does_so_whatever_its_config_says(model_type: str) -> None:
     config = SimpleNamespace(model_type=model_type, vision_feature_layer=-2)
-    layout = _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json")
+    layout = _read_hf_layer(layout_of_so400m(), config, "config.json")
     assert (layout.select_layer, layout.select_feature) == ("last_hidden_state", "cls_patch")
 
 
 def test_inherited_default_is_ignored_for_a_model_that_chooses_its_own_layers() -> None:
     config = SimpleNamespace(model_type="granite4_vision", vision_feature_layer=-2)
-    layout = _read_hf_layer(from_recipe(find_recipe("siglip-so400m-patch14-224")), config, "config.json")
+    layout = _read_hf_layer(layout_of_so400m(), config, "config.json")
     assert (layout.select_layer, layout.said_as) == (None, "vision_feature_layer")
 
 

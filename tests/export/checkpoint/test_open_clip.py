@@ -17,7 +17,13 @@ from trtower_export.options import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
 
 WIDTH, HEADS, LAYERS, IMAGE_SIZE, PATCH_SIZE = 64, 2, 3, 42, 14
-VISION = {"image_size": IMAGE_SIZE, "layers": LAYERS, "width": WIDTH, "head_width": 32, "patch_size": PATCH_SIZE}
+VISION: dict[str, Any] = {
+    "image_size": IMAGE_SIZE,
+    "layers": LAYERS,
+    "width": WIDTH,
+    "head_width": 32,
+    "patch_size": PATCH_SIZE,
+}
 CLOSE = 2e-6
 """Not exact, because PyTorch's MultiheadAttention sums in another order than transformers' projections."""
 

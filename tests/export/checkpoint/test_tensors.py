@@ -138,7 +138,7 @@ def shard(folder: Path) -> dict[str, str]:
     """Spread a small CLIP over three shards; return its weight map."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(3):
         name = f"model-{number}.safetensors"
         content = dict(list(tensors.items())[number::3])
@@ -258,7 +258,7 @@ def test_sharded_checkpoint_of_gigabytes_needs_no_more_memory_than_its_tower(cli
     }
     folder = tmp_path / "llava"
     folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(4):
         name, large = f"model-{number}.safetensors", f"model.layers.{number}.mlp.weight"
         beside = dict(list(tower.items())[number::4])

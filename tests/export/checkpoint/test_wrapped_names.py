@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,11 @@ def test_wrapper_is_removed_and_reported(
 
 def test_state_dict_that_pytorch_saves_of_a_wrapped_model_is_read(tmp_path: Path) -> None:
     model = make_model("clip")
-    layers = getattr(model, "vision_model", model).encoder.layers
+    layers: Any = getattr(model, "vision_model", model).encoder.layers
     for index in range(len(layers)):
         layers[index] = checkpoint_wrapper(layers[index])
-    state = {f"module.{name}": tensor for name, tensor in torch.compile(model).state_dict().items()}  # as DDP does
+    compiled: Any = torch.compile(model)
+    state = {f"module.{name}": tensor for name, tensor in compiled.state_dict().items()}  # as DDP does
     state = {name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): t for name, t in state.items()}
     make_model("clip").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

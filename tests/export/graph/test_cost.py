@@ -28,9 +28,14 @@ from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.pipeline import ExportOptions, export_tower
 
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
-CLIP_L = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu"}
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+LARGE: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+CLIP_L: dict[str, Any] = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu"}
+SO400M: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
 CLIP_L_336 = transformers.CLIPVisionConfig(**CLIP_L, image_size=336)
 CLIP_L_224 = transformers.CLIPVisionConfig(**CLIP_L, image_size=224)
 SIGLIP_384 = transformers.SiglipVisionConfig(**SO400M, image_size=384, patch_size=14)

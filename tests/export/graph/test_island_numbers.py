@@ -199,7 +199,8 @@ def as_bytes(array: np.ndarray | Tensor) -> bytes:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_fp32_weights_are_the_kept_ones_bit_for_bit_and_copies_of_small_ones(write: Write, name: str) -> None:
     kept, weights, found = several(name), named_weights(cut(name)[0]), operations(name)
-    expected, half = set(), set()
+    expected: set[bytes] = set()
+    half: set[bytes] = set()
     for placeholder in (node for node in found.nodes if node.op == "placeholder" and node.name in found.weights):
         weight = found.weights[placeholder.name]
         readers = found.reading(weight)

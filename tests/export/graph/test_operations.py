@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -210,12 +211,14 @@ def test_attention_that_is_spelled_out_computes_the_same(name: str) -> None:
 
 
 class Attending(torch.nn.Module):
-    def __init__(self, **options: float) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*[pixel_values] * 3, **self.options)
+        return torch.nn.functional.scaled_dot_product_attention(
+            pixel_values, pixel_values, pixel_values, **self.options
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}])

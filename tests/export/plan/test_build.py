@@ -14,15 +14,15 @@ from onnx import numpy_helper
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
-from trtower.spec import BatchProfile
-from trtower_export.console import LoggedProgress
+from trtower.spec import MIB, BatchProfile
+from trtower_export.console import LoggedProgress, Step
 from trtower_export.plan import polygraphy
 from trtower_export.plan.build import add_plan
 from trtower_export.plan.polygraphy import PLAN, build_plan
 from trtower_export.plan.targets import Target
 
 
-class Recorder:
+class Recorder(Step):
     def __init__(self) -> None:
         self.updates: list[tuple[float, str]] = []
 
@@ -42,8 +42,8 @@ def test_plan_holds_the_weights_in_the_requested_precision(export: Callable[...,
 
 
 def test_plan_in_another_precision_is_refused() -> None:
-    weights = 100 * polygraphy.MIB
-    polygraphy._check_size(weights + 6 * polygraphy.MIB, weights, "float16")
+    weights = 100 * MIB
+    polygraphy._check_size(weights + 6 * MIB, weights, "float16")
     for wrong in (weights // 2, weights * 2):
         with pytest.raises(BuildError, match="did not keep the precision"):
             polygraphy._check_size(wrong, weights, "float16")

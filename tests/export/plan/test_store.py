@@ -24,6 +24,7 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST, BuildSettings
 from trtower.bundle.staging import write_manifest
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
+from trtower.flavour import load_flavour
 from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress, Step
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -64,9 +65,9 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def build(bundle: Path, store: Path | None, **options: object) -> Recorder:
+def build(bundle: Path, store: Path | None, **options: Any) -> Recorder:
     recorder = Recorder()
-    options = {"compute_capabilities": (), **options}
+    options = {"compute_capabilities": ()} | options
     add_plan(Bundle.open(bundle), "tensorrt-rtx", progress=recorder, store=store, **options)
     return recorder
 
@@ -97,7 +98,8 @@ def test_what_differs_is_built_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     build(bare("a"), store)
-    other, options = bare("b"), {}
+    other = bare("b")
+    options: dict[str, Any] = {}
     if difference == "capabilities":
         options = {"compute_capabilities": ("8.9",)}
     elif difference == "settings":
@@ -112,7 +114,7 @@ def test_what_differs_is_built_anew(
         profiles = (BatchProfile(min=1, opt=1, max=1), *Bundle.open(other).manifest.profiles)
         write_manifest(other, replace(Bundle.open(other).manifest, profiles=profiles))
     else:
-        monkeypatch.setattr(module.load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
+        monkeypatch.setattr(load_flavour("tensorrt-rtx"), "__version__", "1.7.2")
     assert build(other, store, **options).steps
     assert len(plans(store)) == 2
 
@@ -250,13 +252,13 @@ def test_bundle_that_cannot_be_written_is_refused_before_anything_is_built(
 ) -> None:
     bundle = bare("a")
     for sealed in (bundle, bundle.parent):
-        monkeypatch.setattr(module.os, "access", lambda path, _, sealed=sealed: path != sealed)
+        monkeypatch.setattr("os.access", lambda path, _, sealed=sealed: path != sealed)
         with pytest.raises(BuildError, match=r"is read-only, and adding a plan to .* writes there"):
             build(bundle, store)
     assert not store.exists()
     link = bundle.parent.parent / f"{bundle.parent.name}-link"
     link.symlink_to(bundle)
-    monkeypatch.setattr(module.os, "access", lambda path, _: path != link.parent)
+    monkeypatch.setattr("os.access", lambda path, _: path != link.parent)
     assert build(link, store).steps
 
 
@@ -396,7 +398,7 @@ def test_plan_with_other_settings_replaces_the_first(bare: Callable[[str], Path]
         ({"optimization_level": 6}, "--optimization-level is 6; expected 0 to 5"),
     ],
 )
-def test_invalid_setting_is_refused(settings: dict[str, int], message: str) -> None:
+def test_invalid_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BuildSettings(**settings)
 

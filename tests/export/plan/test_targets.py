@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trtower import Bundle
 from trtower.errors import BackendError, ConfigError, MissingExtraError
@@ -14,10 +15,12 @@ from trtower_export.plan import targets
 from trtower_export.plan.build import add_plan
 from trtower_export.plan.targets import ELSEWHERE, TOO_OLD, choose_target, read_capabilities
 
+UNSUPPORTED: list[str] = sorted(ELSEWHERE, key=float)
+
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_number_without_its_point_is_not_guessed(written: str, meant: str) -> No
 
 
 @pytest.mark.parametrize("flavour", ["auto", "tensorrt-rtx"])
-@pytest.mark.parametrize("capability", sorted(ELSEWHERE, key=float))
+@pytest.mark.parametrize("capability", UNSUPPORTED)
 @pytest.mark.usefixtures("no_gpu")
 def test_error_on_a_gpu_without_tensorrt_rtx_names_an_alternative(capability: str, flavour: str) -> None:
     gpu, instead = ELSEWHERE[capability]
@@ -103,8 +106,8 @@ def test_build_without_the_gpu_says_where_to_run_it(
 
 def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     with pytest.raises(ConfigError, match=r"of compute capability 8\.9, and not for 9\.0: export with --fl"):
         choose_target("tensorrt", ("90", "8.9"), "fp16")
     target, _ = choose_target("tensorrt", ("sm_89",), "fp16")
@@ -135,7 +138,7 @@ def test_targets_without_a_plan_contradict_each_other() -> None:
 
 def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="builds on the GPU that runs the plan"):
         choose_target("tensorrt", (), "fp16")
 
@@ -145,8 +148,8 @@ def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
     monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
         choose_target("tensorrt", (), precision)
     assert choose_target("tensorrt", (), "fp16")[0]
@@ -159,8 +162,8 @@ def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
 def test_reason_says_that_this_gpu_cannot_run_the_plan(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], capabilities: tuple[str, ...], said: str
 ) -> None:
-    monkeypatch.setattr(targets.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(targets.torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
     assert target
     assert said in reason

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def opened(folder: Path) -> tuple[Checkpoint, TowerSpec]:
     return checkpoint, checkpoint.spec()
 
 
-def diagnose(folder: Path, images: Sequence[Tensor], **options: int) -> dict[str, OperationFigures]:
+def diagnose(folder: Path, images: Sequence[Tensor], **options: Any) -> dict[str, OperationFigures]:
     found = examine(*opened(folder), named(images), LoggedProgress(), **options)
     return {operation.name: operation for operation in found.operations}
 
@@ -139,7 +140,7 @@ def test_largest_of_a_linear_layer_includes_its_product_before_the_bias(hot: Pat
 def test_largest_of_a_layer_norm_is_that_of_its_sums_and_squares(checkpoints: dict[str, Path]) -> None:
     checkpoint, spec = opened(checkpoints["clip"])
     tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
-    largest = []
+    largest: list[float] = []
     norm = tower.layers[1].layer_norm1
 
     def look(_: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
@@ -299,13 +300,13 @@ def doctor(*arguments: object) -> int:
     return run(["doctor", *map(str, arguments)])
 
 
-def strict(text: str) -> dict[str, object]:
+def strict(text: str) -> dict[str, Any]:
     """Parse JSON, and refuse NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
-    found: dict[str, object] = json.loads(text, parse_constant=refuse)
+    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
     return found
 
 

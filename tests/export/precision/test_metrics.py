@@ -1,6 +1,7 @@
 """Each figure measures what its name says, and each bound is judged on the worst batch."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def missed(found: list[Figures], own: Figures = FINE, precision: str = "fp16") -
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_each_bound_fails_by_itself_at_any_batch(change: dict[str, float | None], figure: str, place: int) -> None:
+def test_each_bound_fails_by_itself_at_any_batch(change: dict[str, Any], figure: str, place: int) -> None:
     found = [FINE, FINE, FINE]
     assert missed(found) == set()
     found[place] = replace(FINE, **change)
@@ -96,7 +97,12 @@ def test_only_relative_error_fails_if_pytorch_is_no_better() -> None:
 
 
 def test_worst_batch_is_what_is_measured() -> None:
-    worse = {"token_cosine_min": 0.9995, "token_error_p999": 2.5e-2, "relative_error": 5e-3, "non_finite": 0}
+    worse: dict[str, Any] = {
+        "token_cosine_min": 0.9995,
+        "token_error_p999": 2.5e-2,
+        "relative_error": 5e-3,
+        "non_finite": 0,
+    }
     for found in ([FINE, replace(FINE, **worse)], [replace(FINE, **worse), FINE]):
         measured = {bound.figure: bound.measured for bound in judge("fp16", {"photograph": (found, FINE)})}
         assert measured == worse | {"relative_error_over_torch": 2.5}

@@ -14,12 +14,12 @@ import onnx_ir
 import pytest
 import torch
 
+from trtower.bundle.manifest import TowerCost
 from trtower.cli import run
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.spec import BY_DTYPE, EIGHT_BIT, HALVES, PRECISIONS, Precision
 from trtower_export.check.emulation import EMULATED
-from trtower_export.graph.cost import TowerCost
 from trtower_export.pipeline import ExportOptions
 from trtower_export.precision.bounds import BOUNDS
 from trtower_export.precision.quantisation import FORMATS, Format
@@ -93,7 +93,7 @@ def tables(source: str) -> Iterator[tuple[int, set[str]]]:
     known = {name for each in rows for name in (each.name, each.dtype, each.openvino, each.tensorrt)}
     known |= {each.dtype.upper() for each in rows}  # ONNX's
     for node in ast.walk(ast.parse(source)):
-        if len(found := words(node) & known) > 1:
+        if isinstance(node, ast.expr) and len(found := words(node) & known) > 1:
             yield node.lineno, found
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.export.small_towers import cut, dinov2, exact, operations, pixels, re
 from trtower_export.graph.islands import widened
 from trtower_export.graph.operations import Operation
 from trtower_export.precision.doctor import simulate
-from trtower_export.precision.rounding import Simulation
+from trtower_export.precision.rounding import Simulation, Values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +63,8 @@ def test_with_everything_rounded_it_errs_as_much_as_pytorch(name: str, dtype: to
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_errors_of_operations_alone_add_up_in_squares(name: str, dtype: torch.dtype) -> None:
-    taken, reference, kept = pixels(IMAGES, dtype), exact(name, IMAGES, dtype), {}
+    taken, reference = pixels(IMAGES, dtype), exact(name, IMAGES, dtype)
+    kept: Values = {}
     whole = relative_error(simulation(name).run(taken, rounded=operations(name).names, dtype=dtype), reference)
     unrounded = simulation(name).run(taken, keep=kept)
     alone = [relative_error(simulation(name).rerun(kept, each, dtype), unrounded) for each in operations(name)]
@@ -119,7 +121,7 @@ def test_layer_norm_alone_sums_in_half_precision() -> None:
 
 @torch.no_grad()
 def test_rms_norm_alone_has_its_mean_square_in_fp32_as_the_model_says() -> None:
-    def compute(own: torch.nn.Module, x: Tensor) -> Tensor:
+    def compute(own: Any, x: Tensor) -> Tensor:
         normed = x * (x.square().mean(-1, keepdim=True) + own.variance_epsilon).rsqrt()
         return half(half(own.weight) * half(normed))
 
@@ -224,7 +226,8 @@ def heat(module: str, number: float = 1e5) -> Simulation:
     ],
 )
 def test_overflow_in_one_operation_alone_is_seen_at_the_output(module: str, operation: str) -> None:
-    simulated, kept = heat(module), {}
+    simulated = heat(module)
+    kept: Values = {}
     exact_output = simulated.run(pixels(), keep=kept)
     (found,) = (each for each in simulated.operations if each.name == operation)
     fp16, bf16 = (simulated.rerun(kept, found, dtype) for dtype in HALVES)
@@ -274,8 +277,8 @@ def test_kept_operation_is_not_rounded_and_its_reader_rounds_once() -> None:
     (node,) = operation.nodes
     seen: list[Tensor] = []
 
-    def observe(found: Operation, numbers: Tensor, *, result: bool) -> None:
-        if found.name == name:
+    def observe(operation: Operation, numbers: Tensor, *, result: bool) -> None:
+        if operation.name == name:
             seen.append(numbers)
 
     values: dict[torch.fx.Node, Tensor] = {}
@@ -289,7 +292,8 @@ def test_kept_operation_is_not_rounded_and_its_reader_rounds_once() -> None:
 @torch.no_grad()
 def test_norm_that_reads_fp32_sums_in_fp32() -> None:
     """By itself in half precision its squares overflow; after a kept sum it computes in FP32, as islands do."""
-    simulated, norm, kept = heat("layers.1.mlp.fc2", 1e3), "layers.2.layer_norm1", {}  # 1e6 does not fit FP16
+    simulated, norm = heat("layers.1.mlp.fc2", 1e3), "layers.2.layer_norm1"  # 1e6 does not fit FP16
+    kept: Values = {}
     reference = simulated.run(pixels(), keep=kept)
     (operation,) = (each for each in simulated.operations if each.name == norm)
     alone = relative_error(simulated.rerun(kept, operation, torch.float16), reference)

@@ -4,6 +4,7 @@ import copy
 import gc
 from collections.abc import Callable, Collection
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def simulated(fault: str) -> Simulation:
     return simulate(*spoil(fault))
 
 
-def search(tower: nn.Module, spec: TowerSpec, **options: object) -> tuple[str, ...]:
+def search(tower: nn.Module, spec: TowerSpec, **options: Any) -> tuple[str, ...]:
     return find_islands(tower, spec, {"photograph": IMAGES}, LoggedProgress(), **options)
 
 

@@ -21,7 +21,7 @@ TAKES_FEATURES = (
     "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
 )
 IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY = 110, 111, 120
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -82,7 +82,7 @@ def make(name: str) -> Any:
     kind = KINDS[name]
     vision_class, options = MODELS[kind.tower]
     vision_config = getattr(transformers, vision_class).config_class(**options)
-    text_class = transformers.GemmaConfig if name == "paligemma" else transformers.LlamaConfig
+    text_class: Any = transformers.GemmaConfig if name == "paligemma" else transformers.LlamaConfig
     text_config = text_class(**TEXT | ({"head_dim": 16} if name == "paligemma" else {}))
     config_class = getattr(transformers, f"{kind.model_class}Config")
     layer = (

@@ -138,7 +138,7 @@ class Multimodal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+        self.llm: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
         draw(self.llm)
 
     @property
@@ -154,8 +154,8 @@ class Multimodal(nn.Module):
         if images is None:
             return embed(input_ids)
         if type(images) is list or images.ndim == 5:  # AnyRes: the tiles of each image
-            features = self.encode_images(torch.cat(list(images)))
-            features = [each.flatten(0, 1) for each in features.split([len(image) for image in images])]
+            tiles = self.encode_images(torch.cat(list(images))).split([len(image) for image in images])
+            features = [each.flatten(0, 1) for each in tiles]
         else:
             features = list(self.encode_images(images))
         parts: list[Tensor] = []

@@ -45,7 +45,8 @@ def test_pixel_values_are_enough_if_a_model_requires_no_more(bundles: Bundles) -
     with trtower.install(model, bundles()):
         one, other = trtower.encode_for(model, given["pixel_values"]), trtower.encode_for(model, given)
     assert type(one["image"]) is transformers.modeling_outputs.BaseModelOutputWithPooling
-    for alone, whole in zip(one["image"].pooler_output, other["image"].pooler_output, strict=True):
+    outputs: list[Any] = [encoded["image"].pooler_output for encoded in (one, other)]
+    for alone, whole in zip(*outputs, strict=True):
         assert torch.equal(alone, whole)
         assert not alone.requires_grad
 
@@ -73,7 +74,7 @@ def test_transformers_without_mm_encoder_outputs_is_refused(bundles: Bundles) ->
 
 
 def test_error_names_the_model_inside_a_wrapper(bundles: Bundles) -> None:
-    model = torch.compile(make("llava"))
+    model: Any = torch.compile(make("llava"))
     with (
         trtower.install(model, bundles()),
         pytest.raises(ConfigError, match=r"pass the one inside it, model\._orig_mod\."),

@@ -533,7 +533,7 @@ def test_weights_that_cannot_be_read_back_leave_the_bundle_installed(
 def test_compiled_tower_is_refused_and_a_compiled_model_is_not(model: Any, bundles: Bundles) -> None:
     given = inputs(model, "llava", "one image")
     before = logits(model, given)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     with trtower.install(compiled, bundles()) as installed:
         calls: list[int] = []
         installed.tower.on_batch = lambda report: calls.append(report.batch)
@@ -766,7 +766,7 @@ def test_tower_only_reachable_through_get_vision_tower_is_refused(model: Any, bu
     model.get_vision_tower = broken  # not called, because the model holds the tower itself
     with trtower.install(model, bundles()):
         pass
-    hidden = nn.Linear(1, 1)
+    hidden: Any = nn.Linear(1, 1)
     hidden.get_vision_tower = lambda: tower(model)
     with pytest.raises(
         ConfigError, match="has a vision tower, but not in a module or list of its own, so it cannot be replaced"

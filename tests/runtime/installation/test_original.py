@@ -174,7 +174,12 @@ def test_every_member_of_the_wrapper_answers_as_before(checkpoints: Checkpoints,
         saved = model.state_dict()
         assert saved.keys() == state.keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
-        for cast in (lambda: wrapper.half(), lambda: wrapper.to(dtype=torch.bfloat16), lambda: wrapper.float()):
+        casts: tuple[Callable[[], Any], ...] = (
+            lambda: wrapper.half(),
+            lambda: wrapper.to(dtype=torch.bfloat16),
+            lambda: wrapper.float(),
+        )
+        for cast in casts:
             assert cast() is wrapper
             assert wrapper(draw(1)).dtype == torch.float32
             assert wrapper.dtype == next(iter(wrapper.parameters())).dtype

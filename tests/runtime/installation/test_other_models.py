@@ -68,7 +68,7 @@ def blip2() -> Any:
         text_config=OPT,
         num_query_tokens=4,
         image_token_index=IMAGE_TOKEN,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=IMAGE_TOKEN,  # type: ignore[call-arg] # its other name
     )
     return build(transformers.Blip2ForConditionalGeneration, config, "eva_clip")
 

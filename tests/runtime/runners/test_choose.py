@@ -162,7 +162,7 @@ def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: py
 def test_provider_that_onnxruntime_drops_is_an_error(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    class SessionThatDroppedIt(onnxruntime.InferenceSession):
+    class SessionThatDroppedIt(onnxruntime.InferenceSession):  # type: ignore[misc] # it has no annotations
         def get_providers(self) -> list[str]:
             return ["AzureExecutionProvider"]
 

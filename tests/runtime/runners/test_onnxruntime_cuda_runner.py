@@ -48,6 +48,7 @@ class FakeCudaSession:
     """Runs in the stream that it was made with; a graph only serves the addresses and shapes of its first run."""
 
     cuda: FakeCuda
+    rest: tuple[Any, ...]
     cannot_capture = False
     capture_fails = False
     placement = (("CUDAExecutionProvider", ["MatMul", "Attention"]), ("CPUExecutionProvider", ["Concat"]))

@@ -70,9 +70,9 @@ def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tens
     """Add a fake plan to a bundle, by default one for its tensors."""
     input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
     if content is None:
-        tensors = ((input_.name, input_.shape[1:]), (output.name, output.shape[1:]))
+        image, tokens = (input_.name, input_.shape[1:]), (output.name, output.shape[1:])
         profiles = options.pop("profiles", ((batch.min, batch.opt, batch.max),))
-        content = fake_plan(*tensors, profiles, **options)
+        content = fake_plan(image, tokens, profiles, **options)
     staged = bundle.path / "staged.plan"
     staged.write_bytes(content)
     entry = PlanEntry(file=PLAN, flavour=flavour, version=FAKE_VERSION, platform="fake", compute_capabilities=())

@@ -39,7 +39,8 @@ class ToyRunner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._session = onnxruntime.InferenceSession(bundle.verify(GRAPH))
-        self.backend, self.name, self.files = "toy", "toy 0.1", (GRAPH, GRAPH_DATA)
+        self.backend, self.name = "toy", "toy 0.1"
+        self.files: tuple[str, ...] = (GRAPH, GRAPH_DATA)
         self.device, self.dtype = torch.device("cpu"), getattr(torch, bundle.manifest.input.dtype)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:

@@ -34,13 +34,13 @@ class Llava(transformers.LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = LlavaModel(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(params=["one scale", "s2"])
 def saved(request: pytest.FixtureRequest, fp32_bundle: Path, tmp_path: Path) -> Path:
-    scales = {"s2": True, "s2_scales": "42,84"} if request.param == "s2" else {}
-    settings = {"mm_vision_tower": str(fp32_bundle), "mm_vision_select_layer": -2, "delay_load": True}
+    scales: dict[str, Any] = {"s2": True, "s2_scales": "42,84"} if request.param == "s2" else {}
+    settings: dict[str, Any] = {"mm_vision_tower": str(fp32_bundle), "mm_vision_select_layer": -2, "delay_load": True}
     config = transformers.LlamaConfig(**TEXT, **settings, **scales)
     torch.manual_seed(1)
     Llava(config).save_pretrained(tmp_path / "saved")
@@ -59,6 +59,7 @@ def assert_answers(model: Any, bundle: Path) -> None:
         tower.load_model(device_map="auto")
     pixel_values = images(2)
     separate = build_vision_tower(model.config) if isinstance(tower, CLIPVisionTowerS2) else VisionTower.load(bundle)
+    assert separate is not None
     assert torch.equal(tower(pixel_values), separate(pixel_values))
     assert tower.device == torch.device("cpu") == next(tower.parameters()).device
     assert model.model.mm_projector(tower(pixel_values)).shape[-1] == PROJECTED
@@ -72,7 +73,7 @@ def assert_answers(model: Any, bundle: Path) -> None:
 def test_from_pretrained_makes_a_model_whose_tower_runs(
     saved: Path, fp32_bundle: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    offload = {"offload_folder": tmp_path / "offload"} if "disk" in str(options) else {}
+    offload: dict[str, Any] = {"offload_folder": tmp_path / "offload"} if "disk" in str(options) else {}
     model = Llava.from_pretrained(saved, **options, **offload)
     assert_answers(model, fp32_bundle)
     tower_of(model).to(device="cpu", dtype=torch.float16)

@@ -4,6 +4,9 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from trtower.tower.image_processor import ImageProcessor
 pytest.importorskip("transformers")
 
 
-def reference_class(model: str, name: str) -> type:
+def reference_class(model: str, name: str) -> Any:
     """Find the PIL processor: transformers 5 has it in a separate module, 4.57 under the plain name."""
     package = f"transformers.models.{model}"
     try:
@@ -30,7 +33,7 @@ REFERENCES = {
     f"{name}ImageProcessor": reference_class(model, name)
     for model, name in (("clip", "CLIP"), ("bit", "Bit"), ("siglip", "Siglip"))
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "clip 336, old form": {
         "feature_extractor_type": "CLIPFeatureExtractor",
         "size": 336,
@@ -72,7 +75,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
     return pixels[..., 0] if channels == 1 else pixels
 
 
-IMAGES = {
+IMAGES: dict[str, Callable[[], np.ndarray]] = {
     "astronaut": data.astronaut,
     "coffee, landscape": data.coffee,
     "coffee, portrait": lambda: np.swapaxes(data.coffee(), 0, 1),
@@ -84,7 +87,7 @@ IMAGES = {
 }
 
 
-def reference(config: dict) -> object:
+def reference(config: dict[str, Any]) -> Any:
     kind = config.get("image_processor_type", "CLIPImageProcessor")
     return REFERENCES[kind](**{k: v for k, v in config.items() if not k.endswith("_type")})
 
@@ -145,7 +148,7 @@ FRACTIONS = noise(90, 140).astype(np.float32) / 255 * np.float32(0.99)
         pytest.param(noise(90, 140, 1)[None], {}, id="grey", marks=needs_compositing),
     ],
 )
-def test_arrays_and_tensors_give_the_pixels_of_transformers(array: np.ndarray, settings: dict) -> None:
+def test_arrays_and_tensors_give_the_pixels_of_transformers(array: np.ndarray, settings: dict[str, Any]) -> None:
     expected = reference(settings)(array)["pixel_values"][0]
     assert_same(ImageProcessor(settings)(array)["pixel_values"][0], expected)
     tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -175,7 +178,7 @@ def test_attributes_changed_by_a_caller_take_effect() -> None:
     processor = ImageProcessor({})
     image = Image.fromarray(data.coffee())
     processor.size["shortest_edge"] = 61
-    processor.crop_size = {"height": 50, "width": 55}
+    processor.crop_size = {"height": 50, "width": 55}  # type: ignore[assignment] # it becomes a Size
     processor.image_mean = (0.1, 0.2, 0.3)
     changed = {"size": 61, "crop_size": {"height": 50, "width": 55}, "image_mean": [0.1, 0.2, 0.3]}
     assert_same(processor(image)["pixel_values"][0], reference(changed)(image)["pixel_values"][0])
@@ -207,7 +210,7 @@ def test_a_siglip_config_names_its_final_size_as_crop_size() -> None:
     assert ImageProcessor(CONFIGS["siglip"]).crop_size == {"height": 384, "width": 384}
 
 
-def test_configs_that_transformers_saves_are_read(tmp_path) -> None:
+def test_configs_that_transformers_saves_are_read(tmp_path: Path) -> None:
     for kind in REFERENCES.values():
         kind().save_pretrained(tmp_path)
         assert ImageProcessor.from_file(tmp_path / "preprocessor_config.json").image_mean == list(kind().image_mean)
@@ -237,13 +240,13 @@ def test_configs_that_transformers_saves_are_read(tmp_path) -> None:
         ({"image_std": [0.2, 0, 0.2]}, r"image_std=\[0.2, 0, 0.2\]"),
     ],
 )
-def test_unsupported_config_is_refused_by_name(config: dict, named: str) -> None:
+def test_unsupported_config_is_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ImageProcessor(config)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_file_that_is_not_a_config_is_refused_by_name(tmp_path, text: str) -> None:
+def test_file_that_is_not_a_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text)
     for name in ("broken.json", "absent.json"):
         with pytest.raises(ConfigError, match=name):
@@ -271,7 +274,7 @@ def test_call_with_an_unsupported_argument_is_refused() -> None:
         (Image.fromarray(noise(40, 60, 1)), {"do_convert_rgb": False}, "1 channels, image_mean has 3"),
     ],
 )
-def test_unsupported_images_are_refused(images: object, settings: dict, actual: str) -> None:
+def test_unsupported_images_are_refused(images: Any, settings: dict[str, Any], actual: str) -> None:
     with pytest.raises(InputError, match=actual):
         ImageProcessor(settings)(images)
 

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,12 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 
-def vila(**changes: object) -> transformers.PretrainedConfig:
-    settings = {"vision_tower_cfg": {}, "mm_vision_select_layer": -2, "mm_vision_select_feature": "cls_patch"}
+def vila(**changes: Any) -> transformers.PretrainedConfig:
+    settings: dict[str, Any] = {
+        "vision_tower_cfg": {},
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "cls_patch",
+    }
     return transformers.PretrainedConfig(**{**settings, **changes})
 
 
@@ -128,7 +133,7 @@ def test_processor_of_a_bundle_is_kept_and_changes_are_named(
     tower.vision_tower.save_pretrained(tmp_path / "bundle")
     tower.image_processor.save_pretrained(tmp_path / "bundle")
     assert not caplog.records
-    tower.image_processor.size = {"shortest_edge": 84}
+    tower.image_processor.size = {"shortest_edge": 84}  # type: ignore[assignment] # it becomes a Size
     tower.image_processor.save_pretrained(tmp_path / "bundle")
     assert "belongs to a bundle and is kept; changes not saved: size." in caplog.text
     tower.image_processor.save_pretrained(tmp_path / "separate")
@@ -169,7 +174,7 @@ def test_model_inside_refuses_unsupported_options(fp32_bundle: Path) -> None:
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_size_can_be_read_in_every_way_that_llava_and_next_do(bundles: Bundles, family: str) -> None:
     processor = VisionTower.load(bundles(family)).image_processor
-    size = processor.size
+    size: Any = processor.size
     assert isinstance(size, dict)
     assert size["shortest_edge"] == size["height"] == size["width"] == size[0] == min(size) == IMAGE_SIZE
     assert processor.crop_size["height"] == IMAGE_SIZE
@@ -180,7 +185,7 @@ def test_size_can_be_read_in_every_way_that_llava_and_next_do(bundles: Bundles, 
 
 
 def test_size_of_unequal_sides_keeps_them_apart() -> None:
-    size = Size(height=3, width=5)
+    size: Any = Size(height=3, width=5)
     assert (size["shortest_edge"], size[0], size[1], size[-1], min(size), max(size), tuple(size)) == (
         3, 3, 5, 5, 3, 5, (3, 5),
     )  # fmt: skip

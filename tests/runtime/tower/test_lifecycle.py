@@ -208,7 +208,13 @@ def test_calls_go_on_while_another_thread_reopens_the_tower(tower: VisionTower, 
 def test_call_of_several_pieces_ends_before_the_tower_closes(tower: VisionTower) -> None:
     images, begun, reports = draw(9), threading.Event(), list[BatchReport]()
     expected = tower(images)
-    tower.on_batch = lambda report: (begun.set(), time.sleep(0.05), reports.append(report))
+
+    def report_slowly(report: BatchReport) -> None:
+        begun.set()
+        time.sleep(0.05)
+        reports.append(report)
+
+    tower.on_batch = report_slowly
     with ThreadPoolExecutor(1) as thread:
         call = thread.submit(tower, images)
         assert begun.wait(PATIENCE_S)
@@ -218,7 +224,7 @@ def test_call_of_several_pieces_ends_before_the_tower_closes(tower: VisionTower)
 
 
 def test_threads_that_load_one_tower_open_it_once(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[object] = []
+    opened: list[Runner] = []
 
     def watch(*args: Any, **kwargs: Any) -> Runner:
         opened.append(choose(*args, **kwargs))
@@ -414,7 +420,7 @@ def test_engine_writes_into_out_directly_if_everything_is_picked(
     images, run, addresses = draw(6), tower._runner.run, list[int]()
     expected = tower(images)
 
-    def watch(pixel_values: torch.Tensor, hidden_states: torch.Tensor, *rest: object) -> None:
+    def watch(pixel_values: torch.Tensor, hidden_states: torch.Tensor, *rest: Any) -> None:
         addresses.append(hidden_states.data_ptr())
         run(pixel_values, hidden_states, *rest)
 

@@ -62,11 +62,11 @@ def test_keyword_that_no_tower_accepts_is_named(clip_bundle: Path, make: Callabl
 
 def test_layer_of_llavas_class_comes_only_from_its_config(clip_bundle: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'select_layer'"):
-        CLIPVisionTower(clip_bundle, ARGS, select_layer=-2)
+        CLIPVisionTower(clip_bundle, ARGS, select_layer=-2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
-    "make", [VisionTower, VisionTower.load, lambda *a, **k: CLIPVisionTower(*a, ARGS, delay_load=True, **k)]
+    "make", [VisionTower, VisionTower.load, lambda path, **k: CLIPVisionTower(path, ARGS, delay_load=True, **k)]
 )
 def test_options_are_checked_before_anything_is_loaded(clip_bundle: Path, make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"engine is 'fast'; expected trtower\.EngineOptions"):

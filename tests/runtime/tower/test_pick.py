@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def bundle(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def output(model: torch.nn.Module) -> object:
+def output(model: torch.nn.Module) -> Any:
     with torch.no_grad():
         return model(images(), output_hidden_states=True)
 
@@ -73,11 +74,11 @@ def images() -> torch.Tensor:
     return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def config(layer: object, feature: str = "patch") -> SimpleNamespace:
+def config(layer: Any, feature: str = "patch") -> SimpleNamespace:
     return SimpleNamespace(mm_vision_select_layer=layer, mm_vision_select_feature=feature)
 
 
-def read_eagerly(states: tuple[torch.Tensor, ...], layer: object, feature: str) -> torch.Tensor:
+def read_eagerly(states: tuple[torch.Tensor, ...], layer: Any, feature: str) -> torch.Tensor:
     """Read what LLaVA-NeXT's feature_select reads, VipLlava's lists, and tinychat's two layers in one number."""
     if feature.startswith("slicefour"):
         step = len(states) // 4
@@ -93,9 +94,7 @@ def read_eagerly(states: tuple[torch.Tensor, ...], layer: object, feature: str) 
 
 
 @pytest.mark.parametrize(("layer", "feature"), PICKS)
-def test_code_of_a_config_reads_what_the_eager_tower_reads(
-    bundle: Path, output: object, layer: object, feature: str
-) -> None:
+def test_code_of_a_config_reads_what_the_eager_tower_reads(bundle: Path, output: Any, layer: Any, feature: str) -> None:
     tower = CLIPVisionTower(bundle, config(layer, feature))
     expected = read_eagerly(output.hidden_states, layer, feature)
     features = tower(images())
@@ -107,19 +106,19 @@ def test_code_of_a_config_reads_what_the_eager_tower_reads(
 
 
 @pytest.mark.parametrize(("layer", "feature"), PICKS)
-def test_code_is_read_without_a_config(bundle: Path, output: object, layer: object, feature: str) -> None:
+def test_code_is_read_without_a_config(bundle: Path, output: Any, layer: Any, feature: str) -> None:
     tower = VisionTower.load(bundle, select_layer=layer, select_feature=feature)
     assert torch.allclose(tower(images()), read_eagerly(output.hidden_states, layer, feature), atol=FP32_TOLERANCE)
 
 
-def test_list_of_images_is_read_with_the_pick(bundle: Path, output: object) -> None:
+def test_list_of_images_is_read_with_the_pick(bundle: Path, output: Any) -> None:
     tower = CLIPVisionTower(bundle, config([4, -1]))
     expected = read_eagerly(output.hidden_states, [4, -1], "patch")
     for features, reference in zip(tower(list(images())), expected.split(1), strict=True):
         assert torch.allclose(features, reference, atol=FP32_TOLERANCE)
 
 
-def test_without_a_code_everything_is_read_in_the_order_of_the_bundle(bundle: Path, output: object) -> None:
+def test_without_a_code_everything_is_read_in_the_order_of_the_bundle(bundle: Path, output: Any) -> None:
     tower = VisionTower.load(bundle)
     assert tower.select_layer == list(HELD)
     assert tower.hidden_size == WIDTH * len(HELD)
@@ -158,7 +157,7 @@ def test_last_hidden_state_is_read_after_the_norm(export: Callable[..., Path], c
         CLIPVisionTower(path, config(-2))
 
 
-def test_feature_and_layer_can_be_changed(bundle: Path, output: object) -> None:
+def test_feature_and_layer_can_be_changed(bundle: Path, output: Any) -> None:
     tower = CLIPVisionTower(bundle, config(-2))
     for name, value in (
         ("select_layer", -4),
@@ -205,7 +204,7 @@ def test_select_sets_both_if_one_at_a_time_would_be_refused(export: Callable[...
     ],
 )
 def test_error_for_a_missing_layer_names_both_and_the_command(
-    export: Callable[..., Path], layer: object, feature: str, reading: str, option: str
+    export: Callable[..., Path], layer: Any, feature: str, reading: str, option: str
 ) -> None:
     path = export("clip", select_layer=(4, 3), precision="fp32", flavour="none")
     with pytest.raises(

@@ -4,6 +4,7 @@ import io
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -67,7 +68,9 @@ def test_every_unconverted_mode_gives_the_pixels_of_transformers(mode: str) -> N
 
 @pytest.mark.parametrize("settings", [{}, AS_THEY_ARE, OFF], ids=["defaults", "not converted", "no steps"])
 @pytest.mark.parametrize("mode", DEEP)
-def test_deeper_mode_is_refused_with_its_position_and_the_line_that_scales_it(mode: str, settings: dict) -> None:
+def test_deeper_mode_is_refused_with_its_position_and_the_line_that_scales_it(
+    mode: str, settings: dict[str, Any]
+) -> None:
     line = r"PIL\.Image\.fromarray\(\(np\.asarray\(picture\) / white \* 255\)\.clip\(0, 255\)\.astype\(np\.uint8\)\)"
     with pytest.raises(InputError, match=rf"^images\[1\]\[0\]: mode {mode} does not have 8 bits per channel.*{line}$"):
         ImageProcessor(settings)([PICTURE, [in_mode(mode)]])
@@ -95,7 +98,7 @@ def test_palette_and_bits_are_not_brightness(mode: str) -> None:
 
 @pytest.mark.parametrize("settings", [{}, OFF], ids=["all steps", "no steps"])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int16", "int32", "int64", "float32", "float64"])
-def test_values_beyond_255_are_refused_whichever_steps_are_on(dtype: str, settings: dict) -> None:
+def test_values_beyond_255_are_refused_whichever_steps_are_on(dtype: str, settings: dict[str, Any]) -> None:
     array = PIXELS.astype(dtype) * 128
     for pictures in (array, torch.from_numpy(array)):
         with pytest.raises(InputError, match=rf"{dtype} from 0(\.0)? to 32640(\.0)?; expected 0 to 255"):
@@ -132,7 +135,7 @@ if np.dtype(np.longdouble).itemsize > 8:
 
 @pytest.mark.parametrize("settings", [{}, OFF], ids=["all steps", "no steps"])
 @pytest.mark.parametrize("dtype", NOT_PIXELS)
-def test_arrays_that_are_not_numbers_of_pixels_are_refused_by_name(dtype: str, settings: dict) -> None:
+def test_arrays_that_are_not_numbers_of_pixels_are_refused_by_name(dtype: str, settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"^images\[1\]: values of dtype .*({dtype})"):
         ImageProcessor(settings)([PIXELS, NOT_PIXELS[dtype]])
 
@@ -151,7 +154,7 @@ def test_line_for_bools_makes_true_white() -> None:
 
 @pytest.mark.parametrize("settings", [{}, OFF, {"do_rescale": False}], ids=["all steps", "no steps", "fractions"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_refused(value: float, settings: dict) -> None:
+def test_a_value_that_is_not_finite_is_refused(value: float, settings: dict[str, Any]) -> None:
     array = PIXELS.astype(np.float32) / 255
     array[3, 5, 1] = value
     with pytest.raises(InputError, match="NaN or infinite"):
@@ -270,7 +273,7 @@ def test_a_side_that_cannot_be_channels_is_refused() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"input_data_format": "last"}, {"input_data_format": 3}, {"data_format": "channels_last"}]
 )
-def test_an_unknown_format_is_refused_by_name(wrong: dict) -> None:
+def test_an_unknown_format_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.*'channels_first'"):
         ImageProcessor({})(PIXELS, **wrong)
 
@@ -293,7 +296,7 @@ FRACTIONS = PIXELS.astype(np.float32) / 256
     ],
 )
 def test_range_that_is_scaled_twice_or_not_at_all_warns_once(
-    pictures: object, settings: dict, values: str, expected: str, advice: str, caplog: pytest.LogCaptureFixture
+    pictures: Any, settings: dict[str, Any], values: str, expected: str, advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = ImageProcessor(settings)
     for _ in range(3):
@@ -316,7 +319,9 @@ def test_range_that_is_scaled_twice_or_not_at_all_warns_once(
         (PICTURE, {"do_rescale": False, "do_normalize": False}),
     ],
 )
-def test_range_that_fits_does_not_warn(pictures: object, settings: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_range_that_fits_does_not_warn(
+    pictures: Any, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     ImageProcessor(settings)(pictures)
     assert warnings_of(caplog) == []
 
@@ -343,7 +348,7 @@ def test_strip_is_refused_before_memory_is_allocated(size: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_center_crop": False}], ids=["cropped", "whole"])
-def test_the_longest_strip_takes_a_few_hundred_megabytes(settings: dict) -> None:
+def test_the_longest_strip_takes_a_few_hundred_megabytes(settings: dict[str, Any]) -> None:
     tracemalloc.start()
     try:
         ImageProcessor(settings)(Image.new("L", (334, 1)))
@@ -390,7 +395,7 @@ def test_first_of_several_frames_is_read_as_in_transformers(tmp_path: Path, suff
     first, *others = (Image.fromarray(noise(30, 40) // (index + 1)) for index in range(3))
     first.save(tmp_path / f"frames.{suffix}", save_all=True, append_images=others)
     with Image.open(tmp_path / f"frames.{suffix}") as frames:
-        assert frames.n_frames == 3
+        assert frames.n_frames == 3  # type: ignore[attr-defined] # only classes of formats with frames declare it
         expected = reference({})(frames).pixel_values[0]
         assert_same(ImageProcessor({})(frames).pixel_values[0], expected)
         every = ImageProcessor({})(ImageSequence.Iterator(frames)).pixel_values
@@ -402,7 +407,7 @@ def test_first_of_several_frames_is_read_as_in_transformers(tmp_path: Path, suff
 def test_lists_tuples_generators_and_kinds_can_be_mixed() -> None:
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     expected = ImageProcessor({})(PICTURE).pixel_values[0]
-    mixed = [PICTURE, PIXELS, (tensor, [PIXELS[None], tensor[None]])]
+    mixed: list[Any] = [PICTURE, PIXELS, (tensor, [PIXELS[None], tensor[None]])]
     for pictures in (mixed, tuple(mixed), iter(mixed), (each for each in mixed), map(np.asarray, [PICTURE] * 5)):
         found = ImageProcessor({})(pictures, return_tensors="np").pixel_values
         assert_same(found, np.stack([expected] * 5))
@@ -453,7 +458,7 @@ def test_subclasses_of_pil_images_are_pictures() -> None:
         (np.array([PICTURE, None], dtype=object), r"shape \(2,\)"),
     ],
 )
-def test_other_objects_are_refused_with_the_call_that_opens_them(pictures: object, named: str) -> None:
+def test_other_objects_are_refused_with_the_call_that_opens_them(pictures: Any, named: str) -> None:
     with pytest.raises(InputError, match=named):
         ImageProcessor({})(pictures)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,12 @@ def eager(checkpoints: dict[str, Path]) -> Callable[..., torch.Tensor]:
 def siglip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("siglip")
     torch.manual_seed(5)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "intermediate_size": 128}
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     model = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
     )

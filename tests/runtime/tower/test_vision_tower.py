@@ -22,7 +22,7 @@ import trtower
 from trtower import CLIPVisionTower, VisionTower, build_vision_tower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, BundleError, ConfigError, InputError
-from trtower.tower import engine
+from trtower.runners.choose import choose
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pixel_range import expected_range
 from trtower_export.check.certify import certify
@@ -31,6 +31,8 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
 
 SIZE, PATCHES, WIDTH, MAX = 42, 9, 64, 4
+
+Eager = Callable[[torch.Tensor], torch.Tensor]
 
 FP32_TOLERANCE = 2e-5
 """ONNX Runtime and PyTorch sum in different orders; values here are of the order of 1."""
@@ -61,11 +63,11 @@ def config(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**{"mm_vision_select_layer": -2, **changes})
 
 
-def test_features_are_those_of_the_eager_tower(tower: VisionTower, eager: Callable) -> None:
+def test_features_are_those_of_the_eager_tower(tower: VisionTower, eager: Eager) -> None:
     assert torch.allclose(tower(images(3)), eager(images(3)), atol=FP32_TOLERANCE)
 
 
-def test_list_gives_a_list_in_order(tower: VisionTower, eager: Callable) -> None:
+def test_list_gives_a_list_in_order(tower: VisionTower, eager: Eager) -> None:
     batch = images(MAX + 2)
     answers = tower(list(batch))
     assert isinstance(answers, list)
@@ -85,7 +87,7 @@ def test_list_runs_as_batches(tower: VisionTower, sizes: list[int]) -> None:
     assert sizes == [MAX, 2]
 
 
-def test_tiles_keep_their_places(tower: VisionTower, eager: Callable, sizes: list[int]) -> None:
+def test_tiles_keep_their_places(tower: VisionTower, eager: Eager, sizes: list[int]) -> None:
     tiles = images(6).unflatten(0, (2, 3))
     features = tower(tiles)
     assert sizes == [MAX, 2]
@@ -97,7 +99,7 @@ def test_tiles_keep_their_places(tower: VisionTower, eager: Callable, sizes: lis
     assert torch.equal(tower(tiles.transpose(0, 1).double()), features.transpose(0, 1).double())
 
 
-def test_list_of_images_and_tiles_keeps_its_form(tower: VisionTower, eager: Callable, sizes: list[int]) -> None:
+def test_list_of_images_and_tiles_keeps_its_form(tower: VisionTower, eager: Eager, sizes: list[int]) -> None:
     pixels = images(7)
     mixed = [pixels[:3], pixels[3], pixels[4:6].double(), pixels[6:7].half()]
     answers = tower(mixed)
@@ -126,12 +128,12 @@ def test_pixels_on_the_device_are_not_copied(tower: VisionTower, monkeypatch: py
         assert addresses.pop() == batch.data_ptr()
 
 
-def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Callable) -> None:
+def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Eager) -> None:
     batch = images(2 * MAX + 3)
     assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
 
 
-def test_remainder_below_the_minimum_is_still_right(export: Callable, eager: Callable) -> None:
+def test_remainder_below_the_minimum_is_still_right(export: Callable[..., Path], eager: Eager) -> None:
     profile = trtower.spec.BatchProfile(min=3, opt=3, max=4)
     tower = VisionTower.load(export("clip", precision="fp32", flavour="none", profiles=(profile,)))
     batch = images(5)
@@ -323,12 +325,12 @@ def test_tower_loads_inside_from_pretrained(fp32_bundle: Path, tmp_path: Path) -
             self.projector = torch.nn.Linear(WIDTH, 8)
             args = SimpleNamespace(mm_vision_select_layer=-2)
             self.vision_tower = CLIPVisionTower(fp32_bundle, args, delay_load=delay_load)
-            self.post_init()
+            self.post_init()  # type: ignore[no-untyped-call]
 
     Llava(transformers.PretrainedConfig()).save_pretrained(tmp_path)
     model = Llava.from_pretrained(tmp_path)
     model.vision_tower.load_model()
-    model.to(torch.float16)
+    model.to(torch.float16)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
     assert model.vision_tower.dummy_feature.device == torch.device("cpu")
     assert model.vision_tower(images(1, torch.float16)).shape == (1, PATCHES, WIDTH)
     assert Llava.from_pretrained(tmp_path, delay_load=False).vision_tower.is_loaded
@@ -531,13 +533,12 @@ def test_device_from_a_map_is_kept_when_the_tower_is_reopened(
     fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requested: list[object] = []
-    choose = engine.choose
 
     def watch(bundle: Bundle, backend: str, device: Any, **options: Any) -> Any:
         requested.append(device)
         return choose(bundle, backend, device, **options)
 
-    monkeypatch.setattr(engine, "choose", watch)
+    monkeypatch.setattr("trtower.tower.engine.choose", watch)
     tower = CLIPVisionTower(fp32_bundle, config(), delay_load=True)
     tower.load_model(device_map="cpu")
     tower.close()
