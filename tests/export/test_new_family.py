@@ -232,7 +232,7 @@ def test_new_family_with_another_config_is_refused(export: Export, eye: ToyEye) 
 def test_new_family_with_fewer_layers_is_refused(export: Export, eye: ToyEye) -> None:
     bundle, model = export(-2), Model(copy_of(eye), -2)
     del model.tower.trunk["blocks"][2:]
-    with pytest.raises(ConfigError, match="holds a state of layer 3; tower of this model has 2 layers"):
+    with pytest.raises(ConfigError, match="holds a state of layer 3; tower of this model has only 2 layers"):
         trtower.install(model, bundle)
 
 

@@ -384,6 +384,7 @@ def test_command_for_a_tower_cut_in_memory_names_the_state_that_it_reads(
         trtower.install(model, bundles())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_is_refused(model: Any, bundles: Bundles) -> None:
     given = inputs(model, "llava", "one image")["pixel_values"]
     with trtower.install(model, bundles()), pytest.raises(BackendError, match=r"cannot be traced by torch\.jit"):
