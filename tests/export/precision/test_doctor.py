@@ -398,7 +398,7 @@ def test_picture_that_cannot_be_written_is_refused_before_the_examination(
     for place in (tmp_path / "nowhere" / "p.png", tmp_path, tmp_path / "p.svg"):
         assert doctor(hot, "--images", photographs, "--picture", place) == 2
         assert "Run in FP32" not in (said := capsys.readouterr().err)
-        assert f"error: {place} cannot be written" in said.splitlines()[-1]
+        assert f"error: --picture {place} cannot be written" in said.splitlines()[-1]
 
 
 def test_picture_without_matplotlib_is_refused_before_the_examination(
