@@ -42,6 +42,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not if it is closed
             stream.reconfigure(errors="trtower")
+    if "_TRTOWER_COMPLETE" in os.environ:
+        os.environ["COLUMNS"] = "1000"  # typer would wrap a candidate's help into lines that look like candidates
     code = run(sys.argv[1:])
     try:
         print(end="", flush=True)  # noqa: T201

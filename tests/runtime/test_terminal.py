@@ -272,6 +272,13 @@ def test_shell_completes(line: str, choices: list[str]) -> None:
     assert sorted(complete(line)) == sorted(choices)
 
 
+def test_candidate_of_fish_is_one_line() -> None:
+    variables = {"_TRTOWER_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    lines = start(**variables, _TYPER_COMPLETE_ARGS="trtower export --").stdout.decode().splitlines()
+    assert len(lines) > len(COMMANDS)
+    assert [line for line in lines if not line.startswith("--")] == []
+
+
 def test_completion_script_is_shown_and_installed(tmp_path: Path) -> None:
     if not (bash := shutil.which("bash")):
         pytest.skip("bash is not installed")

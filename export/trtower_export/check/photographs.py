@@ -82,7 +82,7 @@ class Photographs:
         digest = hashlib.sha256()
         for photograph in self.images:
             width, height = photograph.image.size
-            digest.update(f"{photograph.name}\0{width}x{height}\0".encode())
+            digest.update(f"{photograph.name}\0{width}x{height}\0".encode(errors="surrogateescape"))
             digest.update(photograph.image.tobytes())
         return digest.hexdigest()
 

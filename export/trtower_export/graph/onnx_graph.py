@@ -17,6 +17,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir
 import torch
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch.export import ExportedProgram
@@ -80,9 +81,21 @@ def write_onnx(
 
 
 def read_onnx(bundle: Bundle) -> onnx.ModelProto:
-    """Read a bundle's graph with its weights, and verify both files. Raises BundleError."""
-    bundle.verify(GRAPH_DATA)
-    return onnx.load_model(bundle.verify(GRAPH))
+    """Read a bundle's graph with its weights, and verify both files. Raises BundleError.
+
+    onnx would refuse weights that have a second hard link, which `cp -l` and `rsync --link-dest` make. Both files are
+    compared with their sha256 instead.
+    """
+    model = onnx.load_model_from_string(bundle.read(GRAPH))
+    weights = bundle.map(GRAPH_DATA)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            place = ExternalDataInfo(tensor)
+            start = place.offset or 0
+            tensor.raw_data = weights[start : start + place.length] if place.length else weights[start:]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
 
 
 def _widen_norms(model: onnx_ir.Model) -> None:

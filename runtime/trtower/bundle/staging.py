@@ -42,9 +42,12 @@ def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Be the only writer of the bundle at ``target``; raise BundleError if another still writes after ``wait_s``."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    lock = _beside(target, "lock")
     try:
-        held = FileLock(_beside(target, "lock")).acquire(timeout=wait_s)
+        held = FileLock(lock).acquire(timeout=wait_s)
     except Timeout as err:
+        if not lock.exists():  # nobody holds it: it could not be made
+            raise BundleError(f"{target.parent} cannot be written: choose another folder with --out.") from err
         raise BundleError(
             f"another process is writing {target}: wait for it to end, or choose another folder."
         ) from err

@@ -10,6 +10,8 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
     PHOTOGRAPH,
     SHIPPED,
+    Photograph,
+    Photographs,
     draw_images,
     load_photographs,
     prepare,
@@ -209,3 +211,9 @@ def test_skipped_files_are_counted_and_the_first_three_named(
             (tmp_path / f"{index}.png").write_bytes(b"")
         say_skipped(load_photographs(tmp_path), LoggedProgress())
     assert f"skipped {damaged} as unreadable: {named}\n" in caplog.text
+
+
+def test_name_that_is_no_text_in_this_locale_has_a_digest() -> None:
+    image = Image.new("RGB", (2, 2))
+    digests = {Photographs((Photograph(name, image),), {}).sha256 for name in ("a.png", "\udcfc.png")}
+    assert len(digests) == 2

@@ -1,5 +1,7 @@
 import copy
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,13 +16,14 @@ from onnxscript import rewriter
 
 from tests.conftest import BATCH, NUM_LAYERS
 from tests.export.small_towers import cut
+from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError
 from trtower.layer_codes import LAST
 from trtower.spec import BatchProfile, TensorSpec
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.graph import onnx_graph
-from trtower_export.graph.onnx_graph import HIDDEN_STATE, write_onnx
+from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx, write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
 
@@ -143,3 +146,15 @@ def test_disabled_rule_would_change_nothing(name: str, tmp_path: Path, monkeypat
         assert len(rewriter._DEFAULT_REWRITE_RULES) == len(rules) - 1
     monkeypatch.setattr(onnx_graph, "_without_slices_split", nullcontext)
     assert write(tmp_path / GRAPH) == without
+
+
+def test_graph_is_read_from_hard_links_as_onnx_reads_it(clip_bundle: Path, tmp_path: Path) -> None:
+    expected = onnx.load_model(clip_bundle / GRAPH)
+    linked = tmp_path / "linked"
+    shutil.copytree(clip_bundle, linked, copy_function=os.link)
+    actual = read_onnx(Bundle.open(linked))
+    assert {each.name: each.raw_data for each in actual.graph.initializer} == {
+        each.name: each.raw_data for each in expected.graph.initializer
+    }
+    assert actual == expected
+    onnx.checker.check_model(actual)

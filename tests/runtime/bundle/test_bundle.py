@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from trtower.bundle import staging
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH_DATA, MANIFEST, SCHEMA, Manifest
 from trtower.bundle.staging import describe, locked, staged
@@ -270,3 +271,17 @@ def test_bundle_without_manifest_is_a_broken_copy(spoilt: Path) -> None:
 def test_misspelt_bundle_is_answered_with_the_nearest(spoilt: Path) -> None:
     with pytest.raises(BundleError, match=rf"does not exist\. There is {spoilt}\.$"):
         Bundle.open(spoilt.with_name(spoilt.name + "x"))
+
+
+def test_folder_that_cannot_be_written_is_not_taken_for_another_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise staging.Timeout("as filelock does where it cannot make the file")
+
+    monkeypatch.setattr(staging.FileLock, "acquire", fail)
+    with (
+        pytest.raises(BundleError, match=f"{tmp_path} cannot be written: choose another folder"),
+        locked(tmp_path / "b"),
+    ):
+        pass
