@@ -305,7 +305,7 @@ def transformers_processor(kind: str) -> dict[str, object]:
 def test_assumed_preprocessor_is_reported(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit_preprocessor(open_checkpoint(str(clip)), IMAGE_SIZE, LoggedProgress())
-    assert "no preprocessor_config.json in the checkpoint" in caplog.text
+    assert "the checkpoint has no preprocessor_config.json" in caplog.text
 
 
 def test_preprocessor_that_no_tower_could_use_is_refused_before_any_work(clip: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import ctypes
 import os
 import platform
 import tempfile
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,7 @@ class Original:
         where = folder or Path(tempfile.gettempdir())
         try:
             file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115 - kept open
+            weakref.finalize(self, _close, file)  # also if the model is dropped with the bundle in it
             for parameter in self._parameters:
                 file.write(_bytes_of(parameter.detach().to("cpu").contiguous()))
             file.flush()
@@ -129,6 +132,12 @@ def give_memory_back(device: torch.device) -> None:
 def wants_gradient(module: nn.Module) -> bool:
     """Whether any weight of a tower requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _close(file: IO[bytes]) -> None:
+    """Close a file that nobody reads any more, even on a full disk."""
+    with suppress(OSError):
+        file.close()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

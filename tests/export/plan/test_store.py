@@ -315,11 +315,12 @@ def test_lock_of_a_process_that_died_blocks_nobody(bare: Callable[[str], Path], 
     staging.mkdir()
     (staging / "half").write_text("of a build that was killed")
     hold = f"from filelock import FileLock; FileLock({str(lock)!r}).acquire(); print('held', flush=True); input()"
-    process = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "held\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(PATIENCE_S)
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(PATIENCE_S)
     assert lock.exists()
     assert build(bare("b"), store).steps == ["Build the tensorrt-rtx plan"]
     assert not staging.exists()

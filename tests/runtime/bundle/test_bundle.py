@@ -9,10 +9,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import filelock
 import onnx
 import pytest
 
-from trtower.bundle import staging
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH_DATA, MANIFEST, SCHEMA, Manifest
 from trtower.bundle.staging import describe, locked, staged
@@ -277,9 +277,9 @@ def test_folder_that_cannot_be_written_is_not_taken_for_another_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise staging.Timeout("as filelock does where it cannot make the file")
+        raise filelock.Timeout("as filelock does where it cannot make the file")
 
-    monkeypatch.setattr(staging.FileLock, "acquire", fail)
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
     with (
         pytest.raises(BundleError, match=f"{tmp_path} cannot be written: choose another folder"),
         locked(tmp_path / "b"),

@@ -1,12 +1,14 @@
 """Installing and uninstalling work, or leave the model as it was, with an error that names the mismatch."""
 
 import copy
+import gc
 import logging
 import pickle
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -784,3 +786,13 @@ def test_repeated_installs_leave_no_file_open(model: Any, bundles: Bundles) -> N
     for _ in range(5):
         trtower.install(model, bundles()).uninstall()
     assert open_files() == before
+
+
+def test_model_that_is_dropped_with_a_bundle_in_it_closes_its_file(bundles: Bundles) -> None:
+    model = make("llava")
+    trtower.install(model, bundles())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        del model
+        gc.collect()
+    assert [each for each in caught if "unclosed file" in str(each.message)] == []
