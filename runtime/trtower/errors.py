@@ -3,6 +3,8 @@
 A message says what was found, what was expected, and what to do next.
 """
 
+import re
+
 
 class TrtowerError(Exception):
     """Base of every error that trtower raises on purpose."""
@@ -37,5 +39,9 @@ class MissingExtraError(TrtowerError, ImportError):
 
 
 def one_line(err: BaseException | str) -> str:
-    """Put a message, or another library's error, on one line; return the error's class name if it has no text."""
-    return " ".join(str(err).split()) or type(err).__name__
+    """Put a message, or another library's error, on one line; return the error's class name if it has no text.
+
+    Control characters, which a path can hold, are escaped: a terminal would obey them.
+    """
+    line = " ".join(str(err).split())
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], line) or type(err).__name__

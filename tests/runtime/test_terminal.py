@@ -310,3 +310,25 @@ def test_help_and_completion_do_without_torch() -> None:
         )
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout
+
+
+def test_control_characters_of_a_path_do_not_reach_the_terminal() -> None:
+    done = start("inspect", "no\x1b[31mred")
+    assert b"\x1b" not in done.stderr
+    assert b"no\\x1b[31mred" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["export"], ["inspect", "a", "b"], ["inspect", "--nosuch", "a"]])
+def test_wrong_usage_names_the_help(arguments: list[str]) -> None:
+    line = start(*arguments).stderr.decode()
+    assert line.endswith(" --help.\n")
+    assert len(line.splitlines()) == 1
+
+
+def test_place_that_cannot_be_made_is_one_line_with_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "x"
+    done = start("export", "clip-vit-base-patch32", "--random-weights", "--no-check", "--out", str(out))
+    assert (
+        done.stderr.decode().splitlines()[-1].startswith(f"error: cannot make {tmp_path / 'file'}: File exists. Choose")
+    )

@@ -341,7 +341,10 @@ class Bundle:
         path, pure = self.path / name, PurePosixPath(name)
         is_odd = "\0" in name or pure.is_absolute() or ".." in pure.parts
         if is_odd or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle.")
+            raise BundleError(
+                f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle. If it is a link, as in "
+                "a hub's cache, copy the bundle with `cp -rL`."
+            )
         return path
 
     def _check_present(self, name: str) -> Path:

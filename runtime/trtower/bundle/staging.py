@@ -41,7 +41,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Be the only writer of the bundle at ``target``; raise BundleError if another still writes after ``wait_s``."""
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise BundleError(f"cannot make {target.parent}: {err.strerror}. Choose another folder with --out.") from err
     lock = _beside(target, "lock")
     try:
         held = FileLock(lock).acquire(timeout=wait_s)
