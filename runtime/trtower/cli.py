@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
             message = err.format_message()
             if any(a.startswith("--batch") for a in arguments) and "unexpected extra argument" in message:
                 message += ": separate the numbers after --batch with commas, as in --batch 1,8,32"
-            if context := getattr(err, "ctx", None):
+            elif context := getattr(err, "ctx", None):
                 message = f"{message.rstrip('.')}. See {context.command_path} --help."
             return _fail(message, getattr(err, "exit_code", 2))
         message = None if debug else _explain(err) or _explain_locale(arguments)
