@@ -21,7 +21,7 @@ COMMANDS = {
     ("check", "BUNDLE"): "export",
     ("bench", "BUNDLE"): "export",
     ("doctor", "BUNDLE"): "export",
-    ("demo",): "demo",
+    ("demo",): "export",
     ("build", "BUNDLE"): "trt-rtx-build",
 }
 """Commands that need another extra, which their error must name."""
