@@ -1,7 +1,7 @@
 """Run a bundle's graph with OpenVINO on the CPU, in FP32, or in BF16 if the processor supports it.
 
 A graph in half precision rounds every result to it, as a GPU does. On a CPU that only loses accuracy, so here results
-stay in FP32 between operations. (`trtower check` also runs the graph "as typed", with every rounding.) In BF16,
+stay in FP32 between operations. (`trtower check` also emulates FP16, with every rounding.) In BF16,
 OpenVINO computes products in BF16 and decides by itself what else.
 """
 
