@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
             elif context := getattr(err, "ctx", None):
                 message = f"{message.rstrip('.')}. See {context.command_path} --help."
             return _fail(message, getattr(err, "exit_code", 2))
-        message = None if debug else _explain(err) or _explain_locale(arguments)
+        message = None if debug else _explain(err) or _explain_locale(err, arguments)
         if message is None:  # a bug, which shows its traceback
             raise
         return _fail(message, 2 if isinstance(err, ConfigError) else 1)
@@ -107,13 +107,13 @@ def _explain(err: Exception) -> str | None:
     return None
 
 
-def _explain_locale(arguments: list[str]) -> str | None:
+def _explain_locale(err: Exception, arguments: list[str]) -> str | None:
     """Explain an unexpected error if a path cannot be decoded in this locale; many libraries reject such paths."""
     for path in (*arguments, str(Path.cwd())):
         if any("\udc80" <= character <= "\udcff" for character in path):
             return (
-                f"{path} cannot be decoded as {sys.getfilesystemencoding()}, the encoding of this locale. Run with "
-                "PYTHONUTF8=1, or rename it."
+                f"{path} cannot be decoded as {sys.getfilesystemencoding()}, the encoding of this locale, which may be "
+                f"why this failed: {one_line(err)}. Run with PYTHONUTF8=1, or rename it; --debug shows the traceback."
             )
     return None
 

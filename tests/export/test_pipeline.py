@@ -331,3 +331,6 @@ def test_check_that_could_not_run_is_refused_before_anything_else(monkeypatch: p
     for options in (ExportOptions(flavour="none", check=False), ExportOptions(flavour="none", precision="bf16")):
         with pytest.raises(CheckpointError, match="nowhere"):
             export_tower("nowhere", options=options)
+    monkeypatch.setattr("trtower_export.check.samples.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"checking BF16 without a GPU .*needs the package onnxruntime"):
+        export_tower("nowhere", options=ExportOptions(flavour="none", precision="bf16"))

@@ -1,5 +1,6 @@
 """Load the images that an export needs: to choose or calibrate the precision, and for the check at the end."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ def load_for_export(options: ExportOptions, progress: Progress) -> Photographs |
 
     Raises MissingExtraError, before any work is done, if the check at the end could not run on this machine.
     """
-    if options.check and PRECISIONS[options.graph_precision].dtype == "float16" and not torch.cuda.is_available():
-        import_extra("onnxruntime", extra="cpu", purpose="checking FP16 without a GPU (--no-check leaves it out)")
+    is_half = PRECISIONS[options.graph_precision].dtype == "float16"  # ONNX Runtime emulates it, whatever else runs
+    if options.check and not torch.cuda.is_available() and (is_half or not find_spec("openvino")):
+        purpose = f"checking {options.graph_precision.upper()} without a GPU (--no-check leaves it out)"
+        import_extra("onnxruntime", extra="cpu", purpose=purpose)
     if not options.check and not options.runs_on_images:
         return None
     photographs = load_photographs(options.images, limit=None if options.runs_on_images else CHECK_PHOTOGRAPHS)

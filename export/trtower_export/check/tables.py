@@ -54,7 +54,7 @@ def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
     print_whole(console, table)
     jump = first_jump(layers)
     if jump is None:
-        console.print("  no layer's error jumps more than PyTorch's own", highlight=False)
+        console.print("  no layer's error jumps out of proportion to PyTorch's own", highlight=False)
     else:
         both = jump.bundle.relative_error is None and jump.torch.relative_error is None
         too = "; PyTorch's own result is not finite there either" if both else ""
