@@ -178,9 +178,9 @@ with ConsoleProgress(Console()).step("Compare"):
     assert re.fullmatch(r"  Compare +0\.0 s", line)
 
 
-def test_output_into_a_file_has_no_escape_codes_and_no_bars(clip_bundle: Path, tmp_path: Path) -> None:
+def test_output_into_a_file_has_no_escape_codes_and_no_bars(spoilt: Path, tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out:
-        subprocess.run([*TRTOWER, "check", clip_bundle], check=True, stdout=out, stderr=out, env=os.environ)
+        subprocess.run([*TRTOWER, "check", spoilt], check=True, stdout=out, stderr=out, env=os.environ)
     text = (tmp_path / "out").read_bytes()
     assert b"passed: " in text
     assert ESCAPE not in text
