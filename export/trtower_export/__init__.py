@@ -8,11 +8,9 @@ To read the code, start at pipeline.py. Public names are imported on first use: 
 call, and most calls need neither transformers nor onnx.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trtower.errors import MissingExtraError
-from trtower.extras import extra_of, how_to_install
+from trtower.lazy import import_lazily
 
 if TYPE_CHECKING:
     from trtower_export.check.certify import check_bundle
@@ -24,27 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "ExportOptions", "add_plan", "check_bundle", "export_tower", "open_checkpoint"]
 
 if not TYPE_CHECKING:  # or a type checker would accept every name
-    _HOMES = {
-        "Checkpoint": "checkpoint.checkpoint",
-        "ExportOptions": "options",
-        "add_plan": "plan.build",
-        "check_bundle": "check.certify",
-        "export_tower": "pipeline",
-        "open_checkpoint": "checkpoint.checkpoint",
-    }
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        try:
-            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        except ModuleNotFoundError as err:
-            if err.name and (extra := extra_of(err.name)):
-                raise MissingExtraError(
-                    f"trtower_export.{name} needs the package {err.name}, which is not installed: "
-                    f"{how_to_install(extra)}"
-                ) from err
-            raise
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = import_lazily(
+        __name__,
+        {
+            "check.certify": "check_bundle",
+            "checkpoint.checkpoint": "Checkpoint open_checkpoint",
+            "options": "ExportOptions",
+            "pipeline": "export_tower",
+            "plan.build": "add_plan",
+        },
+    )

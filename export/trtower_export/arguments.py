@@ -35,6 +35,18 @@ def _backends() -> Iterable[str]:
     return (AUTO, *(backend.name for backend in BACKENDS))
 
 
+def not_empty(text: str) -> str:
+    """Refuse an empty value, which is usually a shell variable that is not set."""
+    if not text:
+        raise typer.BadParameter("it is empty; give a value, or leave the option out.")
+    return text
+
+
+def read_path(text: str | Path) -> Path:
+    """Read a path. An empty one would silently be the current folder."""
+    return Path(not_empty(str(text)))
+
+
 CheckpointArgument = Annotated[
     str,
     typer.Argument(
@@ -43,7 +55,7 @@ CheckpointArgument = Annotated[
         autocompletion=complete(lambda: (recipe.name for recipe in all_recipes())),
     ),
 ]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", parser=read_path)]
 SelectLayerOption = Annotated[
     str | None,
     typer.Option(
@@ -122,11 +134,16 @@ CapabilityOption = Annotated[
 StoreOption = Annotated[
     bool, typer.Option("--store/--no-store", help="Keep built plans in the user's cache, and reuse them.")
 ]
-RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", parser=not_empty)
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        "--checkpoint", metavar="SOURCE", help="Where the weights are now. Default: where they were at export."
+        "--checkpoint",
+        metavar="SOURCE",
+        help="Where the weights are now. Default: where they were at export.",
+        parser=not_empty,
     ),
 ]
 BackendOption = Annotated[
@@ -147,19 +164,27 @@ CheckBackendOption = Annotated[
 ]
 ImagesOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder of images to run the tower on. Default: the demo extra's photographs."),
+    typer.Option(
+        metavar="DIR",
+        help="Folder of images to run the tower on. Default: the demo extra's photographs.",
+        parser=read_path,
+    ),
 ]
 PickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights. They can run their author's code.")
 ]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")]
 TowerOption = Annotated[
-    str | None, typer.Option("--tower", metavar="NAME", help="Which tower, if the checkpoint has several.")
+    str | None,
+    typer.Option("--tower", metavar="NAME", help="Which tower, if the checkpoint has several.", parser=not_empty),
 ]
 ExportedTowerOption = Annotated[
     str | None,
     typer.Option(
-        "--tower", metavar="NAME", help="Which tower, if the checkpoint has several. Default: the exported one."
+        "--tower",
+        metavar="NAME",
+        help="Which tower, if the checkpoint has several. Default: the exported one.",
+        parser=not_empty,
     ),
 ]
 KeepFp32Option = Annotated[
@@ -194,6 +219,26 @@ OptimizationLevelOption = Annotated[
 HardwareCompatibleOption = Annotated[
     bool,
     typer.Option("--hardware-compatible", help="Build for every GPU from Ampere on; slower. Only for tensorrt."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for the bundle. Default: engines/NAME.", parser=read_path),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Write a page with pictures into this folder. Implies --by-layer.", parser=read_path
+    ),
+]
+PictureOption = Annotated[
+    Path | None,
+    typer.Option(metavar="PNG", help="Draw layers by operations into this file.", parser=read_path),
+]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="PNG", help="Draw the results into this file.", parser=read_path)
+]
+DemoOutOption = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the bundles and the picture.", parser=read_path)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -20,6 +20,7 @@ from trtower_export.arguments import (
     CapabilityOption,
     CheckBackendOption,
     CheckpointArgument,
+    DemoOutOption,
     ErrorImagesOption,
     ExportedTowerOption,
     FlavourOption,
@@ -30,10 +31,14 @@ from trtower_export.arguments import (
     KeepFp16Option,
     KeepFp32Option,
     OptimizationLevelOption,
+    OutOption,
     PickleOption,
+    PictureOption,
+    PlotOption,
     PrecisionOption,
     RandomWeightsOption,
     RemoteCodeOption,
+    ReportOption,
     RevisionOption,
     SelectFeatureOption,
     SelectLayerOption,
@@ -58,9 +63,7 @@ def _competitors() -> tuple[str, ...]:
 
 def export(
     checkpoint: CheckpointArgument,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the bundle. Default: engines/NAME.")
-    ] = None,
+    out: OutOption = None,
     select_layer: SelectLayerOption = None,
     select_feature: SelectFeatureOption = None,
     image_size: ImageSizeOption = None,
@@ -162,10 +165,7 @@ def check(
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare every hidden state, and name the first whose error jumps.")
     ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write a page with pictures into this folder. Implies --by-layer."),
-    ] = None,
+    report: ReportOption = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
     json_: JsonOption = False,
@@ -217,9 +217,7 @@ def doctor(
     select_layer: SelectLayerOption = None,
     image_size: ImageSizeOption = None,
     error_images: ErrorImagesOption = 1,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw layers by operations into this file.")
-    ] = None,
+    picture: PictureOption = None,
     every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
     revision: RevisionOption = None,
     tower: TowerOption = None,
@@ -304,7 +302,7 @@ def bench(
         ),
     ] = 16,
     json_: JsonOption = False,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the results into this file.")] = None,
+    plot: PlotOption = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> int:
@@ -341,9 +339,7 @@ def bench(
     return 0
 
 
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundles and the picture.")] = Path("engines"),
-) -> int:
+def demo(out: DemoOutOption = Path("engines")) -> int:
     """Run a demo on real weights, offline.
 
     Exports, checks and draws a pretrained tower on photographs, then times a full-size rehearsal.

@@ -8,8 +8,9 @@ Deployment imports this package. It needs torch and one backend; `trtower export
 Public names are imported on first use, so that the command can print its help without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trtower.lazy import import_lazily
 
 if TYPE_CHECKING:
     from trtower.bundle.bundle import Bundle
@@ -57,23 +58,17 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # or a type checker would accept every name
-    _MODULES = {
-        "bundle.bundle": "Bundle",
-        "installation.encode": "encode_for",
-        "installation.install": "Installation install uninstall",
-        "runners.base": "EngineOptions",
-        "runners.observation": "BatchReport",
-        "tower.llava": "CLIPVisionTower CLIPVisionTowerDynamicS2 CLIPVisionTowerS2 build_vision_tower",
-        "tower.vision_tower": "VisionTower",
-    }
-    _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-    def __getattr__(name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = import_lazily(
+        __name__,
+        {
+            "bundle.bundle": "Bundle",
+            "errors": "BackendError BuildError BundleError CheckpointError ConfigError InputError MissingExtraError "
+            "TrtowerError",
+            "installation.encode": "encode_for",
+            "installation.install": "Installation install uninstall",
+            "runners.base": "EngineOptions",
+            "runners.observation": "BatchReport",
+            "tower.llava": "CLIPVisionTower CLIPVisionTowerDynamicS2 CLIPVisionTowerS2 build_vision_tower",
+            "tower.vision_tower": "VisionTower",
+        },
+    )

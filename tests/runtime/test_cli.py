@@ -30,6 +30,13 @@ from trtower_export.precision.bounds import BOUNDS
     ("arguments", "code", "message"),
     [
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
+        (["inspect", ""], 2, "bundle is ''; expected the path of a folder."),
+        (["check", ""], 2, "'BUNDLE': it is empty; give a value, or leave the option out"),
+        (["check", "BUNDLE", "--images", ""], 2, "'--images': it is empty"),
+        (["check", "BUNDLE", "--checkpoint", ""], 2, "'--checkpoint': it is empty"),
+        (["export", "CLIP", "--out", ""], 2, "'--out': it is empty"),
+        (["export", "CLIP", "--tower", ""], 2, "'--tower': it is empty"),
+        (["demo", "--out", ""], 2, "'--out': it is empty"),
         (["inspect", "a\0b"], 2, "expected the path of a folder, without NUL"),
         (["inspect", "~nobody-of-this-name/x"], 2, "'~nobody-of-this-name/x'; expected the path of a folder"),
         (["inspect"], 2, "Missing argument"),

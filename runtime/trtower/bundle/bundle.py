@@ -374,6 +374,8 @@ def read_folder(path: object, name: str) -> Path:
     except (TypeError, RuntimeError) as err:  # not a path, or the home of an unknown user
         value = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
         raise ConfigError(f"{name} is {value}; expected the path of a folder.") from err
+    if path == "":  # or it would be the current folder
+        raise ConfigError(f"{name} is ''; expected the path of a folder.")
     if "\0" in str(folder):
         raise ConfigError(f"{name} is {str(folder)!r}; expected the path of a folder, without NUL characters.")
     return folder

@@ -1,0 +1,34 @@
+"""Public names of a package that are imported on first use, so that `import trtower` costs nothing before torch."""
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def import_lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make a package's ``__getattr__`` and ``__dir__``.
+
+    ``homes`` maps each module, relative to the package, to its public names, separated by spaces. The first use of a
+    name raises MissingExtraError if its module needs a package of an extra that is not installed.
+    """
+    module_of = {name: module for module, names in homes.items() for name in names.split()}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(f"{package}.{module_of[name]}"), name)
+        except ModuleNotFoundError as err:
+            from trtower.errors import MissingExtraError
+            from trtower.extras import extra_of, how_to_install  # four times as slow as `import trtower`
+
+            if err.name and (extra := extra_of(err.name)):
+                raise MissingExtraError(
+                    f"{package}.{name} needs the package {err.name}, which is not installed: {how_to_install(extra)}"
+                ) from err
+            raise
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *module_of})
