@@ -4,6 +4,7 @@ Models often hold their weights in another dtype than the checkpoint: FP32 is se
 the stored numbers would miss those towers, so a bundle holds one hash per dtype that a tower may be rounded to.
 """
 
+import atexit
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
     """Hash the weights that ``spec`` reads, in every dtype, in a background thread; return a future of the hashes.
 
     ``tower`` is the full vision model of transformers. It may be cast or moved while the thread runs: the hashes are of
-    the weights at the time of this call. The thread is a daemon, so it does not keep the process alive.
+    the weights at the time of this call. If the process ends first, the thread stops after the current parameter, and
+    the future is cancelled.
     """
     parameters = [parameter.detach() for parameter in read_parameters(tower, spec)]  # keeps the present values
     future: Future[dict[str, str]] = Future()
@@ -34,16 +36,33 @@ def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
     def hash_each() -> None:
         digests: dict[str, list[str]] = {name: [] for name in DTYPES}
         try:
-            while parameters:  # frees each once it is hashed
-                parameter = parameters.pop()
+            while parameters and not future.cancelled():
+                parameter = parameters.pop()  # freed once it is hashed
                 for name, dtype in DTYPES.items():
                     digests[name].append(_digest(parameter, dtype))
-            future.set_result({name: _join(each) for name, each in digests.items()})
         except BaseException as err:  # noqa: BLE001 - result() raises it
             future.set_exception(err)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result({name: _join(each) for name, each in digests.items()})
+        finally:
+            del _HASHING[future]
 
-    threading.Thread(target=hash_each, daemon=True).start()
+    _HASHING[future] = threading.Thread(target=hash_each, daemon=True)
+    _HASHING[future].start()
     return future
+
+
+_HASHING: dict[Future[dict[str, str]], threading.Thread] = {}
+"""The futures of `hash_later` that are not done, and their threads."""
+
+
+@atexit.register
+def _stop_hashing() -> None:
+    """Stop the threads before Python does: one that is still in torch then aborts the process (SIGABRT)."""
+    for future, thread in list(_HASHING.items()):
+        future.cancel()
+        thread.join()
 
 
 def weights_sha256(parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> str:

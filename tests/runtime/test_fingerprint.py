@@ -1,5 +1,8 @@
 """A tower is recognised in every dtype, and only by the weights that are read."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +82,21 @@ def test_weights_are_hashed_as_they_were_even_if_the_tower_is_cast_during_hashin
     for parameter in model.parameters():
         parameter.data = torch.empty(0)
     assert begun.result() == known
+
+
+def test_process_that_ends_while_it_hashes_keeps_its_exit_code() -> None:
+    """A thread that comes back from torch after Python's end aborts the process, in about one run of two."""
+    program = """
+import sys
+from types import SimpleNamespace
+
+import torch
+from trtower.fingerprint import hash_later
+
+tower = torch.nn.ParameterList(torch.zeros(3_000_000) for _ in range(64))
+hash_later(tower, SimpleNamespace(reads=lambda name: True))
+sys.exit(3)
+"""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
+        assert (ended.returncode, ended.stderr) == (3, b"")
