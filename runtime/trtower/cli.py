@@ -164,7 +164,7 @@ def _app() -> "typer.Typer":
     ) -> int:
         """Describe a bundle and what can run it here.
 
-        Explains why the other backends cannot run it. Exits with 1 if a file of the bundle was altered.
+        Explains why the other backends cannot run it. Exits with 1 if a file of the bundle is missing or altered.
         """
         from trtower.bundle.bundle import Bundle
         from trtower.inspection import as_text, inspect_bundle
@@ -172,7 +172,7 @@ def _app() -> "typer.Typer":
         inspection = inspect_bundle(Bundle.open(bundle, whole=False))
         print(json.dumps(asdict(inspection), indent=2) if json_ else as_text(inspection, why=why))  # noqa: T201
         if inspection.altered:
-            return _fail(f"{bundle}: {', '.join(inspection.altered)} was altered: copy the bundle again", 1)
+            return _fail(f"{bundle}: {inspection.describe_damage()}: copy the bundle again", 1)
         return 0
 
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BundleFacts, PlanEntry
+from trtower.errors import BundleError
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
 from trtower.runners.tensorrt import plan_verdicts
@@ -46,7 +48,9 @@ class InspectedCertificate(Certificate):
 class Inspection(BundleFacts):
     """What `trtower inspect` reports, with the same keys as its JSON. ``size`` is that of all files, in bytes.
 
-    If the files that `auto` would open were altered, no row of ``backends`` is marked `auto`, because `auto` raises.
+    ``altered`` holds the files that do not match the manifest, including those in ``missing``. If a file that `auto`
+    would open is among them, no row of ``backends`` is marked `auto`, because `auto` raises. Nothing runs a bundle with
+    a file missing or cut short.
     """
 
     path: str
@@ -58,41 +62,59 @@ class Inspection(BundleFacts):
     backends: list[BackendRow]
     certificates: list[InspectedCertificate]
     altered: list[str]
+    missing: list[str]
+
+    def describe_damage(self) -> str:
+        """Return "a is missing, b was altered", or "" for a sound bundle."""
+        return _describe_damage(self.altered, self.missing)
 
 
 def inspect_bundle(bundle: Bundle) -> Inspection:
     """Describe a bundle. This hashes its files, but executes and deserialises none of them."""
     manifest, altered = bundle.manifest, bundle.altered()
+    missing = [name for name in altered if not (bundle.path / name).is_file()]
     ways = candidates(bundle)
-    choice = auto_choice(ways)
+    choice, unusable = auto_choice(ways), _why_unusable(bundle)
     return Inspection(
         **{each.name: getattr(manifest, each.name) for each in dataclasses.fields(BundleFacts)},
         path=str(bundle.path),
         batch=manifest.batch,
         hidden_size=manifest.spec.hidden_size,
         num_patches=manifest.spec.num_patches,
-        plans=[_inspect_plan(bundle, plan, altered) for plan in manifest.plans],
+        plans=[_inspect_plan(bundle, plan, altered, missing) for plan in manifest.plans],
         size=sum(entry.size for entry in manifest.files.values()),
-        backends=[_backend_row(each, altered, auto=each is choice) for each in ways],
+        backends=[
+            _backend_row(each, unusable or _spoilt(each.plan, altered, missing), auto=each is choice) for each in ways
+        ],
         certificates=[
             InspectedCertificate(**vars(each), void=bundle.changed_since(each, altered))
             for each in manifest.certificates
         ],
         altered=altered,
+        missing=missing,
     )
 
 
-def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str]) -> InspectedPlan:
+def _why_unusable(bundle: Bundle) -> str | None:
+    """Say why nothing can open a bundle, which was opened for inspection only; None if it can be opened."""
+    try:
+        Bundle.open(bundle.path)
+    except BundleError as err:
+        return str(err).removeprefix(f"{bundle.path}{os.sep}")
+    return None
+
+
+def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str], missing: list[str]) -> InspectedPlan:
     verdicts = {
         **plan_verdicts(plan, default_device("cuda")),
         "certificate": bundle.why_uncertified(plan.flavour, [plan.file], altered),
-        "sha256": _spoilt(plan, altered),
+        "sha256": _spoilt(plan, altered, missing),
     }
     return InspectedPlan(**vars(plan), size=bundle.manifest.files[plan.file].size, verdicts=verdicts)
 
 
-def _backend_row(candidate: Candidate, altered: list[str], *, auto: bool) -> BackendRow:
-    obstacle = candidate.obstacle or _spoilt(candidate.plan, altered)
+def _backend_row(candidate: Candidate, damage: str | None, *, auto: bool) -> BackendRow:
+    obstacle = candidate.obstacle or damage
     return BackendRow(
         backend=candidate.backend,
         file=candidate.file,
@@ -104,13 +126,20 @@ def _backend_row(candidate: Candidate, altered: list[str], *, auto: bool) -> Bac
     )
 
 
-def _spoilt(plan: PlanEntry | None, altered: list[str]) -> str | None:
-    """Name the altered files among those that running a plan, or the graph, reads; None if there are none."""
+def _spoilt(plan: PlanEntry | None, altered: list[str], missing: list[str]) -> str | None:
+    """Name the damaged files among those that running a plan, or the graph, reads; None if there are none."""
     read = [plan.file] if plan else []
     if plan is None or plan.settings.stripped:
         read += [GRAPH, GRAPH_DATA]
     spoilt = [name for name in read if name in altered]
-    return f"{', '.join(spoilt)} was altered: copy the bundle again" if spoilt else None
+    return f"{_describe_damage(spoilt, missing)}: copy the bundle again" if spoilt else None
+
+
+def _describe_damage(spoilt: list[str], missing: list[str]) -> str:
+    gone, altered = ([name for name in spoilt if (name in missing) is there] for there in (True, False))
+    return ", ".join(
+        f"{', '.join(names)} {what}" for names, what in ((gone, "is missing"), (altered, "was altered")) if names
+    )
 
 
 def as_text(found: Inspection, *, why: bool = False) -> str:
@@ -131,7 +160,7 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
         f"  on disk      {found.size / MB:.0f} MB, made by trtower {found.trtower}",
         "  plans",
         *_describe_plans(found, why=why),
-        *([f"  ALTERED      {', '.join(found.altered)}: copy the bundle again"] if found.altered else []),
+        *([f"  DAMAGED      {found.describe_damage()}: copy the bundle again"] if found.altered else []),
         "  here",
         *_describe_backends(found),
         *_describe_certificates(found),
@@ -156,7 +185,7 @@ def _describe_plans(found: Inspection, *, why: bool) -> Iterator[str]:
         if why:
             yield from (f"      {what:<18} {obstacle or 'met'}" for what, obstacle in plan.verdicts.items())
     if not found.plans:
-        yield f"    none: trtower build {found.path}"
+        yield f"    none; a CPU needs none. On the GPU that will serve: trtower build {found.path}"
 
 
 def _describe_backends(found: Inspection) -> Iterator[str]:

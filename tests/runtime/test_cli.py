@@ -204,12 +204,39 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
     assert "certificate  of openvino is void: tower.onnx changed since" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tower.onnx.data", "plans/PLAN"])
+def test_inspect_finds_a_missing_file(spoilt: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    name = name.replace("plans/PLAN", Bundle.open(spoilt).manifest.plans[0].file)
+    (spoilt / name).unlink()
+    with pytest.raises(BundleError, match=r"is missing; tower\.json lists it"):
+        VisionTower.load(spoilt)
+    assert run(["inspect", str(spoilt)]) == 1
+    printed = capsys.readouterr()
+    assert f"DAMAGED      {name} is missing: copy the bundle again" in printed.out
+    assert f"not  openvino          {name} is missing" in printed.out
+    assert "runs " not in printed.out  # nothing loads it
+    assert printed.err == f"error: {spoilt}: {name} is missing: copy the bundle again\n"
+    assert run(["inspect", str(spoilt), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == found["altered"] == [name]
+
+
+def test_inspect_finds_a_file_that_was_cut_short(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = spoilt / "config.json"
+    config.write_bytes(config.read_bytes()[:-1])
+    (spoilt / "tower.onnx.data").unlink()
+    assert run(["inspect", str(spoilt)]) == 1
+    printed = capsys.readouterr()
+    assert "tower.onnx.data is missing, config.json was altered: copy the bundle again" in printed.err
+    assert "runs " not in printed.out
+
+
 def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = spoilt / "tower.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
     assert run(["inspect", str(spoilt)]) == 1
     printed = capsys.readouterr()
-    assert "ALTERED      tower.onnx" in printed.out
+    assert "DAMAGED      tower.onnx was altered" in printed.out
     assert "not  onnxruntime-cpu   tower.onnx was altered" in printed.out
     assert "and auto picks it" not in printed.out  # auto raises, rather than skip a damaged file
     assert printed.err == f"error: {spoilt}: tower.onnx was altered: copy the bundle again\n"
@@ -316,8 +343,9 @@ def test_inspect_reports_a_damaged_plan(spoilt: Path, damage: str, capsys: pytes
         Bundle.open(spoilt)
     assert run(["inspect", str(spoilt), "--why"]) == 1
     text = capsys.readouterr().out
-    assert f"sha256             {plan.file} was altered: copy the bundle again" in text
-    assert f"ALTERED      {plan.file}" in text
+    what = "was altered" if damage == "cut short" else "is missing"
+    assert f"sha256             {plan.file} {what}: copy the bundle again" in text
+    assert f"DAMAGED      {plan.file} {what}" in text
 
 
 def test_inspect_names_the_plan_if_there_are_several(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +384,8 @@ def test_version_is_an_option_and_a_command(capsys: pytest.CaptureFixture[str]) 
 def test_inspect_marks_what_auto_picks(spoilt: Path, capsys: pytest.CaptureFixture[str], *, altered: bool) -> None:
     if altered:  # a file that auto does not pick
         (plan,) = Bundle.open(spoilt).manifest.plans
-        (spoilt / plan.file).write_bytes(b"half")
+        content = (spoilt / plan.file).read_bytes()
+        (spoilt / plan.file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert run(["inspect", str(spoilt), "--json"]) == int(altered)
     chosen = [row["backend"] for row in json.loads(capsys.readouterr().out)["backends"] if row["auto"]]
     assert run(["inspect", str(spoilt)]) == int(altered)
