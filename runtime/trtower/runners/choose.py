@@ -28,7 +28,7 @@ from trtower.errors import BackendError, one_line
 from trtower.names import check_name
 from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners.base import Backend, EngineOptions, Runner
-from trtower.runners.device import default_device, device_obstacle, parse_device
+from trtower.runners.device import default_device, device_obstacle, has_gpu, parse_device
 
 BACKENDS: tuple[Backend, ...] = (
     tensorrt.TENSORRT,
@@ -103,14 +103,20 @@ def choose(
         suffix = f"; passed over {passed_over}" if passed_over else ""
         logger.log(logging.WARNING if warns else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
         return runner
+    # First what an extra would mend, then what this machine or this bundle lacks.
+    listed.sort(key=lambda each: each.file is None or device_obstacle(each.device) is not None)
     available = [] if backend == "auto" else [each.backend for each in candidates(bundle) if not each.obstacle]
     instead = f". Available on this machine: {', '.join(dict.fromkeys(available))}" if available else ""
     raise BackendError(f"no requested backend can run {bundle.path}: {_reasons(listed, tried)}{instead}")
 
 
 def _reasons(listed: Sequence[Candidate], tried: Mapping[Candidate, str]) -> str:
-    reasons = ((each.backend, tried.get(each, each.reservation)) for each in listed)
-    return "; ".join(f"{backend}: {reason}" for backend, reason in reasons if reason)
+    """Say why each candidate did not run; those that share a reason share its line."""
+    backends: dict[str, list[str]] = {}
+    for each in listed:
+        if reason := tried.get(each, each.reservation):
+            backends.setdefault(reason, []).append(each.backend)
+    return "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in backends.items())
 
 
 def _deserves_warning(
@@ -120,7 +126,7 @@ def _deserves_warning(
 
     A candidate that is coarse, or that lacks a required certificate, has not failed a check.
     """
-    if torch.cuda.is_available() and not chosen.plan and (requested is None or requested.type == "cuda"):
+    if has_gpu() and not chosen.plan and (requested is None or requested.type == "cuda"):
         return True
     return not certified and any(each.reservation and not (each.obstacle or each.coarse) for each in better)
 

@@ -1,9 +1,14 @@
 """Parse the device that a user requests, and say what torch knows about it."""
 
+from pathlib import Path
+
 import torch
 
 from trtower.errors import ConfigError
 from trtower.names import nearest, unknown
+
+NVIDIA = Path("/dev/nvidiactl")
+"""Present if NVIDIA's driver has a GPU for this machine or container."""
 
 
 def parse_device(device: str | int | torch.device | None) -> torch.device | None:
@@ -43,11 +48,22 @@ def device_obstacle(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if not torch.cuda.is_available():
-        build = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        return f"no GPU here: {build}"
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        return f"{built}, although there is an NVIDIA GPU: {_remedy()}" if NVIDIA.exists() else f"no GPU here: {built}"
     if device.index >= torch.cuda.device_count():
         return f"{device} does not exist: torch finds {torch.cuda.device_count()} CUDA device(s)"
     return None
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has a GPU, whether torch can use it or not."""
+    return torch.cuda.is_available() or NVIDIA.exists()
+
+
+def _remedy() -> str:
+    if torch.version.cuda is None:
+        return f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
+    return f"nvidia-smi shows whether the driver is older than CUDA {torch.version.cuda}"
 
 
 def capability_of(device: torch.device | None = None) -> str:

@@ -14,7 +14,7 @@ from trtower import Bundle, EngineOptions, VisionTower
 from trtower.bundle.staging import describe, locked
 from trtower.errors import BackendError
 from trtower.runners import choose as choosing
-from trtower.runners import onnxruntime, openvino, tensorrt
+from trtower.runners import device, onnxruntime, openvino, tensorrt
 from trtower.runners.choose import Candidate, candidates, choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
@@ -123,8 +123,29 @@ def test_says_everything_that_stood_against_it(
         monkeypatch.setattr(module, "import_extra", lambda *_, **__: (_ for _ in ()).throw(ImportError("gone")))
     with pytest.raises(BackendError) as failure:
         choose(bundle)
-    for backend in ("tensorrt-rtx", "onnxruntime-cuda", "openvino-bf16", "openvino", "onnxruntime-cpu"):
-        assert str(failure.value).count(f"{backend}: ") == 1
+    message = str(failure.value)
+    for backend in ("tensorrt: ", "tensorrt-rtx, ", "onnxruntime-cuda: no GPU here", "openvino-bf16, openvino, "):
+        assert message.count(backend) == 1
+    # First what an extra would mend, then what this machine lacks; backends share a reason.
+    assert f"{bundle.path}: openvino-bf16, openvino, onnxruntime-cpu: gone; " in message
+
+
+@pytest.mark.parametrize(("cuda", "remedy"), [(None, "pip install --force-reinstall torch=="), ("13.0", "nvidia-smi")])
+def test_gpu_that_torch_cannot_use_is_worth_a_warning(
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cuda: str | None,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(device, "NVIDIA", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with caplog.at_level(logging.WARNING):
+        choose(bundle)
+    assert f"although there is an NVIDIA GPU: {remedy}" in caplog.text
+    with pytest.raises(BackendError, match=f"although there is an NVIDIA GPU: {remedy}"):
+        choose(bundle, "tensorrt-rtx")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cannot load the CPU plugin"), AttributeError("no attribute 'Core'")])
