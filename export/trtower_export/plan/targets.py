@@ -84,7 +84,7 @@ def choose_target(
     if flavour == "none":
         if compute_capabilities:
             raise ConfigError("--compute-capability is for a plan, but --flavour none builds no plan: drop one.")
-        return None, "no plan (--flavour none): build it on the serving machine with `trtower build`"
+        return None, "no plan (--flavour none): a CPU needs none; on a GPU server, `trtower build` makes one"
     reason = f"flavour {flavour}"
     if flavour == "auto":
         flavour, reason = _auto_flavour()

@@ -1,6 +1,7 @@
 """Say what is at a path that is not a bundle, and what to do about it."""
 
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 
 from trtower.bundle.manifest import CONFIG, GRAPH, MANIFEST
@@ -19,12 +20,22 @@ def describe_instead(folder: Path) -> str:
             return f"it has a {GRAPH}, but no {MANIFEST}. Copy the bundle again."
         checkpoint, source = (folder, " from it") if (folder / CONFIG).is_file() else ("CHECKPOINT", "")
         return f"it has no {MANIFEST}{nearby}. `trtower export {checkpoint}` makes a bundle{source}."
-    bundles = {each.parent.name: each.parent for each in sorted(folder.parent.glob(f"[!.]*/{MANIFEST}"))}
-    beside = [name for name in bundles if name.startswith(f"{folder.name}.")]
-    beside = beside or get_close_matches(folder.name, bundles, n=1, cutoff=CLOSE)
-    advice = "`trtower export CHECKPOINT` makes one."
+    if nearest := _nearest_bundle(folder):
+        advice = f"There is {nearest}."
     # Looks like a checkpoint on the hub, such as openai/clip-vit-base-patch32, and not like a missing bundle.
-    if len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines":
+    elif len(folder.parts) == 2 and not folder.parent.exists() and folder.parts[0] != "engines":
         advice = f"`trtower export {folder}` makes one from that checkpoint on the hub."
+    else:
+        advice = "`trtower export CHECKPOINT` makes one."
     where = "" if folder.is_absolute() else f" in {Path.cwd()}"
-    return f"it does not exist{where}. {f'There is {bundles[beside[0]]}.' if beside else advice}"
+    return f"it does not exist{where}. {advice}"
+
+
+def _nearest_bundle(folder: Path) -> Path | None:
+    """Return the bundle beside ``folder`` that was probably meant, or one of the same name one folder further down."""
+    beside = {each.parent.name: each.parent for each in sorted(folder.parent.glob(f"[!.]*/{MANIFEST}"))}
+    longer = [name for name in beside if name.startswith(f"{folder.name}.")]
+    if names := longer or get_close_matches(folder.name, beside, n=1, cutoff=CLOSE):
+        return beside[names[0]]
+    below = sorted(folder.parent.glob(f"[!.]*/{escape(folder.name)}/{MANIFEST}"))  # as in engines/NAME
+    return below[0].parent if below else None

@@ -233,7 +233,11 @@ def _is_captured(device: torch.device) -> bool:
 def _not_certified(bundle: Bundle, reason: str, backend: str) -> BundleError:
     command = f"trtower check {bundle.path} --backend {backend}"
     is_rehearsal = bundle.manifest.source.random_weights
-    next_step = "Export the checkpoint itself." if is_rehearsal else f"To certify what runs here: {command}"
+    next_step = (
+        "Export the checkpoint itself."
+        if is_rehearsal
+        else f"Certify what runs here, in an environment with the extra export: {command}"
+    )
     return BundleError(f"{bundle.path} is not certified: {reason}. {next_step}")
 
 

@@ -38,6 +38,15 @@ def test_error_names_a_bundle_nearby(spoilt: Path) -> None:
         Bundle.open(spoilt.parent)
 
 
+def test_name_without_its_folder_finds_the_bundle(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = spoilt.parent / "engines"
+    engines.mkdir()
+    spoilt.rename(engines / "our [clip]")
+    monkeypatch.chdir(engines.parent)
+    with pytest.raises(BundleError, match=r"There is engines/our \[clip\]\.$"):
+        Bundle.open("our [clip]")
+
+
 def test_folder_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle: it has no tower\.json.*trtower export"):
         Bundle.open(tmp_path)

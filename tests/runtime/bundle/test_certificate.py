@@ -85,7 +85,9 @@ def refusal(folder: Path) -> str:
         load(folder)
     message = str(failure.value)
     rehearsal = Bundle.open(folder).manifest.source.random_weights
-    command = f"To certify what runs here: trtower check {folder} --backend {BACKEND}"
+    command = (
+        f"Certify what runs here, in an environment with the extra export: trtower check {folder} --backend {BACKEND}"
+    )
     next_step = "Export the checkpoint itself." if rehearsal else command
     head, tail = f"{folder} is not certified: ", f". {next_step}"
     assert message.startswith(head)
