@@ -11,6 +11,7 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR, BuildSettings
+from trtower.extras import import_extra
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
     BackendOption,
@@ -344,6 +345,8 @@ def demo(out: DemoOutOption = Path("engines")) -> int:
 
     Exports, checks and draws a pretrained tower on photographs, then times a full-size rehearsal.
     """
+    for package in ("transformers", "onnxruntime", "skimage"):  # or each would be missed only after the one before
+        import_extra(package, extra="export,cpu,demo", purpose="the demo")
     from trtower_export.demo.demo import run_demo
 
     return run_demo(out, Console())

@@ -21,7 +21,7 @@ COMMANDS = {
     ("check", "BUNDLE"): "export",
     ("bench", "BUNDLE"): "export",
     ("doctor", "BUNDLE"): "export",
-    ("demo",): "export",
+    ("demo",): "export,cpu,demo",
     ("build", "BUNDLE"): "trt-rtx-build",
 }
 """Commands that need another extra, which their error must name."""
