@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 INTERRUPTED = 130
+LONGEST = 4000
+"""Characters of an error message. Those of trtower itself are shorter."""
 
 IN_ASCII = {
     **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}─", "-"),
@@ -119,7 +121,10 @@ def _explain_locale(err: Exception, arguments: list[str]) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)  # noqa: T201
+    line = one_line(message)
+    if len(line) > LONGEST:  # it quotes what was typed, such as a file's content in the place of its name
+        line = f"{line[:LONGEST]} … ({len(line) - LONGEST} characters more)"
+    print(f"error: {line}", file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -204,6 +204,14 @@ def test_inspect_calls_a_certificate_void_when_its_file_changed(
     assert "certificate  of openvino is void: tower.onnx changed since" in capsys.readouterr().out
 
 
+def test_error_does_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", "x", "--precision", "y" * 100_000]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert len(printed) < 5000
+    assert printed.startswith("error: unknown precision 'yyy")
+    assert printed.endswith(" characters more)")
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tower.onnx.data", "plans/PLAN"])
 def test_inspect_finds_a_missing_file(spoilt: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     name = name.replace("plans/PLAN", Bundle.open(spoilt).manifest.plans[0].file)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,14 @@ def disk_errors(target: Path | str) -> Iterator[None]:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise BundleError if ``target`` holds a bundle and ``overwrite`` is off, or if it holds anything else."""
+    """Raise BundleError if ``target`` holds a bundle and ``overwrite`` is off, or anything else, or is not text."""
+    try:
+        str(target.absolute()).encode()
+    except UnicodeEncodeError as err:  # onnx would fail, but only after the weights were read and traced
+        raise BundleError(
+            f"{target.absolute()} cannot be decoded as {sys.getfilesystemencoding()}, the encoding of this locale, so "
+            "no graph can be written there. Run with PYTHONUTF8=1, or choose another folder with --out."
+        ) from err
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
