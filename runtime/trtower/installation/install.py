@@ -157,8 +157,14 @@ def install(
         tower_options = TowerOptions(backend=backend, engine=engine, require_certificate=require_certificate)
         allowed = {"allow_other_weights": allow_other_weights, "allow_random_weights": allow_random_weights}
         path = read_folder(bundle, "bundle").resolve()
-        options = {"bundle": path, **vars(tower_options), "keep_original": keep_original, **allowed}
-        folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder")
+        folder = None if offload_folder is None else read_folder(offload_folder, "offload_folder").resolve()
+        options = {
+            "bundle": path,
+            **vars(tower_options),
+            "keep_original": keep_original,
+            "offload_folder": folder,
+            **allowed,
+        }
         if isinstance(place.installation, Installation):
             return place.installation._install_again(options)
         check_replaceable(model, place, dropped=not keep_original)

@@ -12,7 +12,7 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
 from trtower.dtypes import DTYPES
-from trtower.errors import BackendError, BundleError
+from trtower.errors import BackendError, BundleError, MissingExtraError
 from trtower.flavour import PLATFORM, capability_obstacle, load_flavour, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.device import capability_of, device_obstacle
@@ -230,7 +230,8 @@ def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None
             verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but {module.__version__} is installed"
     except (ImportError, OSError) as err:  # not installed, or installed and broken
         verdicts["flavour"] = str(err)
-        verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but none is installed"
+        lacking = "none is installed" if isinstance(err, MissingExtraError) else "the installed one is broken"
+        verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but {lacking}"
     if plan.platform != PLATFORM:
         verdicts["platform"] = f"was built for {plan.platform}, but this machine is {PLATFORM}"
     verdicts["compute capability"] = device_obstacle(device) or capability_obstacle(

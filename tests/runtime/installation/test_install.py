@@ -121,7 +121,8 @@ def test_second_call_in_a_block_leaves_uninstalling_to_the_block(model: Any, bun
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "onnxruntime-cpu"}, {"keep_original": True}, {"allow_other_weights": True}]
+    "options",
+    [{"backend": "onnxruntime-cpu"}, {"keep_original": True}, {"offload_folder": "."}, {"allow_other_weights": True}],
 )
 def test_second_call_with_other_options_is_refused(model: Any, bundles: Bundles, options: dict[str, Any]) -> None:
     with trtower.install(model, bundles()) as installed:

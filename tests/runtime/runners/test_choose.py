@@ -14,6 +14,7 @@ from trtower import Bundle, VisionTower
 from trtower.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
 from trtower.flavour import load_flavour
+from trtower.inspection import inspect_bundle
 from trtower.names import list_choices
 from trtower.runners import choose as choosing
 from trtower.runners import tensorrt
@@ -156,6 +157,8 @@ def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: py
     assert VisionTower.load(clip_bundle, "onnxruntime-cpu").is_loaded
     (plan,) = [c for c in candidates(Bundle.open(clip_bundle)) if c.backend == "tensorrt-rtx"]
     assert plan.obstacle == "libtensorrt_rtx.so.1: cannot open shared object file"
+    verdict = inspect_bundle(Bundle.open(clip_bundle)).plans[0].verdicts["version"]
+    assert str(verdict).endswith(", but the installed one is broken")
 
 
 def test_provider_that_onnxruntime_drops_is_an_error(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
