@@ -128,7 +128,8 @@ CapabilityOption = Annotated[
     typer.Option(
         "--compute-capability",
         metavar="X.Y",
-        help="GPU to build for, as in 8.9 or 8.6,8.9. Can be repeated. Default: a portable plan.",
+        help="Compute capabilities to build for, as in 8.9 or 8.6,8.9. Can be repeated. Default: a portable plan with "
+        "tensorrt-rtx, this machine's GPU with tensorrt.",
     ),
 ]
 StoreOption = Annotated[

@@ -1,4 +1,4 @@
-"""Make a bundle of a graph: the disk has room for it, and config, preprocessor and manifest lie beside it."""
+"""Complete a bundle: check the disk for room, and write config, preprocessor and manifest beside the graph."""
 
 import json
 import shutil
@@ -47,7 +47,10 @@ def write_bundle(
     loaded: LoadedTower,
     traced: TracedTower,
 ) -> Manifest:
-    """Write all that a bundle has beside its graph, the manifest last, and return it. Raises ConfigError."""
+    """Write all that a bundle has besides its graph, the manifest last, and return the manifest.
+
+    ``folder`` already holds the graph. Raises ConfigError if the graph does not match ``spec``.
+    """
     checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
     (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     manifest = Manifest(

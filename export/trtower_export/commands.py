@@ -345,7 +345,7 @@ def demo(out: DemoOutOption = Path("engines")) -> int:
 
     Exports, checks and draws a pretrained tower on photographs, then times a full-size rehearsal.
     """
-    for package in ("transformers", "onnxruntime", "skimage"):  # or each would be missed only after the one before
+    for package in ("transformers", "onnxruntime", "skimage"):  # all now: one command installs every extra
         import_extra(package, extra="export,cpu,demo", purpose="the demo")
     from trtower_export.demo.demo import run_demo
 

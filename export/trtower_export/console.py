@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Step:
-    """A running step. This one reports nothing until it ends: a log needs facts, not movement."""
+    """A running step. This base class ignores updates: a log gets only one line, when the step has ended."""
 
     def update(self, fraction: float, note: str) -> None:
         """Report which fraction of the step is done, 0 to 1, and what is happening now."""

@@ -27,14 +27,15 @@ class Trust:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export from a checkpoint, and how. None and () mean: as the checkpoint, its recipe or the default says.
+    """What to export from a checkpoint, and how. An option that is left out has the default named below.
 
     Args:
-        select_layer: The hidden states to read: an index such as -2, several, or "last_hidden_state". Default: what the
-            checkpoint says, else -2.
-        select_feature: The tokens to keep: "patch", "cls_patch" or a slice of LLaVA-NeXT. Default: what the checkpoint
-            says.
-        image_size: Side of the square input in pixels; positions are interpolated. Default: the checkpoint's.
+        select_layer: The hidden states to read: an index such as -2, several, or "last_hidden_state". Default: the
+            checkpoint's, else its recipe's, else -2.
+        select_feature: The tokens to keep: "patch", "cls_patch" or a slice of LLaVA-NeXT. Default: the checkpoint's,
+            else its recipe's, else "patch".
+        image_size: Side of the square input in pixels; positions are interpolated to it. Default: the recipe's, else
+            the checkpoint's.
         precision: "fp16" (the default), "bf16", "fp32", "fp8", "int8" or "auto". "auto" is FP16 with as few operations
             in FP32 as the check's bounds allow on ``images`` and on drawn images. "fp8" and "int8" are calibrated on
             ``images``.
@@ -85,7 +86,8 @@ class ExportOptions:
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
         if self.images is not None and not self.check and not self.runs_on_images:
             raise ConfigError(
-                f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images."
+                f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images: "
+                "drop --images or --no-check."
             )
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")

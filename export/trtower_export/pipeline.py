@@ -52,7 +52,8 @@ def export_tower(
         ConfigError: An option is invalid for this checkpoint or machine.
         CheckpointError: The checkpoint cannot be found, read or trusted.
         BundleError: ``out`` is a bundle and ``options.overwrite`` is off, or is a folder of something else.
-        BackendError: The GPU that the plan must be built on is missing.
+        InputError: ``options.images`` is not a folder, or has no readable image.
+        BackendError: The GPU that the plan must be built on is missing, or nothing here can run the bundle to check it.
         BuildError: The graph or the plan cannot be built.
         MissingExtraError: A package is missing; the message names the extra that installs it.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 LONGEST = 4000
-"""Characters of an error message. Those of trtower itself are shorter."""
+"""Error messages are cut after this many characters. trtower's own are shorter; quoted input can be longer."""
 
 IN_ASCII = {
     **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}─", "-"),
@@ -122,7 +122,7 @@ def _explain_locale(err: Exception, arguments: list[str]) -> str | None:
 
 def _fail(message: str, code: int) -> int:
     line = one_line(message)
-    if len(line) > LONGEST:  # it quotes what was typed, such as a file's content in the place of its name
+    if len(line) > LONGEST:  # the message quotes an argument, such as a file's content passed instead of its name
         line = f"{line[:LONGEST]} … ({len(line) - LONGEST} characters more)"
     print(f"error: {line}", file=sys.stderr)  # noqa: T201
     return code
@@ -153,7 +153,7 @@ def _app() -> "typer.Typer":
         ] = False,
     ) -> None:
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-        if not verbose:  # it warns about a cache that it cannot write, and draws all the same
+        if not verbose:  # matplotlib warns if it cannot write its cache, but still draws
             logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
     @app.command()

@@ -31,7 +31,7 @@ class BackendError(TrtowerError):
 
 
 class BuildError(TrtowerError):
-    """An ONNX graph or a plan could not be built."""
+    """An ONNX graph or a plan could not be built, or the result could not be written, as to a full disk."""
 
 
 class MissingExtraError(TrtowerError, ImportError):

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from trtower.errors import MissingExtraError
 
 ENVIRONMENT = {"onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"}}
-"""Variables that a package reads when it is imported, unless the user has set them.
+"""Module -> environment variables to set before its import, unless the user has set them.
 
 With telemetry ONNX Runtime stores an identifier in the user's cache, and prints a warning if it cannot.
 """

@@ -14,7 +14,8 @@ FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "t
 """Flavour -> its Python module, and the extra of trtower that provides it."""
 
 PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
-"""A plan runs only on the operating system and processor that it was built for."""
+"""This machine's operating system and processor, such as "linux-x86_64". A plan runs only on the platform that it was
+built for."""
 
 PORTABLE_FROM = "8.0"
 """A plan that names no compute capability needs at least Ampere, in both flavours."""

@@ -31,7 +31,7 @@ class BackendRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectedPlan(PlanEntry):
-    """A plan, its ``size`` in bytes, and for each thing it needs why that is not met here, or None if it is."""
+    """A plan and its ``size`` in bytes. ``verdicts`` maps each requirement to why it is not met here, or to None."""
 
     size: int
     verdicts: dict[str, str | None]
@@ -244,7 +244,7 @@ def describe_loading(bundle: Path) -> str:
 
 
 def describe_figure(value: float | None) -> str:
-    """Format a certificate's figure: a cosine with six decimals, an error with three digits."""
+    """Format a certificate's figure: from 0.1 on with six decimals, as for a cosine; below in scientific notation."""
     if value is None:
         return "not finite"
     return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"

@@ -2,8 +2,8 @@
 
 A tower of L layers has L + 1 hidden states, numbered as in transformers: 0 is the input of the first layer (after
 `pre_layrnorm` in CLIP) and k is the output of layer k, so -1 is L and -2 is L - 1. One more state can be read,
-although it is not in `hidden_states`: `last_hidden_state`, which is state L after the tower's final norm. PaliGemma
-reads it. Its index here is L + 1.
+although it is not in `hidden_states`: `last_hidden_state`, which PaliGemma reads. It is state L after the tower's final
+norm, or state L itself if no norm follows, as in CLIP. Its index here is L + 1.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use, so that `import trtower` costs nothing before torch."""
+"""Import a package's public names on first use, so that `import trtower` does not import torch."""
 
 import sys
 from collections.abc import Callable, Mapping

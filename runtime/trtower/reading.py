@@ -1,4 +1,4 @@
-"""Tell from a model's config what it reads of its tower, and if it trained it. Does not import transformers.
+"""Tell from a config which layer its model reads, and whether the tower was trained. Does not import transformers.
 
 Sources: `get_image_features` of each model in transformers 4.57 and 5.23.
 """
@@ -22,7 +22,8 @@ TRAINED = (
     "mm_vision_tower_lr",
     "vision_tower_lr",
 )
-"""Config keys of LLaVA and its forks which say that the tower was trained, so the one they name has other weights."""
+"""Config keys of LLaVA and its forks which say that the tower was trained. If one is set, the tower's weights differ
+from those of the checkpoint that the config names."""
 
 
 def says_trained(get: Callable[[str], Any]) -> str | None:

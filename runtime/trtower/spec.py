@@ -24,7 +24,8 @@ class Precision:
     ``first_capability`` lack the format, and TensorRT refuses the graph for them. Graphs are written in ``opset``: 23
     gives one Attention node per layer, for which TensorRT-RTX 1.7 has kernels only in half precision.
 
-    An 8-bit precision is another precision whose linear layers hold weights of type ``onnx_linear`` (in TensorProto).
+    An 8-bit precision is FP16 everywhere except in its linear layers, whose weights have the type ``onnx_linear`` (in
+    TensorProto).
     """
 
     name: str
@@ -90,7 +91,7 @@ class BatchProfile:
 
 
 DEFAULT_BATCH = BatchProfile(min=1, opt=8, max=32)
-"""The batch profile of an export that names none."""
+"""The batch profile of an export if neither its options nor the recipe name one."""
 
 
 def merge_profiles(profiles: Sequence[BatchProfile]) -> BatchProfile:
@@ -170,10 +171,10 @@ class Naming:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """What a bundle reads of a tower with ``num_layers`` layers L.
+    """The shape of a full tower of L = ``num_layers`` layers, and what a bundle reads of it.
 
-    ``layers`` are the hidden-state indices, in reading order: 0 to L, and L + 1 for `last_hidden_state` (see
-    layer_codes.py).
+    ``layers`` are the indices of the hidden states that it reads, in reading order: 0 to L, and L + 1 for
+    `last_hidden_state` (see layer_codes.py). ``width`` is the number of features per token of one state.
     """
 
     family: str

@@ -69,9 +69,10 @@ class BenchOptions:
 
 
 def run_benchmark(bundle: Bundle, checkpoint: Checkpoint, options: BenchOptions, progress: Progress) -> Benchmark:
-    """Measure everything.
+    """Race the bundle against its competitors, then time the cold start of each in its own process.
 
-    Raises BackendError if the bundle itself cannot run here, CheckpointError if it is not from ``checkpoint``.
+    Raises BackendError if the bundle itself cannot run here, CheckpointError if it was exported from other weights than
+    ``checkpoint`` has.
     """
     warm, entrants = _race_all(bundle, checkpoint, options, progress)
     gc.collect()  # free the towers: their memory and threads would disturb the cold starts
@@ -178,12 +179,12 @@ def _run_cold(
         for _ in range(2 if backend else 1):
             done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=COLD_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        absent[f"{name}, alone"] = f"no answer after {COLD_TIMEOUT_S} s"
+        absent[f"cold start of {name}"] = f"no answer after {COLD_TIMEOUT_S} s"
         return None
     results = [line for line in done.stdout.splitlines() if line.startswith('{"load_s"')]
     if done.returncode or not results:
         errors = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        absent[f"{name}, alone"] = errors[-1]
+        absent[f"cold start of {name}"] = errors[-1]
         return None
     return ColdStart(entrant=name, **json.loads(results[-1]))
 

@@ -26,9 +26,10 @@ def main(
     trust: dict[str, bool],
     **options: Any,
 ) -> None:
-    """Measure on ``device`` after all imports. Without a ``backend``, PyTorch runs.
+    """Measure on ``device``. Without a ``backend``, PyTorch runs.
 
-    ``source``, ``trust`` and ``options`` belong to the checkpoint.
+    torch is imported before the clock starts; importing the backend's package counts as loading. ``source``, ``trust``
+    and ``options`` belong to the checkpoint.
     """
     opened = Bundle.open(bundle)
     side = opened.manifest.spec.image_size

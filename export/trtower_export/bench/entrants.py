@@ -120,7 +120,7 @@ def enter(arena: Arena, name: str) -> Entrant:
         named = [each for each in choose.BACKENDS if _competitor(each) == name]
         backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
         if runner_of(arena.tower).backend == backend:
-            raise BackendError("trtower itself runs on it here")
+            raise BackendError("the bundle itself already runs on this backend here")
         return _enter_bundle(arena, name, VisionTower.load(arena.bundle.path, backend, arena.device))
     kind, _, suffix = name.partition("-")
     precision = suffix or arena.precision

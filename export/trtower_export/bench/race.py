@@ -19,8 +19,8 @@ def race(
 ) -> dict[str, list[float]]:
     """Return the seconds of each competitor in each of ``rounds``, after one uncounted call each.
 
-    CUDA events measure them on a GPU, the clock around the call on a CPU. With ``drop``, a competitor that raises
-    leaves the race, and ``drop`` is called with its name and the error; otherwise the error is raised.
+    If this machine has a GPU, CUDA events measure the calls, else the clock does. With ``drop``, a competitor that
+    raises leaves the race, and ``drop`` is called with its name and the error; otherwise the error is raised.
     """
     clock = _on_gpu if torch.cuda.is_available() else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in competitors}

@@ -29,11 +29,11 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStart:
-    """One entrant in a process of its own, at the smallest batch.
+    """One entrant in its own process, at the smallest batch.
 
-    torch was imported before, but not the backend. ``load_s`` is the time from files to something that can be called;
-    None if there are no files because the weights are random. ``first_s`` is the first call. ``peak_bytes`` is the
-    memory taken from the GPU, or the peak resident set on a CPU.
+    torch was imported before the clock started, but not the backend. ``load_s`` is the seconds from files to something
+    that can be called; None for PyTorch in a rehearsal, which has no files. ``first_s`` is the seconds of the first
+    call. ``peak_bytes`` is the memory taken from the GPU, or the peak resident set on a CPU.
     """
 
     entrant: str
@@ -54,7 +54,11 @@ class ListTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Everything that was measured in one run. ``absent`` has the reason of each entrant that could not run."""
+    """Everything that was measured in one run.
+
+    ``absent`` maps what did not run to the reason: an entrant, an entrant at one batch, its cold start, a batch, or the
+    list.
+    """
 
     bundle: dict[str, Any]
     environment: dict[str, Any]

@@ -3,10 +3,10 @@
 The reference is transformers' own forward pass in FP32 with every layer in place. A tower that was cut one layer off,
 or traced wrongly, cannot match it. PyTorch also runs in the bundle's own precision: its error is the error of the
 eager tower that the bundle replaces, and the bundle is judged against it. Some engines were wrong at a single batch
-size, so the check runs every batch of the profile, and one batch that has to be split.
+size, so the check runs the minimum, optimum and maximum of every profile, and one batch that has to be split.
 
-CPU backends compute FP16 in FP32 and skip the rounding between operations, which can hide an overflow. Without a GPU,
-the check therefore runs the graph once more and rounds every result to its type.
+CPU backends compute FP16 in FP32 and skip the rounding between operations, which can hide an overflow. If an FP16
+bundle runs on the CPU, the check therefore runs the graph once more and rounds every result to its type.
 """
 
 import copy
@@ -83,6 +83,8 @@ def certify(
         BundleError: if any file of the bundle was altered, even one that does not run here.
         CheckpointError: if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
         ConfigError: if an emulated ``backend`` is for another precision than the bundle's.
+        InputError: if the bundle's image processor rejects an image.
+        MissingExtraError: if ONNX Runtime is needed for an emulation or for ``by_layer``, and is not installed.
     """
     towers = _load_towers(bundle, checkpoint, backend, progress, by_layer=by_layer)
     manifest = bundle.manifest
@@ -114,9 +116,12 @@ def check_bundle(
 
     Raises:
         BackendError: if no backend on this machine can run the bundle.
-        BundleError: if the bundle is read-only, or if any of its files was altered.
+        BundleError: if the bundle is read-only, if any of its files was altered, or if another process is still writing
+            into it after ten minutes.
         CheckpointError: if ``checkpoint`` has other weights than the bundle, or is not finite in FP32.
         ConfigError: if an emulated ``backend`` is for another precision than the bundle's.
+        InputError: if the bundle's image processor rejects an image.
+        MissingExtraError: if ONNX Runtime is needed for an emulation or for ``by_layer``, and is not installed.
     """
     if not os.access(bundle.path, os.W_OK):
         raise BundleError(f"{bundle.path} is read-only, but the certificate is written into it: check a writable copy.")

@@ -3,8 +3,8 @@
 ONNX Runtime has no BF16 kernels for the CPU, and its FP16 kernels keep more in FP32 than others do. Here each operation
 is computed in FP32 and its result is rounded, as on a GPU that accumulates in FP32. FP32 parts of the graph stay as
 they are. FP16 can overflow, and kernels differ in what else they round. So FP16 can be emulated at its worst, which
-also rounds attention scores and the sums of a LayerNorm; `rounding.py` does the same to a traced tower. Only
-`trtower check` uses the emulation, and its name says what it is. It never serves a tower.
+also rounds attention scores and the sums of a LayerNorm; `rounding.py` does the same to a traced tower. Only a check
+uses the emulation, by `trtower check` or at the end of an export. It never serves a tower.
 """
 
 from collections.abc import Iterator

@@ -28,7 +28,8 @@ JUMP = 3.0
 pretrained ViT-S/14 in FP16 the error grew at most 1.9 times from one state to the next (PyTorch's 1.1 times there)."""
 
 ROUNDING = 1e-3
-"""The relative error of hidden state 0 that every precision except BF16 may have. PyTorch's own may be zero there."""
+"""The relative error of hidden state 0 that rounding may cause in every precision except BF16. The limit for the first
+state is a multiple of this, or of PyTorch's own error if that is larger: PyTorch's own may be zero there."""
 
 EXACT = 1e-6
 """The relative error of FP32 arithmetic; smaller errors count as this."""

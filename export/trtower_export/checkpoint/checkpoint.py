@@ -46,7 +46,8 @@ class Checkpoint:
     Attributes:
         name: Last part of the hub id or path; for a file, without its suffix.
         source: Hub id, or absolute path of the folder or file.
-        revision: Commit on the hub, if the files came from there.
+        revision: Commit on the hub, if the files came from there; if the hub could not be reached, the revision that
+            the user named, or None.
         recipe: The recipe of this checkpoint, if there is one.
         layout: What was recognised in its files.
         trust: Whether pickles and the checkpoint's own code are allowed.
@@ -117,8 +118,9 @@ class Checkpoint:
 
         Raises:
             ConfigError: if there can be no such tower.
-            CheckpointError: if the model does not say which layer it reads, or its config's layer code is wrong, or it
-                drops the first token of a tower that does not have exactly one prefix token.
+            CheckpointError: if ``select_layer`` is None and the model does not say which layer it reads, or its layer
+                code is wrong; or if ``select_feature`` is None and the model drops the first token of a tower that does
+                not have exactly one prefix token.
         """
         layout, recipe = self.layout, self.recipe
         layer = layout.select_layer if select_layer is None else select_layer

@@ -1,8 +1,8 @@
 """Recognise what a checkpoint is from its files: where its tower's config and tensors lie, and which layer it reads.
 
 A tower comes in four forms: as Hugging Face writes it, by itself or inside a larger model; inside an original LLaVA
-checkpoint, or as the separate tower that it names; in a folder inside a VILA checkpoint; as an OpenCLIP file. Only JSON
-is read here, and the checkpoint's own code runs only if it is trusted.
+checkpoint, or as the separate tower that it names; in a folder inside a VILA checkpoint; as an OpenCLIP file. Configs
+and the names of tensors are read here, not the weights, and the checkpoint's own code runs only if it is trusted.
 """
 
 from dataclasses import replace

@@ -35,7 +35,7 @@ _FORMATS: tuple[tuple[str, tuple[bytes, ...], tuple[str, ...]], ...] = (
 """For each format: what it is and what to do, how its content begins, and its suffixes."""
 _SUFFIXES = {suffix: what for what, _, suffixes in _FORMATS for suffix in suffixes}
 _OTHER_FOLDERS = {"model_index.json": "a diffusers pipeline", "modules.json": "a sentence-transformers model"}
-"""What a folder is that has this file and no config.json."""
+"""For each file: what a folder is if it has this file but no config.json."""
 _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DEEP = 3
@@ -59,8 +59,8 @@ def refuse_file(path: Path, config: str) -> None:
             f"{path} is not a checkpoint: expected a folder with a config.json, an OpenCLIP file, a hub id or a recipe."
         )
     raise CheckpointError(
-        f"{path} has no {config} beside it, and no config.json. Nothing else says how many heads and which activation "
-        "an OpenCLIP tower has, or what shape any other tower has: get the file from the checkpoint's repository."
+        f"{path} has no {config} beside it, and no config.json. The weights do not say how many heads a tower has, or "
+        "which activation: get the config from the checkpoint's repository."
     )
 
 

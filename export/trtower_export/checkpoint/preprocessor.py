@@ -67,11 +67,14 @@ def image_aspect_ratio(checkpoint: Checkpoint) -> str | None:
 
 
 def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> dict[str, Any]:
-    """Return the preprocessor_config.json of a bundle for S pixels; raise ConfigError if no tower could use it.
+    """Return the preprocessor_config.json of a bundle for S pixels.
 
     DINOv2 is trained at 518 pixels but its checkpoints prepare images at 224, and eager code interpolates the position
     embeddings. An engine is fixed at one size S, so the config is scaled to S x S; its crop keeps the same share of the
     image. Changes and assumptions are reported.
+
+    Raises ConfigError if the checkpoint's preprocessing cannot be turned into one that makes such pixels, and
+    CheckpointError if it leaves a setting to defaults that are unknown here.
     """
     written, family = checkpoint.layout.preprocessor, checkpoint.family
     if written is None:

@@ -1,8 +1,8 @@
 """Find a tower's tensors in a checkpoint of any size, and read only those.
 
 A LLaVA checkpoint holds tens of gigabytes of language model around half a gigabyte of tower. The shards' index or
-headers give the names before any tensor is read, and the tower lies where its patch embedding lies. From the hub, only
-the shards that hold the tower are downloaded.
+headers give the names before any tensor is read, and the name of the patch embedding shows which of them are the
+tower's. From the hub, only the shards that hold the tower are downloaded.
 """
 
 import pickle
@@ -99,11 +99,15 @@ class Tensors:
         for shard in needed:
             path = self.files.folder / shard
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing: the index says that it holds tensors of the tower.")
+                raise CheckpointError(
+                    f"{path} is missing: the index says that it holds tensors of the tower. Download it again."
+                )
             held = names_in(path)
             absent = sorted(name for name, where in shards.items() if where == shard and self.written[name] not in held)
             if absent:
-                raise CheckpointError(f"{path} does not hold {absent[0]}, although the index says so.")
+                raise CheckpointError(
+                    f"{path} does not hold {absent[0]}, although the index says so: download both again."
+                )
         return replace(self, shards=shards, written={name: self.written[name] for name in shards})
 
     def read(self) -> dict[str, Tensor]:
@@ -126,9 +130,11 @@ class Tensors:
 
 
 def find_tensors(files: Files, *, allow_pickle: bool) -> Tensors:
-    """List the tensors of a folder, possibly none; raise CheckpointError if only a pickle that is not allowed has them.
+    """List the tensors of a folder, possibly none.
 
-    The index of pickled shards is JSON and is always read; the pickles themselves only if they are allowed.
+    The index of pickled shards is JSON and is always read; the pickles themselves only if they are allowed. Raises
+    CheckpointError if a folder on this machine has the tensors only in pickles that are not allowed and have no index;
+    if they have one, `Tensors.select` raises. From the hub, pickles that are not allowed are not fetched.
     """
     files.fetch(SAFETENSORS)
     whole, pickled = files.folder / SAFETENSORS, files.folder / PICKLE
@@ -154,7 +160,8 @@ def list_tensors(files: Files, paths: Sequence[Path], *, allow_pickle: bool) -> 
         for name in names_in(path):
             if name in shards:
                 raise CheckpointError(
-                    f"{path} and {shards[name]} beside it both hold {name}, and no index says which to use."
+                    f"{path} and {shards[name]} beside it both hold {name}, and no index says which to use: delete the "
+                    "wrong one from a copy of the folder."
                 )
             shards[name] = path.name
     return Tensors.of(files, shards, allow_pickle=allow_pickle)

@@ -1,4 +1,4 @@
-"""Read the vision config that transformers or OpenCLIP wrote, and check it before anything is built from it.
+"""Read the vision config that transformers wrote, and check it, or OpenCLIP's, before anything is built from it.
 
 A config.json may hold anything, and transformers may then raise anything, from a KeyError to a MemoryError. A config
 must not choose code either: kernels and quantisers that it names are ignored.
@@ -46,7 +46,8 @@ def read_vision_config(
     if raw.get("auto_map") and not remote_code:
         raise CheckpointError(
             f"{where} needs the checkpoint's own code (auto_map), which is not run by default: pass "
-            "--trust-remote-code if you trust its author. A standard class needs no auto_map: remove it from a copy."
+            "--trust-remote-code if you trust its author. If transformers has the model's own class, delete auto_map "
+            "from a copy of the config instead."
         )
     try:
         config = _read_whole(files, raw, key, remote_code=remote_code)

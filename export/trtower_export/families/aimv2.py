@@ -26,7 +26,8 @@ class _NativeStem(nn.Module):
     def __init__(self, embeddings: Any, image_size: int) -> None:
         super().__init__()
         self.patch_embed, self.rms_norm = embeddings.patch_embed, embeddings.rms_norm
-        # The function that computes them moved between releases. What it adds to zeros is the same in all of them.
+        # The function that computes positions moved between releases. With zeros instead of normed patches, the
+        # embeddings return only the positions, in every release.
         blank = replaced(embeddings, rms_norm=_Zeros())
         with torch.no_grad():
             positions = blank(torch.zeros(1, 3, image_size, image_size))

@@ -2,8 +2,8 @@
 
 A kept operation has its weights in FP32, computes in FP32 and passes FP32 on. A sum, scale, norm or activation that
 reads the result also computes in FP32 and rounds its own result, so a number too large for FP16 exists only between the
-two. A matrix product that is not kept rounds its factors, and stays on the kernels for half precision. Kept attention
-is spelled out, because its fused form has kernels only for half precision.
+kept operation and its reader. A matrix product that is not kept rounds its factors, and stays on the kernels for half
+precision. Kept attention is spelled out, because its fused form has kernels only for half precision.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,7 +26,10 @@ aten = torch.ops.aten
 
 
 def keep_fp32(program: ExportedProgram, kept: Collection[str], weights: Mapping[str, Tensor]) -> None:
-    """Retype ``program`` in place. ``weights`` are the tower's in FP32, by name. Its attention must still be fused."""
+    """Change ``program`` in place, so that the operations named in ``kept`` compute in FP32.
+
+    ``weights`` are the tower's weights in FP32, by name. The attention of ``program`` must still be fused.
+    """
     graph = program.graph_module.graph
     spelled_out = Operations(program, spelled_out=True)
     inside = [node for operation in spelled_out if operation.name in kept for node in operation.nodes]
@@ -110,9 +113,11 @@ def _as_convolution(graph: fx.Graph, linear: fx.Node) -> fx.Node:
 
 
 def widened(operations: Operations, kept: Collection[str]) -> frozenset[fx.Node]:
-    """Return the nodes that compute in FP32 if ``kept`` stay in it: those, and the ones that read their results.
+    """Return the nodes that compute in FP32 if the operations named in ``kept`` stay in FP32.
 
-    They include weights, and nodes that only move numbers, if their values are FP32.
+    These are the nodes of kept operations, and of operations that read their results, except matrix products and
+    convolutions, which round what they read. Weights that only kept operations read are included, and so are nodes
+    that only move FP32 numbers.
     """
     wide: set[fx.Node] = set()  # nodes whose value is FP32 inside their own operation
     leaving: set[fx.Node] = set()  # nodes whose value is FP32 for other operations

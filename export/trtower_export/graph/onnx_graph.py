@@ -46,7 +46,7 @@ def write_onnx(
     islands: bool = False,
     quantise: Quantise | None = None,
 ) -> None:
-    """Write a tower that `operations.trace` traced to ``path``, with its weights beside it.
+    """Write to ``path`` a tower that `operations.trace` has traced, with its weights beside the graph.
 
     The same weights give the same bytes, because names of source files, which PyTorch writes into every node, are
     removed. With ``islands`` the graph may hold weights in FP32 beside half precision. ``quantise`` receives the graph

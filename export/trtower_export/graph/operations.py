@@ -2,7 +2,7 @@
 
 The doctor, `--precision auto` and the ONNX file all refer to these nodes, so nothing has to be translated. A tower is
 traced in half precision, because only then does model code show what it computes in FP32 anyway (the mean square of an
-RMSNorm). An operation is named by the path of its module in the model: `layers.3.mlp.fc1`. What a module computes
+RMSNorm). An operation is named by the path of its module in the cut tower: `layers.3.mlp.fc1`. What a module computes
 besides calling its children is named after the module and the computation: `layers.3.residual2`,
 `layers.3.self_attn.scores`.
 """

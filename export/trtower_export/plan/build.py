@@ -39,7 +39,10 @@ BUILD_PROCEDURE_VERSION = 2
 STAGING = ".staging-"
 
 WAIT_S = 60.0
-"""How long to wait while another process writes to the bundle. Copying a plan into it takes about a second."""
+"""How long a plan from the store waits while another process writes to the bundle. Copying a plan takes about a second.
+
+Without a store nothing waits: the other process may build for minutes.
+"""
 
 
 def add_plan(
@@ -103,7 +106,7 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
     now = (built.settings, added.manifest.files[built.file])
     for old in bundle.manifest.plans:
         if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
-            progress.say(f"it replaces the plan that was built {old.settings.describe()}")
+            progress.say(f"the new plan replaces the one that was built {old.settings.describe()}")
     return added
 
 

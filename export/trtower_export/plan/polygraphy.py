@@ -104,7 +104,10 @@ def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
 
 
 def _check_network(network: Any, module: Any, dtype: str, *, mixed: bool) -> None:
-    """Check that the parsed network holds its weights in ``dtype``. TensorRT keeps it in a strongly typed network."""
+    """Raise BuildError unless the parsed network holds its weights in ``dtype``.
+
+    TensorRT does not change the types of a strongly typed network, so the plan has them, too.
+    """
     floats = {name: getattr(module.DataType, each.tensorrt) for name, each in BY_DTYPE.items()}
     expected, values = floats[dtype], dict.fromkeys(floats.values(), 0)
     for layer in (network.get_layer(index) for index in range(network.num_layers)):

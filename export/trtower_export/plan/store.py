@@ -66,7 +66,7 @@ def _is_intact(place: Path, progress: Progress) -> bool:
     try:
         written = json.loads((place / ENTRY).read_text(encoding="utf-8"))
         if {PLAN: written[PLAN], LOG: written[LOG]} == _describe(place):
-            progress.say(f"the plan was built here on {written['date']}: {place}")
+            progress.say(f"reusing the plan that was built here on {written['date']}: {place}")
             return True
     except (OSError, ValueError, LookupError, TypeError):
         pass  # an unreadable entry is treated like an altered one

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FIRST_GENERATION = 5.0
-"""The oldest compute capability that may be written without a point: "10" is more likely 10.0 than 1.0."""
+"""The oldest compute capability that is accepted. "10" reads as 1.0, so it is refused, and the error suggests 10.0."""
 
 DATA_CENTRE = "build on that GPU with data-centre TensorRT, from the extra trt-build"
 JETPACK = "build on the device with the TensorRT that JetPack brings"
@@ -74,8 +74,8 @@ def choose_target(
 ) -> tuple[Target | None, str]:
     """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
 
-    ``flavour`` "auto" prefers the TensorRT of this machine's GPU to TensorRT-RTX, which needs no GPU. If neither is
-    installed, the target is None, as with "none". ``compute_capabilities`` may be in any form that `read_capabilities`
+    ``flavour`` "auto" prefers "tensorrt", which needs a GPU, to "tensorrt-rtx", which needs none. If neither can build
+    here, the target is None, as with "none". ``compute_capabilities`` may be in any form that `read_capabilities`
     accepts. ``bundle`` is the bundle that gets the plan, if it exists; errors that send the user to another machine
     name it. Raises ConfigError, BackendError and MissingExtraError.
     """
@@ -105,7 +105,10 @@ def choose_target(
 def _settle(
     flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings, bundle: Path | None
 ) -> tuple[Target, str]:
-    """Settle the GPUs of a plan, and return what is to be said about them."""
+    """Decide which GPUs a plan is for; return the target, and a remark for the user or "".
+
+    Raises ConfigError, BackendError or MissingExtraError if no such plan can be built here.
+    """
     module, remark = _load_builder(flavour), ""
     _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
     needed = PRECISIONS[precision].first_capability

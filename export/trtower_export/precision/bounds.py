@@ -11,9 +11,9 @@ class Bounds:
     """The limits of a precision, one for each figure."""
 
     token_cosine_min: float
-    """The worst token of any image. On a pretrained ViT-S/14 and a dozen photographs, PyTorch's own FP16 and BF16
-    measured 0.99998 and 0.9990, and ONNX Runtime's FP8 and INT8 0.983 and 0.922. A random ViT-B/32 that is cut at the
-    wrong layer, off by one, measured 0.983, with a relative error of 0.17."""
+    """The least cosine of any token of any image. On a pretrained ViT-S/14 and a dozen photographs, PyTorch's own FP16
+    and BF16 measured 0.99998 and 0.9990, and ONNX Runtime's FP8 and INT8 0.983 and 0.922. A random ViT-B/32 that is cut
+    one layer off measured 0.983, with a relative error of 0.17."""
 
     token_error_p999: float
     """The error that only one token in a thousand exceeds, relative to the token's own length. That ViT measured 1.0e-2

@@ -1,4 +1,4 @@
-"""Measure for every operation of a tower how much room half precision leaves it, and what error it causes there.
+"""Measure for every operation of a tower how close its values come to FP16's limits, and what its rounding costs.
 
 The cut tower runs in FP32 over images. Then each operation in turn runs in half precision while the rest stays exact,
 so that the error at the output is that operation's own. `rounding.py` defines how half precision is simulated.
@@ -35,8 +35,8 @@ class OperationFigures:
             the sums and sums of squares of a LayerNorm.
         overflow: How many of its values and weights exceed FP16's largest number.
         subnormal: The share of its non-zero results below FP16's smallest normal number.
-        error: The relative error at the output when only this operation runs in "fp16" or "bf16". None is not finite.
-            Empty if it was not measured.
+        error: The relative error at the output when only this operation runs in "fp16" or "bf16", by precision; None
+            if the output is not finite. Empty if no error was measured.
         headroom: How many times larger its values could be in FP16; None if all of them are 0.
     """
 

@@ -1,4 +1,4 @@
-"""Draw a tower's operations, layer by layer, as two heat maps: their headroom in FP16, and the error it causes."""
+"""Draw a tower's operations, layer by layer, as two heat maps: the largest magnitude of each, and its error in FP16."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -27,10 +27,10 @@ FP16_RANGE = torch.finfo(torch.float16)
 
 
 class Observer(Protocol):
-    """A callback that receives every value of an operation: its ``result``, and the intermediate ones."""
+    """A callback that receives every value that operations compute, before it is rounded."""
 
     def __call__(self, operation: Operation, numbers: Tensor, *, result: bool) -> None:
-        """Look at the values."""
+        """Receive values of ``operation``: its result if ``result``, else intermediate ones."""
 
 
 Values: TypeAlias = dict[fx.Node, Tensor]
@@ -58,9 +58,9 @@ class Simulation:
         observe: Observer | None = None,
         keep: Values | None = None,
     ) -> Tensor:
-        """Run (B, 3, S, S) to (B, P + N, D), rounding the results of the operations in ``rounded`` to ``dtype``.
+        """Run (B, 3, S, S) to (B, P + N, D), with weights and results of the operations in ``rounded`` in ``dtype``.
 
-        ``keep`` receives every value except attention scores, for `rerun`.
+        ``observe`` is called with every value. ``keep`` receives every value except attention scores, for `rerun`.
         """
         values: Values = {self._input: pixel_values}
         rounded = frozenset(rounded)
@@ -189,7 +189,7 @@ def _call(node: fx.Node, values: Values, between: Callable[[Tensor], Tensor] = l
 
 
 def _attend(context: fx.Node, values: Values) -> Tensor:
-    """Compute an attention that `decompose_attention` spelled out in one call, from its queries, keys and values."""
+    """Compute in one fused call, from queries, keys and values, an attention that `decompose_attention` spelled out."""
     shares, value = context.all_input_nodes
     scaled, transposed = shares.all_input_nodes[0].all_input_nodes
     (query,), (key,), scale = scaled.all_input_nodes, transposed.all_input_nodes, scaled.args[1]

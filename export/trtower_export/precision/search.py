@@ -1,7 +1,7 @@
-"""Search for the fewest operations of a half-precision tower that must stay in FP32.
+"""Search for a minimal set of operations that a half-precision tower must keep in FP32.
 
-The search judges simulations by the bounds of the check, and ends with a set from which no operation can be removed.
-A different set with fewer operations may exist, but there are too many sets to try them all.
+The search judges simulations by the bounds of the check. None of the operations in its result can be removed. Another
+set with fewer operations may exist, but there are too many sets to try them all.
 Operations that do not fit FP16 are kept in FP32 and not in BF16, because BF16 rounds eight times coarser than FP16 and
 Turing does not have it. An operation or two in FP32 cost little.
 """
@@ -72,11 +72,12 @@ def find_islands(
     *,
     always: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Return the fewest operations that must stay in FP32 for FP16 to meet its bounds on ``images``.
+    """Return a minimal set of operations that must stay in FP32 for FP16 to meet its bounds on ``images``.
 
     Images are (1, 3, S, S), by kind: "photograph", "drawn". ``always`` are patterns of operations that stay in FP32 in
-    any case. Raises BuildError if the bounds are missed even with every operation in FP32, for example because the
-    hidden state itself is too large for FP16.
+    any case; the result includes them. Raises BuildError if the bounds are missed even with every operation in FP32,
+    for example because the hidden state itself is too large for FP16, ConfigError if a pattern matches nothing, and
+    CheckpointError if the tower is not finite in FP32.
     """
     trials = _prepare_trials(tower, spec, images, always, progress)
     names = trials.simulation.operations.names

@@ -14,9 +14,10 @@ from trtower_export.precision.rounding import FP16_RANGE
 
 
 def print_operations(console: Console, diagnosis: Diagnosis, *, every: bool) -> None:
-    """Print one row per operation if ``every``, else one row for all layers, with the worst of each figure.
+    """Print one row per operation if ``every``, else one row per kind of operation for all layers together.
 
-    Below, name the operations that FP16 cannot hold, and those with the largest error.
+    A row for several layers has the sum of their overflows and the worst of every other figure. Below the table, name
+    the operations whose values FP16 cannot hold, and those with the largest error.
     """
     measured = [precision for precision in HALVES if any(precision in each.error for each in diagnosis.operations)]
     print_whole(console, _table(diagnosis.operations, measured, every=every))

@@ -229,8 +229,9 @@ class Bundle:
         so a concurrent reader finds either the old plan with the old manifest, or the new plan with the new one.
 
         Args:
-            plan: What the manifest shall say of the plan. If its file name is taken, part of a hash is added to it.
-            staged: The plan, on the disk of the bundle.
+            plan: The manifest's entry for the plan. If other content has its file name already, part of the plan's
+                sha256 is added to the name.
+            staged: The plan's file, on the same file system as the bundle, because it is renamed and not copied.
             log: The log of the build, if any, on the same disk.
 
         Returns:
@@ -292,7 +293,7 @@ class Bundle:
 
         Args:
             folder: A folder that does not exist, is empty, or holds only a bundle, which is replaced. If that bundle
-                holds the same tower, unaltered, it is left as it is, with the plans and certificates added to it.
+                holds the same tower, unaltered, nothing is copied: it keeps its own plans and certificates.
 
         Returns:
             The bundle in ``folder``.

@@ -46,9 +46,11 @@ class BatchFigures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFigures:
-    """The figures of hidden state ``layer``, on the way to the state that is read, and where the bundle is worst.
+    """The figures of hidden state ``layer``, one of those up to the deepest state that is read.
 
-    ``worst_token`` counts from 0 and includes prefix tokens.
+    ``bundle`` is measured on the bundle's graph, on the CPU, even if the check ran a plan; ``torch`` is PyTorch in the
+    bundle's precision. ``worst_image`` and ``worst_token`` say where the graph's error is largest. Tokens count from 0
+    and include the prefix tokens.
     """
 
     layer: int
@@ -60,10 +62,11 @@ class LayerFigures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One demand of the check, on the ``figure`` of that name, such as "token_cosine_min".
+    """One limit that the check requires a figure to meet.
 
-    ``images`` says on which images: "photograph", or "drawn" for noise, constant and saturated ones. ``measured`` is
-    the worst over all batches and ``as_typed``.
+    ``figure`` names a field of `Figures`, or is "relative_error_over_torch": the relative error divided by that of
+    PyTorch in the bundle's precision. ``images`` says on which images: "photograph", or "drawn" for noise, constant and
+    saturated ones. ``measured`` is the worst over all batches and ``as_typed``; None if one of them is not finite.
     """
 
     figure: str
@@ -77,12 +80,13 @@ class Bound:
 class Certificate:
     """How well this bundle, on one backend, matches the uncut FP32 PyTorch tower.
 
-    ``ran`` is what was executed, "plan" or "graph", on ``backend``, which describes itself as ``runner``. ``executed``
-    are its files. ``files`` holds the sha256 of everything that the result depends on, including these; if one of them
-    changes, the certificate is void. ``not_run`` names the plans that this check did not execute. ``gpu`` is the GPU's
-    name, None if none was used. ``layers`` is empty unless the check was to measure each layer. ``as_typed`` are the
-    figures of the graph in FP32 with every result rounded to its type, a rounding that CPU kernels leave out; None if
-    the bundle ran on a GPU, in FP32, or in such an emulation.
+    ``ran`` says whether ``backend`` ran a "plan" or the "graph", and ``runner`` is the backend with its version, such
+    as "onnxruntime 1.32.0, CPU". ``executed`` names the files that it ran. ``files`` holds the sha256 of every file
+    that the result depends on, including those; if one of them changes, the certificate is void. ``not_run`` names the
+    plans that this check did not execute. ``gpu`` is the GPU's name, None if none was used. ``layers`` is empty unless
+    the check measured every layer. ``as_typed`` are the figures of the graph in FP32 with every result rounded to its
+    type, a rounding that CPU kernels leave out. Only FP16 and 8-bit bundles that ran on a CPU have them, and not if
+    ``backend`` was an emulation, which rounds anyway; otherwise None.
     """
 
     passed: bool
@@ -123,4 +127,4 @@ class Certificate:
     def describe_run(self) -> str:
         """Say what was executed, and on what."""
         subject = "the plan was run" if self.ran == "plan" else "the ONNX graph was run"
-        return f"{subject} on {self.runner}, {self.gpu or 'not run on a GPU'}"
+        return f"{subject} on {self.runner}, {self.gpu or 'without a GPU'}"

@@ -268,7 +268,7 @@ class Manifest(BundleFacts):
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:
-            raise BundleError(f"tower.json contradicts itself: {err}") from err
+            raise BundleError(f"tower.json contradicts itself: {err} Copy the bundle or export it again.") from err
         return manifest
 
 

@@ -40,7 +40,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Be the only writer of the bundle at ``target``; raise BundleError if another still writes after ``wait_s``."""
+    """Be the only writer of the bundle at ``target`` inside the `with` block.
+
+    Raises BundleError if another process is still writing after ``wait_s`` seconds, or the parent folder cannot be made
+    or written.
+    """
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +54,7 @@ def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     try:
         held = FileLock(lock).acquire(timeout=wait_s)
     except Timeout as err:
-        if not lock.exists():  # nobody holds it: it could not be made
+        if not lock.exists():  # the lock file could not be created, so no other process holds it
             raise BundleError(f"{target.parent} cannot be written: choose another folder with --out.") from err
         raise BundleError(
             f"another process is writing {target}: wait for it to end, or choose another folder."
@@ -105,7 +109,10 @@ def disk_errors(target: Path | str) -> Iterator[None]:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise BundleError if ``target`` holds a bundle and ``overwrite`` is off, or anything else, or is not text."""
+    """Raise BundleError unless a bundle can be written to ``target``. It may be new or an empty folder.
+
+    A bundle needs ``overwrite``. Any other file or folder is refused, and so is a path that is not valid text.
+    """
     try:
         str(target.absolute()).encode()
     except UnicodeEncodeError as err:  # onnx would fail, but only after the weights were read and traced

@@ -67,7 +67,7 @@ def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) ->
         actual, expected = tokens[..., columns].float(), states[layer].float()
         if not expected.isfinite().all():
             logger.warning(
-                "%s of this model is not finite in %s, so it was not compared with the bundle.",
+                "%s of this model returns NaN or infinity in %s, so it was not compared with the bundle.",
                 place.path,
                 module.dtype,
             )
@@ -84,6 +84,7 @@ def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) ->
             raise ConfigError(
                 f"{place.path} of this model and {compiled.bundle.path} differ on the same image: {state} is off by "
                 f"{error:.0%}, expected at most {limit:.0%}. Was the model's code changed, or were its weights swapped?"
+                " If the difference is intended, allow_other_weights=True skips this comparison."
             )
 
 

@@ -136,7 +136,7 @@ def _called_by_peft(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
 
 
 def _is_tower(module: nn.Module) -> bool:
-    """Whether this is an eager model of transformers that takes pixels itself, and not the model around a tower."""
+    """Whether this is a vision model of transformers, or its stand-in, and not the whole model around a tower."""
     if isinstance(module, VisionModel):
         return False
     # If transformers was never imported, no module can be one of its models.
@@ -154,7 +154,10 @@ def _explain_absence(model: nn.Module) -> str:
     served = next((name for name, module in model.named_modules() if isinstance(module, VisionTower)), None)
     wrapper = _wrapper(model)
     if isinstance(wrapper, nn.Module) and _is_tower(wrapper):
-        return "has a vision tower, but not in a module or list of its own, so it cannot be replaced."
+        return (
+            "has a vision tower that no attribute or list of its modules holds, so it cannot be replaced: serve the "
+            "bundle with trtower.VisionTower.load(…)."
+        )
     if served or isinstance(wrapper, VisionTower):
         return f"already has a compiled tower, at {served or 'get_vision_tower()'}: leave out trtower.install."
     if wrapper is not None and not getattr(wrapper, "is_loaded", True):

@@ -85,7 +85,7 @@ class Installation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the bundle out, unless that was done in the block."""
+        """Take the bundle out, unless that was done in the block or another call of `install` still holds it."""
         with _changing:
             self._holders -= 1
             if not self._holders and self.is_installed:
@@ -102,7 +102,10 @@ class Installation:
         return f"{type(self.model).__name__}.{self.path}"
 
     def _install_again(self, options: dict[str, Any]) -> "Installation":
-        """Return itself for a second call of `install`; raise ConfigError if its options differ from the first."""
+        """Return itself for a repeated call of `install`, and reopen the tower if it was closed.
+
+        Raises ConfigError if the options differ from those of the first call, or the bundle has changed on disk.
+        """
         changed = ", ".join(f"{name}={value}" for name, value in options.items() if value != self._options[name])
         if not changed and Bundle.open(options["bundle"]).manifest.files != self.tower.bundle.manifest.files:
             changed = "the bundle has changed on disk"
@@ -112,7 +115,7 @@ class Installation:
                 f"the first ({changed}): call trtower.uninstall(model) first."
             )
         self.tower.load_model()  # opens it again if it was closed
-        self._holders = self._holders or 1  # stands for the first call, if that was outside of a block
+        self._holders = self._holders or 1  # if the first call has no `with` block, count it, so that ours leaves it in
         return self
 
 
@@ -138,8 +141,8 @@ def install(
         engine: How the bundle is run on a GPU, as in `VisionTower.load`.
         require_certificate: Refuse the bundle unless its check passed, as in `VisionTower.load`.
         keep_original: Keep the tower's weights in memory, instead of freeing them.
-        offload_folder: Where a file keeps the weights for `uninstall` and `save_pretrained`; None: where temporary
-            files go.
+        offload_folder: The folder of the file that keeps the tower's weights for `uninstall` and `save_pretrained`.
+            None is the folder for temporary files.
         allow_other_weights: Accept a bundle of other weights than the tower's; the bundle's are used.
         allow_random_weights: Accept a rehearsal, whose outputs mean nothing.
         tower: The path of the tower, if the model has several.
@@ -148,7 +151,8 @@ def install(
         The installation; the end of its `with` block takes the bundle out. A repeated call returns the same one.
 
     Raises:
-        ConfigError: The bundle is of another tower (family, size, layers, weights), or the tower cannot be replaced.
+        ConfigError: The bundle is of another tower (family, size, layers, weights), the model has no tower or several,
+            the tower cannot be replaced, or this model already has a bundle and the options differ.
         BundleError: The folder is not a bundle, is damaged or not certified, or is a rehearsal.
         BackendError: No requested backend can run the bundle here.
     """

@@ -57,7 +57,7 @@ def check_reached(model: nn.Module, place: TowerSlot, *, named: bool) -> None:
             f"tower={place.path!r}."
         )
     logger.warning(
-        "%s: could not prove that it calls %s by running a method that turns pixels into features. Set "
+        "%s: could not prove that it calls %s: none of its methods that turn pixels into features called it. Set "
         "installation.tower.on_batch, and verify that the first image calls it.", type(model).__name__, place.path
     )  # fmt: skip
 

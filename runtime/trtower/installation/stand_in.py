@@ -58,9 +58,11 @@ class StandIn(nn.Module):
     ) -> Any:
         """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in the anchor's dtype.
 
-        ``output_hidden_states`` may name layers, as in transformers 5. A state that the bundle does not hold raises
-        ConfigError when it is read. S is the bundle's image size, so there are no positions to interpolate. Raises
-        ConfigError for an option that no bundle supports, InputError for other pixels, BackendError for training.
+        With ``return_dict=False`` the result is a tuple. ``output_hidden_states`` may name layers, as in transformers
+        5, but all states are returned. A state that the bundle does not hold raises ConfigError when it is read. S is
+        the bundle's image size, so there are no positions to interpolate. Raises ConfigError for an option that no
+        bundle supports, InputError for pixels of another type, shape or dtype, and BackendError in training mode or if
+        ``pixel_values`` requires a gradient.
         """
         del interpolate_pos_encoding
         self._refuse_training(pixel_values)
@@ -164,7 +166,7 @@ def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> St
     attributes |= {name: value for name, value in vars(module).items() if name not in omitted}
     first = next(module.parameters())
     stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
-    # Set past __setattr__, which would register the tower as a child, visible to code that walks the model.
+    # Bypass nn.Module.__setattr__, which would register the tower as a child that code walking the model would see.
     attributes |= {
         "_tower": tower,
         "original": Original(module),

@@ -74,11 +74,11 @@ class EngineOptions:
     Attributes:
         contexts: How many calls may be in flight at once, at least 1; others wait for their turn. For TensorRT, both
             flavours. Each context has its own scratch memory. Contexts are made on demand, as far as the GPU has room.
-        cuda_graphs: Replay a captured CUDA graph for the batches that the profiles name (minimum, optimum, maximum).
-            For TensorRT and ONNX Runtime; TensorRT-RTX captures any batch by itself.
+        cuda_graphs: Capture calls as CUDA graphs and replay them. TensorRT and ONNX Runtime do so for the batches that
+            the profiles name (minimum, optimum, maximum), TensorRT-RTX for any batch.
         kernel_specialization: Whether TensorRT-RTX compiles kernels for each new shape: "lazy" compiles them in the
             background, "eager" before the shape is served, "none" never.
-        runtime_cache: Keep the kernels that TensorRT-RTX compiled beside the bundle, for the next process.
+        runtime_cache: Save TensorRT-RTX's compiled kernels in a folder beside the bundle, for the next process.
 
     Raises:
         ConfigError: ``contexts`` is below 1, or ``kernel_specialization`` is unknown.

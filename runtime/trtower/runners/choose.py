@@ -124,7 +124,8 @@ def _deserves_warning(
 ) -> bool:
     """Return whether `auto`'s choice deserves a warning: no plan despite a GPU, or a better one failed its check.
 
-    A candidate that is coarse, or that lacks a required certificate, has not failed a check.
+    Coarse candidates never count as better. If the caller requires a certificate, no candidate does, because its
+    reservation may only mean that it has none.
     """
     if has_gpu() and not chosen.plan and (requested is None or requested.type == "cuda"):
         return True
@@ -132,7 +133,7 @@ def _deserves_warning(
 
 
 def order_for_auto(listed: Sequence[Candidate]) -> list[Candidate]:
-    """Return what `auto` tries, in order: those with a reservation last, except coarse ones."""
+    """Return what `auto` tries, in order. Those with a reservation come last, and coarse ones among them not at all."""
     reserved = [each for each in listed if each.reservation and not each.obstacle]
     return [each for each in listed if each not in reserved] + [each for each in reserved if not each.coarse]
 

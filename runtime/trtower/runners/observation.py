@@ -1,4 +1,4 @@
-"""Report queue and run time of each engine call to an optional callback. Nothing of this runs unless requested."""
+"""Report queue and run time of each engine call to an optional callback. None of this runs unless requested."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from trtower.runners.base import Run, Runner
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """What one engine call took. A batch beyond the profile is split into several calls, each with its own report.
+    """How long one engine call waited and ran. A batch beyond the profile takes several calls, with a report each.
 
     Attributes:
         batch: How many images the call had.

@@ -2,7 +2,7 @@
 
 A graph in half precision rounds every result to it, as a GPU does. On a CPU that only loses accuracy, so here results
 stay in FP32 between operations. (`trtower check` also emulates FP16, with every rounding.) In BF16,
-OpenVINO computes products in BF16 and decides by itself what else.
+OpenVINO computes products in BF16, and chooses by itself which other operations to compute in BF16.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """Keep the kernels that TensorRT-RTX compiled in one process for the next, in a file beside the bundle.
 
-The file's name has its plan, TensorRT-RTX version and GPU, and the start of its own sha256. So an incomplete file is
-found before TensorRT-RTX reads it. TensorRT-RTX itself rejects a file that does not match its driver.
+The file's name holds the start of the plan's sha256, the TensorRT-RTX version, the GPU, and the start of the sha256 of
+the file's own content. So an incomplete file is found before TensorRT-RTX reads it. TensorRT-RTX itself rejects a file
+that does not match the driver.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class RuntimeCache:
         if hashlib.sha256(content).hexdigest()[:DIGITS] != path.name.removeprefix(self._own).removesuffix(".cache"):
             return "it is incomplete or was altered"
         if not self._handle.deserialize(content):
-            return "TensorRT-RTX rejects it, because the driver has changed"
+            return "TensorRT-RTX rejects it, probably because the driver has changed"
         return None
 
     def write(self) -> None:

@@ -22,7 +22,7 @@ class Shared:
     """What the slots of an engine share: how to make contexts, and whether and in which stream to capture graphs.
 
     ``make_context`` returns None if TensorRT has no memory for a context. ``names`` are those of the input and output
-    tensors. ``captures`` says whether CUDA graphs are captured; it turns False when the first capture fails.
+    tensors. ``captures`` says whether CUDA graphs are captured; it turns False as soon as any capture fails.
 
     Only one call at a time captures, in a stream that nothing else uses: work that another thread queued there during
     the capture would become part of the graph.

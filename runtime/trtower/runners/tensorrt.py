@@ -33,10 +33,11 @@ ERRORS = 3
 class TensorRTRunner(Runner):
     """One engine, and a pool of slots to run it in.
 
-    A call takes the slot that its stream used last, or another idle slot, whose previous call it then waits for on the
-    GPU. On torch's default stream TensorRT would synchronise the host, so such calls run in the runner's own stream,
-    between two waits. Either way the caller's stream waits for the result. So torch does not reuse memory that is freed
-    after the call before the engine is done with it.
+    A call takes an idle slot that is unused or that its stream used last, or else a new one. Once there are
+    `EngineOptions.contexts` slots, it takes the one that has been idle for longest, and waits on the GPU for the
+    previous call of that slot. On torch's default stream TensorRT would synchronise the host, so such calls run in the
+    runner's own stream, which first waits for the caller's. Either way the caller's stream waits for the result. So if
+    the caller frees a tensor right after the call, torch does not reuse its memory before the engine is done with it.
     """
 
     def __init__(self, bundle: Bundle, plan: PlanEntry, device: torch.device, options: EngineOptions) -> None:
@@ -164,7 +165,8 @@ def _read_profiles(engine: Any, bundle: Bundle, plan: PlanEntry) -> list[BatchPr
     least, most = min(profile.min for profile in profiles), max(profile.max for profile in profiles)
     if (least, most) != (batch.min, batch.max):
         raise BundleError(
-            f"{bundle.path}: {plan.file} accepts {least} to {most} images; tower.json says {batch.min} to {batch.max}."
+            f"{bundle.path}: {plan.file} accepts {least} to {most} images; tower.json says {batch.min} to {batch.max}. "
+            f"Build the plan again: trtower build {bundle.path}"
         )
     return profiles
 

@@ -43,7 +43,10 @@ class Size(dict[str, int]):
         return iter(self.sides)
 
     def __setitem__(self, key: str, value: int) -> None:
-        """Set a side in the form that the size has. Setting height or width turns a shortest edge into both sides."""
+        """Set a side. If the size has height and width, "shortest_edge" sets both.
+
+        If it has a shortest edge, setting height or width first turns that into both sides.
+        """
         if key == "shortest_edge" and "height" in self.keys():
             super().update(height=value, width=value)
             return

@@ -99,7 +99,7 @@ class Images:
         return pixel_values
 
     def _merge(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Merge the rows of one input, whose dtype this is. Here there is nothing to merge: each row is an image."""
+        """Merge the rows of one input, whose images have ``dtype``, into one per image. Here each row is an image."""
         return features
 
     def feature_shape(self, pick: Pick) -> tuple[int, int]:

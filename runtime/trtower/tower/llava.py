@@ -1,7 +1,7 @@
 """LLaVA's vision towers, with its names and signatures: one scale, S2, and NVILA's dynamic S2.
 
 The attributes are those of `clip_encoder.py` and `builder.py` in LLaVA and LLaVA-NeXT, and `vision_encoder.py` in VILA.
-Shapes: B images, H pixels per side, K tiles per image, M patches per image, D features per token (see s2.py).
+Shapes: B images, H pixels per image side, S pixels per tile side, D features per token (see s2.py).
 """
 
 import logging

@@ -19,7 +19,10 @@ BACK = "trtower.uninstall(model) restores the eager tower"
 
 
 class AbsentError(ConfigError, AttributeError):
-    """A missing output was used. Also an AttributeError, since accelerate asks every object whether it can be moved."""
+    """A missing output was used.
+
+    It is also an AttributeError, so that `hasattr` returns False: accelerate calls it to see what can be moved.
+    """
 
 
 class Absent:
@@ -82,9 +85,10 @@ class Held(Sequence[Any]):
 
 
 def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
-    """Map those states of a tower of ``depth`` layers that a bundle can serve to their indices in the bundle.
+    """Map each hidden state that a bundle can serve, for a tower of ``depth`` layers, to the bundle's state for it.
 
-    The tower has fewer layers than the checkpoint if model code dropped those that it does not read.
+    Both are hidden-state indices, not positions in ``spec.layers``. They differ only where two indices mean the same
+    state. The tower has fewer layers than the checkpoint if model code dropped the layers that it does not read.
     """
     last = spec.num_layers + 1
     served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}

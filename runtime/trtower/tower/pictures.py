@@ -39,9 +39,9 @@ _NOT_OPENED = (
 def flatten(
     images: Images, input_data_format: str | None = None, name: str = "images"
 ) -> "Iterator[tuple[str, Image | Array]]":
-    """Yield each picture of one picture, a batch, or nested lists and iterators of these, with its name.
+    """Yield every picture in ``images``, with its name: the position, such as "images[3]".
 
-    The name is the picture's position, such as "images[3]". Raises InputError for anything that is not a picture.
+    ``images`` is one picture, a batch, or nested lists and iterators of these. Raises InputError for anything else.
     """
     from PIL.Image import Image
 

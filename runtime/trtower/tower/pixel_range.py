@@ -42,7 +42,10 @@ class PixelRange:
         low, high = (float(extreme) for extreme in pixel_values.aminmax())  # if any value is NaN, both are
         if finite and not (math.isfinite(low) and math.isfinite(high)):
             bad = pixel_values.numel() - int(pixel_values.isfinite().sum())
-            raise InputError(f"images holds {bad} values that are NaN or infinite in {pixel_values.dtype}.")
+            raise InputError(
+                f"images holds {bad} values that are NaN or infinite in {pixel_values.dtype}: correct them, or set the "
+                "tower's check_finite=False to let them through."
+            )
         self._inspected = True
         if self._warned:
             return

@@ -1,7 +1,7 @@
-"""The vision model inside a built tower, for model code that reaches through LLaVA's wrapper to its `vision_tower`.
+"""The vision model inside a compiled tower, for model code that reaches through LLaVA's wrapper to its `vision_tower`.
 
 Under that name LLaVA's own wrapper holds a vision model of transformers. tinychat calls it and picks hidden states
-itself; VILA saves it. A built tower holds an engine instead, and makes this model when the property is read.
+itself; VILA saves it. A compiled tower holds an engine instead, and makes this model when `vision_tower` is read.
 
 Shapes: B images, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
@@ -80,10 +80,12 @@ class VisionModel(nn.Module):
         Other arguments of transformers' method are ignored, even ``state_dict``: the weights are in the bundle.
 
         Args:
-            save_directory: The folder, new or with a bundle, which is replaced.
+            save_directory: The folder: new, empty, or with a bundle. A bundle of the same tower stays as it is; any
+                other is replaced.
 
         Raises:
-            BundleError: If the folder holds anything but a bundle.
+            BundleError: If the folder holds anything but a bundle, or a file of this bundle was altered.
+            BuildError: If the disk is full.
         """
         self._tower.bundle.copy_to(Path(save_directory))
 

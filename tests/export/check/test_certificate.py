@@ -307,7 +307,7 @@ def test_check_without_a_gpu_says_so(checkable: Path, tmp_path: Path, capsys: py
     certificate = Bundle.open(checkable).manifest.certificate
     assert certificate
     assert certificate.gpu is None
-    said = f"the ONNX graph was run on {certificate.runner}, not run on a GPU"
+    said = f"the ONNX graph was run on {certificate.runner}, without a GPU"
     assert f"passed: {said}" in table
     for batch in BATCHES:
         assert f"\nbatch {batch} " in table

@@ -228,7 +228,7 @@ def test_no_photograph_is_shown_twice(tmp_path: Path, five: list[ImageEvidence])
 def test_caption_names_the_worst_token() -> None:
     spec = made_up.SPEC  # 1 + 4 x 4 tokens
     distances = torch.zeros(17, dtype=torch.float64)
-    assert describe_worst(distances, spec) == "all tokens are equal"
+    assert describe_worst(distances, spec) == "every token equals PyTorch's"
     distances[1 + 4 * 2 + 3] = 1e-3
     assert describe_worst(distances, spec) == "worst token: row 2, column 3, cosine 0.999000"
     distances[0] = 2e-3
@@ -278,10 +278,10 @@ def test_kept_tokens_do_not_keep_their_batch() -> None:
 
 def test_page_says_if_layers_were_not_compared(tmp_path: Path) -> None:
     without = write(tmp_path, made_up.evidence())
-    assert "Run trtower check --by-layer to add this" in without.text
+    assert "Run trtower check --report to add this" in without.text
     assert not (tmp_path / "report-layers.png").exists()
     compared = write(tmp_path, made_up.evidence(), layers=made_up.layers())
-    assert "--by-layer" not in compared.text
+    assert "--report" not in compared.text
     assert "No layer's error jumps" in compared.text
     assert ["3 read", "1.90e-03", "1.71e-03", "0.999400", "a.png", "row 1, column 2"] in compared.rows
 

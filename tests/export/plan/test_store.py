@@ -447,8 +447,8 @@ def test_replacing_a_plan_is_reported(
     bundle = bare("a")
     build(bundle, store, settings=BuildSettings(optimization_level=1))
     said = build(bundle, store).said
-    assert said[-1] == "it replaces the plan that was built at optimization level 1"
-    assert not any("it replaces" in each for each in build(bundle, store).said)
+    assert said[-1] == "the new plan replaces the one that was built at optimization level 1"
+    assert not any("replaces" in each for each in build(bundle, store).said)
     assert run(["inspect", str(bundle)]) == 0
     assert "built with TensorRT's own settings" in capsys.readouterr().out
 

@@ -773,7 +773,7 @@ def test_tower_only_reachable_through_get_vision_tower_is_refused(model: Any, bu
     hidden: Any = nn.Linear(1, 1)
     hidden.get_vision_tower = lambda: tower(model)
     with pytest.raises(
-        ConfigError, match="has a vision tower, but not in a module or list of its own, so it cannot be replaced"
+        ConfigError, match="has a vision tower that no attribute or list of its modules holds, so it cannot be replaced"
     ):
         trtower.install(hidden, bundles())
 

@@ -1,9 +1,9 @@
 """Draw the patch features of PyTorch and of a bundle as colours, so that a difference shows.
 
-Both are projected on the same basis and scaled by the same range, fitted on PyTorch's features of all photographs.
-With a basis for each, an error could be rotated away.
+Both are projected on the same basis and scaled by the same range, fitted on PyTorch's features of the photographs that
+are drawn. With a basis for each, an error could be rotated away.
 
-Letters: N patches of a photograph, D width, P pixels per side of a panel.
+Letters: N patches of a photograph, D features per token, W pixels per side of a panel.
 """
 
 import io
@@ -170,7 +170,7 @@ def _float64(features: Tensor) -> Tensor:
 def _grid(colours: Tensor, cell: int) -> Pixels:
     side = isqrt(len(colours))
     grid: Pixels = colours.reshape(side, side, 3).numpy()
-    return grid.repeat(cell, axis=0).repeat(cell, axis=1)  # (P, P, 3)
+    return grid.repeat(cell, axis=0).repeat(cell, axis=1)  # (W, W, 3)
 
 
 def _photograph(row: PcaRow, cell: int, mark: int) -> Pixels:

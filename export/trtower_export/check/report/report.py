@@ -155,7 +155,7 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
     prefix, side = spec.num_prefix_tokens, spec.num_patches_per_side
     token = next(iter(worst_tokens(distances, 1)), None)
     if token is None:
-        return "all tokens are equal"
+        return "every token equals PyTorch's"
     if not distances.isfinite().any():
         return "no token is finite"
     patch = next(iter(worst_tokens(distances[prefix:], 1)), None)
@@ -164,7 +164,7 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
         distance = float(distances[index])
         return describe_figure(1 - distance if math.isfinite(distance) else None)
 
-    place = "all patches are equal"
+    place = "none, every patch equals PyTorch's"
     if patch is not None:
         row, column = divmod(patch, side)
         place = f"row {row}, column {column}, cosine {cosine(prefix + patch)}"
