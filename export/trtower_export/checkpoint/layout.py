@@ -15,7 +15,7 @@ from trtower.layer_codes import LayerCode
 from trtower_export.checkpoint import adapters
 from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, unfinished_in
-from trtower_export.checkpoint.tensors import Tensors
+from trtower_export.checkpoint.tensors import PICKLE, Tensors
 from trtower_export.checkpoint.wrapped_names import refuse_unknown_wrapper, unknown_wrapper, wrappers_in
 from trtower_export.families import Family
 from trtower_export.options import Trust
@@ -113,4 +113,9 @@ def no_tower(tensors: Tensors, expected: str) -> CheckpointError:
         why = f" The download of {unfinished} was interrupted: download it again."
     elif not tensors.shards and (inner := checkpoints_in(folder)):
         why = f" Did you mean one of the folders inside it: {', '.join(map(str, inner[:5]))}?"
+    elif not tensors.shards and tensors.files.repo and not tensors.allow_pickle:
+        why = (
+            f" Only safetensors were downloaded. If {tensors.files.repo} has its weights in {PICKLE}, pass "
+            "--allow-pickle if you trust its author."
+        )
     return CheckpointError(f"{folder} holds no weights of {expected}.{why}")

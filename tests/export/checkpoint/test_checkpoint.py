@@ -216,6 +216,21 @@ def test_only_the_shards_with_the_tower_are_downloaded(
     assert fake.downloaded == {"config.json", "model.safetensors.index.json", "model-2.safetensors"}
 
 
+def test_pickles_on_the_hub_are_not_downloaded_unless_allowed(
+    hub: Callable[[Path], FakeHub], clip: Path, tmp_path: Path
+) -> None:
+    repository = Path(shutil.copytree(clip, tmp_path / "repository"))
+    torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
+    (repository / "model.safetensors").unlink()
+    fake = hub(repository)
+    with pytest.raises(
+        CheckpointError, match=r"If somebody/model has its weights in pytorch_model\.bin, pass --allow-p"
+    ):
+        open_checkpoint("somebody/model")
+    assert fake.downloaded == {"config.json"}
+    assert open_checkpoint("somebody/model", trust=Trust(allow_pickle=True)).load_model()
+
+
 @pytest.fixture
 def remote(clip: Path, tmp_path: Path) -> Path:
     """Write a checkpoint whose own code leaves a mark when it runs."""
