@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TO_PAD, BundleFacts, PlanEntry
+from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, TO_PAD, BundleFacts, PlanEntry
 from trtower.errors import BundleError
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
@@ -49,8 +49,8 @@ class Inspection(BundleFacts):
     """What `trtower inspect` reports, with the same keys as its JSON. ``size`` is that of all files, in bytes.
 
     ``altered`` holds the files that do not match the manifest, including those in ``missing``. If a file that `auto`
-    would open is among them, no row of ``backends`` is marked `auto`, because `auto` raises. Nothing runs a bundle with
-    a file missing or cut short.
+    would open is among them, no row of ``backends`` is marked `auto`, because `auto` raises. Nothing runs a bundle if a
+    file is missing or cut short, or one that every tower reads was altered.
     """
 
     path: str
@@ -74,7 +74,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     manifest, altered = bundle.manifest, bundle.altered()
     missing = [name for name in altered if not (bundle.path / name).is_file()]
     ways = candidates(bundle)
-    choice, unusable = auto_choice(ways), _why_unusable(bundle)
+    choice, unusable = auto_choice(ways), _why_unusable(bundle, altered)
     return Inspection(
         **{each.name: getattr(manifest, each.name) for each in dataclasses.fields(BundleFacts)},
         path=str(bundle.path),
@@ -95,13 +95,14 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     )
 
 
-def _why_unusable(bundle: Bundle) -> str | None:
-    """Say why nothing can open a bundle, which was opened for inspection only; None if it can be opened."""
+def _why_unusable(bundle: Bundle, altered: list[str]) -> str | None:
+    """Say why nothing can load a bundle, whatever the backend; None if something may."""
     try:
         Bundle.open(bundle.path)
     except BundleError as err:
         return str(err).removeprefix(f"{bundle.path}{os.sep}")
-    return None
+    spoilt = [name for name in (CONFIG, PREPROCESSOR) if name in altered]  # every tower reads these
+    return f"{_describe_damage(spoilt, [])}: copy the bundle again" if spoilt else None
 
 
 def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str], missing: list[str]) -> InspectedPlan:

@@ -239,6 +239,19 @@ def test_inspect_finds_a_file_that_was_cut_short(spoilt: Path, capsys: pytest.Ca
     assert "runs " not in printed.out
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_inspect_says_that_nothing_loads_an_altered_config(
+    spoilt: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (spoilt / name).write_text((spoilt / name).read_text().replace('"', "'"))
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        VisionTower.load(spoilt)
+    assert run(["inspect", str(spoilt)]) == 1
+    printed = capsys.readouterr().out
+    assert f"not  openvino          {name} was altered: copy the bundle again" in printed
+    assert "runs " not in printed
+
+
 def test_inspect_finds_an_altered_file(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = spoilt / "tower.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
