@@ -1,6 +1,6 @@
 """The options of the export side's commands, and how to read what was typed after them.
 
-A value that cannot be read raises a ConfigError that names the option.
+A value that cannot be read raises a ConfigError that names the option; an empty one raises typer.BadParameter.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ def _backends() -> Iterable[str]:
 def not_empty(text: str) -> str:
     """Refuse an empty value, which is usually a shell variable that is not set."""
     if not text:
-        raise typer.BadParameter("it is empty; give a value, or leave the option out.")
+        raise typer.BadParameter("it is empty; give a value (an option can also be left out).")
     return text
 
 
@@ -61,14 +61,15 @@ SelectLayerOption = Annotated[
     typer.Option(
         metavar="LAYERS",
         help="Hidden states to read: one as -2, several as -2,-5,6, or last_hidden_state. "
-        "Default: the checkpoint's, else -2.",
+        "Default: the checkpoint's, else the recipe's, else -2.",
     ),
 ]
 SelectFeatureOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Tokens to keep: patch, cls_patch, or a slice of LLaVA-NeXT. Default: the checkpoint's.",
+        help="Tokens to keep: patch, cls_patch, or a slice of LLaVA-NeXT. "
+        "Default: the checkpoint's, else the recipe's, else patch.",
         autocompletion=complete(lambda: FEATURE_CODES),
     ),
 ]
@@ -76,7 +77,8 @@ ImageSizeOption = Annotated[
     int | None,
     typer.Option(
         metavar="PIXELS",
-        help="Side of the square input in pixels; positions are interpolated. Default: the checkpoint's.",
+        help="Side of the square input in pixels; positions are interpolated. "
+        "Default: the recipe's, else the checkpoint's.",
     ),
 ]
 BatchOption = Annotated[
@@ -129,7 +131,7 @@ CapabilityOption = Annotated[
         "--compute-capability",
         metavar="X.Y",
         help="Compute capabilities to build for, as in 8.9 or 8.6,8.9. Can be repeated. Default: a portable plan with "
-        "tensorrt-rtx, this machine's GPU with tensorrt.",
+        "tensorrt-rtx (fp8: one for 8.9 and later), this machine's GPU with tensorrt.",
     ),
 ]
 StoreOption = Annotated[
@@ -208,7 +210,7 @@ ErrorImagesOption = Annotated[
         min=0,
         metavar="N",
         help="Measure each operation's own rounding error on the N hardest images (0 skips it). Costs half a "
-        "forward pass per operation and image.",
+        "forward pass per operation, image and precision (FP16 and BF16).",
     ),
 ]
 OptimizationLevelOption = Annotated[

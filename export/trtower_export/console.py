@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 160
-"""Minimum width of a table in characters, whatever the terminal: names and numbers are never cut."""
+"""Minimum width of a table in characters, so that a narrow terminal does not cut names and numbers."""
 
 LONG_S = 10.0
 """Seconds after which a running step is named if there is no terminal to show a bar."""

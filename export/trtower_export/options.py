@@ -1,4 +1,4 @@
-"""The options of an export, checked when they are created."""
+"""The options of an export, checked against each other when they are created."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +49,8 @@ class ExportOptions:
         flavour: The plan to build: "tensorrt", "tensorrt-rtx", "none", or "auto" (the default): what this machine can
             build.
         store: Folder that keeps built plans for reuse. Default: none, so each plan is built anew.
-        compute_capabilities: GPUs to build the plan for, such as "8.9". Default: a portable plan of TensorRT-RTX, or
-            this machine's GPU.
+        compute_capabilities: GPUs to build the plan for, such as "8.9". Default: a portable plan of TensorRT-RTX (with
+            "fp8" a plan for the GPUs that have FP8), or this machine's GPU.
         random_weights: Rehearse without the weights. Size, build time and latency are the real ones. Default: False.
         revision: Branch, tag or commit on the hub.
         tower: Which tower, if the checkpoint has several.
@@ -59,7 +59,8 @@ class ExportOptions:
         check: Finish with a check on two photographs. Default: True.
 
     Raises:
-        ConfigError: An option has an invalid value, or contradicts another.
+        ConfigError: The precision or the profiles are invalid, or one option contradicts another. `export_tower` checks
+            the rest.
     """
 
     select_layer: LayerCode | None = None

@@ -51,10 +51,11 @@ def export_tower(
     Raises:
         ConfigError: An option is invalid for this checkpoint or machine.
         CheckpointError: The checkpoint cannot be found, read or trusted.
-        BundleError: ``out`` is a bundle and ``options.overwrite`` is off, or is a folder of something else.
+        BundleError: ``out`` is a bundle and ``options.overwrite`` is off, or holds something else; or it cannot be
+            written, or another process is writing it.
         InputError: ``options.images`` is not a folder, or has no readable image.
         BackendError: The GPU that the plan must be built on is missing, or nothing here can run the bundle to check it.
-        BuildError: The graph or the plan cannot be built.
+        BuildError: The graph or the plan cannot be built, or the disk is full.
         MissingExtraError: A package is missing; the message names the extra that installs it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()

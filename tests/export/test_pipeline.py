@@ -288,7 +288,7 @@ def test_tile_of_a_whole_picture_equals_llava_next() -> None:
 
 def test_processor_without_its_own_mean_is_refused() -> None:
     written = {"image_processor_type": "GotOcr2ImageProcessor", "resample": 3}
-    with pytest.raises(CheckpointError, match="leaves image_mean to the defaults of GotOcr2ImageProcessor"):
+    with pytest.raises(CheckpointError, match="leaves image_mean, image_std to the defaults of GotOcr2ImageProcessor"):
         fit_preprocessor(prepared(written), 56, LoggedProgress())
 
 

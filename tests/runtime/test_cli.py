@@ -31,7 +31,7 @@ from trtower_export.precision.bounds import BOUNDS
     [
         (["inspect", "nowhere"], 1, "nowhere is not a bundle"),
         (["inspect", ""], 2, "bundle is ''; expected the path of a folder."),
-        (["check", ""], 2, "'BUNDLE': it is empty; give a value, or leave the option out"),
+        (["check", ""], 2, "'BUNDLE': it is empty; give a value (an option can also be left out)"),
         (["check", "BUNDLE", "--images", ""], 2, "'--images': it is empty"),
         (["check", "BUNDLE", "--checkpoint", ""], 2, "'--checkpoint': it is empty"),
         (["export", "CLIP", "--out", ""], 2, "'--out': it is empty"),

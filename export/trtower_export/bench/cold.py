@@ -1,4 +1,4 @@
-"""Load one entrant in a process of its own, call it once, and print the times and the peak memory as JSON.
+"""Load one entrant in its own process, call it once, and print the times and the peak memory as JSON.
 
 The benchmark runs it as python -m trtower_export.bench.cold JSON, with the arguments of `main` in the JSON.
 """

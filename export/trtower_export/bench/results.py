@@ -8,10 +8,10 @@ from typing import Any
 class Timing:
     """One entrant at one batch: seconds over ``rounds``, images per second, and two ratios.
 
-    ``share`` is floor / median. The floor is the cut tower's FLOP divided by the FLOP per second of a large matrix
-    product on this machine in the same ``arithmetic``; None if that was not measured. ``times_llava`` is LLaVA's median
-    divided by this one. ``error`` is ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None if it is
-    not finite.
+    ``share`` is floor / median. The floor is the FLOP of the whole batch in the cut tower, divided by the FLOP per
+    second of a large matrix product on this machine in the same ``arithmetic``; None if no product was measured in it.
+    ``times_llava`` is LLaVA's median divided by this one; None if LLaVA's tower did not run. ``error`` is
+    ‖x - ref‖ / ‖ref‖ on the first image, against the cut tower in FP32; None if it is not finite.
     """
 
     entrant: str

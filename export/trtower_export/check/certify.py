@@ -316,6 +316,6 @@ def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
     """Raise CheckpointError unless a full tower has the weights that the bundle was exported from."""
     if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
         raise CheckpointError(
-            f"the weights at {source} are not the ones that {manifest.name} was exported from: name the original "
-            f"with --checkpoint {manifest.source.checkpoint}, or export again."
+            f"the weights at {source} are not the ones that {manifest.name} was exported from (then at "
+            f"{manifest.source.checkpoint}): pass the checkpoint that has those with --checkpoint, or export again."
         )

@@ -52,7 +52,7 @@ class GraphStates:
         if len(spec.layers) == 1:  # if one state is read, it has the name of the output
             (read,) = spec.layers
             self._names[read] = manifest.output.name
-            expected -= {read - 1} if read > spec.depth else set()  # if last_hidden_state has no norm, it is that state
+            expected -= {read - 1} if read > spec.depth else set()  # without a norm, last_hidden_state is state L
         if absent := expected - self._names.keys():
             raise BundleError(
                 f"the graph of {bundle.path} has no hidden state {min(absent)}: export it again with --overwrite."

@@ -96,7 +96,8 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
 
     They are read as the processor reads them: EXIF orientation is ignored, and transparency becomes white. With
     ``limit``, stop after that many readable files. ``skipped`` lists the files that are damaged or that the processor
-    rejects. Raises InputError if none is left.
+    rejects. Raises InputError if ``folder`` is not a folder or has no readable image, and MissingExtraError if
+    scikit-image is needed and not installed.
     """
     paths = _shipped() if folder is None else _image_files(folder)
     skipped: dict[str, str] = {}

@@ -14,7 +14,10 @@ COLUMNS = ("cosine mean", "cosine min", "error p99.9", "rel. error", "NaN/inf")
 
 
 def print_certificate(console: Console, certificate: Certificate, *, rehearsal: bool) -> None:
-    """Print the figures of every image, PyTorch's error in the same precision, the bounds and the verdict."""
+    """Print the figures of every image, PyTorch's error in the same precision, the bounds and the verdict.
+
+    Names of images are cut to 18 characters.
+    """
     table = new_table("image", *COLUMNS, "PyTorch's error", left=("image",))
     table.columns[0].max_width = 18
     for row in certificate.images:

@@ -117,7 +117,7 @@ class Checkpoint:
             The spec, with the layers as indices of hidden states.
 
         Raises:
-            ConfigError: if there can be no such tower.
+            ConfigError: if a code is invalid, the patches are not square, or the tower cannot accept this image size.
             CheckpointError: if ``select_layer`` is None and the model does not say which layer it reads, or its layer
                 code is wrong; or if ``select_feature`` is None and the model drops the first token of a tower that does
                 not have exactly one prefix token.
@@ -151,7 +151,8 @@ class Checkpoint:
             read_layer_code(layer, feature, self.config.num_hidden_layers)
         except ConfigError as err:
             raise CheckpointError(
-                f"{self.source}/config.json: {self.layout.said_as}={layer!r} cannot be read: {err}"
+                f"{self.source}/config.json: {self.layout.said_as}={layer!r}, for {feature} tokens, cannot be read: "
+                f"{err} Choose with --select-layer and --select-feature."
             ) from err
 
     def config_at(self, image_size: int) -> Any:
@@ -245,8 +246,8 @@ class Checkpoint:
             shape = tuple(shapes[0] if shapes else weights[name].shape)
             expected = tuple(model.get_parameter(name).shape)
             raise CheckpointError(
-                f"{folder}: {self._name_in_checkpoint(name)} has shape {shape}; its config expects {expected}. Does "
-                "config.json belong to these weights?"
+                f"{folder}: {self._name_in_checkpoint(name)} has shape {shape}; its config expects {expected}. Use the "
+                "config.json that belongs to these weights."
             )
 
     def _refuse_unknown(self, unexpected: Iterable[str], folder: Path) -> None:
@@ -260,13 +261,13 @@ class Checkpoint:
             if layer is not None and layer >= self.config.num_hidden_layers:
                 raise CheckpointError(
                     f"{folder} holds {self._name_in_checkpoint(name)}, but its config has num_hidden_layers="
-                    f"{self.config.num_hidden_layers}. Does config.json belong to these weights?"
+                    f"{self.config.num_hidden_layers}. Use the config.json that belongs to these weights."
                 )
             if (layer is not None or f"{stem}." in name) and not name.endswith(OF_TRAINING):
                 raise CheckpointError(
                     f"{folder} holds {self._name_in_checkpoint(name)}, but its config describes a "
-                    f"{self.family.model_class} without it, which is another tower. Does config.json belong to these "
-                    "weights?"
+                    f"{self.family.model_class} without it, which is another tower. Use the config.json that belongs "
+                    "to these weights."
                 )
 
     def _name_in_checkpoint(self, name: str) -> str:
@@ -282,7 +283,8 @@ class Checkpoint:
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} tensors of a {self.family.model_class}, including {min(missing)}: "
-                "layers without weights would be random. Is this the whole checkpoint?"
+                "layers without weights would be random. A shard is missing, or the tower is in another folder: export "
+                "a complete checkpoint."
             )
 
 

@@ -110,7 +110,10 @@ def download(repo: str, revision: str | None) -> Files:
     except HFValidationError as err:
         raise CheckpointError(f"{repo} is neither a folder nor a hub id such as {_KNOWN}.") from err
     except HfHubHTTPError as err:
-        raise CheckpointError(f"the hub refused {repo}: {first_line(err)}") from err
+        raise CheckpointError(
+            f"the hub refused {repo}: {first_line(err)}. Check its id and revision; if it is private or gated, run: "
+            "hf auth login"
+        ) from err
     except Exception as err:  # noqa: BLE001 - the hub's transport and its errors changed twice between releases
         unreachable = err
     try:

@@ -73,7 +73,8 @@ def with_tower(
     """Return the layout with the tower's tensors, picked from the whole checkpoint's; None if it has no such tower.
 
     ``larger`` says whether the checkpoint holds more than its tower. Raises CheckpointError if there are several towers
-    to choose from, or if an adapter or a wrapper may have changed this one.
+    to choose from or none of the requested name, if an adapter or a wrapper may have changed this one, or if a file is
+    missing, incomplete, or a pickle that is not allowed.
     """
     files = tensors.files
     if not tensors.shards:

@@ -146,7 +146,7 @@ def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:
     if config is None:
         raise CheckpointError(
             f"{tower.folder}/config.json is missing, and {files.folder}/config.json is VILA's, which keeps its tower "
-            "in that folder. Is this the whole checkpoint?"
+            "in that folder. Download the whole checkpoint."
         )
     layer, feature = raw.get("mm_vision_select_layer"), raw.get("mm_vision_select_feature")
     return replace(

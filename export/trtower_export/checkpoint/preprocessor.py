@@ -73,8 +73,8 @@ def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> d
     embeddings. An engine is fixed at one size S, so the config is scaled to S x S; its crop keeps the same share of the
     image. Changes and assumptions are reported.
 
-    Raises ConfigError if the checkpoint's preprocessing cannot be turned into one that makes such pixels, and
-    CheckpointError if it leaves a setting to defaults that are unknown here.
+    Raises ConfigError if the checkpoint's preprocessing cannot be turned into one that makes such pixels, or if an
+    unknown processor leaves a setting to its defaults, and CheckpointError if one of `ONE_TILE` does.
     """
     written, family = checkpoint.layout.preprocessor, checkpoint.family
     if written is None:
@@ -164,7 +164,8 @@ def _refuse_unknown_defaults(kind: str, tile: dict[str, Any]) -> None:
     absent = [name for name in needed if tile.get(name) is None]
     if absent and known:
         raise CheckpointError(
-            f"preprocessor_config.json leaves {absent[0]} to the defaults of {kind}: add it to the file in a copy."
+            f"preprocessor_config.json leaves {', '.join(absent)} to the defaults of {kind}: in a copy, write them "
+            "into the file, with the values that transformers uses."
         )
     if absent:
         raise ConfigError(

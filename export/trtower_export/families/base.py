@@ -102,7 +102,7 @@ class Family:
             The spec, with the layers as indices of hidden states.
 
         Raises:
-            ConfigError: if there can be no such tower.
+            ConfigError: if a code is invalid, the patches are not square, or the tower cannot accept this image size.
         """
         patch = square(config.patch_size)
         size = self.image_size(config) if image_size is None else image_size
@@ -115,7 +115,9 @@ class Family:
                 f"image_size={config.image_size} of a {self.name} tower is not a square; choose one with --image-size."
             )
         if size < patch:
-            raise ConfigError(f"image_size={size} is smaller than one patch of {patch} pixels.")
+            raise ConfigError(
+                f"image_size={size} is smaller than one patch of {patch} pixels; choose a larger one with --image-size."
+            )
         if reason := self.size_obstacle(config, size):
             raise ConfigError(reason)
         layers, feature = read_layer_code(select_layer, select_feature, config.num_hidden_layers)

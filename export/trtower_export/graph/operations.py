@@ -301,7 +301,7 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_activated(value: fx.Node) -> bool:
-    """Return whether an activation lies between a value and the products, norms and residuals that it comes from."""
+    """Return whether a value went through an activation after the products, norms and residuals that it comes from."""
     todo, seen = [value], set[fx.Node]()
     while todo:
         node = todo.pop()

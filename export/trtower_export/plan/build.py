@@ -59,8 +59,9 @@ def add_plan(
     Args:
         bundle: The bundle. Its folder and the parent folder must be writable.
         flavour: "tensorrt", "tensorrt-rtx", or "auto" for the one that this machine can build with.
-        compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt-rtx" builds a portable plan, and
-            "tensorrt" builds for this machine's GPU.
+        compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt-rtx" builds a portable plan, or
+            from an FP8 bundle a plan for the GPUs that have FP8, and "tensorrt" builds for this machine's GPU, or for
+            all from Ampere on if ``settings`` ask for a hardware-compatible plan.
         progress: Reports every step to the user.
         settings: How to build; None means TensorRT's defaults.
         store: A folder of plans that were built before (see store.py); None always builds.

@@ -204,7 +204,8 @@ def _import_polygraphy(flavour: str) -> Any:
 def _keep_log(path: Path) -> Iterator[list[str]]:
     """Write the log of a build to a file, and collect TensorRT's errors, which appear only in its log.
 
-    Other log handlers get the same records as ever, except errors: these are raised together as one exception.
+    Other log handlers get the same records as without this, except errors: if the build fails, `build_plan` puts them
+    into its exception.
     """
     errors: list[str] = []
     polygraphy_log = logging.getLogger("Polygraphy")

@@ -75,9 +75,9 @@ def choose_target(
     """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
 
     ``flavour`` "auto" prefers "tensorrt", which needs a GPU, to "tensorrt-rtx", which needs none. If neither can build
-    here, the target is None, as with "none". ``compute_capabilities`` may be in any form that `read_capabilities`
-    accepts. ``bundle`` is the bundle that gets the plan, if it exists; errors that send the user to another machine
-    name it. Raises ConfigError, BackendError and MissingExtraError.
+    here, the target is None, as with "none"; both raise an error instead if ``compute_capabilities`` are named. These
+    may be in any form that `read_capabilities` accepts. ``bundle`` is the bundle that gets the plan, if it exists;
+    errors that send the user to another machine name it. Raises ConfigError, BackendError and MissingExtraError.
     """
     check_name("flavour", flavour, ("auto", "none", *FLAVOURS))
     compute_capabilities = read_capabilities(compute_capabilities)

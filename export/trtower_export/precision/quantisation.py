@@ -1,8 +1,8 @@
 """Calibrate the linear layers of a tower for INT8 or FP8, and quantise them in its ONNX graph.
 
-The range of a layer's input, and of its weights, is their largest magnitude. Other linear layers stay in half
-precision, and so do norms, softmax, attention's own products, the patch embedding and residuals. Scales are in FP32:
-with FP16 scales, TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, and in a third of the layers of a
+The range of a layer's input, and of its weights, is their largest magnitude. Linear layers that are left out stay in
+half precision, and so do norms, softmax, attention's own products, the patch embedding and residuals. Scales are in
+FP32: with FP16 scales, TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, and in a third of the layers of a
 pretrained ViT-S/14 these sums would overflow (computed, not run).
 """
 
@@ -77,10 +77,10 @@ Quantisation = Mapping[str, Scales]
 
 
 def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[str] | None) -> set[str]:
-    """Return the operations of a traced tower that an 8-bit precision leaves in half precision.
+    """Return the names of a traced tower's operations that an 8-bit precision leaves in half precision.
 
     ``patterns`` name them; None means the format's default. INT8 rounds a layer's whole input in steps of one size.
-    After an activation a few values are far larger than the rest and make the steps too coarse for it, so by default
+    After an activation a few values are far larger than others and make the steps too coarse for these, so by default
     the layers that read an activation stay in half precision. On a pretrained ViT-S/14 this lowers the relative error
     of INT8 from 0.16 to 0.08 (`make precisions`).
     """
