@@ -58,16 +58,16 @@ print(json.dumps([load_s, first_s, statistics.median(seconds), int(peak) / 1e6])
 """
 
 THREADS = torch.get_num_threads()
-PACKED = {"session.disable_prepacking": "1"}
+NOT_REPACKED = {"session.disable_prepacking": "1"}
 CHOICES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("ONNX Runtime, FP16 *", "fp16", ORT, {}),
     ("ONNX Runtime, FP16, one thread", "fp16", ORT, {"threads": 1}),
-    ("ONNX Runtime, FP16, weights not repacked", "fp16", ORT, PACKED),
+    ("ONNX Runtime, FP16, weights not repacked", "fp16", ORT, NOT_REPACKED),
     ("ONNX Runtime, FP16, threads sleep when idle", "fp16", ORT, {"session.intra_op.allow_spinning": "0"}),
     ("ONNX Runtime, FP16, extended optimisation", "fp16", ORT, {"level": "ORT_ENABLE_EXTENDED"}),
     ("ONNX Runtime, FP16, no optimisation", "fp16", ORT, {"level": "ORT_DISABLE_ALL"}),
     ("ONNX Runtime, FP32 *", "fp32", ORT, {}),
-    ("ONNX Runtime, FP32, weights not repacked", "fp32", ORT, PACKED),
+    ("ONNX Runtime, FP32, weights not repacked", "fp32", ORT, NOT_REPACKED),
     ("OpenVINO, FP16 graph in FP32 *", "fp16", OPENVINO, {"INFERENCE_PRECISION_HINT": "f32"}),
     ("OpenVINO, FP16 graph in BF16", "fp16", OPENVINO, {"INFERENCE_PRECISION_HINT": "bf16"}),
     ("OpenVINO, FP32 graph in FP32 *", "fp32", OPENVINO, {"INFERENCE_PRECISION_HINT": "f32"}),

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 
-from trtower.bundle.manifest import MANIFEST
 from trtower.layer_codes import LayerCode
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
@@ -118,23 +117,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: root / f"tiny-{family}" for family in TOWERS}
 
 
-SHARED: dict[Path, tuple[int, int]] = {}
-"""The bundles that tests share, and what `manifest_of` says of each."""
+State = dict[Path, tuple[int, int]]
+SHARED: dict[Path, State] = {}
+"""The bundles that tests share, as they were exported."""
 
 
-def manifest_of(bundle: Path) -> tuple[int, int]:
-    """Return what changes whenever somebody writes the bundle's manifest."""
-    status = (bundle / MANIFEST).stat()
-    return status.st_ino, status.st_mtime_ns
+def state_of(bundle: Path) -> State:
+    """Return what changes whenever somebody writes, adds or removes a file of the bundle."""
+    files = {path: path.stat() for path in bundle.rglob("*") if path.is_file()}
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in files.items()}
 
 
 @pytest.fixture(autouse=True)
 def nobody_changes_what_is_shared() -> Iterator[None]:
-    """Fail the test that certifies or changes a shared bundle; otherwise a later one fails, depending on the order."""
+    """Fail the test that changes a shared bundle; otherwise a later one fails, depending on the order."""
     yield
-    changed = [bundle for bundle in SHARED if manifest_of(bundle) != SHARED[bundle]]
+    changed = [bundle for bundle in SHARED if state_of(bundle) != SHARED[bundle]]
     for bundle in changed:
-        SHARED[bundle] = manifest_of(bundle)
+        SHARED[bundle] = state_of(bundle)
     assert not changed, "this test writes into shared bundles; let it take the fixture `spoilt`, or a copy"
 
 
@@ -149,7 +149,7 @@ def export(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
             out = tmp_path_factory.mktemp("bundles") / f"tiny-{family}"
             settings: dict[str, Any] = {"profiles": (BATCH,), "check": False, **options}
             exported[key] = export_tower(str(checkpoints[family]), out, ExportOptions(**settings)).path
-            SHARED[exported[key]] = manifest_of(exported[key])
+            SHARED[exported[key]] = state_of(exported[key])
         return exported[key]
 
     return get

@@ -92,7 +92,7 @@ def test_no_file_and_no_function_outgrows_a_reader() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= LINES_OF_A_FILE, path
         for node in ast.walk(ast.parse(text)):
-            # A command's options are declared in its signature, and lie in no way to be read.
+            # A command declares its options in its signature, which is long but easy to read.
             if isinstance(node, ast.FunctionDef) and name != "trtower_export.commands":
                 documented = len((ast.get_docstring(node) or "").splitlines())
                 lines = (node.end_lineno or 0) - node.lineno - documented

@@ -210,7 +210,7 @@ def test_layers_are_picked_at_load(here: Path) -> None:
     assert run(code)["tower"].hidden_size == 2 * 64
 
 
-def test_page_on_loaded_models_convinces(bundles: Bundles, here: Path) -> None:
+def test_example_for_hugging_face_agrees_with_the_eager_tower(bundles: Bundles, here: Path) -> None:
     shutil.copytree(bundles(), "engines/llava-1.5-7b-hf")
     model = make("llava")
     convince, _ = pages.blocks("python", read(ROOT / "docs" / "hugging_face.md"))
@@ -224,13 +224,13 @@ RUN = {
     "docs/certificate.md": test_certificate_is_demanded,
     "docs/deploy.md": test_page_runs_from_top_to_bottom,
     "docs/export.md": test_export_from_python_runs,
-    "docs/hugging_face.md": test_page_on_loaded_models_convinces,
+    "docs/hugging_face.md": test_example_for_hugging_face_agrees_with_the_eager_tower,
     "docs/index.md": test_page_runs_from_top_to_bottom,
     "docs/loaded-models.md": test_page_runs_from_top_to_bottom,
     "docs/models.md": test_layers_are_picked_at_load,
     "docs/serving.md": test_page_runs_from_top_to_bottom,
 }
-"""What runs the Python blocks of a page."""
+"""What runs the Python blocks of a page. Those with gaps (…) and the one that builds a plan are only compiled."""
 
 
 # Links

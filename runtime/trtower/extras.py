@@ -95,5 +95,5 @@ def why_broken(err: BaseException) -> str | None:
         remedy = "pip install 'typer<0.29', which does not need pydantic 2"
     return (
         f"the installed {package} {version(installed[package][0])} fails to import ({reason}): "
-        f"{remedy}, or install trtower in an environment of its own"
+        f"{remedy}, or install trtower in a separate environment"
     )

@@ -84,7 +84,10 @@ class BatchProfile:
         Raises InputError if the whole batch is below the minimum.
         """
         if batch < self.min:
-            raise InputError(f"images has batch {batch}; this engine accepts {self.min} to {self.max} at once.")
+            raise InputError(
+                f"images has batch {batch}; this engine accepts {self.min} to {self.max} at once. Pass at least "
+                f"{self.min}, or export with a smaller MIN in --batch."
+            )
         for start in range(0, batch, self.max):
             stop = min(start + self.max, batch)
             yield min(start, stop - self.min), stop

@@ -54,10 +54,13 @@ class Report:
         self._say("stubbed: " + ("; ".join(stubs) or "nothing"))
 
     def compare(self, title: str, eager: Observation, other: Observation, *, exact: bool = False) -> None:
-        """Print a line for each value that both models have, or with ``exact`` one line if all are identical."""
-        if exact and eager.keys() == other.keys() and all(torch.equal(eager[name], other[name]) for name in eager):
-            self._line(title, f"all {len(eager)} the same bit for bit", passed=True)
-            return
+        """Print a line for each value that both models have; with ``exact`` all must be identical, in one line."""
+        if exact:
+            same = eager.keys() == other.keys() and all(torch.equal(eager[name], other[name]) for name in eager)
+            said = "all" if same else "not all"
+            self._line(title, f"{said} {len(eager)} the same bit for bit", passed=same)
+            if same:
+                return
         if eager.keys() != other.keys():
             self._line(title, f"{sorted(eager)} against {sorted(other)}", passed=False)
         for name in [name for name in eager if name in other]:

@@ -46,7 +46,7 @@ def test_profile_is_accepted_as_people_write_it(
     assert [(each.min, each.opt, each.max) for each in manifest.profiles] == profiles
 
 
-def test_one_number_is_the_maximum_and_the_tuned_for() -> None:
+def test_one_number_is_both_the_maximum_and_the_optimum() -> None:
     assert read_profile("8") == BatchProfile(min=1, opt=8, max=8)
     assert read_profile("1") == BatchProfile(min=1, opt=1, max=1)
 

@@ -316,7 +316,7 @@ def test_preprocessor_that_no_tower_could_use_is_refused_before_any_work(clip: P
     assert not (tmp_path / ".b.lock").exists()
 
 
-def test_images_without_a_reader_are_refused(tmp_path: Path) -> None:
+def test_images_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="--images is only for the check, which --no-check skips; precision fp16 needs no images"
     ):

@@ -43,7 +43,7 @@ from trtower_export.precision.bounds import BOUNDS
         (["inspect", "a", "b"], 2, "unexpected extra argument"),
         (["export"], 2, "Missing argument"),
         (["export", "CLIP", "--fp16"], 2, "No such option"),
-        (["export", "CLIP", "--output", "b"], 2, "--out"),
+        (["export", "CLIP", "--ouput", "b"], 2, "--out"),
         (["export", "CLIP", "--layer", "-2"], 2, "--select-layer"),
         (["exprt", "CLIP"], 2, "export"),
         (["bench", "BUNDLE", "--json", "bench.json"], 2, "bench.json"),
@@ -478,7 +478,7 @@ def test_package_that_breaks_at_import_is_one_line(
     )
     assert done.returncode == 1
     assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
-    assert "environment of its own" in done.stderr
+    assert "separate environment" in done.stderr
     assert "Traceback" not in done.stderr
 
 

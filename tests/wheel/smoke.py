@@ -52,7 +52,9 @@ def bare(bundle: str) -> None:
         try:
             import_extra("no_such_package", extra=extra, purpose=extra)
         except MissingExtraError as err:
-            assert f"trtower[{extra}]" in str(err), err  # noqa: PT017 - this is no pytest
+            assert f"trtower[{extra}]" in str(err), err  # noqa: PT017 - this is not pytest
+        else:
+            raise AssertionError("no_such_package was imported, and does not exist")
     for backend, extra in BACKENDS.items():
         try:
             trtower.VisionTower.load(bundle, backend=backend)

@@ -69,21 +69,29 @@ def _version(name: str) -> str | None:
         return None
 
 
+VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "asimd", "sve", "bf16")
+"""The flags of /proc/cpuinfo that say how fast a processor multiplies: first those of x86, then those of Arm."""
+
+
 def multiplies_bf16() -> bool:
     """Whether this processor has BF16 arithmetic; assumed outside Linux. PyTorch in BF16 is far slower without it."""
     fields = _processor_fields()
-    flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86 has the first, Arm the second
-    return not fields or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return not fields or not _flags(fields).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _processor() -> str:
-    """Return the processor's name and the vector units that decide how fast it multiplies."""
+    """Return the processor's name and its vector units."""
     fields = _processor_fields()
     if not fields:
         return platform.processor() or platform.machine()
-    flags = fields.get("flags", "").split()
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile") if unit in flags]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(units)})"
+    flags = _flags(fields)
+    units = [unit for unit in VECTOR_UNITS if unit in flags]
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(units)})" if units else name
+
+
+def _flags(fields: dict[str, str]) -> set[str]:
+    return {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86 has the first, Arm the second
 
 
 def _processor_fields() -> dict[str, str]:

@@ -123,8 +123,11 @@ def check_bundle(
         InputError: if the bundle's image processor rejects an image.
         MissingExtraError: if ONNX Runtime is needed for an emulation or for ``by_layer``, and is not installed.
     """
-    if not os.access(bundle.path, os.W_OK):
-        raise BundleError(f"{bundle.path} is read-only, but the certificate is written into it: check a writable copy.")
+    for folder in (bundle.path, bundle.path.resolve().parent):  # the lock file is beside the bundle
+        if not os.access(folder, os.W_OK):
+            raise BundleError(
+                f"{folder} is read-only, and the certificate of {bundle.path} is written there: check a writable copy."
+            )
     certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
     with disk_errors(bundle.path), locked(bundle.path, wait_s=WAIT_S):
         return bundle.add_certificate(certificate)

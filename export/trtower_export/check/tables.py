@@ -16,10 +16,10 @@ COLUMNS = ("cosine mean", "cosine min", "error p99.9", "rel. error", "NaN/inf")
 def print_certificate(console: Console, certificate: Certificate, *, rehearsal: bool) -> None:
     """Print the figures of every image, PyTorch's error in the same precision, the bounds and the verdict.
 
-    Names of images are cut to 18 characters.
+    Names of images are cut to 60 characters.
     """
     table = new_table("image", *COLUMNS, "PyTorch's error", left=("image",))
-    table.columns[0].max_width = 18
+    table.columns[0].max_width = 60
     for row in certificate.images:
         table.add_row(row.name, *_cells(row.bundle), describe_figure(row.torch.relative_error))
     own = describe_figure(certificate.torch.relative_error)

@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from trtower.bundle.manifest import Source
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.fingerprint import read_parameters
-from trtower.layer_codes import LayerCode, read_layer_code
+from trtower.layer_codes import FEATURE_CODES, LayerCode, read_layer_code
+from trtower.names import check_name
 from trtower.spec import DEFAULT_BATCH, BatchProfile, TowerSpec
 from trtower_export.checkpoint.files import Files, download, expanded
 from trtower_export.checkpoint.layout import Layout, Request
@@ -123,6 +124,8 @@ class Checkpoint:
                 not have exactly one prefix token.
         """
         layout, recipe = self.layout, self.recipe
+        if select_feature is not None:
+            check_name("select_feature", select_feature, FEATURE_CODES)
         layer = layout.select_layer if select_layer is None else select_layer
         feature = layout.select_feature if select_feature is None else select_feature
         if layer is None and layout.said_as:

@@ -193,6 +193,11 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
+        if "Unsupported global" in str(err):  # of PyTorch's own unpickler
+            raise CheckpointError(
+                f"{path} holds more than tensors, such as a whole pickled model, and is not read. Load it where you "
+                "trust it, and save its state_dict(), best as safetensors."
+            ) from err
         raise CheckpointError(f"{path} could not be read; it may be cut short: {first_line(err)}.") from err
 
 

@@ -139,7 +139,7 @@ def _read_capability(part: str) -> str:
     match = re.fullmatch(r"(?:(?:sm|compute)_?)?(\d{1,2})\.?(\d)[af]?", part.lower())
     if match and float(capability := f"{match[1]}.{match[2]}") >= FIRST_GENERATION:
         return capability
-    meant = f"; did you mean {part}.0?" if re.fullmatch(r"\d{1,2}", part) else ";"
+    meant = f"; did you mean {part}.0?" if re.fullmatch(r"[5-9]|1\d", part) else ";"
     raise ConfigError(
         f"{part!r} is not a compute capability{meant} write it as in --compute-capability 8.9. To see your GPU's, run: "
         "nvidia-smi --query-gpu=compute_cap --format=csv"

@@ -257,8 +257,11 @@ class Bundle:
         superseded = {name for old in replaced for name in (old.file, old.log)}
         files = {name: file for name, file in current.files.items() if name not in superseded}
         plans = (*(old for old in current.plans if old not in replaced), plan)
-        bundle = self._rewrite(replace(current, plans=plans, files={**files, **added}))
-        for name in superseded - added.keys():
+        gone = superseded - added.keys()
+        certificates = tuple(each for each in current.certificates if gone.isdisjoint(each.executed))
+        files |= added
+        bundle = self._rewrite(replace(current, plans=plans, files=files, certificates=certificates))
+        for name in gone:
             (self.path / name).unlink(missing_ok=True)
         return bundle
 
@@ -284,7 +287,8 @@ class Bundle:
         current = Bundle.open(self.path).manifest
         if any(current.files.get(name) != self.manifest.files.get(name) for name in names):
             raise BundleError(
-                f"{self.path} was exported again, so this {added} is out of date: open the bundle and make it again."
+                f"{self.path} was exported or built again, so this {added} is out of date: open the bundle and make "
+                f"the {added} again."
             )
         return current
 
@@ -299,7 +303,8 @@ class Bundle:
             The bundle in ``folder``.
 
         Raises:
-            BundleError: ``folder`` holds other files, is the current one or is being written, or a file is altered.
+            BundleError: ``folder`` holds other files, is the working directory, or is being written by another process;
+                or a file of this bundle is altered.
             BuildError: The disk is full.
         """
         folder = folder.expanduser().resolve()

@@ -11,8 +11,8 @@ class Figures:
 
     ``token_cosine_*`` are the mean and minimum over the tokens. The error is ‖x - ref‖ / ‖ref‖: ``token_error_p999`` is
     its 99.9th percentile over the tokens, ``relative_error`` its value over all tokens together. ``max_abs_error`` is
-    max |x - ref|. ``non_finite`` counts NaN and infinite values; if there are any, the other figures may be NaN, which
-    is written as null.
+    max |x - ref|. ``non_finite`` counts NaN and infinite values; if there are any, the other figures may be None (null
+    in tower.json).
     """
 
     token_cosine_mean: float | None

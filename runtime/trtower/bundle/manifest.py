@@ -163,7 +163,7 @@ class PlanEntry:
         return f"{self.file.removesuffix('.plan')}.log"
 
     def replaces(self, other: "PlanEntry") -> bool:
-        """Whether this plan is for the same GPUs and the same TensorRT as another."""
+        """Whether this plan is for the same GPUs, platform and TensorRT as another, whatever their settings."""
         same = ("flavour", "version", "platform", "compute_capabilities")
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
@@ -297,7 +297,8 @@ def _decode_fields(kind: Any, data: Mapping[str, Any], where: str) -> Any:
     unknown = data.keys() - hints.keys()
     if missing or unknown:
         named = (", ".join(sorted(keys)) or "none" for keys in (missing, unknown))
-        raise BundleError("{} does not match schema {}: missing {}; unknown {}.".format(where, SCHEMA, *named))
+        message = "{} does not match schema {}: missing {}; unknown {}. Copy the bundle again, or update trtower."
+        raise BundleError(message.format(where, SCHEMA, *named))
     return kind(**{key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
@@ -307,5 +308,5 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 def _expect(kind: type[T], data: Any, where: str) -> T:
     if type(data) is not kind:
-        raise BundleError(f"{where} is {data!r}; expected {kind.__name__}.")
+        raise BundleError(f"{where} is {data!r}; expected {kind.__name__}. Copy the bundle or export it again.")
     return data

@@ -49,15 +49,21 @@ def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise BundleError(f"cannot make {target.parent}: {err.strerror}. Choose another folder with --out.") from err
+        raise BundleError(
+            f"cannot make {target.parent}: {err.strerror}. Choose another folder (for an export, with --out)."
+        ) from err
     lock = _beside(target, "lock")
     try:
         held = FileLock(lock).acquire(timeout=wait_s)
-    except Timeout as err:
-        if not lock.exists():  # the lock file could not be created, so no other process holds it
-            raise BundleError(f"{target.parent} cannot be written: choose another folder with --out.") from err
+    except OSError as err:  # including Timeout
+        # filelock raises one or the other, depending on its version, if it cannot create the lock file.
+        if isinstance(err, Timeout) and lock.exists():
+            raise BundleError(
+                f"another process is writing {target}: wait for it to end, or choose another folder."
+            ) from err
         raise BundleError(
-            f"another process is writing {target}: wait for it to end, or choose another folder."
+            f"{target.parent} cannot be written: choose another folder (for an export, with --out), or copy the "
+            "bundle to one."
         ) from err
     with held:
         yield
@@ -124,7 +130,8 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         return
     if not (target / MANIFEST).is_file():
         raise BundleError(
-            f"{target} exists and is not a bundle, so it was not touched. Choose another folder with --out."
+            f"{target} exists and is not a bundle, so it was not touched. Choose another folder (for an export, with "
+            "--out)."
         )
     if not overwrite:
         raise BundleError(f"{target} exists. Replace it with --overwrite, or choose another folder with --out.")

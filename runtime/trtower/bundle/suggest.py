@@ -41,6 +41,7 @@ def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str
 def _build_options(bundle: Bundle) -> list[str]:
     manifest = bundle.manifest
     options = ["--precision", manifest.precision]
+    options += ["--keep-fp32", ",".join(manifest.keep_fp32)] if manifest.keep_fp32 else []
     options += [] if manifest.plans else ["--flavour", "none"]
     if manifest.profiles != (DEFAULT_BATCH,):
         options += [each for p in manifest.profiles for each in ("--batch", f"{p.min},{p.opt},{p.max}")]

@@ -57,7 +57,8 @@ def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) ->
         return
     if getattr(output, "hidden_states", None) is None:
         raise ConfigError(
-            f"{place.path} of this model returns no hidden states, although its config was set to return them."
+            f"{place.path} of this model returns no hidden states, although its config was set to return them. "
+            "allow_other_weights=True skips this comparison."
         )
     depth = count_layers(module, spec.naming)
     states = (*output.hidden_states[: depth + 1], output.last_hidden_state)

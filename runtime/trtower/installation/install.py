@@ -143,9 +143,11 @@ def install(
         keep_original: Keep the tower's weights in memory, instead of freeing them.
         offload_folder: The folder of the file that keeps the tower's weights for `uninstall` and `save_pretrained`.
             None is the folder for temporary files.
-        allow_other_weights: Accept a bundle of other weights than the tower's; the bundle's are used.
-        allow_random_weights: Accept a rehearsal, whose outputs mean nothing.
-        tower: The path of the tower, if the model has several.
+        allow_other_weights: Accept a bundle of other weights than the tower's; the bundle's are used. The outputs of
+            bundle and tower are not compared then.
+        allow_random_weights: Accept a rehearsal, whose outputs mean nothing and are not compared either.
+        tower: The path of the tower, if the model has several. If a tower is named, install only warns, and does not
+            raise, when the model's code does not call it.
 
     Returns:
         The installation; the end of its `with` block takes the bundle out. A repeated call returns the same one.

@@ -27,7 +27,10 @@ CHANGED = (
 def check_match(
     model: nn.Module, place: TowerSlot, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
 ) -> None:
-    """Raise ConfigError if the bundle was made of another tower, BundleError if it is a rehearsal."""
+    """Raise ConfigError unless the bundle was made of this tower and holds the states that the model is known to read.
+
+    Raises BundleError if it is a rehearsal. The two flags accept other weights, and a rehearsal.
+    """
     source = bundle.manifest.source
     if source.random_weights and not allow_random_weights:
         raise BundleError(
@@ -102,7 +105,10 @@ def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> No
         )
     side = _plain(getattr(config, "image_size", None))
     if not isinstance(side, int):
-        raise ConfigError(f"{place.path} of this model accepts images of any shape; a bundle accepts only one shape.")
+        raise ConfigError(
+            f"{place.path} of this model has image_size={side}, but a bundle accepts square images of one size only: "
+            "this tower cannot be replaced."
+        )
     if side != spec.image_size:
         raise ConfigError(
             f"{bundle.path} accepts images of {spec.image_size} pixels; {place.path} of this model accepts {side}. "

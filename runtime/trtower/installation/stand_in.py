@@ -90,7 +90,7 @@ class StandIn(nn.Module):
         if self.training:
             raise BackendError(
                 f"{self._path} is compiled and cannot be trained: call model.eval() to serve the model, or "
-                f"{self._path}.eval() to train the rest of it; {BACK}."
+                f"model.{self._path}.eval() to train the rest of it; {BACK}."
             )
         if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
             raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")

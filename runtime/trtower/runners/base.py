@@ -72,8 +72,8 @@ class EngineOptions:
     """How TensorRT, and in part ONNX Runtime, runs a bundle on a GPU.
 
     Attributes:
-        contexts: How many calls may be in flight at once, at least 1; others wait for their turn. For TensorRT, both
-            flavours. Each context has its own scratch memory. Contexts are made on demand, as far as the GPU has room.
+        contexts: How many calls TensorRT (either flavour) may have in flight at once, at least 1; others wait for their
+            turn. Each context has its own scratch memory. Contexts are made on demand, as far as the GPU has room.
         cuda_graphs: Capture calls as CUDA graphs and replay them. TensorRT and ONNX Runtime do so for the batches that
             the profiles name (minimum, optimum, maximum), TensorRT-RTX for any batch.
         kernel_specialization: Whether TensorRT-RTX compiles kernels for each new shape: "lazy" compiles them in the
@@ -190,7 +190,10 @@ def check_contract(
     """
     for tensors, spec in ((inputs, bundle.manifest.input), (outputs, bundle.manifest.output)):
         if tensors != [(spec.name, spec.shape)]:
-            raise BundleError(f"{bundle.path}: {file} has {tensors}; tower.json says {(spec.name, spec.shape)}.")
+            raise BundleError(
+                f"{bundle.path}: {file} has {tensors}; tower.json says {(spec.name, spec.shape)}. Export the bundle "
+                "again."
+            )
 
 
 def run_batch(
@@ -202,10 +205,10 @@ def run_batch(
     run: Run | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run any number of images, split into as many calls as the profile requires: (B, 3, S, S) -> (B, P + N, D).
+    """Run images, split into as many calls as the profile requires: (B, 3, S, S) -> (B, P + N, D).
 
     ``run`` replaces `runner.run`. ``out``, if passed, is filled and returned; it must be contiguous and have the
-    output's shape, dtype and device.
+    output's shape, dtype and device. Raises InputError if B is below the profile's minimum.
     """
     if out is None:
         tokens, width = (int(size) for size in output.shape[1:])

@@ -56,7 +56,8 @@ class OnnxRuntimeRunner(Runner):
         if provider not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
-                f"{self._session.get_providers()[0]}: its CUDA libraries are missing or have another version."
+                f"{self._session.get_providers()[0]}: its CUDA libraries are missing or have another version. Install "
+                "those that it needs, or use another backend."
             )
         check_contract(bundle, GRAPH, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
@@ -218,7 +219,7 @@ def _check_placement(session: Any, name: str) -> None:
         operators = ", ".join(f"{count} {operator}" for operator, count in sorted(on_cpu.items()))
         raise BackendError(
             f"{name} has no CUDA kernels for {operators} of this graph. It would run them on the CPU and copy every "
-            "tensor there and back."
+            "tensor there and back: update onnxruntime-gpu, or use another backend."
         )
 
 

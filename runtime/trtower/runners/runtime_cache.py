@@ -73,7 +73,12 @@ class RuntimeCache:
             finally:
                 _remove(staged)
         except OSError as err:
-            logger.warning("compiled kernels are not saved for the next process: %s: %s", self._folder, err.strerror)
+            logger.warning(
+                "compiled kernels are not saved for the next process: %s: %s. Make the folder writable, or pass "
+                "EngineOptions(runtime_cache=False).",
+                self._folder,
+                err.strerror,
+            )
             return
         for older in self._folder.glob(f"{self._own}*.cache"):
             if older.name != name:

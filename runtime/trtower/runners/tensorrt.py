@@ -229,7 +229,10 @@ def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None
     try:
         module = load_flavour(plan.flavour)
         if plan.version != module.__version__:
-            verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but {module.__version__} is installed"
+            verdicts["version"] = (
+                f"was built by {plan.flavour} {plan.version}, but {module.__version__} is installed: install "
+                f"{plan.version}, or run trtower build here"
+            )
     except (ImportError, OSError) as err:  # not installed, or installed and broken
         verdicts["flavour"] = str(err)
         lacking = "none is installed" if isinstance(err, MissingExtraError) else "the installed one is broken"

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -106,7 +106,7 @@ class Engine:
         with ExitStack() as unless_served:
             unless_served.callback(runner.close)
             if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
-                raise _not_certified(bundle, reason, runner.backend)
+                raise _not_certified(bundle, reason, runner.backend, runner.files)
             unless_served.pop_all()
         certificate = bundle.find_certificate(runner.backend, runner.files[0])
         if certificate and not certificate.passed and not bundle.changed_since(certificate):
@@ -230,14 +230,15 @@ def _is_captured(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _not_certified(bundle: Bundle, reason: str, backend: str) -> BundleError:
+def _not_certified(bundle: Bundle, reason: str, backend: str, executed: Sequence[str] = ()) -> BundleError:
+    certificate = bundle.find_certificate(backend, executed[0]) if executed else None
     command = f"trtower check {bundle.path} --backend {backend}"
-    is_rehearsal = bundle.manifest.source.random_weights
-    next_step = (
-        "Export the checkpoint itself."
-        if is_rehearsal
-        else f"Certify what runs here, in an environment with the extra export: {command}"
-    )
+    if bundle.manifest.source.random_weights:
+        next_step = "Export the checkpoint itself."
+    elif certificate and not certificate.passed:
+        next_step = f"Export it with --precision auto, or see where it errs: {command} --report DIR"
+    else:
+        next_step = f"Certify what runs here, in an environment with the extra export: {command}"
     return BundleError(f"{bundle.path} is not certified: {reason}. {next_step}")
 
 

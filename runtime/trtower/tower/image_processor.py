@@ -201,7 +201,8 @@ class ImageProcessor:
             A dict with ``pixel_values``, which is also an attribute.
 
         Raises:
-            InputError: If a picture cannot be read, is ambiguous, or holds values outside 0 to 255.
+            InputError: If a picture cannot be read, is ambiguous, or holds values outside 0 to 255. With
+                ``return_tensors`` also if there are no pictures, or if they come out in several shapes.
             ConfigError: If an argument is unknown or invalid.
         """
         for name, value, choices in (

@@ -43,7 +43,8 @@ class CLIPVisionTower(VisionTower):
         **options: Options of `VisionTower.load`, such as `backend`.
 
     Raises:
-        ConfigError: If there is no config, it names no layer, or the bundle does not hold what it reads.
+        ConfigError: If there is no config, it names no layer, it needs another class (`s2`, `dynamic_s2`), or the
+            bundle does not hold what it reads.
         BundleError: If the path is not a bundle, or the bundle is damaged or lacks a required certificate.
         BackendError: If no requested backend can run the bundle here.
     """
@@ -168,9 +169,11 @@ class CLIPVisionTowerS2(_ScaledTower):
     """LLaVA's and VILA's multi-scale tower: reads each image at all `scales`, in tiles of the engine's size.
 
     Images are (B, 3, H, H) of any H; `image_processor` makes them at the largest scale. The tiles of all images and
-    scales run together. `num_patches` stays that of one tile, as in the eager towers.
+    scales run together. Features are (B, M, D), or (B, P + M, D) under `cls_patch`, with M patches on the grid of the
+    scale `resize_output_to_scale_idx`. `num_patches` stays that of one tile, as in the eager towers.
 
-    The constructor accepts the arguments of `CLIPVisionTower`. The config's `s2_scales` names the scales.
+    The constructor accepts the arguments of `CLIPVisionTower`. The config's `s2_scales` names the scales. Without it,
+    and with `load`, they are 336, 672 and 1008.
     """
 
     _processor_scale = -1

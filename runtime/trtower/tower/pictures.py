@@ -79,7 +79,7 @@ def channels_first(picture: "Image | Array", *, rgb: bool, input_data_format: st
 def to_rgb(image: "Image") -> "Image":
     """Decode a picture and convert it to RGB, with transparency composited on white.
 
-    Raises InputError if its channels do not have 8 bits, and Pillow's own errors if its file is damaged.
+    Raises InputError if a channel has more than 8 bits, and Pillow's own errors if its file is damaged.
     """
     from PIL import Image
 
@@ -180,7 +180,10 @@ def _rgb_array(image: Array) -> Array:
         return image
     whole = np.issubdtype(image.dtype, np.integer)
     if not whole and image.max() > 1:
-        raise InputError(f"RGBA values of {image.dtype} from {image.min()} to {image.max()}; expected 0 to 1.")
+        raise InputError(
+            f"RGBA values of {image.dtype} from {image.min()} to {image.max()}; expected 0 to 1. For 0 to 255, pass "
+            "array.round().astype(np.uint8)."
+        )
     white = 255 if whole else 1.0
     alpha = image[3:] / white
     blend = alpha * image[:3] + (1 - alpha) * white

@@ -14,9 +14,9 @@ FAR = 3.0
 and resizing stay well inside."""
 
 BLACK = 0.003
-"""Pixels from 0 to 1 that nobody normalised have a smallest value below this. A normalised 8-bit value never comes as
-close to 0 from above, with CLIP's means (0.0033) or SigLIP's (0.0039). So this does not catch bright pictures, whose
-normalised values lie between 0 and 1 too."""
+"""Pixels from 0 to 1 that nobody normalised usually have a smallest value below this. A normalised 8-bit value never
+comes as close to 0 from above, with CLIP's means (0.0033) or SigLIP's (0.0039). So there is no false warning about
+bright pictures, whose normalised values are between 0 and 1 too."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class PixelRange:
         """
         if finite is None:
             finite = pixel_values.device.type == "cpu"
-        # Reading values from a GPU waits for it, which a capture forbids; the runner refuses captures with a message.
+        # Reading values waits for the GPU, which a capture forbids; Engine.lend refuses captures with a message.
         captured = pixel_values.is_cuda and torch.cuda.is_current_stream_capturing()
         if not finite and (self._inspected or captured):
             return

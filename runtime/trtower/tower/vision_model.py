@@ -64,7 +64,7 @@ class VisionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the engine computes in."""
+        """The dtype of the engine's input and output."""
         dtype: torch.dtype = self._tower.dtype
         return dtype
 

@@ -40,8 +40,8 @@ class VisionTower(nn.Module):
     empty anchor that tells callers the device and dtype, and its state dict is empty. Casting it (`.half()`,
     `.to(dtype)`) does not change the engine; `.to(device)` opens the bundle on that device.
 
-    It warns once, with the range of values, if images do not look like the image processor's output. On CUDA it
-    inspects only the first call, unless `check_finite` is True.
+    It warns once, with the range of values, if images do not look like the image processor's output. It inspects only
+    the first call, unless `check_finite` is True, or None on the CPU.
 
     Threads may share a tower, and may close or move it while others call it. A tower belongs to the process that loaded
     it: it cannot be pickled, and its calls raise after a fork.
@@ -182,7 +182,8 @@ class VisionTower(nn.Module):
 
         Raises:
             ConfigError: If `batches` holds anything but positive integers.
-            BackendError: If the tower is not loaded.
+            InputError: If one of them is below the minimum of the bundle's profiles.
+            BackendError: If the tower is not loaded, or cannot run here.
         """
         self._engine.warm_up(batches)
         return self
@@ -275,11 +276,10 @@ class VisionTower(nn.Module):
             return self._run(runner, images.to(runner.device, runner.dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """Select the picked layers and tokens: (B, P + N, all that the bundle holds) -> (B, N, D).
+        """Select the picked layers and tokens of (B, P + N, all layers): (B, N, D), or (B, P + N, D) under `cls_patch`.
 
         Args:
-            image_forward_outs: All tokens as a tensor, or, as in LLaVA, an output of the full tower with
-                `hidden_states`.
+            image_forward_outs: All tokens as a tensor, or, as in LLaVA, the full tower's output with `hidden_states`.
 
         Returns:
             The picked features.
@@ -352,7 +352,7 @@ class VisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the engine computes in, whatever the dtype of the images."""
+        """The dtype of the engine's input and output, whatever the dtype of the images."""
         return DTYPES[self.bundle.manifest.input.dtype]
 
     @property

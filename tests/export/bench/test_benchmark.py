@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from trtower.errors import BackendError, CheckpointError, ConfigError
 from trtower.runners.openvino import has_bf16
 from trtower.spec import BatchProfile
 from trtower_export.bench import benchmark as module
-from trtower_export.bench import entrants
+from trtower_export.bench import entrants, environment
 from trtower_export.bench.benchmark import BenchOptions, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import Arena, Entrant, competitors, enter
@@ -128,6 +129,21 @@ def test_pytorch_races_in_bf16_if_the_processor_has_it(
     else:
         with pytest.raises(BackendError, match="this processor has no BF16 arithmetic"):
             enter(torch_arena, "sdpa-bf16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model name": "AMD EPYC", "flags": "fpu avx2 avx512_bf16"}, "AMD EPYC (avx2, avx512_bf16)"),
+        ({"Features": "fp asimd sve bf16"}, f"{platform.machine()} (asimd, sve, bf16)"),
+        ({"model name": "old"}, "old"),
+    ],
+)
+def test_processor_is_named_with_its_vector_units(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], name: str
+) -> None:
+    monkeypatch.setattr(environment, "_processor_fields", lambda: fields)
+    assert environment._processor() == name
 
 
 def test_half_precision_entrant_does_not_change_other_weights(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,8 +230,10 @@ def checkable(export: Callable[..., Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "checked"))
 
 
-def test_altered_plan_is_refused_and_not_listed_as_built(spoilt: Path, clip: Path) -> None:
+def test_altered_plan_is_refused_and_not_listed_as_built(spoilt: Path, clip: Path, tmp_path: Path) -> None:
     (plan,) = (spoilt / "plans").glob("*.plan")
+    assert run(["check", str(spoilt), "--images", str(pictures(tmp_path / "pictures", readable=1))]) == 0
+    assert "NOT run" in as_text(inspect_bundle(Bundle.open(spoilt)))
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)

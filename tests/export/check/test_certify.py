@@ -204,7 +204,7 @@ def test_bundle_passes_if_pytorch_itself_is_worse() -> None:
     assert not all(bound.holds for bound in judge("fp16", {"photograph": ([overflown], overflown)}))
 
 
-def test_each_bound_can_fail_alone() -> None:
+def test_each_bound_can_fail() -> None:
     own = Figures(**FINE)
     assert all(bound.holds for bound in judge("fp16", {"photograph": ([own], own)}))
     for change, figure in (

@@ -99,11 +99,9 @@ def test_model_without_a_family_lists_the_families(tmp_path: Path, model_type: s
 
 
 def test_missing_tensors_are_not_left_random(clip: Path, tmp_path: Path) -> None:
-    model = open_checkpoint(str(clip)).load_model()
     copy(clip, tmp_path / "c", num_hidden_layers=6)
     with pytest.raises(CheckpointError, match=r"lacks \d+ tensors of a CLIPVisionModel"):
         open_checkpoint(str(tmp_path / "c")).load_model()
-    assert model
 
 
 def test_weights_cut_short_are_refused(clip: Path, tmp_path: Path) -> None:

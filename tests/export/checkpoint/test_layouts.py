@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
 from trtower.bundle.bundle import Bundle
-from trtower.errors import CheckpointError, TrtowerError
+from trtower.errors import CheckpointError, ConfigError, TrtowerError
 from trtower.layer_codes import LAST as LAST_STATE
 from trtower.reading import READS_LAST, TRAINED
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -161,6 +161,12 @@ def test_requested_layer_overrides_the_checkpoints(tmp_path: Path) -> None:
     assert (spec.layers, spec.select_feature) == ((1, 2), "cls_patch")
 
 
+def test_misspelt_feature_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+    save_composite("Llava", "clip", tmp_path, text_config=LLAMA)
+    with pytest.raises(ConfigError, match=r"^unknown select_feature 'cls'; choose patch, cls_patch"):
+        open_checkpoint(str(tmp_path)).spec(select_feature="cls")
+
+
 def test_strategy_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
     save_composite("Llava", "siglip", tmp_path, text_config=LLAMA)
     checkpoint = open_checkpoint(str(tmp_path))
@@ -239,7 +245,7 @@ def test_config_cannot_choose_a_quantiser(checkpoints: dict[str, Path], tmp_path
         ("layer_norm_eps", None),
     ],
 )
-def test_wrong_value_in_a_config_is_one_line_that_names_the_folder(
+def test_wrong_value_in_a_config_is_one_line_that_names_the_folder_or_the_option(
     checkpoints: dict[str, Path], tmp_path: Path, field: str, value: Any
 ) -> None:
     folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "c"))
@@ -571,8 +577,8 @@ def test_broken_shard_is_named_and_leaves_no_bundle(llava: Callable[..., Path], 
     assert not (tmp_path / "out").exists()
 
 
-def test_custom_model_around_a_known_tower_is_exported_without_its_code(tmp_path: Path) -> None:
-    """Only the tower's part of its config is read, so the layer must be chosen."""
+def test_known_tower_of_an_unknown_model_is_read_if_its_layer_is_chosen(tmp_path: Path) -> None:
+    """Only the tower's part of the model's config is read."""
     model = make_model("clip")
     model.save_pretrained(tmp_path / "tower")
     tensors = {f"eyes.{name}": tensor for name, tensor in load_file(tmp_path / "tower" / "model.safetensors").items()}
@@ -586,4 +592,5 @@ def test_custom_model_around_a_known_tower_is_exported_without_its_code(tmp_path
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.describe().startswith("my_llava model, clip tower at eyes")
     assert checkpoint.spec(-2).layers == (3,)
-    checkpoint.load_model()
+    read = checkpoint.load_model()
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))

@@ -140,7 +140,7 @@ def test_older_bundle_is_read_without_the_keys_that_have_defaults(spoilt: Path) 
         ({"tower": ["a"]}, r"tower is \['a'\]; expected str"),
     ],
 )
-def test_other_keys_are_refused_as_before(spoilt: Path, changes: dict[str, Any], said: str) -> None:
+def test_unknown_missing_or_mistyped_keys_are_refused(spoilt: Path, changes: dict[str, Any], said: str) -> None:
     edit_source(spoilt, **changes)
     with pytest.raises(BundleError, match=said):
         Bundle.open(spoilt)

@@ -197,6 +197,14 @@ def test_file_cut_short_is_named_before_any_work(clip: Path, kept: int) -> None:
         open_checkpoint(str(clip))
 
 
+def test_whole_pickled_model_is_refused_with_what_to_save(clip: Path) -> None:
+    model = open_checkpoint(str(clip)).load_model()
+    (clip / "model.safetensors").unlink()
+    torch.save(model, clip / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds more than tensors.* save its state_dict\(\)"):
+        open_checkpoint(str(clip), trust=Trust(allow_pickle=True))
+
+
 def test_pickled_shards_are_refused_only_if_the_tower_is_in_them(clip: Path) -> None:
     path = clip / "pytorch_model.bin.index.json"
     (clip / "model.safetensors").unlink()

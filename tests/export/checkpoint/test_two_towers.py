@@ -83,6 +83,7 @@ def test_check_and_doctor_find_the_tower_again(video_llava: Path, tmp_path: Path
     assert "are not the ones that" in other.stderr
     assert Bundle.open(tmp_path / "b").manifest.certificate
     doctor = trtower("doctor", str(video_llava), "--tower", "image_tower", "--select-layer=-2", "--error-images", "0")
+    assert doctor.returncode == 0, doctor.stderr
     assert "image_tower" in doctor.stderr
 
 

@@ -126,9 +126,7 @@ def islands_of(name: str) -> dict[str, tuple[str, ...]]:
     found = operations(name)
     parts = [operation.part for operation in found if operation.layer == 1]
     patterns = {
-        "linear": [
-            "layers.1." + next(part for part in reversed(parts) if part.endswith(("fc2", "down_proj", "weights_out")))
-        ],
+        "linear": ["layers.1." + next(part for part in reversed(parts) if part.endswith(LINEAR))],
         "norms": [f"layers.*.{parts[0]}"],
         "scores": ["layers.1." + next(part for part in parts if part.endswith("scores"))],
         "context": ["layers.1." + next(part for part in parts if part.endswith("context"))],

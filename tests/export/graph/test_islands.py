@@ -56,7 +56,7 @@ def test_plan_builds_for_every_target(tmp_path: Path, capabilities: tuple[str, .
     assert build(tmp_path, *capabilities).stat().st_size
 
 
-def test_attention_in_fp32_is_refused_for_turing_by_its_name(tmp_path: Path) -> None:
+def test_attention_in_fp32_is_refused_for_turing_and_the_operation_named(tmp_path: Path) -> None:
     write("clip", ["layers.1.self_attn.scores"], tmp_path)
     with pytest.raises(BuildError, match=r"layers\.1\.self_attn/MatMul.*Turing"):
         build(tmp_path, "7.5")

@@ -243,7 +243,7 @@ def test_attention_with_a_mask_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "dinov3_vit"])
-def test_layer_in_the_middle_of_several_that_are_read_keeps_its_names(name: str) -> None:
+def test_reading_several_layers_neither_adds_nor_renames_operations(name: str) -> None:
     """Concatenating states only moves them, so no operation is added or renamed."""
     tower, spec = cut(name)
     several = type(spec)(**{**vars(spec), "layers": (2, 0, *spec.layers)})

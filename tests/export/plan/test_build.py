@@ -138,8 +138,11 @@ sys.exit(run(["build", {str(bundle)!r}]))
     assert Bundle.open(bundle).manifest.plans
 
 
-def test_data_centre_path_builds_with_rtx_under_its_name(export: Callable[..., Path], tmp_path: Path) -> None:
+def test_data_centre_path_builds_with_rtx_under_its_name(
+    export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Data-centre TensorRT is not available in tests: its code path runs on a renamed TensorRT-RTX and a fake GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bundle = Path(shutil.copytree(export("clip", flavour="none"), tmp_path / "b"))
     script = f"""
 import sys, tensorrt_rtx, torch

@@ -212,7 +212,7 @@ def test_plan_is_not_added_to_a_bundle_that_was_exported_again_meanwhile(
         return found
 
     monkeypatch.setattr(module, "obtain_plan", obtain_late)
-    with pytest.raises(BundleError, match="was exported again, so this plan is out of date"):
+    with pytest.raises(BundleError, match="was exported or built again, so this plan is out of date"):
         build(bundle, store)
     assert Bundle.open(bundle).manifest == Bundle.open(other).manifest
 
@@ -269,8 +269,10 @@ def test_plan_that_a_bundle_loses_stays_in_the_store(bare: Callable[[str], Path]
     assert build(bare("b"), store).steps == []
 
 
-def test_two_processes_build_once(bare: Callable[[str], Path], store: Path) -> None:
-    del store
+def test_processes_that_want_the_same_plan_build_it_once(
+    bare: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # its own store: the session's may hold this plan already
     folders = [bare("a"), bare("b"), bare("c")]
     running = [
         subprocess.Popen(
@@ -345,7 +347,7 @@ def test_waiting_for_another_process_is_reported(bare: Callable[[str], Path], st
     assert time.monotonic() - start < PATIENCE_S
 
 
-def test_error_on_a_read_only_store_names_no_store(bare: Callable[[str], Path], tmp_path: Path) -> None:
+def test_error_on_unwritable_store_suggests_building_without_one(bare: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BuildError, match=r"cannot be written: .* Build with --no-store"):
         build(bare("a"), tmp_path / "file" / "store")
@@ -464,7 +466,7 @@ def test_failed_build_is_one_line_on_the_terminal(bare: Callable[[str], Path]) -
     assert done.stderr.splitlines()[-1].startswith("error: tensorrt-rtx")
 
 
-def test_error_on_a_lock_that_cannot_be_taken_names_no_store(
+def test_error_on_a_lock_that_cannot_be_taken_suggests_building_without_a_store(
     bare: Callable[[str], Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

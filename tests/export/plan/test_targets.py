@@ -44,7 +44,9 @@ def test_compute_capability_is_read_as_people_write_it(written: tuple[str, ...],
     assert read_capabilities(written) == read
 
 
-@pytest.mark.parametrize("written", ["", "h100", "8.9x", "8.65", "native", "-8.9", "1.0", "8.9,", "sm_10", "all"])
+@pytest.mark.parametrize(
+    "written", ["", "h100", "8.9x", "8.65", "native", "-8.9", "1.0", "8.9,", "sm_10", "all", "35", "3"]
+)
 def test_error_on_a_wrong_compute_capability_shows_the_right_form(written: str) -> None:
     with pytest.raises(ConfigError, match=r"is not a compute capability; write it as in --compute-capability 8\.9"):
         read_capabilities((written,))
@@ -131,7 +133,7 @@ def test_unknown_flavour_lists_the_known() -> None:
         choose_target("openvino", (), "fp16")
 
 
-def test_targets_without_a_plan_contradict_each_other() -> None:
+def test_compute_capability_without_a_plan_is_refused() -> None:
     with pytest.raises(ConfigError, match="builds no plan"):
         choose_target("none", ("8.9",), "fp16")
 

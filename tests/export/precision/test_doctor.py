@@ -125,12 +125,11 @@ def test_largest_of_a_linear_layer_includes_its_product_before_the_bias(hot: Pat
     tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
     layer = tower.layers[1]
     with torch.no_grad():
-        layer.mlp.fc1.bias[3] = -3.0  # as large as the product, so that the sum is smaller
-        layer.mlp.fc1.bias[4] = 0.0
+        layer.mlp.fc1.bias[3] = -3.0  # no longer hot
         layer.mlp.fc1.weight[4] = 0.0
         layer.mlp.fc1.weight[4, 0] = 1000.0
         layer.layer_norm2.weight[0], layer.layer_norm2.bias[0] = 0.0, 1.0
-        layer.mlp.fc1.bias[4] = -999.0
+        layer.mlp.fc1.bias[4] = -999.0  # almost as large as the product, so that the sum is small
     extremes = Extremes()
     simulate(tower, spec).run(drawn(1)[0], observe=extremes.observe)
     assert hooked(tower, drawn(1))[HOT] < 100

@@ -56,7 +56,7 @@ def test_int8_leaves_what_follows_an_activation_in_half_precision(checkpoints: d
     assert not any(name.endswith("fc2") for name in read_quantised(bundle))
 
 
-def test_scales_are_the_largest_magnitudes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_scales_of_weights_are_their_largest_magnitudes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     options = ExportOptions(precision="int8", flavour="none", check=False, keep_fp16=("layers.0", "layers.2"))
     bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
     scales = read_quantised(bundle)

@@ -191,6 +191,13 @@ def test_lock_is_the_same_for_every_spelling_of_a_path(spoilt: Path, tmp_path: P
         pass
 
 
+def test_read_only_disk_is_not_taken_for_another_writer(small_disk: Path) -> None:
+    (small_disk / "b").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)  # noqa: S607
+    with pytest.raises(BundleError, match=rf"{small_disk} cannot be written: "), locked(small_disk / "b"):
+        pass
+
+
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail_half_way(folder: Path) -> None:
         (folder / "half").write_text("")

@@ -84,11 +84,13 @@ def refusal(folder: Path) -> str:
     with pytest.raises(BundleError) as failure:
         load(folder)
     message = str(failure.value)
-    rehearsal = Bundle.open(folder).manifest.source.random_weights
-    command = (
-        f"Certify what runs here, in an environment with the extra export: trtower check {folder} --backend {BACKEND}"
-    )
-    next_step = "Export the checkpoint itself." if rehearsal else command
+    manifest = Bundle.open(folder).manifest
+    command = f"trtower check {folder} --backend {BACKEND}"
+    next_step = f"Certify what runs here, in an environment with the extra export: {command}"
+    if manifest.source.random_weights:
+        next_step = "Export the checkpoint itself."
+    elif not all(each.passed for each in manifest.certificates):
+        next_step = f"Export it with --precision auto, or see where it errs: {command} --report DIR"
     head, tail = f"{folder} is not certified: ", f". {next_step}"
     assert message.startswith(head)
     assert message.endswith(tail)
@@ -182,6 +184,14 @@ def certify_plan(folder: Path, plan: str) -> None:
     manifest = Bundle.open(folder).manifest
     files = {**manifest.certificate.files, plan: manifest.files[plan].sha256}
     change_certificate(folder, ran="plan", backend=PLAN_BACKEND, executed=(plan,), files=files)
+
+
+def test_certificate_of_a_replaced_plan_goes_with_it(certified: Path, tmp_path: Path) -> None:
+    certify_plan(certified, add_plan(certified))
+    bundle = Bundle.open(certified)
+    assert bundle.manifest.certificates
+    (tmp_path / "staged").write_bytes(b"a plan that was built again")
+    assert bundle.add_plan(bundle.manifest.plans[0], tmp_path / "staged").manifest.certificates == ()
 
 
 def test_check_of_a_plan_does_not_certify_the_graph(certified: Path) -> None:
@@ -303,5 +313,5 @@ def test_certificate_of_files_that_changed_is_refused(certified: Path) -> None:
     files = {**opened.manifest.files, CONFIG: describe(config)}
     write_manifest(certified, replace(opened.manifest, files=files))
     assert opened.manifest.certificate
-    with pytest.raises(BundleError, match="was exported again, so this certificate is out of date"):
+    with pytest.raises(BundleError, match="was exported or built again, so this certificate is out of date"):
         opened.add_certificate(opened.manifest.certificate)

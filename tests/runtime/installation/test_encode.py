@@ -82,13 +82,13 @@ def test_error_names_the_model_inside_a_wrapper(bundles: Bundles) -> None:
         trtower.encode_for(model, torch.zeros(1, 3, 42, 42))
 
 
-def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], queue: Any) -> None:
+def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], path: Path) -> None:
     """Run as the encoding process: load the model with its tower and projector, and save the features."""
     torch.set_num_threads(1)
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint)
     with trtower.install(model, bundle):
         encoded = trtower.encode_for(model, images)
-    torch.save(encoded, queue)
+    torch.save(encoded, path)
 
 
 @new

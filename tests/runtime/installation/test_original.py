@@ -187,7 +187,7 @@ def test_every_member_of_the_wrapper_answers_as_before(checkpoints: Checkpoints,
     assert wrapper.vision_tower is inner
 
 
-def test_wrapper_of_tinychat_may_be_cast_before_every_call(checkpoints: Checkpoints, bundles: Bundles) -> None:
+def test_wrapper_may_be_cast_before_every_call_as_tinychat_does(checkpoints: Checkpoints, bundles: Bundles) -> None:
     model = make("llava", checkpoints)
     with trtower.install(model, bundles()):
         once = model.get_vision_tower().half()(draw(1))

@@ -80,7 +80,7 @@ def test_failed_check_of_a_worse_backend_is_not_mentioned(bundle: Bundle, caplog
     assert "onnxruntime-cpu" not in record.getMessage()
 
 
-def test_log_does_not_repeat_the_reservation_of_a_postponed_choice(
+def test_log_does_not_repeat_why_the_chosen_backend_was_first_passed_over(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     for backend in ("openvino", "onnxruntime-cpu"):

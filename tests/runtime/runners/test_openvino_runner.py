@@ -157,11 +157,14 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_refused(
         VisionTower.load(spoilt, "openvino")
 
 
-def test_processor_without_bf16_says_so(clip_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_without_bf16_says_so_and_runs_a_bf16_bundle_in_fp32(
+    export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trtower.runners.openvino.has_bf16", lambda _: False)
+    bundle = export("clip", precision="bf16", flavour="none")
     with pytest.raises(BackendError, match="no BF16 support in this processor"):
-        VisionTower.load(clip_bundle, "openvino-bf16")
-    assert VisionTower.load(clip_bundle).backend.endswith("CPU, FP32")
+        VisionTower.load(bundle, "openvino-bf16")
+    assert VisionTower.load(bundle).backend.endswith("CPU, FP32")
 
 
 @with_bf16

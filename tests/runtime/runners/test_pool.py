@@ -95,7 +95,7 @@ def test_close_waits_for_borrowers_and_refuses_later_ones() -> None:
 
 
 @pytest.mark.parametrize("error", [BackendError("no room"), MemoryError("std::bad_alloc")])
-def test_pool_closes_while_making_one_fails(error: Exception) -> None:
+def test_pool_can_be_closed_while_it_fails_to_make_one_more(error: Exception) -> None:
     trying, go_on = threading.Event(), threading.Event()
 
     def make() -> object:

@@ -128,9 +128,10 @@ def test_pixels_on_the_device_are_not_copied(tower: VisionTower, monkeypatch: py
         assert addresses.pop() == batch.data_ptr()
 
 
-def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Eager) -> None:
+def test_batch_over_the_maximum_is_run_in_pieces(tower: VisionTower, eager: Eager, sizes: list[int]) -> None:
     batch = images(2 * MAX + 3)
     assert torch.allclose(tower(batch), eager(batch), atol=FP32_TOLERANCE)
+    assert sizes == [MAX, MAX, 3]
 
 
 def test_remainder_below_the_minimum_is_still_right(export: Callable[..., Path], eager: Eager) -> None:
