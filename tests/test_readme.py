@@ -29,6 +29,14 @@ def test_first_screen_says_for_whom_it_is() -> None:
     assert [name for name in (*PRODUCTS, *JETSONS, *OTHERS, *REFUSED) if name not in screen] == []
 
 
+def test_first_page_of_the_site_promises_no_more() -> None:
+    index = read(ROOT / "docs" / "index.md")
+    (headline,) = re.findall(r"^\*\*(.+)\*\*$", README, flags=re.MULTILINE)
+    (status,) = re.findall(r"^> (\*\*Status: .+) On your GPU, run ", README, flags=re.MULTILINE)
+    assert headline in index
+    assert status in index
+
+
 def test_every_family_is_named() -> None:
     assert [family.name for family in FAMILIES if f"`{family.name}`" not in README] == []
 

@@ -41,7 +41,8 @@ def hash_later(tower: nn.Module, spec: TowerSpec) -> Future[dict[str, str]]:
                 for name, dtype in DTYPES.items():
                     digests[name].append(_digest(parameter, dtype))
         except BaseException as err:  # noqa: BLE001 - result() raises it
-            future.set_exception(err)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(err)
         else:
             if future.set_running_or_notify_cancel():
                 future.set_result({name: _join(each) for name, each in digests.items()})

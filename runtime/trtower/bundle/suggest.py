@@ -1,11 +1,13 @@
 """Compose the commands that messages suggest as the next step."""
 
+import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
-from trtower.layer_codes import LayerCode, name_layer
+from trtower.layer_codes import LayerCode, name_layer, parse_layer_code, read_layer_code
 from trtower.spec import DEFAULT_BATCH, TowerSpec
 
 
@@ -18,8 +20,10 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
     """Return the command that exports a bundle like this one with other layers and another image size."""
     spec, source = bundle.manifest.spec, bundle.manifest.source
     layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
+    indices, _ = read_layer_code(parse_layer_code(layers), spec.select_feature, spec.num_layers)
+    options = _build_options(bundle, replace(spec, layers=indices))
     command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
-    command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *_build_options(bundle)]
+    command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *options]
     command += ["--random-weights"] if source.random_weights else []
     command += ["--revision", source.revision] if source.revision else []
     command += ["--tower", source.tower] if source.tower else []
@@ -29,7 +33,8 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
 
 def export_command_of(checkpoint: str, bundle: Bundle) -> str:
     """Return the command that exports another checkpoint with the options of this bundle, into a folder beside it."""
-    return shlex.join(["trtower", "export", checkpoint, *_build_options(bundle), "--out", f"{bundle.path}-own"])
+    options = _build_options(bundle, bundle.manifest.spec)
+    return shlex.join(["trtower", "export", checkpoint, *options, "--out", f"{bundle.path}-own"])
 
 
 def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str]) -> str:
@@ -38,11 +43,19 @@ def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str
     return shlex.join([*command, *(each for one in compute_capabilities for each in ("--compute-capability", one))])
 
 
-def _build_options(bundle: Bundle) -> list[str]:
+def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
+    """Return the options that build a bundle of ``spec`` like this one."""
     manifest = bundle.manifest
     options = ["--precision", manifest.precision]
-    options += ["--keep-fp32", ",".join(manifest.keep_fp32)] if manifest.keep_fp32 else []
+    kept = [name for name in manifest.keep_fp32 if _is_in(name, spec)]
+    options += ["--keep-fp32", ",".join(kept)] if kept else []
     options += [] if manifest.plans else ["--flavour", "none"]
     if manifest.profiles != (DEFAULT_BATCH,):
         options += [each for p in manifest.profiles for each in ("--batch", f"{p.min},{p.opt},{p.max}")]
     return options
+
+
+def _is_in(operation: str, spec: TowerSpec) -> bool:
+    """Whether the tower of ``spec`` is deep enough to have an operation."""
+    layer = re.match(r"layers\.(\d+)\.", operation)
+    return int(layer[1]) < spec.depth if layer else operation != "final_norm" or spec.reads_final_norm

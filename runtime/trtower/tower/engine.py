@@ -236,7 +236,7 @@ def _not_certified(bundle: Bundle, reason: str, backend: str, executed: Sequence
     if bundle.manifest.source.random_weights:
         next_step = "Export the checkpoint itself."
     elif certificate and not certificate.passed:
-        next_step = f"Export it with --precision auto, or see where it errs: {command} --report DIR"
+        next_step = f"See where it errs: {command} --report DIR"
     else:
         next_step = f"Certify what runs here, in an environment with the extra export: {command}"
     return BundleError(f"{bundle.path} is not certified: {reason}. {next_step}")

@@ -90,7 +90,7 @@ def refusal(folder: Path) -> str:
     if manifest.source.random_weights:
         next_step = "Export the checkpoint itself."
     elif not all(each.passed for each in manifest.certificates):
-        next_step = f"Export it with --precision auto, or see where it errs: {command} --report DIR"
+        next_step = f"See where it errs: {command} --report DIR"
     head, tail = f"{folder} is not certified: ", f". {next_step}"
     assert message.startswith(head)
     assert message.endswith(tail)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.conftest import BATCH, IMAGE_SIZE, PATCH_SIZE, WIDTH
-from trtower import CLIPVisionTower, VisionTower
+from trtower import Bundle, CLIPVisionTower, VisionTower
 from trtower.cli import run
 from trtower.errors import ConfigError
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -240,3 +240,13 @@ def test_num_patches_counts_cls_for_llava_next_only(bundle: Path) -> None:
         assert VisionTower(bundle, select_layer=-2, select_feature=feature, count_cls=True).num_patches == next_counts
         tower.select_feature = "patch"
         assert tower.num_patches == 9
+
+
+def test_command_in_the_message_keeps_what_stays_in_fp32(export: Callable[..., Path], tmp_path: Path) -> None:
+    kept = ("layers.0.mlp.fc2", "layers.3.mlp.fc2")
+    path = export("clip", select_layer=(4,), flavour="none", keep_fp32=kept)
+    with pytest.raises(ConfigError, match="Export it: trtower export ") as caught:
+        CLIPVisionTower(path, config(-3, "patch"))  # without the last two layers
+    command = shlex.split(str(caught.value).partition("Export it: trtower ")[2])
+    assert run([*command, "--no-check", "--out", str(tmp_path / "b")]) == 0
+    assert Bundle.open(tmp_path / "b").manifest.keep_fp32 == kept[:1]
