@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import trtower
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, SCHEMA, Manifest, Source
+from trtower.bundle.manifest import CONFIG, FUSED_GRAPH, GRAPH, GRAPH_DATA, PREPROCESSOR, SCHEMA, Manifest, Source
 from trtower.bundle.staging import describe, write_manifest
 from trtower.errors import BuildError
 from trtower.spec import MIB, PRECISIONS, BatchProfile, TowerSpec
@@ -22,6 +22,8 @@ from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.load import LoadedTower
 from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
 from trtower_export.precision.program import TracedTower
+
+FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
 
 
 def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:
@@ -74,7 +76,7 @@ def write_bundle(
         input=spec.input(traced.precision),
         output=spec.output(traced.precision),
         profiles=profiles,
-        files={file: describe(folder / file) for file in (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)},
+        files={file: describe(folder / file) for file in FILES if (folder / file).exists()},
         plans=(),
         versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
         certificates=(),

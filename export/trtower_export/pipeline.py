@@ -6,7 +6,6 @@ checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH
 from trtower.bundle.staging import disk_errors, refuse_existing, staged
 from trtower.bundle.suggest import build_command
 from trtower.errors import BuildError, TrtowerError
@@ -75,7 +74,7 @@ def export_tower(
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
-            traced.write(spec, folder / GRAPH)
+            traced.write(spec, folder)
         release(loaded.tower, traced.program)  # the plan's build needs the memory
         manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced)
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")

@@ -84,7 +84,8 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         plans=[_inspect_plan(bundle, plan, altered, missing) for plan in manifest.plans],
         size=sum(entry.size for entry in manifest.files.values()),
         backends=[
-            _backend_row(each, unusable or _spoilt(each.plan, altered, missing), auto=each is choice) for each in ways
+            _backend_row(each, unusable or _spoilt(each.file, each.plan, altered, missing), auto=each is choice)
+            for each in ways
         ],
         certificates=[
             InspectedCertificate(**vars(each), void=bundle.changed_since(each, altered))
@@ -109,7 +110,7 @@ def _inspect_plan(bundle: Bundle, plan: PlanEntry, altered: list[str], missing: 
     verdicts = {
         **plan_verdicts(plan, default_device("cuda")),
         "certificate": bundle.why_uncertified(plan.flavour, [plan.file], altered),
-        "sha256": _spoilt(plan, altered, missing),
+        "sha256": _spoilt(plan.file, plan, altered, missing),
     }
     return InspectedPlan(**vars(plan), size=bundle.manifest.files[plan.file].size, verdicts=verdicts)
 
@@ -127,10 +128,10 @@ def _backend_row(candidate: Candidate, damage: str | None, *, auto: bool) -> Bac
     )
 
 
-def _spoilt(plan: PlanEntry | None, altered: list[str], missing: list[str]) -> str | None:
-    """Name the damaged files among those that running a plan, or the graph, reads; None if there are none."""
-    read = [plan.file] if plan else []
-    if plan is None or plan.settings.stripped:
+def _spoilt(file: str | None, plan: PlanEntry | None, altered: list[str], missing: list[str]) -> str | None:
+    """Name the damaged files among those that running a plan, or a graph, reads; None if there are none."""
+    read = [file, GRAPH_DATA] if plan is None else [file]
+    if plan and plan.settings.stripped:
         read += [GRAPH, GRAPH_DATA]
     spoilt = [name for name in read if name in altered]
     return f"{_describe_damage(spoilt, missing)}: copy the bundle again" if spoilt else None

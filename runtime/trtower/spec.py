@@ -21,8 +21,7 @@ class Precision:
 
     ``dtype`` is the name in torch and in a manifest, ``onnx`` the number in ONNX's TensorProto, ``tensorrt`` the name
     in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs below compute capability
-    ``first_capability`` lack the format, and TensorRT refuses the graph for them. Graphs are written in ``opset``: 23
-    gives one Attention node per layer, for which TensorRT-RTX 1.7 has kernels only in half precision.
+    ``first_capability`` lack the format, and TensorRT refuses the graph for them.
 
     An 8-bit precision is FP16 everywhere except in its linear layers, whose weights have the type ``onnx_linear`` (in
     TensorProto).
@@ -34,7 +33,6 @@ class Precision:
     onnx: int
     tensorrt: str
     openvino: str
-    opset: int = 23
     first_capability: float = 0.0
     onnx_linear: int = 0  # UNDEFINED
 
@@ -43,7 +41,7 @@ FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HA
 _ROWS = (
     FP16,
     replace(FP16, name="bf16", dtype="bfloat16", onnx=16, tensorrt="BF16", openvino="bf16", first_capability=8.0),
-    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32", opset=20),
+    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32"),
     replace(FP16, name="fp8", onnx_linear=17, first_capability=8.9),
     replace(FP16, name="int8", onnx_linear=3),
 )

@@ -1,8 +1,10 @@
 """Every family as a graph: its content, that ONNX Runtime computes transformers' states with it, and that it builds."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
-from trtower.bundle.manifest import GRAPH
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
@@ -55,6 +57,12 @@ GRAPHS = [
     ("internvl_vision-rms", "bf16"),
     ("aimv2-native", "fp32"),
 ]
+FP32_NORMS = {"internvl_vision-rms", "aimv2", "aimv2-native"}
+"""Models whose norms compute the mean of squares in FP32."""
+
+SPLIT_HEADS = {"dinov3_vit", "dinov3_vit-gated", "eva_clip"}
+"""Models that compute with queries and keys after the heads were split, such as rotating them."""
+
 PLANS = [*((family.name, "fp16") for family in FAMILIES), *GRAPHS[-2:]]
 
 Array = npt.NDArray[np.float32]
@@ -87,7 +95,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Writ
         tower = truncate(model, family, spec)
         folder = tmp_path_factory.mktemp(f"{name}-{precision}")
         program = trace(tower, spec.input(precision), BATCH)
-        write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
+        write_onnx(program, spec.input(precision), spec.output(precision), folder)
         floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
         weights = np.sort(torch.cat([tensor.detach().float().flatten() for tensor in floats]).numpy())
         return Written(folder, spec, pixels, tuple(state.detach() for state in states), weights)
@@ -102,11 +110,12 @@ def test_graph_holds_the_cut_tower_and_no_dead_weight(
     written = write(name, precision)
     graph = onnx.load(written.folder / GRAPH).graph
     floats = [tensor for tensor in graph.initializer if tensor.data_type != TensorProto.INT64]
-    assert {tensor.data_type for tensor in floats} == {FLOATS[precision]}
-    elements = np.concatenate([numpy_helper.to_array(t).astype(np.float32).ravel() for t in floats if t.dims])
+    weights = [tensor for tensor in floats if prod(tensor.dims) > 1]
+    assert {tensor.data_type for tensor in weights} == {FLOATS[precision]}
+    elements = np.concatenate([numpy_helper.to_array(tensor).astype(np.float32).ravel() for tensor in weights])
     assert DEAD not in elements
     assert np.array_equal(np.sort(elements), written.weights)
-    assert sum(numpy_helper.to_array(t).size for t in floats) - elements.size <= SCALARS
+    assert len(floats) - len(weights) <= SCALARS
 
 
 @pytest.mark.parametrize(("name", "precision"), GRAPHS)
@@ -114,20 +123,59 @@ def test_graph_computes_in_its_precision_and_interpolates_nothing(
     write: Callable[[str, str], Written], name: str, precision: str
 ) -> None:
     graph = onnx.load(write(name, precision).folder / GRAPH, load_external_data=False).graph
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    made = {output for node in casts for output in node.output}
+    wide = [value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT]
     kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    if name in FP32_NORMS and precision != "fp32":  # the model's own code has them so
+        assert made & set(wide)
+        kinds -= {TensorProto.FLOAT}
+    else:
+        assert not casts
     assert kinds <= {FLOATS[precision], TensorProto.INT64}
     operators = [node.op_type for node in graph.node]
-    assert not {"Cast", "Resize", "Upsample", "Sin", "Cos"} & set(operators)
-    assert operators.count("Attention") == (0 if precision == "fp32" else LAYER)
+    assert not {"Attention", "RMSNormalization", "Resize", "Upsample", "Sin", "Cos"} & set(operators)
+    assert operators.count("Softmax") == LAYER
 
 
+@pytest.mark.parametrize(("name", "precision"), [graph for graph in GRAPHS if graph[1] != "fp32"])
+def test_attention_graph_has_one_node_per_layer_over_the_same_weights(
+    write: Callable[[str, str], Written], name: str, precision: str
+) -> None:
+    folder = write(name, precision).folder
+    onnx.checker.check_model(folder / FUSED_GRAPH, full_check=True)
+    spelled_out, fused = (onnx.load(folder / file, load_external_data=False) for file in (GRAPH, FUSED_GRAPH))
+    assert [each.version for each in fused.opset_import] == [23]
+    assert [each.version for each in spelled_out.opset_import] == [20]
+    nodes = [node for node in fused.graph.node if node.op_type == "Attention"]
+    assert [re.match(r"layers\.(\d+)\..+/Attention$", node.name)[1] for node in nodes] == [str(k) for k in range(LAYER)]
+    assert not any(node.op_type == "Softmax" for node in fused.graph.node)
+    weights = {tensor.name: tensor for tensor in spelled_out.graph.initializer}
+    large = [
+        tensor for tensor in fused.graph.initializer if prod(tensor.dims) > 1 and tensor.data_type != TensorProto.INT64
+    ]
+    assert all(tensor == weights[tensor.name] for tensor in large)
+    assert {entry.value for tensor in large for entry in tensor.external_data if entry.key == "location"} == {
+        GRAPH_DATA
+    }
+    assert (fused.graph.input, fused.graph.output) == (spelled_out.graph.input, spelled_out.graph.output)
+    is_flat = all(any(each.name == "q_num_heads" for each in node.attribute) for node in nodes)
+    assert is_flat == (name not in SPLIT_HEADS)
+    layers = [node.op_type for node in fused.graph.node if node.name.startswith("layers.")]
+    assert not is_flat or not {"Reshape", "Transpose"} & set(layers)
+
+
+@pytest.mark.parametrize("file", [GRAPH, FUSED_GRAPH])
 @pytest.mark.parametrize(("name", "precision"), [graph for graph in GRAPHS if graph[1] != "bf16"])
 def test_onnx_runtime_computes_transformers_states_in_any_batch(
-    write: Callable[[str, str], Written], name: str, precision: str
+    write: Callable[[str, str], Written], name: str, precision: str, file: str
 ) -> None:
     """ONNX Runtime has no CPU kernels for BF16."""
     written = write(name, precision)
-    session = onnxruntime.InferenceSession(written.folder / GRAPH, providers=["CPUExecutionProvider"])
+    if (precision, file) == ("fp32", FUSED_GRAPH):
+        assert not (written.folder / file).exists()
+        return
+    session = onnxruntime.InferenceSession(written.folder / file, providers=["CPUExecutionProvider"])
     tensor = written.spec.input(precision)
     for batch in (1, 2, 3):
         pixels = written.pixels[:batch].numpy().astype(tensor.dtype)
@@ -166,7 +214,7 @@ def test_tower_that_is_not_cast_as_a_whole_is_refused(tmp_path: Path) -> None:
     input_, output = (TensorSpec(name=name, dtype="float16", shape=shape) for name in ("pixel_values", "hidden_states"))
     program = trace(Uncast(), input_, BATCH)
     with pytest.raises(BuildError, match="not float16: the tower was not cast as a whole"):
-        write_onnx(program, input_, output, tmp_path / GRAPH)
+        write_onnx(program, input_, output, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.dtypes import DTYPES
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart, Runner
@@ -38,7 +38,7 @@ class EmulatedRunner(Runner):
         precision = bundle.manifest.precision
         self._session: Any = open_session(read_emulated(bundle, worst=worst))
         self.backend = f"emulated-{precision}"
-        self.files = (GRAPH, GRAPH_DATA)
+        self.files = (_graph(bundle, worst=worst), GRAPH_DATA)
         self.device = torch.device("cpu")
         self.dtype = DTYPES[bundle.manifest.input.dtype]
         self.name = f"onnxruntime {ort.__version__}, CPU, {precision.upper()} emulated"
@@ -57,9 +57,15 @@ class EmulatedRunner(Runner):
 
 def read_emulated(bundle: Bundle, *, worst: bool = True) -> onnx.ModelProto:
     """Read a bundle's graph with its weights, and turn it into an FP32 graph that rounds after every operation."""
-    model = read_onnx(bundle)
+    model = read_onnx(bundle, _graph(bundle, worst=worst))
     emulate(model, PRECISIONS[bundle.manifest.precision].onnx, worst=worst)
     return model
+
+
+def _graph(bundle: Bundle, *, worst: bool) -> str:
+    """Return the graph to emulate: at its worst FP16 rounds inside attention too, which GRAPH spells out."""
+    rounds_inside = worst and bundle.manifest.input.dtype == "float16"
+    return GRAPH if rounds_inside or FUSED_GRAPH not in bundle.manifest.files else FUSED_GRAPH
 
 
 def open_session(model: onnx.ModelProto) -> Any:

@@ -1,7 +1,8 @@
 """Write a traced tower as ONNX, with the precision in the graph and a name on every node.
 
-Each node is named after its module, and each hidden state after its index. This makes a profile of the engine readable,
-and lets `trtower check --by-layer` find the hidden states.
+A bundle has one or two graphs over the same weights: GRAPH, and in half precision also FUSED_GRAPH, for ONNX
+Runtime on CUDA (see fusion.py). Each node is named after its module, and each hidden state after its index. This
+makes a profile of the engine readable, and lets `trtower check --by-layer` find the hidden states.
 """
 
 import ast
@@ -11,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,9 +25,13 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from torch.export import ExportedProgram
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
-from trtower.spec import BY_DTYPE, TensorSpec
+from trtower.spec import BY_DTYPE, HALVES, TensorSpec
+from trtower_export.graph.fusion import spell_out_attention, write_fused
+
+OPSET = 20
+"""The newest opset that TensorRT 10.0 reads. It is the first with the operator Gelu."""
 
 HIDDEN_STATE = "hidden_state."
 """The prefix of the names of hidden states in the graph; their index follows."""
@@ -41,33 +47,34 @@ def write_onnx(
     program: ExportedProgram,
     input_: TensorSpec,
     output: TensorSpec,
-    path: Path,
+    folder: Path,
     *,
     islands: bool = False,
     quantise: Quantise | None = None,
 ) -> None:
-    """Write to ``path`` a tower that `operations.trace` has traced, with its weights beside the graph.
+    """Write a tower that `operations.trace` has traced as the graphs of a bundle, with their weights beside them.
 
-    The same weights give the same bytes, because names of source files, which PyTorch writes into every node, are
-    removed. With ``islands`` the graph may hold weights in FP32 beside half precision. ``quantise`` receives the graph
-    and the module of every node, and may write 8 bits into the graph. Raises BuildError if the graph does not match
-    ``input_`` and ``output``.
+    This spells out the attention of ``program``, in place. The same weights give the same bytes, because names of
+    source files, which PyTorch writes into every node, are removed. With ``islands`` the graph may hold weights in FP32
+    beside half precision. ``quantise`` receives the graph and the module of every node, and may write 8 bits into the
+    graph. Raises BuildError if the graph does not match ``input_`` and ``output``.
     """
     precision = BY_DTYPE[input_.dtype]
+    path = folder / GRAPH
     kinds = {precision.onnx} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
+    spell_out_attention(program)
     with _quiet_exporter(), _without_slices_split():
         written = torch.onnx.export(
             program,
             (),
             dynamo=True,
-            opset_version=precision.opset,
+            opset_version=OPSET,
             input_names=[input_.name],
             output_names=[output.name],
             dynamic_shapes={input_.name: {0: str(input_.shape[0])}},
             verbose=False,
         )
         assert written is not None  # noqa: S101 - dynamo=True returns the program
-        _widen_norms(written.model)
         modules = _name(written.model)
         if quantise:
             quantise(written.model, modules)
@@ -76,17 +83,19 @@ def write_onnx(
         written.save(path, external_data=True)
         for value in written.model.graph.initializers.values():
             value.const_value = None  # the exporter's own cycles would keep the weights in memory
-    path.with_name(GRAPH_DATA).chmod(path.stat().st_mode)  # it was written readable only by its owner
+    (folder / GRAPH_DATA).chmod(path.stat().st_mode)  # it was written readable only by its owner
     _check_contract(onnx.load_model(path, load_external_data=False).graph, input_, output, kinds)
+    if precision.name in HALVES:
+        write_fused(path, folder / FUSED_GRAPH)
 
 
-def read_onnx(bundle: Bundle) -> onnx.ModelProto:
-    """Read a bundle's graph with its weights, and verify both files. Raises BundleError.
+def read_onnx(bundle: Bundle, graph: str = GRAPH) -> onnx.ModelProto:
+    """Read a graph of a bundle with its weights, and verify both files. Raises BundleError.
 
     onnx would refuse weights that have a second hard link, which `cp -l` and `rsync --link-dest` make. Both files are
     compared with their sha256 instead.
     """
-    model = onnx.load_model_from_string(bundle.read(GRAPH))
+    model = onnx.load_model_from_string(bundle.read(graph))
     weights = bundle.map(GRAPH_DATA)
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
@@ -96,25 +105,6 @@ def read_onnx(bundle: Bundle) -> onnx.ModelProto:
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     return model
-
-
-def _widen_norms(model: onnx_ir.Model) -> None:
-    """Cast the input of an RMSNormalization with FP32 weights to FP32.
-
-    The exporter fuses the model's own cast into the node. The result then has the type of the weights, but ONNX Runtime
-    1.32 and onnx 1.23 assume the type of the input.
-    """
-    for node in list(model.graph):
-        if node.op_type == "RMSNormalization":
-            x, scale = node.inputs
-            assert x and scale and scale.dtype  # noqa: S101, PT018 - both are required
-            if x.dtype != scale.dtype:
-                cast = onnx_ir.node(
-                    "Cast", [x], attributes={"to": scale.dtype}, metadata_props=dict(node.metadata_props)
-                )
-                cast.outputs[0].dtype, cast.outputs[0].shape = scale.dtype, x.shape
-                model.graph.insert_before(node, cast)
-                node.replace_input_with(0, cast.outputs[0])
 
 
 def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
@@ -185,7 +175,7 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
             )
     floats = {each.onnx for each in BY_DTYPE.values()}
     for tensor in graph.initializer:
-        if tensor.data_type in floats and tensor.data_type not in kinds:
+        if tensor.data_type in floats and tensor.data_type not in kinds and prod(tensor.dims) > 1:
             raise BuildError(f"initialiser {tensor.name} is not {input_.dtype}: the tower was not cast as a whole.")
 
 

@@ -42,10 +42,10 @@ class TracedTower:
     calibration: Calibration | None = None
     quantise: Quantise | None = None
 
-    def write(self, spec: TowerSpec, path: Path) -> None:
-        """Write the graph to ``path``, with its weights beside it. Raises BuildError."""
+    def write(self, spec: TowerSpec, folder: Path) -> None:
+        """Write the graphs and their weights into a bundle's folder. Raises BuildError."""
         input_, output = spec.input(self.precision), spec.output(self.precision)
-        write_onnx(self.program, input_, output, path, islands=bool(self.keep_fp32), quantise=self.quantise)
+        write_onnx(self.program, input_, output, folder, islands=bool(self.keep_fp32), quantise=self.quantise)
 
 
 def trace_in_precision(

@@ -310,7 +310,8 @@ class Bundle:
         folder = folder.expanduser().resolve()
         if (folder / MANIFEST).is_file():
             there = Bundle.open(folder)
-            names = (GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
+            of_plans = {name for plan in self.manifest.plans for name in (plan.file, plan.log)}
+            names = self.manifest.files.keys() - of_plans
             is_same = all(there.manifest.files.get(name) == self.manifest.files[name] for name in names)
             if is_same and there.manifest.spec == self.manifest.spec and not there.altered(names):
                 return there

@@ -20,10 +20,16 @@ from trtower.spec import EIGHT_BIT, MB, PRECISIONS, BatchProfile, TensorSpec, To
 MANIFEST = "tower.json"
 GRAPH = "tower.onnx"
 GRAPH_DATA = "tower.onnx.data"
+FUSED_GRAPH = "tower.fused.onnx"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PLANS = "plans"
-"""The files of a bundle, and the folder of its plans."""
+"""The files of a bundle, and the folder of its plans.
+
+The two graphs compute the same and share GRAPH_DATA. GRAPH holds only operators that every TensorRT since 10.0 knows.
+FUSED_GRAPH has one node for each attention and RMS norm, for which ONNX Runtime has fast kernels on CUDA. FP32 bundles,
+and bundles of trtower before 2026-12, lack FUSED_GRAPH.
+"""
 
 SCHEMA = 6
 """Increased only if a key is removed or changes its meaning.

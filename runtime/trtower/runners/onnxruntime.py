@@ -1,14 +1,14 @@
 """Run a bundle's graph with ONNX Runtime, on CUDA or the CPU, directly on torch's tensors."""
 
 import logging
-import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, one_line
 from trtower.extras import how_to_install, import_extra
@@ -17,11 +17,6 @@ from trtower.runners.pool import SerialThread
 from trtower.spec import PRECISIONS, profile_batches
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-
-FAST_FP16_FROM = (1, 25)
-"""The first ONNX Runtime with fast FP16 attention on the CPU. Measured on two busy cores on 2026-11-25: one image of
-ViT-B/16 took 11.5 s with 1.24.4 and about 1 s from 1.25.0 on; one of ViT-L/14-336 took 51.8 s with 1.23.2 and 1.1 s
-with 1.32.0."""
 
 SHAPE_OPERATORS = ("Shape", "Concat")
 """Operators that compute the shape of a batch's class tokens. ONNX Runtime has CUDA kernels for them, but prefers to
@@ -36,37 +31,36 @@ logger = logging.getLogger(__name__)
 class OnnxRuntimeRunner(Runner):
     """One session on the CPU. ONNX Runtime lets threads share it; each call binds its own tensors."""
 
-    def __init__(self, bundle: Bundle, device: torch.device, **settings: str) -> None:
+    def __init__(self, bundle: Bundle, file: str, device: torch.device, **settings: str) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
         # Load both from memory, so that the bytes loaded are those that were hashed, and no other file can be read.
-        graph, weights = bundle.read(GRAPH), bundle.map(GRAPH_DATA)
+        graph, weights = bundle.read(file), bundle.map(GRAPH_DATA)
         provider = PROVIDERS[device.type]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_external_initializers_from_files_in_memory([GRAPH_DATA], [weights], [len(weights)])
         if device.type == "cpu":
             options.intra_op_num_threads = torch.get_num_threads()
-            _warn_of_slow_fp16(ort, bundle)
         else:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as err:
-            raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / GRAPH}: {err}") from err
+            raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / file}: {err}") from err
         if provider not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "
                 f"{self._session.get_providers()[0]}: its CUDA libraries are missing or have another version. Install "
                 "those that it needs, or use another backend."
             )
-        check_contract(bundle, GRAPH, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
+        check_contract(bundle, file, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
             _check_placement(self._session, f"onnxruntime {ort.__version__}")
         element_type = PRECISIONS[bundle.manifest.precision].onnx  # numpy has no name for bfloat16
         self._ort, self._binding = ort, (device.type, device.index or 0, element_type)
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self.backend = f"onnxruntime-{device.type}"
-        self.files = (GRAPH, GRAPH_DATA)
+        self.files = (file, GRAPH_DATA)
         self.device = device
         self.dtype = DTYPES[self._input.dtype]
         self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
@@ -99,8 +93,8 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
     their own tensors, as ONNX Runtime requires.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, *, cuda_graphs: bool) -> None:
-        self._bundle, self.device = bundle, device
+    def __init__(self, bundle: Bundle, file: str, device: torch.device, *, cuda_graphs: bool) -> None:
+        self._bundle, self._file, self.device = bundle, file, device
         self._to_capture = profile_batches(bundle.manifest.profiles) if cuda_graphs else []
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         try:
@@ -123,7 +117,7 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             settings["device_id"] = str(self.device.index)
         if self._to_capture:
             settings["enable_cuda_graph"] = "1"
-        super().__init__(self._bundle, self.device, **settings)
+        super().__init__(self._bundle, self._file, self.device, **settings)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run. The thread adopts the caller's inference mode, because the caller's tensors need it."""
@@ -185,17 +179,6 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             super().close()
 
 
-def _warn_of_slow_fp16(ort: Any, bundle: Bundle) -> None:
-    version = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
-    if bundle.manifest.precision == "fp16" and version < FAST_FP16_FROM:
-        logger.warning(
-            "onnxruntime %s may run FP16 attention on the CPU tens of times slower than %d.%d: update it, or export "
-            "with --precision fp32 for this machine",
-            ort.__version__,
-            *FAST_FP16_FROM,
-        )
-
-
 def _shapes(tensors: Any) -> list[tuple[str, Shape]]:
     """Read the names and shapes of a session's inputs or outputs."""
     return [(tensor.name, tuple(tensor.shape)) for tensor in tensors]
@@ -226,6 +209,10 @@ def _check_placement(session: Any, name: str) -> None:
 class OnnxRuntime(Backend):
     """ONNX Runtime, with its execution provider for one kind of device."""
 
+    def files(self, bundle: Bundle) -> Sequence[str]:
+        """See Backend.files. On CUDA only the operator Attention has fast kernels."""
+        return (FUSED_GRAPH,) if self.kind == "cuda" and FUSED_GRAPH in bundle.manifest.files else (GRAPH,)
+
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
         ort = import_extra("onnxruntime", extra=self.kind, purpose=self.name)
@@ -241,8 +228,8 @@ class OnnxRuntime(Backend):
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
         """See Backend.open."""
         if self.kind == "cuda":
-            return OnnxRuntimeCudaRunner(bundle, device, cuda_graphs=engine.cuda_graphs)
-        return OnnxRuntimeRunner(bundle, device)
+            return OnnxRuntimeCudaRunner(bundle, file, device, cuda_graphs=engine.cuda_graphs)
+        return OnnxRuntimeRunner(bundle, file, device)
 
 
 CUDA = OnnxRuntime(name="onnxruntime-cuda", product="ONNX Runtime", package="onnxruntime-gpu", kind="cuda")

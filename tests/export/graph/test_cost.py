@@ -17,7 +17,7 @@ from torch import nn
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, NUM_LAYERS, PATCH_SIZE, make_model
 from tests.export.counting import flop_of
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, TowerCost
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, TowerCost
 from trtower.errors import ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.families import FAMILIES, Family, family_of
@@ -60,7 +60,6 @@ MORE = ("siglip", "siglip2", "aimv2", "aimv2-native")
 RESIZED = IMAGE_SIZE + PATCH_SIZE
 
 FILES = [*((family.name, "fp16") for family in FAMILIES), ("clip", "fp32"), ("dinov2", "fp32"), ("dinov3_vit", "fp32")]
-"""FP16 is opset 23, with one Attention node per layer. FP32 is opset 20, without Attention nodes."""
 
 
 def on_meta(config: Any) -> tuple[Any, Family]:
@@ -93,9 +92,10 @@ def write(tower: nn.Module, spec: TowerSpec, precision: str, folder: Path, batch
     """Write a cut tower, and count it as an export does. The operators in the file must have the same FLOP."""
     flop = count_flop(tower, spec.image_size)
     program = trace(tower, spec.input(precision), batch)
-    write_onnx(program, spec.input(precision), spec.output(precision), folder / GRAPH)
+    write_onnx(program, spec.input(precision), spec.output(precision), folder)
     (folder / GRAPH_DATA).unlink()
     assert flop_of(folder / GRAPH) == flop
+    assert precision == "fp32" or flop_of(folder / FUSED_GRAPH) == flop
     return measure_graph(folder / GRAPH, flop)
 
 

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from tests.conftest import MODELS, NUM_LAYERS
 from tests.export.counting import flop_of
 from tests.export.small_towers import cut, dinov2, exact, operations, pixels, relative_error, simulation
-from trtower.bundle.manifest import GRAPH
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH
 from trtower.spec import BatchProfile
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.islands import keep_fp32
@@ -71,7 +71,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
     @cache
     def get(name: str, kept: tuple[str, ...]) -> Path:
         spec, folder = cut(name)[1], tmp_path_factory.mktemp(name)
-        write_onnx(retype(name, kept), spec.input("fp16"), spec.output("fp16"), folder / GRAPH, islands=bool(kept))
+        write_onnx(retype(name, kept), spec.input("fp16"), spec.output("fp16"), folder, islands=bool(kept))
         return folder / GRAPH
 
     return lambda name, kept: get(name, operations(name).match(kept))
@@ -249,7 +249,7 @@ def test_only_kept_weights_are_retyped_and_the_tower_does_not_change() -> None:
 
 def test_attention_is_spelled_out_in_kept_layers_and_fused_in_the_others(write: Write) -> None:
     path = write("clip", ["layers.0.self_attn.context", "layers.2.self_attn.scores"])
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load(path.with_name(FUSED_GRAPH), load_external_data=False).graph
     fused = [node.name for node in graph.node if node.op_type == "Attention"]
     assert fused == [f"layers.{layer}.self_attn/Attention" for layer in range(NUM_LAYERS) if layer not in (0, 2)]
     assert [node.name for node in graph.node if node.op_type == "Softmax"] == [

@@ -21,7 +21,7 @@ from trtower_export.precision.program import trace_with_islands
 def write(name: str, patterns: Sequence[str], folder: Path) -> tuple[str, ...]:
     tower, spec = cut(name)
     program, kept = trace_with_islands(tower, spec, "fp16", BATCH, patterns, copied=True)
-    write_onnx(program, spec.input("fp16"), spec.output("fp16"), folder / GRAPH, islands=bool(kept))
+    write_onnx(program, spec.input("fp16"), spec.output("fp16"), folder, islands=bool(kept))
     return kept
 
 

@@ -17,6 +17,7 @@ import torch
 
 from tests.runtime.fake_tensorrt_without_gpu import FakeCuda, fake_answer
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import FUSED_GRAPH
 from trtower.errors import BackendError
 from trtower.runners.onnxruntime import LAUNCH, OnnxRuntimeCudaRunner
 
@@ -129,7 +130,7 @@ def session(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def open_runner(bundle: Bundle, *, cuda_graphs: bool = True) -> OnnxRuntimeCudaRunner:
-    return OnnxRuntimeCudaRunner(bundle, DEVICE, cuda_graphs=cuda_graphs)
+    return OnnxRuntimeCudaRunner(bundle, FUSED_GRAPH, DEVICE, cuda_graphs=cuda_graphs)
 
 
 def run(runner: OnnxRuntimeCudaRunner, bundle: Bundle, cuda: FakeCuda, batch: int, seed: int = 0) -> None:
