@@ -132,6 +132,10 @@ def build(
     ] = None,
     optimization_level: OptimizationLevelOption = None,
     hardware_compatible: HardwareCompatibleOption = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option("--version-compatible", help="Build a plan that TensorRT's lean runtime, of 45 MB, can run too."),
+    ] = False,
     strip: Annotated[
         bool,
         typer.Option("--strip", help="Leave the weights out; loading takes them from the graph. Needs a GPU."),
@@ -149,6 +153,7 @@ def build(
         workspace_mib=workspace_mib,
         optimization_level=optimization_level,
         hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
         stripped=strip,
     )
     opened, plans = Bundle.open(bundle), _find_store(progress) if store else None

@@ -13,6 +13,9 @@ from trtower.extras import how_to_install, import_extra
 FLAVOURS = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Flavour -> its Python module, and the extra of trtower that provides it."""
 
+LEAN, LEAN_EXTRA = "tensorrt_lean", "trt-lean"
+"""The module of TensorRT's lean runtime, which only runs version-compatible plans, and the extra that provides it."""
+
 PLATFORM = f"{platform.system().lower()}-{platform.machine().lower()}"
 """This machine's operating system and processor, such as "linux-x86_64". A plan runs only on the platform that it was
 built for."""
@@ -29,6 +32,12 @@ def load_flavour(flavour: str) -> ModuleType:
         raise MissingExtraError(
             f"flavour {flavour} needs the package {name}, but only type stubs are installed: {how_to_install(extra)}"
         )
+    return module
+
+
+def load_lean() -> ModuleType:
+    """Import TensorRT's lean runtime; raise MissingExtraError if it is not installed."""
+    module: ModuleType = import_extra(LEAN, extra=LEAN_EXTRA, purpose="the lean runtime of TensorRT")
     return module
 
 

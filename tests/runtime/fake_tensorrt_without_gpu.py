@@ -216,11 +216,23 @@ def fake_plan(
     return FAKE_PLAN_MAGIC + json.dumps(fields).encode()
 
 
-class FakeTensorRT(ModuleType):
-    """A fake module tensorrt_rtx. Names that start with _fake_ are for tests; the real module has all others."""
+ABSENT = {
+    "tensorrt_rtx": (),
+    "tensorrt": ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"),
+}
+ABSENT["tensorrt_lean"] = (*ABSENT["tensorrt"], "OnnxParserRefitter")
+"""What the real modules lack of those that the fake can be."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__("tensorrt_rtx")
+
+class FakeTensorRT(ModuleType):
+    """A fake of one of TensorRT's modules. Names that start with _fake_ are for tests; the real module has all others.
+
+    What is done with a fake is recorded in it, or in ``recorder``, another fake. ``_fake_driver_is_old`` may be "null"
+    or "crash": what the full and the lean TensorRT make of a driver that is too old.
+    """
+
+    def __init__(self, cuda: FakeCuda, name: str = "tensorrt_rtx", recorder: "FakeTensorRT | None" = None) -> None:
+        super().__init__(name)
         self.__version__ = FAKE_VERSION
         self._fake_cuda = cuda
         self._fake_deserialized: list[bytes] = []
@@ -233,7 +245,9 @@ class FakeTensorRT(ModuleType):
         self._fake_refitted: list[str] = []
         self._fake_refits = True
         self._fake_takes_cache = True
-        fake = self
+        self._fake_driver_is_old = ""
+        self._fake_destroyed: list[Any] = []
+        fake = recorder or self
 
         class ILogger:
             class Severity(enum.IntEnum):
@@ -353,6 +367,7 @@ class FakeTensorRT(ModuleType):
 
         class IRuntimeConfig:
             def __init__(self) -> None:
+                assert name == "tensorrt_rtx", "data-centre TensorRT has no cache and no strategies at run time"
                 self._fake_strategy: object = ExecutionContextAllocationStrategy.STATIC
                 self._fake_cache: IRuntimeCache | None = None
                 self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
@@ -426,12 +441,24 @@ class FakeTensorRT(ModuleType):
                 return fake._fake_refits
 
         class Runtime:
+            engine_host_code_allowed = True  # False in reality; here, the runner must say so
+
             def __init__(self, logger: ILogger) -> None:
+                if fake._fake_driver_is_old == "null":
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
                 assert isinstance(logger, ILogger), f"{logger!r} is not an ILogger"
                 assert getattr(logger, "_fake_initialised", False), "ILogger.__init__ was not called"
                 self._fake_logger = self.logger = logger
+                if fake._fake_driver_is_old:
+                    logger.log(ILogger.ERROR, "CUDA initialization failure with error: 35")
+
+            def __del__(self) -> None:
+                if fake._fake_driver_is_old == "crash":
+                    fake._fake_destroyed.append(self)
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+                assert not self.engine_host_code_allowed, "a plan could run code of its author"
+                assert not fake._fake_driver_is_old, "the process would have ended here"
                 fake._fake_deserialized.append(serialized_engine)
                 fake._fake_devices.append(cuda.current_device())
                 if not serialized_engine.startswith(FAKE_PLAN_MAGIC):
@@ -455,7 +482,8 @@ class FakeTensorRT(ModuleType):
             CudaGraphStrategy,
             DynamicShapesKernelSpecializationStrategy,
         ):
-            setattr(self, each.__name__, each)
+            if each.__name__ not in ABSENT[name]:
+                setattr(self, each.__name__, each)
 
 
 def _memory(address: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

@@ -98,6 +98,8 @@ def _settings(settings: BuildSettings, module: Any) -> dict[str, Any]:
         "memory_pool_limits": {module.MemoryPoolType.WORKSPACE: workspace * MIB} if workspace is not None else None,
         "builder_optimization_level": settings.optimization_level,
         "hardware_compatibility_level": module.HardwareCompatibilityLevel.AMPERE_PLUS if compatible else None,
+        "version_compatible": settings.version_compatible,
+        "exclude_lean_runtime": settings.version_compatible,  # a plan is data, and carries no code
         "strip_plan": settings.stripped,
         "refittable": settings.stripped,
     }

@@ -226,6 +226,12 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
             "--hardware-compatible needs flavour tensorrt and no --compute-capability: it builds for every GPU from "
             "Ampere on. TensorRT-RTX builds such a plan without either option."
         )
+    if settings.version_compatible and flavour == "tensorrt-rtx":
+        raise ConfigError("--version-compatible needs flavour tensorrt: TensorRT-RTX has no lean runtime.")
+    if settings.version_compatible and settings.stripped:
+        raise ConfigError(
+            "--version-compatible and --strip exclude each other: the lean runtime cannot read the weights of a graph."
+        )
     if settings.stripped and not torch.cuda.is_available():
         raise BackendError(
             "--strip needs a GPU to build a plan without its weights, and torch finds none: build without --strip."

@@ -121,13 +121,14 @@ class BuildSettings:
     """How a plan was built; None is TensorRT's default.
 
     ``workspace_mib`` is the GPU memory that a layer may use, ``optimization_level`` is 0 to 5. ``hardware_compatible``
-    gives up speed to run on every GPU from Ampere on. ``stripped`` leaves the weights out: loading the plan refits them
-    from the graph.
+    gives up speed to run on every GPU from Ampere on. A ``version_compatible`` plan also runs on TensorRT's lean
+    runtime. ``stripped`` leaves the weights out: loading the plan refits them from the graph.
     """
 
     workspace_mib: int | None = None
     optimization_level: int | None = None
     hardware_compatible: bool = False
+    version_compatible: bool = False
     stripped: bool = False
 
     def __post_init__(self) -> None:
@@ -144,6 +145,7 @@ class BuildSettings:
         if self.workspace_mib is not None:
             says.append(f"with {self.workspace_mib} MiB of workspace")
         says += ["hardware-compatible"] if self.hardware_compatible else []
+        says += ["version-compatible"] if self.version_compatible else []
         says += ["without its weights"] if self.stripped else []
         return ", ".join(says) or "with TensorRT's own settings"
 
@@ -152,7 +154,8 @@ class BuildSettings:
 class PlanEntry:
     """One plan and what it needs to run.
 
-    ``version`` is the TensorRT that built the plan; only that version runs it. A plan with empty
+    ``version`` is the TensorRT that built the plan; only that version runs it, full or, if the plan is
+    version-compatible, lean. A plan with empty
     ``compute_capabilities`` is portable: it runs on every GPU from Ampere (8.0) on that this TensorRT supports.
     """
 

@@ -1,10 +1,12 @@
 """Run a plan with either flavour of TensorRT, directly on torch's tensors and in the caller's stream."""
 
+import ctypes
 import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
 from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError, MissingExtraError
-from trtower.flavour import PLATFORM, capability_obstacle, load_flavour, sm_name
+from trtower.flavour import LEAN, PLATFORM, capability_obstacle, load_flavour, load_lean, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
@@ -41,27 +43,27 @@ class TensorRTRunner(Runner):
     """
 
     def __init__(self, bundle: Bundle, plan: PlanEntry, device: torch.device, options: EngineOptions) -> None:
-        module = load_flavour(plan.flavour)
+        installed, missing = _find_runtimes(plan)
+        module = _choose_runtime(plan, installed)
+        if module is None:
+            raise BackendError(f"{plan.file} {_version_obstacle(plan, installed, missing)}")
+        product = _product(module, plan)
         content = bundle.read(plan.file)
         gpu = sm_name(capability_of(device))
         self.backend = plan.flavour
         self.files = (plan.file,)
         self.device = device
         self.dtype = DTYPES[bundle.manifest.input.dtype]
-        self.name = f"{plan.flavour} {module.__version__}, {gpu}"
+        self.name = f"{product} {module.__version__}, {gpu}"
         self._module, self._options, self._bundle, self._plan = module, options, bundle, plan
         with torch.cuda.device(device):
             log = _bridge(module)
-            try:
-                runtime = module.Runtime(log)
-            except TypeError as err:  # pybind raises it if the runtime finds no usable driver
-                raise BackendError(
-                    f"{plan.flavour} {module.__version__} could not start on {device}; its driver may be too old: {err}"
-                ) from err
+            runtime = _start(module, log, f"{product} {module.__version__} could not start on {device}")
+            runtime.engine_host_code_allowed = False  # a plan is data
             engine = runtime.deserialize_cuda_engine(content)
             if engine is None:
                 raise BackendError(
-                    f"{plan.flavour} {module.__version__} could not load {plan.file} on {device}: "
+                    f"{product} {module.__version__} could not load {plan.file} on {device}: "
                     f"{'; '.join(log.errors) or 'it gave no reason'}. Build one here: trtower build {bundle.path}"
                 )
             self._runtime, self._engine = runtime, engine
@@ -135,6 +137,23 @@ class TensorRTRunner(Runner):
             else:
                 logger.warning("%s rejected the runtime cache: every process compiles its own kernels", self.name)
         return config
+
+
+def _start(module: ModuleType, log: Any, failure: str) -> Any:
+    """Return TensorRT's runtime; raise BackendError, which begins with ``failure``, if it finds no usable driver.
+
+    Without one the full TensorRT returns nothing, for which pybind raises TypeError. The lean runtime (10.16, 11.4)
+    logs an error and returns an object at a wrong address: whatever touches it, even its destruction, ends the process.
+    So the object is never freed.
+    """
+    try:
+        runtime = module.Runtime(log)
+    except TypeError as err:
+        raise BackendError(f"{failure}; its driver may be too old: {err}") from err
+    if log.errors:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
+        raise BackendError(f"{failure}; its driver may be too old: {'; '.join(log.errors)}")
+    return runtime
 
 
 def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) -> None:
@@ -225,24 +244,64 @@ def _find_plan(bundle: Bundle, file: str) -> PlanEntry:
 def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:
     """Return each requirement of a plan with what this machine lacks, or None if it is met. Deserialises nothing."""
     verdicts: dict[str, str | None] = dict.fromkeys(("flavour", "version", "platform", "compute capability"))
-    module = None
-    try:
-        module = load_flavour(plan.flavour)
-        if plan.version != module.__version__:
-            verdicts["version"] = (
-                f"was built by {plan.flavour} {plan.version}, but {module.__version__} is installed: install "
-                f"{plan.version}, or run trtower build here"
-            )
-    except (ImportError, OSError) as err:  # not installed, or installed and broken
-        verdicts["flavour"] = str(err)
-        lacking = "none is installed" if isinstance(err, MissingExtraError) else "the installed one is broken"
-        verdicts["version"] = f"was built by {plan.flavour} {plan.version}, but {lacking}"
+    installed, missing = _find_runtimes(plan)
+    module = _choose_runtime(plan, installed)
+    if not installed:
+        verdicts["flavour"] = "; ".join(map(str, missing)) + _lean_remark(plan)
+    if module is None:
+        verdicts["version"] = _version_obstacle(plan, installed, missing)
     if plan.platform != PLATFORM:
         verdicts["platform"] = f"was built for {plan.platform}, but this machine is {PLATFORM}"
     verdicts["compute capability"] = device_obstacle(device) or capability_obstacle(
         plan.flavour, module, plan.compute_capabilities, capability_of(device)
     )
     return verdicts
+
+
+def _find_runtimes(plan: PlanEntry) -> tuple[list[ModuleType], list[Exception]]:
+    """Import the modules that may load a plan, the full TensorRT first; also return why others cannot."""
+    found: list[ModuleType] = []
+    missing: list[Exception] = []
+    for load in (lambda: load_flavour(plan.flavour), *((load_lean,) if plan.settings.version_compatible else ())):
+        try:
+            found.append(load())
+        except (ImportError, OSError) as err:  # not installed, or installed and broken
+            missing.append(err)
+    return found, missing
+
+
+def _choose_runtime(plan: PlanEntry, installed: Sequence[ModuleType]) -> ModuleType | None:
+    """Return the first module of the version that built a plan."""
+    return next((module for module in installed if module.__version__ == plan.version), None)
+
+
+def _version_obstacle(plan: PlanEntry, installed: Sequence[ModuleType], missing: Sequence[Exception]) -> str:
+    """Say that no installed TensorRT has the version of a plan."""
+    built = f"was built by {plan.flavour} {plan.version}"
+    if not installed:
+        is_broken = not all(isinstance(err, MissingExtraError) for err in missing)
+        return f"{built}, but {'the installed one is broken' if is_broken else 'none is installed'}"
+    others = " and ".join(f"{_product(module, plan)} {module.__version__}" for module in installed)
+    package = "tensorrt-lean" if plan.settings.version_compatible else plan.flavour
+    return (
+        f"{built}, but {others} {'is' if len(installed) == 1 else 'are'} installed: pip install "
+        f"{package}=={plan.version}, or run trtower build here"
+    )
+
+
+def _lean_remark(plan: PlanEntry) -> str:
+    """Say why an installed lean runtime is no help for a plan; "" if there is none."""
+    if plan.flavour != "tensorrt" or plan.settings.version_compatible:
+        return ""
+    try:
+        load_lean()
+    except (ImportError, OSError):
+        return ""
+    return "; the installed tensorrt-lean runs only plans that were built with --version-compatible"
+
+
+def _product(module: ModuleType, plan: PlanEntry) -> str:
+    return "tensorrt-lean" if module.__name__ == LEAN else plan.flavour
 
 
 TENSORRT = TensorRT(name="tensorrt", product="TensorRT", package="tensorrt", kind="cuda")

@@ -73,7 +73,7 @@ def test_scale_of_attention_is_exact(tmp_path: Path, precision: str, head_size: 
 def test_tensorrt_fuses_what_is_spelled_out(tmp_path: Path, precision: str, head_size: int) -> None:
     """A score matrix would be larger than all that the plan may use: 1370 tokens a head, against ``head_size``."""
     spec = write(tmp_path, precision, head_size, image_size=518)
-    command = [sys.executable, MEMORY, tmp_path / GRAPH, str(BATCH.max)]
+    command = [sys.executable, str(MEMORY), str(tmp_path / GRAPH), str(BATCH.max)]
     scratch = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     scores = BATCH.max * HEADS * spec.num_tokens**2 * 2
     assert 0 < scratch < scores

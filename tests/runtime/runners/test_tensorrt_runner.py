@@ -4,6 +4,7 @@ tests/gpu tests that real hardware behaves as the fakes do. If the real TensorRT
 fact is tested on it too.
 """
 
+import gc
 import inspect
 import logging
 import os
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.runners.base import EngineOptions
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.slot import Slot
-from trtower.runners.tensorrt import TensorRTRunner
+from trtower.runners.tensorrt import TensorRTRunner, plan_verdicts
 
 DEVICE = torch.device("cuda", 1)
 PLAN = "plans/fake.plan"
@@ -48,9 +50,9 @@ os.umask(UMASK)
 
 @pytest.fixture
 def tensorrt(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    """Replace the modules of both flavours, which contain the same names."""
+    """Replace the modules of both flavours; one records what is done with either."""
     fake = FakeTensorRT(cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(cuda, "tensorrt", fake))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
     return fake
 
@@ -66,7 +68,14 @@ def runner(bundle: Bundle, tensorrt: FakeTensorRT) -> TensorRTRunner:
     return open_plan(bundle)
 
 
-def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tensorrt-rtx", **options: Any) -> Bundle:
+def with_plan(
+    bundle: Bundle,
+    content: bytes | None = None,
+    flavour: str = "tensorrt-rtx",
+    version: str = FAKE_VERSION,
+    settings: BuildSettings | None = None,
+    **options: Any,
+) -> Bundle:
     """Add a fake plan to a bundle, by default one for its tensors."""
     input_, output, batch = bundle.manifest.input, bundle.manifest.output, bundle.manifest.batch
     if content is None:
@@ -75,7 +84,14 @@ def with_plan(bundle: Bundle, content: bytes | None = None, flavour: str = "tens
         content = fake_plan(image, tokens, profiles, **options)
     staged = bundle.path / "staged.plan"
     staged.write_bytes(content)
-    entry = PlanEntry(file=PLAN, flavour=flavour, version=FAKE_VERSION, platform="fake", compute_capabilities=())
+    entry = PlanEntry(
+        file=PLAN,
+        flavour=flavour,
+        version=version,
+        platform="fake",
+        compute_capabilities=(),
+        settings=settings or BuildSettings(),
+    )
     return bundle.add_plan(entry, staged)
 
 
@@ -189,10 +205,97 @@ def test_plan_that_tensorrt_refuses_is_named_with_the_next_step(bundle: Bundle) 
 
 @pytest.mark.usefixtures("cuda")
 def test_real_tensorrt_rtx_says_why_it_refuses(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("tensorrt_rtx")
+    version = pytest.importorskip("tensorrt_rtx").__version__
     with pytest.raises(BackendError, match="readHeader"):
-        open_plan(with_plan(bundle, content=b"garbage"))
+        open_plan(with_plan(bundle, content=b"garbage", version=version))
     assert any(r.levelno == logging.ERROR and "readHeader" in r.getMessage() for r in log_of_runner(caplog))
+
+
+COMPATIBLE = BuildSettings(version_compatible=True)
+
+
+@pytest.fixture
+def lean(cuda: FakeCuda, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(cuda, "tensorrt_lean", tensorrt)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", fake)
+    return fake
+
+
+@pytest.mark.parametrize("full", ["missing", "broken", "of another version"])
+def test_version_compatible_plan_runs_on_the_lean_runtime(
+    bundle: Bundle, cuda: FakeCuda, lean: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    if full == "of another version":
+        monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "100.0.fake")
+    else:
+        monkeypatch.setitem(sys.modules, "tensorrt", None if full == "missing" else ModuleType("tensorrt"))
+    runner = open_plan(with_plan(bundle, flavour="tensorrt", settings=COMPATIBLE))
+    assert (runner.backend, runner.name) == ("tensorrt", f"tensorrt-lean {FAKE_VERSION}, sm89")
+    images, features = draw_images(bundle, 2), empty_features(bundle, 2)
+    runner.run(images, features)
+    cuda.synchronize()
+    assert torch.equal(features, answers(bundle, images))
+
+
+@pytest.mark.usefixtures("lean")
+@pytest.mark.parametrize("settings", [BuildSettings(), COMPATIBLE])
+def test_full_tensorrt_runs_a_plan_if_both_can(bundle: Bundle, settings: BuildSettings) -> None:
+    assert open_plan(with_plan(bundle, flavour="tensorrt", settings=settings)).name == f"tensorrt {FAKE_VERSION}, sm89"
+
+
+@pytest.mark.parametrize(
+    ("settings", "full", "lean_version", "says"),
+    [
+        (
+            BuildSettings(),
+            None,
+            FAKE_VERSION,
+            "needs the package tensorrt, .* tensorrt-lean runs only plans that were built with --v",
+        ),
+        (BuildSettings(), "1.0", FAKE_VERSION, "but tensorrt 1.0 is installed: pip install tensorrt==99"),
+        (
+            COMPATIBLE,
+            "1.0",
+            "2.0",
+            "but tensorrt 1.0 and tensorrt-lean 2.0 are installed: pip install tensorrt-lean==99",
+        ),
+        (COMPATIBLE, None, "2.0", "but tensorrt-lean 2.0 is installed: pip install tensorrt-lean==99"),
+        (COMPATIBLE, None, None, "the lean runtime of TensorRT needs the package tensorrt_lean, .*trt-lean"),
+    ],
+)
+@pytest.mark.usefixtures("tensorrt")
+def test_plan_that_no_installed_runtime_loads_says_why(
+    bundle: Bundle,
+    lean: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: BuildSettings,
+    full: str | None,
+    lean_version: str | None,
+    says: str,
+) -> None:
+    for name, version in (("tensorrt", full), ("tensorrt_lean", lean_version)):
+        if version is None:
+            monkeypatch.setitem(sys.modules, name, None)
+        else:
+            monkeypatch.setattr(sys.modules[name], "__version__", version)
+    plan = fake_entry(with_plan(bundle, flavour="tensorrt", settings=settings))
+    verdicts = plan_verdicts(plan, DEVICE)
+    assert re.search(says, f"{verdicts['flavour']} {verdicts['version']}")
+    assert verdicts["version"]
+
+
+@pytest.mark.parametrize("failure", ["null", "crash"])
+def test_driver_that_is_too_old_is_an_error_and_ends_no_process(
+    bundle: Bundle, tensorrt: FakeTensorRT, failure: str
+) -> None:
+    """The lean runtime returns an object that even destroying would crash on: it has to outlive everything."""
+    tensorrt._fake_driver_is_old = failure
+    with pytest.raises(
+        BackendError, match=r"could not start on cuda:1; its driver may be too old: .*(error: 35|nullptr)"
+    ):
+        open_plan(bundle)
+    gc.collect()
+    assert not tensorrt._fake_destroyed
 
 
 @pytest.mark.usefixtures("tensorrt")
