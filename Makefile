@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-wheel bench bench-gpu wheels \
-	cpu-choices goals living precisions export-speed clients docs clean
+	cpu-choices goals graph-forms living precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -108,6 +108,10 @@ wheels:
 # What ONNX Runtime and OpenVINO may be told on a CPU, and what of it is fastest.
 cpu-choices: $(STAMP)
 	$(BIN)/python benchmarks/cpu_choices.py
+
+# The two graphs of a bundle, side by side: plans of TensorRT-RTX, and CPU backends.
+graph-forms: $(STAMP)
+	$(BIN)/python benchmarks/graph_forms.py
 
 # What a bundle in a living model frees and takes, and its time to features.
 living: $(STAMP)

@@ -1,8 +1,9 @@
-"""Print the scratch memory in bytes of a TensorRT-RTX plan of a graph, which only the log of a build says.
+"""Build a TensorRT-RTX plan of a graph; print its size and its scratch memory, which only the log of a build says.
 
 python benchmarks/plan_memory.py GRAPH BATCH
 """
 
+import json
 import re
 import sys
 
@@ -21,8 +22,8 @@ class Log(trt.ILogger):  # type: ignore[misc]
         self.messages.append(message)
 
 
-def main(path: str, batch: int) -> int:
-    """Build the graph for up to ``batch`` images."""
+def build(path: str, batch: int) -> dict[str, int]:
+    """Build the graph for up to ``batch`` images and return both sizes in bytes."""
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -34,11 +35,12 @@ def main(path: str, batch: int) -> int:
     size = tuple(images.shape[1:])
     profile.set_shape(images.name, (1, *size), (batch, *size), (batch, *size))
     config.add_optimization_profile(profile)
-    if builder.build_serialized_network(network, config) is None:
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
         raise SystemExit("\n".join(log.messages[-3:]))
     (memory,) = re.findall(r"Max Scratch Memory: (\d+) bytes", "\n".join(log.messages))
-    return int(memory)
+    return {"plan": plan.nbytes, "scratch": int(memory)}
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], int(sys.argv[2])))
+    print(json.dumps(build(sys.argv[1], int(sys.argv[2]))))

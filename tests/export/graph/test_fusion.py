@@ -1,5 +1,6 @@
 """The two forms of a graph: the scale of attention is exact in both, and the form for TensorRT really gets fused."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_tensorrt_fuses_what_is_spelled_out(tmp_path: Path, precision: str, head
     """A score matrix would be larger than all that the plan may use: 1370 tokens a head, against ``head_size``."""
     spec = write(tmp_path, precision, head_size, image_size=518)
     command = [sys.executable, str(MEMORY), str(tmp_path / GRAPH), str(BATCH.max)]
-    scratch = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    scratch = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["scratch"]
     scores = BATCH.max * HEADS * spec.num_tokens**2 * 2
     assert 0 < scratch < scores
 
