@@ -23,14 +23,14 @@ ROWS = {
         "__main__",
     ),
     "trtower_export": (
-        "arguments console drawing options recipes families",
+        "arguments console drawing options recipes targets families",
         "checkpoint",
         "graph",
         "precision plan",
         "check bundling",
         "pipeline",
         "bench demo",
-        "commands",
+        "commands listings",
         "__init__",
     ),
 }

@@ -17,6 +17,7 @@ from trtower.names import list_choices
 from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, HALVES, PRECISIONS, BatchProfile
 from trtower_export.options import AUTO
 from trtower_export.recipes import all_recipes
+from trtower_export.targets import all_targets
 
 
 def complete(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -222,6 +223,21 @@ OptimizationLevelOption = Annotated[
 HardwareCompatibleOption = Annotated[
     bool,
     typer.Option("--hardware-compatible", help="Build for every GPU from Ampere on; slower. Only for tensorrt."),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Deployment to export for, such as jetpack-6.2 or l4; `trtower targets` lists them.",
+        parser=not_empty,
+        autocompletion=complete(lambda: tuple(target.name for target in all_targets())),
+    ),
+]
+KnownFaultOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-known-fault", metavar="NAME", help="Go on in spite of a known fault of TensorRT. Repeatable."
+    ),
 ]
 OutOption = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,32 @@ import transformers
 from torch import nn
 
 import trtower
-from trtower.bundle.manifest import CONFIG, FUSED_GRAPH, GRAPH, GRAPH_DATA, PREPROCESSOR, SCHEMA, Manifest, Source
+from trtower.bundle.manifest import (
+    BUILD_NOTES,
+    CONFIG,
+    FUSED_GRAPH,
+    GRAPH,
+    GRAPH_DATA,
+    PREPROCESSOR,
+    SCHEMA,
+    Manifest,
+    Source,
+)
 from trtower.bundle.staging import describe, write_manifest
 from trtower.errors import BuildError
 from trtower.spec import MIB, PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.checkpoint.preprocessor import image_aspect_ratio
+from trtower_export.console import Progress
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.load import LoadedTower
+from trtower_export.plan.parsing import check_parsers, find_parsers
 from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
 from trtower_export.precision.program import TracedTower
+from trtower_export.targets import Target
+from trtower_export.targets.instructions import write_instructions
 
-FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
+FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR, BUILD_NOTES)
 
 
 def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:
@@ -48,11 +63,16 @@ def write_bundle(
     preprocessor: dict[str, Any],
     loaded: LoadedTower,
     traced: TracedTower,
+    target: Target | None,
+    progress: Progress,
 ) -> Manifest:
-    """Write all that a bundle has besides its graph, the manifest last, and return the manifest.
+    """Write all that a bundle has besides its graphs, the manifest last, and return the manifest.
 
-    ``folder`` already holds the graph. Raises ConfigError if the graph does not match ``spec``.
+    ``folder`` already holds the graphs. Raises ConfigError if the graph does not match ``spec``, or needs a newer
+    TensorRT than ``target`` has.
     """
+    parsers = find_parsers(folder / GRAPH)
+    check_parsers(parsers, target, progress)
     checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
     (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     manifest = Manifest(
@@ -76,10 +96,14 @@ def write_bundle(
         input=spec.input(traced.precision),
         output=spec.output(traced.precision),
         profiles=profiles,
-        files={file: describe(folder / file) for file in FILES if (folder / file).exists()},
+        files={},
         plans=(),
         versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
         certificates=(),
+        first_tensorrt=parsers.first,
+        target=target.name if target else "",
     )
+    (folder / BUILD_NOTES).write_text(write_instructions(manifest, target), encoding="utf-8")
+    manifest = replace(manifest, files={file: describe(folder / file) for file in FILES if (folder / file).exists()})
     write_manifest(folder, manifest)
     return manifest

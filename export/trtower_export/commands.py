@@ -1,8 +1,6 @@
 """The export side's commands. The runtime finds them by entry point; they import what is heavy only when they run."""
 
 import dataclasses
-import errno
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +29,7 @@ from trtower_export.arguments import (
     JsonOption,
     KeepFp16Option,
     KeepFp32Option,
+    KnownFaultOption,
     OptimizationLevelOption,
     OutOption,
     PickleOption,
@@ -44,6 +43,7 @@ from trtower_export.arguments import (
     SelectFeatureOption,
     SelectLayerOption,
     StoreOption,
+    TargetOption,
     TowerOption,
     WeightsOption,
     check_png,
@@ -52,7 +52,7 @@ from trtower_export.arguments import (
     read_numbers,
     read_profile,
 )
-from trtower_export.console import ConsoleProgress, Progress, as_json, importing, say
+from trtower_export.console import ConsoleProgress, as_json, importing, say
 from trtower_export.options import ExportOptions, Trust
 
 
@@ -75,6 +75,8 @@ def export(
     batch: BatchOption = None,
     flavour: FlavourOption = "auto",
     compute_capability: CapabilityOption = None,
+    target: TargetOption = None,
+    accept_known_fault: KnownFaultOption = None,
     revision: RevisionOption = None,
     tower: TowerOption = None,
     random_weights: RandomWeightsOption = False,
@@ -93,6 +95,7 @@ def export(
     with importing(progress):
         from trtower.inspection import describe_loading
         from trtower_export.pipeline import export_tower
+        from trtower_export.plan.store import find_store
 
     options = ExportOptions(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
@@ -104,8 +107,10 @@ def export(
         images=images,
         profiles=tuple(read_profile(text) for text in batch or ()),
         flavour=flavour,
-        store=_find_store(progress) if store and flavour != "none" else None,
+        store=find_store(progress) if store and flavour != "none" else None,
         compute_capabilities=tuple(compute_capability or ()),
+        target=target,
+        accept_known_faults=tuple(accept_known_fault or ()),
         random_weights=random_weights,
         revision=revision,
         tower=tower,
@@ -140,6 +145,7 @@ def build(
         bool,
         typer.Option("--strip", help="Leave the weights out; loading takes them from the graph. Needs a GPU."),
     ] = False,
+    accept_known_fault: KnownFaultOption = None,
     store: StoreOption = True,
 ) -> int:
     """Add a TensorRT plan to a bundle.
@@ -147,6 +153,7 @@ def build(
     Run it where the tower is served: it needs only the bundle and TensorRT, not the checkpoint.
     """
     from trtower_export.plan.build import add_plan
+    from trtower_export.plan.store import find_store
 
     progress = ConsoleProgress(Console(stderr=True))
     settings = BuildSettings(
@@ -156,8 +163,16 @@ def build(
         version_compatible=version_compatible,
         stripped=strip,
     )
-    opened, plans = Bundle.open(bundle), _find_store(progress) if store else None
-    built = add_plan(opened, flavour, tuple(compute_capability or ()), progress, settings=settings, store=plans)
+    opened, plans = Bundle.open(bundle), find_store(progress) if store else None
+    built = add_plan(
+        opened,
+        flavour,
+        tuple(compute_capability or ()),
+        progress,
+        settings=settings,
+        store=plans,
+        accept_known_faults=tuple(accept_known_fault or ()),
+    )
     say(Console(), str(built))
     return 0
 
@@ -355,39 +370,6 @@ def demo(out: DemoOutOption = Path("engines")) -> int:
     from trtower_export.demo.demo import run_demo
 
     return run_demo(out, Console())
-
-
-def recipes(json_: JsonOption = False) -> int:
-    """List the checkpoints that have a recipe.
-
-    A recipe holds the defaults of an export, and lets a rehearsal run without the checkpoint.
-    """
-    from trtower_export.recipes import all_recipes
-    from trtower_export.recipes.table import describe_recipe, print_recipes
-
-    rows = [describe_recipe(recipe) for recipe in all_recipes()]
-    if json_:
-        say(Console(), as_json(rows))
-    else:
-        print_recipes(Console(), rows)
-    return 0
-
-
-def _find_store(progress: Progress) -> Path | None:
-    """Return the user's store of plans, or None if it cannot be written: it only saves the time of a build."""
-    from trtower_export.plan.store import default_store
-
-    store = default_store()
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        reason = err.strerror
-    else:
-        if os.access(store, os.W_OK):
-            return store
-        reason = os.strerror(errno.EACCES)
-    progress.say(f"plans are not kept for reuse: {store}: {reason}")
-    return None
 
 
 def _verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:

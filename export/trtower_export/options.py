@@ -51,6 +51,9 @@ class ExportOptions:
         store: Folder that keeps built plans for reuse. Default: none, so each plan is built anew.
         compute_capabilities: GPUs to build the plan for, such as "8.9". Default: a portable plan of TensorRT-RTX (with
             "fp8" a plan for the GPUs that have FP8), or this machine's GPU.
+        target: The deployment to export for, such as "jetpack-6.2"; `trtower targets` lists them. It decides which plan
+            is built, is checked for what its GPUs and its TensorRT cannot do, and is named in BUILD.md. Default: none.
+        accept_known_faults: Names of known faults of the target's TensorRT that do not stop the export. Default: none.
         random_weights: Rehearse without the weights. Size, build time and latency are the real ones. Default: False.
         revision: Branch, tag or commit on the hub.
         tower: Which tower, if the checkpoint has several.
@@ -74,6 +77,8 @@ class ExportOptions:
     flavour: str = "auto"
     store: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
+    target: str | None = None
+    accept_known_faults: tuple[str, ...] = ()
     random_weights: bool = False
     revision: str | None = None
     tower: str | None = None
@@ -89,6 +94,10 @@ class ExportOptions:
             raise ConfigError(
                 f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images: "
                 "drop --images or --no-check."
+            )
+        if self.target is not None and self.compute_capabilities:
+            raise ConfigError(
+                f"--target {self.target} already says for which GPUs; drop --compute-capability or --target."
             )
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")

@@ -21,8 +21,10 @@ from trtower_export.graph.load import load_and_cut
 from trtower_export.graph.truncate import release
 from trtower_export.options import ExportOptions as ExportOptions
 from trtower_export.plan.build import build_into
-from trtower_export.plan.targets import Target, choose_target
+from trtower_export.plan.choice import PlanChoice, choose_for_target, choose_plan
 from trtower_export.precision.program import trace_in_precision
+from trtower_export.targets import find_target
+from trtower_export.targets.faults import check_target
 
 ENGINES = Path("engines")
 
@@ -58,10 +60,16 @@ def export_tower(
         MissingExtraError: A package is missing; the message names the extra that installs it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
-    target, reason = choose_target(options.flavour, options.compute_capabilities, options.graph_precision)
+    target = find_target(options.target) if options.target is not None else None
+    if target:
+        choice, reason = choose_for_target(target, options.flavour, options.graph_precision)
+    else:
+        choice, reason = choose_plan(options.flavour, options.compute_capabilities, options.graph_precision)
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
+    if target:
+        check_target(target, spec.family, options.graph_precision, options.accept_known_faults, progress.say)
     profiles = options.profiles or checkpoint.profiles
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)
@@ -70,29 +78,31 @@ def export_tower(
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # renamed to `out` at the end
         loaded = load_and_cut(checkpoint, spec, progress)
-        check_space(loaded.tower, options.graph_precision, folder, plans=target is not None)
+        check_space(loaded.tower, options.graph_precision, folder, plans=choice is not None)
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
             traced.write(spec, folder)
         release(loaded.tower, traced.program)  # the plan's build needs the memory
-        manifest = write_bundle(folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced)
+        manifest = write_bundle(
+            folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced, target, progress
+        )
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 
     bundle = Bundle.open(out)
-    if target:
-        bundle = _add_first_plan(bundle, target, options, progress)
+    if choice:
+        bundle = _add_first_plan(bundle, choice, options, progress)
     if options.check and photographs:
         progress.say(f"{out} is complete; checking it")
         bundle = check_bundle(bundle, checkpoint, photographs.first(CHECK_PHOTOGRAPHS), progress, quick=True)
     return bundle
 
 
-def _add_first_plan(bundle: Bundle, target: Target, options: ExportOptions, progress: Progress) -> Bundle:
+def _add_first_plan(bundle: Bundle, choice: PlanChoice, options: ExportOptions, progress: Progress) -> Bundle:
     """Add the first plan to a complete bundle. If that fails, name the command that adds it later."""
     progress.say(f"{bundle.path} is complete, and serves without a plan; building its plan")
     try:
-        return build_into(bundle, target, progress, options.store)
+        return build_into(bundle, choice, progress, options.store, options.accept_known_faults)
     except (TrtowerError, OSError) as err:
         later = build_command(bundle.path, options.flavour, options.compute_capabilities)
         raise BuildError(

@@ -4,6 +4,7 @@ Their Python modules define the same names, so the functions here accept the mod
 """
 
 import platform
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -39,6 +40,11 @@ def load_lean() -> ModuleType:
     """Import TensorRT's lean runtime; raise MissingExtraError if it is not installed."""
     module: ModuleType = import_extra(LEAN, extra=LEAN_EXTRA, purpose="the lean runtime of TensorRT")
     return module
+
+
+def parse_version(version: str) -> tuple[int, ...]:
+    """Turn a version such as "10.3.0" into numbers that compare: (10, 3, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def sm_name(capability: str) -> str:

@@ -14,7 +14,7 @@ from trtower import Bundle, VisionTower
 from trtower.cli import run
 from trtower.spec import BatchProfile
 from trtower_export.arguments import read_profile
-from trtower_export.commands import recipes
+from trtower_export.listings import recipes
 from trtower_export.recipes import all_recipes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -115,7 +115,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recipes_are_a_command() -> None:
-    assert 'recipes = "trtower_export.commands:recipes"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'recipes = "trtower_export.listings:recipes"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     app = typer.Typer()
     app.command("recipes")(recipes)
     command = typer.main.get_command(app)

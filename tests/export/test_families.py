@@ -27,8 +27,8 @@ from trtower_export.families import FAMILIES, family_of, siglip2
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
+from trtower_export.plan.choice import PlanChoice
 from trtower_export.plan.polygraphy import PLAN, build_plan
-from trtower_export.plan.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,7 +194,7 @@ def test_graph_builds_a_portable_plan(
 ) -> None:
     written = write(name, precision)
     tensor = written.spec.input(precision)
-    build_plan(written.folder / GRAPH, Target(flavour="tensorrt-rtx"), tensor, [BATCH], tmp_path, Step())
+    build_plan(written.folder / GRAPH, PlanChoice(flavour="tensorrt-rtx"), tensor, [BATCH], tmp_path, Step())
     assert (tmp_path / PLAN).stat().st_size > written.weights.size * torch.finfo(getattr(torch, tensor.dtype)).bits // 8
 
 

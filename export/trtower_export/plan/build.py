@@ -2,7 +2,7 @@
 
 This is the only way a plan gets into a bundle, after an export and with `trtower build`:
 
-    add_plan            chooses the target, which an export has already done
+    add_plan            chooses what to build for, which an export has already done
     └── build_into      takes the plan from the store or builds it, and adds it to the bundle
         ├── obtain_plan     returns the plan in the store, and builds it first if it is missing
         ├── _build_verified runs Polygraphy on a graph that matches its hash
@@ -15,7 +15,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,13 +25,16 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, BuildSettings
 from trtower.bundle.staging import disk_errors, locked
-from trtower.errors import BuildError, MissingExtraError
+from trtower.errors import BuildError, ConfigError, MissingExtraError
 from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
+from trtower.runners.device import capability_of
+from trtower.runners.tensorrt import parse_obstacle
 from trtower_export.console import Progress
+from trtower_export.plan.choice import PlanChoice, build_there, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
 from trtower_export.plan.store import fetch_or_build
-from trtower_export.plan.targets import Target, build_there, choose_target, make_entry
+from trtower_export.targets.faults import check_faults
 
 BUILD_PROCEDURE_VERSION = 2
 """Increase this if the same graph, TensorRT and settings are built differently. Plans in stores are then outdated."""
@@ -53,6 +56,7 @@ def add_plan(
     *,
     settings: BuildSettings | None = None,
     store: Path | None = None,
+    accept_known_faults: tuple[str, ...] = (),
 ) -> Path:
     """Add a plan to a bundle. Build it unless ``store`` already has it.
 
@@ -65,6 +69,7 @@ def add_plan(
         progress: Reports every step to the user.
         settings: How to build; None means TensorRT's defaults.
         store: A folder of plans that were built before (see store.py); None always builds.
+        accept_known_faults: Names of known faults of this TensorRT that do not stop the build.
 
     Returns:
         The path of the plan.
@@ -77,16 +82,19 @@ def add_plan(
         BundleError: If the bundle was altered, or another process is writing to it.
     """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
-    target, reason = choose_target(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
-    if target is None:
+    choice, reason = choose_plan(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
+    if choice is None:
         raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")
     progress.say(reason)
-    added = build_into(bundle, target, progress, store)
+    added = build_into(bundle, choice, progress, store, accept_known_faults)
     return bundle.path / added.manifest.plans[-1].file
 
 
-def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path | None) -> Bundle:
-    """Add the plan for ``target`` to a bundle and return the new bundle. Raises the errors of `add_plan`."""
+def build_into(
+    bundle: Bundle, choice: PlanChoice, progress: Progress, store: Path | None, accepted: Sequence[str] = ()
+) -> Bundle:
+    """Add the plan for ``choice`` to a bundle and return the new bundle. Raises the errors of `add_plan`."""
+    _refuse_tensorrt(bundle, choice, accepted, progress)
     path = bundle.path.resolve()
     for folder in (path, path.parent):  # the lock file is beside the bundle
         if not os.access(folder, os.W_OK):
@@ -95,20 +103,30 @@ def build_into(bundle: Bundle, target: Target, progress: Progress, store: Path |
                 "writable folder."
             )
     with disk_errors(f"the plan of {bundle.path}"):
-        kept = obtain_plan(bundle, target, progress, store) if store else None
+        kept = obtain_plan(bundle, choice, progress, store) if store else None
         with locked(bundle.path, wait_s=WAIT_S if store else 0.0), _staging(bundle.path) as folder:
             if kept:
                 for name in (PLAN, LOG):  # copied, not linked: damage to a shared file would spread
                     shutil.copyfile(kept / name, folder / name)
             else:
-                _build_verified(bundle, target, progress, folder)
-            added = bundle.add_plan(make_entry(target), folder / PLAN, folder / LOG)
+                _build_verified(bundle, choice, progress, folder)
+            added = bundle.add_plan(make_entry(choice), folder / PLAN, folder / LOG)
     built = added.manifest.plans[-1]
     now = (built.settings, added.manifest.files[built.file])
     for old in bundle.manifest.plans:
         if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
             progress.say(f"the new plan replaces the one that was built {old.settings.describe()}")
     return added
+
+
+def _refuse_tensorrt(bundle: Bundle, choice: PlanChoice, accepted: Sequence[str], progress: Progress) -> None:
+    """Refuse a TensorRT that cannot parse the graph, or has a known fault here that is not accepted."""
+    manifest, version = bundle.manifest, load_flavour(choice.flavour).__version__
+    if obstacle := parse_obstacle(bundle, choice.flavour, version):
+        raise ConfigError(obstacle)
+    if choice.flavour == "tensorrt":  # the faults are not those of TensorRT-RTX
+        family, precision = manifest.spec.family, manifest.precision
+        check_faults(version, (capability_of(),), PLATFORM, family, precision, accepted, progress.say)
 
 
 @contextmanager
@@ -120,32 +138,32 @@ def _staging(bundle: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path) -> Path:
+def obtain_plan(bundle: Bundle, choice: PlanChoice, progress: Progress, store: Path) -> Path:
     """Return the store's folder with the plan of a bundle's graph, and build the plan first if it is missing.
 
     Raises BundleError, and stores nothing, if the graph was altered, or is replaced while it is read.
     """
     manifest = bundle.manifest
-    version = load_flavour(target.flavour).__version__
-    gpu = torch.cuda.get_device_name() if target.flavour == "tensorrt" else None
+    version = load_flavour(choice.flavour).__version__
+    gpu = torch.cuda.get_device_name() if choice.flavour == "tensorrt" else None
     facts = {
         "graph": manifest.files[GRAPH].sha256,
         "weights": manifest.files[GRAPH_DATA].sha256,
         "tensor": dataclasses.asdict(manifest.input),
         "profiles": [dataclasses.asdict(profile) for profile in manifest.profiles],
-        "target": dataclasses.asdict(target),
+        "choice": dataclasses.asdict(choice),
         "version": version,
         "platform": PLATFORM,
         "way": BUILD_PROCEDURE_VERSION,
         "gpu": gpu,
     }
-    timings = "{}-{}.{}.timing".format(target.flavour, version, re.sub(r"\W+", "-", gpu)) if gpu else None
+    timings = "{}-{}.{}.timing".format(choice.flavour, version, re.sub(r"\W+", "-", gpu)) if gpu else None
     built = False
 
     def build(folder: Path) -> None:
         nonlocal built
         built = True
-        _build_verified(bundle, target, progress, folder, cache=store / timings if timings else None)
+        _build_verified(bundle, choice, progress, folder, cache=store / timings if timings else None)
 
     place = fetch_or_build(store, facts, build, progress)
     for name in () if built else (GRAPH, GRAPH_DATA):  # a build has verified them
@@ -154,9 +172,9 @@ def obtain_plan(bundle: Bundle, target: Target, progress: Progress, store: Path)
 
 
 def _build_verified(
-    bundle: Bundle, target: Target, progress: Progress, folder: Path, *, cache: Path | None = None
+    bundle: Bundle, choice: PlanChoice, progress: Progress, folder: Path, *, cache: Path | None = None
 ) -> None:
     """Build PLAN and LOG in ``folder``; raise BundleError if the graph was altered or changes during the build."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
-    with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {target.flavour} plan") as step:
-        build_plan(graph, target, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache)
+    with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {choice.flavour} plan") as step:
+        build_plan(graph, choice, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache)

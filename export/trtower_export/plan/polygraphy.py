@@ -17,7 +17,7 @@ from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.spec import BY_DTYPE, MIB, BatchProfile, TensorSpec
 from trtower_export.console import Step
-from trtower_export.plan.targets import Target
+from trtower_export.plan.choice import PlanChoice
 
 PLAN, LOG = "plan", "log"
 """The files that a build writes into its folder: the plan, and the log of the build."""
@@ -34,7 +34,7 @@ FOREIGN_SHARE = 0.01
 
 def build_plan(
     graph: Path,
-    target: Target,
+    choice: PlanChoice,
     tensor: TensorSpec,
     profiles: Sequence[BatchProfile],
     folder: Path,
@@ -49,8 +49,8 @@ def build_plan(
     which the build reads and updates. Raises BuildError with TensorRT's own message if it refuses, and if the plan does
     not have the precision of the graph.
     """
-    module = load_flavour(target.flavour)
-    polygraphy = _import_polygraphy(target.flavour)
+    module = load_flavour(choice.flavour)
+    polygraphy = _import_polygraphy(choice.flavour)
     from polygraphy.exception import PolygraphyException
 
     cache_path = str(cache) if cache else None
@@ -64,25 +64,25 @@ def build_plan(
             ]
             monitor = _monitor(module, step, interrupted)
             build_options = {"profiles": ranges, "progress_monitor": monitor, "load_timing_cache": cache_path}
-            config = _make_config(polygraphy, module, target, build_options)
+            config = _make_config(polygraphy, module, choice, build_options)
             plan = polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=cache_path)
             content = memoryview(plan)
         except PolygraphyException as err:
             reason = "; ".join(dict.fromkeys(errors)) or str(err)
-            raise BuildError(f"{target.flavour} {module.__version__} could not build {graph.name}: {reason}") from err
-    if not target.settings.stripped:
+            raise BuildError(f"{choice.flavour} {module.__version__} could not build {graph.name}: {reason}") from err
+    if not choice.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     (folder / PLAN).write_bytes(content)
 
 
-def _make_config(polygraphy: Any, module: Any, target: Target, build_options: dict[str, Any]) -> Any:
-    """Return Polygraphy's loader of a TensorRT config, with ``build_options`` and the settings of ``target``."""
-    options = build_options | _settings(target.settings, module)
-    if target.flavour == "tensorrt":
+def _make_config(polygraphy: Any, module: Any, choice: PlanChoice, build_options: dict[str, Any]) -> Any:
+    """Return Polygraphy's loader of a TensorRT config, with ``build_options`` and the settings of ``choice``."""
+    options = build_options | _settings(choice.settings, module)
+    if choice.flavour == "tensorrt":
         return polygraphy.CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    pairs = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
+    pairs = [tuple(map(int, capability.split("."))) for capability in choice.compute_capabilities]
     # TF32 would cut FP32 products from 23 bits to FP16's 10, which islands exist to avoid. For data-centre TensorRT,
     # Polygraphy clears the flag by itself.
     return polygraphy.PostprocessConfig(

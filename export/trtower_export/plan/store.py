@@ -7,8 +7,10 @@ use. Bundles get copies, because damage to a shared file would spread to all of 
 
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +35,21 @@ def default_store() -> Path:
     platformdirs = import_extra("platformdirs", extra="cli", purpose="the store of plans")
     path: Path = platformdirs.user_cache_path("trtower") / "plans"
     return path
+
+
+def find_store(progress: Progress) -> Path | None:
+    """Return the user's store of plans, or None if it cannot be written: it only saves the time of a build."""
+    store = default_store()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        reason = err.strerror
+    else:
+        if os.access(store, os.W_OK):
+            return store
+        reason = os.strerror(errno.EACCES)
+    progress.say(f"plans are not kept for reuse: {store}: {reason}")
+    return None
 
 
 def fetch_or_build(store: Path, facts: Mapping[str, Any], build: Build, progress: Progress) -> Path:

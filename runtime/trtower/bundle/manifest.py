@@ -23,6 +23,7 @@ GRAPH_DATA = "tower.onnx.data"
 FUSED_GRAPH = "tower.fused.onnx"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+BUILD_NOTES = "BUILD.md"
 PLANS = "plans"
 """The files of a bundle, and the folder of its plans.
 
@@ -45,6 +46,10 @@ TO_PAD = (
     "llava.mm_utils, or for a model of transformers its own AutoProcessor"
 )
 """What to call if `Source.image_aspect_ratio` is not None."""
+
+PARSES_ATTENTION, PARSES_PLAIN = "10.14", "10.0"
+"""The first TensorRT whose parser takes the graphs of half precision, and those of FP32, in manifests that do not say:
+before `first_tensorrt` came, graphs of half precision held the operator Attention."""
 
 T = TypeVar("T")
 
@@ -183,7 +188,8 @@ class BundleFacts:
 
     ``full`` is the checkpoint's tower, and ``cut`` what is left of it in the graph. ``keep_fp32`` names the operations
     that stay in FP32 in a graph of lower precision. Only 8-bit precisions have a ``calibration``. Plans are tuned for
-    the ``profiles``; the graph accepts any batch that they cover.
+    the ``profiles``; the graph accepts any batch that they cover. ``first_tensorrt`` is the first data-centre TensorRT
+    that can parse the graph. ``target`` is the deployment that the bundle was exported for, "" if none.
     """
 
     schema: int
@@ -200,6 +206,8 @@ class BundleFacts:
     output: TensorSpec
     profiles: tuple[BatchProfile, ...]
     versions: dict[str, str]
+    first_tensorrt: str
+    target: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +282,7 @@ class Manifest(BundleFacts):
         spec = data.get("spec")
         if isinstance(spec, dict) and spec.get("family") in NORM_ONLY_THE_POOLED:
             spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
+        data.setdefault("first_tensorrt", PARSES_PLAIN if data.get("precision") == "fp32" else PARSES_ATTENTION)
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:

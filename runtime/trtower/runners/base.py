@@ -125,6 +125,17 @@ class Backend(ABC):
         """
         return (GRAPH,)
 
+    def lacks(self, bundle: Bundle) -> str:
+        """Say that a bundle has no file for this backend, and how to add one.
+
+        Args:
+            bundle: The bundle, for which `files` lists nothing.
+
+        Returns:
+            The reason, in words.
+        """
+        return f"the bundle has no {self.name} plan: trtower build {bundle.path} --flavour {self.name}"
+
     @abstractmethod
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """Say why this backend cannot run a file of the bundle, without loading any of the bundle.

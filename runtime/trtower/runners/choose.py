@@ -190,10 +190,8 @@ def _find_device(backend: Backend, requested: torch.device | None) -> tuple[torc
 
 def _obstacle(backend: Backend, bundle: Bundle, file: str | None, device: torch.device) -> str | None:
     """Ask a backend for its obstacle. ``file`` is None if the bundle lacks a plan for it; every bundle has a graph."""
-    if file is None:
-        return f"the bundle has no {backend.name} plan: trtower build {bundle.path} --flavour {backend.name}"
     try:
-        return backend.obstacle(bundle, file, device)
+        return backend.lacks(bundle) if file is None else backend.obstacle(bundle, file, device)
     except ImportError as err:
         return str(err)
     except Exception as err:  # noqa: BLE001 - a broken installation may raise anything

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
+from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PARSES_PLAIN, PlanEntry
 from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError, MissingExtraError
-from trtower.flavour import LEAN, PLATFORM, capability_obstacle, load_flavour, load_lean, sm_name
+from trtower.flavour import LEAN, PLATFORM, capability_obstacle, load_flavour, load_lean, parse_version, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.device import capability_of, device_obstacle
 from trtower.runners.pool import Pool
@@ -225,6 +225,14 @@ class TensorRT(Backend):
         """See Backend.files."""
         return [plan.file for plan in bundle.manifest.plans if plan.flavour == self.name]
 
+    def lacks(self, bundle: Bundle) -> str:
+        """See Backend.lacks."""
+        try:
+            version = load_flavour(self.name).__version__
+        except (ImportError, OSError):
+            return super().lacks(bundle)
+        return parse_obstacle(bundle, self.name, version) or super().lacks(bundle)
+
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
         for requirement, obstacle in plan_verdicts(_find_plan(bundle, file), device).items():
@@ -239,6 +247,17 @@ class TensorRT(Backend):
 
 def _find_plan(bundle: Bundle, file: str) -> PlanEntry:
     return next(plan for plan in bundle.manifest.plans if plan.file == file)
+
+
+def parse_obstacle(bundle: Bundle, flavour: str, version: str) -> str | None:
+    """Say why a version of TensorRT cannot build a plan of a bundle's graph; None if it can, or is TensorRT-RTX."""
+    first = bundle.manifest.first_tensorrt
+    if flavour != "tensorrt" or parse_version(version) >= parse_version(first):
+        return None
+    reason = f"TensorRT {version} cannot build {GRAPH}, which needs {first} or later"
+    if parse_version(first) <= parse_version(PARSES_PLAIN):
+        return reason
+    return f"{reason}: export the bundle again with this trtower, whose graphs need {PARSES_PLAIN} or later"
 
 
 def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None]:

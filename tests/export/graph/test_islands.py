@@ -13,8 +13,8 @@ from trtower.bundle.manifest import GRAPH
 from trtower.errors import BuildError, ConfigError
 from trtower_export.console import Step
 from trtower_export.graph.onnx_graph import write_onnx
+from trtower_export.plan.choice import PlanChoice
 from trtower_export.plan.polygraphy import PLAN, build_plan
-from trtower_export.plan.targets import Target
 from trtower_export.precision.program import trace_with_islands
 
 
@@ -45,7 +45,7 @@ def test_pattern_that_matches_nothing_names_the_nearest(tmp_path: Path) -> None:
 
 def build(folder: Path, *capabilities: str) -> Path:
     spec = cut("clip")[1].input("fp16")
-    target = Target(flavour="tensorrt-rtx", compute_capabilities=capabilities)
+    target = PlanChoice(flavour="tensorrt-rtx", compute_capabilities=capabilities)
     build_plan(folder / GRAPH, target, spec, [BATCH], folder, Step(), mixed=True)
     return folder / PLAN
 

@@ -18,8 +18,8 @@ from trtower.spec import MIB, BatchProfile
 from trtower_export.console import LoggedProgress, Step
 from trtower_export.plan import polygraphy
 from trtower_export.plan.build import add_plan
+from trtower_export.plan.choice import PlanChoice
 from trtower_export.plan.polygraphy import PLAN, build_plan
-from trtower_export.plan.targets import Target
 
 
 class Recorder(Step):
@@ -54,13 +54,15 @@ def test_network_in_another_precision_is_refused(fp32_bundle: Path, tmp_path: Pa
     spec, profiles = bundle.manifest.spec, bundle.manifest.profiles
     with pytest.raises(BuildError, match="weights in float16"):
         build_plan(
-            fp32_bundle / GRAPH, Target(flavour="tensorrt-rtx"), spec.input("fp16"), profiles, tmp_path, Recorder()
+            fp32_bundle / GRAPH, PlanChoice(flavour="tensorrt-rtx"), spec.input("fp16"), profiles, tmp_path, Recorder()
         )
 
 
 def test_build_reports_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> None:
     manifest, recorder = Bundle.open(spoilt).manifest, Recorder()
-    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, recorder)
+    build_plan(
+        spoilt / GRAPH, PlanChoice(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, recorder
+    )
     fractions = [fraction for fraction, _ in recorder.updates]
     assert len(fractions) > 50
     assert all(0 <= fraction <= 1 for fraction in fractions)
@@ -70,7 +72,9 @@ def test_build_reports_its_progress_to_the_end(spoilt: Path, tmp_path: Path) -> 
 
 def test_two_builds_give_the_same_bytes(spoilt: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(spoilt).manifest
-    build_plan(spoilt / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder())
+    build_plan(
+        spoilt / GRAPH, PlanChoice(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder()
+    )
     assert (tmp_path / PLAN).read_bytes() == (spoilt / manifest.plans[0].file).read_bytes()
 
 
@@ -84,14 +88,14 @@ from pathlib import Path
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH
 from trtower_export.plan.polygraphy import build_plan
-from trtower_export.plan.targets import Target
+from trtower_export.plan.choice import PlanChoice
 class Impatient:
     def update(self, fraction, note):
         os.kill(os.getpid(), signal.SIGINT)
 bundle = Bundle.open({str(spoilt)!r})
 tensor, profiles = bundle.manifest.input, bundle.manifest.profiles
 try:
-    target, out = Target(flavour="tensorrt-rtx"), Path({str(out)!r})
+    target, out = PlanChoice(flavour="tensorrt-rtx"), Path({str(out)!r})
     build_plan(bundle.path / GRAPH, target, tensor, profiles, out, Impatient())
 except KeyboardInterrupt:
     print("interrupted")
@@ -108,7 +112,12 @@ def test_refusal_quotes_tensorrt(spoilt: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(spoilt).manifest
     with pytest.raises(BuildError, match=r"could not build tower\.onnx: .*NoSuchOperation"):
         build_plan(
-            tmp_path / GRAPH, Target(flavour="tensorrt-rtx"), manifest.input, manifest.profiles, tmp_path, Recorder()
+            tmp_path / GRAPH,
+            PlanChoice(flavour="tensorrt-rtx"),
+            manifest.input,
+            manifest.profiles,
+            tmp_path,
+            Recorder(),
         )
 
 

@@ -29,10 +29,10 @@ from trtower.spec import BatchProfile
 from trtower_export.console import LoggedProgress, Step
 from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan import build as module
-from trtower_export.plan import targets
+from trtower_export.plan import choice
 from trtower_export.plan.build import add_plan
+from trtower_export.plan.choice import choose_plan
 from trtower_export.plan.polygraphy import _settings, build_plan
-from trtower_export.plan.targets import choose_target
 
 BUILD = "import sys; from trtower.cli import run; sys.exit(run(['build', *sys.argv[1:]]))"
 PATIENCE_S = 60
@@ -408,13 +408,13 @@ def test_invalid_setting_is_refused(settings: dict[str, Any], message: str) -> N
 
 def test_hardware_compatible_is_for_the_flavour_that_has_it() -> None:
     with pytest.raises(ConfigError, match="--hardware-compatible needs flavour tensorrt"):
-        choose_target("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
+        choose_plan("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
 
 
 def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="--strip needs a GPU to build a plan without its weights"):
-        choose_target("tensorrt-rtx", (), "fp16", BuildSettings(stripped=True))
+        choose_plan("tensorrt-rtx", (), "fp16", BuildSettings(stripped=True))
 
 
 def test_settings_reach_tensorrt() -> None:
@@ -431,16 +431,16 @@ def test_settings_reach_tensorrt() -> None:
 
 
 def test_hardware_compatible_plan_is_bound_to_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setattr(choice, "load_flavour", lambda _: SimpleNamespace(__version__="11.4.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     found = [
-        choose_target("tensorrt", (), "fp16", BuildSettings(hardware_compatible=compatible))[0]
+        choose_plan("tensorrt", (), "fp16", BuildSettings(hardware_compatible=compatible))[0]
         for compatible in (True, False)
     ]
     assert [target.compute_capabilities for target in found if target] == [(), ("8.9",)]
     with pytest.raises(ConfigError, match="--hardware-compatible needs flavour tensorrt and no --compute-capability"):
-        choose_target("tensorrt", ("8.9",), "fp16", BuildSettings(hardware_compatible=True))
+        choose_plan("tensorrt", ("8.9",), "fp16", BuildSettings(hardware_compatible=True))
 
 
 def test_replacing_a_plan_is_reported(

@@ -11,9 +11,9 @@ from trtower import Bundle
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
 from trtower_export.console import LoggedProgress
-from trtower_export.plan import targets
+from trtower_export.plan import choice
 from trtower_export.plan.build import add_plan
-from trtower_export.plan.targets import ELSEWHERE, TOO_OLD, choose_target, read_capabilities
+from trtower_export.plan.choice import ELSEWHERE, TOO_OLD, choose_plan, read_capabilities
 
 UNSUPPORTED: list[str] = sorted(ELSEWHERE, key=float)
 
@@ -68,7 +68,7 @@ def test_error_on_a_gpu_without_tensorrt_rtx_names_an_alternative(capability: st
         rf"^compute capability {re.escape(capability)} is {gpu}, which TensorRT-RTX does not .*: {instead}{there}$"
     )
     with pytest.raises(ConfigError, match=expected):
-        choose_target(flavour, (capability,), "fp16")
+        choose_plan(flavour, (capability,), "fp16")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -77,9 +77,9 @@ def test_alternative_is_named_before_an_installation_that_would_not_help(monkeyp
         monkeypatch.setitem(sys.modules, module, None)
     for flavour in ("auto", "tensorrt-rtx"):
         with pytest.raises(ConfigError, match="is Hopper, which TensorRT-RTX does not support"):
-            choose_target(flavour, ("sm_90",), "fp16")
+            choose_plan(flavour, ("sm_90",), "fp16")
     with pytest.raises(BackendError, match=r"builds on the GPU that runs the plan.*: export with --flavour none"):
-        choose_target("tensorrt", (), "fp16")
+        choose_plan("tensorrt", (), "fp16")
 
 
 @pytest.mark.parametrize(
@@ -107,54 +107,54 @@ def test_build_without_the_gpu_says_where_to_run_it(
 
 
 def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(choice, "load_flavour", lambda _: sys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     with pytest.raises(ConfigError, match=r"of compute capability 8\.9, and not for 9\.0: export with --fl"):
-        choose_target("tensorrt", ("90", "8.9"), "fp16")
-    target, _ = choose_target("tensorrt", ("sm_89",), "fp16")
+        choose_plan("tensorrt", ("90", "8.9"), "fp16")
+    target, _ = choose_plan("tensorrt", ("sm_89",), "fp16")
     assert target
     assert target.compute_capabilities == ("8.9",)
 
 
 def test_unknown_compute_capability_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"'9\.9'; choose 7\.5, 8\.0, 8\.6, 8\.9, 12\.0 or 12\.1\."):
-        choose_target("tensorrt-rtx", ("9.9",), "fp16")
+        choose_plan("tensorrt-rtx", ("9.9",), "fp16")
 
 
 def test_bf16_for_turing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"bf16 needs compute capability 8\.0 or later, .* 7\.5: .*--precision fp16"):
-        choose_target("tensorrt-rtx", ("8.9", "7.5"), "bf16")
-    assert choose_target("tensorrt-rtx", ("7.5",), "fp16")[0]
+        choose_plan("tensorrt-rtx", ("8.9", "7.5"), "bf16")
+    assert choose_plan("tensorrt-rtx", ("7.5",), "fp16")[0]
 
 
 def test_unknown_flavour_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"^unknown flavour 'openvino'; choose auto, none, tensorrt or tensorrt-rtx"):
-        choose_target("openvino", (), "fp16")
+        choose_plan("openvino", (), "fp16")
 
 
 def test_compute_capability_without_a_plan_is_refused() -> None:
     with pytest.raises(ConfigError, match="builds no plan"):
-        choose_target("none", ("8.9",), "fp16")
+        choose_plan("none", ("8.9",), "fp16")
 
 
 def test_data_centre_flavour_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(choice, "load_flavour", lambda _: sys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="builds on the GPU that runs the plan"):
-        choose_target("tensorrt", (), "fp16")
+        choose_plan("tensorrt", (), "fp16")
 
 
 @pytest.mark.parametrize(("precision", "capability"), [("bf16", (7, 5)), ("fp8", (8, 6))])
 def test_data_centre_flavour_needs_a_gpu_that_has_the_format(
     monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(targets, "load_flavour", lambda _: sys)
+    monkeypatch.setattr(choice, "load_flavour", lambda _: sys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     with pytest.raises(ConfigError, match=f"{precision} needs compute capability .* for {capability[0]}"):
-        choose_target("tensorrt", (), precision)
-    assert choose_target("tensorrt", (), "fp16")[0]
+        choose_plan("tensorrt", (), precision)
+    assert choose_plan("tensorrt", (), "fp16")[0]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_reason_says_that_this_gpu_cannot_run_the_plan(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    target, reason = choose_target("tensorrt-rtx", capabilities, "fp16")
+    target, reason = choose_plan("tensorrt-rtx", capabilities, "fp16")
     assert target
     assert said in reason
     assert ("cannot run on this machine" in reason) == bool(said)
@@ -175,14 +175,14 @@ def test_reason_says_that_this_gpu_cannot_run_the_plan(
 def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
-    target, reason = choose_target("auto", (), "fp16")
+    target, reason = choose_plan("auto", (), "fp16")
     assert target is None
     assert "no plan is built, because no TensorRT can build here" in reason
     assert how_to_install("trt-rtx-build") in reason
     with pytest.raises(MissingExtraError, match=re.escape(how_to_install("trt-rtx-build"))):
-        choose_target("tensorrt-rtx", (), "fp16")
+        choose_plan("tensorrt-rtx", (), "fp16")
     with pytest.raises(MissingExtraError, match="--compute-capability is for a plan, but no plan is built"):
-        choose_target("auto", ("8.9",), "fp16")
+        choose_plan("auto", ("8.9",), "fp16")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -190,7 +190,7 @@ def test_missing_polygraphy_is_reported_before_any_work(monkeypatch: pytest.Monk
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     with pytest.raises(MissingExtraError, match=r"polygraphy.*trt-rtx-build"):
-        choose_target("tensorrt-rtx", (), "fp16")
-    target, reason = choose_target("auto", (), "fp16")
+        choose_plan("tensorrt-rtx", (), "fp16")
+    target, reason = choose_plan("auto", (), "fp16")
     assert target is None
     assert "polygraphy" in reason

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
+from trtower.bundle.manifest import BUILD_NOTES, PARSES_PLAIN, PLANS, BuildSettings, PlanEntry
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import (
@@ -23,6 +23,7 @@ from trtower.flavour import (
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of
 from trtower.spec import PRECISIONS
+from trtower_export.targets import Target, is_before
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,7 +55,7 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class PlanChoice:
     """What a plan is built for, and how.
 
     Without compute capabilities the plan is TensorRT-RTX's portable one, or TensorRT's hardware-compatible one.
@@ -65,17 +66,17 @@ class Target:
     settings: BuildSettings = field(default_factory=BuildSettings)
 
 
-def choose_target(
+def choose_plan(
     flavour: str,
     compute_capabilities: Sequence[str],
     precision: str,
     settings: BuildSettings | None = None,
     bundle: Path | None = None,
-) -> tuple[Target | None, str]:
+) -> tuple[PlanChoice | None, str]:
     """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
 
     ``flavour`` "auto" prefers "tensorrt", which needs a GPU, to "tensorrt-rtx", which needs none. If neither can build
-    here, the target is None, as with "none"; both raise an error instead if ``compute_capabilities`` are named. These
+    here, the choice is None, as with "none"; both raise an error instead if ``compute_capabilities`` are named. These
     may be in any form that `read_capabilities` accepts. ``bundle`` is the bundle that gets the plan, if it exists;
     errors that send the user to another machine name it. Raises ConfigError, BackendError and MissingExtraError.
     """
@@ -98,14 +99,63 @@ def choose_target(
         if compute_capabilities:
             raise MissingExtraError(f"--compute-capability is for a plan, but {reason}")
         return None, reason
-    target, remark = _settle(flavour, compute_capabilities, precision, settings or BuildSettings(), bundle)
-    return target, reason + remark
+    choice, remark = _settle(flavour, compute_capabilities, precision, settings or BuildSettings(), bundle)
+    return choice, reason + remark
+
+
+def choose_for_target(target: Target, flavour: str, precision: str) -> tuple[PlanChoice | None, str]:
+    """Choose the plan of a named target, as `choose_plan` does.
+
+    With "auto", a plan of TensorRT-RTX is built here. A plan of data-centre TensorRT is built where it is served, and
+    here only if this machine is of that kind.
+    """
+    if target.tensorrt and is_before(target.tensorrt, PARSES_PLAIN):
+        raise ConfigError(
+            f"{target.name} has TensorRT {target.tensorrt}, and trtower's graphs need {PARSES_PLAIN} or later: update "
+            "it, or serve without a plan."
+        )
+    _check_precision(target, precision)
+    own = target.compute_capabilities
+    if flavour == "auto":
+        if target.flavour == "tensorrt" and not _is_here(target):
+            return None, f"no plan for {target.name} here: {BUILD_NOTES} in the bundle says how to build it there"
+        flavour = target.flavour
+    if flavour == "tensorrt" and torch.cuda.is_available() and not _is_here(target):
+        raise ConfigError(
+            f"this machine is not a {target.name}, so it cannot build its plan: export with --flavour none, and build "
+            f"it there as {BUILD_NOTES} says."
+        )
+    return choose_plan(flavour, own if flavour == "tensorrt-rtx" else (), precision)
+
+
+def _check_precision(target: Target, precision: str) -> None:
+    """Refuse a precision that a GPU of ``target`` lacks."""
+    needed = PRECISIONS[precision].first_capability
+    for capability in target.compute_capabilities:
+        if float(capability) < needed:
+            raise ConfigError(
+                f"{precision} needs compute capability {needed} or later, and {target.name} has {capability}: export "
+                "with --precision fp16."
+            )
+
+
+def _is_here(target: Target) -> bool:
+    """Return whether this machine has the GPU, the platform and the TensorRT of ``target``."""
+    if not torch.cuda.is_available() or target.platform not in ("", PLATFORM):
+        return False
+    if target.compute_capabilities and capability_of() not in target.compute_capabilities:
+        return False
+    try:
+        version: str = load_flavour("tensorrt").__version__
+    except (ImportError, OSError):
+        return False
+    return not target.tensorrt or not (is_before(version, target.tensorrt) or is_before(target.tensorrt, version))
 
 
 def _settle(
     flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings, bundle: Path | None
-) -> tuple[Target, str]:
-    """Decide which GPUs a plan is for; return the target, and a remark for the user or "".
+) -> tuple[PlanChoice, str]:
+    """Decide which GPUs a plan is for; return the choice, and a remark for the user or "".
 
     Raises ConfigError, BackendError or MissingExtraError if no such plan can be built here.
     """
@@ -123,7 +173,7 @@ def _settle(
     here = capability_of() if torch.cuda.is_available() else None
     if here and (obstacle := capability_obstacle(flavour, module, capabilities, here)):
         remark += f"; the plan cannot run on this machine: it {obstacle}"
-    return Target(flavour=flavour, compute_capabilities=capabilities, settings=settings), remark
+    return PlanChoice(flavour=flavour, compute_capabilities=capabilities, settings=settings), remark
 
 
 def read_capabilities(written: Sequence[str]) -> tuple[str, ...]:
@@ -238,15 +288,15 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
         )
 
 
-def make_entry(target: Target) -> PlanEntry:
-    """Return the manifest's entry for a plan for ``target``, built by the installed TensorRT."""
-    version = load_flavour(target.flavour).__version__
-    gpus = "+".join(sm_name(capability) for capability in target.compute_capabilities)
+def make_entry(choice: PlanChoice) -> PlanEntry:
+    """Return the manifest's entry for a plan for ``choice``, built by the installed TensorRT."""
+    version = load_flavour(choice.flavour).__version__
+    gpus = "+".join(sm_name(capability) for capability in choice.compute_capabilities)
     return PlanEntry(
-        file=f"{PLANS}/{target.flavour}-{version}.{gpus or 'any'}.plan",
-        flavour=target.flavour,
+        file=f"{PLANS}/{choice.flavour}-{version}.{gpus or 'any'}.plan",
+        flavour=choice.flavour,
         version=version,
         platform=PLATFORM,
-        compute_capabilities=target.compute_capabilities,
-        settings=target.settings,
+        compute_capabilities=choice.compute_capabilities,
+        settings=choice.settings,
     )

@@ -1,0 +1,83 @@
+"""Which TensorRT can parse a graph: the operators and types that TensorRT learnt after 8.6, and when.
+
+A strongly typed network is what keeps the precision of a graph, so no graph of ours is for a TensorRT without one.
+TensorRT-RTX from 1.5 on parses all of it; `make test-tensorrt` builds graphs with 1.5, 1.6 and 1.7.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx
+from onnx import TensorProto
+
+from trtower.errors import ConfigError
+from trtower.flavour import parse_version
+from trtower_export.console import Progress
+from trtower_export.targets import Target
+
+
+class Learnt(NamedTuple):
+    """An operator or a type, the first TensorRT that parses it, and where that was read, on 2026-11-29."""
+
+    version: str
+    source: str
+
+
+OPERATORS_MD = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
+CHANGELOG = "https://github.com/NVIDIA/TensorRT/blob/main/CHANGELOG.md"
+
+STRONGLY_TYPED = Learnt(
+    "10.0", "https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/release-notes.html"
+)
+OPERATORS = {
+    "Gelu": Learnt("10.0", OPERATORS_MD),
+    "Attention": Learnt("10.14", CHANGELOG),
+    "RMSNormalization": Learnt("10.15", CHANGELOG),
+    "RotaryEmbedding": Learnt("10.15", CHANGELOG),
+    "Swish": Learnt("11.0", CHANGELOG),
+}
+TYPES = {
+    TensorProto.BFLOAT16: Learnt("10.0", CHANGELOG),
+    TensorProto.FLOAT8E4M3FN: Learnt("10.0", CHANGELOG),
+}
+_OLD = (
+    "Add Cast Clip Concat Constant Conv Cos DequantizeLinear Div Equal Erf Exp Expand Flatten Gather Gemm Identity "
+    "LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range Reciprocal ReduceMean Reshape Shape Sigmoid Sin Slice "
+    "Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"
+)
+OLD = frozenset(_OLD.split())
+"""Operators that 8.6 parses already, by its own operators.md."""
+
+
+class Parsers(NamedTuple):
+    """The first TensorRT that parses a graph, what needs it, and the operators of which nothing is known."""
+
+    first: str
+    needs: str
+    unknown: tuple[str, ...]
+
+
+def find_parsers(path: Path) -> Parsers:
+    """Find out which TensorRT can parse an ONNX graph, by its operators and the types of its weights."""
+    graph = onnx.load_model(path, load_external_data=False).graph
+    operators = {node.op_type for node in graph.node}
+    needed = {"strongly typed networks": STRONGLY_TYPED}
+    needed |= {f"the operator {name}": OPERATORS[name] for name in operators & OPERATORS.keys()}
+    types = {tensor.data_type for tensor in graph.initializer}
+    needed |= {f"the type {TensorProto.DataType.Name(each)}": TYPES[each] for each in types & TYPES.keys()}
+    needs = max(needed, key=lambda name: parse_version(needed[name].version))
+    return Parsers(needed[needs].version, needs, tuple(sorted(operators - OPERATORS.keys() - OLD)))
+
+
+def check_parsers(parsers: Parsers, target: Target | None, progress: Progress) -> None:
+    """Refuse a graph that the TensorRT of ``target`` cannot parse, and warn of one that perhaps none can.
+
+    Raises ConfigError.
+    """
+    if parsers.unknown:
+        progress.say(f"no TensorRT is known to parse {', '.join(parsers.unknown)}: the build of a plan may fail")
+    if target and target.tensorrt and parse_version(target.tensorrt) < parse_version(parsers.first):
+        raise ConfigError(
+            f"{target.name} has TensorRT {target.tensorrt}, and the graph needs {parsers.first} or later, for "
+            f"{parsers.needs}."
+        )

@@ -1,0 +1,109 @@
+"""What is known to be wrong with a TensorRT, on which GPUs and for which towers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from trtower.errors import ConfigError
+from trtower.names import check_name
+from trtower_export.targets import Target, is_before, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault of data-centre TensorRT. A field that is empty limits nothing.
+
+    Attributes:
+        name: What `--accept-known-fault` takes.
+        what: What goes wrong, as a clause.
+        since: The first version that has it.
+        fixed: The first version that was reported right; "" if none was.
+        families: The families of towers that it hits.
+        precisions: The precisions that it hits.
+        compute_capabilities: The GPUs that it hits.
+        platform: The platform that it hits.
+        refuse: Whether results are wrong, or nothing is built. Otherwise it is worth a warning.
+        instead: What to do instead.
+        source: The page where it was reported.
+        read: The day when that was read.
+    """
+
+    name: str
+    what: str
+    since: str
+    fixed: str = ""
+    families: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
+    platform: str = ""
+    refuse: bool
+    instead: str
+    source: str
+    read: str
+
+    def hits(self, version: str, capabilities: Sequence[str], platform: str, family: str, precision: str) -> bool:
+        """Return whether a plan would have this fault. What is unknown ("" or ()) is taken to be hit."""
+        return (
+            not is_before(version, self.since)
+            and (not self.fixed or is_before(version, self.fixed))
+            and (not self.families or family in self.families)
+            and (not self.precisions or precision in self.precisions)
+            and (not self.platform or platform in ("", self.platform))
+            and (
+                not self.compute_capabilities
+                or not capabilities
+                or bool({*capabilities} & {*self.compute_capabilities})
+            )
+        )
+
+    def is_certain(self, capabilities: Sequence[str], platform: str) -> bool:
+        """Return whether enough is known of where the plan will run to say that the fault hits it there."""
+        return bool((capabilities or not self.compute_capabilities) and (platform or not self.platform))
+
+    def __str__(self) -> str:
+        until = f" to before {self.fixed}" if self.fixed else " on"
+        gpus = f" on compute capability {' or '.join(self.compute_capabilities)}" if self.compute_capabilities else ""
+        return f"{self.name}: {self.what} (reported for TensorRT {self.since}{until}{gpus}: {self.source})"
+
+
+@cache
+def all_faults() -> tuple[Fault, ...]:
+    """Read all faults, in the order of faults.toml."""
+    return tuple(Fault(**row) for row in read_rows("faults.toml"))
+
+
+def check_target(
+    target: Target, family: str, precision: str, accepted: Sequence[str], warn: Callable[[str], object]
+) -> None:
+    """Check a target as `check_faults` does."""
+    check_faults(target.tensorrt, target.compute_capabilities, target.platform, family, precision, accepted, warn)
+
+
+def check_faults(
+    version: str,
+    capabilities: Sequence[str],
+    platform: str,
+    family: str,
+    precision: str,
+    accepted: Sequence[str],
+    warn: Callable[[str], object],
+) -> None:
+    """Warn of the known faults that a plan of ``family`` would have; refuse those that make it useless.
+
+    ``version`` is that of data-centre TensorRT; "" checks nothing. ``accepted`` names faults to warn of only, and so is
+    a fault of some GPUs if ``capabilities`` are open. Raises ConfigError for a fault that is not accepted, or if
+    ``accepted`` names one that does not exist.
+    """
+    for name in accepted:
+        check_name("known fault", name, [fault.name for fault in all_faults()])
+    if not version:
+        return
+    for fault in all_faults():
+        if not fault.hits(version, capabilities, platform, family, precision):
+            continue
+        if fault.refuse and fault.is_certain(capabilities, platform) and fault.name not in accepted:
+            raise ConfigError(
+                f"TensorRT {version} has a known fault, {fault}. Use {fault.instead}, or accept it with "
+                f"--accept-known-fault {fault.name}"
+            )
+        warn(f"known fault {fault}; instead: {fault.instead}")

@@ -1,0 +1,87 @@
+"""BUILD.md: its commands exist, with these options, in every trtexec and in Polygraphy."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import BUILD_NOTES, GRAPH_DATA
+from trtower.spec import BatchProfile
+
+TREXEC = sorted((Path(__file__).parent / "trtexec").glob("*.txt"))
+
+ONE, SEVERAL = (
+    (BatchProfile(min=1, opt=2, max=4),),
+    (BatchProfile(min=1, opt=1, max=2), BatchProfile(min=3, opt=4, max=8)),
+)
+
+
+def commands(bundle: Path) -> dict[str, list[str]]:
+    """Return the commands of BUILD.md, by program and subcommand."""
+    notes = (bundle / BUILD_NOTES).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", notes, flags=re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
+    return {" ".join(line[: 1 if line[0] == "trtexec" else 2]): line for line in lines if line}
+
+
+@pytest.fixture(params=[ONE, SEVERAL], ids=["one profile", "several"])
+def bundle(export: Callable[..., Path], request: pytest.FixtureRequest) -> Bundle:
+    return Bundle.open(export("clip", flavour="none", profiles=request.param))
+
+
+@pytest.mark.parametrize("path", TREXEC, ids=lambda path: path.stem)
+def test_trtexec_of_every_version_knows_the_options(bundle: Bundle, path: Path) -> None:
+    known = {*path.read_text(encoding="utf-8").split()}
+    line = commands(bundle.path)["trtexec"]
+    assert {option.partition("=")[0] for option in line[1:]} <= known
+    assert {"--stronglyTyped", "--noTF32", "--skipInference"} <= {*line}
+
+
+def test_trtexec_gets_each_profile_with_its_shapes_behind_it(bundle: Bundle) -> None:
+    line = commands(bundle.path)["trtexec"]
+    size = bundle.manifest.spec.image_size
+    for index, profile in enumerate(bundle.manifest.profiles):
+        shapes = [
+            f"--{bound}Shapes=pixel_values:{batch}x3x{size}x{size}"
+            for bound, batch in (("min", profile.min), ("opt", profile.opt), ("max", profile.max))
+        ]
+        start = line.index(f"--profile={index}") + 1 if len(bundle.manifest.profiles) > 1 else line.index(shapes[0])
+        assert line[start : start + 3] == shapes
+    assert line[1] == f"--onnx={bundle.manifest.name}/tower.onnx"
+
+
+def test_polygraphy_builds_the_plan(bundle: Bundle, tmp_path: Path) -> None:
+    """With TensorRT-RTX, because data-centre TensorRT needs a GPU; Polygraphy reads the options alike."""
+    line = commands(bundle.path)["polygraphy convert"]
+    assert line.count("--trt-opt-shapes") == len(bundle.manifest.profiles)
+    assert "--strongly-typed" in line
+    (tmp_path / bundle.manifest.name).symlink_to(bundle.path)
+    program = Path(sys.executable).with_name("polygraphy")
+    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    done = subprocess.run([program, *line[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-500:]
+    weights = bundle.manifest.files[GRAPH_DATA].size
+    assert (tmp_path / f"{bundle.manifest.name}.plan").stat().st_size > weights
+
+
+def test_trtower_runs_the_first_command(bundle: Bundle) -> None:
+    assert commands(bundle.path)["trtower build"] == ["trtower", "build", bundle.manifest.name, "--flavour", "tensorrt"]
+    assert commands(bundle.path)["trtower check"] == ["trtower", "check", bundle.manifest.name]
+
+
+@pytest.mark.parametrize(
+    ("target", "extra", "container"),
+    [("jetpack-6.2", "build", False), ("triton-24.08", "build", True), ("l4", "trt-build", False)],
+)
+def test_what_a_target_has_already_is_not_installed(
+    export: Callable[..., Path], target: str, extra: str, container: bool
+) -> None:
+    lines = commands(export("clip", flavour="none", target=target))
+    assert lines["pip install"][2] == f"trtower[{extra if target != 'l4' else 'trt-rtx-build'}]"
+    assert ("docker run" in lines) == container

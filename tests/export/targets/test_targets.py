@@ -1,0 +1,140 @@
+"""The table of deployments, and what an export makes of one."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import BUILD_NOTES
+from trtower.errors import ConfigError
+from trtower.flavour import PLATFORM
+from trtower_export.listings import targets
+from trtower_export.options import ExportOptions
+from trtower_export.pipeline import export_tower
+from trtower_export.plan import choice
+from trtower_export.plan.choice import choose_for_target
+from trtower_export.targets import all_targets, find_target, is_before
+
+EXPECTED = (
+    *("jetpack-6.2", "jetpack-7.1", "jetpack-7.2", "tensorrt-10.16", "tensorrt-11.4", "rtx-4090", "l4", "a100", "h100"),
+    *("t4", "orin", "thor", *(f"triton-24.{month:02}" for month in range(8, 13))),
+    *(f"triton-25.{month:02}" for month in range(1, 13)),
+)
+
+Export = Callable[..., Bundle]
+
+
+@pytest.fixture
+def export_for(checkpoints: dict[str, Path], tmp_path: Path) -> Export:
+    """Return a function that exports the small CLIP, or another tower, for a target."""
+
+    def run(target: str, tower: str = "clip", **options: Any) -> Bundle:
+        settings = ExportOptions(target=target, check=False, **options)
+        return export_tower(str(checkpoints[tower]), tmp_path / "bundle", settings)
+
+    return run
+
+
+def test_every_row_is_complete_and_says_where_it_was_read() -> None:
+    names = [target.name for target in all_targets()]
+    assert {*EXPECTED} <= {*names}
+    assert len({*names}) == len(names)
+    for target in all_targets():
+        assert target.title
+        assert re.fullmatch(r"https://\S+", target.source)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", target.read)
+        assert re.fullmatch(r"(\d+\.\d+(\.\d+)?)?", target.tensorrt)
+        assert target.platform in ("", "linux-x86_64", "linux-aarch64")
+        assert all(re.fullmatch(r"\d+\.\d", each) for each in target.compute_capabilities)
+        assert target.flavour == "tensorrt" or not target.tensorrt
+        assert target.tensorrt or target.compute_capabilities
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    for name, nearest in (("jetpak-6.2", "'jetpack-6.2'"), ("RTX_4090", "'rtx-4090'"), ("triton-23.01", "'triton-")):
+        with pytest.raises(ConfigError, match=rf"unknown target '{name}'; did you mean .*{nearest}.*trtower targets"):
+            find_target(name)
+    with pytest.raises(ConfigError, match="unknown target 'tpu'; `trtower targets` lists them all"):
+        find_target("tpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "other", "expected"),
+    [("10.3.0", "10.3", False), ("10.3", "10.10", True), ("10.16.1.11", "10.16.1", False), ("8.6.2", "10.0", True)],
+)
+def test_versions_compare_as_numbers_as_far_as_both_are_written(version: str, other: str, expected: bool) -> None:
+    assert is_before(version, other) == expected
+
+
+def test_gpu_that_tensorrt_rtx_supports_gets_its_plan_at_once(export_for: Export) -> None:
+    bundle = export_for("l4")
+    (plan,) = bundle.manifest.plans
+    assert (plan.flavour, plan.compute_capabilities) == ("tensorrt-rtx", ("8.9",))
+    assert bundle.manifest.target == "l4"
+
+
+@pytest.mark.parametrize("target", ["jetpack-6.2", "triton-24.08", "h100", "thor", "tensorrt-11.4"])
+def test_other_targets_get_instructions(export_for: Export, target: str) -> None:
+    bundle = export_for(target)
+    assert not bundle.manifest.plans
+    assert bundle.manifest.target == target
+    assert not bundle.altered()
+    notes = (bundle.path / BUILD_NOTES).read_text(encoding="utf-8")
+    row = find_target(target)
+    assert all(fact in notes for fact in (f"`{target}`", row.title, row.tensorrt, row.container, row.source))
+    assert "trtower build bundle --flavour tensorrt" in notes
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("jetpack-6.0", {}, r"jetpack-6.0 has TensorRT 8.6.2, and trtower's graphs need 10.0 or later"),
+        ("t4", {"precision": "bf16"}, r"bf16 needs compute capability 8.0 or later, and t4 has 7.5"),
+        ("a100", {"precision": "fp8"}, r"fp8 needs compute capability 8.9 or later, and a100 has 8.0"),
+        ("orin", {"flavour": "tensorrt-rtx"}, r"8.7 is Jetson Orin, which TensorRT-RTX does not support"),
+        ("tpu", {}, "unknown target 'tpu'"),
+        ("l4", {"accept_known_faults": ("nothing",)}, "unknown known fault 'nothing'"),
+    ],
+)
+def test_target_refuses_what_it_cannot_run(
+    export_for: Export, tmp_path: Path, target: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_for(target, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_target_excludes_a_compute_capability() -> None:
+    with pytest.raises(ConfigError, match="--target l4 already says for which GPUs; drop --compute-capability"):
+        ExportOptions(target="l4", compute_capabilities=("8.9",))
+
+
+@pytest.mark.parametrize(("version", "here"), [("10.16.1.11", True), ("10.15.1", False), ("10.17", False)])
+def test_plan_is_built_here_if_this_machine_is_the_target(
+    monkeypatch: pytest.MonkeyPatch, version: str, here: bool
+) -> None:
+    module = type("tensorrt", (), {"__version__": version})
+    monkeypatch.setattr(choice, "load_flavour", lambda _: module)
+    monkeypatch.setattr(choice, "import_extra", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "capability_of", lambda *_: "9.0")
+    chosen, reason = choose_for_target(find_target("tensorrt-10.16"), "auto", "fp16")
+    assert bool(chosen) == here
+    assert here or BUILD_NOTES in reason
+    assert choose_for_target(find_target("h100"), "auto", "fp16")[0]
+    assert not choose_for_target(find_target("thor"), "auto", "fp16")[0]
+    assert PLATFORM == "linux-aarch64" or not choose_for_target(find_target("gh200"), "auto", "fp16")[0]
+    with pytest.raises(ConfigError, match="this machine is not a thor, so it cannot build its plan"):
+        choose_for_target(find_target("thor"), "tensorrt", "fp16")
+
+
+def test_targets_are_listed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets() == 0
+    printed = capsys.readouterr().out
+    assert all(target.name in printed for target in all_targets())
+    assert targets(json_=True) == 0
+    assert '"source": "https://' in capsys.readouterr().out
