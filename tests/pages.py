@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "README.md",
     *DOCS,
     ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "hopper.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "tests" / "clients" / "README.md",
 ]
