@@ -76,7 +76,7 @@ def add_plan(
 
     Raises:
         ConfigError: If an argument is invalid, or this TensorRT cannot build such a plan.
-        BackendError: If the build needs a GPU and there is none.
+        BackendError: If the build needs a GPU and there is none, or its driver is too old.
         MissingExtraError: If a package that the build needs is not installed.
         BuildError: If TensorRT refuses, the disk is full, or the bundle or the store is read-only.
         BundleError: If the bundle was altered, or another process is writing to it.

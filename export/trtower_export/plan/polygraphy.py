@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtower.bundle.manifest import GRAPH_DATA, BuildSettings
-from trtower.errors import BuildError
+from trtower.errors import BackendError, BuildError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS, load_flavour
 from trtower.spec import BY_DTYPE, MIB, BatchProfile, TensorSpec
@@ -31,6 +31,9 @@ SIZE_TOLERANCE = 0.05
 FOREIGN_SHARE = 0.01
 """The share of weights that may have another floating type: the few scalars that the parser adds."""
 
+NO_OBJECT = "factory function returned nullptr"
+"""The end of pybind11's TypeError if TensorRT does not make an object, as a Builder without a usable driver."""
+
 
 def build_plan(
     graph: Path,
@@ -47,7 +50,7 @@ def build_plan(
 
     ``mixed``: the graph holds some weights in FP32 or in 8 bits. ``cache``: the file of TensorRT's timings on this GPU,
     which the build reads and updates. Raises BuildError with TensorRT's own message if it refuses, and if the plan does
-    not have the precision of the graph.
+    not have the precision of the graph. Raises BackendError if TensorRT does not start.
     """
     module = load_flavour(choice.flavour)
     polygraphy = _import_polygraphy(choice.flavour)
@@ -67,9 +70,13 @@ def build_plan(
             config = _make_config(polygraphy, module, choice, build_options)
             plan = polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=cache_path)
             content = memoryview(plan)
-        except PolygraphyException as err:
-            reason = "; ".join(dict.fromkeys(errors)) or str(err)
-            raise BuildError(f"{choice.flavour} {module.__version__} could not build {graph.name}: {reason}") from err
+        except (PolygraphyException, TypeError) as err:
+            product, reason = f"{choice.flavour} {module.__version__}", "; ".join(dict.fromkeys(errors)) or str(err)
+            if isinstance(err, PolygraphyException):
+                raise BuildError(f"{product} could not build {graph.name}: {reason}") from err
+            if not str(err).endswith(NO_OBJECT):
+                raise
+            raise BackendError(f"{product} could not start; its driver may be too old: {reason}") from err
     if not choice.settings.stripped:
         _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
     (folder / PLAN).write_bytes(content)

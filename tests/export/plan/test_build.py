@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH
-from trtower.errors import BuildError
+from trtower.errors import BackendError, BuildError
 from trtower.spec import MIB, BatchProfile
 from trtower_export.console import LoggedProgress, Step
 from trtower_export.plan import polygraphy
@@ -119,6 +119,27 @@ def test_refusal_quotes_tensorrt(spoilt: Path, tmp_path: Path) -> None:
             tmp_path,
             Recorder(),
         )
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "says"),
+    [
+        ("pybind11::init(): factory function returned nullptr", BackendError, "driver may be too old: pybind11"),
+        ("a bug, which shows its traceback", TypeError, "^a bug"),
+    ],
+)
+def test_builder_that_does_not_start_names_the_driver(
+    spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, error: type[Exception], says: str
+) -> None:
+    """tests/tensorrt sees the first reason from data-centre TensorRT itself."""
+
+    def fail(_: object) -> None:
+        raise TypeError(reason)
+
+    monkeypatch.setattr(pytest.importorskip("tensorrt_rtx"), "Builder", fail)
+    manifest, choice = Bundle.open(spoilt).manifest, PlanChoice(flavour="tensorrt-rtx")
+    with pytest.raises(error, match=says):
+        build_plan(spoilt / GRAPH, choice, manifest.input, manifest.profiles, tmp_path, Recorder())
 
 
 def test_build_adds_a_plan_that_the_bundle_verifies(export: Callable[..., Path], tmp_path: Path) -> None:
