@@ -15,8 +15,8 @@ GPU_EXTRAS ?= cuda,trt-rtx-build,export,report,test
 GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
-.PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-wheel bench bench-gpu wheels \
-	cpu-choices goals graph-forms living precisions export-speed clients docs clean
+.PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-tensorrt test-wheel bench \
+	bench-gpu wheels cpu-choices goals graph-forms living precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -53,6 +53,19 @@ pytest-gpu: $(STAMP)
 # The oldest transformers that is supported, in an environment of its own.
 test-matrix:
 	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
+
+# NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have
+# what trtower uses of them, and what they do without a GPU and a driver.
+TENSORRT ?= 10.16.1.11 11.4.0.106 rtx-1.5.0.114 rtx-1.6.1.120 rtx-1.7.1.116
+test-tensorrt: $(TENSORRT:%=test-tensorrt-%)
+
+test-tensorrt-%: .venv-tensorrt-%/.installed
+	.venv-tensorrt-$*/bin/python -m pytest tests/tensorrt
+
+.PRECIOUS: .venv-tensorrt-%/.installed
+.venv-tensorrt-%/.installed: tests/tensorrt/make_environment.py $(STAMP)
+	$(BIN)/python $< tensorrt-$* .venv-tensorrt-$*
+	touch $@
 
 # The wheel, in an environment of its own: without extras, then with the extra `cli`.
 test-wheel: $(STAMP)

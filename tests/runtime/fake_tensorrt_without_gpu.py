@@ -218,10 +218,10 @@ def fake_plan(
 
 ABSENT = {
     "tensorrt_rtx": (),
-    "tensorrt": ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"),
+    "tensorrt": ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache", "IRuntimeConfig"),
 }
 ABSENT["tensorrt_lean"] = (*ABSENT["tensorrt"], "OnnxParserRefitter")
-"""What the real modules lack of those that the fake can be."""
+"""What the real modules lack of those that the fake can be; and IRuntimeConfig, of which theirs has less."""
 
 
 class FakeTensorRT(ModuleType):

@@ -5,7 +5,6 @@ fact is tested on it too.
 """
 
 import gc
-import inspect
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ from tests.runtime.fake_tensorrt_without_gpu import (
     fake_answer,
     fake_plan,
 )
+from tests.runtime.signatures import differences
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BuildSettings, PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
@@ -119,38 +119,9 @@ def answers(bundle: Bundle, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack([fake_answer(image, tokens) for image in images.numpy()]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "ILogger"),
-        *("Refitter", "OnnxParserRefitter"),
-    ],
-)
-def test_fake_has_only_names_and_parameters_of_the_real_module(tensorrt: FakeTensorRT, name: str) -> None:
-    real_module = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
-    fake, real = getattr(tensorrt, name), getattr(real_module, name)
-    own = {key: value for key, value in vars(fake).items() if not key.startswith("_")}
-    assert own.keys() <= set(dir(real))
-    methods = {key: value for key, value in own.items() if inspect.isfunction(value)}
-    if name in ("Runtime", "ILogger"):
-        methods["__init__"] = fake.__init__
-    for key, method in methods.items():
-        parameters = tuple(inspect.signature(method).parameters)[1:]
-        assert parameters in real_parameters(getattr(real, key)), key
-
-
-def test_fake_module_has_only_real_names_and_all_real_severities(tensorrt: FakeTensorRT) -> None:
-    real = pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx
-    assert {key for key in vars(tensorrt) if not key.startswith("_")} <= set(dir(real))
-    members = {key: int(value) for key, value in real.ILogger.Severity.__members__.items()}
-    assert {severity.name: int(severity) for severity in tensorrt.ILogger.Severity} == members
-
-
-def real_parameters(method: Any) -> set[tuple[str, ...]]:
-    """Read from pybind11's docstring which parameters each overload requires, and which it accepts."""
-    overloads = re.findall(rf"{method.__name__}\(self: [\w.]+(.*)\) -> ", method.__doc__)
-    required = {tuple(re.findall(r", (\w+): [^,=]*(?=,|$)", overload)) for overload in overloads}
-    return required | {tuple(re.findall(r", (\w+): ", overload)) for overload in overloads}
+def test_fake_has_only_names_and_parameters_of_the_real_module(tensorrt: FakeTensorRT) -> None:
+    """The real modules of other products and versions are in other environments: see tests/tensorrt."""
+    assert not [*differences(tensorrt, pytest.importorskip("tensorrt_rtx_bindings").tensorrt_rtx)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
