@@ -102,7 +102,12 @@ def test_full_tensorrt_that_does_not_start_names_the_driver(with_plan: Callable[
 @pytest.mark.parametrize(
     ("settings", "version", "flavour", "says"),
     [
-        (COMPATIBLE, "10.15.1.29", "tensorrt", f"but tensorrt-lean {HERE} is installed: pip install tensorrt-lean==10"),
+        (
+            COMPATIBLE,
+            "10.15.1.29",
+            "tensorrt",
+            f"but this machine has tensorrt-lean {HERE}: pip install tensorrt-lean==10",
+        ),
         (ORDINARY, HERE, "tensorrt", "tensorrt-lean runs only plans that were built with --version-compatible"),
         (ORDINARY, "1.7.1.116", "tensorrt-rtx", "needs the package tensorrt_rtx, which is not installed"),
     ],

@@ -296,14 +296,14 @@ def _choose_runtime(plan: PlanEntry, installed: Sequence[ModuleType]) -> ModuleT
 
 def _version_obstacle(plan: PlanEntry, installed: Sequence[ModuleType], missing: Sequence[Exception]) -> str:
     """Say that no installed TensorRT has the version of a plan."""
-    built = f"was built by {plan.flavour} {plan.version}"
     if not installed:
         is_broken = not all(isinstance(err, MissingExtraError) for err in missing)
-        return f"{built}, but {'the installed one is broken' if is_broken else 'none is installed'}"
+        lacking = "the installed one is broken" if is_broken else "none is installed"
+        return f"was built by {plan.flavour} {plan.version}, but {lacking}"
     others = " and ".join(f"{_product(module, plan)} {module.__version__}" for module in installed)
     package = "tensorrt-lean" if plan.settings.version_compatible else plan.flavour
     return (
-        f"{built}, but {others} {'is' if len(installed) == 1 else 'are'} installed: pip install "
+        f"was built by {plan.flavour} {plan.version}, but this machine has {others}: pip install "
         f"{package}=={plan.version}, or run trtower build here"
     )
 

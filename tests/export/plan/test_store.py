@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from tests.export.checking import make_hashes_fit
 from trtower import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, MANIFEST, BuildSettings
+from trtower.bundle.manifest import BUILD_NOTES, GRAPH, GRAPH_DATA, MANIFEST, BuildSettings
 from trtower.bundle.staging import write_manifest
 from trtower.cli import run
 from trtower.errors import BackendError, BuildError, BundleError, ConfigError
@@ -378,7 +378,8 @@ def test_export_uses_a_plan_from_the_store(checkpoints: dict[str, Path], tmp_pat
         export_tower(str(checkpoints["clip"]), tmp_path / name, options, recorder)
     assert ["Build the tensorrt-rtx plan" in recorder.steps for recorder in recorders] == [True, False]
     manifests = [Bundle.open(tmp_path / name).manifest for name in ("a", "b")]
-    assert manifests[0].files == manifests[1].files
+    files = [{name: entry for name, entry in each.files.items() if name != BUILD_NOTES} for each in manifests]
+    assert files[0] == files[1]  # BUILD.md has the bundle's name in its commands
     assert manifests[0].plans[0].log in manifests[0].files
 
 
@@ -411,6 +412,16 @@ def test_hardware_compatible_is_for_the_flavour_that_has_it() -> None:
         choose_plan("tensorrt-rtx", (), "fp16", BuildSettings(hardware_compatible=True))
 
 
+def test_version_compatible_is_for_the_flavour_that_has_a_lean_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--version-compatible needs flavour tensorrt: TensorRT-RTX has no lean"):
+        choose_plan("tensorrt-rtx", (), "fp16", BuildSettings(version_compatible=True))
+    monkeypatch.setattr(choice, "load_flavour", lambda _: SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "capability_of", lambda *_: "9.0")
+    with pytest.raises(ConfigError, match="--version-compatible and --strip exclude each other"):
+        choose_plan("tensorrt", (), "fp16", BuildSettings(version_compatible=True, stripped=True))
+
+
 def test_plan_without_weights_is_refused_at_once_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="--strip needs a GPU to build a plan without its weights"):
@@ -424,9 +435,14 @@ def test_settings_reach_tensorrt() -> None:
         "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: 3 << 20},
         "builder_optimization_level": 0,
         "hardware_compatibility_level": tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS,
+        "version_compatible": False,
+        "exclude_lean_runtime": False,
         "strip_plan": True,
         "refittable": True,
     }
+    compatible = _settings(BuildSettings(version_compatible=True), tensorrt)
+    assert compatible["version_compatible"]
+    assert compatible["exclude_lean_runtime"]
     assert not any(_settings(BuildSettings(), tensorrt).values())  # TensorRT's defaults
 
 

@@ -223,14 +223,14 @@ def test_full_tensorrt_runs_a_plan_if_both_can(bundle: Bundle, settings: BuildSe
             FAKE_VERSION,
             "needs the package tensorrt, .* tensorrt-lean runs only plans that were built with --v",
         ),
-        (BuildSettings(), "1.0", FAKE_VERSION, "but tensorrt 1.0 is installed: pip install tensorrt==99"),
+        (BuildSettings(), "1.0", FAKE_VERSION, "but this machine has tensorrt 1.0: pip install tensorrt==99"),
         (
             COMPATIBLE,
             "1.0",
             "2.0",
-            "but tensorrt 1.0 and tensorrt-lean 2.0 are installed: pip install tensorrt-lean==99",
+            "but this machine has tensorrt 1.0 and tensorrt-lean 2.0: pip install tensorrt-lean==99",
         ),
-        (COMPATIBLE, None, "2.0", "but tensorrt-lean 2.0 is installed: pip install tensorrt-lean==99"),
+        (COMPATIBLE, None, "2.0", "but this machine has tensorrt-lean 2.0: pip install tensorrt-lean==99"),
         (COMPATIBLE, None, None, "the lean runtime of TensorRT needs the package tensorrt_lean, .*trt-lean"),
     ],
 )
