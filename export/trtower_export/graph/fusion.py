@@ -1,8 +1,8 @@
-"""The two forms of a graph: with attention and RMS norms spelled out for TensorRT, and fused for ONNX Runtime on CUDA.
+"""The two forms of a graph: with attention and RMS norms spelled out for TensorRT, and fused for ONNX Runtime.
 
 TensorRT's parser knows the operator Attention only from 10.14 on, and RMSNormalization from 10.15 on, but TensorRT
-fuses what is spelled out. ONNX Runtime does not: its fast kernels on CUDA are for these operators. benchmarks/README.md
-has what was measured.
+fuses what is spelled out. ONNX Runtime does not: its fast kernels are for these operators. benchmarks/README.md has
+what was measured.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Write a traced tower as ONNX, with the precision in the graph and a name on every node.
 
 A bundle has one or two graphs over the same weights: GRAPH, and in half precision also FUSED_GRAPH, for ONNX
-Runtime on CUDA (see fusion.py). Each node is named after its module, and each hidden state after its index. This
+Runtime (see fusion.py). Each node is named after its module, and each hidden state after its index. This
 makes a profile of the engine readable, and lets `trtower check --by-layer` find the hidden states.
 """
 

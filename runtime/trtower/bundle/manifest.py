@@ -28,8 +28,8 @@ PLANS = "plans"
 """The files of a bundle, and the folder of its plans.
 
 The two graphs compute the same and share GRAPH_DATA. GRAPH holds only operators that every TensorRT since 10.0 knows.
-FUSED_GRAPH has one node for each attention and RMS norm, for which ONNX Runtime has fast kernels on CUDA. FP32 bundles,
-and bundles of trtower before 2026-12, lack FUSED_GRAPH.
+FUSED_GRAPH has one node for each attention and RMS norm, for which ONNX Runtime has fast kernels. FP32 bundles, and
+those exported before there were two graphs, lack it.
 """
 
 SCHEMA = 6
@@ -206,7 +206,7 @@ class BundleFacts:
     output: TensorSpec
     profiles: tuple[BatchProfile, ...]
     versions: dict[str, str]
-    first_tensorrt: str
+    first_tensorrt: str = PARSES_ATTENTION
     target: str = ""
 
 
@@ -282,7 +282,8 @@ class Manifest(BundleFacts):
         spec = data.get("spec")
         if isinstance(spec, dict) and spec.get("family") in NORM_ONLY_THE_POOLED:
             spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
-        data.setdefault("first_tensorrt", PARSES_PLAIN if data.get("precision") == "fp32" else PARSES_ATTENTION)
+        if data.get("precision") == "fp32":
+            data.setdefault("first_tensorrt", PARSES_PLAIN)
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:

@@ -12,11 +12,16 @@ from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, one_line
 from trtower.extras import how_to_install, import_extra
+from trtower.flavour import parse_version
 from trtower.runners.base import CLOSED, Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.pool import SerialThread
 from trtower.spec import PRECISIONS, profile_batches
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
+FUSED_ON_CPU_FROM = (1, 32)
+"""The first ONNX Runtime that runs the fused graph on a CPU. Measured on 2026-11-29 in FP16: 1.32.0 is 3 % faster with
+it and takes less memory; 1.24.4 is 22 times slower than with attention spelled out."""
 
 SHAPE_OPERATORS = ("Shape", "Concat")
 """Operators that compute the shape of a batch's class tokens. ONNX Runtime has CUDA kernels for them, but prefers to
@@ -179,6 +184,14 @@ class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
             super().close()
 
 
+def _version() -> tuple[int, ...]:
+    """Return the version of the installed ONNX Runtime; () if it cannot be imported, which is an obstacle anyway."""
+    try:
+        return parse_version(import_extra("onnxruntime", extra="cpu", purpose="onnxruntime-cpu").__version__)
+    except Exception:  # noqa: BLE001 - a broken installation may raise anything
+        return ()
+
+
 def _shapes(tensors: Any) -> list[tuple[str, Shape]]:
     """Read the names and shapes of a session's inputs or outputs."""
     return [(tensor.name, tuple(tensor.shape)) for tensor in tensors]
@@ -210,8 +223,9 @@ class OnnxRuntime(Backend):
     """ONNX Runtime, with its execution provider for one kind of device."""
 
     def files(self, bundle: Bundle) -> Sequence[str]:
-        """See Backend.files. On CUDA only the operator Attention has fast kernels."""
-        return (FUSED_GRAPH,) if self.kind == "cuda" and FUSED_GRAPH in bundle.manifest.files else (GRAPH,)
+        """See Backend.files. On CUDA only the fused graph has fast kernels."""
+        fuses = FUSED_GRAPH in bundle.manifest.files and (self.kind == "cuda" or _version() >= FUSED_ON_CPU_FROM)
+        return (FUSED_GRAPH,) if fuses else (GRAPH,)
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""

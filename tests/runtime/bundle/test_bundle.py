@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH_DATA, MANIFEST, SCHEMA, Manifest
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, SCHEMA, Manifest
 from trtower.bundle.staging import describe, locked, staged
 from trtower.errors import BackendError, BundleError
 from trtower.tower.vision_tower import VisionTower
@@ -139,18 +139,18 @@ def test_plan_that_the_manifest_does_not_list_is_refused(spoilt: Path) -> None:
         Bundle.open(spoilt)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
-def test_graph_cannot_read_a_file_that_is_not_in_the_manifest(spoilt: Path, backend: str) -> None:
-    model = onnx.load(spoilt / "tower.onnx", load_external_data=False)
+@pytest.mark.parametrize(("backend", "graph"), [("onnxruntime-cpu", FUSED_GRAPH), ("openvino", GRAPH)])
+def test_graph_cannot_read_a_file_that_is_not_in_the_manifest(spoilt: Path, backend: str, graph: str) -> None:
+    model = onnx.load(spoilt / graph, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = "evil.bin"
     (spoilt / "evil.bin").write_bytes((spoilt / GRAPH_DATA).read_bytes())
-    (spoilt / "tower.onnx").write_bytes(model.SerializeToString())
+    (spoilt / graph).write_bytes(model.SerializeToString())
     manifest = json.loads((spoilt / MANIFEST).read_text())
-    entry = describe(spoilt / "tower.onnx")
-    edit(spoilt, files={**manifest["files"], "tower.onnx": {"sha256": entry.sha256, "size": entry.size}})
+    entry = describe(spoilt / graph)
+    edit(spoilt, files={**manifest["files"], graph: {"sha256": entry.sha256, "size": entry.size}})
     with pytest.raises((BackendError, BundleError), match=r"evil\.bin|reads weights that are not in tower\.onnx\.data"):
         VisionTower.load(spoilt, backend)
 
