@@ -56,7 +56,7 @@ test-matrix:
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have
 # what trtower uses of them, and what they do without a GPU and a driver.
-TENSORRT ?= 10.16.1.11 11.4.0.106 rtx-1.5.0.114 rtx-1.6.1.120 rtx-1.7.1.116
+TENSORRT ?= 10.3.0 10.13.3.9 10.16.1.11 11.4.0.106 rtx-1.5.0.114 rtx-1.6.1.120 rtx-1.7.1.116
 test-tensorrt: $(TENSORRT:%=test-tensorrt-%)
 
 test-tensorrt-%: .venv-tensorrt-%/.installed

@@ -469,6 +469,8 @@ class FakeTensorRT(ModuleType):
                     self._fake_logger.log(ILogger.Severity[severity], f"fake line at {severity}")
                 return ICudaEngine(self._fake_logger, fields)
 
+        if name != "tensorrt_rtx":  # 10.3 lacks it, and only TensorRT-RTX needs it
+            del ICudaEngine.create_runtime_config
         for each in (
             ILogger,
             IExecutionContext,

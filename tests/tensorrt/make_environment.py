@@ -2,9 +2,9 @@
 
     python make_environment.py tensorrt-11.4.0.106 FOLDER
 
-"tensorrt-VERSION" brings TensorRT's bindings over stub libraries, and the whole lean runtime. So every class and
-signature of the full TensorRT can be looked at, but it makes no object: its libraries have gigabytes and are not on
-PyPI. "tensorrt-rtx-VERSION" brings the whole of TensorRT-RTX. The environment also sees this checkout, then the
+"tensorrt-VERSION" brings TensorRT's bindings over stub libraries, and from 10.15 on the whole lean runtime. So every
+class and signature of the full TensorRT can be looked at, but it makes no object: its libraries have gigabytes and are
+not on PyPI. "tensorrt-rtx-VERSION" brings the whole of TensorRT-RTX. The environment also sees this checkout, then the
 packages of the Python that runs this script: torch, transformers, pytest and so on. It needs Linux and gcc.
 """
 
@@ -16,6 +16,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+
+FIRST_LEAN = (10, 15)
+"""The first TensorRT whose lean runtime is a whole wheel on PyPI."""
 
 STUBBED = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so")
 
@@ -30,7 +33,11 @@ FUNCTIONS = (
     "getNvOnnxParserVersion",
     "initLibNvInferPlugins",
 )
-"""All that the bindings of 10.16 and 11.4 import from STUBBED. Each stub returns NULL, as TensorRT does on failure."""
+"""All that the bindings of 10.3 to 11.4 import from STUBBED. Each stub returns NULL, as TensorRT does on failure."""
+
+
+INIT = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+"""The whole module `tensorrt` of NVIDIA's package, in 10.16."""
 
 
 def make_environment(package: str, version: str, folder: Path) -> None:
@@ -39,10 +46,13 @@ def make_environment(package: str, version: str, folder: Path) -> None:
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if package == "tensorrt":
-        # The first has the folder tensorrt_bindings, the second the folder tensorrt and gigabytes of dependencies.
-        bindings = [f"tensorrt-cu13-bindings=={version}", f"tensorrt-cu13=={version}"]
-        subprocess.run([*install, "--no-deps", *bindings], check=True)
-        subprocess.run([*install, f"tensorrt-lean-cu13=={version}"], check=True)
+        has_lean = tuple(map(int, version.split(".")[:2])) >= FIRST_LEAN
+        cuda = "cu13" if has_lean else "cu12"
+        subprocess.run([*install, f"tensorrt-{cuda}-bindings=={version}"], check=True)
+        (site / "tensorrt").mkdir()  # from the package `tensorrt`, which would bring gigabytes
+        (site / "tensorrt" / "__init__.py").write_text(INIT)
+        if has_lean:
+            subprocess.run([*install, f"tensorrt-lean-{cuda}=={version}"], check=True)
         make_stubs(site / "tensorrt_bindings", major=version.partition(".")[0])
     else:
         subprocess.run([*install, f"{package}=={version}"], check=True)

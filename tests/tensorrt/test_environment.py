@@ -4,13 +4,17 @@ from pathlib import Path
 
 import trtower
 import trtower_export
+from tests.tensorrt.make_environment import FIRST_LEAN
 from tests.tensorrt.modules import MODULES
+from trtower.flavour import parse_version
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_environment_has_either_tensorrt_and_the_lean_runtime_or_tensorrt_rtx() -> None:
-    assert set(MODULES) in ({"tensorrt", "tensorrt_lean"}, {"tensorrt_rtx"})
+def test_environment_has_either_tensorrt_with_the_lean_runtime_if_there_is_one_or_tensorrt_rtx() -> None:
+    assert set(MODULES) in ({"tensorrt", "tensorrt_lean"}, {"tensorrt"}, {"tensorrt_rtx"})
+    if "tensorrt" in MODULES:
+        assert ("tensorrt_lean" in MODULES) == (parse_version(MODULES["tensorrt"].__version__)[:2] >= FIRST_LEAN)
     assert len({module.__version__ for module in MODULES.values()}) == 1
 
 

@@ -15,6 +15,7 @@ USES = list(all_uses())
 
 SIGNATURES = {
     "ILogger.__init__": "",
+    "ICudaEngine.create_runtime_config": "",
     "ILogger.log": "severity msg",
     "Runtime.__init__": "logger",
     "Runtime.deserialize_cuda_engine": "serialized_engine",
@@ -46,11 +47,8 @@ SIGNATURES = {
 }
 """What each call or method of ours takes its arguments for, in their order."""
 
-SEVERAL = {
-    "ICudaEngine.create_execution_context": {"strategy", "runtime_config"},
-    "ICudaEngine.create_runtime_config": {""},
-}
-"""The same where trtower uses several overloads."""
+CONTEXT = {"tensorrt_rtx": "runtime_config", "tensorrt": "strategy", "tensorrt_lean": "strategy"}
+"""The same for `ICudaEngine.create_execution_context`, by module: TensorRT 10.3 has only the second."""
 
 NAMES_OF_VALUES: dict[tuple[str, ...], dict[str, Sequence[str]]] = {
     ALL: {"ExecutionContextAllocationStrategy": ("STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED")},
@@ -113,7 +111,7 @@ def test_method_that_tensorrt_calls_takes_its_arguments(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_arguments_mean_what_trtower_takes_them_for(module: str) -> None:
-    expected = {name: {names} for name, names in SIGNATURES.items()} | SEVERAL
+    expected = SIGNATURES | {"ICudaEngine.create_execution_context": CONTEXT[module]}
     called = {
         function_of(module, use.name)
         for use in USES
@@ -122,7 +120,7 @@ def test_arguments_mean_what_trtower_takes_them_for(module: str) -> None:
     assert called <= set(expected), "say in SIGNATURES what the arguments are"
     for name in called:
         found = {" ".join(names) for names in parameter_names(look_up(module, name))}
-        assert expected[name] <= found, name
+        assert expected[name] in found, name
 
 
 @pytest.mark.parametrize("module", MODULES)
