@@ -38,7 +38,7 @@ from trtower_export.precision.program import TracedTower
 from trtower_export.targets import Target
 from trtower_export.targets.instructions import write_instructions
 
-FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR, BUILD_NOTES)
+FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
 
 
 def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:

@@ -139,7 +139,9 @@ def build(
     hardware_compatible: HardwareCompatibleOption = False,
     version_compatible: Annotated[
         bool,
-        typer.Option("--version-compatible", help="Build a plan that TensorRT's lean runtime, of 45 MB, can run too."),
+        typer.Option(
+            "--version-compatible", help="Build a plan that TensorRT's lean runtime can run too. Only for tensorrt."
+        ),
     ] = False,
     strip: Annotated[
         bool,

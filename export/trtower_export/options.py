@@ -8,6 +8,7 @@ from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, merge_profiles
+from trtower_export.targets.faults import check_accepted
 
 AUTO = "auto"
 
@@ -90,6 +91,7 @@ class ExportOptions:
         if self.profiles:
             merge_profiles(self.profiles)
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
+        check_accepted(self.accept_known_faults)
         if self.images is not None and not self.check and not self.runs_on_images:
             raise ConfigError(
                 f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images: "

@@ -104,7 +104,9 @@ def _add_first_plan(bundle: Bundle, choice: PlanChoice, options: ExportOptions, 
     try:
         return build_into(bundle, choice, progress, options.store, options.accept_known_faults)
     except (TrtowerError, OSError) as err:
-        later = build_command(bundle.path, options.flavour, options.compute_capabilities)
+        named = choice.compute_capabilities if options.target and choice.flavour == "tensorrt-rtx" else ()
+        flavour = choice.flavour if options.target else options.flavour
+        later = build_command(bundle.path, flavour, options.compute_capabilities or named)
         raise BuildError(
             f"{str(err).rstrip('.')}. {bundle.path} is complete and serves without a plan, but was not checked. To add "
             f"a plan later: {later}"

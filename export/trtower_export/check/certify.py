@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, Figures, ImageFigures
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, Manifest
+from trtower.bundle.manifest import CONFIG, FUSED_GRAPH, GRAPH, GRAPH_DATA, PREPROCESSOR, Manifest
 from trtower.bundle.staging import disk_errors, locked
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, CheckpointError, ConfigError
@@ -260,7 +260,8 @@ def _make_certificate(
     measured = {kind: ([figures([run], of) for run in runs], figures([TORCH], of)) for kind, of in kinds.items()}
     bounds = judge(manifest.precision, measured)
     plans = [plan.file for plan in manifest.plans]
-    depends = [*dict.fromkeys((*runner.files, GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR))]
+    graphs = [name for name in (GRAPH, FUSED_GRAPH) if name in manifest.files]  # the emulation reads either
+    depends = [*dict.fromkeys((*runner.files, *graphs, GRAPH_DATA, CONFIG, PREPROCESSOR))]
     model_class = towers.checkpoint.family.model_class
     return Certificate(
         passed=all(bound.holds for bound in bounds),

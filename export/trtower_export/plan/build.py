@@ -34,7 +34,8 @@ from trtower_export.console import Progress
 from trtower_export.plan.choice import PlanChoice, build_there, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
 from trtower_export.plan.store import fetch_or_build
-from trtower_export.targets.faults import check_faults
+from trtower_export.targets import flavour_of
+from trtower_export.targets.faults import check_accepted, check_faults
 
 BUILD_PROCEDURE_VERSION = 2
 """Increase this if the same graph, TensorRT and settings are built differently. Plans in stores are then outdated."""
@@ -62,7 +63,8 @@ def add_plan(
 
     Args:
         bundle: The bundle. Its folder and the parent folder must be writable.
-        flavour: "tensorrt", "tensorrt-rtx", or "auto" for the one that this machine can build with.
+        flavour: "tensorrt", "tensorrt-rtx", or "auto" for the one that this machine can build with, or that the
+            bundle's target needs.
         compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt-rtx" builds a portable plan, or
             from an FP8 bundle a plan for the GPUs that have FP8, and "tensorrt" builds for this machine's GPU, or for
             all from Ampere on if ``settings`` ask for a hardware-compatible plan.
@@ -82,6 +84,9 @@ def add_plan(
         BundleError: If the bundle was altered, or another process is writing to it.
     """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
+    check_accepted(accept_known_faults)
+    if flavour == "auto" and bundle.manifest.target:
+        flavour = flavour_of(bundle.manifest.target)
     choice, reason = choose_plan(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
     if choice is None:
         raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")

@@ -112,12 +112,12 @@ def choose_for_target(target: Target, flavour: str, precision: str) -> tuple[Pla
     if target.tensorrt and is_before(target.tensorrt, PARSES_PLAIN):
         raise ConfigError(
             f"{target.name} has TensorRT {target.tensorrt}, and trtower's graphs need {PARSES_PLAIN} or later: update "
-            "it, or serve without a plan."
+            "it, or export without --target and serve without a plan."
         )
     _check_precision(target, precision)
-    own = target.compute_capabilities
+    own, elsewhere = target.compute_capabilities, target.platform not in ("", PLATFORM)
     if flavour == "auto":
-        if target.flavour == "tensorrt" and not _is_here(target):
+        if elsewhere or (target.flavour == "tensorrt" and not _is_here(target)):
             return None, f"no plan for {target.name} here: {BUILD_NOTES} in the bundle says how to build it there"
         flavour = target.flavour
     if flavour == "tensorrt" and torch.cuda.is_available() and not _is_here(target):
@@ -125,7 +125,13 @@ def choose_for_target(target: Target, flavour: str, precision: str) -> tuple[Pla
             f"this machine is not a {target.name}, so it cannot build its plan: export with --flavour none, and build "
             f"it there as {BUILD_NOTES} says."
         )
-    return choose_plan(flavour, own if flavour == "tensorrt-rtx" else (), precision)
+    chosen = choose_plan(flavour, own if flavour == "tensorrt-rtx" else (), precision)
+    if elsewhere and chosen[0]:
+        raise ConfigError(
+            f"{target.name} is {target.platform}, and a plan runs only on the platform that built it, here {PLATFORM}: "
+            f"export with --flavour none, and build it there as {BUILD_NOTES} says."
+        )
+    return chosen
 
 
 def _check_precision(target: Target, precision: str) -> None:
@@ -277,7 +283,10 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
             "Ampere on. TensorRT-RTX builds such a plan without either option."
         )
     if settings.version_compatible and flavour == "tensorrt-rtx":
-        raise ConfigError("--version-compatible needs flavour tensorrt: TensorRT-RTX has no lean runtime.")
+        raise ConfigError(
+            "--version-compatible needs flavour tensorrt: TensorRT-RTX has no lean runtime. Run this on the GPU that "
+            "will run the plan, with the extra trt-build."
+        )
     if settings.version_compatible and settings.stripped:
         raise ConfigError(
             "--version-compatible and --strip exclude each other: the lean runtime cannot read the weights of a graph."

@@ -61,6 +61,7 @@ FORMATS = {
 }
 
 INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
+ZERO_POINT = "zero_point"
 """Suffixes of the names of a quantised layer's tensors, after its module's path."""
 
 
@@ -172,6 +173,7 @@ def write_quantised(
     share its quantised form, as queries, keys and values do.
     """
     form, graph = FORMATS[precision], model.graph
+    zero: onnx_ir.Value | None = None  # says the type of 8 bits; opset 20 has no attribute for it
     quantised: dict[tuple[onnx_ir.Value, float], onnx_ir.Value] = {}
     for node in list(graph):
         module = modules.get(node, "")
@@ -184,7 +186,8 @@ def write_quantised(
         if (x, scale) not in quantised:
             input_scale = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
             wide = _insert(node, "Cast", [x], {"to": DataType.FLOAT}, DataType.FLOAT)
-            eight = _insert(node, "QuantizeLinear", [wide, input_scale], {"output_dtype": form.onnx}, form.onnx)
+            zero = zero or _constant(graph, ZERO_POINT, np.zeros((), form.onnx.numpy()), form.onnx)
+            eight = _insert(node, "QuantizeLinear", [wide, input_scale, zero], {}, form.onnx)
             back = _insert(node, "DequantizeLinear", [eight, input_scale], {}, DataType.FLOAT)
             quantised[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
         node.replace_input_with(0, quantised[x, scale])

@@ -28,6 +28,7 @@ class Target:
         title: What it is, for people.
         flavour: The TensorRT whose plan an export makes for it, "tensorrt" or "tensorrt-rtx".
         tensorrt: The version of TensorRT that comes with it.
+        brings_tensorrt: Whether it comes with a TensorRT, even if its version is open.
         cuda: The version of CUDA that comes with it.
         compute_capabilities: The GPUs that it runs on, such as ("8.7",); () is any.
         platform: The operating system and processor, as a plan names them.
@@ -42,6 +43,7 @@ class Target:
     title: str
     flavour: str = "tensorrt"
     tensorrt: str = ""
+    brings_tensorrt: bool = False
     cuda: str = ""
     compute_capabilities: tuple[str, ...] = ()
     platform: str = ""
@@ -75,6 +77,14 @@ def find_target(name: str) -> Target:
         meant = f" did you mean {list_choices([repr(each) for each in near])}?" if near else ""
         raise ConfigError(f"unknown target {name!r};{meant} `trtower targets` lists them all.")
     return targets[name]
+
+
+def flavour_of(name: str) -> str:
+    """Return the flavour that `trtower build` takes by default for a target: "tensorrt" if only that runs there.
+
+    A name that a newer table has is unknown here, and limits nothing.
+    """
+    return next((each.flavour for each in all_targets() if each.name == name and each.flavour == "tensorrt"), "auto")
 
 
 def _same_kind(name: str, names: tuple[str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ from functools import cache
 
 from trtower.errors import ConfigError
 from trtower.names import check_name
+from trtower.spec import EIGHT_BIT
 from trtower_export.targets import Target, is_before, read_rows
 
 
@@ -43,11 +44,12 @@ class Fault:
 
     def hits(self, version: str, capabilities: Sequence[str], platform: str, family: str, precision: str) -> bool:
         """Return whether a plan would have this fault. What is unknown ("" or ()) is taken to be hit."""
+        half = ("fp16",) if precision in EIGHT_BIT else ()  # all but its linear layers
         return (
             not is_before(version, self.since)
             and (not self.fixed or is_before(version, self.fixed))
             and (not self.families or family in self.families)
-            and (not self.precisions or precision in self.precisions)
+            and (not self.precisions or not {*self.precisions}.isdisjoint({precision, *half}))
             and (not self.platform or platform in ("", self.platform))
             and (
                 not self.compute_capabilities
@@ -61,8 +63,8 @@ class Fault:
         return bool((capabilities or not self.compute_capabilities) and (platform or not self.platform))
 
     def __str__(self) -> str:
-        until = f" to before {self.fixed}" if self.fixed else " on"
-        gpus = f" on compute capability {' or '.join(self.compute_capabilities)}" if self.compute_capabilities else ""
+        until = f" to before {self.fixed}" if self.fixed else " and later"
+        gpus = f", compute capability {' or '.join(self.compute_capabilities)}" if self.compute_capabilities else ""
         return f"{self.name}: {self.what} (reported for TensorRT {self.since}{until}{gpus}: {self.source})"
 
 
@@ -70,6 +72,19 @@ class Fault:
 def all_faults() -> tuple[Fault, ...]:
     """Read all faults, in the order of faults.toml."""
     return tuple(Fault(**row) for row in read_rows("faults.toml"))
+
+
+def check_accepted(names: Sequence[str]) -> None:
+    """Raise ConfigError for the name of a fault that does not exist."""
+    for name in names:
+        check_name("fault", name, [fault.name for fault in all_faults()])
+
+
+def find_faults(version: str, capabilities: Sequence[str], platform: str, family: str, precision: str) -> list[Fault]:
+    """List the faults that a plan of ``family`` may have, built by a version of data-centre TensorRT; "" has none."""
+    if not version:
+        return []
+    return [fault for fault in all_faults() if fault.hits(version, capabilities, platform, family, precision)]
 
 
 def check_target(
@@ -90,20 +105,13 @@ def check_faults(
 ) -> None:
     """Warn of the known faults that a plan of ``family`` would have; refuse those that make it useless.
 
-    ``version`` is that of data-centre TensorRT; "" checks nothing. ``accepted`` names faults to warn of only, and so is
-    a fault of some GPUs if ``capabilities`` are open. Raises ConfigError for a fault that is not accepted, or if
-    ``accepted`` names one that does not exist.
+    ``accepted`` names faults to warn of only. A fault of certain GPUs is a warning too if ``capabilities`` are open.
+    Raises ConfigError for a fault that is not accepted.
     """
-    for name in accepted:
-        check_name("known fault", name, [fault.name for fault in all_faults()])
-    if not version:
-        return
-    for fault in all_faults():
-        if not fault.hits(version, capabilities, platform, family, precision):
-            continue
+    for fault in find_faults(version, capabilities, platform, family, precision):
         if fault.refuse and fault.is_certain(capabilities, platform) and fault.name not in accepted:
             raise ConfigError(
                 f"TensorRT {version} has a known fault, {fault}. Use {fault.instead}, or accept it with "
                 f"--accept-known-fault {fault.name}"
             )
-        warn(f"known fault {fault}; instead: {fault.instead}")
+        warn(f"WARNING: known fault {fault}; instead: {fault.instead}")

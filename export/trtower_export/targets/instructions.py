@@ -7,6 +7,7 @@ from importlib import resources
 from trtower.bundle.manifest import GRAPH, Manifest
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
+from trtower_export.targets.faults import Fault, find_faults
 
 PAGE = resources.files(__package__).joinpath("build_notes.md").read_text(encoding="utf-8")
 
@@ -20,20 +21,39 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
         container = f"```sh\n{' '.join([*run, target.container])}\n```\n\nInside:\n\n"
     source = manifest.source
     check = ["trtower", "check", name] + ([] if source.checkpoint else ["--checkpoint", "CHECKPOINT"])
+    prefix = manifest.spec.num_prefix_tokens
     return PAGE.format(
         name=name,
+        quoted=shlex.quote(name),
         graph=GRAPH,
         first=manifest.first_tensorrt,
         where=_describe(target),
+        faults=_list_faults(manifest, target) if target else "",
         container=container,
-        build=_build(name, target),
+        build=_build(manifest, target),
         polygraphy=_wrap(polygraphy_command(manifest)),
         trtexec=_wrap(trtexec_command(manifest)),
         input=manifest.input.name,
         dtype=manifest.input.dtype,
         output=manifest.output.name,
+        prefix=prefix,
+        belong="belongs" if prefix == 1 else "belong",
         check=shlex.join(check),
     )
+
+
+def _find_faults(manifest: Manifest, target: Target) -> list[Fault]:
+    where = (target.tensorrt, target.compute_capabilities, target.platform)
+    return find_faults(*where, manifest.spec.family, manifest.precision)
+
+
+def _list_faults(manifest: Manifest, target: Target) -> str:
+    """List the known faults that the target's TensorRT may have for this bundle."""
+    faults = _find_faults(manifest, target)
+    if not faults:
+        return ""
+    lines = [f"- {fault}. Instead: {fault.instead}." for fault in faults]
+    return "\n".join(["", "Others reported faults of this TensorRT that may concern this bundle:", "", *lines, ""])
 
 
 def _describe(target: Target | None) -> str:
@@ -41,6 +61,7 @@ def _describe(target: Target | None) -> str:
         return "No target was named at export; `trtower targets` lists those that are known."
     brings = [f"TensorRT {target.tensorrt}"] if target.tensorrt else []
     brings += [f"CUDA {target.cuda}"] if target.cuda else []
+    brings += [target.platform] if target.platform else []
     brings += [f"compute capability {' or '.join(target.compute_capabilities)}"] if target.compute_capabilities else []
     note = f" ({target.note})" if target.note else ""
     return f"It was exported for `{target.name}`, {target.title}: {', '.join(brings)}{note}. Source: {target.source}"
@@ -82,12 +103,21 @@ def _wrap(command: Sequence[str]) -> str:
     return " \\\n  ".join(map(shlex.join, lines))
 
 
-def _build(name: str, target: Target | None) -> str:
+def _build(manifest: Manifest, target: Target | None) -> str:
     """Return the commands that install trtower and add a plan. A TensorRT that is there already is not installed."""
-    extra = "build" if target and target.tensorrt else "trt-build"
-    lines = [f"pip install 'trtower[{extra}]'", shlex.join(["trtower", "build", name, "--flavour", "tensorrt"])]
-    if target and target.flavour == "tensorrt-rtx":
-        capabilities = [part for each in target.compute_capabilities for part in ("--compute-capability", each)]
-        lines += ["# or with TensorRT-RTX, on any machine:", "pip install 'trtower[trt-rtx-build]'"]
-        lines += [shlex.join(["trtower", "build", name, "--flavour", "tensorrt-rtx", *capabilities])]
-    return "\n".join(lines)
+    command = ["trtower", "build", manifest.name, "--flavour"]
+    rtx = target.compute_capabilities if target and target.flavour == "tensorrt-rtx" else ()
+    if rtx:
+        capabilities = [part for each in rtx for part in ("--compute-capability", each)]
+        return "\n".join([_install(manifest, "trt-rtx-build"), shlex.join([*command, "tensorrt-rtx", *capabilities])])
+    has_tensorrt = target is not None and bool(target.tensorrt or target.brings_tensorrt)
+    lines = [_install(manifest, "build" if has_tensorrt else "trt-build")]
+    if target and has_tensorrt and not target.container:  # a venv sees the system's TensorRT only if it is told to
+        lines.insert(0, "python3 -m venv --system-site-packages .venv && . .venv/bin/activate")
+    accepted = [fault.name for fault in _find_faults(manifest, target) if fault.refuse] if target else []
+    options = [part for name in accepted for part in ("--accept-known-fault", name)]
+    return "\n".join([*lines, shlex.join([*command, "tensorrt", *options])])
+
+
+def _install(manifest: Manifest, extra: str) -> str:
+    return f"pip install './trtower-{manifest.trtower}-py3-none-any.whl[{extra}]'"

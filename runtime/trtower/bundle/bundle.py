@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
+from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
 from trtower.bundle.not_a_bundle import describe_instead
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
 from trtower.errors import BundleError, ConfigError
@@ -315,7 +315,7 @@ class Bundle:
             is_same = all(there.manifest.files.get(name) == self.manifest.files[name] for name in names)
             if is_same and there.manifest.spec == self.manifest.spec and not there.altered(names):
                 return there
-            known = {folder / name for name in (*there.manifest.files, MANIFEST)}
+            known = {folder / name for name in (*there.manifest.files, MANIFEST, BUILD_NOTES)}
             foreign = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]
             if foreign:
                 raise BundleError(
@@ -329,6 +329,8 @@ class Bundle:
                     continue
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.verify(name), staging / name)
+            if (self.path / BUILD_NOTES).is_file():
+                shutil.copyfile(self.path / BUILD_NOTES, staging / BUILD_NOTES)
             write_manifest(staging, self.manifest)
         return Bundle.open(folder)
 

@@ -252,7 +252,8 @@ def _find_plan(bundle: Bundle, file: str) -> PlanEntry:
 def parse_obstacle(bundle: Bundle, flavour: str, version: str) -> str | None:
     """Say why a version of TensorRT cannot build a plan of a bundle's graph; None if it can, or is TensorRT-RTX."""
     first = bundle.manifest.first_tensorrt
-    if flavour != "tensorrt" or parse_version(version) >= parse_version(first):
+    known = parse_version(version)  # () of a development version without numbers
+    if flavour != "tensorrt" or not known or known >= parse_version(first):
         return None
     reason = f"TensorRT {version} cannot build {GRAPH}, which needs {first} or later"
     if parse_version(first) <= parse_version(PARSES_PLAIN):
@@ -272,7 +273,7 @@ def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None
     if plan.platform != PLATFORM:
         verdicts["platform"] = f"was built for {plan.platform}, but this machine is {PLATFORM}"
     verdicts["compute capability"] = device_obstacle(device) or capability_obstacle(
-        plan.flavour, module, plan.compute_capabilities, capability_of(device)
+        plan.flavour, module or next(iter(installed), None), plan.compute_capabilities, capability_of(device)
     )
     return verdicts
 

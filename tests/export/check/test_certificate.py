@@ -15,7 +15,7 @@ from tests.conftest import BATCH
 from tests.export.checking import check, wrap_runner
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR
+from trtower.bundle.manifest import CONFIG, FUSED_GRAPH, GRAPH, GRAPH_DATA, PREPROCESSOR
 from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.inspection import as_text, inspect_bundle
@@ -209,7 +209,7 @@ def test_certificate_depends_on_what_was_run_and_on_both_configs(
     certificate = check(clip_bundle, clip, photographs=1, quick=True)
     manifest = Bundle.open(clip_bundle).manifest
     assert certificate.executed == (GRAPH, GRAPH_DATA)
-    assert set(certificate.files) == {GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR}
+    assert set(certificate.files) == {GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR}
     assert all(manifest.files[name].sha256 == sha256 for name, sha256 in certificate.files.items())
 
 

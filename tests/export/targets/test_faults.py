@@ -65,8 +65,9 @@ def test_report_about_another_form_of_graph_is_a_warning() -> None:
 
 def test_faults_are_of_data_centre_tensorrt_only() -> None:
     assert warnings("rtx-5090", "clip") == []
-    with pytest.raises(ConfigError, match="fused-attention-sm120"):
-        check_faults("10.16.1", ("12.0",), "linux-x86_64", "clip", "fp16", (), lambda _: None)
+    for precision in ("fp16", "bf16", "fp8", "int8"):  # attention is in FP16 in 8-bit bundles, too
+        with pytest.raises(ConfigError, match="fused-attention-sm120"):
+            check_faults("10.16.1", ("12.0",), "linux-x86_64", "clip", precision, (), lambda _: None)
     check_faults("10.16.1", ("12.0",), "linux-x86_64", "clip", "fp32", (), lambda _: None)
 
 

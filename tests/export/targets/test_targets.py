@@ -10,12 +10,14 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BUILD_NOTES
-from trtower.errors import ConfigError
+from trtower.errors import BackendError, ConfigError
 from trtower.flavour import PLATFORM
+from trtower_export.console import LoggedProgress
 from trtower_export.listings import targets
 from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
 from trtower_export.plan import choice
+from trtower_export.plan.build import add_plan
 from trtower_export.plan.choice import choose_for_target
 from trtower_export.targets import all_targets, find_target, is_before
 
@@ -77,6 +79,11 @@ def test_gpu_that_tensorrt_rtx_supports_gets_its_plan_at_once(export_for: Export
     assert bundle.manifest.target == "l4"
 
 
+@pytest.mark.skipif(PLATFORM == "linux-aarch64", reason="dgx-spark is like this machine")
+def test_plan_of_another_platform_is_built_there(export_for: Export) -> None:
+    assert not export_for("dgx-spark").manifest.plans
+
+
 @pytest.mark.parametrize("target", ["jetpack-6.2", "triton-24.08", "h100", "thor", "tensorrt-11.4"])
 def test_other_targets_get_instructions(export_for: Export, target: str) -> None:
     bundle = export_for(target)
@@ -87,6 +94,8 @@ def test_other_targets_get_instructions(export_for: Export, target: str) -> None
     row = find_target(target)
     assert all(fact in notes for fact in (f"`{target}`", row.title, row.tensorrt, row.container, row.source))
     assert "trtower build bundle --flavour tensorrt" in notes
+    with pytest.raises(BackendError, match="flavour tensorrt builds on the GPU that runs the plan"):
+        add_plan(bundle, "auto", (), LoggedProgress())  # not a plan of TensorRT-RTX, which would not run there
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_other_targets_get_instructions(export_for: Export, target: str) -> None
         ("a100", {"precision": "fp8"}, r"fp8 needs compute capability 8.9 or later, and a100 has 8.0"),
         ("orin", {"flavour": "tensorrt-rtx"}, r"8.7 is Jetson Orin, which TensorRT-RTX does not support"),
         ("tpu", {}, "unknown target 'tpu'"),
-        ("l4", {"accept_known_faults": ("nothing",)}, "unknown known fault 'nothing'"),
+        ("l4", {"accept_known_faults": ("nothing",)}, "unknown fault 'nothing'"),
     ],
 )
 def test_target_refuses_what_it_cannot_run(

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, SCHEMA, Manifest
+from trtower.bundle.manifest import BUILD_NOTES, FUSED_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, SCHEMA, Manifest
 from trtower.bundle.staging import describe, locked, staged
 from trtower.errors import BackendError, BundleError
 from trtower.tower.vision_tower import VisionTower
@@ -301,3 +301,13 @@ def test_folder_that_cannot_be_written_is_not_taken_for_another_writer(
         locked(tmp_path / "b"),
     ):
         pass
+
+
+def test_notes_for_people_may_change(spoilt: Path, tmp_path: Path) -> None:
+    (spoilt / BUILD_NOTES).write_text("built on the device on Monday\n", encoding="utf-8")
+    bundle = Bundle.open(spoilt)
+    assert not bundle.altered()
+    copy = bundle.copy_to(tmp_path / "copy")
+    assert (copy.path / BUILD_NOTES).read_text(encoding="utf-8") == "built on the device on Monday\n"
+    (spoilt / BUILD_NOTES).unlink()
+    assert bundle.copy_to(copy.path).path == copy.path  # the same tower: nothing is copied, nothing is foreign
