@@ -23,7 +23,7 @@ def recipes(json_: JsonOption = False) -> int:
 
 
 def targets(json_: JsonOption = False) -> int:
-    """List the deployments that `export --target` knows.
+    """List the deployments for --target.
 
     The JSON has the source of each row, and the day it was read.
     """
