@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import MANIFEST, SCHEMA
+from trtower.bundle.manifest import BUILD_NOTES, MANIFEST, SCHEMA
 from trtower.cli import run
 from trtower.errors import BuildError, BundleError, CheckpointError, ConfigError, MissingExtraError
 from trtower.tower.image_processor import ImageProcessor
@@ -164,7 +164,7 @@ def assert_whole_without_a_plan(out: Path) -> None:
     assert not bundle.altered()
     assert sorted(p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.")) == [f".{out.name}.lock"]
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert files == {MANIFEST, *bundle.manifest.files}
+    assert files == {MANIFEST, BUILD_NOTES, *bundle.manifest.files}
 
 
 def test_interrupt_during_the_build_leaves_the_bundle_without_a_plan(clip: Path, tmp_path: Path) -> None:
