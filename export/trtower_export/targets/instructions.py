@@ -114,7 +114,10 @@ def _build(manifest: Manifest, target: Target | None) -> str:
     lines = [_install(manifest, "build" if has_tensorrt else "trt-build")]
     if target and has_tensorrt and not target.container:  # a venv sees the system's TensorRT only if it is told to
         lines.insert(0, "python3 -m venv --system-site-packages .venv && . .venv/bin/activate")
-    accepted = [fault.name for fault in _find_faults(manifest, target) if fault.refuse] if target else []
+    # Only faults that the export stopped for: the build itself decides on those of a GPU that is not known here.
+    where = (target.compute_capabilities, target.platform) if target else ()
+    faults = _find_faults(manifest, target) if target else []
+    accepted = [fault.name for fault in faults if fault.refuse and fault.is_certain(*where)]
     options = [part for name in accepted for part in ("--accept-known-fault", name)]
     return "\n".join([*lines, shlex.join([*command, "tensorrt", *options])])
 

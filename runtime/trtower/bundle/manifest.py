@@ -160,8 +160,8 @@ class PlanEntry:
     """One plan and what it needs to run.
 
     ``version`` is the TensorRT that built the plan; only that version runs it, full or, if the plan is
-    version-compatible, lean. A plan with empty
-    ``compute_capabilities`` is portable: it runs on every GPU from Ampere (8.0) on that this TensorRT supports.
+    version-compatible, lean. A plan with empty ``compute_capabilities`` is portable: it runs on every GPU from Ampere
+    (8.0) on that this TensorRT supports.
     """
 
     file: str

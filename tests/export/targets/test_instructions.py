@@ -99,3 +99,10 @@ def test_known_faults_are_listed(export: Callable[..., Path]) -> None:
     assert "- dynamic-transformer-on-10.3: " in notes
     assert "dinov3" not in notes
     assert "reported faults" not in (export("clip", flavour="none") / BUILD_NOTES).read_text(encoding="utf-8")
+
+
+def test_fault_that_nobody_accepted_is_not_accepted_by_the_command(export: Callable[..., Path]) -> None:
+    lines = commands(export("clip", flavour="none", target="tensorrt-10.16"))  # of which GPU, the build will see
+    assert "--accept-known-fault" not in lines["trtower build"]
+    accepted = export("clip", flavour="none", target="jetpack-6.2", accept_known_faults=("dinov3-on-10.3",))
+    assert "--accept-known-fault" not in commands(accepted)["trtower build"]  # it does not hit a CLIP
