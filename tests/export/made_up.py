@@ -120,7 +120,7 @@ def manifest(spec: TowerSpec = SPEC, *, random_weights: bool = False, **changes:
         ),
         "versions": {"torch": "2.13.0", "onnx": "1.22.0"},
         "certificates": (certificate(**of_certificate),),
-        "first_tensorrt": "10.0",
+        "first_tensorrt": "10.3",
         **changes,
     }
     return Manifest(**values)

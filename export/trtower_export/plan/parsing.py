@@ -1,6 +1,5 @@
 """Which TensorRT can parse a graph: the operators and types that TensorRT learnt after 8.6, and when.
 
-A strongly typed network is what keeps the precision of a graph, so no graph of ours is for a TensorRT without one.
 TensorRT-RTX from 1.5 on parses all of it; `make test-tensorrt` builds graphs with 1.5, 1.6 and 1.7.
 """
 
@@ -26,9 +25,10 @@ class Learnt(NamedTuple):
 OPERATORS_MD = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
 CHANGELOG = "https://github.com/NVIDIA/TensorRT/blob/main/CHANGELOG.md"
 
-STRONGLY_TYPED = Learnt(
-    "10.0", "https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/release-notes.html"
-)
+OLDEST = Learnt("10.3", "make test-tensorrt")
+"""The oldest that has what trtower calls: strongly typed networks, which 10.0.1 has too, and contexts with scratch
+memory of a known size, which it lacks."""
+
 OPERATORS = {
     "Gelu": Learnt("10.0", OPERATORS_MD),
     "Attention": Learnt("10.14", CHANGELOG),
@@ -61,7 +61,7 @@ def find_parsers(path: Path) -> Parsers:
     """Find out which TensorRT can parse an ONNX graph, by its operators and the types of its weights."""
     graph = onnx.load_model(path, load_external_data=False).graph
     operators = {node.op_type for node in graph.node}
-    needed = {"strongly typed networks": STRONGLY_TYPED}
+    needed = {"what trtower calls": OLDEST}
     needed |= {f"the operator {name}": OPERATORS[name] for name in operators & OPERATORS.keys()}
     types = {tensor.data_type for tensor in graph.initializer}
     needed |= {f"the type {TensorProto.DataType.Name(each)}": TYPES[each] for each in types & TYPES.keys()}

@@ -27,7 +27,7 @@ BUILD_NOTES = "BUILD.md"
 PLANS = "plans"
 """The files of a bundle, and the folder of its plans.
 
-The two graphs compute the same and share GRAPH_DATA. GRAPH holds only operators that every TensorRT since 10.0 knows.
+The two graphs compute the same and share GRAPH_DATA. GRAPH holds only operators that every TensorRT since 10.3 knows.
 FUSED_GRAPH has one node for each attention and RMS norm, for which ONNX Runtime has fast kernels. FP32 bundles, and
 those exported before there were two graphs, lack it.
 """
@@ -47,9 +47,10 @@ TO_PAD = (
 )
 """What to call if `Source.image_aspect_ratio` is not None."""
 
-PARSES_ATTENTION, PARSES_PLAIN = "10.14", "10.0"
-"""The first TensorRT whose parser takes the graphs of half precision, and those of FP32, in manifests that do not say:
-before `first_tensorrt` came, graphs of half precision held the operator Attention."""
+PARSES_ATTENTION, PARSES_PLAIN = "10.14", "10.3"
+"""The first TensorRT for the graphs of half precision, and for those of FP32, in manifests that do not say: before
+`first_tensorrt` came, graphs of half precision held the operator Attention. The second is also the oldest that trtower
+runs at all."""
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from trtower_export.plan.parsing import OLD, OPERATORS, Parsers, find_parsers
 def test_every_tensorrt_since_10_parses_the_graph_of_every_family(export: Callable[..., Path], tower: str) -> None:
     bundle = Bundle.open(export(tower, flavour="none"))
     parsers = find_parsers(bundle.path / GRAPH)
-    assert (parsers.first, parsers.unknown) == ("10.0", ())
-    assert bundle.manifest.first_tensorrt == "10.0"
+    assert (parsers.first, parsers.unknown) == ("10.3", ())
+    assert bundle.manifest.first_tensorrt == "10.3"
     fused = find_parsers(bundle.path / FUSED_GRAPH)
     norms = any(node.op_type == "RMSNormalization" for node in onnx.load(bundle.path / FUSED_GRAPH).graph.node)
     assert (fused.first, fused.needs) == (
@@ -44,7 +44,7 @@ def test_operators_and_types_decide(tmp_path: Path) -> None:
         onnx.save(helper.make_model(helper.make_graph(nodes, "graph", [], [], [weight])), tmp_path / "graph.onnx")
         return find_parsers(tmp_path / "graph.onnx")
 
-    assert parsers_of("Add", "Conv") == ("10.0", "strongly typed networks", ())
+    assert parsers_of("Add", "Conv") == ("10.3", "what trtower calls", ())
     assert parsers_of("Add", "Swish", "Attention") == ("11.0", "the operator Swish", ())
     assert parsers_of("Add", "Mystery", "Enigma").unknown == ("Enigma", "Mystery")
     assert not OLD & OPERATORS.keys()
@@ -76,13 +76,13 @@ def test_old_bundle_on_an_old_tensorrt_is_to_be_exported_again(
     assert (again in says) == refused
     assert ("has no tensorrt plan: trtower build" in says) != refused
     if refused:
-        with pytest.raises(ConfigError, match=r"export the bundle again with this trtower, whose graphs need 10.0"):
+        with pytest.raises(ConfigError, match=r"export the bundle again with this trtower, whose graphs need 10.3"):
             build_into(old, PlanChoice(flavour="tensorrt"), LoggedProgress(), None)
 
 
 def test_tensorrt_without_strong_types_is_refused(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_tensorrt("8.6.2", monkeypatch)
-    with pytest.raises(ConfigError, match=r"TensorRT 8.6.2 cannot build tower.onnx, which needs 10.0 or later$"):
+    with pytest.raises(ConfigError, match=r"TensorRT 8.6.2 cannot build tower.onnx, which needs 10.3 or later$"):
         build_into(Bundle.open(spoilt), PlanChoice(flavour="tensorrt"), LoggedProgress(), None)
 
 

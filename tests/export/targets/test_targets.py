@@ -101,7 +101,7 @@ def test_other_targets_get_instructions(export_for: Export, target: str) -> None
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("jetpack-6.0", {}, r"jetpack-6.0 has TensorRT 8.6.2, and trtower's graphs need 10.0 or later"),
+        ("jetpack-6.0", {}, r"jetpack-6.0 has TensorRT 8.6.2, and trtower's graphs need 10.3 or later"),
         ("t4", {"precision": "bf16"}, r"bf16 needs compute capability 8.0 or later, and t4 has 7.5"),
         ("a100", {"precision": "fp8"}, r"fp8 needs compute capability 8.9 or later, and a100 has 8.0"),
         ("orin", {"flavour": "tensorrt-rtx"}, r"8.7 is Jetson Orin, which TensorRT-RTX does not support"),
