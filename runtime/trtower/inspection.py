@@ -12,7 +12,7 @@ from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, TO_
 from trtower.errors import BundleError
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
-from trtower.runners.tensorrt import plan_verdicts
+from trtower.runners.runtimes import plan_verdicts
 from trtower.spec import MB, BatchProfile
 
 

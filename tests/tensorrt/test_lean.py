@@ -36,7 +36,8 @@ from trtower import Bundle, EngineOptions, VisionTower
 from trtower.cli import run
 from trtower.errors import BackendError
 from trtower.runners.choose import choose
-from trtower.runners.tensorrt import TensorRTRunner, plan_verdicts
+from trtower.runners.runtimes import plan_verdicts
+from trtower.runners.tensorrt import TensorRTRunner
 device, bundle = torch.device("cuda", 0), Bundle.open(sys.argv[1])
 plan = bundle.manifest.plans[0]
 """

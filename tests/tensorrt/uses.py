@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RUNNER = "runtime/trtower/runners/tensorrt.py"
+RUNTIMES = "runtime/trtower/runners/runtimes.py"
 SLOT = "runtime/trtower/runners/slot.py"
 CACHE = "runtime/trtower/runners/runtime_cache.py"
 FLAVOUR = "runtime/trtower/flavour.py"
@@ -36,6 +37,7 @@ PLACES: dict[tuple[str, str], tuple[Sequence[str], dict[str, str]]] = {
     (RUNNER, ""): (ALL, RUNTIME),
     (RUNNER, "_configure"): (RTX, RUNTIME | {"config": "IRuntimeConfig", "graphs": "CudaGraphStrategy"}),
     (RUNNER, "_refit"): (FULL, REFITTER),
+    (RUNTIMES, ""): (ALL, MODULE),
     (SLOT, ""): (ALL, {"context": "IExecutionContext"}),
     (CACHE, ""): (RTX, {"self._handle": "IRuntimeCache"}),
     (FLAVOUR, ""): (ALL, MODULE),

@@ -29,7 +29,7 @@ from trtower.errors import BuildError, ConfigError, MissingExtraError
 from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
 from trtower.runners.device import capability_of
-from trtower.runners.tensorrt import parse_obstacle
+from trtower.runners.runtimes import parse_obstacle
 from trtower_export.console import Progress
 from trtower_export.plan.choice import PlanChoice, build_there, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan

@@ -14,7 +14,7 @@ from trtower import Bundle, EngineOptions, VisionTower
 from trtower.bundle.staging import describe, locked
 from trtower.errors import BackendError
 from trtower.runners import choose as choosing
-from trtower.runners import device, onnxruntime, openvino, tensorrt
+from trtower.runners import device, onnxruntime, openvino, runtimes, tensorrt
 from trtower.runners.choose import Candidate, candidates, choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
@@ -180,8 +180,8 @@ def test_named_backend_takes_the_certified_plan_if_a_certificate_is_required(
     manifest = replace(bundle.manifest, plans=tuple(plans), files=files, certificates=(certificate,))
     opened: list[str | None] = []
     monkeypatch.setattr(choosing, "device_obstacle", lambda _: None)
-    monkeypatch.setattr(tensorrt, "device_obstacle", lambda _: None)
-    monkeypatch.setattr(tensorrt, "capability_of", lambda _: "8.9")
+    monkeypatch.setattr(runtimes, "device_obstacle", lambda _: None)
+    monkeypatch.setattr(runtimes, "capability_of", lambda _: "8.9")
     monkeypatch.setattr(
         choosing.Candidate, "open", lambda each, *_: opened.append(each.file) or SimpleNamespace(name="")
     )

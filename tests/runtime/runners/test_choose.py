@@ -17,7 +17,7 @@ from trtower.flavour import load_flavour
 from trtower.inspection import inspect_bundle
 from trtower.names import list_choices
 from trtower.runners import choose as choosing
-from trtower.runners import tensorrt
+from trtower.runners import runtimes, tensorrt
 from trtower.runners.choose import candidates
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
@@ -150,8 +150,8 @@ def test_broken_backend_does_not_stop_another(clip_bundle: Path, monkeypatch: py
     def broken(flavour: str) -> None:
         raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(tensorrt, "load_flavour", broken)
-    for module in (choosing, tensorrt):
+    monkeypatch.setattr(runtimes, "load_flavour", broken)
+    for module in (choosing, runtimes):
         monkeypatch.setattr(module, "device_obstacle", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert VisionTower.load(clip_bundle, "onnxruntime-cpu").is_loaded

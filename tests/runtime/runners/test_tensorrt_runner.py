@@ -37,8 +37,9 @@ from trtower.bundle.manifest import BuildSettings, PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.runners.base import EngineOptions
 from trtower.runners.runtime_cache import RuntimeCache
+from trtower.runners.runtimes import plan_verdicts
 from trtower.runners.slot import Slot
-from trtower.runners.tensorrt import TensorRTRunner, plan_verdicts
+from trtower.runners.tensorrt import TensorRTRunner
 
 DEVICE = torch.device("cuda", 1)
 PLAN = "plans/fake.plan"
