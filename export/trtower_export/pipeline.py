@@ -21,7 +21,7 @@ from trtower_export.graph.load import load_and_cut
 from trtower_export.graph.truncate import release
 from trtower_export.options import ExportOptions as ExportOptions
 from trtower_export.plan.build import build_into
-from trtower_export.plan.choice import PlanChoice, choose_for_target, choose_plan
+from trtower_export.plan.choice import PlanChoice, choose_first_plan
 from trtower_export.precision.program import trace_in_precision
 from trtower_export.targets import find_target
 from trtower_export.targets.faults import check_target
@@ -61,10 +61,7 @@ def export_tower(
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
     target = find_target(options.target) if options.target is not None else None
-    if target:
-        choice, reason = choose_for_target(target, options.flavour, options.graph_precision)
-    else:
-        choice, reason = choose_plan(options.flavour, options.compute_capabilities, options.graph_precision)
+    choice, reason = choose_first_plan(options, target)
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
@@ -104,9 +101,8 @@ def _add_first_plan(bundle: Bundle, choice: PlanChoice, options: ExportOptions, 
     try:
         return build_into(bundle, choice, progress, options.store, options.accept_known_faults)
     except (TrtowerError, OSError) as err:
-        named = choice.compute_capabilities if options.target and choice.flavour == "tensorrt-rtx" else ()
-        flavour = choice.flavour if options.target else options.flavour
-        later = build_command(bundle.path, flavour, options.compute_capabilities or named)
+        accepted = options.accept_known_faults
+        later = build_command(bundle.path, choice.flavour, choice.compute_capabilities, accepted)
         raise BuildError(
             f"{str(err).rstrip('.')}. {bundle.path} is complete and serves without a plan, but was not checked. To add "
             f"a plan later: {later}"

@@ -128,33 +128,44 @@ def test_disk_that_fills_while_the_plan_is_built_leaves_the_bundle_without_it(
     assert_whole_without_a_plan(small_disk / "b")
 
 
-@pytest.mark.parametrize(("store", "there"), [("--store", False), ("--no-store", True)])
+RTX = ["--flavour", "tensorrt-rtx", "--compute-capability"]
+ACCEPTED = ["--accept-known-fault", "dinov3-on-10.3"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "needed", "there"),
+    [
+        (["--store"], RTX[:2], False),
+        (["--no-store", *RTX, "8.9", *RTX[2:], "12.0", *ACCEPTED], [*RTX, "8.9", *RTX[2:], "12.0", *ACCEPTED], True),
+        (["--no-store", "--target", "l4"], [*RTX, "8.9"], True),
+    ],
+)
 def test_plan_that_cannot_be_built_leaves_the_bundle_and_names_the_command_that_builds_it(
     clip: Path,
     spoilt: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    store: str,
+    asked: list[str],
+    needed: list[str],
     *,
     there: bool,
 ) -> None:
     out = spoilt if there else spoilt.parent / "another one"
-    flavour = ["--flavour", "tensorrt-rtx", "--compute-capability", "8.9", "--compute-capability", "12.0"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt.parent / "cache"))
     refusal = BuildError("tensorrt-rtx could not build tower.onnx: out of words.")
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_plan", lambda *_, **__: (_ for _ in ()).throw(refusal))
-        assert run(["export", str(clip), "--out", str(out), "--overwrite", store, *flavour]) == 1
+        assert run(["export", str(clip), "--out", str(out), "--overwrite", *asked]) == 1
     printed = capsys.readouterr()
     error, _, command = printed.err.splitlines()[-1].rpartition(" To add a plan later: trtower ")
     assert error.startswith("error: tensorrt-rtx could not build tower.onnx: out of words. ")
     assert f"{out} is complete and serves without a plan, but was not checked" in error
     assert_whole_without_a_plan(out)
     assert VisionTower.load(out).is_loaded
-    assert shlex.split(command) == ["build", str(out), *flavour]
+    assert shlex.split(command) == ["build", str(out), *needed]
     assert run(shlex.split(command)) == 0
     (plan,) = Bundle.open(out).manifest.plans
-    assert plan.compute_capabilities == ("8.9", "12.0")
+    assert plan.compute_capabilities == tuple(each for each in needed if each in {"8.9", "12.0"})
 
 
 def assert_whole_without_a_plan(out: Path) -> None:

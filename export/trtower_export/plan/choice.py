@@ -23,6 +23,7 @@ from trtower.flavour import (
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of
 from trtower.spec import PRECISIONS
+from trtower_export.options import ExportOptions
 from trtower_export.targets import Target, is_before
 
 if TYPE_CHECKING:
@@ -103,8 +104,16 @@ def choose_plan(
     return choice, reason + remark
 
 
-def choose_for_target(target: Target, flavour: str, precision: str) -> tuple[PlanChoice | None, str]:
-    """Choose the plan of a named target, as `choose_plan` does.
+def choose_first_plan(options: ExportOptions, target: Target | None) -> tuple[PlanChoice | None, str]:
+    """Choose the plan of an export as `choose_plan` does, for its ``target`` if one is named."""
+    flavour, precision = options.flavour, options.graph_precision
+    if target:
+        return _choose_for_target(target, flavour, precision)
+    return choose_plan(flavour, options.compute_capabilities, precision)
+
+
+def _choose_for_target(target: Target, flavour: str, precision: str) -> tuple[PlanChoice | None, str]:
+    """Choose the plan of a named target.
 
     With "auto", a plan of TensorRT-RTX is built here. A plan of data-centre TensorRT is built where it is served, and
     here only if this machine is of that kind.

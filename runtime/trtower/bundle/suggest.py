@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
@@ -37,10 +38,14 @@ def export_command_of(checkpoint: str, bundle: Bundle) -> str:
     return shlex.join(["trtower", "export", checkpoint, *options, "--out", f"{bundle.path}-own"])
 
 
-def build_command(bundle: Path, flavour: str, compute_capabilities: Sequence[str]) -> str:
+def build_command(
+    bundle: Path, flavour: str, compute_capabilities: Sequence[str], accept_known_faults: Sequence[str]
+) -> str:
     """Return the command that adds a plan to a bundle that has none."""
-    command = ["trtower", "build", str(bundle), *([] if flavour == "auto" else ["--flavour", flavour])]
-    return shlex.join([*command, *(each for one in compute_capabilities for each in ("--compute-capability", one))])
+    options = [("--flavour", flavour)]
+    options += [("--compute-capability", each) for each in compute_capabilities]
+    options += [("--accept-known-fault", each) for each in accept_known_faults]
+    return shlex.join(["trtower", "build", str(bundle), *chain(*options)])
 
 
 def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:

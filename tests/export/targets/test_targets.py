@@ -18,7 +18,7 @@ from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
 from trtower_export.plan import choice
 from trtower_export.plan.build import add_plan
-from trtower_export.plan.choice import choose_for_target
+from trtower_export.plan.choice import choose_first_plan
 from trtower_export.targets import all_targets, find_target, is_before
 
 EXPECTED = (
@@ -131,14 +131,18 @@ def test_plan_is_built_here_if_this_machine_is_the_target(
     monkeypatch.setattr(choice, "import_extra", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(choice, "capability_of", lambda *_: "9.0")
-    chosen, reason = choose_for_target(find_target("tensorrt-10.16"), "auto", "fp16")
+
+    def choose(target: str, flavour: str = "auto") -> tuple[choice.PlanChoice | None, str]:
+        return choose_first_plan(ExportOptions(flavour=flavour), find_target(target))
+
+    chosen, reason = choose("tensorrt-10.16")
     assert bool(chosen) == here
     assert here or BUILD_NOTES in reason
-    assert choose_for_target(find_target("h100"), "auto", "fp16")[0]
-    assert not choose_for_target(find_target("thor"), "auto", "fp16")[0]
-    assert PLATFORM == "linux-aarch64" or not choose_for_target(find_target("gh200"), "auto", "fp16")[0]
+    assert choose("h100")[0]
+    assert not choose("thor")[0]
+    assert PLATFORM == "linux-aarch64" or not choose("gh200")[0]
     with pytest.raises(ConfigError, match="this machine is not a thor, so it cannot build its plan"):
-        choose_for_target(find_target("thor"), "tensorrt", "fp16")
+        choose("thor", "tensorrt")
 
 
 def test_targets_are_listed_whole(capsys: pytest.CaptureFixture[str]) -> None:
