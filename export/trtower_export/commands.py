@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import PREPROCESSOR, BuildSettings
+from trtower.bundle.manifest import BUILD_NOTES, PREPROCESSOR, BuildSettings
 from trtower.extras import import_extra
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
@@ -123,7 +123,10 @@ def export(
         say(console, "  random weights: this bundle is a rehearsal; its features are meaningless")
     say(console, str(bundle.path))
     code = _verdict(console, bundle) if bundle.manifest.certificate else 0
-    if code == 0:
+    target = bundle.manifest.target
+    if code == 0 and target and not bundle.manifest.plans:
+        say(console, f"Build its plan on the machine that serves it ({target}): {bundle.path / BUILD_NOTES} says how.")
+    elif code == 0:
         say(console, describe_loading(bundle.path))
     return code
 

@@ -1,8 +1,11 @@
 """The commands that list what can be named."""
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
 
-from trtower_export.arguments import JsonOption
+from trtower_export.arguments import JsonOption, not_empty
 from trtower_export.console import as_json, say
 
 
@@ -22,16 +25,24 @@ def recipes(json_: JsonOption = False) -> int:
     return 0
 
 
-def targets(json_: JsonOption = False) -> int:
+def targets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only those with this in their name.", parser=not_empty)
+    ] = None,
+    json_: JsonOption = False,
+) -> int:
     """List the deployments for --target.
 
-    The JSON has the source of each row, and the day it was read.
+    With NAME, and in the JSON, each has its source and the day it was read.
     """
-    from trtower_export.targets import all_targets
-    from trtower_export.targets.table import print_targets
+    from trtower_export.targets import search_targets
+    from trtower_export.targets.table import print_sources, print_targets
 
+    rows = search_targets(name or "")
     if json_:
-        say(Console(), as_json(all_targets()))
-    else:
-        print_targets(Console(), all_targets())
+        say(Console(), as_json(rows))
+        return 0
+    print_targets(Console(), rows)
+    if name:
+        print_sources(Console(), rows)
     return 0

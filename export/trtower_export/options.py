@@ -97,10 +97,6 @@ class ExportOptions:
                 f"--images is only for the check, which --no-check skips; precision {self.precision} needs no images: "
                 "drop --images or --no-check."
             )
-        if self.target is not None and self.compute_capabilities:
-            raise ConfigError(
-                f"--target {self.target} already says for which GPUs; drop --compute-capability or --target."
-            )
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
         if self.keep_fp16 is not None and not self.calibrates:

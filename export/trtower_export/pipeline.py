@@ -6,6 +6,7 @@ checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import PARSES_PLAIN
 from trtower.bundle.staging import disk_errors, refuse_existing, staged
 from trtower.bundle.suggest import build_command
 from trtower.errors import BuildError, TrtowerError
@@ -20,11 +21,11 @@ from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.load import load_and_cut
 from trtower_export.graph.truncate import release
 from trtower_export.options import ExportOptions as ExportOptions
-from trtower_export.plan.build import build_into
-from trtower_export.plan.choice import PlanChoice, choose_first_plan
+from trtower_export.plan.build import build_into, check_builder
+from trtower_export.plan.choice import PlanChoice
+from trtower_export.plan.deployment import choose_first_plan
 from trtower_export.precision.program import trace_in_precision
-from trtower_export.targets import find_target
-from trtower_export.targets.faults import check_target
+from trtower_export.targets.faults import check_faults
 
 ENGINES = Path("engines")
 
@@ -60,13 +61,15 @@ def export_tower(
         MissingExtraError: A package is missing; the message names the extra that installs it.
     """
     options, progress = options or ExportOptions(), progress or LoggedProgress()
-    target = find_target(options.target) if options.target is not None else None
-    choice, reason = choose_first_plan(options, target)
+    target, choice, reason = choose_first_plan(options)
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
-    if target:
-        check_target(target, spec.family, options.graph_precision, options.accept_known_faults, progress.say)
+    facts = (spec.family, options.graph_precision, options.accept_known_faults)
+    if choice:
+        check_builder(choice, PARSES_PLAIN, *facts, progress)
+    elif target:
+        check_faults(*target.where, *facts, progress.say)
     profiles = options.profiles or checkpoint.profiles
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)
@@ -99,10 +102,14 @@ def _add_first_plan(bundle: Bundle, choice: PlanChoice, options: ExportOptions, 
     """Add the first plan to a complete bundle. If that fails, name the command that adds it later."""
     progress.say(f"{bundle.path} is complete, and serves without a plan; building its plan")
     try:
-        return build_into(bundle, choice, progress, options.store, options.accept_known_faults)
+        return build_into(bundle, choice, progress, options.store)
     except (TrtowerError, OSError) as err:
-        accepted = options.accept_known_faults
-        later = build_command(bundle.path, choice.flavour, choice.compute_capabilities, accepted)
+        later = build_command(
+            bundle.path,
+            choice.flavour,
+            compute_capabilities=choice.compute_capabilities,
+            accept_known_faults=options.accept_known_faults,
+        )
         raise BuildError(
             f"{str(err).rstrip('.')}. {bundle.path} is complete and serves without a plan, but was not checked. To add "
             f"a plan later: {later}"

@@ -47,6 +47,13 @@ def parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
+def is_before(version: str, other: str) -> bool:
+    """Return whether a version is older than another, as far as both are written: 10.3.0 is not before 10.3."""
+    mine, theirs = parse_version(version), parse_version(other)
+    length = min(len(mine), len(theirs))
+    return mine[:length] < theirs[:length]
+
+
 def sm_name(capability: str) -> str:
     """Turn a compute capability such as "8.9" into the form used by NVIDIA's compilers and in file names: "sm89"."""
     return "sm" + capability.replace(".", "")

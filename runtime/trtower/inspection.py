@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, TO_PAD, BundleFacts, PlanEntry
+from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, TO_PAD, BundleFacts, PlanEntry
 from trtower.errors import BundleError
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
@@ -189,7 +189,8 @@ def _describe_plans(found: Inspection, *, why: bool) -> Iterator[str]:
         if why:
             yield from (f"      {what:<18} {obstacle or 'met'}" for what, obstacle in plan.verdicts.items())
     if not found.plans:
-        yield f"    none; a CPU needs none. On the GPU that will serve: trtower build {found.path}"
+        how = f"see {found.path}/{BUILD_NOTES}" if found.target else f"trtower build {found.path}"
+        yield f"    none; a CPU needs none. On the GPU that will serve: {how}"
 
 
 def _describe_backends(found: Inspection) -> Iterator[str]:

@@ -31,7 +31,7 @@ from trtower.names import check_name
 from trtower.runners.device import capability_of
 from trtower.runners.runtimes import parse_obstacle
 from trtower_export.console import Progress
-from trtower_export.plan.choice import PlanChoice, build_there, choose_plan, make_entry
+from trtower_export.plan.choice import PLAIN, PlanChoice, build_there, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
 from trtower_export.plan.store import fetch_or_build
 from trtower_export.targets import flavour_of
@@ -55,7 +55,7 @@ def add_plan(
     compute_capabilities: tuple[str, ...],
     progress: Progress,
     *,
-    settings: BuildSettings | None = None,
+    settings: BuildSettings = PLAIN,
     store: Path | None = None,
     accept_known_faults: tuple[str, ...] = (),
 ) -> Path:
@@ -69,7 +69,7 @@ def add_plan(
             from an FP8 bundle a plan for the GPUs that have FP8, and "tensorrt" builds for this machine's GPU, or for
             all from Ampere on if ``settings`` ask for a hardware-compatible plan.
         progress: Reports every step to the user.
-        settings: How to build; None means TensorRT's defaults.
+        settings: How to build. Default: as TensorRT does by itself.
         store: A folder of plans that were built before (see store.py); None always builds.
         accept_known_faults: Names of known faults of this TensorRT that do not stop the build.
 
@@ -89,17 +89,17 @@ def add_plan(
         flavour = flavour_of(bundle.manifest.target)
     choice, reason = choose_plan(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
     if choice is None:
-        raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path)}")
+        raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path, settings)}")
     progress.say(reason)
-    added = build_into(bundle, choice, progress, store, accept_known_faults)
+    manifest = bundle.manifest
+    family, precision = manifest.spec.family, manifest.precision
+    check_builder(choice, manifest.first_tensorrt, family, precision, accept_known_faults, progress)
+    added = build_into(bundle, choice, progress, store)
     return bundle.path / added.manifest.plans[-1].file
 
 
-def build_into(
-    bundle: Bundle, choice: PlanChoice, progress: Progress, store: Path | None, accepted: Sequence[str] = ()
-) -> Bundle:
+def build_into(bundle: Bundle, choice: PlanChoice, progress: Progress, store: Path | None) -> Bundle:
     """Add the plan for ``choice`` to a bundle and return the new bundle. Raises the errors of `add_plan`."""
-    _refuse_tensorrt(bundle, choice, accepted, progress)
     path = bundle.path.resolve()
     for folder in (path, path.parent):  # the lock file is beside the bundle
         if not os.access(folder, os.W_OK):
@@ -124,13 +124,17 @@ def build_into(
     return added
 
 
-def _refuse_tensorrt(bundle: Bundle, choice: PlanChoice, accepted: Sequence[str], progress: Progress) -> None:
-    """Refuse a TensorRT that cannot parse the graph, or has a known fault here that is not accepted."""
-    manifest, version = bundle.manifest, load_flavour(choice.flavour).__version__
-    if obstacle := parse_obstacle(bundle, choice.flavour, version):
+def check_builder(
+    choice: PlanChoice, first_tensorrt: str, family: str, precision: str, accepted: Sequence[str], progress: Progress
+) -> None:
+    """Refuse a TensorRT that cannot parse a graph, or has a known fault here that is not accepted.
+
+    ``first_tensorrt`` is the first that parses the graph. Raises ConfigError.
+    """
+    version = load_flavour(choice.flavour).__version__
+    if obstacle := parse_obstacle(first_tensorrt, choice.flavour, version):
         raise ConfigError(obstacle)
     if choice.flavour == "tensorrt":  # the faults are not those of TensorRT-RTX
-        family, precision = manifest.spec.family, manifest.precision
         check_faults(version, (capability_of(),), PLATFORM, family, precision, accepted, progress.say)
 
 

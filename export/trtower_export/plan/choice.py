@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trtower.bundle.manifest import BUILD_NOTES, PARSES_PLAIN, PLANS, BuildSettings, PlanEntry
+from trtower.bundle.manifest import PLANS, BuildSettings, PlanEntry
+from trtower.bundle.suggest import build_command
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import (
@@ -21,13 +22,14 @@ from trtower.flavour import (
     sm_name,
 )
 from trtower.names import check_name, list_choices
-from trtower.runners.device import capability_of
+from trtower.runners.device import capability_of, default_device, device_obstacle, has_gpu
 from trtower.spec import PRECISIONS
-from trtower_export.options import ExportOptions
-from trtower_export.targets import Target, is_before
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+PLAIN = BuildSettings()
+"""TensorRT's own settings."""
 
 FIRST_GENERATION = 5.0
 """The oldest compute capability that is accepted. "10" reads as 1.0, so it is refused, and the error suggests 10.0."""
@@ -71,7 +73,7 @@ def choose_plan(
     flavour: str,
     compute_capabilities: Sequence[str],
     precision: str,
-    settings: BuildSettings | None = None,
+    settings: BuildSettings = PLAIN,
     bundle: Path | None = None,
 ) -> tuple[PlanChoice | None, str]:
     """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
@@ -91,80 +93,18 @@ def choose_plan(
     if flavour == "auto":
         flavour, reason = _auto_flavour()
     if flavour == "tensorrt" and not torch.cuda.is_available():
-        raise BackendError(
-            f"flavour tensorrt builds on the GPU that runs the plan, and torch finds no GPU here: {build_there(bundle)}"
-        )
+        needs = "flavour tensorrt builds on the GPU that runs the plan, and"
+        if has_gpu():
+            raise BackendError(f"{needs} {device_obstacle(default_device('cuda'))}")
+        raise BackendError(f"{needs} torch finds no GPU here: {build_there(bundle, settings)}")
     if flavour != "tensorrt":
         _refuse_elsewhere(compute_capabilities, bundle)
     if flavour == "none":
         if compute_capabilities:
             raise MissingExtraError(f"--compute-capability is for a plan, but {reason}")
         return None, reason
-    choice, remark = _settle(flavour, compute_capabilities, precision, settings or BuildSettings(), bundle)
+    choice, remark = _settle(flavour, compute_capabilities, precision, settings, bundle)
     return choice, reason + remark
-
-
-def choose_first_plan(options: ExportOptions, target: Target | None) -> tuple[PlanChoice | None, str]:
-    """Choose the plan of an export as `choose_plan` does, for its ``target`` if one is named."""
-    flavour, precision = options.flavour, options.graph_precision
-    if target:
-        return _choose_for_target(target, flavour, precision)
-    return choose_plan(flavour, options.compute_capabilities, precision)
-
-
-def _choose_for_target(target: Target, flavour: str, precision: str) -> tuple[PlanChoice | None, str]:
-    """Choose the plan of a named target.
-
-    With "auto", a plan of TensorRT-RTX is built here. A plan of data-centre TensorRT is built where it is served, and
-    here only if this machine is of that kind.
-    """
-    if target.tensorrt and is_before(target.tensorrt, PARSES_PLAIN):
-        raise ConfigError(
-            f"{target.name} has TensorRT {target.tensorrt}, and trtower's graphs need {PARSES_PLAIN} or later: update "
-            "it, or export without --target and serve without a plan."
-        )
-    _check_precision(target, precision)
-    own, elsewhere = target.compute_capabilities, target.platform not in ("", PLATFORM)
-    if flavour == "auto":
-        if elsewhere or (target.flavour == "tensorrt" and not _is_here(target)):
-            return None, f"no plan for {target.name} here: {BUILD_NOTES} in the bundle says how to build it there"
-        flavour = target.flavour
-    if flavour == "tensorrt" and torch.cuda.is_available() and not _is_here(target):
-        raise ConfigError(
-            f"this machine is not a {target.name}, so it cannot build its plan: export with --flavour none, and build "
-            f"it there as {BUILD_NOTES} says."
-        )
-    chosen = choose_plan(flavour, own if flavour == "tensorrt-rtx" else (), precision)
-    if elsewhere and chosen[0]:
-        raise ConfigError(
-            f"{target.name} is {target.platform}, and a plan runs only on the platform that built it, here {PLATFORM}: "
-            f"export with --flavour none, and build it there as {BUILD_NOTES} says."
-        )
-    return chosen
-
-
-def _check_precision(target: Target, precision: str) -> None:
-    """Refuse a precision that a GPU of ``target`` lacks."""
-    needed = PRECISIONS[precision].first_capability
-    for capability in target.compute_capabilities:
-        if float(capability) < needed:
-            raise ConfigError(
-                f"{precision} needs compute capability {needed} or later, and {target.name} has {capability}: export "
-                "with --precision fp16."
-            )
-
-
-def _is_here(target: Target) -> bool:
-    """Return whether this machine has the GPU, the platform and the TensorRT of ``target``."""
-    if not torch.cuda.is_available() or target.platform not in ("", PLATFORM):
-        return False
-    if target.compute_capabilities and capability_of() not in target.compute_capabilities:
-        return False
-    try:
-        version: str = load_flavour("tensorrt").__version__
-    except (ImportError, OSError):
-        return False
-    return not target.tensorrt or not (is_before(version, target.tensorrt) or is_before(target.tensorrt, version))
 
 
 def _settle(
@@ -174,7 +114,7 @@ def _settle(
 
     Raises ConfigError, BackendError or MissingExtraError if no such plan can be built here.
     """
-    module, remark = _load_builder(flavour), ""
+    module, remark = load_builder(flavour), ""
     _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
     needed = PRECISIONS[precision].first_capability
     if flavour == "tensorrt-rtx" and needed > float(PORTABLE_FROM) and not compute_capabilities:
@@ -211,11 +151,13 @@ def _read_capability(part: str) -> str:
     )
 
 
-def build_there(bundle: Path | None) -> str:
-    """Say how to build a plan on another machine; without ``bundle``, also how to get a bundle there."""
-    if bundle is None:
-        return "export with --flavour none, copy the bundle to that GPU's machine, and run there: trtower build BUNDLE"
-    return f"copy {bundle} to that GPU's machine, and run there: trtower build {bundle.resolve().name}"
+def build_there(bundle: Path | None, settings: BuildSettings = PLAIN) -> str:
+    """Say how to build a plan of data-centre TensorRT elsewhere; without ``bundle``, also how to get a bundle there."""
+    here = "export with --flavour none, copy the bundle" if bundle is None else f"copy {bundle}"
+    command = build_command(
+        Path("BUNDLE") if bundle is None else Path(bundle.resolve().name), "tensorrt", settings=settings
+    )
+    return f"{here} to that GPU's machine, and run there: {command}"
 
 
 def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
@@ -229,7 +171,7 @@ def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
             )
 
 
-def _load_builder(flavour: str) -> "ModuleType":
+def load_builder(flavour: str) -> "ModuleType":
     """Import a flavour; if it or Polygraphy is missing, raise MissingExtraError with the extra that brings both."""
     name, extra = FLAVOURS[flavour]
     try:
@@ -249,7 +191,7 @@ def _auto_flavour() -> tuple[str, str]:
             missing.append("flavour tensorrt needs a GPU, and there is none here")
             continue
         try:
-            _load_builder(flavour)
+            load_builder(flavour)
             return flavour, f"flavour {flavour}" + (f" ({'; '.join(missing)})" if missing else "")
         except MissingExtraError as err:
             missing.append(str(err))

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto
 
 from trtower.errors import ConfigError
-from trtower.flavour import parse_version
+from trtower.flavour import is_before, parse_version
 from trtower_export.console import Progress
 from trtower_export.targets import Target
 
@@ -76,7 +76,7 @@ def check_parsers(parsers: Parsers, target: Target | None, progress: Progress) -
     """
     if parsers.unknown:
         progress.say(f"no TensorRT is known to parse {', '.join(parsers.unknown)}: the build of a plan may fail")
-    if target and target.tensorrt and parse_version(target.tensorrt) < parse_version(parsers.first):
+    if target and target.tensorrt and is_before(target.tensorrt, parsers.first):
         raise ConfigError(
             f"{target.name} has TensorRT {target.tensorrt}, and the graph needs {parsers.first} or later, for "
             f"{parsers.needs}."

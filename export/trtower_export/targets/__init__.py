@@ -10,7 +10,6 @@ from importlib import resources
 from typing import Any
 
 from trtower.errors import ConfigError
-from trtower.flavour import parse_version
 from trtower.names import list_choices, nearest
 
 if sys.version_info >= (3, 11):
@@ -33,6 +32,7 @@ class Target:
         compute_capabilities: The GPUs that it runs on, such as ("8.7",); () is any.
         platform: The operating system and processor, as a plan names them.
         python: The version of Python that comes with it.
+        torch: What pip installs for a torch that can use its GPU; "" if that is plain torch.
         container: The image to build a plan in.
         source: The page where this was read.
         read: The day when it was read.
@@ -48,10 +48,16 @@ class Target:
     compute_capabilities: tuple[str, ...] = ()
     platform: str = ""
     python: str = ""
+    torch: str = ""
     container: str = ""
     source: str
     read: str
     note: str = ""
+
+    @property
+    def where(self) -> tuple[str, tuple[str, ...], str]:
+        """The version of TensorRT, the GPUs and the platform, each empty if open."""
+        return self.tensorrt, self.compute_capabilities, self.platform
 
 
 def read_rows(file: str) -> list[dict[str, Any]]:
@@ -79,8 +85,13 @@ def find_target(name: str) -> Target:
     return targets[name]
 
 
+def search_targets(part: str) -> tuple[Target, ...]:
+    """List the targets with ``part`` in their names; raise ConfigError, which names the nearest, if there is none."""
+    return tuple(each for each in all_targets() if part.lower() in each.name) or (find_target(part),)
+
+
 def flavour_of(name: str) -> str:
-    """Return the flavour that `trtower build` takes by default for a target: "tensorrt" if only that runs there.
+    """Return the flavour that `trtower build` takes by default for a target: its own, if that is "tensorrt".
 
     A name that a newer table has is unknown here, and limits nothing.
     """
@@ -91,10 +102,3 @@ def _same_kind(name: str, names: tuple[str, ...]) -> list[str]:
     """List the newest targets whose names begin as ``name`` does, such as "jetpack-"."""
     kind = name.lower().partition("-")[0]
     return [each for each in names if each.partition("-")[0] == kind][-3:] if kind else []
-
-
-def is_before(version: str, other: str) -> bool:
-    """Return whether a version is older than another, as far as both are written: 10.3.0 is not before 10.3."""
-    mine, theirs = parse_version(version), parse_version(other)
-    length = min(len(mine), len(theirs))
-    return mine[:length] < theirs[:length]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from trtower.errors import ConfigError
+from trtower.flavour import is_before
 from trtower.names import check_name
 from trtower.spec import EIGHT_BIT
-from trtower_export.targets import Target, is_before, read_rows
+from trtower_export.targets import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,9 @@ class Fault:
         )
 
     def is_certain(self, capabilities: Sequence[str], platform: str) -> bool:
-        """Return whether enough is known of where the plan will run to say that the fault hits it there."""
-        return bool((capabilities or not self.compute_capabilities) and (platform or not self.platform))
+        """Return whether the fault hits every GPU that the plan may run on, as far as is known."""
+        hits_all = bool(capabilities) and {*capabilities} <= {*self.compute_capabilities}
+        return (hits_all or not self.compute_capabilities) and bool(platform or not self.platform)
 
     def __str__(self) -> str:
         until = f" to before {self.fixed}" if self.fixed else " and later"
@@ -87,13 +89,6 @@ def find_faults(version: str, capabilities: Sequence[str], platform: str, family
     return [fault for fault in all_faults() if fault.hits(version, capabilities, platform, family, precision)]
 
 
-def check_target(
-    target: Target, family: str, precision: str, accepted: Sequence[str], warn: Callable[[str], object]
-) -> None:
-    """Check a target as `check_faults` does."""
-    check_faults(target.tensorrt, target.compute_capabilities, target.platform, family, precision, accepted, warn)
-
-
 def check_faults(
     version: str,
     capabilities: Sequence[str],
@@ -105,7 +100,8 @@ def check_faults(
 ) -> None:
     """Warn of the known faults that a plan of ``family`` would have; refuse those that make it useless.
 
-    ``accepted`` names faults to warn of only. A fault of certain GPUs is a warning too if ``capabilities`` are open.
+    ``accepted`` names faults to warn of only. A fault of certain GPUs is a warning too if ``capabilities`` are open, or
+    hold others.
     Raises ConfigError for a fault that is not accepted.
     """
     for fault in find_faults(version, capabilities, platform, family, precision):

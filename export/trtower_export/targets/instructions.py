@@ -1,13 +1,22 @@
 """Write BUILD.md: how to build a bundle's plan where it is served, with trtower or with stock tools."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
 from trtower.bundle.manifest import GRAPH, Manifest
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
 from trtower_export.targets.faults import Fault, find_faults
+
+TORCH = """\
+pip brings a torch for CUDA 13, which needs driver 580 or later. With an older driver, install one for CUDA 12 first: \
+`pip install torch --index-url https://download.pytorch.org/whl/cu126`.
+
+"""
+SEE_GPU = 'python3 -c "import torch; print(torch.cuda.get_device_name())"'
 
 PAGE = resources.files(__package__).joinpath("build_notes.md").read_text(encoding="utf-8")
 
@@ -19,9 +28,6 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
     if target and target.container:
         run = ["docker", "run", "--rm", "-it", "--gpus", "all", "-v", '"$PWD:/engines"', "-w", "/engines"]
         container = f"```sh\n{' '.join([*run, target.container])}\n```\n\nInside:\n\n"
-    source = manifest.source
-    check = ["trtower", "check", name] + ([] if source.checkpoint else ["--checkpoint", "CHECKPOINT"])
-    prefix = manifest.spec.num_prefix_tokens
     return PAGE.format(
         name=name,
         quoted=shlex.quote(name),
@@ -30,21 +36,22 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
         where=_describe(target),
         faults=_list_faults(manifest, target) if target else "",
         container=container,
-        build=_build(manifest, target),
+        build="\n".join(_build(manifest, target)),
+        torch="" if target and target.torch else TORCH,
+        path=json.dumps(name, ensure_ascii=False),  # valid Python, too
+        backend=target.flavour if target else "tensorrt",
         polygraphy=_wrap(polygraphy_command(manifest)),
         trtexec=_wrap(trtexec_command(manifest)),
         input=manifest.input.name,
         dtype=manifest.input.dtype,
         output=manifest.output.name,
-        prefix=prefix,
-        belong="belongs" if prefix == 1 else "belong",
-        check=shlex.join(check),
+        prefix=_describe_prefix(manifest.spec.num_prefix_tokens),
+        check="\n".join(_check(manifest, target)),
     )
 
 
 def _find_faults(manifest: Manifest, target: Target) -> list[Fault]:
-    where = (target.tensorrt, target.compute_capabilities, target.platform)
-    return find_faults(*where, manifest.spec.family, manifest.precision)
+    return find_faults(*target.where, manifest.spec.family, manifest.precision)
 
 
 def _list_faults(manifest: Manifest, target: Target) -> str:
@@ -53,7 +60,7 @@ def _list_faults(manifest: Manifest, target: Target) -> str:
     if not faults:
         return ""
     lines = [f"- {fault}. Instead: {fault.instead}." for fault in faults]
-    return "\n".join(["", "Others reported faults of this TensorRT that may concern this bundle:", "", *lines, ""])
+    return "\n".join(["", "Others have reported faults of this TensorRT that may concern this bundle:", "", *lines, ""])
 
 
 def _describe(target: Target | None) -> str:
@@ -93,6 +100,16 @@ def _shapes(manifest: Manifest, profile: BatchProfile) -> list[str]:
     return [f"--{bound}Shapes={manifest.input.name}:{batch}x{rest}" for bound, batch in bounds]
 
 
+def _describe_prefix(tokens: int) -> str:
+    if not tokens:
+        return ""
+    return (
+        ", of which the first belongs to no patch"
+        if tokens == 1
+        else f", of which the first {tokens} belong to no patch"
+    )
+
+
 def _wrap(command: Sequence[str]) -> str:
     """Write a command over several lines, one for each option."""
     lines = [[command[0]]]
@@ -103,23 +120,47 @@ def _wrap(command: Sequence[str]) -> str:
     return " \\\n  ".join(map(shlex.join, lines))
 
 
-def _build(manifest: Manifest, target: Target | None) -> str:
+def _build(manifest: Manifest, target: Target | None) -> list[str]:
     """Return the commands that install trtower and add a plan. A TensorRT that is there already is not installed."""
-    command = ["trtower", "build", manifest.name, "--flavour"]
-    rtx = target.compute_capabilities if target and target.flavour == "tensorrt-rtx" else ()
-    if rtx:
-        capabilities = [part for each in rtx for part in ("--compute-capability", each)]
-        return "\n".join([_install(manifest, "trt-rtx-build"), shlex.join([*command, "tensorrt-rtx", *capabilities])])
-    has_tensorrt = target is not None and bool(target.tensorrt or target.brings_tensorrt)
-    lines = [_install(manifest, "build" if has_tensorrt else "trt-build")]
-    if target and has_tensorrt and not target.container:  # a venv sees the system's TensorRT only if it is told to
-        lines.insert(0, "python3 -m venv --system-site-packages .venv && . .venv/bin/activate")
-    # Only faults that the export stopped for: the build itself decides on those of a GPU that is not known here.
-    where = (target.compute_capabilities, target.platform) if target else ()
-    faults = _find_faults(manifest, target) if target else []
-    accepted = [fault.name for fault in faults if fault.refuse and fault.is_certain(*where)]
-    options = [part for name in accepted for part in ("--accept-known-fault", name)]
-    return "\n".join([*lines, shlex.join([*command, "tensorrt", *options])])
+    rtx = target is not None and target.flavour == "tensorrt-rtx"
+    command = ["trtower", "build", manifest.name, "--flavour", "tensorrt-rtx" if rtx else "tensorrt"]
+    if target and rtx:
+        command += [part for each in target.compute_capabilities for part in ("--compute-capability", each)]
+    else:
+        command += [part for name in _accepted(manifest, target) for part in ("--accept-known-fault", name)]
+    lines = [] if target and target.container else [_venv(target)]
+    lines += [f"pip install {target.torch}"] if target and target.torch else []
+    return [*lines, _install(manifest, _extra(target)), SEE_GPU, shlex.join(command)]
+
+
+def _extra(target: Target | None) -> str:
+    if target and target.flavour == "tensorrt-rtx":
+        return "trt-rtx-build"
+    return "build" if target and _has_tensorrt(target) else "trt-build"
+
+
+def _has_tensorrt(target: Target) -> bool:
+    return bool(target.tensorrt or target.brings_tensorrt)
+
+
+def _venv(target: Target | None) -> str:
+    """Return the command that makes an environment. It sees the system's TensorRT only if it is told to."""
+    options = " --system-site-packages" if target and _has_tensorrt(target) else ""
+    return f"python3 -m venv{options} .venv && . .venv/bin/activate"
+
+
+def _accepted(manifest: Manifest, target: Target | None) -> list[str]:
+    """List the faults that the export stopped for. The build decides on those of a GPU that is not known here."""
+    if target is None:
+        return []
+    _, gpus, platform = target.where
+    return [each.name for each in _find_faults(manifest, target) if each.refuse and each.is_certain(gpus, platform)]
+
+
+def _check(manifest: Manifest, target: Target | None) -> list[str]:
+    command = ["trtower", "check", manifest.name, "--backend", target.flavour if target else "tensorrt"]
+    command += ["--checkpoint", "CHECKPOINT"] if Path(manifest.source.checkpoint).is_absolute() else []
+    return [_install(manifest, f"export,demo,{_extra(target)}"), shlex.join(command)]
 
 
 def _install(manifest: Manifest, extra: str) -> str:

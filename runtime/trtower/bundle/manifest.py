@@ -7,6 +7,7 @@ errors, because a half-understood manifest would load another tower than the one
 import dataclasses
 import functools
 import json
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -47,10 +48,13 @@ TO_PAD = (
 )
 """What to call if `Source.image_aspect_ratio` is not None."""
 
-PARSES_ATTENTION, PARSES_PLAIN = "10.14", "10.3"
-"""The first TensorRT for the graphs of half precision, and for those of FP32, in manifests that do not say: before
-`first_tensorrt` came, graphs of half precision held the operator Attention. The second is also the oldest that trtower
-runs at all."""
+PARSES_PLAIN, PARSES_ATTENTION, PARSES_RMS_NORMS = "10.3", "10.14", "10.15"
+"""The first TensorRT for the graphs of FP32, for those of half precision, and for those of `RMS_NORMS`, in manifests
+that do not say: before `first_tensorrt` came, graphs of half precision held the operator Attention, and some of them
+RMSNormalization. The first is also the oldest TensorRT that trtower runs at all."""
+
+RMS_NORMS = ("aimv2", "internvl_vision")
+"""Families that may have RMS norms."""
 
 T = TypeVar("T")
 
@@ -143,6 +147,17 @@ class BuildSettings:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise ConfigError(f"--optimization-level is {self.optimization_level}; expected 0 to 5.")
 
+    def options(self) -> list[str]:
+        """List the options of `trtower build` that ask for these settings."""
+        numbers = {"--workspace-mib": self.workspace_mib, "--optimization-level": self.optimization_level}
+        flags = {
+            "--hardware-compatible": self.hardware_compatible,
+            "--version-compatible": self.version_compatible,
+            "--strip": self.stripped,
+        }
+        options = [part for name, number in numbers.items() if number is not None for part in (name, str(number))]
+        return [*options, *(name for name, is_on in flags.items() if is_on)]
+
     def describe(self) -> str:
         """Describe in a few words how a plan was built."""
         says = []
@@ -171,6 +186,10 @@ class PlanEntry:
     platform: str
     compute_capabilities: tuple[str, ...]
     settings: BuildSettings = dataclasses.field(default_factory=BuildSettings)
+
+    def __post_init__(self) -> None:
+        if self.settings.version_compatible and self.flavour != "tensorrt":
+            raise ConfigError(f"{self.file} is version-compatible, which plans of {self.flavour} cannot be.")
 
     @property
     def log(self) -> str:
@@ -230,6 +249,8 @@ class Manifest(BundleFacts):
         for tensor, expected in zip((self.input, self.output), tensors, strict=True):
             if tensor != expected:
                 raise ConfigError(f"the tensor is {tensor}; the spec and precision require {expected}.")
+        if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", self.first_tensorrt):
+            raise ConfigError(f"first_tensorrt is {self.first_tensorrt!r}; expected a version such as 10.3.")
         if not self.profiles:
             raise ConfigError("profiles is empty; expected at least one.")
         merge_profiles(self.profiles)
@@ -285,6 +306,8 @@ class Manifest(BundleFacts):
             spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
         if data.get("precision") == "fp32":
             data.setdefault("first_tensorrt", PARSES_PLAIN)
+        elif isinstance(spec, dict) and spec.get("family") in RMS_NORMS:
+            data.setdefault("first_tensorrt", PARSES_RMS_NORMS)
         try:
             manifest: Manifest = _decode(cls, data, "tower.json")
         except ConfigError as err:

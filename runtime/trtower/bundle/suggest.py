@@ -4,10 +4,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import BuildSettings
 from trtower.layer_codes import LayerCode, name_layer, parse_layer_code, read_layer_code
 from trtower.spec import DEFAULT_BATCH, TowerSpec
 
@@ -39,13 +39,18 @@ def export_command_of(checkpoint: str, bundle: Bundle) -> str:
 
 
 def build_command(
-    bundle: Path, flavour: str, compute_capabilities: Sequence[str], accept_known_faults: Sequence[str]
+    bundle: Path,
+    flavour: str,
+    *,
+    compute_capabilities: Sequence[str] = (),
+    accept_known_faults: Sequence[str] = (),
+    settings: BuildSettings | None = None,
 ) -> str:
-    """Return the command that adds a plan to a bundle that has none."""
-    options = [("--flavour", flavour)]
-    options += [("--compute-capability", each) for each in compute_capabilities]
-    options += [("--accept-known-fault", each) for each in accept_known_faults]
-    return shlex.join(["trtower", "build", str(bundle), *chain(*options)])
+    """Return the command that adds a plan to a bundle."""
+    command = ["trtower", "build", str(bundle), "--flavour", flavour]
+    command += [part for each in compute_capabilities for part in ("--compute-capability", each)]
+    command += [part for each in accept_known_faults for part in ("--accept-known-fault", each)]
+    return shlex.join(command + (settings.options() if settings else []))
 
 
 def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
@@ -54,6 +59,7 @@ def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
     options = ["--precision", manifest.precision]
     kept = [name for name in manifest.keep_fp32 if _is_in(name, spec)]
     options += ["--keep-fp32", ",".join(kept)] if kept else []
+    options += ["--target", manifest.target] if manifest.target else []
     options += [] if manifest.plans else ["--flavour", "none"]
     if manifest.profiles != (DEFAULT_BATCH,):
         options += [each for p in manifest.profiles for each in ("--batch", f"{p.min},{p.opt},{p.max}")]

@@ -10,6 +10,9 @@ from trtower.names import nearest, unknown
 NVIDIA = Path("/dev/nvidiactl")
 """Present if NVIDIA's driver has a GPU for this machine or container."""
 
+JETSON = Path("/etc/nv_tegra_release")
+"""Present on a Jetson, whose torch does not come from PyPI."""
+
 
 def parse_device(device: str | int | torch.device | None) -> torch.device | None:
     """Parse a requested device; return None for None. Raise ConfigError if no backend runs on it."""
@@ -49,7 +52,7 @@ def device_obstacle(device: torch.device) -> str | None:
         return None
     if not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        return f"{built}, although there is an NVIDIA GPU: {_remedy()}" if NVIDIA.exists() else f"no GPU here: {built}"
+        return f"{built}, although there is an NVIDIA GPU: {_remedy()}" if has_gpu() else f"no GPU here: {built}"
     if device.index >= torch.cuda.device_count():
         return f"{device} does not exist: torch finds {torch.cuda.device_count()} CUDA device(s)"
     return None
@@ -57,10 +60,12 @@ def device_obstacle(device: torch.device) -> str | None:
 
 def has_gpu() -> bool:
     """Return whether this machine has a GPU, whether torch can use it or not."""
-    return torch.cuda.is_available() or NVIDIA.exists()
+    return torch.cuda.is_available() or NVIDIA.exists() or JETSON.exists()
 
 
 def _remedy() -> str:
+    if JETSON.exists():
+        return "install a torch for this JetPack; BUILD.md in a bundle that was exported for it says which"
     if torch.version.cuda is None:
         return f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
     return f"nvidia-smi shows whether the driver is older than CUDA {torch.version.cuda}"

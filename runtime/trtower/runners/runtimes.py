@@ -5,11 +5,13 @@ from types import ModuleType
 
 import torch
 
-from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, PARSES_PLAIN, PlanEntry
 from trtower.errors import BackendError, MissingExtraError
-from trtower.flavour import LEAN, PLATFORM, capability_obstacle, load_flavour, load_lean, parse_version
-from trtower.runners.device import capability_of, device_obstacle
+from trtower.flavour import LEAN, PLATFORM, capability_obstacle, is_before, load_flavour, load_lean
+from trtower.runners.device import JETSON, capability_of, device_obstacle
+
+FIRST_LEAN = "10.15"
+"""The first version of the lean runtime on PyPI. TensorRT on a Jetson comes with JetPack, not from PyPI."""
 
 
 def load_runtime(plan: PlanEntry) -> ModuleType:
@@ -43,14 +45,12 @@ def plan_verdicts(plan: PlanEntry, device: torch.device) -> dict[str, str | None
     return verdicts
 
 
-def parse_obstacle(bundle: Bundle, flavour: str, version: str) -> str | None:
-    """Say why a version of TensorRT cannot build a plan of a bundle's graph; None if it can, or is TensorRT-RTX."""
-    first = bundle.manifest.first_tensorrt
-    known = parse_version(version)  # () of a development version without numbers
-    if flavour != "tensorrt" or not known or known >= parse_version(first):
+def parse_obstacle(first: str, flavour: str, version: str) -> str | None:
+    """Say why a version of TensorRT cannot build a graph that needs ``first``; None if it can, or is TensorRT-RTX."""
+    if flavour != "tensorrt" or not is_before(version, first):
         return None
     reason = f"TensorRT {version} cannot build {GRAPH}, which needs {first} or later"
-    if parse_version(first) <= parse_version(PARSES_PLAIN):
+    if not is_before(PARSES_PLAIN, first):
         return reason
     return f"{reason}: export the bundle again with this trtower, whose graphs need {PARSES_PLAIN} or later"
 
@@ -79,11 +79,16 @@ def _version_obstacle(plan: PlanEntry, installed: Sequence[ModuleType], missing:
         lacking = "the installed one is broken" if is_broken else "none is installed"
         return f"was built by {plan.flavour} {plan.version}, but {lacking}"
     others = " and ".join(f"{product_name(module, plan)} {module.__version__}" for module in installed)
-    package = "tensorrt-lean" if plan.settings.version_compatible else plan.flavour
-    return (
-        f"was built by {plan.flavour} {plan.version}, but this machine has {others}: pip install "
-        f"{package}=={plan.version}, or run trtower build here"
-    )
+    return f"was built by {plan.flavour} {plan.version}, but this machine has {others}: {_remedy(plan, installed)}"
+
+
+def _remedy(plan: PlanEntry, installed: Sequence[ModuleType]) -> str:
+    """Say how to get a plan and a TensorRT of the same version."""
+    lean = plan.settings.version_compatible and not is_before(plan.version, FIRST_LEAN)
+    package = "tensorrt-lean" if lean else plan.flavour
+    remedies = [] if JETSON.exists() and plan.flavour == "tensorrt" else [f"pip install {package}=={plan.version}"]
+    remedies += ["run trtower build here"] if any(module.__name__ != LEAN for module in installed) else []
+    return ", or ".join(remedies) or "run trtower build where the whole TensorRT is"
 
 
 def _lean_remark(plan: PlanEntry) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import GRAPH, GRAPH_DATA, PlanEntry
+from trtower.bundle.manifest import BUILD_NOTES, GRAPH, GRAPH_DATA, PlanEntry
 from trtower.dtypes import DTYPES
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import load_flavour, sm_name
@@ -225,11 +225,14 @@ class TensorRT(Backend):
 
     def lacks(self, bundle: Bundle) -> str:
         """See Backend.lacks."""
+        lacks = super().lacks(bundle)
+        if target := bundle.manifest.target:
+            lacks = f"the bundle has no {self.name} plan; it is for {target}: see {bundle.path / BUILD_NOTES}"
         try:
             version = load_flavour(self.name).__version__
         except (ImportError, OSError):
-            return super().lacks(bundle)
-        return parse_obstacle(bundle, self.name, version) or super().lacks(bundle)
+            return lacks
+        return parse_obstacle(bundle.manifest.first_tensorrt, self.name, version) or lacks
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from trtower import Bundle
+from trtower.cli import run
 from trtower.errors import BackendError, ConfigError, MissingExtraError
 from trtower.extras import how_to_install
+from trtower.runners import device
 from trtower_export.console import LoggedProgress
 from trtower_export.plan import choice
 from trtower_export.plan.build import add_plan
@@ -63,7 +65,8 @@ def test_number_without_its_point_is_not_guessed(written: str, meant: str) -> No
 @pytest.mark.usefixtures("no_gpu")
 def test_error_on_a_gpu_without_tensorrt_rtx_names_an_alternative(capability: str, flavour: str) -> None:
     gpu, instead = ELSEWHERE[capability]
-    there = "" if instead is TOO_OLD else r"; export with --flavour none, copy the bundle .*: trtower build BUNDLE"
+    command = "trtower build BUNDLE --flavour tensorrt"
+    there = "" if instead is TOO_OLD else rf"; export with --flavour none, copy the bundle .*: {command}"
     expected = (
         rf"^compute capability {re.escape(capability)} is {gpu}, which TensorRT-RTX does not .*: {instead}{there}$"
     )
@@ -101,9 +104,31 @@ def test_build_without_the_gpu_says_where_to_run_it(
 ) -> None:
     for module in missing:
         monkeypatch.setitem(sys.modules, module, None)
-    there = rf"copy {clip_bundle} to that GPU's machine, and run there: trtower build {clip_bundle.name}$"
+    command = f"trtower build {clip_bundle.name} --flavour tensorrt"
+    there = rf"copy {clip_bundle} to that GPU's machine, and run there: {command}$"
     with pytest.raises((BackendError, ConfigError, MissingExtraError), match=there):
         add_plan(Bundle.open(clip_bundle), flavour, capabilities, LoggedProgress())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_command_for_another_machine_has_the_same_settings(
+    clip_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--workspace-mib", "64", "--optimization-level", "0", "--hardware-compatible", "--version-compatible"]
+    assert run(["build", str(clip_bundle), "--flavour", "tensorrt", *options]) == 1
+    _, _, command = capsys.readouterr().err.strip().rpartition("run there: trtower ")
+    assert command.split() == ["build", clip_bundle.name, "--flavour", "tensorrt", *options]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_gpu_that_torch_cannot_use_is_not_sought_elsewhere(
+    clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "JETSON", tmp_path)
+    with pytest.raises(
+        BackendError, match=r"although there is an NVIDIA GPU: install a torch for this JetPack; BUILD.md"
+    ):
+        add_plan(Bundle.open(clip_bundle), "tensorrt", (), LoggedProgress())
 
 
 def test_data_centre_flavour_builds_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

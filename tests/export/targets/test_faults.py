@@ -7,19 +7,22 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_model
+from trtower.bundle.manifest import BUILD_NOTES
+from trtower.bundle.suggest import export_command
 from trtower.errors import ConfigError
+from trtower.flavour import is_before
 from trtower.spec import PRECISIONS
 from trtower_export.families import FAMILIES
 from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
 from trtower_export.targets import find_target
-from trtower_export.targets.faults import all_faults, check_faults, check_target
+from trtower_export.targets.faults import all_faults, check_faults
 
 
 def warnings(target: str, family: str, precision: str = "fp16", accepted: tuple[str, ...] = ()) -> list[str]:
     """Check a target and return what was warned of."""
     said: list[str] = []
-    check_target(find_target(target), family, precision, accepted, said.append)
+    check_faults(*find_target(target).where, family, precision, accepted, said.append)
     return said
 
 
@@ -58,6 +61,25 @@ def test_orin_is_refused_where_tensorrt_has_no_kernels_for_it() -> None:
     check("10.16.2", "8.7")
 
 
+@pytest.mark.parametrize(
+    ("capability", "first"), [("12.0", "10.8"), ("10.0", "10.8"), ("11.0", "10.13.2"), ("9.0", "10.3")]
+)
+def test_gpu_needs_a_tensorrt_that_knows_it(capability: str, first: str) -> None:
+    for version in ("10.3", "10.7", "10.8", "10.11", "10.13.2", "10.14"):
+        arguments = (version, (capability,), "linux-aarch64", "clip", "fp32", (), lambda _: None)
+        if is_before(version, first):
+            with pytest.raises(ConfigError, match=r"the build for .* fails"):
+                check_faults(*arguments)
+        else:
+            check_faults(*arguments)
+
+
+def test_fault_of_one_of_several_gpus_is_a_warning() -> None:
+    said: list[str] = []
+    check_faults("10.13.3", ("8.7", "11.0"), "linux-aarch64", "clip", "fp16", (), said.append)
+    assert any("orin-on-10.13.3" in line for line in said)
+
+
 def test_report_about_another_form_of_graph_is_a_warning() -> None:
     assert any("sdpa-before-10.8" in line for line in warnings("triton-24.11", "siglip"))
     assert not any("sdpa" in line for line in warnings("triton-25.01", "siglip"))
@@ -79,4 +101,8 @@ def test_export_stops_before_it_loads_weights(tmp_path: Path) -> None:
         export_tower(str(source), tmp_path / "bundle", ExportOptions(**options))
     assert [*tmp_path.iterdir()] == [source]
     accepted = ExportOptions(**options, accept_known_faults=("dinov3-on-10.3",))
-    assert export_tower(str(source), tmp_path / "bundle", accepted).manifest.target == "jetpack-6.2"
+    bundle = export_tower(str(source), tmp_path / "bundle", accepted)
+    assert bundle.manifest.target == "jetpack-6.2"
+    notes = (bundle.path / BUILD_NOTES).read_text(encoding="utf-8")
+    assert "trtower build bundle --flavour tensorrt --accept-known-fault dinov3-on-10.3\n" in notes
+    assert "--target jetpack-6.2 --flavour none" in export_command(bundle, -1, 56)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trtower import __version__
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BUILD_NOTES, GRAPH_DATA
+from trtower.errors import BackendError
 from trtower.spec import BatchProfile
 
 TREXEC = sorted((Path(__file__).parent / "trtexec").glob("*.txt"))
@@ -73,25 +75,42 @@ def test_polygraphy_builds_the_plan(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_trtower_runs_the_first_command(bundle: Bundle) -> None:
     assert commands(bundle.path)["trtower build"] == ["trtower", "build", bundle.manifest.name, "--flavour", "tensorrt"]
-    assert commands(bundle.path)["trtower check"] == ["trtower", "check", bundle.manifest.name]
+    check = ["trtower", "check", bundle.manifest.name, "--backend", "tensorrt"]
+    assert commands(bundle.path)["trtower check"] == [*check, "--checkpoint", "CHECKPOINT"]  # it was a folder here
 
 
 @pytest.mark.parametrize(
     ("target", "extra", "flavour", "others"),
     [
-        ("jetpack-6.2", "build", "tensorrt", {"python3 -m"}),
+        ("jetpack-6.2", "build", "tensorrt", {"python3 -m venv --system-site-packages"}),
         ("triton-24.08", "build", "tensorrt", {"docker run"}),
-        ("h100", "trt-build", "tensorrt", set()),
-        ("l4", "trt-rtx-build", "tensorrt-rtx", set()),
+        ("h100", "trt-build", "tensorrt", {"python3 -m venv .venv"}),
+        ("l4", "trt-rtx-build", "tensorrt-rtx", {"python3 -m venv .venv"}),
     ],
 )
 def test_commands_fit_the_target(
     export: Callable[..., Path], target: str, extra: str, flavour: str, others: set[str]
 ) -> None:
-    lines = commands(export("clip", flavour="none", target=target))
-    assert lines["pip install"] == ["pip", "install", f"./trtower-{__version__}-py3-none-any.whl[{extra}]"]
+    bundle = export("clip", flavour="none", target=target)
+    lines, notes = commands(bundle), (bundle / BUILD_NOTES).read_text(encoding="utf-8")
+    assert f"pip install './trtower-{__version__}-py3-none-any.whl[{extra}]'\n" in notes
     assert lines["trtower build"][3:5] == ["--flavour", flavour]
-    assert lines.keys() & {"python3 -m", "docker run"} == others
+    assert lines["trtower check"][3:5] == ["--backend", flavour]
+    environments = ("python3 -m venv --system-site-packages", "python3 -m venv .venv", "docker run")
+    assert {each for each in environments if each in notes} == others
+    assert ("jp6/cu126" in notes, "driver 580" in notes) == (("jetpack" in target), ("jetpack" not in target))
+
+
+def test_python_lines_load_the_bundle(export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export("clip", flavour="none", target="l4")
+    notes = (bundle / BUILD_NOTES).read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", notes, flags=re.DOTALL)
+    monkeypatch.chdir(bundle.parent)
+    with pytest.raises(BackendError, match="tensorrt-rtx"):  # no GPU here
+        exec(lines, {})  # noqa: S102 - what the page says
+    variables: dict[str, Any] = {}
+    exec(lines.replace("tensorrt-rtx", "auto"), variables)  # noqa: S102
+    assert variables["tower"].is_loaded
 
 
 def test_known_faults_are_listed(export: Callable[..., Path]) -> None:

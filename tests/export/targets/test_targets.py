@@ -1,5 +1,6 @@
 """The table of deployments, and what an export makes of one."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,17 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BUILD_NOTES
+from trtower.cli import run
 from trtower.errors import BackendError, ConfigError
-from trtower.flavour import PLATFORM
+from trtower.flavour import PLATFORM, is_before
 from trtower_export.console import LoggedProgress
 from trtower_export.listings import targets
 from trtower_export.options import ExportOptions
 from trtower_export.pipeline import export_tower
-from trtower_export.plan import choice
+from trtower_export.plan import choice, deployment
 from trtower_export.plan.build import add_plan
-from trtower_export.plan.choice import choose_first_plan
-from trtower_export.targets import all_targets, find_target, is_before
+from trtower_export.plan.deployment import choose_first_plan
+from trtower_export.targets import all_targets, find_target
 
 EXPECTED = (
     *("jetpack-6.2", "jetpack-7.1", "jetpack-7.2", "tensorrt-10.16", "tensorrt-11.4", "rtx-4090", "l4", "a100", "h100"),
@@ -34,11 +36,11 @@ Export = Callable[..., Bundle]
 def export_for(checkpoints: dict[str, Path], tmp_path: Path) -> Export:
     """Return a function that exports the small CLIP, or another tower, for a target."""
 
-    def run(target: str, tower: str = "clip", **options: Any) -> Bundle:
+    def export(target: str, tower: str = "clip", **options: Any) -> Bundle:
         settings = ExportOptions(target=target, check=False, **options)
         return export_tower(str(checkpoints[tower]), tmp_path / "bundle", settings)
 
-    return run
+    return export
 
 
 def test_every_row_is_complete_and_says_where_it_was_read() -> None:
@@ -104,7 +106,16 @@ def test_other_targets_get_instructions(export_for: Export, target: str) -> None
         ("jetpack-6.0", {}, r"jetpack-6.0 has TensorRT 8.6.2, and trtower's graphs need 10.3 or later"),
         ("t4", {"precision": "bf16"}, r"bf16 needs compute capability 8.0 or later, and t4 has 7.5"),
         ("a100", {"precision": "fp8"}, r"fp8 needs compute capability 8.9 or later, and a100 has 8.0"),
-        ("orin", {"flavour": "tensorrt-rtx"}, r"8.7 is Jetson Orin, which TensorRT-RTX does not support"),
+        ("orin", {"flavour": "tensorrt-rtx"}, r"for orin is one of tensorrt, not of tensorrt-rtx: drop --flavour or "),
+        ("l4", {"flavour": "tensorrt"}, r"for l4 is one of tensorrt-rtx, not of tensorrt: drop --flavour or --target"),
+        ("triton-25.06", {"flavour": "tensorrt-rtx"}, r"not of tensorrt-rtx"),
+        (
+            "triton-25.06",
+            {"precision": "fp8", "compute_capabilities": ("sm_80",)},
+            r"fp8 needs .* triton-25.06 has 8.0",
+        ),
+        ("triton-26.05", {"compute_capabilities": ("12.0",)}, r"known fault, fused-attention-sm120"),
+        ("triton-25.06", {"compute_capabilities": ("8",)}, r"'8' is not a compute capability; did you mean 8.0"),
         ("tpu", {}, "unknown target 'tpu'"),
         ("l4", {"accept_known_faults": ("nothing",)}, "unknown fault 'nothing'"),
     ],
@@ -117,9 +128,27 @@ def test_target_refuses_what_it_cannot_run(
     assert not [*tmp_path.iterdir()]
 
 
-def test_target_excludes_a_compute_capability() -> None:
-    with pytest.raises(ConfigError, match="--target l4 already says for which GPUs; drop --compute-capability"):
-        ExportOptions(target="l4", compute_capabilities=("8.9",))
+def test_target_with_a_gpu_excludes_another() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--target l4 has compute capability 8.9, not 7.5: drop --compute-capability"
+    ):
+        choose_first_plan(ExportOptions(target="l4", compute_capabilities=("8.9", "7.5")))
+
+
+def test_target_with_several_gpus_takes_one_of_them() -> None:
+    with pytest.raises(ConfigError, match=r"and jetpack-7.2 has 8.7: for 11.0 only, add --compute-capability 11.0\.$"):
+        choose_first_plan(ExportOptions(target="jetpack-7.2", precision="fp8"))
+    target, plan, _ = choose_first_plan(
+        ExportOptions(target="jetpack-7.2", precision="fp8", compute_capabilities=("11.0",))
+    )
+    assert target
+    assert (target.compute_capabilities, plan) == (("11.0",), None)
+
+
+def test_target_without_a_gpu_takes_one(export_for: Export) -> None:
+    bundle = export_for("triton-25.06", compute_capabilities=("sm_80",))
+    assert not bundle.manifest.plans
+    assert "compute capability 8.0" in (bundle.path / BUILD_NOTES).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("version", "here"), [("10.16.1.11", True), ("10.15.1", False), ("10.17", False)])
@@ -127,13 +156,14 @@ def test_plan_is_built_here_if_this_machine_is_the_target(
     monkeypatch: pytest.MonkeyPatch, version: str, here: bool
 ) -> None:
     module = type("tensorrt", (), {"__version__": version})
+    for place in (choice, deployment):
+        monkeypatch.setattr(place, "capability_of", lambda *_: "9.0")
     monkeypatch.setattr(choice, "load_flavour", lambda _: module)
     monkeypatch.setattr(choice, "import_extra", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(choice, "capability_of", lambda *_: "9.0")
 
     def choose(target: str, flavour: str = "auto") -> tuple[choice.PlanChoice | None, str]:
-        return choose_first_plan(ExportOptions(flavour=flavour), find_target(target))
+        return choose_first_plan(ExportOptions(target=target, flavour=flavour))[1:]
 
     chosen, reason = choose("tensorrt-10.16")
     assert bool(chosen) == here
@@ -141,8 +171,34 @@ def test_plan_is_built_here_if_this_machine_is_the_target(
     assert choose("h100")[0]
     assert not choose("thor")[0]
     assert PLATFORM == "linux-aarch64" or not choose("gh200")[0]
-    with pytest.raises(ConfigError, match="this machine is not a thor, so it cannot build its plan"):
+    with pytest.raises(
+        ConfigError, match=r"no plan for thor can be built here, because (it is linux-aarch64|this GPU)"
+    ):
         choose("thor", "tensorrt")
+
+
+def test_targets_are_found_by_a_part_of_their_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets("Triton-25.0") == 0
+    printed = capsys.readouterr().out
+    assert "triton-25.06: read on 20" in printed
+    assert "jetpack" not in printed
+    assert targets("l4", json_=True) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["l4", "l40s"]
+    with pytest.raises(ConfigError, match="unknown target 'orrin'; did you mean 'orin'"):
+        targets("orrin")
+
+
+def test_export_ends_with_the_next_step(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target, step in (("jetpack-6.2", f"(jetpack-6.2): {tmp_path}/jetpack-6.2/{BUILD_NOTES}"), ("l4", "Load it:")):
+        out = ["--out", str(tmp_path / target)]
+        assert run(["export", str(checkpoints["clip"]), "--no-check", "--target", target, *out]) == 0
+        assert step in capsys.readouterr().out
+    assert run(["inspect", str(tmp_path / "jetpack-6.2"), "--why"]) == 0
+    says = capsys.readouterr().out
+    assert f"has no tensorrt-rtx plan; it is for jetpack-6.2: see {tmp_path}/jetpack-6.2/{BUILD_NOTES}" in says
+    assert "trtower build" not in says  # with another TensorRT than the target's
 
 
 def test_targets_are_listed_whole(capsys: pytest.CaptureFixture[str]) -> None:

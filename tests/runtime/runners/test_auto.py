@@ -131,16 +131,24 @@ def test_says_everything_that_stood_against_it(
     assert f"{bundle.path}: openvino-bf16, openvino, onnxruntime-cpu: gone; " in message
 
 
-@pytest.mark.parametrize(("cuda", "remedy"), [(None, "pip install --force-reinstall torch=="), ("13.0", "nvidia-smi")])
+@pytest.mark.parametrize(
+    ("sign", "cuda", "remedy"),
+    [
+        ("NVIDIA", None, "pip install --force-reinstall torch=="),
+        ("NVIDIA", "13.0", "nvidia-smi"),
+        ("JETSON", None, "install a torch for this JetPack; BUILD.md"),
+    ],
+)
 def test_gpu_that_torch_cannot_use_is_worth_a_warning(
     bundle: Bundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    sign: str,
     cuda: str | None,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(device, "NVIDIA", tmp_path)
+    monkeypatch.setattr(device, sign, tmp_path)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with caplog.at_level(logging.WARNING):
         choose(bundle)
