@@ -6,7 +6,6 @@ checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import PARSES_PLAIN
 from trtower.bundle.staging import disk_errors, refuse_existing, staged
 from trtower.bundle.suggest import build_command
 from trtower.errors import BuildError, TrtowerError
@@ -21,11 +20,10 @@ from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.load import load_and_cut
 from trtower_export.graph.truncate import release
 from trtower_export.options import ExportOptions as ExportOptions
-from trtower_export.plan.build import build_into, check_builder
+from trtower_export.plan.build import build_into
 from trtower_export.plan.choice import PlanChoice
-from trtower_export.plan.deployment import choose_first_plan
+from trtower_export.plan.deployment import check_first_plan, choose_first_plan
 from trtower_export.precision.program import trace_in_precision
-from trtower_export.targets.faults import check_faults
 
 ENGINES = Path("engines")
 
@@ -65,11 +63,7 @@ def export_tower(
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
-    facts = (spec.family, options.graph_precision, options.accept_known_faults)
-    if choice:
-        check_builder(choice, PARSES_PLAIN, *facts, progress)
-    elif target:
-        check_faults(*target.where, *facts, progress.say)
+    check_first_plan(target, choice, spec.family, options, progress)
     profiles = options.profiles or checkpoint.profiles
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)

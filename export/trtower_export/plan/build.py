@@ -15,7 +15,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,17 +25,15 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA, BuildSettings
 from trtower.bundle.staging import disk_errors, locked
-from trtower.errors import BuildError, ConfigError, MissingExtraError
+from trtower.errors import BuildError, MissingExtraError
 from trtower.flavour import FLAVOURS, PLATFORM, load_flavour
 from trtower.names import check_name
-from trtower.runners.device import capability_of
-from trtower.runners.runtimes import parse_obstacle
 from trtower_export.console import Progress
-from trtower_export.plan.choice import PLAIN, PlanChoice, build_there, choose_plan, make_entry
+from trtower_export.plan.choice import PLAIN, PlanChoice, build_there, check_builder, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
 from trtower_export.plan.store import fetch_or_build
 from trtower_export.targets import flavour_of
-from trtower_export.targets.faults import check_accepted, check_faults
+from trtower_export.targets.faults import check_accepted
 
 BUILD_PROCEDURE_VERSION = 2
 """Increase this if the same graph, TensorRT and settings are built differently. Plans in stores are then outdated."""
@@ -122,20 +120,6 @@ def build_into(bundle: Bundle, choice: PlanChoice, progress: Progress, store: Pa
         if built.replaces(old) and (old.settings, bundle.manifest.files[old.file]) != now:
             progress.say(f"the new plan replaces the one that was built {old.settings.describe()}")
     return added
-
-
-def check_builder(
-    choice: PlanChoice, first_tensorrt: str, family: str, precision: str, accepted: Sequence[str], progress: Progress
-) -> None:
-    """Refuse a TensorRT that cannot parse a graph, or has a known fault here that is not accepted.
-
-    ``first_tensorrt`` is the first that parses the graph. Raises ConfigError.
-    """
-    version = load_flavour(choice.flavour).__version__
-    if obstacle := parse_obstacle(first_tensorrt, choice.flavour, version):
-        raise ConfigError(obstacle)
-    if choice.flavour == "tensorrt":  # the faults are not those of TensorRT-RTX
-        check_faults(version, (capability_of(),), PLATFORM, family, precision, accepted, progress.say)
 
 
 @contextmanager

@@ -23,7 +23,10 @@ from trtower.flavour import (
 )
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of, default_device, device_obstacle, has_gpu
+from trtower.runners.runtimes import parse_obstacle
 from trtower.spec import PRECISIONS
+from trtower_export.console import Progress
+from trtower_export.targets.faults import check_faults
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -246,6 +249,20 @@ def _check_settings(settings: BuildSettings, flavour: str, capabilities: Sequenc
         raise BackendError(
             "--strip needs a GPU to build a plan without its weights, and torch finds none: build without --strip."
         )
+
+
+def check_builder(
+    choice: PlanChoice, first_tensorrt: str, family: str, precision: str, accepted: Sequence[str], progress: Progress
+) -> None:
+    """Refuse a TensorRT that cannot parse a graph, or has a known fault here that is not accepted.
+
+    ``first_tensorrt`` is the first that parses the graph. Raises ConfigError.
+    """
+    version = load_flavour(choice.flavour).__version__
+    if obstacle := parse_obstacle(first_tensorrt, choice.flavour, version):
+        raise ConfigError(obstacle)
+    if choice.flavour == "tensorrt":  # the faults are not those of TensorRT-RTX
+        check_faults(version, (capability_of(),), PLATFORM, family, precision, accepted, progress.say)
 
 
 def make_entry(choice: PlanChoice) -> PlanEntry:

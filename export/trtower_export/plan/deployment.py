@@ -10,9 +10,11 @@ from trtower.flavour import FLAVOURS, PLATFORM, is_before
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of
 from trtower.spec import PRECISIONS
+from trtower_export.console import Progress
 from trtower_export.options import ExportOptions
-from trtower_export.plan.choice import PlanChoice, choose_plan, load_builder, read_capabilities
+from trtower_export.plan.choice import PlanChoice, check_builder, choose_plan, load_builder, read_capabilities
 from trtower_export.targets import Target, find_target
+from trtower_export.targets.faults import check_faults
 
 
 def choose_first_plan(options: ExportOptions) -> tuple[Target | None, PlanChoice | None, str]:
@@ -39,6 +41,20 @@ def choose_first_plan(options: ExportOptions) -> tuple[Target | None, PlanChoice
         f"no plan for {target.name} can be built here, because {obstacle}: export with --flavour none, and build it "
         f"there as {BUILD_NOTES} in the bundle says."
     )
+
+
+def check_first_plan(
+    target: Target | None, choice: PlanChoice | None, family: str, options: ExportOptions, progress: Progress
+) -> None:
+    """Check the TensorRT that builds an export's plan: the one here, or that of the target, if it is built there.
+
+    Raises ConfigError if it cannot parse the graph, or has a known fault that ``options`` do not accept.
+    """
+    facts = (family, options.graph_precision, options.accept_known_faults)
+    if choice:
+        check_builder(choice, PARSES_PLAIN, *facts, progress)
+    elif target:
+        check_faults(*target.where, *facts, progress.say)
 
 
 def _limit(target: Target, capabilities: tuple[str, ...]) -> Target:

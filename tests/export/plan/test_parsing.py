@@ -105,8 +105,7 @@ def pretend_tensorrt(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def pretend_orin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend, to all that builds plans, that this machine is a Jetson Orin."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for place in (build, choice):
-        monkeypatch.setattr(place, "capability_of", lambda *_: "8.7")
+    monkeypatch.setattr(choice, "capability_of", lambda *_: "8.7")
 
 
 @pytest.mark.parametrize(("version", "refused"), [("10.3.0", True), ("10.13.3.9", True), ("10.14.1.48", False)])
