@@ -64,6 +64,7 @@ def write_bundle(
     loaded: LoadedTower,
     traced: TracedTower,
     target: Target | None,
+    accept_known_faults: tuple[str, ...],
     progress: Progress,
 ) -> Manifest:
     """Write all that a bundle has besides its graphs, the manifest last, and return the manifest.
@@ -101,7 +102,7 @@ def write_bundle(
         versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
         certificates=(),
         first_tensorrt=parsers.first,
-        target=target.name if target else "",
+        target=target.as_deployment(accept_known_faults) if target else None,
     )
     (folder / BUILD_NOTES).write_text(write_instructions(manifest, target), encoding="utf-8")
     manifest = replace(manifest, files={file: describe(folder / file) for file in FILES if (folder / file).exists()})

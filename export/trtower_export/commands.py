@@ -123,9 +123,10 @@ def export(
         say(console, "  random weights: this bundle is a rehearsal; its features are meaningless")
     say(console, str(bundle.path))
     code = _verdict(console, bundle) if bundle.manifest.certificate else 0
-    target = bundle.manifest.target
-    if code == 0 and target and not bundle.manifest.plans:
-        say(console, f"Build its plan on the machine that serves it ({target}): {bundle.path / BUILD_NOTES} says how.")
+    deployment = bundle.manifest.target
+    if code == 0 and deployment and not bundle.manifest.plans:
+        notes = bundle.path / BUILD_NOTES
+        say(console, f"Build its plan on the machine that serves it ({deployment.name}): {notes} says how.")
     elif code == 0:
         say(console, describe_loading(bundle.path))
     return code

@@ -78,8 +78,9 @@ def export_tower(
         with progress.step("Write ONNX"):
             traced.write(spec, folder)
         release(loaded.tower, traced.program)  # the plan's build needs the memory
+        accepted = options.accept_known_faults
         manifest = write_bundle(
-            folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced, target, progress
+            folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced, target, accepted, progress
         )
         progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 

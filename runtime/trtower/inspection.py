@@ -157,7 +157,7 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
         f"  keeps        {found.cut.describe_cut(found.full, found.precision)}",
         f"  precision    {_describe_precision(found)}",
         f"  graph        needs TensorRT {found.first_tensorrt} or later, or TensorRT-RTX"
-        f"{f'; exported for {found.target}' if found.target else ''}",
+        f"{f'; exported for {found.target.name}' if found.target else ''}",
         f"  pixel_values {shape}, batch {batch.min} to {batch.max}, best at {tuned}",
         *([f"  pictures     by {source.image_aspect_ratio}: {TO_PAD}"] if source.image_aspect_ratio else []),
         f"  features     {found.num_patches} patches of {found.hidden_size}",

@@ -32,7 +32,6 @@ from trtower_export.console import Progress
 from trtower_export.plan.choice import PLAIN, PlanChoice, build_there, check_builder, choose_plan, make_entry
 from trtower_export.plan.polygraphy import LOG, PLAN, build_plan
 from trtower_export.plan.store import fetch_or_build
-from trtower_export.targets import flavour_of
 from trtower_export.targets.faults import check_accepted
 
 BUILD_PROCEDURE_VERSION = 2
@@ -61,9 +60,10 @@ def add_plan(
 
     Args:
         bundle: The bundle. Its folder and the parent folder must be writable.
-        flavour: "tensorrt", "tensorrt-rtx", or "auto" for the one that this machine can build with, or that the
-            bundle's target needs.
-        compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt-rtx" builds a portable plan, or
+        flavour: "tensorrt", "tensorrt-rtx", or "auto" for that of the bundle's target, or else the one that this
+            machine can build with.
+        compute_capabilities: GPUs to build for, such as ("8.9",). With () flavour "auto" builds for the target's, and
+            otherwise "tensorrt-rtx" builds a portable plan, or
             from an FP8 bundle a plan for the GPUs that have FP8, and "tensorrt" builds for this machine's GPU, or for
             all from Ampere on if ``settings`` ask for a hardware-compatible plan.
         progress: Reports every step to the user.
@@ -83,14 +83,17 @@ def add_plan(
     """
     check_name("flavour", flavour, ("auto", *FLAVOURS))
     check_accepted(accept_known_faults)
-    if flavour == "auto" and bundle.manifest.target:
-        flavour = flavour_of(bundle.manifest.target)
-    choice, reason = choose_plan(flavour, compute_capabilities, bundle.manifest.precision, settings, bundle.path)
-    if choice is None:
-        raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {build_there(bundle.path, settings)}")
-    progress.say(reason)
-    manifest = bundle.manifest
+    manifest, target = bundle.manifest, bundle.manifest.target
     family, precision = manifest.spec.family, manifest.precision
+    if flavour == "auto" and target and target.flavour:
+        flavour = target.flavour
+        if flavour == "tensorrt-rtx" and not compute_capabilities:
+            compute_capabilities = target.compute_capabilities
+    there = build_there(bundle.path, settings, accept_known_faults)
+    choice, reason = choose_plan(flavour, compute_capabilities, precision, settings, there)
+    if choice is None:
+        raise MissingExtraError(f"{reason}. For a data-centre GPU or a Jetson, {there}")
+    progress.say(reason)
     check_builder(choice, manifest.first_tensorrt, family, precision, accept_known_faults, progress)
     added = build_into(bundle, choice, progress, store)
     return bundle.path / added.manifest.plans[-1].file

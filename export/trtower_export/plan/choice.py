@@ -22,7 +22,7 @@ from trtower.flavour import (
     sm_name,
 )
 from trtower.names import check_name, list_choices
-from trtower.runners.device import capability_of, default_device, device_obstacle, has_gpu
+from trtower.runners.device import JETSON, capability_of, default_device, device_obstacle, has_gpu
 from trtower.runners.runtimes import parse_obstacle
 from trtower.spec import PRECISIONS
 from trtower_export.console import Progress
@@ -77,14 +77,15 @@ def choose_plan(
     compute_capabilities: Sequence[str],
     precision: str,
     settings: BuildSettings = PLAIN,
-    bundle: Path | None = None,
+    there: str | None = None,
 ) -> tuple[PlanChoice | None, str]:
     """Choose a plan's TensorRT and GPUs before any work is done; also return the choice in words.
 
     ``flavour`` "auto" prefers "tensorrt", which needs a GPU, to "tensorrt-rtx", which needs none. If neither can build
     here, the choice is None, as with "none"; both raise an error instead if ``compute_capabilities`` are named. These
-    may be in any form that `read_capabilities` accepts. ``bundle`` is the bundle that gets the plan, if it exists;
-    errors that send the user to another machine name it. Raises ConfigError, BackendError and MissingExtraError.
+    may be in any form that `read_capabilities` accepts. Errors that send the user to another machine say ``there``, by
+    default what `build_there` says of a bundle that does not exist yet. Raises ConfigError, BackendError and
+    MissingExtraError.
     """
     check_name("flavour", flavour, ("auto", "none", *FLAVOURS))
     compute_capabilities = read_capabilities(compute_capabilities)
@@ -92,33 +93,33 @@ def choose_plan(
         if compute_capabilities:
             raise ConfigError("--compute-capability is for a plan, but --flavour none builds no plan: drop one.")
         return None, "no plan (--flavour none): a CPU needs none; on a GPU server, `trtower build` makes one"
-    reason = f"flavour {flavour}"
+    reason, there = f"flavour {flavour}", there or build_there(None, settings)
     if flavour == "auto":
         flavour, reason = _auto_flavour()
     if flavour == "tensorrt" and not torch.cuda.is_available():
         needs = "flavour tensorrt builds on the GPU that runs the plan, and"
         if has_gpu():
             raise BackendError(f"{needs} {device_obstacle(default_device('cuda'))}")
-        raise BackendError(f"{needs} torch finds no GPU here: {build_there(bundle, settings)}")
+        raise BackendError(f"{needs} torch finds no GPU here: {there}")
     if flavour != "tensorrt":
-        _refuse_elsewhere(compute_capabilities, bundle)
+        _refuse_elsewhere(compute_capabilities, there)
     if flavour == "none":
         if compute_capabilities:
             raise MissingExtraError(f"--compute-capability is for a plan, but {reason}")
         return None, reason
-    choice, remark = _settle(flavour, compute_capabilities, precision, settings, bundle)
+    choice, remark = _settle(flavour, compute_capabilities, precision, settings, there)
     return choice, reason + remark
 
 
 def _settle(
-    flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings, bundle: Path | None
+    flavour: str, compute_capabilities: tuple[str, ...], precision: str, settings: BuildSettings, there: str
 ) -> tuple[PlanChoice, str]:
     """Decide which GPUs a plan is for; return the choice, and a remark for the user or "".
 
     Raises ConfigError, BackendError or MissingExtraError if no such plan can be built here.
     """
     module, remark = load_builder(flavour), ""
-    _check_capabilities(flavour, module, compute_capabilities, precision, bundle)
+    _check_capabilities(flavour, module, compute_capabilities, precision, there)
     needed = PRECISIONS[precision].first_capability
     if flavour == "tensorrt-rtx" and needed > float(PORTABLE_FROM) and not compute_capabilities:
         # A portable plan with FP8 builds, but claims to run on GPUs without FP8.
@@ -154,23 +155,22 @@ def _read_capability(part: str) -> str:
     )
 
 
-def build_there(bundle: Path | None, settings: BuildSettings = PLAIN) -> str:
+def build_there(bundle: Path | None, settings: BuildSettings = PLAIN, accept_known_faults: Sequence[str] = ()) -> str:
     """Say how to build a plan of data-centre TensorRT elsewhere; without ``bundle``, also how to get a bundle there."""
     here = "export with --flavour none, copy the bundle" if bundle is None else f"copy {bundle}"
-    command = build_command(
-        Path("BUNDLE") if bundle is None else Path(bundle.resolve().name), "tensorrt", settings=settings
-    )
+    name = Path("BUNDLE") if bundle is None else Path(bundle.resolve().name)
+    command = build_command(name, "tensorrt", accept_known_faults=accept_known_faults, settings=settings)
     return f"{here} to that GPU's machine, and run there: {command}"
 
 
-def _refuse_elsewhere(capabilities: Sequence[str], bundle: Path | None) -> None:
+def _refuse_elsewhere(capabilities: Sequence[str], there: str) -> None:
     """Raise ConfigError, with an alternative, for a GPU that TensorRT-RTX does not support."""
     for capability in capabilities:
         if capability in ELSEWHERE:
             gpu, instead = ELSEWHERE[capability]
-            there = "" if instead is TOO_OLD else f"; {build_there(bundle)}"
             raise ConfigError(
-                f"compute capability {capability} is {gpu}, which TensorRT-RTX does not support: {instead}{there}"
+                f"compute capability {capability} is {gpu}, which TensorRT-RTX does not support: {instead}"
+                + ("" if instead is TOO_OLD else f"; {there}")
             )
 
 
@@ -180,10 +180,11 @@ def load_builder(flavour: str) -> "ModuleType":
     try:
         module = load_flavour(flavour)
     except MissingExtraError as err:
-        raise MissingExtraError(
-            f"building a {flavour} plan needs the package {name}: {how_to_install(f'{extra}-build')}"
-        ) from err
-    import_extra("polygraphy", extra=f"{extra}-build", purpose=f"building a {flavour} plan")
+        install = how_to_install(f"{extra}-build")
+        if flavour == "tensorrt" and JETSON.exists():
+            install = "JetPack brings it, for an environment made with python3 -m venv --system-site-packages"
+        raise MissingExtraError(f"building a {flavour} plan needs the package {name}: {install}") from err
+    import_extra("polygraphy", extra="build", purpose=f"building a {flavour} plan")
     return module
 
 
@@ -202,14 +203,14 @@ def _auto_flavour() -> tuple[str, str]:
 
 
 def _check_capabilities(
-    flavour: str, module: "ModuleType", capabilities: Sequence[str], precision: str, bundle: Path | None
+    flavour: str, module: "ModuleType", capabilities: Sequence[str], precision: str, there: str
 ) -> None:
     if flavour == "tensorrt":
         here = capability_of()
         if others := [each for each in capabilities if each != here]:
             raise ConfigError(
                 f"flavour tensorrt builds only for this machine's GPU, of compute capability {here}, and not for "
-                f"{list_choices(others)}: {build_there(bundle)}"
+                f"{list_choices(others)}: {there}"
             )
         built = [here]
     else:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from trtower.bundle.manifest import BUILD_NOTES, PARSES_PLAIN
-from trtower.errors import ConfigError, MissingExtraError
+from trtower.errors import ConfigError
 from trtower.flavour import FLAVOURS, PLATFORM, is_before
 from trtower.names import check_name, list_choices
 from trtower.runners.device import capability_of
@@ -30,7 +30,7 @@ def choose_first_plan(options: ExportOptions) -> tuple[Target | None, PlanChoice
     _check_flavour(target, flavour)
     _check_precision(target, precision)
     if flavour == "none":
-        return target, *choose_plan(flavour, (), precision)
+        return target, None, f"no plan (--flavour none); {BUILD_NOTES} in the bundle says how to build it"
     if not (obstacle := _obstacle(target)):
         gpus = target.compute_capabilities if target.flavour == "tensorrt-rtx" else ()
         return target, *choose_plan(target.flavour, gpus, precision)
@@ -106,7 +106,7 @@ def _obstacle(target: Target) -> str | None:
             return f"this GPU has compute capability {here}"
     try:
         version: str = load_builder(target.flavour).__version__
-    except (MissingExtraError, OSError) as err:
+    except (ImportError, OSError) as err:  # not installed, or installed and broken
         return str(err)
     if target.tensorrt and (is_before(version, target.tensorrt) or is_before(target.tensorrt, version)):
         return f"it has TensorRT {target.tensorrt} and this machine {version}"

@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from trtower.bundle.manifest import Deployment
 from trtower.errors import ConfigError
 from trtower.names import list_choices, nearest
 
@@ -59,6 +60,15 @@ class Target:
         """The version of TensorRT, the GPUs and the platform, each empty if open."""
         return self.tensorrt, self.compute_capabilities, self.platform
 
+    def as_deployment(self, accept_known_faults: tuple[str, ...]) -> Deployment:
+        """Return what a bundle's manifest keeps of this target."""
+        return Deployment(
+            name=self.name,
+            flavour=self.flavour,
+            compute_capabilities=self.compute_capabilities,
+            accept_known_faults=accept_known_faults,
+        )
+
 
 def read_rows(file: str) -> list[dict[str, Any]]:
     """Read a table of this package: one dict a row, with its key as "name". Lists become tuples."""
@@ -88,14 +98,6 @@ def find_target(name: str) -> Target:
 def search_targets(part: str) -> tuple[Target, ...]:
     """List the targets with ``part`` in their names; raise ConfigError, which names the nearest, if there is none."""
     return tuple(each for each in all_targets() if part.lower() in each.name) or (find_target(part),)
-
-
-def flavour_of(name: str) -> str:
-    """Return the flavour that `trtower build` takes by default for a target: its own, if that is "tensorrt".
-
-    A name that a newer table has is unknown here, and limits nothing.
-    """
-    return next((each.flavour for each in all_targets() if each.name == name and each.flavour == "tensorrt"), "auto")
 
 
 def _same_kind(name: str, names: tuple[str, ...]) -> list[str]:

@@ -44,7 +44,7 @@ class Fault:
     read: str
 
     def hits(self, version: str, capabilities: Sequence[str], platform: str, family: str, precision: str) -> bool:
-        """Return whether a plan would have this fault. What is unknown ("" or ()) is taken to be hit."""
+        """Return whether a plan would have this fault. GPUs and a platform that are unknown are taken to be hit."""
         half = ("fp16",) if precision in EIGHT_BIT else ()  # all but its linear layers
         return (
             not is_before(version, self.since)

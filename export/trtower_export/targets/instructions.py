@@ -11,11 +11,16 @@ from trtower.spec import BatchProfile
 from trtower_export.targets import Target
 from trtower_export.targets.faults import Fault, find_faults
 
-TORCH = """\
-pip brings a torch for CUDA 13, which needs driver 580 or later. With an older driver, install one for CUDA 12 first: \
-`pip install torch --index-url https://download.pytorch.org/whl/cu126`.
-
-"""
+NEEDS_CUDA_13 = "It needs a driver for CUDA 13, 580 or later.\n\n"
+IN_A_CONTAINER = (
+    "pip brings a torch for CUDA 13, which needs driver 580 or later. With an older driver, install one for CUDA 12 "
+    "first: `pip install torch --index-url https://download.pytorch.org/whl/cu128`.\n\n"
+)
+OF_A_JETPACK = (
+    "PyPI's torch may not see the GPU of a Jetson. Which one does depends on its JetPack: export with `--target "
+    "jetpack-...`, and this page names it.\n\n"
+)
+STOPS = "`trtower build` stops if this TensorRT is known to make such a plan useless, and warns of other reports. "
 SEE_GPU = 'python3 -c "import torch; print(torch.cuda.get_device_name())"'
 
 PAGE = resources.files(__package__).joinpath("build_notes.md").read_text(encoding="utf-8")
@@ -37,7 +42,9 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
         faults=_list_faults(manifest, target) if target else "",
         container=container,
         build="\n".join(_build(manifest, target)),
-        torch="" if target and target.torch else TORCH,
+        torch=_describe_torch(target),
+        stops="" if _is_rtx(target) else STOPS,
+        unless=" unless its weights are random" if manifest.source.random_weights else "",
         path=json.dumps(name, ensure_ascii=False),  # valid Python, too
         backend=target.flavour if target else "tensorrt",
         polygraphy=_wrap(polygraphy_command(manifest)),
@@ -72,6 +79,19 @@ def _describe(target: Target | None) -> str:
     brings += [f"compute capability {' or '.join(target.compute_capabilities)}"] if target.compute_capabilities else []
     note = f" ({target.note})" if target.note else ""
     return f"It was exported for `{target.name}`, {target.title}: {', '.join(brings)}{note}. Source: {target.source}"
+
+
+def _describe_torch(target: Target | None) -> str:
+    """Say what the torch that pip brings needs."""
+    if target is None or not (target.torch or target.brings_tensorrt or target.container):
+        return NEEDS_CUDA_13
+    if target.torch:
+        return ""
+    return IN_A_CONTAINER if target.container else OF_A_JETPACK
+
+
+def _is_rtx(target: Target | None) -> bool:
+    return target is not None and target.flavour == "tensorrt-rtx"
 
 
 def polygraphy_command(manifest: Manifest) -> list[str]:
@@ -122,19 +142,19 @@ def _wrap(command: Sequence[str]) -> str:
 
 def _build(manifest: Manifest, target: Target | None) -> list[str]:
     """Return the commands that install trtower and add a plan. A TensorRT that is there already is not installed."""
-    rtx = target is not None and target.flavour == "tensorrt-rtx"
-    command = ["trtower", "build", manifest.name, "--flavour", "tensorrt-rtx" if rtx else "tensorrt"]
-    if target and rtx:
+    command = ["trtower", "build", manifest.name, "--flavour", target.flavour if target else "tensorrt"]
+    if target and _is_rtx(target):
         command += [part for each in target.compute_capabilities for part in ("--compute-capability", each)]
     else:
-        command += [part for name in _accepted(manifest, target) for part in ("--accept-known-fault", name)]
+        accepted = manifest.target.accept_known_faults if manifest.target else ()
+        command += [part for name in accepted for part in ("--accept-known-fault", name)]
     lines = [] if target and target.container else [_venv(target)]
     lines += [f"pip install {target.torch}"] if target and target.torch else []
     return [*lines, _install(manifest, _extra(target)), SEE_GPU, shlex.join(command)]
 
 
 def _extra(target: Target | None) -> str:
-    if target and target.flavour == "tensorrt-rtx":
+    if _is_rtx(target):
         return "trt-rtx-build"
     return "build" if target and _has_tensorrt(target) else "trt-build"
 
@@ -147,14 +167,6 @@ def _venv(target: Target | None) -> str:
     """Return the command that makes an environment. It sees the system's TensorRT only if it is told to."""
     options = " --system-site-packages" if target and _has_tensorrt(target) else ""
     return f"python3 -m venv{options} .venv && . .venv/bin/activate"
-
-
-def _accepted(manifest: Manifest, target: Target | None) -> list[str]:
-    """List the faults that the export stopped for. The build decides on those of a GPU that is not known here."""
-    if target is None:
-        return []
-    _, gpus, platform = target.where
-    return [each.name for each in _find_faults(manifest, target) if each.refuse and each.is_certain(gpus, platform)]
 
 
 def _check(manifest: Manifest, target: Target | None) -> list[str]:

@@ -203,13 +203,27 @@ class PlanEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """The named target of an export: where the bundle is served.
+
+    ``flavour`` is the TensorRT of its plans, "" if a bundle does not say. ``accept_known_faults`` names the faults of
+    that TensorRT that did not stop the export.
+    """
+
+    name: str
+    flavour: str = ""
+    compute_capabilities: tuple[str, ...] = ()
+    accept_known_faults: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BundleFacts:
     """The part of tower.json that `trtower inspect` repeats.
 
     ``full`` is the checkpoint's tower, and ``cut`` what is left of it in the graph. ``keep_fp32`` names the operations
     that stay in FP32 in a graph of lower precision. Only 8-bit precisions have a ``calibration``. Plans are tuned for
     the ``profiles``; the graph accepts any batch that they cover. ``first_tensorrt`` is the first data-centre TensorRT
-    that can parse the graph. ``target`` is the deployment that the bundle was exported for, "" if none.
+    that can parse the graph. ``target`` is the deployment that the bundle was exported for, None if none was named.
     """
 
     schema: int
@@ -227,7 +241,7 @@ class BundleFacts:
     profiles: tuple[BatchProfile, ...]
     versions: dict[str, str]
     first_tensorrt: str = PARSES_ATTENTION
-    target: str = ""
+    target: Deployment | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +318,8 @@ class Manifest(BundleFacts):
         spec = data.get("spec")
         if isinstance(spec, dict) and spec.get("family") in NORM_ONLY_THE_POOLED:
             spec.setdefault("naming", {"final_norm": [], "unread": ["post_layernorm"]})
+        if isinstance(name := data.get("target"), str):  # the name was all that the first manifests with a target had
+            data["target"] = {"name": name} if name else None
         if data.get("precision") == "fp32":
             data.setdefault("first_tensorrt", PARSES_PLAIN)
         elif isinstance(spec, dict) and spec.get("family") in RMS_NORMS:

@@ -48,9 +48,13 @@ def build_command(
 ) -> str:
     """Return the command that adds a plan to a bundle."""
     command = ["trtower", "build", str(bundle), "--flavour", flavour]
-    command += [part for each in compute_capabilities for part in ("--compute-capability", each)]
-    command += [part for each in accept_known_faults for part in ("--accept-known-fault", each)]
+    command += _repeat("--compute-capability", compute_capabilities)
+    command += _repeat("--accept-known-fault", accept_known_faults)
     return shlex.join(command + (settings.options() if settings else []))
+
+
+def _repeat(option: str, values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in (option, value)]
 
 
 def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
@@ -59,7 +63,9 @@ def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
     options = ["--precision", manifest.precision]
     kept = [name for name in manifest.keep_fp32 if _is_in(name, spec)]
     options += ["--keep-fp32", ",".join(kept)] if kept else []
-    options += ["--target", manifest.target] if manifest.target else []
+    if target := manifest.target:
+        options += ["--target", target.name, *_repeat("--compute-capability", target.compute_capabilities)]
+        options += _repeat("--accept-known-fault", target.accept_known_faults)
     options += [] if manifest.plans else ["--flavour", "none"]
     if manifest.profiles != (DEFAULT_BATCH,):
         options += [each for p in manifest.profiles for each in ("--batch", f"{p.min},{p.opt},{p.max}")]

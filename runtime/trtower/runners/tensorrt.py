@@ -227,7 +227,9 @@ class TensorRT(Backend):
         """See Backend.lacks."""
         lacks = super().lacks(bundle)
         if target := bundle.manifest.target:
-            lacks = f"the bundle has no {self.name} plan; it is for {target}: see {bundle.path / BUILD_NOTES}"
+            lacks = f"the bundle has no {self.name} plan; it is for {target.name}"
+            has_others = target.flavour not in ("", self.name)
+            lacks += f", which takes {target.flavour}" if has_others else f": see {bundle.path / BUILD_NOTES}"
         try:
             version = load_flavour(self.name).__version__
         except (ImportError, OSError):

@@ -115,9 +115,21 @@ def test_command_for_another_machine_has_the_same_settings(
     clip_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--workspace-mib", "64", "--optimization-level", "0", "--hardware-compatible", "--version-compatible"]
-    assert run(["build", str(clip_bundle), "--flavour", "tensorrt", *options]) == 1
-    _, _, command = capsys.readouterr().err.strip().rpartition("run there: trtower ")
-    assert command.split() == ["build", clip_bundle.name, "--flavour", "tensorrt", *options]
+    accepted = ["--accept-known-fault", "dinov3-on-10.3"]
+    for asked in (["--flavour", "tensorrt"], ["--compute-capability", "9.0"]):
+        assert run(["build", str(clip_bundle), *asked, *accepted, *options]) != 0
+        _, _, command = capsys.readouterr().err.strip().rpartition("run there: trtower ")
+        assert command.split() == ["build", clip_bundle.name, "--flavour", "tensorrt", *accepted, *options]
+
+
+def test_jetson_is_told_where_its_tensorrt_is(
+    clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "JETSON", tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r"needs the package tensorrt: JetPack brings it, for an environment "):
+        add_plan(Bundle.open(clip_bundle), "tensorrt", (), LoggedProgress())
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -214,7 +226,7 @@ def test_auto_without_any_tensorrt_builds_none_and_says_so(monkeypatch: pytest.M
 def test_missing_polygraphy_is_reported_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setitem(sys.modules, "polygraphy", None)
-    with pytest.raises(MissingExtraError, match=r"polygraphy.*trt-rtx-build"):
+    with pytest.raises(MissingExtraError, match=r"polygraphy.*\[build\]"):
         choose_plan("tensorrt-rtx", (), "fp16")
     target, reason = choose_plan("auto", (), "fp16")
     assert target is None

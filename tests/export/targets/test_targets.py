@@ -1,6 +1,7 @@
 """The table of deployments, and what an export makes of one."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import BUILD_NOTES
+from trtower.bundle.manifest import BUILD_NOTES, MANIFEST, Deployment, Manifest
 from trtower.cli import run
 from trtower.errors import BackendError, ConfigError
 from trtower.flavour import PLATFORM, is_before
@@ -78,7 +79,8 @@ def test_gpu_that_tensorrt_rtx_supports_gets_its_plan_at_once(export_for: Export
     bundle = export_for("l4")
     (plan,) = bundle.manifest.plans
     assert (plan.flavour, plan.compute_capabilities) == ("tensorrt-rtx", ("8.9",))
-    assert bundle.manifest.target == "l4"
+    assert bundle.manifest.target
+    assert (bundle.manifest.target.name, bundle.manifest.target.flavour) == ("l4", "tensorrt-rtx")
 
 
 @pytest.mark.skipif(PLATFORM == "linux-aarch64", reason="dgx-spark is like this machine")
@@ -90,7 +92,8 @@ def test_plan_of_another_platform_is_built_there(export_for: Export) -> None:
 def test_other_targets_get_instructions(export_for: Export, target: str) -> None:
     bundle = export_for(target)
     assert not bundle.manifest.plans
-    assert bundle.manifest.target == target
+    assert bundle.manifest.target
+    assert bundle.manifest.target.name == target
     assert not bundle.altered()
     notes = (bundle.path / BUILD_NOTES).read_text(encoding="utf-8")
     row = find_target(target)
@@ -169,6 +172,7 @@ def test_plan_is_built_here_if_this_machine_is_the_target(
     assert bool(chosen) == here
     assert here or BUILD_NOTES in reason
     assert choose("h100")[0]
+    assert "because this GPU has compute capability 9.0" in choose("a100")[1]
     assert not choose("thor")[0]
     assert PLATFORM == "linux-aarch64" or not choose("gh200")[0]
     with pytest.raises(
@@ -197,8 +201,34 @@ def test_export_ends_with_the_next_step(
         assert step in capsys.readouterr().out
     assert run(["inspect", str(tmp_path / "jetpack-6.2"), "--why"]) == 0
     says = capsys.readouterr().out
-    assert f"has no tensorrt-rtx plan; it is for jetpack-6.2: see {tmp_path}/jetpack-6.2/{BUILD_NOTES}" in says
+    assert f"has no tensorrt plan; it is for jetpack-6.2: see {tmp_path}/jetpack-6.2/{BUILD_NOTES}" in says
+    assert "has no tensorrt-rtx plan; it is for jetpack-6.2, which takes tensorrt" in says
     assert "trtower build" not in says  # with another TensorRT than the target's
+
+
+def test_build_makes_the_plan_of_the_target(export_for: Export) -> None:
+    bundle = export_for("l4", flavour="none")
+    assert not bundle.manifest.plans
+    (plan,) = Bundle.open(add_plan(bundle, "auto", (), LoggedProgress()).parent.parent).manifest.plans
+    assert (plan.flavour, plan.compute_capabilities) == ("tensorrt-rtx", ("8.9",))
+
+
+def test_target_without_its_builder_is_exported_without_a_plan(
+    export_for: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: str) -> None:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(deployment, "load_builder", fail)
+    with caplog.at_level(logging.INFO):
+        assert not export_for("l4").manifest.plans
+    assert "no plan for l4 here, because libnvinfer.so.10: cannot open" in caplog.text
+
+
+def test_manifest_with_only_the_name_of_a_target_is_read(export_for: Export) -> None:
+    data = json.loads((export_for("thor").path / MANIFEST).read_text())
+    assert Manifest.from_json(json.dumps(data | {"target": "thor"})).target == Deployment(name="thor")
+    assert Manifest.from_json(json.dumps(data | {"target": ""})).target is None
 
 
 def test_targets_are_listed_whole(capsys: pytest.CaptureFixture[str]) -> None:

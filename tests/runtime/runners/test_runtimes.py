@@ -65,6 +65,14 @@ def test_jetson_takes_no_tensorrt_from_pypi(monkeypatch: pytest.MonkeyPatch, tmp
     assert str(verdict).endswith("but this machine has tensorrt 10.16.2.10: run trtower build here")
 
 
+def test_jetson_with_the_lean_runtime_only_builds_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtimes, "JETSON", tmp_path)
+    verdict = version_verdict(monkeypatch, plan("10.16.1.11"), "", "11.4.0.106")
+    assert str(verdict).endswith("tensorrt-lean 11.4.0.106: run trtower build where the whole TensorRT is")
+    rtx = version_verdict(monkeypatch, plan("1.7.1.116", version_compatible=False, flavour="tensorrt-rtx"), "1.6.1.120")
+    assert "pip install tensorrt-rtx==1.7.1.116, or " in str(rtx)
+
+
 def test_plan_of_tensorrt_rtx_is_not_for_the_lean_runtime() -> None:
     with pytest.raises(ConfigError, match=r"plans/a.plan is version-compatible, which plans of tensorrt-rtx cannot be"):
         plan("1.7.1.116", flavour="tensorrt-rtx")
