@@ -62,9 +62,9 @@ def find_parsers(path: Path) -> Parsers:
     graph = onnx.load_model(path, load_external_data=False).graph
     operators = {node.op_type for node in graph.node}
     needed = {"what trtower calls": OLDEST}
-    needed |= {f"the operator {name}": OPERATORS[name] for name in operators & OPERATORS.keys()}
+    needed |= {f"the operator {name}": OPERATORS[name] for name in sorted(operators & OPERATORS.keys())}
     types = {tensor.data_type for tensor in graph.initializer}
-    needed |= {f"the type {TensorProto.DataType.Name(each)}": TYPES[each] for each in types & TYPES.keys()}
+    needed |= {f"the type {TensorProto.DataType.Name(each)}": TYPES[each] for each in sorted(types & TYPES.keys())}
     needs = max(needed, key=lambda name: parse_version(needed[name].version))
     return Parsers(needed[needs].version, needs, tuple(sorted(operators - OPERATORS.keys() - OLD)))
 

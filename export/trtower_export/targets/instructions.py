@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from trtower.bundle.manifest import GRAPH, Manifest
+from trtower.bundle.manifest import GRAPH, Deployment, Manifest
+from trtower.bundle.suggest import build_command
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
 from trtower_export.targets.faults import Fault, find_faults
@@ -142,15 +143,16 @@ def _wrap(command: Sequence[str]) -> str:
 
 def _build(manifest: Manifest, target: Target | None) -> list[str]:
     """Return the commands that install trtower and add a plan. A TensorRT that is there already is not installed."""
-    command = ["trtower", "build", manifest.name, "--flavour", target.flavour if target else "tensorrt"]
-    if target and _is_rtx(target):
-        command += [part for each in target.compute_capabilities for part in ("--compute-capability", each)]
-    else:
-        accepted = manifest.target.accept_known_faults if manifest.target else ()
-        command += [part for name in accepted for part in ("--accept-known-fault", name)]
+    where = manifest.target or Deployment(name="", flavour="tensorrt")
+    command = build_command(
+        Path(manifest.name),
+        where.flavour,
+        compute_capabilities=where.compute_capabilities if _is_rtx(target) else (),
+        accept_known_faults=where.accept_known_faults,
+    )
     lines = [] if target and target.container else [_venv(target)]
     lines += [f"pip install {target.torch}"] if target and target.torch else []
-    return [*lines, _install(manifest, _extra(target)), SEE_GPU, shlex.join(command)]
+    return [*lines, _install(manifest, _extra(target)), SEE_GPU, command]
 
 
 def _extra(target: Target | None) -> str:
