@@ -32,6 +32,7 @@ from trtower_export.checkpoint.preprocessor import image_aspect_ratio
 from trtower_export.console import Progress
 from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.load import LoadedTower
+from trtower_export.options import ExportOptions
 from trtower_export.plan.parsing import check_parsers, find_parsers
 from trtower_export.plan.polygraphy import PLAN_OVERHEAD_MIB
 from trtower_export.precision.program import TracedTower
@@ -64,10 +65,10 @@ def write_bundle(
     loaded: LoadedTower,
     traced: TracedTower,
     target: Target | None,
-    accept_known_faults: tuple[str, ...],
+    options: ExportOptions,
     progress: Progress,
-) -> Manifest:
-    """Write all that a bundle has besides its graphs, the manifest last, and return the manifest.
+) -> None:
+    """Write all that a bundle has besides its graphs, the manifest last.
 
     ``folder`` already holds the graphs. Raises ConfigError if the graph does not match ``spec``, or needs a newer
     TensorRT than ``target`` has.
@@ -102,9 +103,9 @@ def write_bundle(
         versions={m.__name__: m.__version__ for m in (torch, transformers, onnx, onnxscript)},
         certificates=(),
         first_tensorrt=parsers.first,
-        target=target.as_deployment(accept_known_faults) if target else None,
+        target=target.as_deployment(options.accept_known_faults) if target else None,
     )
     (folder / BUILD_NOTES).write_text(write_instructions(manifest, target), encoding="utf-8")
     manifest = replace(manifest, files={file: describe(folder / file) for file in FILES if (folder / file).exists()})
     write_manifest(folder, manifest)
-    return manifest
+    progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")

@@ -51,8 +51,7 @@ def export_tower(
     Raises:
         ConfigError: An option is invalid for this checkpoint or machine.
         CheckpointError: The checkpoint cannot be found, read or trusted.
-        BundleError: ``out`` is a bundle and ``options.overwrite`` is off, or holds something else; or it cannot be
-            written, or another process is writing it.
+        BundleError: ``out`` may not be replaced, cannot be written, or is being written by another process.
         InputError: ``options.images`` is not a folder, or has no readable image.
         BackendError: The GPU that the plan must be built on is missing, or nothing here can run the bundle to check it.
         BuildError: The graph or the plan cannot be built, or the disk is full.
@@ -78,11 +77,9 @@ def export_tower(
         with progress.step("Write ONNX"):
             traced.write(spec, folder)
         release(loaded.tower, traced.program)  # the plan's build needs the memory
-        accepted = options.accept_known_faults
-        manifest = write_bundle(
-            folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced, target, accepted, progress
+        write_bundle(
+            folder, out.name, checkpoint, spec, profiles, preprocessor, loaded, traced, target, options, progress
         )
-        progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
 
     bundle = Bundle.open(out)
     if choice:

@@ -62,10 +62,9 @@ def add_plan(
         bundle: The bundle. Its folder and the parent folder must be writable.
         flavour: "tensorrt", "tensorrt-rtx", or "auto" for that of the bundle's target, or else the one that this
             machine can build with.
-        compute_capabilities: GPUs to build for, such as ("8.9",). With () flavour "auto" builds for the target's, and
-            otherwise "tensorrt-rtx" builds a portable plan, or
-            from an FP8 bundle a plan for the GPUs that have FP8, and "tensorrt" builds for this machine's GPU, or for
-            all from Ampere on if ``settings`` ask for a hardware-compatible plan.
+        compute_capabilities: GPUs to build for, such as ("8.9",). With () "tensorrt" builds for this machine's GPU, or
+            for all from Ampere on if ``settings`` ask for a hardware-compatible plan. "tensorrt-rtx" builds a portable
+            plan, or from an FP8 bundle a plan for the GPUs that have FP8; "auto" builds its plan for the target's GPUs.
         progress: Reports every step to the user.
         settings: How to build. Default: as TensorRT does by itself.
         store: A folder of plans that were built before (see store.py); None always builds.

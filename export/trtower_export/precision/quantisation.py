@@ -61,8 +61,10 @@ FORMATS = {
 }
 
 INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
-ZERO_POINT = "zero_point"
 """Suffixes of the names of a quantised layer's tensors, after its module's path."""
+
+ZERO_POINT = "zero_point"
+"""The name of the one zero point that all layers share."""
 
 
 @dataclass(frozen=True, kw_only=True)

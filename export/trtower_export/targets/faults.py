@@ -100,9 +100,8 @@ def check_faults(
 ) -> None:
     """Warn of the known faults that a plan of ``family`` would have; refuse those that make it useless.
 
-    ``accepted`` names faults to warn of only. A fault of certain GPUs is a warning too if ``capabilities`` are open, or
-    hold others.
-    Raises ConfigError for a fault that is not accepted.
+    ``accepted`` names faults to warn of only. A fault of certain GPUs is a warning too if ``capabilities`` are open or
+    hold others. Raises ConfigError for a fault that is not accepted.
     """
     for fault in find_faults(version, capabilities, platform, family, precision):
         if fault.refuse and fault.is_certain(capabilities, platform) and fault.name not in accepted:

@@ -10,7 +10,7 @@ from trtower.bundle.manifest import GRAPH, Deployment, Manifest
 from trtower.bundle.suggest import build_command
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
-from trtower_export.targets.faults import Fault, find_faults
+from trtower_export.targets.faults import find_faults
 
 NEEDS_CUDA_13 = "It needs a driver for CUDA 13, 580 or later.\n\n"
 IN_A_CONTAINER = (
@@ -58,13 +58,9 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
     )
 
 
-def _find_faults(manifest: Manifest, target: Target) -> list[Fault]:
-    return find_faults(*target.where, manifest.spec.family, manifest.precision)
-
-
 def _list_faults(manifest: Manifest, target: Target) -> str:
     """List the known faults that the target's TensorRT may have for this bundle."""
-    faults = _find_faults(manifest, target)
+    faults = find_faults(*target.where, manifest.spec.family, manifest.precision)
     if not faults:
         return ""
     lines = [f"- {fault}. Instead: {fault.instead}." for fault in faults]
@@ -143,12 +139,12 @@ def _wrap(command: Sequence[str]) -> str:
 
 def _build(manifest: Manifest, target: Target | None) -> list[str]:
     """Return the commands that install trtower and add a plan. A TensorRT that is there already is not installed."""
-    where = manifest.target or Deployment(name="", flavour="tensorrt")
+    deployment = manifest.target or Deployment(name="", flavour="tensorrt")
     command = build_command(
         Path(manifest.name),
-        where.flavour,
-        compute_capabilities=where.compute_capabilities if _is_rtx(target) else (),
-        accept_known_faults=where.accept_known_faults,
+        deployment.flavour,
+        compute_capabilities=deployment.compute_capabilities if _is_rtx(target) else (),
+        accept_known_faults=deployment.accept_known_faults,
     )
     lines = [] if target and target.container else [_venv(target)]
     lines += [f"pip install {target.torch}"] if target and target.torch else []
