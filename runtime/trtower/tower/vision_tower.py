@@ -3,37 +3,32 @@
 Shapes: B images, T tiles per image, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from typing_extensions import Self, Unpack
 
-from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import CONFIG, PREPROCESSOR
-from trtower.dtypes import DTYPES
+from trtower.bundle.manifest import PREPROCESSOR
 from trtower.errors import BackendError, InputError
 from trtower.layer_codes import LayerCode
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.observation import OnBatch, observed
 from trtower.tower.anchor import Anchor
-from trtower.tower.dicts import AttributeDict
+from trtower.tower.answers import TowerAnswers
 from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.images import Images, one_input
 from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
-from trtower.tower.pick import pick, whole_code
 from trtower.tower.pixel_range import PixelRange
 from trtower.tower.vision_model import VisionModel, make_vision_model
 
 TowerT = TypeVar("TowerT", bound="VisionTower")  # not Self: mypy then rejects `from_pretrained`, another name of `load`
 
 
-class VisionTower(nn.Module):
+class VisionTower(TowerAnswers):
     """A compiled vision tower that answers like the eager one.
 
     It is a module, so it fits where the eager tower was, but its weights live in the engine. Its only parameter is an
@@ -68,22 +63,14 @@ class VisionTower(nn.Module):
         select_feature: str | None = None,
         **options: Unpack[TowerKeywords],
     ) -> None:
-        super().__init__()
         tower_options = TowerOptions(**options)
-        self.bundle = Bundle.open(bundle)
-        self.spec = self.bundle.manifest.spec
-        self.vision_tower_name = str(bundle)
+        super().__init__(bundle, select_layer, select_feature, count_cls=tower_options.count_cls)
         self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
-        self.cfg_only = TowerConfig(**json.loads(self.bundle.read(CONFIG)))
         self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
         self._images = Images(self.bundle.manifest)
-        self.check_finite, self.count_cls = tower_options.check_finite, tower_options.count_cls
+        self.check_finite = tower_options.check_finite
         self.on_batch: OnBatch | None = None
         self._nvtx = False
-        self.select(
-            whole_code(self.spec) if select_layer is None else select_layer,
-            self.spec.select_feature if select_feature is None else select_feature,
-        )
         # On the CPU even if the default device differs: from_pretrained makes models on meta, which holds no data.
         self._anchor = Anchor(self.dtype, torch.device("cpu"))
         self._engine = Engine(self.vision_tower_name, self.bundle, tower_options, self._anchor)
@@ -291,38 +278,6 @@ class VisionTower(nn.Module):
         self._engine.move(fn)
         return self
 
-    def select(self, select_layer: LayerCode, select_feature: str) -> None:
-        """Choose the layers and tokens to read from those that the bundle holds.
-
-        Args:
-            select_layer: Any layer code of layer_codes.py.
-            select_feature: The tokens, such as "patch" or "cls_patch"; a slice such as "slicefour_patch" also chooses
-                layers.
-
-        Raises:
-            ConfigError: If a code is invalid, or the bundle lacks a layer. The choice then stays as it was.
-        """
-        self._pick = pick(self.bundle, select_layer, select_feature)
-        self._select_layer, self._select_feature = select_layer, select_feature
-
-    @property
-    def select_layer(self) -> LayerCode:
-        """The layer code that is read. Setting it keeps the feature code; `select` sets both at once."""
-        return self._select_layer
-
-    @select_layer.setter
-    def select_layer(self, select_layer: LayerCode) -> None:
-        self.select(select_layer, self._select_feature)
-
-    @property
-    def select_feature(self) -> str:
-        """The feature code, as configured. Setting it rereads the layer code, which a slice shifts or replaces."""
-        return self._select_feature
-
-    @select_feature.setter
-    def select_feature(self, select_feature: str) -> None:
-        self.select(self._select_layer, select_feature)
-
     @property
     def vision_tower(self) -> VisionModel:
         """The vision model that model code calls or saves under this name in LLaVA's wrapper (see vision_model.py)."""
@@ -351,50 +306,12 @@ class VisionTower(nn.Module):
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the engine's input and output, whatever the dtype of the images."""
-        return DTYPES[self.bundle.manifest.input.dtype]
-
-    @property
     def device(self) -> torch.device:
         """The device that the tower runs on; before loading, the device that it was moved to."""
         return self._engine.device
-
-    @property
-    def config(self) -> "TowerConfig":
-        """The checkpoint's vision config."""
-        return self.cfg_only
-
-    @property
-    def hidden_size(self) -> int:
-        """D: the width of a feature, over all picked layers."""
-        return self._pick.hidden_size
-
-    @property
-    def image_size(self) -> int:
-        """S: the pixels per side of an image."""
-        return self.spec.image_size
-
-    @property
-    def num_patches_per_side(self) -> int:
-        """Patches along one side of the image."""
-        return self.spec.num_patches_per_side
-
-    @property
-    def num_patches(self) -> int:
-        """N: the patches of an image, whether or not the CLS token is kept; with `count_cls`, all kept tokens."""
-        return self._pick.num_tokens if self.count_cls else self.spec.num_patches
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows for this module."""
         return (
             f"{self.vision_tower_name}, backend={self.backend!r}, layers={self._pick.layers}, {self.select_feature!r}"
         )
-
-
-class TowerConfig(AttributeDict):
-    """The vision config as Hugging Face wrote it, read by key or attribute. VILA saves it in the model's config."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the config, as in config.json."""
-        return dict(self)
