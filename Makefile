@@ -67,7 +67,7 @@ test-tensorrt-%: .venv-tensorrt-%/.installed
 	$(BIN)/python $< tensorrt-$* .venv-tensorrt-$*
 	touch $@
 
-# The wheel, in an environment of its own: without extras, then with the extra `cli`.
+# The wheel, in an environment of its own: without extras, then with the extra `cli`, then with a backend.
 test-wheel: $(STAMP)
 	rm -rf .venv-wheel dist/trtower-*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
@@ -79,6 +79,9 @@ test-wheel: $(STAMP)
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		"`echo dist/trtower-*.whl`[cli]"
 	.venv-wheel/bin/python tests/wheel/smoke.py cli engines/wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		"`echo dist/trtower-*.whl`[openvino,cli]"
+	.venv-wheel/bin/python tests/wheel/smoke.py verify engines/wheel
 
 # What the README's table was made with.
 goals: $(STAMP)

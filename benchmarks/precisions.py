@@ -45,6 +45,7 @@ with TemporaryDirectory() as folder:
             bundle = check_bundle(bundle, checkpoint, photographs, LoggedProgress(), quick=True, backend=backend)
             manifest, certificate = bundle.manifest, bundle.manifest.certificate
             assert certificate
+            assert certificate.torch
             graph, plan = (manifest.files[name].size / 1e6 for name in (GRAPH_DATA, manifest.plans[0].file))
             figures = certificate.bundle
             own = "exact" if certificate.torch.relative_error == 0 else f"{certificate.torch.relative_error:.2e}"

@@ -16,6 +16,7 @@ ROWS = {
         "errors extras lazy names layer_codes reading spec dtypes flavour",
         "bundle",
         "fingerprint runners",
+        "parity",
         "inspection tower",
         "installation",
         "__init__",

@@ -28,9 +28,9 @@ from tests.conftest import Bundles, make_model
 from tests.pages import DOCS, PAGES, ROOT, name_of, read
 from tests.runtime.installation.hugging_face import inputs, make
 from trtower import cli
+from trtower.parity.bounds import BOUNDS
 from trtower_export.families import FAMILIES
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.precision.bounds import BOUNDS
 from trtower_export.recipes import all_recipes
 
 if sys.version_info >= (3, 11):
@@ -191,8 +191,9 @@ def test_export_from_python_runs(here: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_certificate_is_demanded(bundles: Bundles, checkpoints: dict[str, Path], here: Path) -> None:
-    (load,) = pages.blocks("python", read(ROOT / "docs" / "certificate.md"))
+    verify, load = pages.blocks("python", read(ROOT / "docs" / "certificate.md"))
     bundle = Path(shutil.copytree(bundles(), "engines/clip-vit-large-patch14-336"))
+    assert run(verify)["tower"].is_loaded
     with pytest.raises(trtower.BundleError, match="not certified"):
         run(load)
     certify(bundle, checkpoints["clip"])

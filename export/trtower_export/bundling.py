@@ -1,4 +1,4 @@
-"""Complete a bundle: check the disk for room, and write config, preprocessor and manifest beside the graph."""
+"""Complete a bundle: check the disk for room, and write what lies beside the graph."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from trtower.bundle.manifest import (
     BUILD_NOTES,
     CONFIG,
     FUSED_GRAPH,
+    GOLDEN,
     GRAPH,
     GRAPH_DATA,
     PREPROCESSOR,
@@ -39,7 +40,7 @@ from trtower_export.precision.program import TracedTower
 from trtower_export.targets import Target
 from trtower_export.targets.instructions import write_instructions
 
-FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR)
+FILES = (GRAPH, FUSED_GRAPH, GRAPH_DATA, CONFIG, PREPROCESSOR, GOLDEN)
 
 
 def check_space(tower: nn.Module, precision: str, folder: Path, *, plans: bool) -> None:
@@ -77,6 +78,8 @@ def write_bundle(
     check_parsers(parsers, target, progress)
     checkpoint.config_at(spec.image_size).to_json_file(folder / CONFIG, use_diff=False)
     (folder / PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    input_, output = spec.input(traced.precision), spec.output(traced.precision)
+    loaded.golden.write(folder / GOLDEN, input_, output)
     manifest = Manifest(
         schema=SCHEMA,
         name=name,
@@ -95,8 +98,8 @@ def write_bundle(
         precision=traced.precision,
         keep_fp32=traced.keep_fp32,
         calibration=traced.calibration,
-        input=spec.input(traced.precision),
-        output=spec.output(traced.precision),
+        input=input_,
+        output=output,
         profiles=profiles,
         files={},
         plans=(),

@@ -12,7 +12,7 @@ from trtower.errors import BuildError, TrtowerError
 from trtower.spec import merge_profiles
 from trtower_export.bundling import check_space, write_bundle
 from trtower_export.check.certify import check_bundle
-from trtower_export.check.samples import CHECK_PHOTOGRAPHS, load_for_export, make_samples
+from trtower_export.check.samples import CHECK_PHOTOGRAPHS, load_for_export, make_golden_inputs, make_samples
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.preprocessor import fit_preprocessor
 from trtower_export.checkpoint.remarks import say_what_is_read
@@ -70,7 +70,8 @@ def export_tower(
     say_what_is_read(checkpoint, spec, options, reason, progress)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # renamed to `out` at the end
-        loaded = load_and_cut(checkpoint, spec, progress)
+        golden_inputs = make_golden_inputs(preprocessor, spec, options.graph_precision)
+        loaded = load_and_cut(checkpoint, spec, golden_inputs, progress)
         check_space(loaded.tower, options.graph_precision, folder, plans=choice is not None)
         samples = make_samples(options, photographs, preprocessor, spec.image_size)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from trtower.installation.encode import encode_for
     from trtower.installation.install import Installation, install, uninstall
+    from trtower.parity.verify import verify_bundle
     from trtower.runners.base import EngineOptions
     from trtower.runners.observation import BatchReport
     from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
@@ -55,6 +56,7 @@ __all__ = [
     "encode_for",
     "install",
     "uninstall",
+    "verify_bundle",
 ]
 
 if not TYPE_CHECKING:  # or a type checker would accept every name
@@ -66,6 +68,7 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
             "TrtowerError",
             "installation.encode": "encode_for",
             "installation.install": "Installation install uninstall",
+            "parity.verify": "verify_bundle",
             "runners.base": "EngineOptions",
             "runners.observation": "BatchReport",
             "tower.llava": "CLIPVisionTower CLIPVisionTowerDynamicS2 CLIPVisionTowerS2 build_vision_tower",

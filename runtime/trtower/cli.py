@@ -128,6 +128,13 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _backends(incomplete: str) -> list[str]:
+    """Complete the name of a backend."""
+    from trtower.runners.choose import BACKENDS
+
+    return [name for name in ("auto", *(each.name for each in BACKENDS)) if name.startswith(incomplete)]
+
+
 def _app() -> "typer.Typer":
     import typer
 
@@ -161,6 +168,16 @@ def _app() -> "typer.Typer":
         """Print the version."""
         print_version()
 
+    _add_inspect(app)
+    _add_verify(app)
+    for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
+        app.command(point.name)(point.load())
+    return app
+
+
+def _add_inspect(app: "typer.Typer") -> None:
+    import typer
+
     @app.command()
     def inspect(
         bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
@@ -180,6 +197,35 @@ def _app() -> "typer.Typer":
             return _fail(f"{bundle}: {inspection.describe_damage()}: copy the bundle again", 1)
         return 0
 
-    for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
-        app.command(point.name)(point.load())
-    return app
+
+def _add_verify(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def verify(
+        bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+        backend: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME", help="Backend to run the bundle on, as for VisionTower.load.", autocompletion=_backends
+            ),
+        ] = "auto",
+        json_: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
+    ) -> int:
+        """Compare a bundle with its golden answers.
+
+        Runs it on the device that serves it and writes the certificate. Needs neither the checkpoint nor transformers.
+        Exits with 1 if the result misses a bound.
+        """
+        from trtower.bundle.bundle import Bundle
+        from trtower.parity.verify import as_text, verify_bundle
+
+        verified = verify_bundle(
+            Bundle.open(bundle),
+            backend=backend,
+            on_batch=lambda size: print(f"batch {size} …", file=sys.stderr, flush=True),  # noqa: T201
+        )
+        certificate = verified.manifest.certificate
+        assert certificate  # noqa: S101 - it was just written
+        print(json.dumps(asdict(certificate), indent=2) if json_ else as_text(verified))  # noqa: T201
+        return 0 if certificate.passed else 1

@@ -7,8 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.certificate import Certificate
-from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, PREPROCESSOR, TO_PAD, BundleFacts, PlanEntry
+from trtower.bundle.certificate import CHECK, VERIFY, Certificate, describe_figure
+from trtower.bundle.manifest import (
+    BUILD_NOTES,
+    CONFIG,
+    GOLDEN,
+    GRAPH,
+    GRAPH_DATA,
+    PREPROCESSOR,
+    TO_PAD,
+    BundleFacts,
+    PlanEntry,
+)
 from trtower.errors import BundleError
 from trtower.runners.choose import Candidate, auto_choice, candidates
 from trtower.runners.device import default_device
@@ -48,6 +58,8 @@ class InspectedCertificate(Certificate):
 class Inspection(BundleFacts):
     """What `trtower inspect` reports, with the same keys as its JSON. ``size`` is that of all files, in bytes.
 
+    ``golden`` says whether it holds golden answers, by which `trtower verify` proves it.
+
     ``altered`` holds the files that do not match the manifest, including those in ``missing``. If a file that `auto`
     would open is among them, no row of ``backends`` is marked `auto`, because `auto` raises. Nothing runs a bundle if a
     file is missing or cut short, or one that every tower reads was altered.
@@ -57,6 +69,7 @@ class Inspection(BundleFacts):
     batch: BatchProfile
     hidden_size: int
     num_patches: int
+    golden: bool
     plans: list[InspectedPlan]
     size: int
     backends: list[BackendRow]
@@ -81,6 +94,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         batch=manifest.batch,
         hidden_size=manifest.spec.hidden_size,
         num_patches=manifest.spec.num_patches,
+        golden=GOLDEN in manifest.files,
         plans=[_inspect_plan(bundle, plan, altered, missing) for plan in manifest.plans],
         size=sum(entry.size for entry in manifest.files.values()),
         backends=[
@@ -210,13 +224,13 @@ def _describe_certificates(found: Inspection) -> Iterator[str]:
     """Describe each certificate in one line, then the plans that no check has run."""
     for each in found.certificates:
         if each.void:
-            next_step = "" if found.altered else f": trtower check {found.path} --backend {each.backend}"
+            next_step = "" if found.altered else f": trtower {each.kind} {found.path} --backend {each.backend}"
             proof = f"of {each.backend} is void: {', '.join(each.void)} changed since{next_step}"
         else:
             proof = _describe_proof(each)
         yield f"  certificate  {proof}"
     if not found.certificates:
-        yield f"  certificate  none; make one with: trtower check {found.path}"
+        yield f"  certificate  none; make one with: trtower {VERIFY if found.golden else CHECK} {found.path}"
         return
     known = {*found.altered, *(name for each in found.certificates for name in each.executed)}
     if not_run := [plan.file for plan in found.plans if plan.file not in known]:
@@ -228,7 +242,8 @@ def _describe_proof(certificate: Certificate) -> str:
     figures = certificate.bundle
     batches = ", ".join(str(each.batch) for each in certificate.batches)
     return (
-        f"{verdict} on {certificate.date}, {len(certificate.images)} images, {batches} at once: "
+        f"{verdict} the {certificate.proof} of {certificate.date}, "
+        f"{len(certificate.images)} images, {batches} at once: "
         f"{certificate.describe_run()}; "
         f"token cosine at least {describe_figure(figures.token_cosine_min)}, "
         f"relative error {describe_figure(figures.relative_error)}"
@@ -246,10 +261,3 @@ def describe_loading(bundle: Path) -> str:
         "  import trtower\n"
         f"  trtower.install(model, {path})"
     )
-
-
-def describe_figure(value: float | None) -> str:
-    """Format a certificate's figure: from 0.1 on with six decimals, as for a cosine; below in scientific notation."""
-    if value is None:
-        return "not finite"
-    return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"

@@ -30,7 +30,7 @@ def check(bundle: Path, checkpoint: Path, *, photographs: int = 2, **options: An
     return certify(Bundle.open(bundle), opened, images, progress=LoggedProgress(), **options)
 
 
-Run = Callable[[torch.Tensor, torch.Tensor], None]
+Run = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Wrapped(Runner):

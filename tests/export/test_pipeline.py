@@ -62,7 +62,7 @@ def test_two_exports_in_two_processes_give_the_same_bytes(clip: Path, tmp_path: 
     a, b = (Bundle.open(tmp_path / name).manifest for name in ("a", "b"))
     (plan,) = a.plans
     assert a.files.keys() == b.files.keys()
-    assert len(a.files) == 7
+    assert len(a.files) == 8
     assert all(a.files[name] == b.files[name] for name in a.files if name != plan.log)  # has times
 
 

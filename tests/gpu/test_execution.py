@@ -17,13 +17,13 @@ from trtower import BatchReport, EngineOptions
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.flavour import FLAVOURS
+from trtower.parity.bounds import BOUNDS
 from trtower.runners.choose import choose
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.check.certify import certify
 from trtower_export.check.photographs import Photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
-from trtower_export.precision.bounds import BOUNDS
 
 pytestmark = pytest.mark.gpu
 

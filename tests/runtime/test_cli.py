@@ -21,9 +21,9 @@ from trtower.cli import run
 from trtower.errors import BundleError
 from trtower.extras import how_to_install
 from trtower.inspection import as_text, inspect_bundle
+from trtower.parity.bounds import BOUNDS
 from trtower_export.console import LoggedProgress
 from trtower_export.plan.build import add_plan
-from trtower_export.precision.bounds import BOUNDS
 
 
 @pytest.mark.parametrize(

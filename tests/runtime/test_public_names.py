@@ -29,6 +29,7 @@ def test_public_names_are_these() -> None:
         "encode_for",
         "install",
         "uninstall",
+        "verify_bundle",
     ]
     for name in trtower.__all__:
         assert getattr(trtower, name)

@@ -20,7 +20,7 @@ from trtower_export.recipes import all_recipes
 
 TRTOWER = [sys.executable, "-m", "trtower"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-COMMANDS = ["inspect", "version", *sorted(point.name for point in entry_points(group="trtower.commands"))]
+COMMANDS = ["inspect", "verify", "version", *sorted(point.name for point in entry_points(group="trtower.commands"))]
 ESCAPE = b"\x1b"
 
 
@@ -263,6 +263,7 @@ def complete(line: str) -> list[str]:
         ("trtower export --precision ", ["auto", *PRECISIONS]),
         ("trtower export --flavour n", ["none"]),
         ("trtower build --flavour ", ["auto", *FLAVOURS]),
+        ("trtower verify --backend o", [each.name for each in BACKENDS if each.name.startswith("o")]),
         ("trtower check --backend o", [each.name for each in BACKENDS if each.name.startswith("o")]),
         ("trtower check --backend em", ["emulated-fp16", "emulated-bf16"]),
         ("trtower bench --against eager,onnx", ["eager,onnxruntime"]),

@@ -1,6 +1,7 @@
-"""Hold what a user gets from the wheel, in an environment of its own: `make test-wheel` runs this twice.
+"""Hold what a user gets from the wheel, in an environment of its own: `make test-wheel` runs this three times.
 
-`smoke.py bare BUNDLE` runs with the wheel and no extra, `smoke.py cli BUNDLE` with the extra `cli`.
+`smoke.py bare BUNDLE` runs with the wheel and no extra, `smoke.py cli BUNDLE` with the extra `cli`, and
+`smoke.py verify BUNDLE` with a backend too.
 """
 
 import importlib
@@ -82,6 +83,17 @@ def cli(bundle: str) -> None:
         expect_one_line(run(*(bundle if each == "BUNDLE" else each for each in arguments)), extra)
 
 
+def verify(bundle: str) -> None:
+    """With a backend: the runtime alone proves the bundle, in the command and as a service starts."""
+    verified = run("verify", bundle)
+    assert verified.returncode == 0, verified
+    assert "passed (rehearsal with random weights): the ONNX graph was run on openvino" in verified.stdout, (
+        verified.stdout
+    )
+    assert trtower.VisionTower.load(bundle, verify=True).is_loaded
+    assert [package for package in ("transformers", "onnx") if find_spec(package)] == []
+
+
 if __name__ == "__main__":
-    {"bare": bare, "cli": cli}[sys.argv[1]](sys.argv[2])
+    {"bare": bare, "cli": cli, "verify": verify}[sys.argv[1]](sys.argv[2])
     print(f"the wheel holds: {sys.argv[1]}")  # noqa: T201 - a script's only word

@@ -10,9 +10,6 @@ bundle runs on the CPU, the check therefore runs the graph once more and rounds 
 """
 
 import copy
-import datetime
-import os
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -25,11 +22,14 @@ from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, Figures, ImageFigures
-from trtower.bundle.manifest import CONFIG, FUSED_GRAPH, GRAPH, GRAPH_DATA, PREPROCESSOR, Manifest
-from trtower.bundle.staging import disk_errors, locked
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, PREPROCESSOR, Manifest
+from trtower.bundle.staging import check_writable, disk_errors, locked
 from trtower.dtypes import DTYPES
-from trtower.errors import BundleError, CheckpointError, ConfigError
+from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import read_parameters, weights_sha256
+from trtower.parity.bounds import DRAWN, PHOTOGRAPH, judge
+from trtower.parity.metrics import MetricSums, total
+from trtower.parity.runs import describe_run, refuse_altered, run_in_batches
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import candidates, choose
 from trtower.spec import BatchProfile, merge_profiles, profile_batches
@@ -37,12 +37,11 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.emulation import EMULATED, EmulatedRunner
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import GraphStates, LayerSums
-from trtower_export.check.photographs import DRAWN, PHOTOGRAPH, Photograph, Photographs, draw_images, prepare
+from trtower_export.check.photographs import Photograph, Photographs, draw_images, prepare
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
+from trtower_export.graph.reference import describe_reference, read_reference
 from trtower_export.graph.truncate import TruncatedTower, truncate
-from trtower_export.precision.bounds import judge
-from trtower_export.precision.metrics import MetricSums, total
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 
 WAIT_S = 600.0
@@ -123,11 +122,7 @@ def check_bundle(
         InputError: if the bundle's image processor rejects an image.
         MissingExtraError: if ONNX Runtime is needed for an emulation or for ``by_layer``, and is not installed.
     """
-    for folder in (bundle.path, bundle.path.resolve().parent):  # the lock file is beside the bundle
-        if not os.access(folder, os.W_OK):
-            raise BundleError(
-                f"{folder} is read-only, and the certificate of {bundle.path} is written there: check a writable copy."
-            )
+    check_writable(bundle.path, "check a writable copy.")
     certificate = certify(bundle, checkpoint, photographs, progress=progress, **options)
     with disk_errors(bundle.path), locked(bundle.path, wait_s=WAIT_S):
         return bundle.add_certificate(certificate)
@@ -152,16 +147,6 @@ class _Towers:
     runner: Runner
     typed: EmulatedRunner | None
     states: GraphStates | None
-
-    def reference(self, name: str, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Return every hidden state of the full model, in FP32."""
-        states = self.checkpoint.family.read_states(self.model, pixel_values)
-        if not all(states[layer].isfinite().all() for layer in self.bundle.manifest.spec.layers):
-            raise CheckpointError(
-                f"{self.checkpoint.source} is not finite in FP32 on {name}, so nothing can be compared with it: "
-                f"run trtower doctor {self.checkpoint.source} to find the operation."
-            )
-        return states
 
 
 RunKey: TypeAlias = int | str
@@ -188,8 +173,7 @@ def _load_towers(
     """Verify every file of the bundle, open what runs it, and load PyTorch's towers."""
     manifest = bundle.manifest
     runner = _open(bundle, backend)
-    if altered := bundle.altered(manifest.files.keys() - set(runner.files)):  # the runner has verified its own files
-        raise BundleError(f"{bundle.path / altered[0]} was altered: copy the bundle again, or rebuild the plan.")
+    refuse_altered(bundle, runner)
     emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # no BF16 kernels on the CPU
     half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
@@ -215,7 +199,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     pixels = prepare(images, processor)
     references, owns = [], []
     for image, pixel_values in zip(images, pixels, strict=True):
-        states = towers.reference(image.name, pixel_values)
+        states = read_reference(towers.checkpoint, towers.model, manifest.spec, image.name, pixel_values)
         references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
@@ -228,13 +212,9 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
             comparison.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
     features: dict[int, Tensor] = {}
     for batch in comparison.batches:
-        for start in range(0, len(images), batch):
-            members = [(start + place) % len(images) for place in range(batch)]  # the last batch wraps around
-            taken = torch.cat([pixels[member] for member in members]).to(runner.device, runner.dtype).contiguous()
-            for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
-                features.setdefault(member, row.float().cpu())
-                error = MetricSums.of(row[None].float().cpu(), references[member])
-                comparison.sums[batch, id(images[member])].add(error)
+        for member, row in run_in_batches(runner, manifest, pixels, batch):
+            features.setdefault(member, row)
+            comparison.sums[batch, id(images[member])].add(MetricSums.of(row[None], references[member]))
     for index, image in enumerate(images):
         evidence = ImageEvidence(
             name=image.name,
@@ -259,19 +239,10 @@ def _make_certificate(
     kinds = {PHOTOGRAPH: photographs.images} | ({DRAWN: drawn} if drawn else {})
     measured = {kind: ([figures([run], of) for run in runs], figures([TORCH], of)) for kind, of in kinds.items()}
     bounds = judge(manifest.precision, measured)
-    plans = [plan.file for plan in manifest.plans]
     graphs = [name for name in (GRAPH, FUSED_GRAPH) if name in manifest.files]  # the emulation reads either
-    depends = [*dict.fromkeys((*runner.files, *graphs, GRAPH_DATA, CONFIG, PREPROCESSOR))]
-    model_class = towers.checkpoint.family.model_class
     return Certificate(
         passed=all(bound.holds for bound in bounds),
-        ran="plan" if runner.files[0] in plans else "graph",
-        backend=runner.backend,
-        runner=runner.name,
-        executed=tuple(runner.files),
-        files={name: manifest.files[name].sha256 for name in depends},
-        not_run=tuple(plan for plan in plans if plan not in runner.files),
-        reference=f"{model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU",
+        reference=describe_reference(towers.checkpoint),
         images=tuple(
             ImageFigures(
                 name=image.name, kind=image.kind, bundle=figures(batches, [image]), torch=figures([TORCH], [image])
@@ -287,9 +258,7 @@ def _make_certificate(
         torch=figures([TORCH], images),
         bounds=bounds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        gpu=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None,
-        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **describe_run(towers.bundle, runner, graphs),
     )
 
 

@@ -19,9 +19,9 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Figures, LayerFigures
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError
+from trtower.parity.metrics import MetricSums
 from trtower_export.check.emulation import open_session, read_emulated
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
-from trtower_export.precision.metrics import MetricSums
 
 JUMP = 3.0
 """An error that grows by more than this factor is a jump, unless PyTorch's own grows as fast. Rounding adds up: on a

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trtower.errors import InputError
 from trtower.extras import import_extra
+from trtower.parity.bounds import PHOTOGRAPH
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pictures import to_rgb
 from trtower_export.console import Progress
@@ -45,11 +46,6 @@ SQUARES = 8
 # What Pillow's decoders raise on a damaged file; DecompressionBombError is not an OSError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _DAMAGED = "as unreadable"
-
-
-PHOTOGRAPH = "photograph"
-DRAWN = "drawn"
-"""The kinds of images that bounds are set for."""
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
-"""Load the images that an export needs: to choose or calibrate the precision, and for the check at the end."""
+"""Load the images that an export needs: for the golden answers, the precision, and the check at the end."""
 
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from trtower.dtypes import DTYPES
 from trtower.extras import import_extra
-from trtower.spec import PRECISIONS
+from trtower.parity.bounds import DRAWN, PHOTOGRAPH
+from trtower.parity.golden import GoldenImage, GoldenInputs, count_images
+from trtower.spec import PRECISIONS, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
-    DRAWN,
-    PHOTOGRAPH,
     Photographs,
     draw_images,
     load_photographs,
@@ -44,6 +45,26 @@ def load_for_export(options: ExportOptions, progress: Progress) -> Photographs |
             "--images to name photographs like the ones the tower will see"
         )
     return photographs
+
+
+def make_golden_inputs(preprocessor: dict[str, Any], spec: TowerSpec, precision: str) -> GoldenInputs:
+    """Prepare golden images: two of the demo's photographs, if they are installed, and drawn ones.
+
+    Never photographs of the user's, because a bundle is passed on.
+    """
+    drawn = {image.name: image for image in draw_images(spec.image_size)}
+    chosen = [drawn["squares"], drawn["noise"]]
+    if find_spec("skimage"):
+        first, second = load_photographs(None, limit=2).images
+        chosen = [first, drawn["squares"], second]
+    pixels = torch.cat(prepare(chosen, ImageProcessor(preprocessor)))
+    dtype = DTYPES[spec.input(precision).dtype]
+    pixels = pixels.to(torch.float16 if dtype == torch.float32 else dtype)
+    count = count_images(chosen, pixels[0].nbytes)
+    return GoldenInputs(
+        images=tuple(GoldenImage(name=image.name, kind=image.kind) for image in chosen[:count]),
+        pixel_values=pixels[:count],
+    )
 
 
 def make_samples(

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from trtower.bundle.certificate import Bound, Certificate, Figures, LayerFigures
-from trtower.inspection import describe_figure
+from trtower.bundle.certificate import Certificate, Figures, LayerFigures, describe_figure
+from trtower.parity.bounds import why_not_finite
 from trtower_export.check.layers import first_jump
 from trtower_export.console import new_table, print_whole
-from trtower_export.precision.bounds import why_not_finite
 
 COLUMNS = ("cosine mean", "cosine min", "error p99.9", "rel. error", "NaN/inf")
 
@@ -21,9 +20,8 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     table = new_table("image", *COLUMNS, "PyTorch's error", left=("image",))
     table.columns[0].max_width = 60
     for row in certificate.images:
-        table.add_row(row.name, *_cells(row.bundle), describe_figure(row.torch.relative_error))
-    own = describe_figure(certificate.torch.relative_error)
-    table.add_row("all images", *_cells(certificate.bundle), own, style="bold")
+        table.add_row(row.name, *_cells(row.bundle), _own(row.torch))
+    table.add_row("all images", *_cells(certificate.bundle), _own(certificate.torch), style="bold")
     if len(certificate.batches) > 1:
         for each in certificate.batches:
             table.add_row(f"batch {each.batch}", *_cells(each.bundle), "")
@@ -33,7 +31,7 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     if certificate.layers:
         _print_layers(console, certificate.layers)
     for bound in certificate.bounds:
-        console.print(f"  {_bound(bound)}", highlight=False)
+        console.print(f"  {bound.describe()}", highlight=False)
     verdict = "passed" if certificate.passed else "FAILED"
     if rehearsal:
         verdict += " (rehearsal with random weights)"
@@ -65,6 +63,10 @@ def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:
         console.print(f"  the error jumps at hidden state {jump.layer}, {where}", highlight=False, soft_wrap=True)
 
 
+def _own(torch: Figures | None) -> str:
+    return describe_figure(torch.relative_error) if torch else ""
+
+
 def _cells(figures: Figures) -> tuple[str, ...]:
     return (
         describe_figure(figures.token_cosine_mean),
@@ -73,12 +75,3 @@ def _cells(figures: Figures) -> tuple[str, ...]:
         describe_figure(figures.relative_error),
         str(figures.non_finite),
     )
-
-
-def _bound(bound: Bound) -> str:
-    sign = ">=" if bound.figure == "token_cosine_min" else "<="
-    verdict = "holds" if bound.holds else "MISSED"
-    counted = bound.figure == "non_finite" and bound.measured is not None
-    measured = f"{bound.measured:.0f}" if counted else describe_figure(bound.measured)
-    limit = f"{sign} {bound.limit:g}" if bound.holds else f"(required {sign} {bound.limit:g})"
-    return f"{verdict:<7}{bound.images:<11}{bound.figure} {measured} {limit}"

@@ -13,6 +13,7 @@ from rich.console import Console
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.errors import CheckpointError
+from trtower.parity.bounds import PHOTOGRAPH
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.benchmark import draw_images
@@ -20,7 +21,7 @@ from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, enter
 from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
-from trtower_export.check.photographs import PHOTOGRAPH, load_photographs
+from trtower_export.check.photographs import load_photographs
 from trtower_export.check.report.pca import PcaRow, draw_sheet
 from trtower_export.check.report.report import make_row
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS

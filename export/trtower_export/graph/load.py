@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from trtower.bundle.manifest import TowerCost
 from trtower.fingerprint import hash_later
+from trtower.parity.golden import Golden, GoldenInputs
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.cost import count_flop, measure_module
+from trtower_export.graph.reference import answer
 from trtower_export.graph.truncate import TruncatedTower, truncate
 
 
@@ -21,23 +23,28 @@ class LoadedTower:
         full: The cost of the full tower.
         flop: The FLOP of the cut tower for one image.
         hashing: The hashes of the weights, once they are ready.
+        golden: The golden answers of the full tower.
     """
 
     tower: TruncatedTower
     full: TowerCost
     flop: int
     hashing: Future[dict[str, str]]
+    golden: Golden
 
 
-def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, progress: Progress) -> LoadedTower:
-    """Load the full model and keep only what ``spec`` reads. Raises CheckpointError."""
+def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, inputs: GoldenInputs, progress: Progress) -> LoadedTower:
+    """Load the full model, ask it for the golden answers, and keep only what ``spec`` reads. Raises CheckpointError."""
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
         model = checkpoint.load_model(spec)
         hashing = hash_later(model, spec)
-        tower = truncate(model, checkpoint.family, spec)
-        return LoadedTower(
-            tower=tower,
-            full=measure_module(model, checkpoint.family, spec.image_size),
-            flop=count_flop(tower, spec.image_size),
-            hashing=hashing,
-        )
+    with progress.step(f"Run the uncut tower on {len(inputs.images)} golden images"):
+        golden = answer(checkpoint, model, spec, inputs)
+    tower = truncate(model, checkpoint.family, spec)
+    return LoadedTower(
+        tower=tower,
+        full=measure_module(model, checkpoint.family, spec.image_size),
+        flop=count_flop(tower, spec.image_size),
+        hashing=hashing,
+        golden=golden,
+    )

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from trtower.bundle.certificate import Bound
 from trtower.errors import BuildError
+from trtower.parity.bounds import judge
+from trtower.parity.metrics import MetricSums
 from trtower.spec import TowerSpec
 from trtower_export.console import Progress, Step
-from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, named_weights, simulate
-from trtower_export.precision.metrics import MetricSums
 from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 MONOTONOUS = ("non_finite", "token_cosine_min")

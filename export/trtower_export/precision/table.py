@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from trtower.inspection import describe_figure
+from trtower.bundle.certificate import describe_figure
 from trtower.spec import HALVES
 from trtower_export.console import new_table, print_whole
 from trtower_export.precision.doctor import Diagnosis, OperationFigures

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from trtower.bundle.manifest import GRAPH, Deployment, Manifest
+from trtower.bundle.manifest import GOLDEN, GRAPH, Deployment, Manifest
 from trtower.bundle.suggest import build_command
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
@@ -54,7 +54,9 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
         dtype=manifest.input.dtype,
         output=manifest.output.name,
         prefix=_describe_prefix(manifest.spec.num_prefix_tokens),
+        verify=shlex.join(["trtower", "verify", name, "--backend", target.flavour if target else "tensorrt"]),
         check="\n".join(_check(manifest, target)),
+        golden=GOLDEN,
     )
 
 

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
-from trtower.bundle.not_a_bundle import describe_instead
+from trtower.bundle.not_a_bundle import describe_instead, read_folder
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
-from trtower.errors import BundleError, ConfigError
+from trtower.errors import BundleError
 
 
 class Bundle:
@@ -101,18 +101,24 @@ class Bundle:
         except (IsADirectoryError, NotADirectoryError):
             return True
 
-    def find_certificate(self, backend: str, file: str | None) -> Certificate | None:
-        """Find the certificate of a backend for a file that it executes.
+    def find_certificate(self, backend: str, file: str | None, kind: str | None = None) -> Certificate | None:
+        """Find the certificate that decides about a backend and a file that it executes.
+
+        There may be several: by check or by verify, and for several GPUs. One that failed decides, then the newest.
 
         Args:
             backend: The backend's name, such as "tensorrt-rtx".
             file: The graph, or a plan.
+            kind: "check" or "verify", to look only for that kind.
 
         Returns:
             The certificate, which may have failed or be void; None if this was not checked.
         """
-        certificates = self.manifest.certificates
-        return next((each for each in certificates if each.backend == backend and file in each.executed), None)
+        certificates = [each for each in self.manifest.certificates if kind in (None, each.kind)]
+        found = [each for each in certificates if each.backend == backend and file in each.executed]
+        valid = [each for each in found if not self.changed_since(each)]
+        failed = [each for each in valid if not each.passed]
+        return next(reversed(failed or valid or found), None)
 
     def changed_since(self, certificate: Certificate, altered: Collection[str] = ()) -> list[str]:
         """List the files that changed since a check, which make its certificate void.
@@ -164,7 +170,7 @@ class Bundle:
             checked = " and ".join(f"{each.executed[0]} on {each.backend}" for each in self.manifest.certificates)
             return f"{executed[0]} on {backend} was not checked, only {checked}"
         if not certificate.passed:
-            return f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
+            return f"its {certificate.proof} of {certificate.date} missed {', '.join(certificate.missed)}"
         if altered is None:
             altered = self.altered(certificate.files.keys() - set(executed))
         if void := self.changed_since(certificate, altered):
@@ -266,10 +272,12 @@ class Bundle:
         return bundle
 
     def add_certificate(self, certificate: Certificate) -> "Bundle":
-        """Add a certificate, replacing that of the same files and backend. Call this under the lock of `locked`.
+        """Add a certificate, replacing the one of its kind for the same files, backend and GPU.
+
+        Call this under the lock of `locked`.
 
         Args:
-            certificate: The result of the check.
+            certificate: The result of a check or a verification.
 
         Returns:
             The bundle with the certificate.
@@ -278,8 +286,7 @@ class Bundle:
             BundleError: The bundle no longer has the files that were checked.
         """
         current = self._reread(certificate.files, "certificate")
-        checked = (certificate.backend, certificate.executed)
-        others = [each for each in current.certificates if (each.backend, each.executed) != checked]
+        others = [each for each in current.certificates if each.subject != certificate.subject]
         return self._rewrite(replace(current, certificates=(*others, certificate)))
 
     def _reread(self, names: Iterable[str], added: str) -> Manifest:
@@ -374,20 +381,6 @@ class Bundle:
                 f"{self.path / name} was altered: its sha256 is {sha256[:12]}…, {MANIFEST} says {expected[:12]}…. "
                 "Copy the bundle again."
             )
-
-
-def read_folder(path: object, name: str) -> Path:
-    """Return ``path`` as a Path, with ~ expanded; raise ConfigError naming the option ``name`` if it is not a path."""
-    try:
-        folder = Path(path).expanduser()  # type: ignore[arg-type]
-    except (TypeError, RuntimeError) as err:  # not a path, or the home of an unknown user
-        value = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
-        raise ConfigError(f"{name} is {value}; expected the path of a folder.") from err
-    if path == "":  # or it would be the current folder
-        raise ConfigError(f"{name} is ''; expected the path of a folder.")
-    if "\0" in str(folder):
-        raise ConfigError(f"{name} is {str(folder)!r}; expected the path of a folder, without NUL characters.")
-    return folder
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -3,6 +3,10 @@
 import dataclasses
 
 from trtower.errors import ConfigError
+from trtower.names import check_name
+
+CHECK, VERIFY = KINDS = ("check", "verify")
+"""The kinds of certificates: against PyTorch, or against the bundle's golden answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFigures:
-    """The figures of one image over all its batches: the bundle's, and PyTorch's in the bundle's own precision.
+    """The figures of one image over all its batches: the bundle's, and those of PyTorch in the bundle's precision.
 
     ``kind`` is "photograph", or for a drawn image "noise", "constant" or "saturated".
     """
@@ -33,7 +37,7 @@ class ImageFigures:
     name: str
     kind: str
     bundle: Figures
-    torch: Figures
+    torch: Figures | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +79,22 @@ class Bound:
     measured: float | None
     holds: bool
 
+    def describe(self) -> str:
+        """Return one line: whether it holds, on which images, the figure, what was measured and what is required."""
+        sign = ">=" if self.figure == "token_cosine_min" else "<="
+        counted = self.figure == "non_finite" and self.measured is not None
+        measured = f"{self.measured:.0f}" if counted else describe_figure(self.measured)
+        limit = f"{sign} {self.limit:g}" if self.holds else f"(required {sign} {self.limit:g})"
+        return f"{'holds' if self.holds else 'MISSED':<7}{self.images:<11}{self.figure} {measured} {limit}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
     """How well this bundle, on one backend, matches the uncut FP32 PyTorch tower.
 
+    ``kind`` is "check" if PyTorch ran beside the bundle, and "verify" if the bundle was compared with its golden
+    answers, where there is neither a checkpoint nor PyTorch's tower. A "verify" has no ``torch`` figures, ``layers``,
+    ``as_typed`` or ``skipped`` files, and its ``images_sha256`` is that of the golden file.
     ``ran`` says whether ``backend`` ran a "plan" or the "graph", and ``runner`` is the backend with its version, such
     as "onnxruntime 1.32.0, CPU". ``executed`` names the files that it ran. ``files`` holds the sha256 of every file
     that the result depends on, including those; if one of them changes, the certificate is void. ``not_run`` names the
@@ -104,20 +119,38 @@ class Certificate:
     as_typed: Figures | None
     layers: tuple[LayerFigures, ...]
     bundle: Figures
-    torch: Figures
+    torch: Figures | None
     bounds: tuple[Bound, ...]
     versions: dict[str, str]
     gpu: str | None
     machine: str
     date: str
+    kind: str = CHECK
 
     def __post_init__(self) -> None:
         if not self.executed or not set(self.executed) <= self.files.keys():
             raise ConfigError(
                 f"the certificate for {self.backend} executed {self.executed}; expected some of {[*self.files]}."
             )
+        check_name("kind of certificate", self.kind, KINDS)
+        if self.kind == CHECK and not all(self._of_torch):
+            raise ConfigError(f"the certificate for {self.backend} is a check, but lacks figures of PyTorch.")
         if not self.bounds or self.passed != all(bound.holds for bound in self.bounds):
             raise ConfigError(f"the certificate for {self.backend} says passed={self.passed}, but its bounds do not.")
+
+    @property
+    def _of_torch(self) -> tuple[Figures | None, ...]:
+        return self.torch, *(image.torch for image in self.images)
+
+    @property
+    def subject(self) -> tuple[str, str, tuple[str, ...], str | None]:
+        """What was proved, and how: the kind, the backend, the files it executed and the GPU. One certificate each."""
+        return self.kind, self.backend, self.executed, self.gpu
+
+    @property
+    def proof(self) -> str:
+        """What made it, in words: "check" or "verification"."""
+        return "check" if self.kind == CHECK else "verification"
 
     @property
     def missed(self) -> tuple[str, ...]:
@@ -128,3 +161,10 @@ class Certificate:
         """Say what was executed, and on what."""
         subject = "the plan was run" if self.ran == "plan" else "the ONNX graph was run"
         return f"{subject} on {self.runner}, {self.gpu or 'without a GPU'}"
+
+
+def describe_figure(value: float | None) -> str:
+    """Format a certificate's figure: from 0.1 on with six decimals, as for a cosine; below in scientific notation."""
+    if value is None:
+        return "not finite"
+    return f"{value:.6f}" if abs(value) >= 0.1 else f"{value:.2e}"

@@ -24,13 +24,14 @@ GRAPH_DATA = "tower.onnx.data"
 FUSED_GRAPH = "tower.fused.onnx"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+GOLDEN = "golden.safetensors"
 BUILD_NOTES = "BUILD.md"
 PLANS = "plans"
 """The files of a bundle, and the folder of its plans.
 
 The two graphs compute the same and share GRAPH_DATA. GRAPH holds only operators that every TensorRT since 10.3 knows.
 FUSED_GRAPH has one node for each attention and RMS norm, for which ONNX Runtime has fast kernels. FP32 bundles, and
-those exported before there were two graphs, lack it.
+those exported before there were two graphs, lack it. Bundles exported before there were golden answers lack GOLDEN.
 """
 
 SCHEMA = 6
@@ -248,7 +249,7 @@ class BundleFacts:
 class Manifest(BundleFacts):
     """The whole of tower.json.
 
-    ``certificates`` holds the last check of every backend and every plan, oldest first.
+    ``certificates`` holds the last of each kind for every backend, plan and GPU, oldest first.
     """
 
     files: dict[str, FileEntry]
@@ -273,9 +274,9 @@ class Manifest(BundleFacts):
                 f"cut has {self.cut.layers} of {self.full.layers} layers; the spec reads {self.spec.depth} of "
                 f"{self.spec.num_layers}."
             )
-        checked = [(each.backend, each.executed) for each in self.certificates]
-        if len(set(checked)) < len(checked):
-            raise ConfigError("certificates has two for the same files on the same backend.")
+        proved = [each.subject for each in self.certificates]
+        if len(set(proved)) < len(proved):
+            raise ConfigError("certificates has two of the same kind for the same files on the same backend and GPU.")
         for plan in self.plans:
             check_name(f"flavour of {plan.file}", plan.flavour, tuple(FLAVOURS))
 
@@ -291,7 +292,7 @@ class Manifest(BundleFacts):
 
     @property
     def certificate(self) -> Certificate | None:
-        """The certificate of the last check; None if there was none."""
+        """The newest certificate; None if there is none."""
         return self.certificates[-1] if self.certificates else None
 
     def to_json(self) -> str:

@@ -1,11 +1,26 @@
-"""Say what is at a path that is not a bundle, and what to do about it."""
+"""Say what is wrong with the path of a bundle: it is no path, or something else is there."""
 
 from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
 
 from trtower.bundle.manifest import CONFIG, GRAPH, MANIFEST
+from trtower.errors import ConfigError
 from trtower.names import CLOSE
+
+
+def read_folder(path: object, name: str) -> Path:
+    """Return ``path`` as a Path, with ~ expanded; raise ConfigError naming the option ``name`` if it is not a path."""
+    try:
+        folder = Path(path).expanduser()  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as err:  # not a path, or the home of an unknown user
+        value = f"{path!r}" if isinstance(path, str) else f"of type {type(path).__name__}"
+        raise ConfigError(f"{name} is {value}; expected the path of a folder.") from err
+    if path == "":  # or it would be the current folder
+        raise ConfigError(f"{name} is ''; expected the path of a folder.")
+    if "\0" in str(folder):
+        raise ConfigError(f"{name} is {str(folder)!r}; expected the path of a folder, without NUL characters.")
+    return folder
 
 
 def describe_instead(folder: Path) -> str:

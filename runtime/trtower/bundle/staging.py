@@ -38,6 +38,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     staged.replace(folder / MANIFEST)
 
 
+def check_writable(bundle: Path, instead: str) -> None:
+    """Raise BundleError, which ends with what to do ``instead``, if no certificate can be written into a bundle."""
+    for folder in (bundle, bundle.resolve().parent):  # the lock file is beside the bundle
+        if not os.access(folder, os.W_OK):
+            raise BundleError(f"{folder} is read-only, and the certificate of {bundle} is written there: {instead}")
+
+
 @contextmanager
 def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Be the only writer of the bundle at ``target`` inside the `with` block.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import BuildSettings
+from trtower.bundle.manifest import GOLDEN, BuildSettings
 from trtower.layer_codes import LayerCode, name_layer, parse_layer_code, read_layer_code
 from trtower.spec import DEFAULT_BATCH, TowerSpec
 
@@ -51,6 +51,12 @@ def build_command(
     command += _repeat("--compute-capability", compute_capabilities)
     command += _repeat("--accept-known-fault", accept_known_faults)
     return shlex.join(command + (settings.options() if settings else []))
+
+
+def proof_command(bundle: Bundle, backend: str = "") -> str:
+    """Return the command that proves a bundle on a backend: with its golden answers, or with PyTorch if it has none."""
+    command = ["trtower", "verify" if GOLDEN in bundle.manifest.files else "check", str(bundle.path)]
+    return shlex.join([*command, *(["--backend", backend] if backend else [])])
 
 
 def _repeat(option: str, values: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from trtower.bundle.bundle import Bundle, read_folder
+from trtower.bundle.bundle import Bundle
+from trtower.bundle.not_a_bundle import read_folder
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
 from trtower.installation.find import TowerSlot, find_tower, find_towers

@@ -7,7 +7,8 @@ How `auto` decides. A *candidate* is a backend plus the file of the bundle that 
 3. Postpone a candidate with a *reservation*: a reason why the backend should not run this file. There are three:
    - its check missed a bound;
    - it has no valid certificate, and the caller requires one;
-   - it has no valid certificate, and the backend is *coarse*: it computes in less than the bundle's precision.
+   - it has no valid certificate of a check, and the backend is *coarse*: it computes in less than the bundle's
+     precision. A verification is not enough, because only a check compares the error with PyTorch's own.
 4. The first candidate that opens runs the bundle. If none does, try the postponed ones, except those that are coarse.
    If these fail too, raise a BackendError that gives the reason of each.
 
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import CHECK
 from trtower.bundle.manifest import PlanEntry
+from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError, one_line
 from trtower.names import check_name
 from trtower.runners import onnxruntime, openvino, tensorrt
@@ -201,11 +204,15 @@ def _obstacle(backend: Backend, bundle: Bundle, file: str | None, device: torch.
 def _reservation(backend: Backend, bundle: Bundle, file: str | None, *, coarse: bool, certified: bool) -> str | None:
     """Return a candidate's reservation, by the bundle's certificates and the hashes in its manifest."""
     certificate = bundle.find_certificate(backend.name, file)
-    if certificate is not None and not bundle.changed_since(certificate):
-        return None if certificate.passed else f"its check of {certificate.date} missed {', '.join(certificate.missed)}"
-    if not coarse and not certified:
-        return None
-    why = ""
+    if certificate and not certificate.passed and not bundle.changed_since(certificate):
+        return f"its {certificate.proof} of {certificate.date} missed {', '.join(certificate.missed)}"
     if coarse:
-        why = f"it computes in {backend.arithmetic.upper()}, which is coarser than {bundle.manifest.precision}, and "
-    return f"{why}it has no valid certificate: trtower check {bundle.path} --backend {backend.name}"
+        certificate = bundle.find_certificate(backend.name, file, CHECK)
+    if (certificate and not bundle.changed_since(certificate)) or not (coarse or certified):
+        return None
+    if not coarse:
+        return f"it has no valid certificate: {proof_command(bundle, backend.name)}"
+    return (
+        f"it computes in {backend.arithmetic.upper()}, which is coarser than {bundle.manifest.precision}, and has no "
+        f"valid certificate of a check: trtower check {bundle.path} --backend {backend.name}"
+    )

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError, BundleError, ConfigError, one_line
+from trtower.parity.verify import refuse_wrong
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import choose
 from trtower.runners.device import parse_device
@@ -98,7 +100,7 @@ class Engine:
         return close
 
     def _open_certified(self, device: str | torch.device | None) -> Runner:
-        """Open the bundle, with a certificate if that is required; otherwise only warn if its check failed."""
+        """Open the bundle, certified and verified if that is required; else only warn if a certificate failed."""
         bundle, options, certified = self._bundle, self._options, self._options.require_certificate
         if certified and (reason := bundle.uncertifiable()):
             raise _not_certified(bundle, reason, options.backend)
@@ -107,11 +109,13 @@ class Engine:
             unless_served.callback(runner.close)
             if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
                 raise _not_certified(bundle, reason, runner.backend, runner.files)
+            if options.verify:
+                refuse_wrong(bundle, runner)
             unless_served.pop_all()
         certificate = bundle.find_certificate(runner.backend, runner.files[0])
         if certificate and not certificate.passed and not bundle.changed_since(certificate):
-            message = "%s failed its check on %s. To see which bounds it missed: trtower inspect %s"
-            logger.warning(message, bundle.path, runner.backend, bundle.path)
+            message = "%s failed its %s on %s. To see which bounds it missed: trtower inspect %s"
+            logger.warning(message, bundle.path, certificate.proof, runner.backend, bundle.path)
         return runner
 
     def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -232,13 +236,12 @@ def _is_captured(device: torch.device) -> bool:
 
 def _not_certified(bundle: Bundle, reason: str, backend: str, executed: Sequence[str] = ()) -> BundleError:
     certificate = bundle.find_certificate(backend, executed[0]) if executed else None
-    command = f"trtower check {bundle.path} --backend {backend}"
     if bundle.manifest.source.random_weights:
         next_step = "Export the checkpoint itself."
     elif certificate and not certificate.passed:
-        next_step = f"See where it errs: {command} --report DIR"
+        next_step = f"See where it errs: trtower check {bundle.path} --backend {backend} --report DIR"
     else:
-        next_step = f"Certify what runs here, in an environment with the extra export: {command}"
+        next_step = f"Certify what runs here: {proof_command(bundle, backend)}"
     return BundleError(f"{bundle.path} is not certified: {reason}. {next_step}")
 
 

@@ -23,6 +23,7 @@ class OtherKeywords(TypedDict, total=False):
     check_finite: bool | None
     count_cls: bool
     require_certificate: bool
+    verify: bool
     engine: EngineOptions | None
 
 
@@ -42,6 +43,7 @@ class TowerOptions:
     check_finite: bool | None = None
     count_cls: bool = False
     require_certificate: bool = False
+    verify: bool = False
     engine: EngineOptions | None = None
 
     def __post_init__(self) -> None:

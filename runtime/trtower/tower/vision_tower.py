@@ -106,6 +106,8 @@ class VisionTower(TowerAnswers):
                 not.
             require_certificate: Whether to refuse the bundle unless its check passed, with exactly these files and the
                 backend that runs here.
+            verify: Whether to compare the engine with the bundle's golden answers when it is opened, and refuse it if
+                it is wrong. This runs a few images in one batch, and needs no certificate and writes none.
             engine: How to run the bundle on a GPU.
 
         Returns:
@@ -113,7 +115,7 @@ class VisionTower(TowerAnswers):
 
         Raises:
             BundleError: If the folder is not a bundle, is damaged, or lacks a required certificate.
-            BackendError: If no requested backend can run the bundle here.
+            BackendError: If no requested backend can run the bundle here, or its answers are wrong with `verify`.
             ConfigError: If an option is invalid, or the bundle lacks a requested layer.
         """
         tower = cls._make(bundle, select_layer, select_feature, backend=backend, device=device, **options)

@@ -19,14 +19,14 @@ from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, MANIFEST
 from trtower.bundle.staging import describe
 from trtower.errors import CheckpointError, ConfigError
 from trtower.fingerprint import hash_later
+from trtower.parity.bounds import judge
+from trtower.parity.metrics import MetricSums
 from trtower.spec import BatchProfile
 from trtower_export.check.certify import certify, check_bundle
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.console import LoggedProgress
 from trtower_export.pipeline import ExportOptions, export_tower
-from trtower_export.precision.bounds import judge
-from trtower_export.precision.metrics import MetricSums
 
 FINE: dict[str, Any] = {
     "token_cosine_mean": 1.0,

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from trtower.errors import InputError, MissingExtraError
+from trtower.parity.bounds import PHOTOGRAPH
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
-    PHOTOGRAPH,
     SHIPPED,
     Photograph,
     Photographs,

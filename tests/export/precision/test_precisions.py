@@ -18,16 +18,16 @@ from trtower.bundle.manifest import TowerCost
 from trtower.cli import run
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
+from trtower.parity.bounds import BOUNDS
 from trtower.spec import BY_DTYPE, EIGHT_BIT, HALVES, PRECISIONS, Precision
 from trtower_export.check.emulation import EMULATED
 from trtower_export.pipeline import ExportOptions
-from trtower_export.precision.bounds import BOUNDS
 from trtower_export.precision.quantisation import FORMATS, Format
 
 ROOT = Path(__file__).parents[3]
 
 EXCEPTIONS = {
-    "export/trtower_export/precision/bounds.py": "the row of bounds",
+    "runtime/trtower/parity/bounds.py": "the row of bounds",
     "runtime/trtower/tower/pictures.py": "the dtypes of pictures, which NumPy must be able to read",
     "export/trtower_export/checkpoint/tensors.py": "the dtypes of weights in checkpoints that were not quantised",
 }
@@ -150,7 +150,7 @@ def test_precision_is_added_by_one_row_and_one_row_of_bounds(checkpoints: dict[s
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for path, table, row in (
         ("runtime/trtower/spec.py", "_ROWS = (\n", ROW),
-        ("export/trtower_export/precision/bounds.py", "BOUNDS = {\n", ROW_OF_BOUNDS),
+        ("runtime/trtower/parity/bounds.py", "BOUNDS = {\n", ROW_OF_BOUNDS),
     ):
         text = (tmp_path / path).read_text(encoding="utf-8")
         assert text.count(table) == 1

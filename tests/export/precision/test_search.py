@@ -13,13 +13,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.conftest import BATCH, IMAGE_SIZE
 from tests.export.small_towers import cut, dinov2
+from trtower.parity.bounds import judge
+from trtower.parity.metrics import MetricSums
 from trtower.spec import TowerSpec
 from trtower_export.console import LoggedProgress
 from trtower_export.graph.truncate import release
 from trtower_export.precision import search as module
-from trtower_export.precision.bounds import judge
 from trtower_export.precision.doctor import Extremes, simulate
-from trtower_export.precision.metrics import MetricSums
 from trtower_export.precision.program import trace_with_islands
 from trtower_export.precision.rounding import Simulation
 from trtower_export.precision.search import find_islands

@@ -85,12 +85,11 @@ def refusal(folder: Path) -> str:
         load(folder)
     message = str(failure.value)
     manifest = Bundle.open(folder).manifest
-    command = f"trtower check {folder} --backend {BACKEND}"
-    next_step = f"Certify what runs here, in an environment with the extra export: {command}"
+    next_step = f"Certify what runs here: trtower verify {folder} --backend {BACKEND}"
     if manifest.source.random_weights:
         next_step = "Export the checkpoint itself."
     elif not all(each.passed for each in manifest.certificates):
-        next_step = f"See where it errs: {command} --report DIR"
+        next_step = f"See where it errs: trtower check {folder} --backend {BACKEND} --report DIR"
     head, tail = f"{folder} is not certified: ", f". {next_step}"
     assert message.startswith(head)
     assert message.endswith(tail)
@@ -108,7 +107,7 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_bundle_that_passed_loads(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tower = load(certified)
     assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 64)
-    assert inspected(certified, capsys).startswith("passed on ")
+    assert inspected(certified, capsys).startswith("passed the check of ")
     assert inspect_bundle(Bundle.open(certified)).certificates[0].void == []
 
 
@@ -230,7 +229,7 @@ def test_certificate_that_contradicts_itself_is_refused(
     data = json.loads(text)
     data["certificates"] *= 2
     (certified / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(BundleError, match="two for the same files on the same backend"):
+    with pytest.raises(BundleError, match="two of the same kind for the same files on the same backend and GPU"):
         Bundle.open(certified)
 
 

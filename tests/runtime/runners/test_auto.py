@@ -45,7 +45,7 @@ def test_takes_openvino_in_fp32_for_fp16(bundle: Bundle, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
     assert (
-        "openvino-bf16: it computes in BF16, which is coarser than fp16, and it has no valid certificate: "
+        "openvino-bf16: it computes in BF16, which is coarser than fp16, and has no valid certificate of a check: "
         f"trtower check {bundle.path} --backend openvino-bf16" in caplog.text
     )
 
@@ -62,7 +62,7 @@ def test_certificate_of_other_files_does_not_count(bundle: Bundle) -> None:
         for each in candidates(Bundle(bundle.path, replace(certified.manifest, files=files)))
         if each.backend == "openvino-bf16"
     )
-    assert "it has no valid certificate" in (candidate.reservation or "")
+    assert "has no valid certificate of a check" in (candidate.reservation or "")
 
 
 def test_passes_over_what_missed_its_bounds(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +109,7 @@ def test_takes_what_is_certified_if_that_is_required(bundle: Bundle, caplog: pyt
     assert choose(Bundle.open(bundle.path)).backend == "openvino"
     with caplog.at_level(logging.INFO):
         assert choose(Bundle.open(bundle.path), certified=True).backend == "onnxruntime-cpu"
-    assert f"openvino: it has no valid certificate: trtower check {bundle.path} --backend openvino" in caplog.text
+    assert f"openvino: it has no valid certificate: trtower verify {bundle.path} --backend openvino" in caplog.text
 
 
 def test_named_backend_runs_whatever_a_check_said(bundle: Bundle) -> None:

@@ -14,7 +14,7 @@ from trtower.errors import ConfigError
 from trtower.tower.options import TowerKeywords, TowerOptions
 
 PLACE = ["backend", "device"]
-OTHERS = ["check_finite", "count_cls", "require_certificate", "engine"]
+OTHERS = ["check_finite", "count_cls", "require_certificate", "verify", "engine"]
 PICK = ["select_layer", "select_feature"]
 LLAVA = ["vision_tower", "args", "delay_load", "vision_tower_cfg"]
 ARGS = SimpleNamespace(mm_vision_select_layer=-2)

@@ -4,14 +4,13 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from trtower.bundle.certificate import Certificate, LayerFigures
+from trtower.bundle.certificate import Certificate, LayerFigures, describe_figure
 from trtower.bundle.manifest import Manifest
 from trtower.extras import import_extra
-from trtower.inspection import describe_figure
 from trtower.layer_codes import name_layer
+from trtower.parity.bounds import why_not_finite
 from trtower.spec import EIGHT_BIT
 from trtower_export.check.report.pca import PcaRow
-from trtower_export.precision.bounds import why_not_finite
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 

@@ -15,15 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.certificate import Certificate
+from trtower.bundle.certificate import Certificate, describe_figure
 from trtower.errors import BundleError, InputError
 from trtower.extras import import_extra
-from trtower.inspection import describe_figure
+from trtower.parity.bounds import DRAWN, PHOTOGRAPH
 from trtower.spec import TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import first_jump
-from trtower_export.check.photographs import DRAWN, PHOTOGRAPH
 from trtower_export.check.report.page import Pictures, render
 from trtower_export.check.report.pca import PcaRow, draw_strips, strip_png, token_distances, worst_tokens
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from trtower.bundle.certificate import Figures
-from trtower_export.precision.bounds import BOUNDS, judge
-from trtower_export.precision.metrics import MetricSums, total
+from trtower.parity.bounds import BOUNDS, judge
+from trtower.parity.metrics import MetricSums, total
 
 LIMITS = BOUNDS["fp16"]
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from trtower.bundle.certificate import Bound, Certificate, Figures
 
+PHOTOGRAPH, DRAWN = "photograph", "drawn"
+"""The kinds of images that bounds are set for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -26,7 +29,7 @@ class Bounds:
     relative_error_over_torch: float | None = 3.0
     """The relative error divided by PyTorch's own in the same precision. ONNX Runtime's FP16 measured 0.36 (random
     ViT-L/14-336) and 1.16 (pretrained ViT-S/14), and its 8 bits 1.0, over PyTorch's simulation of them. There is no
-    ratio in FP32, where PyTorch's own error is zero, nor if PyTorch's own result overflows."""
+    ratio in FP32, where PyTorch's own error is zero, nor if PyTorch's own result overflows or it did not run."""
 
 
 BOUNDS = {
@@ -39,8 +42,8 @@ BOUNDS = {
     "int8": Bounds(token_cosine_min=0.9, token_error_p999=0.5, relative_error=0.15),
 }
 
-Measured = Mapping[str, tuple[Sequence[Figures], Figures]]
-"""For each kind of images: the bundle's figures at every batch, and PyTorch's own in the bundle's precision."""
+Measured = Mapping[str, tuple[Sequence[Figures], Figures | None]]
+"""For each kind of images: the bundle's figures at every batch, and PyTorch's own in its precision, if it ran."""
 
 
 def judge(precision: str, measured: Measured) -> tuple[Bound, ...]:
@@ -50,7 +53,7 @@ def judge(precision: str, measured: Measured) -> tuple[Bound, ...]:
     )
 
 
-def _judge(precision: str, images: str, batches: Sequence[Figures], own: Figures) -> list[Bound]:
+def _judge(precision: str, images: str, batches: Sequence[Figures], own: Figures | None) -> list[Bound]:
     def compare(figure: str, limit: float, values: Sequence[float | None], *, is_minimum: bool = False) -> Bound:
         finite = [value for value in values if value is not None]
         worst = None if len(finite) < len(values) else min(finite) if is_minimum else max(finite)
@@ -67,7 +70,7 @@ def _judge(precision: str, images: str, batches: Sequence[Figures], own: Figures
         compare("relative_error", limits.relative_error, [each.relative_error for each in batches]),
     ]
     ratio = limits.relative_error_over_torch
-    if ratio is not None and own.relative_error is not None:  # None if PyTorch's own result overflows
+    if ratio is not None and own and own.relative_error is not None:  # None if PyTorch's own result overflows
         ratios = [_ratio(each.relative_error, own.relative_error) for each in batches]
         bounds.append(compare("relative_error_over_torch", ratio, ratios))
     return bounds
@@ -87,7 +90,7 @@ def why_not_finite(certificate: Certificate) -> str:
     typed = certificate.as_typed
     if not certificate.bundle.non_finite and not (typed and typed.non_finite):
         return ""
-    if certificate.torch.relative_error is None:
+    if certificate.torch and certificate.torch.relative_error is None:
         return "PyTorch in the same precision is not finite either"
     if certificate.bundle.non_finite:
         return ""

@@ -1,0 +1,1 @@
+"""How far features are from PyTorch, and whether that is near enough; proved with the runtime alone."""
