@@ -14,7 +14,7 @@ from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS
 from trtower.layer_codes import FEATURE_CODES
 from trtower.names import list_choices
-from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, HALVES, PRECISIONS, BatchProfile
+from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, HALVES, LAYOUTS, PIXELS, PRECISIONS, BatchProfile
 from trtower_export.options import AUTO
 from trtower_export.recipes import all_recipes
 from trtower_export.targets import all_targets
@@ -80,6 +80,22 @@ ImageSizeOption = Annotated[
         metavar="PIXELS",
         help="Side of the square input in pixels; positions are interpolated. "
         "Default: the recipe's, else the checkpoint's.",
+    ),
+]
+PixelsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What the engine takes: float, prepared pixels, or uint8, bytes that it rescales and normalises itself.",
+        autocompletion=complete(lambda: PIXELS),
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="nchw, or with --pixels uint8 also nhwc: pictures as cameras and decoders give them.",
+        autocompletion=complete(lambda: LAYOUTS),
     ),
 ]
 BatchOption = Annotated[

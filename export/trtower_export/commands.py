@@ -30,10 +30,12 @@ from trtower_export.arguments import (
     KeepFp16Option,
     KeepFp32Option,
     KnownFaultOption,
+    LayoutOption,
     OptimizationLevelOption,
     OutOption,
     PickleOption,
     PictureOption,
+    PixelsOption,
     PlotOption,
     PrecisionOption,
     RandomWeightsOption,
@@ -68,6 +70,8 @@ def export(
     select_layer: SelectLayerOption = None,
     select_feature: SelectFeatureOption = None,
     image_size: ImageSizeOption = None,
+    pixels: PixelsOption = "float",
+    layout: LayoutOption = "nchw",
     precision: PrecisionOption = "fp16",
     keep_fp32: KeepFp32Option = None,
     keep_fp16: KeepFp16Option = None,
@@ -101,6 +105,8 @@ def export(
         select_layer=None if select_layer is None else parse_layer_code(select_layer),
         select_feature=select_feature,
         image_size=image_size,
+        pixels=pixels,
+        layout=layout,
         precision=precision,
         keep_fp32=read_names(keep_fp32 or ""),
         keep_fp16=None if keep_fp16 is None else read_names(keep_fp16),
@@ -264,7 +270,7 @@ def doctor(
         check_png(picture, "--picture")
     with importing(progress):
         from trtower.tower.image_processor import ImageProcessor
-        from trtower_export.check.photographs import load_photographs, prepare, say_skipped
+        from trtower_export.check.photographs import load_photographs, prepare_floats, say_skipped
         from trtower_export.checkpoint.checkpoint import open_checkpoint
         from trtower_export.checkpoint.preprocessor import fit_preprocessor
         from trtower_export.precision.doctor import examine
@@ -284,7 +290,7 @@ def doctor(
     processor = ImageProcessor(fit_preprocessor(opened, spec.image_size, progress))
     progress.say(opened.describe())
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
-    pixels = prepare(photographs.images, processor)
+    pixels = prepare_floats(photographs.images, processor, spec)
     named = {each.name: pixel_values for each, pixel_values in zip(photographs.images, pixels, strict=True)}
     diagnosis = examine(opened, spec, named, progress, error_images=error_images)
     if picture:

@@ -7,7 +7,7 @@ from typing import Any
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
-from trtower.spec import EIGHT_BIT, PRECISIONS, BatchProfile, merge_profiles
+from trtower.spec import EIGHT_BIT, FLOAT, NCHW, PRECISIONS, BatchProfile, check_pixels, merge_profiles
 from trtower_export.targets.faults import check_accepted
 
 AUTO = "auto"
@@ -37,6 +37,9 @@ class ExportOptions:
             else its recipe's, else "patch".
         image_size: Side of the square input in pixels; positions are interpolated to it. Default: the recipe's, else
             the checkpoint's.
+        pixels: What the engine takes: "float" (the default), pixels as the image processor prepares them, or "uint8",
+            bytes that the graph rescales and normalises itself.
+        layout: "nchw" (the default) for (B, 3, S, S), or "nhwc" for bytes (B, S, S, 3).
         precision: "fp16" (the default), "bf16", "fp32", "fp8", "int8" or "auto". "auto" is FP16 with as few operations
             in FP32 as the check's bounds allow on ``images`` and on drawn images. "fp8" and "int8" are calibrated on
             ``images``.
@@ -70,6 +73,8 @@ class ExportOptions:
     select_layer: LayerCode | None = None
     select_feature: str | None = None
     image_size: int | None = None
+    pixels: str = FLOAT
+    layout: str = NCHW
     precision: str = "fp16"
     keep_fp32: tuple[str, ...] = ()
     keep_fp16: tuple[str, ...] | None = None
@@ -90,6 +95,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.profiles:
             merge_profiles(self.profiles)
+        check_pixels(self.pixels, self.layout)
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
         check_accepted(self.accept_known_faults)
         if self.images is not None and not self.check and not self.runs_on_images:

@@ -3,6 +3,7 @@
 checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
@@ -10,11 +11,12 @@ from trtower.bundle.staging import disk_errors, refuse_existing, staged
 from trtower.bundle.suggest import build_command
 from trtower.errors import BuildError, TrtowerError
 from trtower.spec import merge_profiles
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.bundling import check_space, write_bundle
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS, load_for_export, make_golden_inputs, make_samples
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.checkpoint.preprocessor import fit_preprocessor
+from trtower_export.checkpoint.preprocessor import fit_preprocessor, stop_at_pixels
 from trtower_export.checkpoint.remarks import say_what_is_read
 from trtower_export.console import LoggedProgress, Progress
 from trtower_export.graph.load import load_and_cut
@@ -62,18 +64,20 @@ def export_tower(
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
     spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
+    spec = replace(spec, pixels=options.pixels, layout=options.layout)
     check_first_plan(target, choice, spec.family, options, progress)
     profiles = options.profiles or checkpoint.profiles
     out = out or ENGINES / checkpoint.bundle_name
     refuse_existing(out, overwrite=options.overwrite)
-    preprocessor = fit_preprocessor(checkpoint, spec.image_size, progress)
+    preprocessor = stop_at_pixels(fit_preprocessor(checkpoint, spec.image_size, progress), spec)
+    processor = ImageProcessor(preprocessor)
     say_what_is_read(checkpoint, spec, options, reason, progress)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # renamed to `out` at the end
-        golden_inputs = make_golden_inputs(preprocessor, spec, options.graph_precision)
-        loaded = load_and_cut(checkpoint, spec, golden_inputs, progress)
+        golden_inputs = make_golden_inputs(processor, spec, options.graph_precision)
+        loaded = load_and_cut(checkpoint, spec, processor, golden_inputs, progress)
         check_space(loaded.tower, options.graph_precision, folder, plans=choice is not None)
-        samples = make_samples(options, photographs, preprocessor, spec.image_size)
+        samples = make_samples(options, photographs, processor, spec)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)
         with progress.step("Write ONNX"):
             traced.write(spec, folder)

@@ -52,6 +52,21 @@ BY_DTYPE = {each.dtype: each for each in PRECISIONS.values() if not each.onnx_li
 """Dtype -> the precision in which everything has that dtype."""
 HALVES = tuple(each.name for each in BY_DTYPE.values() if each.itemsize == 2)
 
+PIXELS = FLOAT, UINT8 = ("float", "uint8")
+"""What an engine takes: prepared numbers in its own dtype, or bytes that it rescales and normalises itself."""
+
+LAYOUTS = NCHW, NHWC = ("nchw", "nhwc")
+"""The order of an input: (B, 3, S, S), or for bytes also (B, S, S, 3)."""
+
+
+def check_pixels(pixels: str, layout: str) -> None:
+    """Raise ConfigError unless an engine can take such pixels in such a layout."""
+    check_name("pixels", pixels, PIXELS)
+    check_name("layout", layout, LAYOUTS)
+    if layout == NHWC and pixels == FLOAT:
+        raise ConfigError("--layout nhwc needs --pixels uint8: prepared floats are (B, 3, S, S) everywhere.")
+
+
 MOST_IMAGES = 65536
 """The largest batch of a profile: more than any GPU's memory holds, and within TensorRT's integers."""
 
@@ -126,6 +141,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of what belongs to one image."""
+        return tuple(int(size) for size in self.shape[1:])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
@@ -175,7 +195,8 @@ class TowerSpec:
     """The shape of a full tower of L = ``num_layers`` layers, and what a bundle reads of it.
 
     ``layers`` are the indices of the hidden states that it reads, in reading order: 0 to L, and L + 1 for
-    `last_hidden_state` (see layer_codes.py). ``width`` is the number of features per token of one state.
+    `last_hidden_state` (see layer_codes.py). ``width`` is the number of features per token of one state. ``pixels`` and
+    ``layout`` say what the engine takes: one of `PIXELS` in one of `LAYOUTS`.
     """
 
     family: str
@@ -187,8 +208,11 @@ class TowerSpec:
     layers: tuple[int, ...]
     select_feature: str = "patch"
     naming: Naming = Naming()
+    pixels: str = FLOAT
+    layout: str = NCHW
 
     def __post_init__(self) -> None:
+        check_pixels(self.pixels, self.layout)
         if min(self.image_size, self.patch_size, self.num_layers, self.width) < 1 or self.num_prefix_tokens < 0:
             raise ConfigError(
                 "invalid tower: image_size, patch_size, num_layers and width must each be at least 1, and "
@@ -200,6 +224,16 @@ class TowerSpec:
             raise ConfigError(
                 f"layers={self.layers} are not hidden-state indices; expected some of 0 to {self.num_layers + 1}."
             )
+
+    @property
+    def takes_floats(self) -> bool:
+        """Whether the engine takes prepared numbers, and not bytes."""
+        return self.pixels == FLOAT
+
+    @property
+    def of_floats(self) -> "TowerSpec":
+        """The same tower, taking prepared numbers."""
+        return replace(self, pixels=FLOAT, layout=NCHW)
 
     @property
     def num_patches_per_side(self) -> int:
@@ -257,9 +291,11 @@ class TowerSpec:
         return self.num_prefix_tokens if select_feature == "patch" else 0
 
     def input(self, precision: str) -> TensorSpec:
-        """Describe the input tensor: normalised pixels, (B, 3, S, S)."""
-        shape = ("batch", 3, self.image_size, self.image_size)
-        return TensorSpec(name="pixel_values", dtype=PRECISIONS[precision].dtype, shape=shape)
+        """Describe the input tensor: normalised pixels (B, 3, S, S), or bytes in that shape or as (B, S, S, 3)."""
+        sides = (self.image_size, self.image_size)
+        shape = ("batch", 3, *sides) if self.layout == NCHW else ("batch", *sides, 3)
+        dtype = PRECISIONS[precision].dtype if self.takes_floats else UINT8
+        return TensorSpec(name="pixel_values", dtype=dtype, shape=shape)
 
     def output(self, precision: str) -> TensorSpec:
         """Describe the output tensor: all tokens of the layers that are read, (B, P + N, D)."""

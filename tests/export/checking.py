@@ -38,7 +38,7 @@ class Wrapped(Runner):
 
     def __init__(self, runner: Runner, after: Run) -> None:
         self.backend, self.name, self.files = runner.backend, runner.name, runner.files
-        self.device, self.dtype = runner.device, runner.dtype
+        self.device, self.dtype, self.pixel_dtype = runner.device, runner.dtype, runner.pixel_dtype
         self._runner, self._after = runner, after
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:

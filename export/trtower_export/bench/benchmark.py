@@ -46,8 +46,6 @@ TILES = 16
 LIST_ROUNDS = 3
 """The list runs at least this often, unless --rounds is less: a ratio of single runs means nothing."""
 
-SEED = 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
@@ -203,7 +201,7 @@ def _race(
         absent[f"{name} at batch {batch}"] = _shorten(err)
 
     try:
-        images = draw_images(arena, batch)
+        images = arena.draw(batch)
         reference = arena.reference(images[:1])
     except RuntimeError as err:  # from torch, if memory runs out
         absent[f"batch {batch}"] = _shorten(err)
@@ -254,9 +252,9 @@ def _race_over_a_list(
     """Time a list of images: LLaVA's tower loops over it, the bundle gets it in one call."""
     llava = next(entrant for entrant in entrants if entrant.name == LLAVA)
     try:
-        images = list(draw_images(arena, count))
+        images = list(arena.draw(count))
         one_by_one = [llava.prepare(image[None]) for image in images]
-        prepared = [image.to(arena.tower.dtype) for image in images]
+        prepared = [arena.for_bundle(image) for image in images]
         seconds = race(
             {LLAVA: lambda: [llava.call(image) for image in one_by_one], TRTOWER: lambda: arena.tower(prepared)},
             rounds=rounds,
@@ -271,12 +269,6 @@ def _race_over_a_list(
 def _shorten(err: Exception) -> str:
     """Shorten an error to one line that fits into a table."""
     return one_line(err)[:300]
-
-
-def draw_images(arena: Arena, batch: int) -> Tensor:
-    """Draw random images (B, 3, S, S) on the device, in FP32."""
-    side = arena.bundle.manifest.spec.image_size
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(SEED)).to(arena.device)
 
 
 def _error(features: Tensor, reference: Tensor) -> float | None:

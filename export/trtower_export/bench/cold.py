@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from trtower import Bundle, VisionTower
+from trtower.dtypes import PIXEL_DTYPES
+from trtower_export.bench.race import draw_inputs
 
 KIB = 1024
 
@@ -32,8 +34,7 @@ def main(
     and ``options`` belong to the checkpoint.
     """
     opened = Bundle.open(bundle)
-    side = opened.manifest.spec.image_size
-    images = torch.randn(batch, 3, side, side)
+    images = draw_inputs(opened.manifest, batch)
     if not backend:
         from trtower_export.bench.entrants import Arena, enter
         from trtower_export.checkpoint.checkpoint import open_checkpoint
@@ -46,7 +47,7 @@ def main(
     if backend:
         served = VisionTower.load(bundle, backend, device)
         loaded = time.perf_counter()
-        served(images.to(served.device, served.dtype))
+        served(images.to(served.device, PIXEL_DTYPES[opened.manifest.input.dtype]))
     else:
         arena = Arena.open_torch(opened, checkpoint, torch.device(device))
         if name.endswith("-bf16"):

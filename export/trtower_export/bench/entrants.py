@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
-from trtower.dtypes import DTYPES
+from trtower.bundle.manifest import PREPROCESSOR
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError
 from trtower.flavour import FLAVOURS
 from trtower.runners import choose
 from trtower.runners.base import Backend, Runner
 from trtower.spec import BY_DTYPE, PRECISIONS
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.bench.environment import multiplies_bf16
+from trtower_export.bench.race import draw_inputs
 from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.graph.pixels import PixelsFromBytes
 from trtower_export.graph.truncate import TruncatedTower, truncate
 
 TRTOWER, LLAVA = "trtower", "llava"
@@ -86,10 +90,28 @@ class Arena:
         assert self.ran is not None  # noqa: S101 - None only in a process that times PyTorch
         return self.ran
 
+    def draw(self, batch: int) -> Tensor:
+        """Draw random images on the device."""
+        return draw_inputs(self.bundle.manifest, batch).to(self.device)
+
+    def for_bundle(self, images: Tensor) -> Tensor:
+        """Cast images that `draw_inputs` drew to what the engine takes."""
+        return images.to(PIXEL_DTYPES[self.bundle.manifest.input.dtype])
+
+    def for_torch(self, images: Tensor) -> Tensor:
+        """Prepare images that `draw_inputs` drew for PyTorch, which takes floats (B, 3, S, S)."""
+        spec = self.bundle.manifest.spec
+        if spec.takes_floats:
+            return images
+        processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
+        prepared: Tensor = PixelsFromBytes(processor, spec.layout).to(images.device)(images)
+        return prepared
+
     @torch.no_grad()
     def reference(self, images: Tensor) -> Tensor:
-        """Return the features of the cut tower in FP32, (B, N, D)."""
-        features: Tensor = self.cut(images.to(next(self.cut.parameters()).device, torch.float32))
+        """Return the features of the cut tower in FP32, (B, N, D), for images that `draw_inputs` drew."""
+        images = self.for_torch(images).to(next(self.cut.parameters()).device, torch.float32)
+        features: Tensor = self.cut(images)
         return self.tokens(features).to(self.device)
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
@@ -100,7 +122,7 @@ class Arena:
     @property
     def precision(self) -> str:
         """PyTorch's precision: the bundle's dtype on a GPU, FP32 on a CPU, where its FP16 takes many times as long."""
-        return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.input.dtype].name
+        return "fp32" if self.device.type == "cpu" else BY_DTYPE[self.bundle.manifest.output.dtype].name
 
 
 def runner_of(tower: VisionTower) -> Runner:
@@ -150,7 +172,7 @@ def _enter_bundle(arena: Arena, name: str, tower: VisionTower) -> Entrant:
         runs_on=runner.name,
         arithmetic=choose.find_backend(runner.backend).computes_in(arena.bundle.manifest.precision),
         backend=runner.backend,
-        prepare=lambda images: images.to(tower.dtype),
+        prepare=arena.for_bundle,
         call=tower,
     )
 
@@ -167,7 +189,7 @@ def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tenso
         runs_on=f"PyTorch {torch.__version__}",
         arithmetic=precision,
         backend=None,
-        prepare=lambda images: images.to(dtype),
+        prepare=lambda images: arena.for_torch(images).to(dtype),
         call=call,
     )
 

@@ -4,8 +4,12 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
+
+from trtower.bundle.manifest import Manifest
 
 ROUNDS = 5
+SEED = 0
 
 REST_S = 0.02
 """Pause between two competitors: the threads of one keep spinning for a while on the cores of the next."""
@@ -54,3 +58,12 @@ def _on_gpu(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def draw_inputs(manifest: Manifest, batch: int) -> Tensor:
+    """Draw random images in the shape that the engine takes: numbers in FP32, or bytes."""
+    shape = (batch, *manifest.input.row)
+    generator = torch.Generator().manual_seed(SEED)
+    if manifest.spec.takes_floats:
+        return torch.randn(shape, generator=generator)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

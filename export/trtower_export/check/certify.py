@@ -37,7 +37,14 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.emulation import EMULATED, EmulatedRunner
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import GraphStates, LayerSums
-from trtower_export.check.photographs import Photograph, Photographs, draw_images, prepare
+from trtower_export.check.photographs import (
+    Photograph,
+    Photographs,
+    channels_first,
+    draw_images,
+    prepare,
+    prepare_floats,
+)
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.reference import describe_reference, read_reference
@@ -175,7 +182,7 @@ def _load_towers(
     runner = _open(bundle, backend)
     refuse_altered(bundle, runner)
     emulated = isinstance(runner, EmulatedRunner) or manifest.precision == "bf16"  # no BF16 kernels on the CPU
-    half = manifest.input.dtype == "float16" and runner.device.type == "cpu" and not emulated
+    half = manifest.output.dtype == "float16" and runner.device.type == "cpu" and not emulated
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):
         model = checkpoint.load_model(manifest.spec)
@@ -196,20 +203,20 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     """Run ``images`` through PyTorch one by one, and through the bundle at every batch size."""
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
-    pixels = prepare(images, processor)
+    pixels, floats = prepare(images, processor), prepare_floats(images, processor, manifest.spec)
     references, owns = [], []
-    for image, pixel_values in zip(images, pixels, strict=True):
+    for image, engine_input, pixel_values in zip(images, pixels, floats, strict=True):
         states = read_reference(towers.checkpoint, towers.model, manifest.spec, image.name, pixel_values)
         references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
         comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1])
         if towers.typed:
-            repeated = pixel_values.repeat(manifest.batch.min, 1, 1, 1).to(runner.dtype)
+            repeated = engine_input.repeat(manifest.batch.min, 1, 1, 1).to(runner.pixel_dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
             comparison.sums[TYPED, id(image)] = MetricSums.of(row[None].float(), references[-1])
         if towers.states:
-            comparison.layers.add(image.name, states, towers.states.run(pixel_values), own_states)
+            comparison.layers.add(image.name, states, towers.states.run(engine_input), own_states)
     features: dict[int, Tensor] = {}
     for batch in comparison.batches:
         for member, row in run_in_batches(runner, manifest, pixels, batch):
@@ -219,7 +226,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
         evidence = ImageEvidence(
             name=image.name,
             kind=image.kind,
-            pixel_values=pixels[index][0].to(runner.dtype).float(),
+            pixel_values=channels_first(pixels[index][0].to(runner.pixel_dtype).float(), manifest.spec),
             reference=references[index][0],
             bundle=features[index],
             torch=owns[index][0],
@@ -266,7 +273,7 @@ def _in_precision(tower: TruncatedTower, bundle: Bundle) -> TruncatedTower:
     """Convert PyTorch's tower to the bundle's precision; simulate 8 bits with the bundle's own scales."""
     manifest = bundle.manifest
     if manifest.calibration is None:
-        return tower.to(DTYPES[manifest.input.dtype])
+        return tower.to(DTYPES[manifest.output.dtype])
     return simulate_quantised(tower, manifest.precision, read_quantised(bundle))
 
 

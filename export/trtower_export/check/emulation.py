@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
-from trtower.dtypes import DTYPES
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.extras import import_extra
 from trtower.runners.base import OnStart, Runner
 from trtower.spec import HALVES, PRECISIONS
@@ -40,14 +40,16 @@ class EmulatedRunner(Runner):
         self.backend = f"emulated-{precision}"
         self.files = (_graph(bundle, worst=worst), GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype = DTYPES[bundle.manifest.input.dtype]
+        self.dtype = DTYPES[bundle.manifest.output.dtype]
+        self.pixel_dtype = PIXEL_DTYPES[bundle.manifest.input.dtype]
         self.name = f"onnxruntime {ort.__version__}, CPU, {precision.upper()} emulated"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""
         if on_start:
             on_start(None)
-        (features,) = self._session.run(None, {self._session.get_inputs()[0].name: pixel_values.float().numpy()})
+        inputs = pixel_values if self.pixel_dtype == torch.uint8 else pixel_values.float()
+        (features,) = self._session.run(None, {self._session.get_inputs()[0].name: inputs.numpy()})
         hidden_states.copy_(torch.from_numpy(features))
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ def read_emulated(bundle: Bundle, *, worst: bool = True) -> onnx.ModelProto:
 
 def _graph(bundle: Bundle, *, worst: bool) -> str:
     """Return the graph to emulate: at its worst FP16 rounds inside attention too, which GRAPH spells out."""
-    rounds_inside = worst and bundle.manifest.input.dtype == "float16"
+    rounds_inside = worst and bundle.manifest.output.dtype == "float16"
     return GRAPH if rounds_inside or FUSED_GRAPH not in bundle.manifest.files else FUSED_GRAPH
 
 
@@ -101,7 +103,8 @@ def emulate(model: onnx.ModelProto, half: int, *, worst: bool) -> None:
             values = numpy_helper.to_array(tensor).astype(np.float32)
             graph.initializer[index].CopyFrom(numpy_helper.from_array(values, tensor.name))
     for value in (*graph.input, *graph.output):
-        value.type.tensor_type.elem_type = TensorProto.FLOAT
+        if value.type.tensor_type.elem_type == half:  # or bytes
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     del graph.value_info[:]
     nodes = list(graph.node)
     del graph.node[:]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Figures, LayerFigures
-from trtower.dtypes import DTYPES
+from trtower.dtypes import PIXEL_DTYPES
 from trtower.errors import BundleError
 from trtower.parity.metrics import MetricSums
 from trtower_export.check.emulation import open_session, read_emulated
@@ -57,13 +57,13 @@ class GraphStates:
             raise BundleError(
                 f"the graph of {bundle.path} has no hidden state {min(absent)}: export it again with --overwrite."
             )
-        self._dtype = DTYPES[manifest.input.dtype]
-        self._emulated = emulated
+        self._dtype = PIXEL_DTYPES[manifest.input.dtype]
+        self._widens = emulated and spec.takes_floats
 
     def run(self, pixel_values: Tensor) -> dict[int, Tensor]:
-        """Run one image (1, 3, S, S) and return its hidden states (1, P + N, width) by index, in FP32."""
+        """Run one image, as the engine takes it, and return its hidden states (1, P + N, width) by index, in FP32."""
         batch = pixel_values.repeat(self._least, 1, 1, 1).to(self._dtype)
-        batch = batch.float() if self._emulated else batch
+        batch = batch.float() if self._widens else batch
         states = self._session.run(list(self._names.values()), {self._input: batch.numpy()})
         return {index: torch.from_numpy(values[:1]).float() for index, values in zip(self._names, states, strict=True)}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from trtower.errors import InputError
 from trtower.extras import import_extra
 from trtower.parity.bounds import PHOTOGRAPH
+from trtower.spec import NHWC, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pictures import to_rgb
 from trtower_export.console import Progress
@@ -109,14 +110,28 @@ def load_photographs(folder: Path | None, *, limit: int | None = None) -> Photog
 
 
 def prepare(photographs: Sequence[Photograph], processor: ImageProcessor) -> list[Tensor]:
-    """Preprocess photographs into pixel_values, each (1, 3, S, S) in FP32; InputError names one that fails."""
+    """Preprocess photographs into pixel_values, one image each, as the processor makes them: floats or bytes.
+
+    Raises InputError, which names the photograph that fails.
+    """
     prepared = []
     for photograph in photographs:
         try:
-            prepared.append(processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"].float())
+            prepared.append(processor.preprocess(photograph.image, return_tensors="pt")["pixel_values"])
         except InputError as err:
             raise InputError(f"{photograph.name}: {err}") from err
     return prepared
+
+
+def prepare_floats(photographs: Sequence[Photograph], processor: ImageProcessor, spec: TowerSpec) -> list[Tensor]:
+    """Preprocess photographs for PyTorch's tower with a bundle's processor: (1, 3, S, S) each, in FP32."""
+    processor = processor if spec.takes_floats else processor.preparing_floats()
+    return [pixel_values.float() for pixel_values in prepare(photographs, processor)]
+
+
+def channels_first(pixels: Tensor, spec: TowerSpec) -> Tensor:
+    """View one image, as a bundle's engine takes it, as (3, S, S)."""
+    return pixels.permute(2, 0, 1) if spec.layout == NHWC else pixels
 
 
 def say_skipped(photographs: Photographs, progress: Progress) -> None:

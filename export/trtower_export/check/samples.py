@@ -1,11 +1,10 @@
 """Load the images that an export needs: for the golden answers, the precision, and the check at the end."""
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
-from trtower.dtypes import DTYPES
+from trtower.dtypes import PIXEL_DTYPES
 from trtower.extras import import_extra
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH
 from trtower.parity.golden import GoldenImage, GoldenInputs, count_images
@@ -16,6 +15,7 @@ from trtower_export.check.photographs import (
     draw_images,
     load_photographs,
     prepare,
+    prepare_floats,
     say_skipped,
 )
 from trtower_export.console import Progress
@@ -47,8 +47,8 @@ def load_for_export(options: ExportOptions, progress: Progress) -> Photographs |
     return photographs
 
 
-def make_golden_inputs(preprocessor: dict[str, Any], spec: TowerSpec, precision: str) -> GoldenInputs:
-    """Prepare golden images: two of the demo's photographs, if they are installed, and drawn ones.
+def make_golden_inputs(processor: ImageProcessor, spec: TowerSpec, precision: str) -> GoldenInputs:
+    """Prepare golden images with the bundle's processor: drawn ones, and two of the demo's photographs if here.
 
     Never photographs of the user's, because a bundle is passed on.
     """
@@ -57,24 +57,24 @@ def make_golden_inputs(preprocessor: dict[str, Any], spec: TowerSpec, precision:
     if find_spec("skimage"):
         first, second = load_photographs(None, limit=2).images
         chosen = [first, drawn["squares"], second]
-    pixels = torch.cat(prepare(chosen, ImageProcessor(preprocessor)))
-    dtype = DTYPES[spec.input(precision).dtype]
+    pixels, dtype = torch.cat(prepare(chosen, processor)), PIXEL_DTYPES[spec.input(precision).dtype]
     pixels = pixels.to(torch.float16 if dtype == torch.float32 else dtype)
+    prepared = pixels.float() if spec.takes_floats else torch.cat(prepare_floats(chosen, processor, spec))
     count = count_images(chosen, pixels[0].nbytes)
     return GoldenInputs(
         images=tuple(GoldenImage(name=image.name, kind=image.kind) for image in chosen[:count]),
         pixel_values=pixels[:count],
+        prepared=prepared[:count],
     )
 
 
 def make_samples(
-    options: ExportOptions, photographs: Photographs | None, preprocessor: dict[str, Any], size: int
+    options: ExportOptions, photographs: Photographs | None, processor: ImageProcessor, spec: TowerSpec
 ) -> Samples:
     """Prepare the images for choosing a precision: the photographs and, for a search, drawn images."""
     if not options.runs_on_images or photographs is None:
         return Samples()
-    processor = ImageProcessor(preprocessor)
-    pixel_values = {PHOTOGRAPH: prepare(photographs.images, processor)}
+    pixel_values = {PHOTOGRAPH: prepare_floats(photographs.images, processor, spec)}
     if options.searches:
-        pixel_values[DRAWN] = prepare(draw_images(size), processor)
+        pixel_values[DRAWN] = prepare_floats(draw_images(spec.image_size), processor, spec)
     return Samples(pixel_values=pixel_values, sha256=photographs.sha256)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from trtower.errors import CheckpointError, ConfigError
+from trtower.spec import NHWC, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
@@ -92,6 +93,21 @@ def fit_preprocessor(checkpoint: Checkpoint, size: int, progress: Progress) -> d
     if not fitted.get("do_resize", True):
         progress.say(f"do_resize is false: only the middle {size} x {size} pixels of each picture are read, unscaled")
     return fitted
+
+
+def stop_at_pixels(fitted: dict[str, Any], spec: TowerSpec) -> dict[str, Any]:
+    """Return the config of a bundle's processor: it prepares floats, or stops at the bytes that the engine takes.
+
+    What the engine then does itself stays in the config: its rescale_factor, image_mean and image_std.
+    """
+    if spec.takes_floats:
+        return fitted
+    processor = ImageProcessor(fitted)
+    config = fitted | {"do_rescale": False, "do_normalize": False, "rescale_factor": processor.rescale_factor}
+    config |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
+    config |= {} if processor.do_rescale else {"rescale_factor": 1.0}
+    config |= {} if processor.do_normalize else {"image_mean": 0.0, "image_std": 1.0}
+    return config | ({"data_format": "channels_last"} if spec.layout == NHWC else {})
 
 
 def _fit(written: dict[str, Any], size: int) -> tuple[dict[str, Any], str | None]:

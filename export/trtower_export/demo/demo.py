@@ -16,7 +16,6 @@ from trtower.errors import CheckpointError
 from trtower.parity.bounds import PHOTOGRAPH
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
-from trtower_export.bench.benchmark import draw_images
 from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, enter
 from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
@@ -100,7 +99,7 @@ def show_latency(out: Path, console: Console, progress: Progress) -> Bundle:
     _print_certificate(console, bundle)
     with progress.step(f"Time both towers in turn, {ROUNDS} rounds"):
         arena = Arena.open(bundle, checkpoint)
-        images = draw_images(arena, 1)
+        images = arena.draw(1)
         entrants = [enter(arena, name) for name in (LLAVA, TRTOWER)]
         seconds = race({each.name: partial(each.call, each.prepare(images)) for each in entrants})
     table = new_table("tower", "runs on", "ms per image", "vs LLaVA", left=("tower", "runs on"))

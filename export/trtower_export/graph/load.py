@@ -7,9 +7,11 @@ from trtower.bundle.manifest import TowerCost
 from trtower.fingerprint import hash_later
 from trtower.parity.golden import Golden, GoldenInputs
 from trtower.spec import TowerSpec
+from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.cost import count_flop, measure_module
+from trtower_export.graph.pixels import PixelsFromBytes
 from trtower_export.graph.reference import answer
 from trtower_export.graph.truncate import TruncatedTower, truncate
 
@@ -33,14 +35,21 @@ class LoadedTower:
     golden: Golden
 
 
-def load_and_cut(checkpoint: Checkpoint, spec: TowerSpec, inputs: GoldenInputs, progress: Progress) -> LoadedTower:
-    """Load the full model, ask it for the golden answers, and keep only what ``spec`` reads. Raises CheckpointError."""
+def load_and_cut(
+    checkpoint: Checkpoint, spec: TowerSpec, processor: ImageProcessor, inputs: GoldenInputs, progress: Progress
+) -> LoadedTower:
+    """Load the full model, ask it for the golden answers, and keep only what ``spec`` reads.
+
+    ``processor`` is the bundle's. Raises CheckpointError, and ConfigError if the graph cannot do the rest of its work.
+    """
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
         model = checkpoint.load_model(spec)
         hashing = hash_later(model, spec)
     with progress.step(f"Run the uncut tower on {len(inputs.images)} golden images"):
         golden = answer(checkpoint, model, spec, inputs)
     tower = truncate(model, checkpoint.family, spec)
+    if not spec.takes_floats:
+        tower.pixels = PixelsFromBytes(processor, spec.layout)
     return LoadedTower(
         tower=tower,
         full=measure_module(model, checkpoint.family, spec.image_size),

@@ -27,8 +27,9 @@ from torch.export import ExportedProgram
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
-from trtower.spec import BY_DTYPE, HALVES, TensorSpec
+from trtower.spec import BY_DTYPE, HALVES, UINT8, TensorSpec
 from trtower_export.graph.fusion import spell_out_attention, write_fused
+from trtower_export.graph.pixels import CHANNELS
 
 OPSET = 20
 """The newest opset that TensorRT 10.0 reads. It is the first with the operator Gelu."""
@@ -56,10 +57,11 @@ def write_onnx(
 
     This spells out the attention of ``program``, in place. The same weights give the same bytes, because names of
     source files, which PyTorch writes into every node, are removed. With ``islands`` the graph may hold weights in FP32
-    beside half precision. ``quantise`` receives the graph and the module of every node, and may write 8 bits into the
-    graph. Raises BuildError if the graph does not match ``input_`` and ``output``.
+    beside half precision; the mean and deviation of bytes are in FP32 in any case. ``quantise`` receives the graph and
+    the module of every node, and may write 8 bits into the graph. Raises BuildError if the graph does not match
+    ``input_`` and ``output``.
     """
-    precision = BY_DTYPE[input_.dtype]
+    precision = BY_DTYPE[output.dtype]
     path = folder / GRAPH
     kinds = {precision.onnx} | ({onnx.TensorProto.FLOAT} if islands or quantise else set())
     spell_out_attention(program)
@@ -168,15 +170,19 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
     for values, expected in ((graph.input, input_), (graph.output, output)):
         tensors = [(value.name, value.type.tensor_type) for value in values]
         actual = [(name, tuple(d.dim_param or d.dim_value for d in t.shape.dim), t.elem_type) for name, t in tensors]
-        if actual != [(expected.name, expected.shape, BY_DTYPE[expected.dtype].onnx)]:
+        if actual != [(expected.name, expected.shape, _onnx_type(expected))]:
             raise BuildError(
                 f"the traced graph has {actual} (name, shape, ONNX type), but "
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
     floats = {each.onnx for each in BY_DTYPE.values()}
     for tensor in graph.initializer:
-        if tensor.data_type in floats and tensor.data_type not in kinds and prod(tensor.dims) > 1:
-            raise BuildError(f"initialiser {tensor.name} is not {input_.dtype}: the tower was not cast as a whole.")
+        if tensor.data_type in floats and tensor.data_type not in kinds and prod(tensor.dims) > CHANNELS:
+            raise BuildError(f"initialiser {tensor.name} is not {output.dtype}: the tower was not cast as a whole.")
+
+
+def _onnx_type(tensor: TensorSpec) -> int:
+    return int(onnx.TensorProto.UINT8) if tensor.dtype == UINT8 else BY_DTYPE[tensor.dtype].onnx
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from trtower.dtypes import DTYPES
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import BatchProfile, TensorSpec
 
@@ -67,13 +67,14 @@ class Operation:
         return any(opname(node) in PRODUCTS for node in self.nodes)
 
 
-def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile) -> ExportedProgram:
-    """Cast ``tower`` in place to the input's dtype, and trace it with a dynamic batch."""
-    dtype = DTYPES[input_.dtype]
-    example = torch.zeros((2, *(int(size) for size in input_.shape[1:])), dtype=dtype)
+def trace(tower: nn.Module, input_: TensorSpec, batch: BatchProfile, dtype: str = "") -> ExportedProgram:
+    """Cast ``tower`` in place to ``dtype``, by default the input's, and trace it with a dynamic batch."""
+    example = torch.zeros((2, *input_.row), dtype=PIXEL_DTYPES[input_.dtype])
     # torch.export would make a batch of exactly 1 a constant, so the dimension goes up to at least 2.
     dynamic_shapes = {input_.name: {0: torch.export.Dim("batch", min=1, max=max(batch.max, 2))}}
-    program = torch.export.export(tower.to(dtype), (example,), dynamic_shapes=dynamic_shapes, strict=False)
+    program = torch.export.export(
+        tower.to(DTYPES[dtype or input_.dtype]), (example,), dynamic_shapes=dynamic_shapes, strict=False
+    )
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target == aten._assert_tensor_metadata.default:  # it asserts dtypes, which islands change

@@ -37,8 +37,8 @@ def answer(checkpoint: Checkpoint, model: nn.Module, spec: TowerSpec, inputs: Go
     pixels = inputs.pixel_values
     tokens = sample_tokens(spec.output("fp32"), len(pixels), pixels.nbytes)
     answers = []
-    for image, one in zip(inputs.images, pixels.split(1), strict=True):
-        states = read_reference(checkpoint, model, spec, image.name, one.float())
+    for image, one in zip(inputs.images, inputs.prepared.split(1), strict=True):
+        states = read_reference(checkpoint, model, spec, image.name, one)
         answers.append(torch.cat([states[layer][:, tokens] for layer in spec.layers], dim=-1))
     return Golden(
         images=inputs.images,

@@ -13,11 +13,16 @@ from trtower_export.families import Family
 
 
 class TruncatedTower(nn.Module):
-    """A tower that turns pixels (B, 3, S, S) into the hidden states that are read, concatenated: (B, P + N, D)."""
+    """A tower that turns pixels (B, 3, S, S) into the hidden states that are read, concatenated: (B, P + N, D).
+
+    Attributes:
+        pixels: Prepares bytes, if the engine takes them; the tower itself then accepts both bytes and floats.
+    """
 
     def __init__(self, model: nn.Module, family: Family, spec: TowerSpec) -> None:
         super().__init__()
         pieces = family.take_apart(model, spec.image_size)
+        self.pixels: nn.Module | None = None
         self.stem = pieces.stem
         self.layers = pieces.layers[: spec.depth]
         self.final_norm = pieces.final_norm if spec.reads_final_norm else None
@@ -25,6 +30,8 @@ class TruncatedTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Run only the layers that are needed."""
+        if pixel_values.dtype == torch.uint8 and self.pixels is not None:
+            pixel_values = self.pixels(pixel_values).to(next(self.stem.parameters()).dtype)
         return self.read(self.states(pixel_values))
 
     def states(self, pixel_values: Tensor) -> list[Tensor]:

@@ -172,4 +172,14 @@ def _build_verified(
     """Build PLAN and LOG in ``folder``; raise BundleError if the graph was altered or changes during the build."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
     with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {choice.flavour} plan") as step:
-        build_plan(graph, choice, manifest.input, manifest.profiles, folder, step, mixed=manifest.is_mixed, cache=cache)
+        build_plan(
+            graph,
+            choice,
+            manifest.input,
+            manifest.profiles,
+            folder,
+            step,
+            dtype=manifest.output.dtype,
+            mixed=manifest.is_mixed,
+            cache=cache,
+        )

@@ -43,14 +43,16 @@ def build_plan(
     folder: Path,
     step: Step,
     *,
+    dtype: str = "",
     mixed: bool = False,
     cache: Path | None = None,
 ) -> None:
     """Build ``graph`` into PLAN in ``folder``, with LOG beside it.
 
-    ``mixed``: the graph holds some weights in FP32 or in 8 bits. ``cache``: the file of TensorRT's timings on this GPU,
-    which the build reads and updates. Raises BuildError with TensorRT's own message if it refuses, and if the plan does
-    not have the precision of the graph. Raises BackendError if TensorRT does not start.
+    ``tensor`` is the input, and ``dtype`` that of the weights, by default the input's. ``mixed``: the graph holds some
+    weights in FP32 or in 8 bits. ``cache``: the file of TensorRT's timings on this GPU, which the build reads and
+    updates. Raises BuildError with TensorRT's own message if it refuses, and if the plan does not have the precision of
+    the graph. Raises BackendError if TensorRT does not start.
     """
     module = load_flavour(choice.flavour)
     polygraphy = _import_polygraphy(choice.flavour)
@@ -60,7 +62,7 @@ def build_plan(
     with _keep_log(folder / LOG) as errors, _hold_interrupts() as interrupted:
         try:
             parsed = polygraphy.network_from_onnx_path(str(graph), strongly_typed=True)
-            _check_network(parsed[1], module, tensor.dtype, mixed=mixed)
+            _check_network(parsed[1], module, dtype or tensor.dtype, mixed=mixed)
             ranges = [
                 polygraphy.Profile().add(tensor.name, *((n, *tensor.shape[1:]) for n in (each.min, each.opt, each.max)))
                 for each in profiles
@@ -78,7 +80,7 @@ def build_plan(
                 raise
             raise BackendError(f"{product} could not start; its driver may be too old: {reason}") from err
     if not choice.settings.stripped:
-        _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, tensor.dtype)
+        _check_size(content.nbytes, (graph.parent / GRAPH_DATA).stat().st_size, dtype or tensor.dtype)
     (folder / PLAN).write_bytes(content)
 
 

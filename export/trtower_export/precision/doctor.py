@@ -128,7 +128,7 @@ class Extremes:
 
 def simulate(tower: nn.Module, spec: TowerSpec) -> Simulation:
     """Return a simulation of a tower, and leave the tower as it is."""
-    program = trace(copy.deepcopy(tower), spec.input("fp16"), BatchProfile(min=1, opt=1, max=2))
+    program = trace(copy.deepcopy(tower), spec.of_floats.input("fp16"), BatchProfile(min=1, opt=1, max=2))
     return Simulation(Operations(program, spelled_out=True), named_weights(tower))
 
 

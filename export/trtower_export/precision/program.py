@@ -98,7 +98,12 @@ def trace_with_islands(
     With ``patterns`` or ``copied``, a copy of the tower is cast to ``precision`` and traced. Otherwise the tower itself
     is, which saves memory. Raises ConfigError if a pattern matches nothing.
     """
-    program = trace(copy.deepcopy(tower) if patterns or copied else tower, spec.input(precision), batch)
+    program = trace(
+        copy.deepcopy(tower) if patterns or copied else tower,
+        spec.input(precision),
+        batch,
+        spec.output(precision).dtype,
+    )
     kept = Operations(program, spelled_out=True).match(patterns) if patterns else ()
     if kept:
         keep_fp32(program, kept, named_weights(tower))

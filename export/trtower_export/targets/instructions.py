@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from trtower.bundle.manifest import GOLDEN, GRAPH, Deployment, Manifest
+from trtower.bundle.manifest import GOLDEN, GRAPH, PREPROCESSOR, Deployment, Manifest
 from trtower.bundle.suggest import build_command
 from trtower.spec import BatchProfile
 from trtower_export.targets import Target
@@ -50,8 +50,7 @@ def write_instructions(manifest: Manifest, target: Target | None) -> str:
         backend=target.flavour if target else "tensorrt",
         polygraphy=_wrap(polygraphy_command(manifest)),
         trtexec=_wrap(trtexec_command(manifest)),
-        input=manifest.input.name,
-        dtype=manifest.input.dtype,
+        pixels=_describe_pixels(manifest),
         output=manifest.output.name,
         prefix=_describe_prefix(manifest.spec.num_prefix_tokens),
         verify=shlex.join(["trtower", "verify", name, "--backend", target.flavour if target else "tensorrt"]),
@@ -117,6 +116,19 @@ def _shapes(manifest: Manifest, profile: BatchProfile) -> list[str]:
     rest = "x".join(map(str, manifest.input.shape[1:]))
     bounds = (("min", profile.min), ("opt", profile.opt), ("max", profile.max))
     return [f"--{bound}Shapes={manifest.input.name}:{batch}x{rest}" for bound, batch in bounds]
+
+
+def _describe_pixels(manifest: Manifest) -> str:
+    """Say what the engine's input is."""
+    input_, shape = manifest.input, ", ".join(map(str, manifest.input.shape))
+    if manifest.spec.takes_floats:
+        return (
+            f"`{input_.name}` ({shape}) has the type {input_.dtype}: normalised pixels, as `{PREPROCESSOR}` describes"
+        )
+    return (
+        f"`{input_.name}` ({shape}) has the type {input_.dtype}: RGB, resized and cropped as `{PREPROCESSOR}` "
+        "describes; the engine rescales and normalises them itself"
+    )
 
 
 def _describe_prefix(tokens: int) -> str:

@@ -66,7 +66,8 @@ def _repeat(option: str, values: Sequence[str]) -> list[str]:
 def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
     """Return the options that build a bundle of ``spec`` like this one."""
     manifest = bundle.manifest
-    options = ["--precision", manifest.precision]
+    options = [] if spec.takes_floats else ["--pixels", spec.pixels, "--layout", spec.layout]
+    options += ["--precision", manifest.precision]
     kept = [name for name in manifest.keep_fp32 if _is_in(name, spec)]
     options += ["--keep-fp32", ",".join(kept)] if kept else []
     if target := manifest.target:

@@ -32,6 +32,11 @@ def check_match(
     Raises BundleError if it is a rehearsal. The two flags accept other weights, and a rehearsal.
     """
     source = bundle.manifest.source
+    if not bundle.manifest.spec.takes_floats:
+        raise ConfigError(
+            f"{bundle.path} takes pixels as bytes, but this model prepares floats for its tower: export it without "
+            "--pixels uint8."
+        )
     if source.random_weights and not allow_random_weights:
         raise BundleError(
             f"{bundle.path} is a rehearsal, with random weights, so the model's answers would mean nothing: export its "

@@ -46,27 +46,34 @@ class GoldenImage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GoldenInputs:
-    """Golden images, and what the engine takes for each.
+    """Golden images before they are answered.
 
     Attributes:
         images: The n images.
-        pixel_values: The inputs, (n, 3, S, S). FP32 engines, too, are given numbers of FP16.
+        pixel_values: What the engine takes for each: (n, 3, S, S), or bytes in its layout. FP32 engines, too, are given
+            numbers of FP16.
+        prepared: What PyTorch's tower takes, (n, 3, S, S) in FP32.
     """
 
     images: tuple[GoldenImage, ...]
     pixel_values: Tensor
+    prepared: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Golden(GoldenInputs):
+class Golden:
     """Golden inputs and answers.
 
     Attributes:
+        images: The n images.
+        pixel_values: What the engine takes for each, (n, 3, S, S), or bytes in its layout.
         tokens: The tokens in ``answers``, (K,), counted from 0 with the prefix tokens.
         answers: The reference's features of these tokens, (n, K, D) in FP32.
         reference: The model that gave the answers.
     """
 
+    images: tuple[GoldenImage, ...]
+    pixel_values: Tensor
     tokens: Tensor
     answers: Tensor
     reference: str
@@ -107,9 +114,9 @@ class Golden(GoldenInputs):
 
     def _check(self, input_: TensorSpec, output: TensorSpec) -> None:
         """Raise ValueError unless the shapes are those of an engine with these tensors."""
-        tokens, width = (int(size) for size in output.shape[1:])
+        tokens, width = output.row
         count = len(self.images)
-        if not count or self.pixel_values.shape != (count, *input_.shape[1:]):
+        if not count or self.pixel_values.shape != (count, *input_.row):
             raise ValueError(f"{input_.name} has shape {tuple(self.pixel_values.shape)} for {count} images")
         if self.answers.shape != (count, len(self.tokens), width):
             raise ValueError(f"{output.name} has shape {tuple(self.answers.shape)}")
@@ -134,7 +141,7 @@ def sample_tokens(output: TensorSpec, count: int, input_bytes: int) -> Tensor:
 
     They are evenly spaced, so the same shapes always give the same tokens.
     """
-    tokens, width = (int(size) for size in output.shape[1:])
+    tokens, width = output.row
     room = MOST_BYTES - HEADER_BYTES - input_bytes
     fitting = room // (count * (width * torch.float32.itemsize + torch.int64.itemsize))
     return torch.linspace(0, tokens - 1, min(tokens, max(FEWEST_TOKENS, fitting))).round().long()

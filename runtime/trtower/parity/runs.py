@@ -23,7 +23,7 @@ def run_in_batches(
     """
     for start in range(0, len(inputs), size):
         members = [(start + place) % len(inputs) for place in range(size)]
-        taken = torch.cat([inputs[member] for member in members]).to(runner.device, runner.dtype).contiguous()
+        taken = torch.cat([inputs[member] for member in members]).to(runner.device, runner.pixel_dtype).contiguous()
         for member, row in zip(members, run_batch(runner, manifest.batch, manifest.output, taken), strict=True):
             yield member, row.float().cpu()
 

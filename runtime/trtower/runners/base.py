@@ -32,7 +32,8 @@ class Runner(Protocol):
         name: What actually runs, such as "tensorrt-rtx 1.7.1, sm89".
         files: The files of the bundle that it executes.
         device: The device that holds both tensors of a call.
-        dtype: The dtype of both tensors.
+        dtype: The dtype of the hidden states.
+        pixel_dtype: The dtype of the pixel values: the same, or uint8.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Runner(Protocol):
     files: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    pixel_dtype: torch.dtype
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """Compute the hidden states of a batch of images.
@@ -47,8 +49,8 @@ class Runner(Protocol):
         On CUDA this only queues the work: after what is already in the current stream, and before what enters it next.
 
         Args:
-            pixel_values: The images, (B, 3, S, S), with B within the batch profile. Contiguous, on this runner's device
-                and of its dtype.
+            pixel_values: The images, (B, 3, S, S) or bytes as the manifest says, with B within the batch profile.
+                Contiguous, on this runner's device and of its ``pixel_dtype``.
             hidden_states: The tensor to fill, (B, P + N, D). Contiguous, on this runner's device and of its dtype.
             on_start: Called when this call's turn comes, with the CUDA stream that it runs in, or None on the CPU.
 
@@ -222,8 +224,7 @@ def run_batch(
     output's shape, dtype and device. Raises InputError if B is below the profile's minimum.
     """
     if out is None:
-        tokens, width = (int(size) for size in output.shape[1:])
-        out = torch.empty((len(pixel_values), tokens, width), dtype=runner.dtype, device=runner.device)
+        out = torch.empty((len(pixel_values), *output.row), dtype=runner.dtype, device=runner.device)
     call = run or runner.run
     for start, stop in profile.pieces(len(pixel_values)):
         call(pixel_values[start:stop], out[start:stop])

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
-from trtower.dtypes import DTYPES
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError, one_line
 from trtower.extras import how_to_install, import_extra
 from trtower.flavour import parse_version
@@ -61,13 +62,14 @@ class OnnxRuntimeRunner(Runner):
         check_contract(bundle, file, _shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         if device.type == "cuda":
             _check_placement(self._session, f"onnxruntime {ort.__version__}")
-        element_type = PRECISIONS[bundle.manifest.precision].onnx  # numpy has no name for bfloat16
-        self._ort, self._binding = ort, (device.type, device.index or 0, element_type)
+        self._ort, self._place = ort, (device.type, device.index or 0)
+        self._kind = PRECISIONS[bundle.manifest.precision].onnx  # numpy has no name for bfloat16
         self._input, self._output = bundle.manifest.input, bundle.manifest.output
         self.backend = f"onnxruntime-{device.type}"
         self.files = (file, GRAPH_DATA)
         self.device = device
-        self.dtype = DTYPES[self._input.dtype]
+        self.dtype = DTYPES[self._output.dtype]
+        self.pixel_dtype = PIXEL_DTYPES[self._input.dtype]
         self.name = f"onnxruntime {ort.__version__}, {'CUDA' if device.type == 'cuda' else 'CPU'}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
@@ -81,8 +83,12 @@ class OnnxRuntimeRunner(Runner):
         if session is None:
             raise BackendError(CLOSED)
         binding = session.io_binding()
-        binding.bind_input(self._input.name, *self._binding, tuple(pixel_values.shape), pixel_values.data_ptr())
-        binding.bind_output(self._output.name, *self._binding, tuple(hidden_states.shape), hidden_states.data_ptr())
+        for tensor, name, bind in (
+            (pixel_values, self._input.name, binding.bind_input),
+            (hidden_states, self._output.name, binding.bind_output),
+        ):
+            kind = np.uint8 if tensor.dtype == torch.uint8 else self._kind
+            bind(name, *self._place, kind, tuple(tensor.shape), tensor.data_ptr())
         session.run_with_iobinding(binding, options)
 
     def close(self) -> None:

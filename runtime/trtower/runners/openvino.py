@@ -12,7 +12,7 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
-from trtower.dtypes import DTYPES
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError, BundleError, one_line
 from trtower.extras import import_extra
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
@@ -56,7 +56,8 @@ class OpenVinoRunner(Runner):
         self.backend = backend.name
         self.files = (GRAPH, GRAPH_DATA)
         self.device = torch.device("cpu")
-        self.dtype = DTYPES[bundle.manifest.input.dtype]
+        self.dtype = DTYPES[bundle.manifest.output.dtype]
+        self.pixel_dtype = PIXEL_DTYPES[bundle.manifest.input.dtype]
         self.name = f"openvino {ov.__version__.partition('-')[0]}, CPU, {backend.arithmetic.upper()}"
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
@@ -76,7 +77,8 @@ class OpenVinoRunner(Runner):
     def _wrap(self, tensor: torch.Tensor) -> Any:
         """View torch's memory as an OpenVINO tensor. BF16 passes as int16, because numpy has no BF16."""
         cells = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        return self._ov.Tensor(cells.numpy(), self._ov.Shape(list(tensor.shape)), self._type)
+        kind = self._ov.Type.u8 if tensor.dtype == torch.uint8 else self._type
+        return self._ov.Tensor(cells.numpy(), self._ov.Shape(list(tensor.shape)), kind)
 
 
 def has_bf16(ov: Any) -> bool:
@@ -85,13 +87,16 @@ def has_bf16(ov: Any) -> bool:
 
 
 def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
-    """Make ``model`` compute in FP32 between its inputs and outputs, which stay in ``half``.
+    """Make ``model`` compute in FP32 between its input and output, which keep their types.
 
     ``keep_products`` leaves matrix products and convolutions, and their weights, in ``half``: FP32 weights would take
     twice the memory, only to be rounded again.
     """
     narrow, operators = getattr(ov.Type, half), ov.opset13
-    model.get_parameters()[0].set_element_type(ov.Type.f32)
+    (pixels,) = model.get_parameters()
+    kind = pixels.get_element_type()
+    if kind == narrow:
+        pixels.set_element_type(ov.Type.f32)
     for node in model.get_ops():
         if node.get_type_name() == "Convert" and node.get_element_type() == narrow:
             node.set_destination_type(ov.Type.f32)
@@ -111,7 +116,7 @@ def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
             _insert(operators.convert(node, "f32"), readers)
     model.validate_nodes_and_infer_types()
     ends = ov.preprocess.PrePostProcessor(model)
-    ends.input().tensor().set_element_type(narrow)
+    ends.input().tensor().set_element_type(kind)
     ends.output().tensor().set_element_type(narrow)
     return ends.build()
 

@@ -13,7 +13,7 @@ import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BUILD_NOTES, GRAPH, GRAPH_DATA, PlanEntry
-from trtower.dtypes import DTYPES
+from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import load_flavour, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
@@ -51,7 +51,8 @@ class TensorRTRunner(Runner):
         self.backend = plan.flavour
         self.files = (plan.file,)
         self.device = device
-        self.dtype = DTYPES[bundle.manifest.input.dtype]
+        self.dtype = DTYPES[bundle.manifest.output.dtype]
+        self.pixel_dtype = PIXEL_DTYPES[bundle.manifest.input.dtype]
         self.name = f"{product} {module.__version__}, {gpu}"
         self._module, self._options, self._bundle, self._plan = module, options, bundle, plan
         with torch.cuda.device(device):

@@ -82,8 +82,8 @@ class TowerAnswers(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the engine's input and output, whatever the dtype of the images."""
-        return DTYPES[self.bundle.manifest.input.dtype]
+        """The dtype of the engine's features, whatever the dtype of the images."""
+        return DTYPES[self.bundle.manifest.output.dtype]
 
     @property
     def config(self) -> TowerConfig:

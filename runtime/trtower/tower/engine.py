@@ -212,14 +212,14 @@ class Engine:
     def warm_up(self, batches: Iterable[int] | None) -> None:
         """Run each batch size once, by default those that the profiles name, and keep what was compiled."""
         manifest = self._bundle.manifest
-        side = manifest.spec.image_size
         chosen = profile_batches(manifest.profiles) if batches is None else batches
         chosen = [*chosen] if isinstance(chosen, Iterable) else [chosen]
         if not all(type(batch) is int and batch > 0 for batch in chosen):
             raise ConfigError(f"warmup expects numbers of images, such as [1, 8]; got {batches!r}.")
         with self.lend() as runner:
             for batch in chosen:
-                pixel_values = torch.zeros((batch, 3, side, side), dtype=runner.dtype, device=runner.device)
+                shape = (batch, *manifest.input.row)
+                pixel_values = torch.zeros(shape, dtype=runner.pixel_dtype, device=runner.device)
                 run_batch(runner, manifest.batch, manifest.output, pixel_values)
             if runner.device.type == "cuda":
                 torch.cuda.current_stream(runner.device).synchronize()

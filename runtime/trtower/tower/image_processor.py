@@ -23,7 +23,7 @@ import torch
 from trtower.bundle.manifest import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
 from trtower.tower.dicts import AttributeDict, Size
-from trtower.tower.pictures import CHANNELS_FIRST, FORMATS, Array, Images, channels_first, flatten
+from trtower.tower.pictures import CHANNELS_FIRST, CHANNELS_LAST, FORMATS, Array, Images, channels_first, flatten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +45,7 @@ _CLIP: dict[str, Any] = {
     "do_normalize": True,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "data_format": CHANNELS_FIRST,
 }
 _SIGLIP = _CLIP | {
     "size": {"height": 224, "width": 224},
@@ -103,6 +104,7 @@ class ImageProcessor:
     do_normalize: bool
     image_mean: Sequence[float] | float
     image_std: Sequence[float] | float
+    data_format: str
     _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -113,8 +115,7 @@ class ImageProcessor:
             raise ConfigError(f"unknown image_processor_type={kind!r}; choose {', '.join(_DEFAULTS)}.")
         present = {name: value for name, value in config.items() if value is not None}
         for name, value in present.items():
-            is_off = value is False or (name, value) == ("data_format", "channels_first")
-            if not (is_off or name in _CLIP or name in _INERT):
+            if not (value is False or name in _CLIP or name in _INERT):
                 raise ConfigError(f"ImageProcessor does not support {name}={value!r}; use transformers' own processor.")
         settings = _DEFAULTS[self.image_processor_type] | present
         if settings["crop_size"] is None:
@@ -151,6 +152,16 @@ class ImageProcessor:
         """
         return {name: deepcopy(getattr(self, name)) for name in ("image_processor_type", *_CLIP)}
 
+    def preparing_floats(self) -> "ImageProcessor":
+        """Return the processor of prepared floats for a bundle that takes bytes.
+
+        Returns:
+            A processor for the same pixels, which also rescales and normalises them, as (C, H, W).
+        """
+        return ImageProcessor(
+            self.to_dict() | {"do_rescale": True, "do_normalize": True, "data_format": CHANNELS_FIRST}
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> list[str]:
         """Write `preprocessor_config.json`, which this class and transformers can read.
 
@@ -182,7 +193,6 @@ class ImageProcessor:
         return_tensors: str | None = None,
         *,
         input_data_format: str | None = None,
-        data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Turn pictures into ``pixel_values``.
@@ -191,10 +201,10 @@ class ImageProcessor:
             images: PIL images, arrays or tensors, or lists or iterators of these. Arrays and tensors are (C, H, W) or
                 (H, W, C), or batches of these, with values from 0 to 255. For values from 0 to 1, pass
                 ``do_rescale=False``.
-            return_tensors: None for a list of (C, H, W) arrays; "np" or "pt" for one (B, C, H, W) array or tensor.
+            return_tensors: None for a list of (C, H, W) arrays; "np" or "pt" for one (B, C, H, W) array or tensor. With
+                ``data_format="channels_last"`` C comes last.
             input_data_format: "channels_first", "channels_last", or "none" for greyscale arrays (H, W). None looks for
                 the side of 1, 3 or 4.
-            data_format: "channels_first" or None; no other format is supported.
             overrides: Values of attributes for this call. None keeps the attribute's value.
 
         Returns:
@@ -208,7 +218,6 @@ class ImageProcessor:
         for name, value, choices in (
             ("return_tensors", return_tensors, ("np", "pt")),
             ("input_data_format", input_data_format, FORMATS),
-            ("data_format", data_format, (CHANNELS_FIRST,)),
         ):
             if value is not None and value not in choices:
                 raise ConfigError(f"unknown {name}={value!r}; choose None or {', '.join(map(repr, choices))}.")
@@ -236,6 +245,8 @@ class ImageProcessor:
                 pixels = _scale(pixels, self.rescale_factor)
             if self.do_normalize:
                 pixels = _normalize(pixels, self.image_mean, self.image_std)
+            if self.data_format == CHANNELS_LAST:
+                pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
         except InputError as err:
             raise InputError(f"{name}: {err}") from err
         self._warn_of_range(name, original)
@@ -261,6 +272,8 @@ def _checked(name: str, value: Any) -> Any:
     """Return a copy of ``value`` in the form that the steps read; raise ConfigError if it is invalid."""
     if name.startswith("do_"):
         expected, valid = "True or False", isinstance(value, bool)
+    elif name == "data_format":
+        expected, valid = " or ".join(map(repr, FORMATS[:2])), value in FORMATS[:2]
     elif name == "resample":
         expected, valid = "a Pillow filter, 0 to 5", isinstance(value, int) and value in range(6)
     elif name == "rescale_factor":

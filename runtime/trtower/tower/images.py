@@ -36,6 +36,7 @@ class Images:
 
     def __init__(self, manifest: Manifest) -> None:
         self.spec, self._min_batch = manifest.spec, manifest.batch.min
+        self._shape = torch.Size(manifest.input.row)
 
     def pack(self, images: Any, runner: Runner) -> Packed:
         """Pack a tensor or a list of tensors into one batch; raise InputError if it is neither, or malformed."""
@@ -71,11 +72,11 @@ class Images:
         parts = zip(features.split(packed.counts), packed.images, strict=True)
         each = [self._merge(part, image.dtype) for part, image in parts]
         if packed.in_list:
-            return [part.to(image.dtype) for part, image in zip(each, packed.images, strict=True)]
+            return [self._as(part, image) for part, image in zip(each, packed.images, strict=True)]
         (features,), (images,) = each, packed.images
         features = features if images.ndim == 4 else features.unflatten(0, images.shape[:2])
         if out is None:
-            return features.to(images.dtype)
+            return self._as(features, images)
         return out if (features.data_ptr(), features.shape) == (out.data_ptr(), out.shape) else out.copy_(features)
 
     def _batch(self, images: Sequence[torch.Tensor], runner: Runner) -> tuple[list[int], torch.Tensor]:
@@ -84,19 +85,22 @@ class Images:
         if len(images) > 1:
             return counts, self._copy(images, sum(counts), runner)
         (image,) = images
-        pixel_values = image.to(runner.device, runner.dtype, memory_format=torch.contiguous_format).contiguous()
+        pixel_values = image.to(runner.device, runner.pixel_dtype, memory_format=torch.contiguous_format).contiguous()
         return counts, pixel_values.view(-1, *image.shape[-3:])
 
     def _copy(self, images: Iterable[torch.Tensor], total: int, runner: Runner) -> torch.Tensor:
         """Copy images (3, S, S) and tiles (T, 3, S, S), ``total`` in all, into one batch on the engine's device."""
-        side = self.spec.image_size
-        pixel_values = torch.empty((total, 3, side, side), dtype=runner.dtype, device=runner.device)
+        pixel_values = torch.empty((total, *self._shape), dtype=runner.pixel_dtype, device=runner.device)
         start = 0
         for image in images:
             stop = start + image.shape[:-3].numel()
             pixel_values[start:stop] = image
             start = stop
         return pixel_values
+
+    def _as(self, features: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Cast features to the dtype of their images, as the eager tower does; bytes have none to offer."""
+        return features.to(images.dtype) if self.spec.takes_floats else features
 
     def _merge(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Merge the rows of one input, whose images have ``dtype``, into one per image. Here each row is an image."""
@@ -107,36 +111,54 @@ class Images:
         return pick.num_tokens, pick.hidden_size
 
     def check(self, images: Any, name: str, *, in_list: bool) -> None:
-        """Raise InputError unless ``images`` is a float tensor in a shape that a call, or a list item, may have."""
+        """Raise InputError unless ``images`` is a tensor of pixels in a shape that a call, or a list item, may have."""
         if not isinstance(images, torch.Tensor):
             shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
             raise InputError(
                 f"{name} is a {type(images).__name__}{shape}; expected a torch.Tensor or a list of them. {PREPARE}"
             )
-        if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
-            raise InputError(
-                f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, like a raw picture. {PREPARE}"
-            )
+        if self.spec.takes_floats:
+            _refuse_raw(images, name)
         dims = (3, 4) if in_list else (4, 5)
         if images.ndim not in dims or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
             raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.")
-        if not images.is_floating_point():
-            raise InputError(f"{name} has dtype {images.dtype}; expected floating-point numbers. {PREPARE}")
+        self._check_dtype(images, name)
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels; pass a tensor with data.")
         if images.layout != torch.strided:
             raise InputError(f"{name} has layout {images.layout}; expected a dense tensor: pass images.to_dense().")
 
     def _fits(self, shape: torch.Size) -> bool:
-        return shape == (3, self.spec.image_size, self.spec.image_size)
+        return shape == self._shape
+
+    def _check_dtype(self, images: torch.Tensor, name: str) -> None:
+        """Raise InputError, which names the kind of the bundle, for floats where it takes bytes, and the reverse."""
+        if self.spec.takes_floats and not images.is_floating_point():
+            raise InputError(
+                f"{name} has dtype {images.dtype}; expected floating-point numbers: this bundle takes prepared floats. "
+                f"For bytes, export it with --pixels uint8. {PREPARE}"
+            )
+        if not self.spec.takes_floats and images.dtype != torch.uint8:
+            raise InputError(
+                f"{name} has dtype {images.dtype}; expected torch.uint8: this bundle takes bytes, and rescales and "
+                f"normalises them itself. For prepared floats, export it without --pixels uint8. {PREPARE}"
+            )
 
     def _expectation(self, *, in_list: bool) -> str:
-        image = f"3, {self.spec.image_size}, {self.spec.image_size}"
+        image = ", ".join(map(str, self._shape))
         if in_list:
             return f"({image}) or tiles (T, {image}) in a list"
         minimum = f" with B at least {self._min_batch}," if self._min_batch > 1 else ""
         return f"(B, {image}){minimum} or tiles (B, T, {image})"
+
+
+def _refuse_raw(images: torch.Tensor, name: str) -> None:
+    """Raise InputError for what looks like a picture that nobody prepared."""
+    if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
+        raise InputError(
+            f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, like a raw picture. {PREPARE}"
+        )
 
 
 def one_input(images: Any, pixel_values: Any) -> Any:

@@ -133,6 +133,11 @@ class _ScaledTower(CLIPVisionTower):
     _processor_scale: int  # index of the scale that the image processor resizes to
 
     def _configure(self, args: Any) -> None:
+        if not self.spec.takes_floats:
+            raise ConfigError(
+                f"{self.bundle.path} takes bytes, but several scales resize prepared floats: export it without "
+                "--pixels uint8."
+            )
         self._scales = Scales.from_config(args)
         if self._scales.tile_size != self.spec.image_size:
             layers = name_layers(self.spec, self._pick.layers)

@@ -214,14 +214,16 @@ class VisionTower(TowerAnswers):
         (1, N, D) and (T, N, D), in the same order. All images of a call run together as batches.
 
         Args:
-            images: Images or tiles, on any device and in any floating dtype. What an image processor returned also
-                works, if it holds only `pixel_values`.
+            images: Images or tiles, on any device and in any floating dtype; in torch.uint8 if the bundle takes bytes,
+                then also as (B, S, S, 3) if it was exported so. What an image processor returned also works, if it
+                holds only `pixel_values`.
             out: Where to write the features of one tensor, in the dtype of `out`. The engine writes there directly if
                 `out` is contiguous, has the tower's dtype, and every token and layer is picked.
             pixel_values: Another way to pass `images`, so that `tower(**inputs)` works.
 
         Returns:
-            Features on the tower's device, each in the dtype of its images; or `out`, if passed.
+            Features on the tower's device, each in the dtype of its images, or in the tower's if they are bytes; or
+            `out`, if passed.
 
         Raises:
             InputError: If `images` or `out` has a wrong type, shape or dtype, or if refused NaN or infinity is found.
@@ -236,7 +238,8 @@ class VisionTower(TowerAnswers):
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
-        self._pixel_range.check(pixel_values, finite=self.check_finite)
+        if self.spec.takes_floats:
+            self._pixel_range.check(pixel_values, finite=self.check_finite)
         manifest, is_observed = self.bundle.manifest, self.on_batch is not None or self.nvtx
         run = observed(runner, self.on_batch, nvtx=self.nvtx) if is_observed else None
         return run_batch(runner, manifest.batch, manifest.output, pixel_values, run=run, out=out)
@@ -246,7 +249,7 @@ class VisionTower(TowerAnswers):
         """Turn images (B, 3, S, S) into every token of every layer that the bundle holds, (B, P + N, D).
 
         Args:
-            images: One floating-point tensor of the engine's own size S, even if the tower accepts other sizes.
+            images: One tensor of the engine's own size S, even if the tower accepts other sizes.
 
         Returns:
             The layers concatenated along D in the bundle's order, in the tower's dtype and on its device.
@@ -255,14 +258,15 @@ class VisionTower(TowerAnswers):
             InputError: If `images` has a wrong type, shape or dtype, or if refused NaN or infinity is found.
             BackendError: If the tower is not loaded, or cannot run here.
         """
-        side = self.spec.image_size  # the engine's, even if the tower accepts other sizes
-        if not isinstance(images, torch.Tensor) or images.shape[1:] != (3, side, side):
+        shape = self.bundle.manifest.input.row  # the engine's, even if the tower accepts other sizes
+        if not isinstance(images, torch.Tensor) or images.shape[1:] != shape:
             is_tensor = isinstance(images, torch.Tensor)
             actual = f"has shape {tuple(images.shape)}" if is_tensor else f"is a {type(images).__name__}"
-            raise InputError(f"pixel_values {actual}; this engine accepts a tensor (B, 3, {side}, {side}).")
+            accepted = ", ".join(map(str, ("B", *shape)))
+            raise InputError(f"pixel_values {actual}; this engine accepts a tensor ({accepted}).")
         self._images.check(images, "pixel_values", in_list=False)
         with self._engine.lend() as runner:
-            return self._run(runner, images.to(runner.device, runner.dtype).contiguous())
+            return self._run(runner, images.to(runner.device, runner.pixel_dtype).contiguous())
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Select the picked layers and tokens of (B, P + N, all layers): (B, N, D), or (B, P + N, D) under `cls_patch`.

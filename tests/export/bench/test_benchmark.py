@@ -112,7 +112,7 @@ def test_every_entrant_reads_the_tower_of_the_bundle(
     arena = Arena.open(Bundle.open(folder), open_checkpoint(str(checkpoints["dinov2"])), "onnxruntime-cpu")
     if name == "onnxruntime":
         arena = dataclasses.replace(arena, ran=VisionTower.load(folder, "openvino"))
-    images = module.draw_images(arena, 2)
+    images = arena.draw(2)
     entrant = enter(arena, name)
     features = entrant.call(entrant.prepare(images))
     assert features.shape == (2, 10, 128)
@@ -148,10 +148,10 @@ def test_processor_is_named_with_its_vector_units(
 
 def test_half_precision_entrant_does_not_change_other_weights(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)
-    before = arena.reference(module.draw_images(arena, 1))
+    before = arena.reference(arena.draw(1))
     full = enter(arena, "sdpa")
     enter(arena, "sdpa-bf16")
-    images = full.prepare(module.draw_images(arena, 1))
+    images = full.prepare(arena.draw(1))
     assert full.call(images).dtype == torch.float32
     assert torch.equal(arena.reference(images), before)
 
@@ -187,7 +187,7 @@ def test_list_that_does_not_run_is_named_and_other_results_stay(arena: Arena, mo
     def fail(*_: object) -> None:
         raise RuntimeError("no room for\nso many")
 
-    monkeypatch.setattr(module, "draw_images", fail)
+    monkeypatch.setattr(Arena, "draw", fail)
     absent: dict[str, str] = {}
     entrants = [enter(arena, "trtower"), enter(arena, "llava")]
     assert module._race_over_a_list(arena, entrants, 6, 1, absent) is None

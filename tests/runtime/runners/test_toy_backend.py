@@ -22,7 +22,7 @@ from trtower.cli import run
 from trtower.errors import BackendError, ConfigError
 from trtower.runners import choose
 from trtower.runners.base import Backend, EngineOptions, OnStart
-from trtower_export.bench.benchmark import BenchOptions, draw_images
+from trtower_export.bench.benchmark import BenchOptions
 from trtower_export.bench.entrants import Arena, competitors, enter
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
@@ -41,7 +41,8 @@ class ToyRunner:
         self._session = onnxruntime.InferenceSession(bundle.verify(GRAPH))
         self.backend, self.name = "toy", "toy 0.1"
         self.files: tuple[str, ...] = (GRAPH, GRAPH_DATA)
-        self.device, self.dtype = torch.device("cpu"), getattr(torch, bundle.manifest.input.dtype)
+        self.device, self.dtype = torch.device("cpu"), getattr(torch, bundle.manifest.output.dtype)
+        self.pixel_dtype = getattr(torch, bundle.manifest.input.dtype)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         if on_start:
@@ -167,6 +168,6 @@ def test_benchmark_races_it(bundle: Path, checkpoints: dict[str, Path], toy: Cal
     arena = Arena.open(Bundle.open(bundle), open_checkpoint(str(checkpoints["clip"])), "onnxruntime-cpu")
     entrant = enter(arena, "toy")
     assert (entrant.runs_on, entrant.arithmetic, entrant.backend) == ("toy 0.1", "fp32", "toy")
-    images = draw_images(arena, 2)
+    images = arena.draw(2)
     assert error(entrant.call(entrant.prepare(images)), arena.reference(images)) <= SAME_TOWER
     assert toy() == 2
