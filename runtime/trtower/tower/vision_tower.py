@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Self, Unpack
 
 from trtower.bundle.manifest import PREPROCESSOR
-from trtower.errors import BackendError, InputError
+from trtower.errors import BackendError, ConfigError, InputError
 from trtower.layer_codes import LayerCode
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.observation import OnBatch, observed
@@ -23,6 +23,7 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.images import Images, one_input
 from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pixel_range import PixelRange
+from trtower.tower.prepare import Picture, count_threads, prepare_batches
 from trtower.tower.vision_model import VisionModel, make_vision_model
 
 TowerT = TypeVar("TowerT", bound="VisionTower")  # not Self: mypy then rejects `from_pretrained`, another name of `load`
@@ -235,6 +236,44 @@ class VisionTower(TowerAnswers):
             destination = self._images.find_destination(out, packed, pick, runner)
             tokens = self._run(runner, packed.pixel_values, destination)
             return self._images.unpack(packed, self.feature_select(tokens), out)
+
+    @torch.no_grad()
+    def encode(
+        self, pictures: "Picture | Iterable[Picture]", *, batch_size: int | None = None, threads: int | None = None
+    ) -> torch.Tensor:
+        """Turn pictures into features: decode, prepare and run them.
+
+        Each is prepared by `image_processor`, so as transformers' processor of the checkpoint does: grey, palette and
+        CMYK become RGB, transparency is composited on white, and a file's EXIF orientation is ignored. LLaVA's loader
+        ignores it, too; transformers' `load_image` turns the picture first, as `PIL.ImageOps.exif_transpose` does.
+        16-bit pictures are refused.
+
+        Args:
+            pictures: Paths, PIL images, uint8 arrays or tensors (H, W, C) or (C, H, W), or batches of arrays; one, or
+                any iterable of them. They are read while others run, a batch ahead.
+            batch_size: Pictures in one engine call. Default: what the bundle's plans are tuned for.
+            threads: Threads that decode and prepare. Default: one for each processor, at most 8.
+
+        Returns:
+            The features (B, N, D) in the order of the pictures, with B of 1 for one; in the tower's dtype and on its
+            device. Models that tile or pad pictures do that before: pass the tiles.
+
+        Raises:
+            InputError: If a picture cannot be read or prepared, or there are none. The message names it.
+            ConfigError: If `batch_size` or `threads` is not a positive number.
+            BackendError: If the tower is not loaded, or cannot run here.
+        """
+        size = self.bundle.manifest.batch.opt if batch_size is None else batch_size
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"batch_size={batch_size!r}; expected a number of at least 1.")
+        least, found = self.bundle.manifest.batch.min, list[torch.Tensor]()
+        for pixel_values in prepare_batches(pictures, self.image_processor, size, count_threads(threads)):
+            images = pixel_values.to(self.dtype) if self.spec.takes_floats else pixel_values
+            extra = images[-1:].expand(max(0, least - len(images)), *images.shape[1:])  # computed, then dropped
+            features = self.forward(torch.cat([images, extra]) if len(extra) else images)
+            assert isinstance(features, torch.Tensor)  # noqa: S101 - as its images are
+            found.append(features[: len(images)])
+        return torch.cat(found)
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""

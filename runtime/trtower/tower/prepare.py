@@ -1,0 +1,130 @@
+"""Turn many pictures into batches of pixel values: decoded and prepared by several threads, in order.
+
+Only as many pictures as the next batch needs, and one for each thread, are in memory at a time.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import IOBase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from trtower.errors import ConfigError, InputError, one_line
+from trtower.tower.image_processor import ImageProcessor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trtower.tower.pictures import Array
+
+Picture: TypeAlias = "str | os.PathLike[str] | Image | Array | torch.Tensor"
+"""A file, an open picture, or bytes (H, W, C) or (C, H, W)."""
+
+MOST_THREADS = 8
+
+
+def count_threads(threads: int | None) -> int:
+    """Return how many threads prepare pictures: as asked, or one for each processor that this process may use."""
+    if threads is None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return min(usable or 1, MOST_THREADS)
+    if type(threads) is not int or threads < 1:
+        raise ConfigError(f"threads={threads!r}; expected a number of at least 1.")
+    return threads
+
+
+def prepare_batches(
+    pictures: "Picture | Iterable[Picture]", processor: ImageProcessor, size: int, threads: int
+) -> Iterator[torch.Tensor]:
+    """Yield the pixel values of pictures, ``size`` at a time; the last batch may be smaller.
+
+    Raises InputError, which names the picture, for one that cannot be read or prepared, and if there are none.
+    """
+    pool = ThreadPoolExecutor(threads, "trtower-prepare")
+    waiting: deque[Future[torch.Tensor]] = deque()
+    batch: list[torch.Tensor] = []
+    try:
+        for name, picture in _each(pictures, "pictures"):
+            waiting.append(pool.submit(_prepare, processor, name, picture))
+            if len(waiting) >= size + threads:
+                batch.append(waiting.popleft().result())
+            if len(batch) == size:
+                yield torch.cat(batch)
+                batch.clear()
+        for prepared in waiting:
+            batch.append(prepared.result())
+            if len(batch) == size:
+                yield torch.cat(batch)
+                batch.clear()
+        if batch:
+            yield torch.cat(batch)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
+    """Yield every picture with its name: what was passed, and for a file its path. Raises InputError."""
+    from PIL.Image import Image
+
+    if isinstance(pictures, str | os.PathLike):
+        yield f"{name}, {os.fspath(pictures)}", pictures
+    elif isinstance(pictures, Image):
+        yield name, pictures
+    elif isinstance(pictures, np.ndarray | torch.Tensor):
+        if str(pictures.dtype).removeprefix("torch.") != "uint8":
+            raise InputError(
+                f"{name} has dtype {pictures.dtype}; expected uint8, from 0 to 255. For pixel values that are prepared "
+                "already: tower(pixel_values)."
+            )
+        if pictures.ndim == 4:
+            yield from ((f"{name}[{index}]", picture) for index, picture in enumerate(pictures))
+        else:
+            yield name, pictures
+    elif isinstance(pictures, Iterable) and not isinstance(pictures, IOBase | bytes | bytearray | memoryview | dict):
+        index = -1
+        for index, picture in enumerate(pictures):
+            yield from _each(picture, f"{name}[{index}]")
+        if index < 0 and name == "pictures":
+            raise InputError("pictures is empty; expected at least one.")
+    else:
+        raise InputError(
+            f"{name} is of type {type(pictures).__name__}; expected a path, a PIL image, a uint8 array or tensor, or "
+            "several of these."
+        )
+
+
+def _prepare(processor: ImageProcessor, name: str, picture: Picture) -> torch.Tensor:
+    """Prepare one picture: (1, 3, S, S), or bytes in the engine's layout."""
+    try:
+        if not isinstance(picture, str | os.PathLike):
+            return _pixel_values(processor, picture)
+        with _open(Path(picture)) as image:
+            return _pixel_values(processor, image)
+    except InputError as err:
+        raise InputError(f"{name}: {str(err).removeprefix('images: ')}") from err
+
+
+def _pixel_values(processor: ImageProcessor, picture: Any) -> torch.Tensor:
+    pixel_values: torch.Tensor = processor.preprocess(picture, return_tensors="pt")["pixel_values"]
+    return pixel_values
+
+
+def _open(path: Path) -> "Image":
+    """Open a picture's file; raise InputError, which says what else it is."""
+    from PIL import Image, UnidentifiedImageError
+
+    if path.is_dir():
+        raise InputError("it is a folder; pass its files, as in sorted(Path(folder).glob('*.jpg'))")
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        raise InputError(
+            "Pillow finds no picture in it. Of a video, decode the frames and pass them as arrays"
+        ) from None
+    except (OSError, ValueError, Image.DecompressionBombError) as err:
+        raise InputError(f"it cannot be opened: {one_line(getattr(err, 'strerror', None) or err)}") from err
