@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-tensorrt test-wheel bench \
-	bench-gpu wheels cpu-choices goals graph-forms living precisions export-speed clients docs clean
+	bench-gpu wheels cpu-choices goals graph-forms living pixels precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -132,6 +132,10 @@ graph-forms: $(STAMP)
 # What a bundle in a living model frees and takes, and its time to features.
 living: $(STAMP)
 	$(BIN)/python benchmarks/living.py
+
+# Bytes against prepared floats, and pictures prepared by `encode` against transformers.
+pixels: $(STAMP)
+	$(BIN)/python benchmarks/pixels.py
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

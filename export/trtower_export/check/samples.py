@@ -4,10 +4,9 @@ from importlib.util import find_spec
 
 import torch
 
-from trtower.dtypes import PIXEL_DTYPES
 from trtower.extras import import_extra
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH
-from trtower.parity.golden import GoldenImage, GoldenInputs, count_images
+from trtower.parity.golden import GoldenImage, GoldenInputs, count_images, golden_dtype
 from trtower.spec import PRECISIONS, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.photographs import (
@@ -57,8 +56,7 @@ def make_golden_inputs(processor: ImageProcessor, spec: TowerSpec, precision: st
     if find_spec("skimage"):
         first, second = load_photographs(None, limit=2).images
         chosen = [first, drawn["squares"], second]
-    pixels, dtype = torch.cat(prepare(chosen, processor)), PIXEL_DTYPES[spec.input(precision).dtype]
-    pixels = pixels.to(torch.float16 if dtype == torch.float32 else dtype)
+    pixels = torch.cat(prepare(chosen, processor)).to(golden_dtype(spec.input(precision)))
     prepared = pixels.float() if spec.takes_floats else torch.cat(prepare_floats(chosen, processor, spec))
     count = count_images(chosen, pixels[0].nbytes)
     return GoldenInputs(

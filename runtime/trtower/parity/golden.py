@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GOLDEN
+from trtower.dtypes import PIXEL_DTYPES
 from trtower.errors import BundleError, one_line
 from trtower.spec import TensorSpec
 
@@ -118,6 +119,8 @@ class Golden:
         count = len(self.images)
         if not count or self.pixel_values.shape != (count, *input_.row):
             raise ValueError(f"{input_.name} has shape {tuple(self.pixel_values.shape)} for {count} images")
+        if self.pixel_values.dtype != golden_dtype(input_):
+            raise ValueError(f"{input_.name} has dtype {self.pixel_values.dtype} for an engine of {input_.dtype}")
         if self.answers.shape != (count, len(self.tokens), width):
             raise ValueError(f"{output.name} has shape {tuple(self.answers.shape)}")
         if not len(self.tokens) or not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < tokens:
@@ -129,6 +132,11 @@ def _metadata(content: bytes) -> dict[str, str]:
     length = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
     return metadata
+
+
+def golden_dtype(input_: TensorSpec) -> torch.dtype:
+    """Return the dtype of golden inputs: the engine's own, but FP16 for FP32, to save half the room."""
+    return torch.float16 if input_.dtype == "float32" else PIXEL_DTYPES[input_.dtype]
 
 
 def count_images(images: Sequence[object], image_bytes: int) -> int:

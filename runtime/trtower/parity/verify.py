@@ -161,11 +161,16 @@ def as_text(bundle: Bundle) -> str:
         )
         lines.append(f"{name:<{width}}  {cosine:>10}  {tail:>11}  {error:>10}  {figures.non_finite:>7}")
     lines += [f"  {bound.describe()}" for bound in certificate.bounds]
-    tokens = int(bundle.manifest.output.shape[1])
-    verdict = f"{'passed' if certificate.passed else 'FAILED'}"
+    tokens, _ = bundle.manifest.output.row
+    verdict = "passed" if certificate.passed else "FAILED"
     rehearsal = " (rehearsal with random weights)" if bundle.manifest.source.random_weights else ""
     compared = f"{len(golden.tokens)} of {tokens} tokens of each image"
     lines.append(f"{verdict}{rehearsal}: {certificate.describe_run()}. Reference: {certificate.reference}, {compared}")
+    if not certificate.passed:
+        lines.append(
+            "Verify the other backends, too. If one passes, the graph is right and this engine is not: build its plan "
+            "again. If none does, the graph itself is wrong, or the precision too coarse: export again."
+        )
     return "\n".join(lines)
 
 

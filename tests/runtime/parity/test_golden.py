@@ -151,10 +151,14 @@ def no_images(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         (lambda tensors, about: about.pop("reference"), "'reference'"),
         (cut_images, r"pixel_values has shape \(3, 3, 42, 42\) for 1 images"),
         (no_images, "for 0 images"),
+        (
+            lambda tensors, about: tensors.update(pixel_values=tensors["pixel_values"].float()),
+            "has dtype torch.float32",
+        ),
         (lambda tensors, about: tensors.update(tokens=tensors["tokens"] + 1), "tokens are not all among the 10"),
         (lambda tensors, about: tensors.update(tokens=tensors["tokens"][1:]), "hidden_states has shape"),
     ],
-    ids=["no tokens", "no reference", "fewer images", "no image", "other tokens", "fewer tokens"],
+    ids=["no tokens", "no reference", "fewer images", "no image", "other dtype", "other tokens", "fewer tokens"],
 )
 def test_file_of_another_bundle_is_refused(spoilt: Path, change: Any, problem: str) -> None:
     rewrite(spoilt, change)
