@@ -134,7 +134,7 @@ def export(
         notes = bundle.path / BUILD_NOTES
         say(console, f"Build its plan on the machine that serves it ({deployment.name}): {notes} says how.")
     elif code == 0:
-        say(console, describe_loading(bundle.path))
+        say(console, describe_loading(bundle))
     return code
 
 

@@ -42,7 +42,7 @@ def export_tower(
 
     Args:
         source: A hub id, a local folder, an OpenCLIP file, or the name of a recipe.
-        out: The bundle's folder. Default: engines/NAME.
+        out: The bundle's folder. Default: engines/NAME, or engines/NAME-uint8 for one that takes bytes.
         options: What to export, and how. Default: `ExportOptions()`.
         progress: Receives every step. Default: the log, at level INFO.
 
@@ -67,7 +67,7 @@ def export_tower(
     spec = replace(spec, pixels=options.pixels, layout=options.layout)
     check_first_plan(target, choice, spec.family, options, progress)
     profiles = options.profiles or checkpoint.profiles
-    out = out or ENGINES / checkpoint.bundle_name
+    out = out or ENGINES / f"{checkpoint.bundle_name}{'' if spec.takes_floats else f'-{spec.pixels}'}"
     refuse_existing(out, overwrite=options.overwrite)
     preprocessor = stop_at_pixels(fit_preprocessor(checkpoint, spec.image_size, progress), spec)
     processor = ImageProcessor(preprocessor)

@@ -218,14 +218,17 @@ def _add_verify(app: "typer.Typer") -> None:
         Exits with 1 if the result misses a bound.
         """
         from trtower.bundle.bundle import Bundle
-        from trtower.parity.verify import as_text, verify_bundle
+        from trtower.bundle.manifest import MANIFEST
+        from trtower.parity.verify import as_text, check_certifiable, verify, write_certificate
 
-        verified = verify_bundle(
-            Bundle.open(bundle),
+        opened = Bundle.open(bundle)
+        check_certifiable(opened)
+        certificate = verify(
+            opened,
             backend=backend,
             on_batch=lambda size: print(f"batch {size} …", file=sys.stderr, flush=True),  # noqa: T201
         )
-        certificate = verified.manifest.certificate
-        assert certificate  # noqa: S101 - it was just written
-        print(json.dumps(asdict(certificate), indent=2) if json_ else as_text(verified))  # noqa: T201
+        print(json.dumps(asdict(certificate), indent=2) if json_ else as_text(opened, certificate), flush=True)  # noqa: T201
+        write_certificate(opened, certificate)
+        print(f"the certificate is in {opened.path / MANIFEST}", file=sys.stderr)  # noqa: T201
         return 0 if certificate.passed else 1

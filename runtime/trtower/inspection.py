@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import CHECK, VERIFY, Certificate, describe_figure
@@ -164,6 +163,7 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
     tuned = " and ".join(dict.fromkeys(str(profile.opt) for profile in found.profiles))
     weights = "RANDOM WEIGHTS: a rehearsal; its features are meaningless" if source.random_weights else "pretrained"
     shape = f"({', '.join(map(str, found.input.shape))}) {found.input.dtype}"
+    shape += "" if found.spec.takes_floats else ", RGB"
     lines = [
         f"{found.name}: {found.spec.family} tower from {source.checkpoint}",
         f"  weights      {weights} (sha256 {source.weights_sha256['float32'][:12]}…)",
@@ -225,10 +225,10 @@ def _describe_certificates(found: Inspection) -> Iterator[str]:
     for each in found.certificates:
         if each.void:
             next_step = "" if found.altered else f": trtower {each.kind} {found.path} --backend {each.backend}"
-            proof = f"of {each.backend} is void: {', '.join(each.void)} changed since{next_step}"
+            proof = f"is void: {', '.join(each.void)} changed after the {each.proof}{next_step}"
         else:
             proof = _describe_proof(each)
-        yield f"  certificate  {proof}"
+        yield f"  certificate  of {each.backend} {proof}"
     if not found.certificates:
         yield f"  certificate  none; make one with: trtower {VERIFY if found.golden else CHECK} {found.path}"
         return
@@ -250,14 +250,19 @@ def _describe_proof(certificate: Certificate) -> str:
     )
 
 
-def describe_loading(bundle: Path) -> str:
-    """Return the Python lines that load a bundle: by itself, and into a model that has this tower."""
-    path = json.dumps(str(bundle), ensure_ascii=False)  # valid Python, too
-    return (
-        "Load it:\n"
-        "  from trtower import VisionTower\n"
-        f"  tower = VisionTower.load({path})\n"
-        "Or install it in a loaded model that has this tower:\n"
-        "  import trtower\n"
-        f"  trtower.install(model, {path})"
-    )
+def describe_loading(bundle: Bundle) -> str:
+    """Return the Python lines that load a bundle: by itself, and if it takes floats, into a model with this tower."""
+    path = json.dumps(str(bundle.path), ensure_ascii=False)  # valid Python, too
+    lines = [
+        "Load it:",
+        "  from trtower import VisionTower",
+        f"  tower = VisionTower.load({path})",
+        '  features = tower.encode(["photo.jpg"])',
+    ]
+    if bundle.manifest.spec.takes_floats:
+        lines += [
+            "Or install it in a loaded model that has this tower:",
+            "  import trtower",
+            f"  trtower.install(model, {path})",
+        ]
+    return "\n".join(lines)

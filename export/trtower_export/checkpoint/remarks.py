@@ -17,7 +17,8 @@ def say_what_is_read(
     """
     layout = checkpoint.layout
     progress.say(checkpoint.describe())
-    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels in {options.graph_precision}; {choice}")
+    taken = "" if spec.takes_floats else f", as bytes in {spec.layout.upper()},"
+    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels{taken} in {options.graph_precision}; {choice}")
     for remark in layout.remarks:
         progress.say(remark)
     if layout.contrastive:

@@ -66,7 +66,7 @@ def locked(target: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         # filelock raises one or the other, depending on its version, if it cannot create the lock file.
         if isinstance(err, Timeout) and lock.exists():
             raise BundleError(
-                f"another process is writing {target}: wait for it to end, or choose another folder."
+                f"another process is writing {target}: wait for it to end (or export to another folder, with --out)."
             ) from err
         raise BundleError(
             f"{target.parent} cannot be written: choose another folder (for an export, with --out), or copy the "

@@ -140,7 +140,7 @@ def install(
         bundle: The folder that `trtower export` wrote. It runs on the tower's device.
         backend: The backend, as in `VisionTower.load`.
         engine: How the bundle is run on a GPU, as in `VisionTower.load`.
-        require_certificate: Refuse the bundle unless its check passed, as in `VisionTower.load`.
+        require_certificate: Refuse the bundle unless it is certified, as in `VisionTower.load`.
         keep_original: Keep the tower's weights in memory, instead of freeing them.
         offload_folder: The folder of the file that keeps the tower's weights for `uninstall` and `save_pretrained`.
             None is the folder for temporary files.

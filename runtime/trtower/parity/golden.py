@@ -34,8 +34,6 @@ MOST_BYTES = 8_000_000
 HEADER_BYTES = 4096
 """Room for the names of tensors and images."""
 
-FEWEST_TOKENS = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenImage:
@@ -114,15 +112,19 @@ class Golden:
         return golden
 
     def _check(self, input_: TensorSpec, output: TensorSpec) -> None:
-        """Raise ValueError unless the shapes are those of an engine with these tensors."""
+        """Raise ValueError unless shapes and types are those of an engine with these tensors."""
         tokens, width = output.row
         count = len(self.images)
         if not count or self.pixel_values.shape != (count, *input_.row):
             raise ValueError(f"{input_.name} has shape {tuple(self.pixel_values.shape)} for {count} images")
         if self.pixel_values.dtype != golden_dtype(input_):
             raise ValueError(f"{input_.name} has dtype {self.pixel_values.dtype} for an engine of {input_.dtype}")
-        if self.answers.shape != (count, len(self.tokens), width):
-            raise ValueError(f"{output.name} has shape {tuple(self.answers.shape)}")
+        if (self.tokens.ndim, self.tokens.dtype) != (1, torch.int64):
+            raise ValueError(f"{TOKENS} has {self.tokens.ndim} dimensions and dtype {self.tokens.dtype}")
+        if (self.answers.shape, self.answers.dtype) != ((count, len(self.tokens), width), torch.float32):
+            raise ValueError(f"{output.name} has shape {tuple(self.answers.shape)} and dtype {self.answers.dtype}")
+        if not all(type(text) is str for image in self.images for text in (image.name, image.kind, self.reference)):
+            raise ValueError(f"{ABOUT} names an image or the reference by something else than text")
         if not len(self.tokens) or not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < tokens:
             raise ValueError(f"{TOKENS} are not all among the {tokens} of the engine")
 
@@ -147,9 +149,9 @@ def count_images(images: Sequence[object], image_bytes: int) -> int:
 def sample_tokens(output: TensorSpec, count: int, input_bytes: int) -> Tensor:
     """Return the tokens whose answers fit the file for ``count`` images: all, or the first, the last and some between.
 
-    They are evenly spaced, so the same shapes always give the same tokens.
+    If there is room for one only, it is the first. They are evenly spaced, so the same shapes give the same tokens.
     """
     tokens, width = output.row
     room = MOST_BYTES - HEADER_BYTES - input_bytes
     fitting = room // (count * (width * torch.float32.itemsize + torch.int64.itemsize))
-    return torch.linspace(0, tokens - 1, min(tokens, max(FEWEST_TOKENS, fitting))).round().long()
+    return torch.linspace(0, tokens - 1, min(tokens, max(1, fitting))).round().long()

@@ -15,6 +15,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import VERIFY, BatchFigures, Bound, Certificate, Figures, ImageFigures, describe_figure
 from trtower.bundle.manifest import GOLDEN
 from trtower.bundle.staging import check_writable, disk_errors, locked
+from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH, judge
 from trtower.parity.golden import Golden
@@ -141,16 +142,24 @@ def verify_bundle(
         BackendError: No requested backend can run the bundle here.
         ConfigError: ``backend`` or ``device`` is unknown.
     """
+    check_certifiable(bundle)
+    return write_certificate(bundle, verify(bundle, backend=backend, device=device, on_batch=on_batch))
+
+
+def check_certifiable(bundle: Bundle) -> None:
+    """Raise BundleError if `write_certificate` could not write."""
     check_writable(bundle.path, "verify a writable copy, or load it with verify=True, which writes nothing.")
-    certificate = verify(bundle, backend=backend, device=device, on_batch=on_batch)
+
+
+def write_certificate(bundle: Bundle, certificate: Certificate) -> Bundle:
+    """Add a certificate to a bundle. Raises BundleError if another process keeps writing into it."""
     with disk_errors(bundle.path), locked(bundle.path, wait_s=WAIT_S):
         return bundle.add_certificate(certificate)
 
 
-def as_text(bundle: Bundle) -> str:
-    """Return the newest certificate of a bundle, made by `verify_bundle`, as text."""
-    certificate, golden = bundle.manifest.certificate, Golden.read(bundle)
-    assert certificate  # noqa: S101 - the caller has made one
+def as_text(bundle: Bundle, certificate: Certificate) -> str:
+    """Return a certificate of `verify` as text."""
+    golden = Golden.read(bundle)
     rows = [(image.name, image.bundle) for image in certificate.images]
     rows += [(f"batch {each.batch}", each.bundle) for each in certificate.batches]
     width = max(len(name) for name, _ in rows)
@@ -187,5 +196,5 @@ def refuse_wrong(bundle: Bundle, runner: Runner) -> None:
     if missed := [bound.describe() for bound in comparison.judge([size]) if not bound.holds]:
         raise BackendError(
             f"{bundle.path} is wrong on {runner.name}, so it is not served: {'; '.join(missed)}. To measure every "
-            f"batch size, run: trtower verify {bundle.path} --backend {runner.backend}"
+            f"batch size, run: {proof_command(bundle, runner.backend)}"
         )

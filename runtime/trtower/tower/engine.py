@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.certificate import CHECK
 from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError, BundleError, ConfigError, one_line
 from trtower.parity.verify import refuse_wrong
@@ -238,7 +239,7 @@ def _not_certified(bundle: Bundle, reason: str, backend: str, executed: Sequence
     certificate = bundle.find_certificate(backend, executed[0]) if executed else None
     if bundle.manifest.source.random_weights:
         next_step = "Export the checkpoint itself."
-    elif certificate and not certificate.passed:
+    elif certificate and not certificate.passed and certificate.kind == CHECK:
         next_step = f"See where it errs: trtower check {bundle.path} --backend {backend} --report DIR"
     else:
         next_step = f"Certify what runs here: {proof_command(bundle, backend)}"

@@ -119,10 +119,14 @@ class Images:
             )
         if self.spec.takes_floats:
             _refuse_raw(images, name)
+        else:
+            self._check_dtype(images, name)  # before the shape: floats also have another one
         dims = (3, 4) if in_list else (4, 5)
         if images.ndim not in dims or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
-            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.")
+            turned = images.ndim > 2 and self._fits(torch.Size([*images.shape[-2:], images.shape[-3]]))
+            advice = f" Turn them: {name}.movedim(-3, -1)." if turned else ""
+            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.{advice}")
         self._check_dtype(images, name)
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels; pass a tensor with data.")
@@ -157,7 +161,8 @@ def _refuse_raw(images: torch.Tensor, name: str) -> None:
     """Raise InputError for what looks like a picture that nobody prepared."""
     if images.ndim in (3, 4) and not images.is_floating_point() and images.shape[-1] in (1, 3, 4):
         raise InputError(
-            f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, like a raw picture. {PREPARE}"
+            f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}, like a raw picture, but this bundle "
+            f"takes prepared floats. {PREPARE} A bundle of --pixels uint8 takes bytes."
         )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from trtower.errors import ConfigError, InputError, one_line
 from trtower.tower.image_processor import ImageProcessor
+from trtower.tower.pictures import CHANNELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +27,8 @@ Picture: TypeAlias = "str | os.PathLike[str] | Image | Array | torch.Tensor"
 """A file, an open picture, or bytes (H, W, C) or (C, H, W)."""
 
 MOST_THREADS = 8
+LONGEST_PATH = 200
+"""Characters of a path in a message: somebody may pass a file's content for its name."""
 
 
 def count_threads(threads: int | None) -> int:
@@ -43,28 +46,59 @@ def prepare_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield the pixel values of pictures, ``size`` at a time; the last batch may be smaller.
 
-    Raises InputError, which names the picture, for one that cannot be read or prepared, and if there are none.
+    Raises InputError, which names the picture, for one that cannot be read or prepared.
     """
     pool = ThreadPoolExecutor(threads, "trtower-prepare")
     waiting: deque[Future[torch.Tensor]] = deque()
     batch: list[torch.Tensor] = []
     try:
         for name, picture in _each(pictures, "pictures"):
-            waiting.append(pool.submit(_prepare, processor, name, picture))
+            waiting.append(pool.submit(_prepare, processor, name, _own(name, picture)))
             if len(waiting) >= size + threads:
                 batch.append(waiting.popleft().result())
             if len(batch) == size:
-                yield torch.cat(batch)
+                yield _joined(batch)
                 batch.clear()
         for prepared in waiting:
             batch.append(prepared.result())
             if len(batch) == size:
-                yield torch.cat(batch)
+                yield _joined(batch)
                 batch.clear()
         if batch:
-            yield torch.cat(batch)
+            yield _joined(batch)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _own(name: str, picture: Picture) -> Picture:
+    """Return what a thread may keep: an iterator may draw its next picture into the same object, or close its file.
+
+    It also loads a picture, which two threads must not do at once. Files are read by the threads.
+    """
+    if isinstance(picture, str | os.PathLike):
+        return picture
+    if isinstance(picture, np.ndarray):
+        return picture.copy()
+    if isinstance(picture, torch.Tensor):
+        return picture.clone()
+    try:
+        return picture.copy()
+    except MemoryError:
+        raise
+    except Exception as err:  # Pillow's decoders raise nearly anything for a damaged file
+        raise InputError(
+            f"{name}: Pillow cannot decode it ({one_line(err)}); replace the file, or keep it open until this call"
+        ) from err
+
+
+def _joined(batch: list[torch.Tensor]) -> torch.Tensor:
+    shapes = {tuple(each.shape[1:]): None for each in batch}
+    if len(shapes) > 1:
+        raise InputError(
+            f"pictures come out as {' and '.join(map(str, shapes))}: set image_processor.do_center_crop=True or a "
+            "fixed size, as in the bundle."
+        )
+    return torch.cat(batch)
 
 
 def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
@@ -72,25 +106,15 @@ def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
     from PIL.Image import Image
 
     if isinstance(pictures, str | os.PathLike):
-        yield f"{name}, {os.fspath(pictures)}", pictures
+        path = os.fsdecode(pictures)
+        yield f"{name}, {path if len(path) <= LONGEST_PATH else path[:LONGEST_PATH] + '…'}", path
     elif isinstance(pictures, Image):
         yield name, pictures
     elif isinstance(pictures, np.ndarray | torch.Tensor):
-        if str(pictures.dtype).removeprefix("torch.") != "uint8":
-            raise InputError(
-                f"{name} has dtype {pictures.dtype}; expected uint8, from 0 to 255. For pixel values that are prepared "
-                "already: tower(pixel_values)."
-            )
-        if pictures.ndim == 4:
-            yield from ((f"{name}[{index}]", picture) for index, picture in enumerate(pictures))
-        else:
-            yield name, pictures
+        yield from _each_of_array(pictures, name)
     elif isinstance(pictures, Iterable) and not isinstance(pictures, IOBase | bytes | bytearray | memoryview | dict):
-        index = -1
         for index, picture in enumerate(pictures):
             yield from _each(picture, f"{name}[{index}]")
-        if index < 0 and name == "pictures":
-            raise InputError("pictures is empty; expected at least one.")
     else:
         raise InputError(
             f"{name} is of type {type(pictures).__name__}; expected a path, a PIL image, a uint8 array or tensor, or "
@@ -98,10 +122,34 @@ def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
         )
 
 
+def _each_of_array(pictures: "Array | torch.Tensor", name: str) -> "Iterator[tuple[str, Picture]]":
+    """Yield the picture or the pictures of an array."""
+    if str(pictures.dtype).removeprefix("torch.") != "uint8":
+        raise InputError(
+            f"{name} has dtype {pictures.dtype}; expected uint8, from 0 to 255. For pixel values that are prepared "
+            "already: tower(pixel_values)."
+        )
+    if pictures.ndim not in (3, 4):
+        raise InputError(
+            f"{name} has shape {tuple(pictures.shape)}; expected (H, W, C), (C, H, W) or a batch of them. Grey is "
+            "(H, W, 1)."
+        )
+    if pictures.ndim == 3:
+        if pictures.shape[0] in CHANNELS and pictures.shape[-1] in CHANNELS:
+            raise InputError(
+                f"{name} has shape {tuple(pictures.shape)}, whose channels could be first or last. Say which in "
+                "tower.image_processor(picture, return_tensors='pt', input_data_format=…), and pass its pixel_values "
+                "to the tower."
+            )
+        yield name, pictures
+    else:
+        yield from ((f"{name}[{index}]", picture) for index, picture in enumerate(pictures))
+
+
 def _prepare(processor: ImageProcessor, name: str, picture: Picture) -> torch.Tensor:
     """Prepare one picture: (1, 3, S, S), or bytes in the engine's layout."""
     try:
-        if not isinstance(picture, str | os.PathLike):
+        if not isinstance(picture, str):
             return _pixel_values(processor, picture)
         with _open(Path(picture)) as image:
             return _pixel_values(processor, image)
@@ -118,13 +166,14 @@ def _open(path: Path) -> "Image":
     """Open a picture's file; raise InputError, which says what else it is."""
     from PIL import Image, UnidentifiedImageError
 
-    if path.is_dir():
-        raise InputError("it is a folder; pass its files, as in sorted(Path(folder).glob('*.jpg'))")
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        raise InputError(
-            "Pillow finds no picture in it. Of a video, decode the frames and pass them as arrays"
-        ) from None
+        why = "Pillow finds no picture in it. Of a video, decode the frames and pass them as arrays"
+    except IsADirectoryError:
+        why = "it is a folder; pass its files, as in sorted(Path(folder).glob('*.jpg'))"
     except (OSError, ValueError, Image.DecompressionBombError) as err:
-        raise InputError(f"it cannot be opened: {one_line(getattr(err, 'strerror', None) or err)}") from err
+        why = f"it cannot be opened: {one_line(getattr(err, 'strerror', None) or err)}"
+        if "*" in path.name:
+            why += f"; of a pattern, pass the files: sorted(Path({str(path.parent)!r}).glob({path.name!r}))"
+    raise InputError(why)

@@ -18,6 +18,7 @@ from trtower.runners.base import Runner, run_batch
 from trtower.runners.observation import OnBatch, observed
 from trtower.tower.anchor import Anchor
 from trtower.tower.answers import TowerAnswers
+from trtower.tower.bytes_processor import BytesProcessor
 from trtower.tower.engine import Engine
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.images import Images, one_input
@@ -66,7 +67,8 @@ class VisionTower(TowerAnswers):
     ) -> None:
         tower_options = TowerOptions(**options)
         super().__init__(bundle, select_layer, select_feature, count_cls=tower_options.count_cls)
-        self.image_processor = ImageProcessor.from_file(self.bundle.verify(PREPROCESSOR))
+        kind = ImageProcessor if self.spec.takes_floats else BytesProcessor
+        self.image_processor = kind.from_file(self.bundle.verify(PREPROCESSOR))
         self._pixel_range = PixelRange(self.vision_tower_name, self.image_processor)
         self._images = Images(self.bundle.manifest)
         self.check_finite = tower_options.check_finite
@@ -105,8 +107,8 @@ class VisionTower(TowerAnswers):
                 eager PyTorch.
             count_cls: Whether `num_patches` counts the CLS token under `cls_patch`. LLaVA-NeXT counts it, LLaVA does
                 not.
-            require_certificate: Whether to refuse the bundle unless its check passed, with exactly these files and the
-                backend that runs here.
+            require_certificate: Whether to refuse the bundle unless a check or a verification passed, with exactly
+                these files and the backend that runs here. A rehearsal is always refused.
             verify: Whether to compare the engine with the bundle's golden answers when it is opened, and refuse it if
                 it is wrong. This runs a few images in one batch, and needs no certificate and writes none.
             engine: How to run the bundle on a GPU.
@@ -273,6 +275,8 @@ class VisionTower(TowerAnswers):
             features = self.forward(torch.cat([images, extra]) if len(extra) else images)
             assert isinstance(features, torch.Tensor)  # noqa: S101 - as its images are
             found.append(features[: len(images)])
+        if not found:
+            raise InputError("pictures is empty; expected at least one.")
         return torch.cat(found)
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -107,7 +107,7 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_bundle_that_passed_loads(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tower = load(certified)
     assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 64)
-    assert inspected(certified, capsys).startswith("passed the check of ")
+    assert inspected(certified, capsys).startswith(f"of {BACKEND} passed the check of ")
     assert inspect_bundle(Bundle.open(certified)).certificates[0].void == []
 
 
@@ -142,7 +142,7 @@ def test_replaced_file_makes_the_certificate_void(
     make_hashes_fit(certified, name)
     assert refusal(certified) == f"its certificate is void because {name} changed after the check"
     assert inspected(certified, capsys) == (
-        f"of {BACKEND} is void: {name} changed since: trtower check {certified} --backend {BACKEND}"
+        f"of {BACKEND} is void: {name} changed after the check: trtower check {certified} --backend {BACKEND}"
     )
     assert inspect_bundle(Bundle.open(certified)).certificates[0].void == [name]
 
@@ -155,7 +155,9 @@ def test_altered_file_makes_the_certificate_void(
     content = bytearray((certified / name).read_bytes())
     content[len(content) // 2] ^= 1
     (certified / name).write_bytes(content)
-    assert inspected(certified, capsys) == f"of {BACKEND} is void: {name} changed since"  # a check would not help
+    assert (
+        inspected(certified, capsys) == f"of {BACKEND} is void: {name} changed after the check"
+    )  # a check would not help
     with pytest.raises(BundleError, match=f"{name} was altered"):
         load(certified)
 

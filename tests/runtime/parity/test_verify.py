@@ -84,7 +84,9 @@ def test_wrong_graph_is_found(wrong: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "MISSED photograph token_cosine_min" in out
     assert "FAILED: the ONNX graph was run on onnxruntime" in out
-    with pytest.raises(BundleError, match=r"its verification of .* missed token_cosine_min.*trtower check .* --report"):
+    with pytest.raises(
+        BundleError, match=r"its verification of .* missed token_cosine_min.*Certify what runs here: trtower verify"
+    ):
         VisionTower.load(wrong, BACKEND, require_certificate=True)
     assert run(["inspect", str(wrong)]) == 0
     assert "FAILED the verification of" in capsys.readouterr().out
@@ -198,7 +200,9 @@ def test_json_is_the_certificate_and_progress_stays_out_of_it(copy: Path, capsys
     assert run(["verify", str(copy), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["kind"] == VERIFY
-    assert captured.err.splitlines() == ["batch 1 …", "batch 2 …", "batch 4 …"]
+    *batches, where = captured.err.splitlines()
+    assert batches == ["batch 1 …", "batch 2 …", "batch 4 …"]
+    assert where == f"the certificate is in {copy / 'tower.json'}"
 
 
 ALONE = """
@@ -236,6 +240,17 @@ def test_any_altered_file_is_refused(spoilt: Path) -> None:
         file.write(b"!")
     with pytest.raises(BundleError, match="was altered"):
         verify(Bundle.open(spoilt), backend=BACKEND)
+
+
+def test_figures_are_printed_even_if_another_process_keeps_writing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 0.1)
+    with locked(copy):
+        assert run(["verify", str(copy), "--backend", BACKEND]) == 1
+    captured = capsys.readouterr()
+    assert "passed: the ONNX graph was run" in captured.out
+    assert "error: another process is writing" in captured.err
 
 
 def test_another_writer_is_waited_for_and_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

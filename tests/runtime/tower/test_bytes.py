@@ -140,10 +140,46 @@ def test_bytes_are_refused_by_a_bundle_of_floats(of_bytes: Callable[..., Path], 
         VisionTower.load(fp32_bundle)(pixels)
 
 
-def test_other_layout_is_refused(of_bytes: Callable[..., Path]) -> None:
-    pixels = prepare(VisionTower(of_bytes()), pictures()[0])
-    with pytest.raises(InputError, match=r"has shape \(1, 3, 42, 42\); this engine accepts \(B, 42, 42, 3\)"):
-        VisionTower.load(of_bytes("fp32", NHWC))(pixels)
+def test_other_layout_is_refused_with_how_to_turn_it(of_bytes: Callable[..., Path], fp32_bundle: Path) -> None:
+    tower = VisionTower.load(of_bytes("fp32", NHWC))
+    images = prepare(VisionTower(of_bytes()), pictures()[0])
+    refusal = (
+        r"has shape \(1, 3, 42, 42\); this engine accepts \(B, 42, 42, 3\).* Turn them: images\.movedim\(-3, -1\)\."
+    )
+    with pytest.raises(InputError, match=refusal):
+        tower(images)
+    assert tower(images.movedim(-3, -1)).shape == (1, 9, 64)
+    with pytest.raises(InputError, match=r"dtype torch\.float32; expected torch\.uint8"):  # before the shape
+        tower(prepare(VisionTower(fp32_bundle), pictures()[0]))
+
+
+def test_processor_gives_bytes_and_nothing_else(of_bytes: Callable[..., Path]) -> None:
+    processor = VisionTower(of_bytes()).image_processor
+    frame = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    expected = processor(frame, return_tensors="np")["pixel_values"]
+    assert np.array_equal(processor([frame])["pixel_values"][0], expected[0])
+    for dtype in (np.float32, np.int16):
+        with pytest.raises(InputError, match=r"takes bytes from 0 to 255: pass images\.astype\(np\.uint8\)"):
+            processor(frame.astype(dtype))
+    for floats in (frame.astype(np.float32) / 255, (frame > 100).astype(np.float32)):
+        with pytest.raises(InputError, match=r"pass \(images \* 255\)\.round\(\)\.astype\(np\.uint8\)"):
+            processor(floats)
+    for asked in ({"do_normalize": True}, {"do_rescale": True}, {"image_mean": 0.5}):
+        with pytest.raises(ConfigError, match=f"{next(iter(asked))} is not for this bundle"):
+            processor(frame, **asked)
+
+
+def test_default_name_is_another(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--flavour", "none", "--precision", "fp32", "--no-check", "--pixels", "uint8", "--layout", "nhwc"]
+    assert run(["export", str(checkpoints["clip"]), *options]) == 0
+    captured = capsys.readouterr()
+    assert Bundle.open("engines/tiny-clip-uint8").manifest.spec.layout == NHWC
+    assert "at 42 pixels, as bytes in NHWC, in fp32" in " ".join(captured.err.split())
+    assert "tower.encode(" in captured.out
+    assert "install" not in captured.out
 
 
 def test_arrays_with_negative_strides_are_pictures_too(of_bytes: Callable[..., Path]) -> None:

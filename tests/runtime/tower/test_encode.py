@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests.conftest import BATCH
 from tests.runtime.tower.test_image_processor import REFERENCES
@@ -155,7 +155,7 @@ def test_damaged_picture_is_named_and_threads_end(tower: VisionTower, tmp_path: 
             r"pictures\[0\]\[0\] has dtype float32; expected uint8.*tower\(pixel_values\)",
         ),
         (torch.zeros(1, 3, 4, 4), r"pictures has dtype torch\.float32; expected uint8"),
-        (np.zeros((9, 9), np.uint8), "pictures: .*"),
+        (np.zeros((9, 9), np.uint8), r"^pictures has shape \(9, 9\); expected .* Grey is \(H, W, 1\)"),
         (b"bytes of a file", "pictures is of type bytes"),
         ({"a": 1}, "pictures is of type dict"),
         (Image.new("I;16", (9, 9)), r"pictures: mode I;16 does not have 8 bits"),
@@ -176,10 +176,86 @@ def test_files_that_are_no_pictures_are_named(tower: VisionTower, tmp_path: Path
         (video, "Pillow finds no picture in it. Of a video, decode the frames"),
         (folder, "it is a folder; pass its files"),
         (tmp_path / "absent.png", "it cannot be opened: No such file or directory"),
+        (tmp_path / "*.jpg", "it cannot be opened: No such file or directory; of a pattern, pass the files: sorted("),
     ):
         with pytest.raises(InputError) as failure:
             tower.encode([path])
         assert str(failure.value).startswith(f"pictures[0], {path}: {problem}")
+
+
+def test_iterators_may_reuse_their_objects(tower: VisionTower, tmp_path: Path) -> None:
+    def frames() -> Iterator[np.ndarray[Any, Any]]:
+        buffer = np.empty((30, 40, 3), np.uint8)
+        for shade in range(16):
+            buffer[:] = shade * 16
+            yield buffer
+
+    separate = [np.full((30, 40, 3), shade * 16, np.uint8) for shade in range(16)]
+    for threads in (1, 4):
+        torch.testing.assert_close(tower.encode(frames(), threads=threads), tower.encode(separate))
+    pictures = photographs(6)
+    pictures[0].resize((64, 64)).save(
+        tmp_path / "film.webp", save_all=True, append_images=[each.resize((64, 64)) for each in pictures[1:]]
+    )
+    with Image.open(tmp_path / "film.webp") as film:
+        expected = tower.encode([frame.copy() for frame in ImageSequence.Iterator(film)])
+        film.seek(0)
+        torch.testing.assert_close(tower.encode(ImageSequence.Iterator(film), threads=4), expected)
+
+
+def test_pictures_that_are_not_loaded_yet(tower: VisionTower, tmp_path: Path) -> None:
+    paths = []
+    for index, picture in enumerate(photographs(6)):
+        paths.append(tmp_path / f"{index}.jpg")
+        picture.save(paths[-1])
+
+    def opened() -> Iterator[Image.Image]:
+        for path in paths:
+            with Image.open(path) as picture:
+                yield picture
+
+    expected = tower.encode(paths)
+    torch.testing.assert_close(tower.encode(opened(), threads=4), expected)
+    lazy = Image.open(paths[0])
+    torch.testing.assert_close(tower.encode([lazy] * 8, threads=4), expected[:1].expand(8, -1, -1))
+    closed = Image.open(paths[1])
+    closed.close()
+    with pytest.raises(InputError, match=r"^pictures\[1\]: Pillow cannot decode it"):
+        tower.encode([paths[0], closed])
+
+
+@pytest.mark.parametrize(
+    "pictures", [np.zeros((0, 9, 9, 3), np.uint8), [[]], [[], iter(())], torch.zeros(0, 9, 9, 3).byte()]
+)
+def test_nothing_inside_is_nothing(tower: VisionTower, pictures: Any) -> None:
+    with pytest.raises(InputError, match="pictures is empty; expected at least one"):
+        tower.encode(pictures)
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "folder/" + "*" * 300, ""])
+def test_content_passed_for_a_path_is_refused_in_a_short_line(tower: VisionTower, text: str) -> None:
+    with pytest.raises(InputError) as failure:
+        tower.encode([text])
+    assert len(str(failure.value)) < 900
+
+
+def test_paths_may_be_bytes(tower: VisionTower, tmp_path: Path) -> None:
+    photographs(1)[0].save(tmp_path / "a.png")
+    with os.scandir(os.fsencode(tmp_path)) as found:
+        entries: Any = found
+        assert tower.encode(entries).shape == (1, 9, 64)
+
+
+def test_channels_that_could_be_at_either_end(tower: VisionTower) -> None:
+    with pytest.raises(InputError, match=r"^pictures has shape \(3, 50, 3\), whose channels could be first or last"):
+        tower.encode(np.zeros((3, 50, 3), np.uint8))
+
+
+def test_processor_that_was_changed_to_several_shapes(fp32_bundle: Path) -> None:
+    other = VisionTower.load(fp32_bundle, "onnxruntime-cpu")
+    other.image_processor.do_center_crop = False
+    with pytest.raises(InputError, match=r"pictures come out as .* and .*do_center_crop=True"):
+        other.encode([Image.new("RGB", (50, 90)), Image.new("RGB", (90, 50))], batch_size=2)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": True}, {"threads": 0}, {"threads": "2"}])
