@@ -18,7 +18,6 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import CHECK
 from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError, BundleError, ConfigError, one_line
-from trtower.parity.verify import refuse_wrong
 from trtower.runners.base import Runner, run_batch
 from trtower.runners.choose import choose
 from trtower.runners.device import parse_device
@@ -111,6 +110,8 @@ class Engine:
             if certified and (reason := bundle.why_uncertified(runner.backend, runner.files)):
                 raise _not_certified(bundle, reason, runner.backend, runner.files)
             if options.verify:
+                from trtower.parity.verify import refuse_wrong  # most services do without, and start faster
+
                 refuse_wrong(bundle, runner)
             unless_served.pop_all()
         certificate = bundle.find_certificate(runner.backend, runner.files[0])
