@@ -94,7 +94,7 @@ LayoutOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="nchw, or with --pixels uint8 also nhwc: pictures as cameras and decoders give them.",
+        help="nchw, or with --pixels uint8 also nhwc, (B, S, S, 3): pictures as decoders give them.",
         autocompletion=complete(lambda: LAYOUTS),
     ),
 ]

@@ -67,6 +67,11 @@ class CLIPVisionTower(VisionTower):
                 f"{_describe(args)} has no mm_vision_select_layer. Without a LLaVA config, use "
                 f"trtower.{type(self).__name__}.load(…)."
             )
+        if not self.spec.takes_floats and getattr(args, "mm_vision_tower", None):
+            raise ConfigError(
+                f"{self.bundle.path} takes bytes, but the code of this model prepares floats for its tower: export it "
+                "without --pixels uint8."
+            )
         required = _class_for(args)
         if not isinstance(self, required):
             raise ConfigError(

@@ -16,7 +16,7 @@ from tests.conftest import IMAGE_SIZE
 from tests.export.checking import make_hashes_fit
 from tests.runtime.installation import hugging_face
 from tests.runtime.tower.test_image_processor import REFERENCES
-from trtower import CLIPVisionTowerS2, VisionTower, install
+from trtower import CLIPVisionTower, CLIPVisionTowerS2, VisionTower, build_vision_tower, install
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command
 from trtower.cli import run
@@ -196,6 +196,13 @@ def test_several_scales_need_floats(of_bytes: Callable[..., Path]) -> None:
     args = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
     with pytest.raises(ConfigError, match="takes bytes, but several scales resize prepared floats"):
         CLIPVisionTowerS2(of_bytes(), args)
+
+
+def test_model_of_llava_needs_floats(of_bytes: Callable[..., Path]) -> None:
+    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_tower=str(of_bytes()))
+    with pytest.raises(ConfigError, match="takes bytes, but the code of this model prepares floats"):
+        build_vision_tower(config)
+    assert CLIPVisionTower.load(of_bytes()).encode(pictures()[0]).shape == (1, 9, 64)
 
 
 def test_loaded_model_needs_floats(of_bytes: Callable[..., Path]) -> None:
