@@ -223,7 +223,7 @@ def test_configs_that_transformers_saves_are_read(tmp_path: Path) -> None:
     [
         ({"do_pad": True}, "do_pad=True"),
         ({"image_grid_pinpoints": [[336, 672]]}, "image_grid_pinpoints"),
-        ({"data_format": "channels_last"}, "data_format='channels_last'"),
+        ({"data_format": "none"}, "data_format='none'"),
         ({"default_to_square": True}, "default_to_square=True"),
         ({"image_processor_type": "LlavaNextImageProcessor"}, "image_processor_type='LlavaNextImageProcessor'"),
         ({"resample": 9}, "resample=9"),

@@ -270,12 +270,16 @@ def test_a_side_that_cannot_be_channels_is_refused() -> None:
             ImageProcessor({})(array, input_data_format=input_data_format)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"input_data_format": "last"}, {"input_data_format": 3}, {"data_format": "channels_last"}]
-)
+@pytest.mark.parametrize("wrong", [{"input_data_format": "last"}, {"input_data_format": 3}, {"data_format": "none"}])
 def test_an_unknown_format_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.*'channels_first'"):
         ImageProcessor({})(PIXELS, **wrong)
+
+
+def test_channels_come_last_if_asked_for() -> None:
+    expected = ImageProcessor({})(PIXELS, "np")["pixel_values"].transpose(0, 2, 3, 1)
+    assert np.array_equal(ImageProcessor({})(PIXELS, "np", data_format="channels_last")["pixel_values"], expected)
+    assert np.array_equal(ImageProcessor({"data_format": "channels_last"})(PIXELS, "np")["pixel_values"], expected)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
