@@ -124,14 +124,19 @@ class Images:
         dims = (3, 4) if in_list else (4, 5)
         if images.ndim not in dims or 0 in images.shape or not self._fits(images.shape[-3:]):
             expected = self._expectation(in_list=in_list)
-            turned = images.ndim > 2 and self._fits(torch.Size([*images.shape[-2:], images.shape[-3]]))
-            advice = f" Turn them: {name}.movedim(-3, -1)." if turned else ""
-            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.{advice}")
+            turn = self._how_to_turn(images, name)
+            raise InputError(f"{name} has shape {tuple(images.shape)}; this engine accepts {expected}.{turn}")
         self._check_dtype(images, name)
         if images.is_meta:
             raise InputError(f"{name} is on the meta device, which holds no pixels; pass a tensor with data.")
         if images.layout != torch.strided:
             raise InputError(f"{name} has layout {images.layout}; expected a dense tensor: pass images.to_dense().")
+
+    def _how_to_turn(self, images: torch.Tensor, name: str) -> str:
+        """Say how to move the channels to where the engine expects them, if that is all that is wrong."""
+        moves = ((-3, -1), (-1, -3)) if images.ndim > 2 else ()
+        fitting = [move for move in moves if self._fits(images.movedim(*move).shape[-3:])]
+        return f" Turn them: {name}.movedim{fitting[0]}." if fitting else ""
 
     def _fits(self, shape: torch.Size) -> bool:
         return shape == self._shape

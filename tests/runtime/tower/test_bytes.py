@@ -149,6 +149,8 @@ def test_other_layout_is_refused_with_how_to_turn_it(of_bytes: Callable[..., Pat
     with pytest.raises(InputError, match=refusal):
         tower(images)
     assert tower(images.movedim(-3, -1)).shape == (1, 9, 64)
+    with pytest.raises(InputError, match=r"accepts \(B, 3, 42, 42\).* Turn them: images\.movedim\(-1, -3\)\."):
+        VisionTower.load(of_bytes())(images.movedim(-3, -1))
     with pytest.raises(InputError, match=r"dtype torch\.float32; expected torch\.uint8"):  # before the shape
         tower(prepare(VisionTower(fp32_bundle), pictures()[0]))
 
