@@ -74,8 +74,8 @@ def export_tower(
     say_what_is_read(checkpoint, spec, options, reason, progress)
 
     with disk_errors(out), staged(out, overwrite=options.overwrite) as folder:  # renamed to `out` at the end
-        golden_inputs = make_golden_inputs(processor, spec, options.graph_precision)
-        loaded = load_and_cut(checkpoint, spec, processor, golden_inputs, progress)
+        golden = make_golden_inputs(processor, spec, options.graph_precision)
+        loaded = load_and_cut(checkpoint, spec, processor, golden, progress)
         check_space(loaded.tower, options.graph_precision, folder, plans=choice is not None)
         samples = make_samples(options, photographs, processor, spec)
         traced = trace_in_precision(loaded.tower, spec, merge_profiles(profiles), options, samples, progress)

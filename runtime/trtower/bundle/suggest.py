@@ -53,10 +53,10 @@ def build_command(
     return shlex.join(command + (settings.options() if settings else []))
 
 
-def proof_command(bundle: Bundle, backend: str = "") -> str:
+def proof_command(bundle: Bundle, backend: str) -> str:
     """Return the command that proves a bundle on a backend: with its golden answers, or with PyTorch if it has none."""
-    command = ["trtower", "verify" if GOLDEN in bundle.manifest.files else "check", str(bundle.path)]
-    return shlex.join([*command, *(["--backend", backend] if backend else [])])
+    command = "verify" if GOLDEN in bundle.manifest.files else "check"
+    return shlex.join(["trtower", command, str(bundle.path), "--backend", backend])
 
 
 def _repeat(option: str, values: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ Shapes: B images, T tiles per image, S pixels per side, P prefix tokens, N patch
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from typing_extensions import Self, Unpack
@@ -24,8 +24,10 @@ from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.images import Images, one_input
 from trtower.tower.options import OtherKeywords, TowerKeywords, TowerOptions, takes_options
 from trtower.tower.pixel_range import PixelRange
-from trtower.tower.prepare import Picture, count_threads, prepare_batches
 from trtower.tower.vision_model import VisionModel, make_vision_model
+
+if TYPE_CHECKING:
+    from trtower.tower.prepare import Picture
 
 TowerT = TypeVar("TowerT", bound="VisionTower")  # not Self: mypy then rejects `from_pretrained`, another name of `load`
 
@@ -265,6 +267,8 @@ class VisionTower(TowerAnswers):
             ConfigError: If `batch_size` or `threads` is not a positive number.
             BackendError: If the tower is not loaded, or cannot run here.
         """
+        from trtower.tower.prepare import count_threads, prepare_batches  # model code prepares by itself
+
         size = self.bundle.manifest.batch.opt if batch_size is None else batch_size
         if type(size) is not int or size < 1:
             raise ConfigError(f"batch_size={batch_size!r}; expected a number of at least 1.")
