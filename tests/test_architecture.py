@@ -24,14 +24,14 @@ ROWS = {
         "__main__",
     ),
     "trtower_export": (
-        "arguments console drawing options recipes targets families",
+        "arguments console drawing options recipes targets families heads",
         "checkpoint",
         "graph",
         "precision plan",
         "check bundling",
         "pipeline",
         "bench demo",
-        "commands listings",
+        "commands measuring listings",
         "__init__",
     ),
 }
@@ -40,6 +40,8 @@ that know all. Each imports from its own row and from those above it here, and n
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 """Where a file or a function is split. Both are symptoms of two things that became one."""
+
+COMMANDS = ("trtower_export.commands", "trtower_export.measuring")
 
 MODULES = {
     ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path
@@ -94,7 +96,7 @@ def test_no_file_and_no_function_outgrows_a_reader() -> None:
         assert text.count("\n") <= LINES_OF_A_FILE, path
         for node in ast.walk(ast.parse(text)):
             # A command declares its options in its signature, which is long but easy to read.
-            if isinstance(node, ast.FunctionDef) and name != "trtower_export.commands":
+            if isinstance(node, ast.FunctionDef) and name not in COMMANDS:
                 documented = len((ast.get_docstring(node) or "").splitlines())
                 lines = (node.end_lineno or 0) - node.lineno - documented
                 assert lines < LINES_OF_A_FUNCTION, f"{name}.{node.name}"

@@ -14,7 +14,18 @@ from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS
 from trtower.layer_codes import FEATURE_CODES
 from trtower.names import list_choices
-from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, HALVES, LAYOUTS, PIXELS, PRECISIONS, BatchProfile
+from trtower.spec import (
+    DEFAULT_BATCH,
+    EIGHT_BIT,
+    HALVES,
+    HEADS,
+    LAYOUTS,
+    NO_HEAD,
+    PIXELS,
+    POOLS,
+    PRECISIONS,
+    BatchProfile,
+)
 from trtower_export.options import AUTO
 from trtower_export.recipes import all_recipes
 from trtower_export.targets import all_targets
@@ -96,6 +107,25 @@ LayoutOption = Annotated[
         metavar="NAME",
         help="nchw, or with --pixels uint8 also nhwc, (B, S, S, 3): pictures as decoders give them.",
         autocompletion=complete(lambda: LAYOUTS),
+    ),
+]
+HeadOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What ends the engine: none (hidden states), the model's projector, or embedding (one vector an image).",
+        autocompletion=complete(lambda: (NO_HEAD, *HEADS)),
+    ),
+]
+NormalizeOption = Annotated[
+    bool, typer.Option("--normalize", help="With --head embedding: vectors of length 1, as cosine similarity needs.")
+]
+PoolOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="With --head embedding of a DINO: cls, or cls_mean, which adds the mean of the patches. Default: cls.",
+        autocompletion=complete(lambda: POOLS),
     ),
 ]
 BatchOption = Annotated[

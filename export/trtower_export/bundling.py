@@ -94,6 +94,7 @@ def write_bundle(
             random_weights=checkpoint.random_weights,
             image_aspect_ratio=image_aspect_ratio(checkpoint),
             tower=checkpoint.tower,
+            head_sha256=loaded.head_sha256,
         ),
         precision=traced.precision,
         keep_fp32=traced.keep_fp32,
@@ -111,4 +112,5 @@ def write_bundle(
     (folder / BUILD_NOTES).write_text(write_instructions(manifest, target), encoding="utf-8")
     manifest = replace(manifest, files={file: describe(folder / file) for file in FILES if (folder / file).exists()})
     write_manifest(folder, manifest)
-    progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}")
+    head = f", and the {spec.head.describe()}" if spec.head else ""
+    progress.say(f"keeps {manifest.cut.describe_cut(manifest.full, manifest.precision)}{head}")

@@ -1,6 +1,5 @@
 """The export side's commands. The runtime finds them by entry point; they import what is heavy only when they run."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -8,60 +7,46 @@ import typer
 from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import BUILD_NOTES, PREPROCESSOR, BuildSettings
+from trtower.bundle.manifest import BUILD_NOTES, BuildSettings
 from trtower.extras import import_extra
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
-    BackendOption,
     BatchOption,
     BuildFlavourOption,
     BundleArgument,
     CapabilityOption,
-    CheckBackendOption,
     CheckpointArgument,
     DemoOutOption,
-    ErrorImagesOption,
-    ExportedTowerOption,
     FlavourOption,
     HardwareCompatibleOption,
+    HeadOption,
     ImageSizeOption,
     ImagesOption,
-    JsonOption,
     KeepFp16Option,
     KeepFp32Option,
     KnownFaultOption,
     LayoutOption,
+    NormalizeOption,
     OptimizationLevelOption,
     OutOption,
     PickleOption,
-    PictureOption,
     PixelsOption,
-    PlotOption,
+    PoolOption,
     PrecisionOption,
     RandomWeightsOption,
     RemoteCodeOption,
-    ReportOption,
     RevisionOption,
     SelectFeatureOption,
     SelectLayerOption,
     StoreOption,
     TargetOption,
     TowerOption,
-    WeightsOption,
-    check_png,
-    complete,
     read_names,
-    read_numbers,
     read_profile,
 )
-from trtower_export.console import ConsoleProgress, as_json, importing, say
+from trtower_export.console import ConsoleProgress, importing, say
+from trtower_export.measuring import show_verdict
 from trtower_export.options import ExportOptions, Trust
-
-
-def _competitors() -> tuple[str, ...]:
-    from trtower_export.bench.entrants import competitors
-
-    return competitors()
 
 
 def export(
@@ -72,6 +57,9 @@ def export(
     image_size: ImageSizeOption = None,
     pixels: PixelsOption = "float",
     layout: LayoutOption = "nchw",
+    head: HeadOption = "none",
+    normalize: NormalizeOption = False,
+    pool: PoolOption = None,
     precision: PrecisionOption = "fp16",
     keep_fp32: KeepFp32Option = None,
     keep_fp16: KeepFp16Option = None,
@@ -107,6 +95,9 @@ def export(
         image_size=image_size,
         pixels=pixels,
         layout=layout,
+        head=head,
+        normalize=normalize,
+        pool=pool,
         precision=precision,
         keep_fp32=read_names(keep_fp32 or ""),
         keep_fp16=None if keep_fp16 is None else read_names(keep_fp16),
@@ -128,7 +119,7 @@ def export(
     if bundle.manifest.source.random_weights:
         say(console, "  random weights: this bundle is a rehearsal; its features are meaningless")
     say(console, str(bundle.path))
-    code = _verdict(console, bundle) if bundle.manifest.certificate else 0
+    code = show_verdict(console, bundle) if bundle.manifest.certificate else 0
     deployment = bundle.manifest.target
     if code == 0 and deployment and not bundle.manifest.plans:
         notes = bundle.path / BUILD_NOTES
@@ -189,189 +180,6 @@ def build(
     return 0
 
 
-def check(
-    bundle: BundleArgument,
-    images: ImagesOption = None,
-    checkpoint: WeightsOption = None,
-    tower: ExportedTowerOption = None,
-    backend: CheckBackendOption = "auto",
-    by_layer: Annotated[
-        bool, typer.Option("--by-layer", help="Compare every hidden state, and name the first whose error jumps.")
-    ] = False,
-    report: ReportOption = None,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
-    json_: JsonOption = False,
-) -> int:
-    """Compare a bundle with its PyTorch tower.
-
-    The reference is the whole tower in FP32. Writes a certificate into the bundle. Exits with 1 if a bound is missed.
-    """
-    console, progress = Console(), ConsoleProgress(Console(stderr=True))
-    opened = Bundle.open(bundle)
-    with importing(progress):
-        from trtower.tower.image_processor import ImageProcessor
-        from trtower_export.check.certify import check_bundle
-        from trtower_export.check.photographs import load_photographs, say_skipped
-        from trtower_export.check.report.report import Report, make_folder
-        from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-
-    pages = None
-    if report:
-        make_folder(report)
-        pages = Report(opened.manifest.spec, ImageProcessor.from_file(opened.verify(PREPROCESSOR)))
-    photographs = load_photographs(images)
-    say_skipped(photographs, progress)
-    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
-    checked = check_bundle(
-        opened,
-        reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust),
-        photographs,
-        progress,
-        backend=backend,
-        by_layer=by_layer or pages is not None,
-        on_image=pages.see if pages else None,
-    )
-    page = None
-    if pages and report:
-        with progress.step("Draw the report"):
-            page = pages.write(report, checked)
-    code = _verdict(console, checked, json_=json_)
-    if page and json_:
-        progress.say(str(page))
-    elif page:
-        say(console, str(page))
-    return code
-
-
-def doctor(
-    checkpoint: CheckpointArgument,
-    images: ImagesOption = None,
-    select_layer: SelectLayerOption = None,
-    image_size: ImageSizeOption = None,
-    error_images: ErrorImagesOption = 1,
-    picture: PictureOption = None,
-    every: Annotated[bool, typer.Option("--every", help="List every operation of every layer.")] = False,
-    revision: RevisionOption = None,
-    tower: TowerOption = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Examine a rehearsal, without the weights.")
-    ] = False,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
-    json_: JsonOption = False,
-) -> int:
-    """Find where half precision hurts a tower.
-
-    Measures what half precision costs in every operation, and where it overflows.
-    """
-    console, progress = Console(), ConsoleProgress(Console(stderr=True))
-    if picture:
-        check_png(picture, "--picture")
-    with importing(progress):
-        from trtower.tower.image_processor import ImageProcessor
-        from trtower_export.check.photographs import load_photographs, prepare_floats, say_skipped
-        from trtower_export.checkpoint.checkpoint import open_checkpoint
-        from trtower_export.checkpoint.preprocessor import fit_preprocessor
-        from trtower_export.precision.doctor import examine
-        from trtower_export.precision.heatmap import draw_heatmap
-        from trtower_export.precision.table import print_operations
-
-    photographs = load_photographs(images)
-    say_skipped(photographs, progress)
-    opened = open_checkpoint(
-        checkpoint,
-        random_weights=random_weights,
-        revision=revision,
-        tower=tower,
-        trust=Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code),
-    )
-    spec = opened.spec(None if select_layer is None else parse_layer_code(select_layer), None, image_size)
-    processor = ImageProcessor(fit_preprocessor(opened, spec.image_size, progress))
-    progress.say(opened.describe())
-    progress.say(f"reads {spec.reading}, at {spec.image_size} pixels")
-    pixels = prepare_floats(photographs.images, processor, spec)
-    named = {each.name: pixel_values for each, pixel_values in zip(photographs.images, pixels, strict=True)}
-    diagnosis = examine(opened, spec, named, progress, error_images=error_images)
-    if picture:
-        picture.write_bytes(draw_heatmap(diagnosis.operations))
-        progress.say(str(picture))
-    if json_:
-        say(Console(), as_json(dataclasses.replace(diagnosis, skipped=photographs.skipped)))
-    else:
-        print_operations(console, diagnosis, every=every)
-    return 0
-
-
-def bench(
-    bundle: BundleArgument,
-    batch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--batch",
-            metavar="N,N",
-            help="Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest.",
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Competitors, separated by commas: eager, sdpa, compile, onnxruntime and others. Default: all.",
-            autocompletion=complete(_competitors),
-        ),
-    ] = None,
-    checkpoint: WeightsOption = None,
-    tower: ExportedTowerOption = None,
-    backend: BackendOption = "auto",
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="How often to time each batch size. Default: 100 on a GPU, 7 elsewhere."),
-    ] = None,
-    tiles: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Images in the list that LLaVA's tower loops over (0 skips that measurement)."
-        ),
-    ] = 16,
-    json_: JsonOption = False,
-    plot: PlotOption = None,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
-) -> int:
-    """Time a bundle against PyTorch and others.
-
-    All competitors take turns in one run.
-    """
-    console, progress = Console(), ConsoleProgress(Console(stderr=True))
-    opened = Bundle.open(bundle)
-    if plot:
-        check_png(plot, "--plot")
-    with importing(progress):
-        from trtower_export.bench.benchmark import BenchOptions, run_benchmark
-        from trtower_export.bench.entrants import competitors
-        from trtower_export.bench.tables import draw_benchmark, print_benchmark
-        from trtower_export.checkpoint.checkpoint import reopen_checkpoint
-
-    options = BenchOptions(
-        batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
-        against=competitors() if against is None else read_names(against),
-        backend=backend,
-        rounds=rounds,
-        tiles=tiles,
-    )
-    trust = Trust(allow_pickle=allow_pickle, remote_code=trust_remote_code)
-    original = reopen_checkpoint(opened.manifest.source, moved_to=checkpoint, tower=tower, trust=trust)
-    benchmark = run_benchmark(opened, original, options, progress)
-    if json_:
-        say(Console(), as_json(benchmark))
-    else:
-        print_benchmark(console, benchmark)
-    if plot:
-        plot.write_bytes(draw_benchmark(benchmark))
-    return 0
-
-
 def demo(out: DemoOutOption = Path("engines")) -> int:
     """Run a demo on real weights, offline.
 
@@ -382,16 +190,3 @@ def demo(out: DemoOutOption = Path("engines")) -> int:
     from trtower_export.demo.demo import run_demo
 
     return run_demo(out, Console())
-
-
-def _verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:
-    """Print a bundle's certificate, and return the exit code of its check."""
-    from trtower_export.check.tables import print_certificate
-
-    certificate = bundle.manifest.certificate
-    assert certificate is not None  # noqa: S101 - the bundle was checked
-    if json_:
-        say(Console(), as_json(certificate))
-    else:
-        print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
-    return 0 if certificate.passed else 1

@@ -7,7 +7,19 @@ from typing import Any
 from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
-from trtower.spec import EIGHT_BIT, FLOAT, NCHW, PRECISIONS, BatchProfile, check_pixels, merge_profiles
+from trtower.spec import (
+    EIGHT_BIT,
+    EMBEDDING,
+    FLOAT,
+    HEADS,
+    NCHW,
+    NO_HEAD,
+    POOLS,
+    PRECISIONS,
+    BatchProfile,
+    check_pixels,
+    merge_profiles,
+)
 from trtower_export.targets.faults import check_accepted
 
 AUTO = "auto"
@@ -40,6 +52,10 @@ class ExportOptions:
         pixels: What the engine takes: "float" (the default), pixels as the image processor prepares them, or "uint8",
             bytes that the graph rescales and normalises itself.
         layout: "nchw" (the default) for (B, 3, S, S), or "nhwc" for bytes (B, S, S, 3).
+        head: What follows the hidden states in the engine: "none" (the default), the checkpoint's own "projector", or
+            "embedding", one vector per image. The layer and tokens are then those that the model's head reads.
+        normalize: Give embeddings the length 1. Default: False.
+        pool: What the embedding of a model without a pooling head is made of: "cls" (the default) or "cls_mean".
         precision: "fp16" (the default), "bf16", "fp32", "fp8", "int8" or "auto". "auto" is FP16 with as few operations
             in FP32 as the check's bounds allow on ``images`` and on drawn images. "fp8" and "int8" are calibrated on
             ``images``.
@@ -75,6 +91,9 @@ class ExportOptions:
     image_size: int | None = None
     pixels: str = FLOAT
     layout: str = NCHW
+    head: str = NO_HEAD
+    normalize: bool = False
+    pool: str | None = None
     precision: str = "fp16"
     keep_fp32: tuple[str, ...] = ()
     keep_fp16: tuple[str, ...] | None = None
@@ -96,6 +115,7 @@ class ExportOptions:
         if self.profiles:
             merge_profiles(self.profiles)
         check_pixels(self.pixels, self.layout)
+        self._check_head()
         check_name("precision", self.precision, (AUTO, *PRECISIONS))
         check_accepted(self.accept_known_faults)
         if self.images is not None and not self.check and not self.runs_on_images:
@@ -109,6 +129,23 @@ class ExportOptions:
             raise ConfigError(
                 f"--keep-fp16 needs --precision {' or '.join(EIGHT_BIT)}; the precision is {self.precision}."
             )
+
+    def _check_head(self) -> None:
+        check_name("head", self.head, (NO_HEAD, *HEADS))
+        if self.pool is not None:
+            check_name("pool", self.pool, POOLS)
+        if self.head != EMBEDDING and (self.normalize or self.pool):
+            option = "--normalize" if self.normalize else "--pool"
+            raise ConfigError(f"{option} needs --head embedding; the head is {self.head}.")
+        if self.head == EMBEDDING and (self.select_layer is not None or self.select_feature is not None):
+            raise ConfigError(
+                "--head embedding is made of the last hidden state: leave out --select-layer and --select-feature."
+            )
+
+    @property
+    def with_head(self) -> bool:
+        """Whether the engine ends with a head."""
+        return self.head != NO_HEAD
 
     @property
     def of_checkpoint(self) -> dict[str, Any]:

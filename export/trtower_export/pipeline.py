@@ -3,7 +3,6 @@
 checkpoint -> truncate -> precision -> graph -> bundle -> plan -> check
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
@@ -16,6 +15,7 @@ from trtower_export.bundling import check_space, write_bundle
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.samples import CHECK_PHOTOGRAPHS, load_for_export, make_golden_inputs, make_samples
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.head import describe_tower
 from trtower_export.checkpoint.preprocessor import fit_preprocessor, stop_at_pixels
 from trtower_export.checkpoint.remarks import say_what_is_read
 from trtower_export.console import LoggedProgress, Progress
@@ -42,7 +42,8 @@ def export_tower(
 
     Args:
         source: A hub id, a local folder, an OpenCLIP file, or the name of a recipe.
-        out: The bundle's folder. Default: engines/NAME, or engines/NAME-uint8 for one that takes bytes.
+        out: The bundle's folder. Default: engines/NAME, with -projector or -embedding for a bundle with a head, and
+            -uint8 for one that takes bytes.
         options: What to export, and how. Default: `ExportOptions()`.
         progress: Receives every step. Default: the log, at level INFO.
 
@@ -63,11 +64,10 @@ def export_tower(
     target, choice, reason = choose_first_plan(options)
     photographs = load_for_export(options, progress)
     checkpoint = open_checkpoint(source, **options.of_checkpoint)
-    spec = checkpoint.spec(options.select_layer, options.select_feature, options.image_size)
-    spec = replace(spec, pixels=options.pixels, layout=options.layout)
+    spec = describe_tower(checkpoint, options)
     check_first_plan(target, choice, spec.family, options, progress)
     profiles = options.profiles or checkpoint.profiles
-    out = out or ENGINES / f"{checkpoint.bundle_name}{'' if spec.takes_floats else f'-{spec.pixels}'}"
+    out = out or ENGINES / f"{checkpoint.bundle_name}{spec.suffix}"
     refuse_existing(out, overwrite=options.overwrite)
     preprocessor = stop_at_pixels(fit_preprocessor(checkpoint, spec.image_size, progress), spec)
     processor = ImageProcessor(preprocessor)

@@ -67,6 +67,7 @@ class Inspection(BundleFacts):
     path: str
     batch: BatchProfile
     hidden_size: int
+    num_tokens: int
     num_patches: int
     golden: bool
     plans: list[InspectedPlan]
@@ -91,7 +92,8 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         **{each.name: getattr(manifest, each.name) for each in dataclasses.fields(BundleFacts)},
         path=str(bundle.path),
         batch=manifest.batch,
-        hidden_size=manifest.spec.hidden_size,
+        hidden_size=manifest.output.row[-1],
+        num_tokens=manifest.output.vectors[0],
         num_patches=manifest.spec.num_patches,
         golden=GOLDEN in manifest.files,
         plans=[_inspect_plan(bundle, plan, altered, missing) for plan in manifest.plans],
@@ -174,7 +176,7 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
         f"{f'; exported for {found.target.name}' if found.target else ''}",
         f"  pixel_values {shape}, batch {batch.min} to {batch.max}, best at {tuned}",
         *([f"  pictures     by {source.image_aspect_ratio}: {TO_PAD}"] if source.image_aspect_ratio else []),
-        f"  features     {found.num_patches} patches of {found.hidden_size}",
+        f"  features     {_describe_features(found)}",
         f"  on disk      {found.size / MB:.0f} MB, made by trtower {found.trtower}",
         "  plans",
         *_describe_plans(found, why=why),
@@ -184,6 +186,11 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
         *_describe_certificates(found),
     ]
     return "\n".join(lines)
+
+
+def _describe_features(found: Inspection) -> str:
+    head = found.spec.head
+    return head.describe() if head else f"{found.num_patches} patches of {found.hidden_size}"
 
 
 def _describe_precision(found: Inspection) -> str:
@@ -259,7 +266,7 @@ def describe_loading(bundle: Bundle) -> str:
         f"  tower = VisionTower.load({path})",
         '  features = tower.encode(["photo.jpg"])',
     ]
-    if bundle.manifest.spec.takes_floats:
+    if bundle.manifest.spec.takes_floats and not bundle.manifest.spec.head:
         lines += [
             "Or install it in a loaded model that has this tower:",
             "  import trtower",

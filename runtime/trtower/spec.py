@@ -7,6 +7,7 @@ N patches, D features per token.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from trtower.errors import ConfigError, InputError
 from trtower.layer_codes import FEATURES, name_layer
@@ -66,6 +67,14 @@ def check_pixels(pixels: str, layout: str) -> None:
     if layout == NHWC and pixels == FLOAT:
         raise ConfigError("--layout nhwc needs --pixels uint8: prepared floats are (B, 3, S, S) everywhere.")
 
+
+HEADS = PROJECTOR, EMBEDDING = ("projector", "embedding")
+"""What may follow the hidden states inside an engine: the model's projector, or the pooling of an embedding model."""
+
+NO_HEAD = "none"
+
+POOLS = CLS, CLS_MEAN = ("cls", "cls_mean")
+"""What an embedding without a pooling head is made of: the CLS token, or that and the mean of the patches."""
 
 MOST_IMAGES = 65536
 """The largest batch of a profile: more than any GPU's memory holds, and within TensorRT's integers."""
@@ -146,6 +155,12 @@ class TensorSpec:
         """The shape of what belongs to one image."""
         return tuple(int(size) for size in self.shape[1:])
 
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """The number of feature vectors that belong to one image, and their width; an embedding has one."""
+        *several, width = self.row
+        return (several[0] if several else 1), width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
@@ -191,12 +206,62 @@ class Naming:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What follows the hidden states inside the engine.
+
+    ``kind`` is one of `HEADS`, and ``name`` is what the head is called, such as "LlavaMultiModalProjector". A projector
+    gives ``tokens`` vectors of ``width`` for each image. An embedding gives one, so its ``tokens`` is None; with
+    ``normalised`` it has unit length, and ``pool`` is one of `POOLS`, or None if the model has a pooling head.
+    ``divisor`` is what the features are divided by last: PaliGemma's code does that in some releases of transformers.
+    """
+
+    kind: str
+    name: str
+    width: int
+    tokens: int | None = None
+    normalised: bool = False
+    pool: str | None = None
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_name("head", self.kind, HEADS)
+        if self.pool is not None:
+            check_name("pool", self.pool, POOLS)
+        if self.width < 1 or (self.tokens is None) == (self.kind == PROJECTOR) or (self.tokens or 1) < 1:
+            raise ConfigError(f"a {self.kind} has width={self.width} and tokens={self.tokens}, which it cannot have.")
+        if self.kind == PROJECTOR and (self.normalised or self.pool):
+            raise ConfigError("a projector is neither normalised nor pooled; only an embedding is.")
+        if not self.divisor > 0:
+            raise ConfigError(f"divisor={self.divisor}; expected a number above 0.")
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of one image's features."""
+        return (self.width,) if self.tokens is None else (self.tokens, self.width)
+
+    @property
+    def output(self) -> tuple[str, tuple[int, ...]]:
+        """The name of the engine's output, `image_features` or as in CLIP `image_embeds`, and the shape of a row."""
+        return "image_features" if self.kind == PROJECTOR else "image_embeds", self.row
+
+    def describe(self) -> str:
+        """Say in a few words what it is."""
+        what = f"{self.kind} {self.name}"
+        if self.tokens is not None:
+            what += f", {self.tokens} tokens of {self.width}"
+        else:
+            what += f", a vector of {self.width}{', of unit length' if self.normalised else ''}"
+        return what if self.divisor == 1.0 else f"{what}, divided by {self.divisor:.6g}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
     """The shape of a full tower of L = ``num_layers`` layers, and what a bundle reads of it.
 
     ``layers`` are the indices of the hidden states that it reads, in reading order: 0 to L, and L + 1 for
     `last_hidden_state` (see layer_codes.py). ``width`` is the number of features per token of one state. ``pixels`` and
-    ``layout`` say what the engine takes: one of `PIXELS` in one of `LAYOUTS`.
+    ``layout`` say what the engine takes: one of `PIXELS` in one of `LAYOUTS`. With a ``head`` the engine returns what
+    that makes of the hidden states, and otherwise the hidden states themselves.
     """
 
     family: str
@@ -210,6 +275,7 @@ class TowerSpec:
     naming: Naming = Naming()
     pixels: str = FLOAT
     layout: str = NCHW
+    head: HeadSpec | None = None
 
     def __post_init__(self) -> None:
         check_pixels(self.pixels, self.layout)
@@ -224,11 +290,19 @@ class TowerSpec:
             raise ConfigError(
                 f"layers={self.layers} are not hidden-state indices; expected some of 0 to {self.num_layers + 1}."
             )
+        if self.embeds and (self.layers, self.select_feature) != ((self.num_layers + 1,), "cls_patch"):
+            raise ConfigError("an embedding is made of every token of `last_hidden_state`, but the layers are others.")
 
     @property
     def takes_floats(self) -> bool:
         """Whether the engine takes prepared numbers, and not bytes."""
         return self.pixels == FLOAT
+
+    @property
+    def suffix(self) -> str:
+        """What the name of a bundle ends in, if it ends with a head or takes bytes: "-projector-uint8"."""
+        parts = [*([self.head.kind] if self.head else []), *([] if self.takes_floats else [self.pixels])]
+        return "".join(f"-{part}" for part in parts)
 
     @property
     def of_floats(self) -> "TowerSpec":
@@ -247,13 +321,18 @@ class TowerSpec:
 
     @property
     def num_tokens(self) -> int:
-        """P + N, the number of tokens that the engine returns."""
+        """P + N, the number of tokens of a hidden state."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
     def hidden_size(self) -> int:
         """D, the features per token of all layers that are read, concatenated."""
         return self.width * len(self.layers)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the engine returns one vector for each image."""
+        return self.head is not None and self.head.kind == EMBEDDING
 
     @property
     def depth(self) -> int:
@@ -266,11 +345,15 @@ class TowerSpec:
         return self.num_layers + 1 in self.layers
 
     def reads(self, parameter: str) -> bool:
-        """Whether a hidden state that is read may depend on a parameter of the full model, given its name there."""
+        """Whether what is read may depend on a parameter of the full model, given its name there.
+
+        An embedding depends on all of them, except those in the embeddings that only training reads.
+        """
         naming, layer = self.naming, self.naming.find_layer(parameter)
         if layer is not None and layer >= self.depth:
             return False
         unread = naming.unread if self.reads_final_norm else (*naming.unread, *naming.final_norm)
+        unread = tuple(part for part in unread if part.startswith("embeddings.")) if self.embeds else unread
         return not f"{naming.inside(parameter)}.".startswith(tuple(f"{part}." for part in unread))
 
     @property
@@ -279,6 +362,20 @@ class TowerSpec:
         states = ", ".join(name_layer(layer, self.num_layers) for layer in self.layers)
         several = "s" if len(self.layers) > 1 else ""
         return f"hidden state{several} {states} of {self.num_layers} layers, {self.select_feature} tokens"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """How many tokens come before a square grid of what the engine returns, and its side; None without a grid."""
+        if self.head is None:
+            return self.num_prefix_tokens, self.num_patches_per_side
+        tokens = self.head.tokens or 0
+        sides = {prefix: isqrt(max(0, tokens - prefix)) for prefix in (0, self.num_prefix_tokens)}
+        return next(((before, side) for before, side in sides.items() if side and side**2 == tokens - before), None)
+
+    @property
+    def first_read(self) -> int:
+        """The index of the first token that the head reads; without a head the engine returns every token."""
+        return self.first_token(self.select_feature) if self.head else 0
 
     def columns(self, layers: Sequence[int]) -> list[slice]:
         """Return the columns of hidden states in the concatenated (B, P + N, D), in the order of ``layers``."""
@@ -298,6 +395,6 @@ class TowerSpec:
         return TensorSpec(name="pixel_values", dtype=dtype, shape=shape)
 
     def output(self, precision: str) -> TensorSpec:
-        """Describe the output tensor: all tokens of the layers that are read, (B, P + N, D)."""
-        shape = ("batch", self.num_tokens, self.hidden_size)
-        return TensorSpec(name="hidden_states", dtype=PRECISIONS[precision].dtype, shape=shape)
+        """Describe the output tensor: the head's, or all tokens of the layers that are read, (B, P + N, D)."""
+        name, row = self.head.output if self.head else ("hidden_states", (self.num_tokens, self.hidden_size))
+        return TensorSpec(name=name, dtype=PRECISIONS[precision].dtype, shape=("batch", *row))

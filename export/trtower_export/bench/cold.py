@@ -51,7 +51,8 @@ def main(
     else:
         arena = Arena.open_torch(opened, checkpoint, torch.device(device))
         if name.endswith("-bf16"):
-            arena.model.to(torch.bfloat16)  # in place: nobody keeps a second copy of the weights in FP32
+            # in place: nobody keeps a second copy of the weights in FP32
+            torch.nn.ModuleList([arena.uncut.model, arena.cut]).to(torch.bfloat16)
         entrant = enter(arena, name)
         prepared = entrant.prepare(images.to(device))
         loaded = time.perf_counter()

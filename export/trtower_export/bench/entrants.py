@@ -23,7 +23,8 @@ from trtower_export.bench.race import draw_inputs
 from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.pixels import PixelsFromBytes
-from trtower_export.graph.truncate import TruncatedTower, truncate
+from trtower_export.graph.reference import UncutTower
+from trtower_export.graph.truncate import TruncatedTower
 
 TRTOWER, LLAVA = "trtower", "llava"
 
@@ -61,9 +62,8 @@ class Arena:
 
     bundle: Bundle
     ran: VisionTower | None
-    model: nn.Module
+    uncut: UncutTower
     cut: TruncatedTower
-    checkpoint: Checkpoint
     device: torch.device
 
     @classmethod
@@ -74,15 +74,14 @@ class Arena:
         """
         ran = VisionTower.load(bundle.path, backend)
         arena = cls.open_torch(bundle, checkpoint, ran.device)
-        check_weights(arena.model, bundle.manifest, checkpoint.source)
+        check_weights(arena.uncut, bundle.manifest)
         return replace(arena, ran=ran)
 
     @classmethod
     def open_torch(cls, bundle: Bundle, checkpoint: Checkpoint, device: torch.device) -> "Arena":
         """Load only what PyTorch runs, not the bundle."""
-        model = checkpoint.load_model(bundle.manifest.spec)
-        cut = truncate(model, checkpoint.family, bundle.manifest.spec)
-        return cls(bundle=bundle, ran=None, model=model, cut=cut, checkpoint=checkpoint, device=device)
+        uncut = UncutTower.load(checkpoint, bundle.manifest.spec)
+        return cls(bundle=bundle, ran=None, uncut=uncut, cut=uncut.cut(), device=device)
 
     @property
     def tower(self) -> VisionTower:
@@ -115,8 +114,10 @@ class Arena:
         return self.tokens(features).to(self.device)
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
-        """Keep the same tokens as the bundle's feature: (B, P + N, D) -> (B, N, D)."""
+        """Keep the same tokens as the bundle's feature, (B, P + N, D) -> (B, N, D); a head has chosen already."""
         spec = self.bundle.manifest.spec
+        if spec.head:
+            return hidden_states
         return hidden_states[:, spec.first_token(spec.select_feature) :]
 
     @property
@@ -152,9 +153,9 @@ def enter(arena: Arena, name: str) -> Entrant:
         raise BackendError("this processor has no BF16 arithmetic")
     if kind == "cudagraph" and arena.device.type != "cuda":
         raise BackendError("CUDA graphs need a GPU")
-    model = _copy_of_model(arena, precision)
-    model.config._attn_implementation = "eager" if kind == "eager" else "sdpa"
-    tower: Callable[[Tensor], Tensor] = truncate(model, arena.checkpoint.family, arena.bundle.manifest.spec)
+    copied: Any = _copy_of(arena, precision)
+    copied.model.config._attn_implementation = "eager" if kind == "eager" else "sdpa"
+    tower: Callable[[Tensor], Tensor] = copied.cut()
     if kind == "compile":
         from torch._inductor import select_algorithm
 
@@ -196,23 +197,24 @@ def _enter_torch(arena: Arena, name: str, precision: str, tower: Callable[[Tenso
 
 def _llava(arena: Arena) -> Callable[[Tensor], Tensor]:
     """Run as LLaVA's tower does: every layer runs, every state is kept, the selected ones are read."""
-    model = _copy_of_model(arena, arena.precision)
-    layers, family = arena.bundle.manifest.spec.layers, arena.checkpoint.family
+    copied = _copy_of(arena, arena.precision)
 
     def run(images: Tensor) -> Tensor:
-        states = family.read_states(model, images)
-        return torch.cat([states[layer] for layer in layers], dim=-1)
+        return copied.read(copied.checkpoint.family.read_states(copied.model, images))
 
     return run
 
 
-def _copy_of_model(arena: Arena, precision: str) -> Any:
-    """Copy the model to the device in ``precision``; on a CPU in the same dtype, the copy shares the weights."""
-    model = arena.model
+def _copy_of(arena: Arena, precision: str) -> UncutTower:
+    """Copy the uncut tower to the device in ``precision``; on a CPU in the same dtype, the copy shares the weights."""
+    uncut = arena.uncut
+    both = nn.ModuleList([uncut.model, uncut.head or nn.Identity()])
     dtype = DTYPES[PRECISIONS[precision].dtype]
-    if arena.device.type != "cpu" or dtype != next(model.parameters()).dtype:
-        return copy.deepcopy(model).to(arena.device, dtype)
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    if arena.device.type != "cpu" or dtype != next(both.parameters()).dtype:
+        model, head = copy.deepcopy(both).to(arena.device, dtype)
+    else:
+        model, head = copy.deepcopy(both, {id(each): each for each in (*both.parameters(), *both.buffers())})
+    return replace(uncut, model=model, head=head if uncut.head else None)
 
 
 def _captured(tower: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

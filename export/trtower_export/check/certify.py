@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import BatchFigures, Certificate, Figures, ImageFigures
@@ -26,7 +26,6 @@ from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, PREPROCESSOR, Manifest
 from trtower.bundle.staging import check_writable, disk_errors, locked
 from trtower.dtypes import DTYPES
 from trtower.errors import CheckpointError, ConfigError
-from trtower.fingerprint import read_parameters, weights_sha256
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH, judge
 from trtower.parity.metrics import MetricSums, total
 from trtower.parity.runs import describe_run, refuse_altered, run_in_batches
@@ -47,8 +46,8 @@ from trtower_export.check.photographs import (
 )
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
-from trtower_export.graph.reference import describe_reference, read_reference
-from trtower_export.graph.truncate import TruncatedTower, truncate
+from trtower_export.graph.reference import UncutTower
+from trtower_export.graph.truncate import TruncatedTower
 from trtower_export.precision.quantisation import read_quantised, simulate_quantised
 
 WAIT_S = 600.0
@@ -148,8 +147,7 @@ class _Towers:
     """
 
     bundle: Bundle
-    checkpoint: Checkpoint
-    model: nn.Module
+    uncut: UncutTower
     own: TruncatedTower
     runner: Runner
     typed: EmulatedRunner | None
@@ -185,13 +183,12 @@ def _load_towers(
     half = manifest.output.dtype == "float16" and runner.device.type == "cpu" and not emulated
     states = GraphStates(bundle, emulated=emulated) if by_layer else None
     with progress.step("Load PyTorch's tower"):
-        model = checkpoint.load_model(manifest.spec)
-        check_weights(model, manifest, checkpoint.source)
-        own = _in_precision(copy.deepcopy(truncate(model, checkpoint.family, manifest.spec)), bundle)
+        uncut = UncutTower.load(checkpoint, manifest.spec)
+        check_weights(uncut, manifest)
+        own = _in_precision(copy.deepcopy(uncut.cut()), bundle)
     return _Towers(
         bundle=bundle,
-        checkpoint=checkpoint,
-        model=model,
+        uncut=uncut,
         own=own.to(runner.device),
         runner=runner,
         typed=EmulatedRunner(bundle, worst=False) if half else None,
@@ -206,8 +203,8 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     pixels, floats = prepare(images, processor), prepare_floats(images, processor, manifest.spec)
     references, owns = [], []
     for image, engine_input, pixel_values in zip(images, pixels, floats, strict=True):
-        states = read_reference(towers.checkpoint, towers.model, manifest.spec, image.name, pixel_values)
-        references.append(torch.cat([states[layer] for layer in manifest.spec.layers], dim=-1))
+        states = towers.uncut.states(image.name, pixel_values)
+        references.append(towers.uncut.read(states))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
         comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1])
@@ -249,7 +246,7 @@ def _make_certificate(
     graphs = [name for name in (GRAPH, FUSED_GRAPH) if name in manifest.files]  # the emulation reads either
     return Certificate(
         passed=all(bound.holds for bound in bounds),
-        reference=describe_reference(towers.checkpoint),
+        reference=towers.uncut.describe(),
         images=tuple(
             ImageFigures(
                 name=image.name, kind=image.kind, bundle=figures(batches, [image]), torch=figures([TORCH], [image])
@@ -292,10 +289,11 @@ def _open(bundle: Bundle, backend: str) -> Runner:
     return choose(bundle, backend)
 
 
-def check_weights(model: nn.Module, manifest: Manifest, source: str) -> None:
-    """Raise CheckpointError unless a full tower has the weights that the bundle was exported from."""
-    if weights_sha256(read_parameters(model, manifest.spec)) != manifest.source.weights_sha256["float32"]:
+def check_weights(uncut: UncutTower, manifest: Manifest) -> None:
+    """Raise CheckpointError unless a full tower and its head have the weights that the bundle was exported from."""
+    same = uncut.weights_sha256() == manifest.source.weights_sha256["float32"]
+    if not same or uncut.head_sha256() != manifest.source.head_sha256:
         raise CheckpointError(
-            f"the weights at {source} are not the ones that {manifest.name} was exported from (then at "
-            f"{manifest.source.checkpoint}): pass the checkpoint that has those with --checkpoint, or export again."
+            f"the weights at {uncut.checkpoint.source} are not the ones that {manifest.name} was exported from (then "
+            f"at {manifest.source.checkpoint}): pass the checkpoint that has those with --checkpoint, or export again."
         )

@@ -49,7 +49,9 @@ class GraphStates:
         spec = manifest.spec
         self._names = {_index(name): name for name in names}
         expected = set(range(spec.depth + 1))
-        if len(spec.layers) == 1:  # if one state is read, it has the name of the output
+        if spec.head:  # a final norm has no name of its own
+            expected -= {spec.num_layers + 1}
+        elif len(spec.layers) == 1:  # if one state is read, it has the name of the output
             (read,) = spec.layers
             self._names[read] = manifest.output.name
             expected -= {read - 1} if read > spec.depth else set()  # without a norm, last_hidden_state is state L

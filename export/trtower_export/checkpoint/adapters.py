@@ -86,6 +86,19 @@ def check_adapter(files: Files, tower: Tensors, others: Collection[str], *, larg
     return tuple(remarks)
 
 
+def refuse_adapter_of(tensors: Tensors, module: str) -> None:
+    """Raise CheckpointError if an adapter, beside the model or inside its weights, may change a module of it."""
+    files, names = tensors.files, {name for name in tensors.shards if _is_adapters(name)}
+    for path in (files.folder / name for name in WEIGHTS):
+        if path.is_file() and (path.suffix == ".safetensors" or tensors.allow_pickle):
+            names |= names_in(path)
+    own = module.rpartition(".")[2]
+    if touched := next((name for name in sorted(names) if own in _module(name)), None):
+        raise CheckpointError(
+            f"{files.folder} holds {touched}, part of an adapter that was not merged: {_merge_into('the model')}."
+        )
+
+
 def check_unmerged(tensors: Tensors, patch_embedding: str, *, larger: bool) -> tuple[str, ...]:
     """Return remarks on adapters inside the weights; raise CheckpointError if one may belong to a tower."""
     adapter_names = [name for name in tensors.shards if _is_adapters(name)]

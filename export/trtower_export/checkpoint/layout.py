@@ -41,6 +41,10 @@ class Layout:
         preprocessor: How images are prepared; None if the checkpoint does not say.
         tensors: The tower's tensors; None for a rehearsal.
         root: What the names of the tower's tensors begin with.
+        model: The config of the model around the tower, to which a projector belongs; None if there is no model.
+        around: Finds all tensors of the model, among them the head's; None for a rehearsal.
+        head_root: What the names of the head's tensors begin with in another library; "" if that is the head's own.
+        translate_head: Turns the head's tensors of another library into transformers'.
         translate: Turns tensors of another library into transformers'.
         said_as: The field of config.json that holds the model's layer; None if the model does not read one.
         select_layer: The config's layer; None if it does not say.
@@ -57,6 +61,10 @@ class Layout:
     preprocessor: dict[str, Any] | None
     tensors: Tensors | None = None
     root: str = ""
+    model: Any = None
+    around: Callable[[], Tensors] | None = None
+    head_root: str = ""
+    translate_head: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     said_as: str | None = None
     select_layer: LayerCode | None = None
@@ -88,7 +96,7 @@ def with_tower(
     remarks += adapters.check_adapter(files, tower, tensors.shards.keys() - tower.shards.keys(), larger=larger)
     if wrappers := wrappers_in(tower.written):
         remarks += (f"removed {', '.join(wrappers)} from the names of the tower's tensors: they only wrap modules",)
-    return replace(layout, tensors=tower, root=root, remarks=(*layout.remarks, *remarks))
+    return replace(layout, tensors=tower, root=root, around=lambda: tensors, remarks=(*layout.remarks, *remarks))
 
 
 def inside_model(layout: Layout, files: Files, others: Collection[str]) -> Layout:

@@ -6,7 +6,9 @@ and the names of tensors are read here, not the weights, and the checkpoint's ow
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -17,12 +19,12 @@ from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
 from trtower_export.checkpoint.layout import Layout, Request, inside_model, no_tower, with_tower
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
-from trtower_export.checkpoint.tensors import find_tensors
+from trtower_export.checkpoint.tensors import Tensors, find_tensors
 from trtower_export.checkpoint.vision_config import read_vision_config
 from trtower_export.families import family_of
 from trtower_export.recipes import Recipe, find_recipe
 
-VILA_TOWER = "vision_tower"
+VILA_TOWER, VILA_PROJECTOR = "vision_tower", "mm_projector"
 
 HF_FEATURES = {"default": "patch", "full": "cls_patch"}
 """transformers' `vision_feature_select_strategy`, in LLaVA's words."""
@@ -86,8 +88,10 @@ def _original_llava(files: Files, raw: dict[str, Any], request: Request) -> Layo
             "counts its layers without the embeddings: add 1 to --select-layer unless it is negative."
         )
     layout = _named_tower(files, named, replace(request, weights=False))
+    around = None
     if request.weights:
         tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
+        around = lambda: tensors  # noqa: E731
         inner = with_tower(layout, tensors, layout.family.patch_embedding, request, larger=True)
         if inner is None and (trained := says_trained(raw.get)):
             raise CheckpointError(
@@ -100,6 +104,8 @@ def _original_llava(files: Files, raw: dict[str, Any], request: Request) -> Layo
         layout,
         kind="LLaVA checkpoint",
         preprocessor=layout.preprocessor or _read_preprocessor(files),  # LLaVA uses that of the tower it names
+        model=SimpleNamespace(**raw),
+        around=around,
         said_as="mm_vision_select_layer",
         select_layer=raw.get("mm_vision_select_layer"),
         select_feature=raw.get("mm_vision_select_feature"),
@@ -152,6 +158,8 @@ def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:
     return replace(
         inside_model(_hugging_face(tower, config, request), files, ()),
         kind="VILA checkpoint",
+        model=SimpleNamespace(**raw),
+        around=partial(_projector_of_vila, files, request) if request.weights else None,
         said_as="mm_vision_select_layer",
         select_layer=-2 if layer is None else layer,  # VILA's own defaults
         select_feature=feature or "patch",
@@ -159,6 +167,12 @@ def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:
         contrastive=False,
         image_aspect_ratio=_aspect_ratio(raw),
     )
+
+
+def _projector_of_vila(files: Files, request: Request) -> Tensors:
+    """Find the tensors in VILA's folder for its projector, under the names that they have in its model."""
+    folder = files.inner(VILA_PROJECTOR)
+    return find_tensors(folder, allow_pickle=request.trust.allow_pickle).inside(VILA_PROJECTOR)
 
 
 def _hugging_face(files: Files, raw: dict[str, Any], request: Request) -> Layout:
@@ -172,6 +186,7 @@ def _hugging_face(files: Files, raw: dict[str, Any], request: Request) -> Layout
         family=family,
         preprocessor=_read_preprocessor(files),
         image_aspect_ratio=_aspect_ratio(raw),
+        model=config if larger else None,
     )
     if request.weights:
         tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)

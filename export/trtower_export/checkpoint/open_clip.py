@@ -63,6 +63,8 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         family=family,
         preprocessor=prepares,
         translate=translate,
+        head_root="visual.proj",
+        translate_head=translate_head,
         contrastive=True,
     )
     if not request.weights:
@@ -136,6 +138,12 @@ def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | N
         "image_mean": config["mean"],
         "image_std": config["std"],
     }
+
+
+def translate_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn OpenCLIP's projection (D, E) into the weight of a linear layer, (E, D)."""
+    (projection,) = tensors.values()
+    return {"weight": projection.T}
 
 
 def translate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,12 +21,14 @@ def say_what_is_read(
     progress.say(f"reads {spec.reading}, at {spec.image_size} pixels{taken} in {options.graph_precision}; {choice}")
     for remark in layout.remarks:
         progress.say(remark)
-    if layout.contrastive:
+    if spec.head:
+        progress.say(f"ends with the {spec.head.describe()}")
+    if layout.contrastive and not spec.embeds:
         progress.say(
             f"this {layout.kind} embeds an image as one pooled vector; a bundle returns the features of "
-            f"{spec.reading}, not the pooled embedding"
+            f"{spec.reading}, not the pooled embedding, which --head embedding exports"
         )
-    if options.select_layer is None and layout.select_layer is None and checkpoint.recipe is None:
+    if not spec.embeds and options.select_layer is None and layout.select_layer is None and checkpoint.recipe is None:
         progress.say(
             "the checkpoint does not say which layer to read: using LLaVA's default, hidden state -2; choose another "
             "with --select-layer"

@@ -50,6 +50,11 @@ class Tensors:
         unwrapped = {name: shards[raw] for name, raw in written.items()}
         return cls(files=files, shards=unwrapped, written=written, allow_pickle=allow_pickle)
 
+    def inside(self, module: str) -> "Tensors":
+        """Return the same tensors under the names that they have inside a module of the model."""
+        shards = {f"{module}.{name}": shard for name, shard in self.shards.items()}
+        return replace(self, shards=shards, written={f"{module}.{name}": raw for name, raw in self.written.items()})
+
     def roots(self, patch_embedding: str) -> list[str]:
         """List what the names of each tower begin with."""
         return sorted(

@@ -9,6 +9,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trtower.bundle.manifest import TowerCost
 from trtower.spec import PRECISIONS
 from trtower_export.families import Family
+from trtower_export.graph.pixels import CHANNELS
+from trtower_export.graph.reference import UncutTower
 
 WEIGHTS = {number for each in PRECISIONS.values() for number in (each.onnx, each.onnx_linear)}
 """The ONNX types that weights can have."""
@@ -33,30 +36,43 @@ def measure_module(model: nn.Module, family: Family, image_size: int) -> TowerCo
 
     Parameters are counted as loaded: the position embeddings are those of the checkpoint, whatever S is.
     """
-    states, flop = run_weightless(model, family.read_states, image_size)
+    states, flop = run_weightless(model, family.read_states, (1, CHANNELS, image_size, image_size))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return TowerCost(layers=len(states) - 2, parameters=parameters, flop=flop)  # states 0 to L, and last_hidden_state
 
 
+def measure_uncut(uncut: UncutTower) -> TowerCost:
+    """Count a full tower, and the head that follows it, as far as the head is not a part of the tower."""
+    spec = uncut.spec
+    tower = measure_module(uncut.model, uncut.checkpoint.family, spec.image_size)
+    if uncut.head is None or not uncut.own:
+        return tower
+    tokens = (1, spec.num_tokens - spec.first_read, spec.hidden_size)
+    _, flop = run_weightless(uncut.head, lambda head, features: head(features), tokens)
+    parameters = sum(parameter.numel() for parameter in uncut.own)
+    return replace(tower, parameters=tower.parameters + parameters, flop=tower.flop + flop)
+
+
 def count_flop(tower: nn.Module, image_size: int) -> int:
     """Count the FLOP of a cut tower in FP32 for one image of S x S pixels."""
-    _, flop = run_weightless(tower, lambda twin, pixel_values: twin(pixel_values), image_size)
+    pixels = (1, CHANNELS, image_size, image_size)
+    _, flop = run_weightless(tower, lambda twin, pixel_values: twin(pixel_values), pixels)
     return flop
 
 
-def run_weightless(model: nn.Module, run: Callable[[Any, Tensor], Any], image_size: int) -> tuple[Any, int]:
-    """Run a copy of ``model`` that has shapes but no weights on one image; return the output and its FLOP.
+def run_weightless(model: nn.Module, run: Callable[[Any, Tensor], Any], shape: tuple[int, ...]) -> tuple[Any, int]:
+    """Run a copy of ``model`` that has shapes but no weights on an input of ``shape``; return the output and its FLOP.
 
     The copy uses fake tensors, because transformers' masks and rotations fail on the meta device.
     """
     tensors = (*model.parameters(), *model.buffers())
     with FakeTensorMode(allow_non_fake_inputs=True):
         weightless = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors}
-        pixel_values = torch.empty(1, 3, image_size, image_size)
+        given = torch.empty(shape)
     twin = copy.deepcopy(model, weightless)
     # The counter misses fused attention on a CPU; spelled out, it is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = run(twin, pixel_values)
+        output = run(twin, given)
     return output, counter.get_total_flops()
 
 

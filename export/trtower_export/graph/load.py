@@ -10,10 +10,10 @@ from trtower.spec import TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
-from trtower_export.graph.cost import count_flop, measure_module
+from trtower_export.graph.cost import count_flop, measure_uncut
 from trtower_export.graph.pixels import PixelsFromBytes
-from trtower_export.graph.reference import answer
-from trtower_export.graph.truncate import TruncatedTower, truncate
+from trtower_export.graph.reference import UncutTower
+from trtower_export.graph.truncate import TruncatedTower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class LoadedTower:
         flop: The FLOP of the cut tower for one image.
         hashing: The hashes of the weights, once they are ready.
         golden: The golden answers of the full tower.
+        head_sha256: The hashes of the weights that the head keeps outside the tower.
     """
 
     tower: TruncatedTower
@@ -33,6 +34,7 @@ class LoadedTower:
     flop: int
     hashing: Future[dict[str, str]]
     golden: Golden
+    head_sha256: dict[str, str]
 
 
 def load_and_cut(
@@ -43,17 +45,18 @@ def load_and_cut(
     ``processor`` is the bundle's. Raises CheckpointError, and ConfigError if the graph cannot do the rest of its work.
     """
     with progress.step(f"{'Draw' if checkpoint.random_weights else 'Load'} weights"):
-        model = checkpoint.load_model(spec)
-        hashing = hash_later(model, spec)
+        uncut = UncutTower.load(checkpoint, spec)
+        hashing = hash_later(uncut.model, spec)
     with progress.step(f"Run the uncut tower on {len(inputs.images)} golden images"):
-        golden = answer(checkpoint, model, spec, inputs)
-    tower = truncate(model, checkpoint.family, spec)
+        golden = uncut.answer(inputs)
+    tower = uncut.cut()
     if not spec.takes_floats:
         tower.pixels = PixelsFromBytes(processor, spec.layout)
     return LoadedTower(
         tower=tower,
-        full=measure_module(model, checkpoint.family, spec.image_size),
+        full=measure_uncut(uncut),
         flop=count_flop(tower, spec.image_size),
         hashing=hashing,
         golden=golden,
+        head_sha256=uncut.head_sha256(),
     )

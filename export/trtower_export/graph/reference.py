@@ -1,49 +1,93 @@
-"""Run the uncut model as transformers does, in FP32: the reference of every check, and of the golden answers."""
+"""The uncut tower, as transformers runs it in FP32: what is cut, and the reference of everything that is compared."""
+
+from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from trtower.dtypes import DTYPES
 from trtower.errors import CheckpointError
-from trtower.parity.golden import Golden, GoldenInputs, sample_tokens
+from trtower.fingerprint import read_parameters, weights_sha256
+from trtower.parity.golden import Golden, GoldenInputs, sample_tokens, select_tokens
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
+from trtower_export.checkpoint.head import load_head
+from trtower_export.graph.truncate import TruncatedTower, truncate
 
 
-def read_reference(
-    checkpoint: Checkpoint, model: nn.Module, spec: TowerSpec, name: str, pixels: Tensor
-) -> tuple[Tensor, ...]:
-    """Return every hidden state of the full model for an image (1, 3, S, S), in FP32.
+@dataclass(frozen=True, kw_only=True)
+class UncutTower:
+    """The full vision model of a checkpoint, in FP32, and the head that ``spec`` names, or None.
 
-    Raises CheckpointError, which quotes the image's ``name``, if a state that is read is not finite.
+    ``own`` are the weights that the head keeps outside the model.
     """
-    states = checkpoint.family.read_states(model, pixels)
-    if not all(states[layer].isfinite().all() for layer in spec.layers):
-        raise CheckpointError(
-            f"{checkpoint.source} is not finite in FP32 on {name}, so nothing can be compared with it: "
-            f"run trtower doctor {checkpoint.source} to find the operation."
+
+    checkpoint: Checkpoint
+    spec: TowerSpec
+    model: nn.Module
+    head: nn.Module | None
+    own: tuple[Tensor, ...]
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, spec: TowerSpec) -> "UncutTower":
+        """Load both. Raises CheckpointError if a tensor is missing, unknown, quantised or of another shape."""
+        model = checkpoint.load_model(spec)
+        head, own = load_head(checkpoint, model, spec)
+        return cls(checkpoint=checkpoint, spec=spec, model=model, head=head, own=own)
+
+    def cut(self) -> TruncatedTower:
+        """Return the part that ``spec`` reads, with the head. It shares the weights."""
+        return truncate(self.model, self.checkpoint.family, self.spec, self.head)
+
+    def states(self, name: str, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return every hidden state of the full model for an image (1, 3, S, S).
+
+        Raises CheckpointError, which quotes the image's ``name``, if a state that is read is not finite.
+        """
+        states = self.checkpoint.family.read_states(self.model, pixels)
+        if not all(states[layer].isfinite().all() for layer in self.spec.layers):
+            raise CheckpointError(
+                f"{self.checkpoint.source} is not finite in FP32 on {name}, so nothing can be compared with it: "
+                f"run trtower doctor {self.checkpoint.source} to find the operation."
+            )
+        return states
+
+    def read(self, states: tuple[Tensor, ...]) -> Tensor:
+        """Return what an engine must return for these hidden states."""
+        tokens = torch.cat([states[layer] for layer in self.spec.layers], dim=-1)
+        if self.head is None:
+            return tokens
+        features: Tensor = self.head(tokens[:, self.spec.first_read :])
+        return features
+
+    @torch.no_grad()
+    def answer(self, inputs: GoldenInputs) -> Golden:
+        """Answer golden inputs. Raises CheckpointError."""
+        output, pixels = self.spec.output("fp32"), inputs.pixel_values
+        tokens = sample_tokens(output, len(pixels), pixels.nbytes)
+        answers = [
+            select_tokens(self.read(self.states(image.name, one)), tokens, output)
+            for image, one in zip(inputs.images, inputs.prepared.split(1), strict=True)
+        ]
+        return Golden(
+            images=inputs.images,
+            pixel_values=pixels,
+            tokens=tokens,
+            answers=torch.cat(answers),
+            reference=self.describe(),
         )
-    return states
 
+    def describe(self) -> str:
+        """Name what the reference is."""
+        model = f"{self.checkpoint.family.model_class} of transformers {transformers.__version__}, uncut"
+        after = f", and {self.spec.head.name}" if self.spec.head else ""
+        return f"{model}{after}, FP32 on the CPU"
 
-def describe_reference(checkpoint: Checkpoint) -> str:
-    """Name the model that is the reference."""
-    return f"{checkpoint.family.model_class} of transformers {transformers.__version__}, uncut, FP32 on the CPU"
+    def weights_sha256(self) -> str:
+        """Hash the weights of the model that are read, in FP32."""
+        return weights_sha256(read_parameters(self.model, self.spec))
 
-
-@torch.no_grad()
-def answer(checkpoint: Checkpoint, model: nn.Module, spec: TowerSpec, inputs: GoldenInputs) -> Golden:
-    """Ask the full model for the golden answers to ``inputs``. Raises CheckpointError."""
-    pixels = inputs.pixel_values
-    tokens = sample_tokens(spec.output("fp32"), len(pixels), pixels.nbytes)
-    answers = []
-    for image, one in zip(inputs.images, inputs.prepared.split(1), strict=True):
-        states = read_reference(checkpoint, model, spec, image.name, one)
-        answers.append(torch.cat([states[layer][:, tokens] for layer in spec.layers], dim=-1))
-    return Golden(
-        images=inputs.images,
-        pixel_values=pixels,
-        tokens=tokens,
-        answers=torch.cat(answers),
-        reference=describe_reference(checkpoint),
-    )
+    def head_sha256(self) -> dict[str, str]:
+        """Hash the weights that the head keeps outside the model, in every dtype; {} if it keeps none."""
+        return {name: weights_sha256(self.own, dtype) for name, dtype in DTYPES.items()} if self.own else {}

@@ -15,18 +15,22 @@ from trtower_export.families import Family
 class TruncatedTower(nn.Module):
     """A tower that turns pixels (B, 3, S, S) into the hidden states that are read, concatenated: (B, P + N, D).
 
+    With a head it returns what that makes of their tokens.
+
     Attributes:
         pixels: Prepares bytes, if the engine takes them; the tower itself then accepts both bytes and floats.
+        head: Turns the tokens that the model reads, (B, T, D), into features.
     """
 
-    def __init__(self, model: nn.Module, family: Family, spec: TowerSpec) -> None:
+    def __init__(self, model: nn.Module, family: Family, spec: TowerSpec, head: nn.Module | None = None) -> None:
         super().__init__()
         pieces = family.take_apart(model, spec.image_size)
         self.pixels: nn.Module | None = None
         self.stem = pieces.stem
         self.layers = pieces.layers[: spec.depth]
         self.final_norm = pieces.final_norm if spec.reads_final_norm else None
-        self._run_layer, self._read = family.run_layer, spec.layers
+        self.head = head
+        self._run_layer, self._read, self._first = family.run_layer, spec.layers, spec.first_read
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Run only the layers that are needed."""
@@ -44,16 +48,20 @@ class TruncatedTower(nn.Module):
         return states
 
     def read(self, states: list[Tensor]) -> Tensor:
-        """Concatenate the states that are read: (B, P + N, D)."""
-        return torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
+        """Concatenate the states that are read, (B, P + N, D), and run the head on their tokens if there is one."""
+        tokens = torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
+        if self.head is None:
+            return tokens
+        features: Tensor = self.head(tokens[:, self._first :] if self._first else tokens)
+        return features
 
 
-def truncate(model: nn.Module, family: Family, spec: TowerSpec) -> TruncatedTower:
-    """Return the part of a full tower that ``spec`` reads.
+def truncate(model: nn.Module, family: Family, spec: TowerSpec, head: nn.Module | None = None) -> TruncatedTower:
+    """Return the part of a full tower that ``spec`` reads, followed by ``head``.
 
-    It shares the weights of the model, which require no gradients from then on. The model stays whole.
+    It shares the weights of both, which require no gradients from then on. The model stays whole.
     """
-    tower = TruncatedTower(model, family, spec).eval()
+    tower = TruncatedTower(model, family, spec, head).eval()
     return tower.requires_grad_(requires_grad=False)
 
 

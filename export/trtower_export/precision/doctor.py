@@ -19,7 +19,7 @@ from trtower.spec import HALVES, PRECISIONS, BatchProfile, TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress
 from trtower_export.graph.operations import Operation, Operations, trace
-from trtower_export.graph.truncate import truncate
+from trtower_export.graph.reference import UncutTower
 from trtower_export.precision.rounding import FP16_RANGE, Simulation, Values
 
 
@@ -150,7 +150,7 @@ def examine(
     Raises CheckpointError if the tower is not finite in FP32.
     """
     with progress.step("Load PyTorch's tower"):
-        tower = truncate(checkpoint.load_model(spec), checkpoint.family, spec)
+        tower = UncutTower.load(checkpoint, spec).cut()
         simulation = simulate(tower, spec)
     operations, extremes, hardness = simulation.operations, Extremes(), dict[str, tuple[int, float]]()
     extremes.observe_weights(operations, named_weights(tower))

@@ -141,7 +141,7 @@ def _scale(magnitude: Tensor, form: Format) -> Tensor:
 
 
 def linear_layers(tower: nn.Module) -> list[str]:
-    """List the linear layers inside the transformer layers. The patch embedding is outside, even if it is linear."""
+    """List the linear layers inside the transformer layers. The patch embedding and the head are outside."""
     return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
 
 

@@ -65,7 +65,8 @@ class Source:
     """Where the weights came from.
 
     ``weights_sha256`` hashes the checkpoint's tensors that the cut tower reads, in each dtype that a model may hold
-    them in (see fingerprint.py). With ``random_weights`` the bundle is a rehearsal: its outputs mean nothing.
+    them in (see fingerprint.py), and ``head_sha256`` those of a head outside the tower, such as a projector. With
+    ``random_weights`` the bundle is a rehearsal: its outputs mean nothing.
     ``image_aspect_ratio`` is how the model's own code pads or tiles pictures before the image processor sees them, such
     as "pad" or "anyres"; None if it does not. ``tower`` is the one chosen at export if the checkpoint holds several.
     """
@@ -76,6 +77,7 @@ class Source:
     random_weights: bool
     image_aspect_ratio: str | None = None
     tower: str | None = None
+    head_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "float32" not in self.weights_sha256:

@@ -9,7 +9,7 @@ from pathlib import Path
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GOLDEN, BuildSettings
 from trtower.layer_codes import LayerCode, name_layer, parse_layer_code, read_layer_code
-from trtower.spec import DEFAULT_BATCH, TowerSpec
+from trtower.spec import DEFAULT_BATCH, HeadSpec, TowerSpec
 
 
 def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
@@ -18,11 +18,11 @@ def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:
 
 
 def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> str:
-    """Return the command that exports a bundle like this one with other layers and another image size."""
+    """Return the command that exports a bundle like this one with other layers and another image size, and no head."""
     spec, source = bundle.manifest.spec, bundle.manifest.source
     layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
     indices, _ = read_layer_code(parse_layer_code(layers), spec.select_feature, spec.num_layers)
-    options = _build_options(bundle, replace(spec, layers=indices))
+    options = _build_options(bundle, replace(spec, layers=indices, head=None))
     command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
     command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *options]
     command += ["--random-weights"] if source.random_weights else []
@@ -66,7 +66,8 @@ def _repeat(option: str, values: Sequence[str]) -> list[str]:
 def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
     """Return the options that build a bundle of ``spec`` like this one."""
     manifest = bundle.manifest
-    options = [] if spec.takes_floats else ["--pixels", spec.pixels, "--layout", spec.layout]
+    options = _head_options(spec.head) if spec.head else []
+    options += [] if spec.takes_floats else ["--pixels", spec.pixels, "--layout", spec.layout]
     options += ["--precision", manifest.precision]
     kept = [name for name in manifest.keep_fp32 if _is_in(name, spec)]
     options += ["--keep-fp32", ",".join(kept)] if kept else []
@@ -79,7 +80,16 @@ def _build_options(bundle: Bundle, spec: TowerSpec) -> list[str]:
     return options
 
 
+def _head_options(head: HeadSpec) -> list[str]:
+    options = ["--head", head.kind, *(["--normalize"] if head.normalised else [])]
+    return options + (["--pool", head.pool] if head.pool else [])
+
+
 def _is_in(operation: str, spec: TowerSpec) -> bool:
     """Whether the tower of ``spec`` is deep enough to have an operation."""
     layer = re.match(r"layers\.(\d+)\.", operation)
-    return int(layer[1]) < spec.depth if layer else operation != "final_norm" or spec.reads_final_norm
+    if layer:
+        return int(layer[1]) < spec.depth
+    if operation.startswith("head."):
+        return spec.head is not None
+    return operation != "final_norm" or spec.reads_final_norm

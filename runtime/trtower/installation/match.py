@@ -31,7 +31,12 @@ def check_match(
 
     Raises BundleError if it is a rehearsal. The two flags accept other weights, and a rehearsal.
     """
-    source = bundle.manifest.source
+    source, head = bundle.manifest.source, bundle.manifest.spec.head
+    if head:
+        raise ConfigError(
+            f"{bundle.path} ends with the {head.describe()}, but this model's own code follows its tower: export it "
+            "without --head."
+        )
     if not bundle.manifest.spec.takes_floats:
         raise ConfigError(
             f"{bundle.path} takes pixels as bytes, but this model prepares floats for its tower: export it without "

@@ -3,7 +3,8 @@
 They are one safetensors file, so that anything that runs an engine can compare with them. Written at export, they prove
 an engine where there is neither a checkpoint nor transformers.
 
-Shapes: n images, K of the tokens of an image, D features per token; the rest is the manifest's input and output.
+Shapes: n images, K of the tokens of an image, D features per token; the rest is the manifest's input and output. The
+vector of an embedding counts as one token.
 """
 
 import json
@@ -113,7 +114,7 @@ class Golden:
 
     def _check(self, input_: TensorSpec, output: TensorSpec) -> None:
         """Raise ValueError unless shapes and types are those of an engine with these tensors."""
-        tokens, width = output.row
+        tokens, width = output.vectors
         count = len(self.images)
         if not count or self.pixel_values.shape != (count, *input_.row):
             raise ValueError(f"{input_.name} has shape {tuple(self.pixel_values.shape)} for {count} images")
@@ -136,6 +137,11 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
+def select_tokens(features: Tensor, tokens: Tensor, output: TensorSpec) -> Tensor:
+    """Keep some tokens of what an engine with this ``output`` returns for images: (..., K, D)."""
+    return features.reshape(*features.shape[: features.ndim - len(output.row)], *output.vectors)[..., tokens, :]
+
+
 def golden_dtype(input_: TensorSpec) -> torch.dtype:
     """Return the dtype of golden inputs: the engine's own, but FP16 for FP32, to save half the room."""
     return torch.float16 if input_.dtype == "float32" else PIXEL_DTYPES[input_.dtype]
@@ -151,7 +157,7 @@ def sample_tokens(output: TensorSpec, count: int, input_bytes: int) -> Tensor:
 
     If there is room for one only, it is the first. They are evenly spaced, so the same shapes give the same tokens.
     """
-    tokens, width = output.row
+    tokens, width = output.vectors
     room = MOST_BYTES - HEADER_BYTES - input_bytes
     fitting = room // (count * (width * torch.float32.itemsize + torch.int64.itemsize))
     return torch.linspace(0, tokens - 1, min(tokens, max(1, fitting))).round().long()

@@ -18,7 +18,7 @@ from trtower.bundle.staging import check_writable, disk_errors, locked
 from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH, judge
-from trtower.parity.golden import Golden
+from trtower.parity.golden import Golden, select_tokens
 from trtower.parity.metrics import MetricSums, total
 from trtower.parity.runs import describe_run, refuse_altered, run_in_batches
 from trtower.runners.base import Runner
@@ -44,7 +44,8 @@ class _Comparison:
         """Run batches of this size."""
         golden = self.golden
         for member, features in run_in_batches(runner, self.bundle.manifest, golden.pixel_values.split(1), size):
-            self.sums[size, member].add(MetricSums.of(features[golden.tokens], golden.answers[member]))
+            found = select_tokens(features, golden.tokens, self.bundle.manifest.output)
+            self.sums[size, member].add(MetricSums.of(found, golden.answers[member]))
 
     def figures(self, sizes: Iterable[int], members: Iterable[int]) -> Figures:
         """Compute the figures over all these batches and images together."""
@@ -170,10 +171,10 @@ def as_text(bundle: Bundle, certificate: Certificate) -> str:
         )
         lines.append(f"{name:<{width}}  {cosine:>10}  {tail:>11}  {error:>10}  {figures.non_finite:>7}")
     lines += [f"  {bound.describe()}" for bound in certificate.bounds]
-    tokens, _ = bundle.manifest.output.row
+    tokens, _ = bundle.manifest.output.vectors
     verdict = "passed" if certificate.passed else "FAILED"
     rehearsal = " (rehearsal with random weights)" if bundle.manifest.source.random_weights else ""
-    compared = f"{len(golden.tokens)} of {tokens} tokens of each image"
+    compared = f"{len(golden.tokens)} of {tokens} tokens of each image" if tokens > 1 else "one vector an image"
     lines.append(f"{verdict}{rehearsal}: {certificate.describe_run()}. Reference: {certificate.reference}, {compared}")
     if not certificate.passed:
         lines.append(

@@ -92,8 +92,13 @@ class TowerAnswers(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D: the width of a feature, over all picked layers."""
+        """D: the width of a feature: over all picked layers, or after the bundle's head."""
         return self._pick.hidden_size
+
+    @property
+    def num_tokens(self) -> int:
+        """The features of an image that a call returns: the tokens kept or projected, or 1 for an embedding."""
+        return self._pick.num_tokens
 
     @property
     def image_size(self) -> int:
@@ -107,5 +112,6 @@ class TowerAnswers(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N: the patches of an image, whether or not the CLS token is kept; with `count_cls`, all kept tokens."""
-        return self._pick.num_tokens if self.count_cls else self.spec.num_patches
+        """N: the patches of an image, whatever is kept or made of them; with `count_cls`, all kept tokens."""
+        counts_tokens = self.count_cls and not self.spec.head
+        return self._pick.num_tokens if counts_tokens else self.spec.num_patches

@@ -50,7 +50,7 @@ class Images:
         return Packed(pixel_values=pixel_values, images=images, counts=counts, in_list=in_list)
 
     def find_destination(self, out: Any, packed: Packed, pick: Pick, runner: Runner) -> torch.Tensor | None:
-        """Return ``out`` as (B, P + N, D) if the engine can write there directly; else None.
+        """Return ``out`` as the engine's output if that can be written there directly; else None.
 
         Raises InputError if the features of ``packed`` do not fit ``out``.
         """
@@ -58,11 +58,11 @@ class Images:
             return None
         if packed.in_list:
             raise InputError("out needs one tensor, but images is a list. Stack the images, or do not pass out.")
-        check_out(out, (*packed.images[0].shape[:-3], *self.feature_shape(pick)), runner.device)
+        check_out(out, (*packed.images[0].shape[:-3], *self.feature_row(pick)), runner.device)
         shares_memory = out.untyped_storage().data_ptr() == packed.pixel_values.untyped_storage().data_ptr()
         if shares_memory or not (pick.whole and out.is_contiguous() and out.dtype == runner.dtype):
             return None
-        rows = out.view(-1, *out.shape[-2:])
+        rows = out.view(-1, *pick.row)
         return rows if len(rows) == len(packed.pixel_values) else None
 
     def unpack(
@@ -106,9 +106,9 @@ class Images:
         """Merge the rows of one input, whose images have ``dtype``, into one per image. Here each row is an image."""
         return features
 
-    def feature_shape(self, pick: Pick) -> tuple[int, int]:
-        """Return (N, D), the shape of one image's features."""
-        return pick.num_tokens, pick.hidden_size
+    def feature_row(self, pick: Pick) -> tuple[int, ...]:
+        """Return the shape of one image's features: (N, D), or (D,) for an embedding."""
+        return pick.row
 
     def check(self, images: Any, name: str, *, in_list: bool) -> None:
         """Raise InputError unless ``images`` is a tensor of pixels in a shape that a call, or a list item, may have."""

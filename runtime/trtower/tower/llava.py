@@ -67,11 +67,7 @@ class CLIPVisionTower(VisionTower):
                 f"{_describe(args)} has no mm_vision_select_layer. Without a LLaVA config, use "
                 f"trtower.{type(self).__name__}.load(…)."
             )
-        if not self.spec.takes_floats and getattr(args, "mm_vision_tower", None):
-            raise ConfigError(
-                f"{self.bundle.path} takes bytes, but the code of this model prepares floats for its tower: export it "
-                "without --pixels uint8."
-            )
+        self._refuse_for_model(args)
         required = _class_for(args)
         if not isinstance(self, required):
             raise ConfigError(
@@ -100,6 +96,19 @@ class CLIPVisionTower(VisionTower):
             mm_vision_select_feature=spec.select_feature if select_feature is None else select_feature,
         )
         return cls(bundle, args, delay_load=True, **options)
+
+    def _refuse_for_model(self, args: Any) -> None:
+        """Raise ConfigError for a bundle that the code of a LLaVA or VILA would treat wrongly."""
+        if not self.spec.takes_floats and getattr(args, "mm_vision_tower", None):
+            raise ConfigError(
+                f"{self.bundle.path} takes bytes, but the code of this model prepares floats for its tower: export it "
+                "without --pixels uint8."
+            )
+        if self.spec.head and (getattr(args, "mm_vision_tower", None) or _is_vila(args)):
+            raise ConfigError(
+                f"{self.bundle.path} ends with the {self.spec.head.describe()}, but the code of this model projects "
+                "what its tower returns: export it without --head."
+            )
 
     def _refuse_dropped_patch(self) -> None:
         """Refuse VILA's "patch" unless the tower has exactly one token before its patches.
@@ -142,6 +151,11 @@ class _ScaledTower(CLIPVisionTower):
             raise ConfigError(
                 f"{self.bundle.path} takes bytes, but several scales resize prepared floats: export it without "
                 "--pixels uint8."
+            )
+        if self.spec.head:
+            raise ConfigError(
+                f"{self.bundle.path} ends with the {self.spec.head.describe()}, but a projector reads the merged map "
+                "of several scales: export it without --head."
             )
         self._scales = Scales.from_config(args)
         if self._scales.tile_size != self.spec.image_size:

@@ -87,9 +87,13 @@ class Held(Sequence[Any]):
 def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
     """Map each hidden state that a bundle can serve, for a tower of ``depth`` layers, to the bundle's state for it.
 
+    A bundle with a head serves none.
+
     Both are hidden-state indices, not positions in ``spec.layers``. They differ only where two indices mean the same
     state. The tower has fewer layers than the checkpoint if model code dropped the layers that it does not read.
     """
+    if spec.head:
+        return {}
     last = spec.num_layers + 1
     served = {layer: layer for layer in spec.layers if layer <= spec.num_layers}
     if last in spec.layers and depth == spec.num_layers:
@@ -113,13 +117,14 @@ class Outputs:
         self._num_layers = num_layers
         last = num_layers + 1
         held = [name_layer(layer, num_layers) for layer in sorted(served) if layer <= num_layers] or [LAST]
+        held = [f"the output of its {spec.head.describe()}"] if spec.head else held
         self._absent = {}
         for layer in set(range(last + 1)) - served.keys():
             what = LAST if layer == last else f"hidden state {layer} of {num_layers} layers"
             ways = [instead] if instead else []
             # No checkpoint can supply the last_hidden_state of a tower whose last layers were dropped.
             if layer <= num_layers or num_layers == spec.num_layers:
-                layers = [*name_layers(spec, spec.layers), name_layer(layer, num_layers)]
+                layers = [*({} if spec.head else name_layers(spec, spec.layers)), name_layer(layer, num_layers)]
                 ways.append(f"export that state too: {export_command(bundle, layers, spec.image_size)}")
             self._absent[layer] = Absent(
                 f"{what} was requested, but the bundle {path} contains only {', '.join(held)}. {'; or '.join(ways)}"

@@ -117,7 +117,7 @@ class ScaledImages(Images):
         """Merge tiles in the dtype of their images, as s2wrapper does: (K * B, P + N, D) -> (B, P + M, D * scales)."""
         return self._scales.merge(features.to(dtype), features.shape[1] - self.spec.num_patches)
 
-    def feature_shape(self, pick: Pick) -> tuple[int, int]:
+    def feature_row(self, pick: Pick) -> tuple[int, ...]:
         """Return (P + M, D), the shape of one image's features, over all scales."""
         patches = self._scales.count_patches(self.spec.num_patches_per_side)
         return pick.num_tokens - self.spec.num_patches + patches, pick.hidden_size * len(self._scales.sizes)

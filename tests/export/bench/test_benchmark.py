@@ -223,10 +223,10 @@ def test_trust_in_a_checkpoint_reaches_the_cold_start(
 
 
 def test_copy_in_the_same_precision_shares_its_weights(torch_arena: Arena) -> None:
-    torch_arena.model.to(torch.bfloat16)
-    before = {id(parameter) for parameter in torch_arena.model.parameters()}
-    assert {id(parameter) for parameter in entrants._copy_of_model(torch_arena, "bf16").parameters()} == before
-    assert not {id(parameter) for parameter in entrants._copy_of_model(torch_arena, "fp32").parameters()} & before
+    torch_arena.uncut.model.to(torch.bfloat16)
+    before = {id(parameter) for parameter in torch_arena.uncut.model.parameters()}
+    assert {id(parameter) for parameter in entrants._copy_of(torch_arena, "bf16").model.parameters()} == before
+    assert not {id(parameter) for parameter in entrants._copy_of(torch_arena, "fp32").model.parameters()} & before
 
 
 def test_entrant_that_breaks_is_named_and_the_others_go_on(

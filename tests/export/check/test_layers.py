@@ -19,11 +19,10 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.errors import BundleError
 from trtower.layer_codes import LAST
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.check import certify
 from trtower_export.check.layers import LayerSums, first_jump
 from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.graph import load
+from trtower_export.graph import reference
 from trtower_export.graph.onnx_graph import HIDDEN_STATE
 from trtower_export.graph.truncate import TruncatedTower, truncate
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -160,8 +159,7 @@ def test_states_are_compared_with_transformers_and_not_with_the_cut_tower(
         tower.layers = torch.nn.ModuleList([tower.layers[0], tower.layers[2], tower.layers[1]])
         return tower
 
-    monkeypatch.setattr(load, "truncate", swap)
-    monkeypatch.setattr(certify, "truncate", swap)
+    monkeypatch.setattr(reference, "truncate", swap)
     options = ExportOptions(flavour="none", check=False, precision="fp32")
     bundle = export_tower(str(checkpoints["clip"]), tmp_path / "b", options).path
     layers = check(bundle, checkpoints["clip"], quick=True, by_layer=True).layers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate, describe_figure
-from trtower.errors import BundleError, InputError
+from trtower.errors import BundleError, ConfigError, InputError
 from trtower.extras import import_extra
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH
 from trtower.spec import TowerSpec
@@ -48,12 +48,16 @@ class Report:
     """Collects evidence image by image with `see`, and writes the page at the end.
 
     ``processor`` prepared the pixels; the report undoes its normalisation. The page shows the ``keep`` best and the
-    ``keep`` worst photographs. Raises MissingExtraError if matplotlib or jinja2 is not installed.
+    ``keep`` worst photographs. Raises ConfigError if the tower returns no grid of tokens that could be drawn, and
+    MissingExtraError if matplotlib or jinja2 is not installed.
     """
 
     def __init__(self, spec: TowerSpec, processor: ImageProcessor, *, keep: int = 3) -> None:
         for module in ("matplotlib", "jinja2"):
             import_extra(module, extra="report", purpose="a report")
+        if spec.grid is None:
+            what = spec.head.describe() if spec.head else "tower"
+            raise ConfigError(f"--report draws a grid of tokens, but this bundle returns the {what}: leave it out.")
         self._spec, self._processor, self._keep = spec, processor, keep
         self._worst: list[tuple[float, PcaRow]] = []  # with 1 - cosine of the worst token
         self._best: list[tuple[float, PcaRow]] = []
@@ -151,7 +155,7 @@ def make_folder(folder: Path) -> None:
 
 def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
     """Describe the worst token of an image and its cosine; if it is a prefix token, also the worst patch."""
-    prefix, side = spec.num_prefix_tokens, spec.num_patches_per_side
+    prefix, side = grid_of(spec)
     token = next(iter(worst_tokens(distances, 1)), None)
     if token is None:
         return "every token equals PyTorch's"
@@ -172,13 +176,20 @@ def describe_worst(distances: Tensor, spec: TowerSpec) -> str:
     return f"worst token: prefix token {token}, cosine {cosine(token)}; worst patch: {place}"
 
 
+def grid_of(spec: TowerSpec) -> tuple[int, int]:
+    """Return the tokens before the grid of what a tower returns, and the grid's side."""
+    assert spec.grid is not None  # noqa: S101 - Report refuses a tower without one
+    return spec.grid
+
+
 def make_row(evidence: ImageEvidence, spec: TowerSpec, processor: ImageProcessor, caption: str) -> PcaRow:
     """Collect what the picture of one image shows. Clone the tokens, so that their batch can be freed."""
+    prefix, _ = grid_of(spec)
     return PcaRow(
         name=evidence.name,
         image=as_image(evidence.pixel_values, processor),
-        reference=evidence.reference[spec.num_prefix_tokens :].clone(),
-        bundle=evidence.bundle[spec.num_prefix_tokens :].clone(),
+        reference=evidence.reference[prefix:].clone(),
+        bundle=evidence.bundle[prefix:].clone(),
         caption=caption,
     )
 

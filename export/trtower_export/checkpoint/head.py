@@ -1,0 +1,211 @@
+"""Find the head of a checkpoint, describe what it returns, and load its weights."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
+from trtower.layer_codes import LAST
+from trtower.spec import EMBEDDING, PROJECTOR, HeadSpec, TowerSpec
+from trtower_export.checkpoint.adapters import refuse_adapter_of
+from trtower_export.checkpoint.checkpoint import RANDOM_SEED, Checkpoint, quiet_transformers
+from trtower_export.checkpoint.tensors import Tensors
+from trtower_export.heads import ALL_HEADS, REFUSED, Head, Parts, find_head
+from trtower_export.heads.base import UnitLength
+from trtower_export.options import ExportOptions
+
+SPREAD = 0.02
+"""The standard deviation of a rehearsal's matrices, as transformers draws them."""
+
+
+def describe_tower(checkpoint: Checkpoint, options: ExportOptions) -> TowerSpec:
+    """Describe the tower that an export with these options makes of a checkpoint, with its head if one is asked for.
+
+    Raises ConfigError if an option does not go with this checkpoint, and CheckpointError if the checkpoint does not say
+    which layer it reads, or does not have such a head.
+    """
+    select_layer, select_feature = options.select_layer, options.select_feature
+    if options.head == EMBEDDING:
+        select_layer, select_feature = LAST, "cls_patch"
+    spec = checkpoint.spec(select_layer, select_feature, options.image_size)
+    spec = replace(spec, pixels=options.pixels, layout=options.layout)
+    return replace(spec, head=_describe_head(checkpoint, spec, options)) if options.with_head else spec
+
+
+def load_head(
+    checkpoint: Checkpoint, tower: nn.Module, spec: TowerSpec
+) -> tuple[nn.Sequential | None, tuple[Tensor, ...]]:
+    """Load the head of ``spec``, a module that turns tokens (B, T, D) into features, and list its own weights.
+
+    ``tower`` is the full vision model, whose weights the head may share; those are not its own. Without a head it is
+    None. Raises CheckpointError if a tensor is missing, unknown, quantised or of another shape, or if an adapter may
+    change it.
+    """
+    if spec.head is None:
+        return None, ()
+    head, config = _find(checkpoint, spec.head.kind)
+    with _building(checkpoint):
+        own = head.own(config) if head.own else None
+        if own is not None and own.state_dict():  # a projector of type "identity" has no weights
+            _fill(own, checkpoint, head)
+        steps = _steps(head, Parts(config=config, tower=tower, own=own, pool=spec.head.pool), spec.head.normalised)
+    return steps.eval().requires_grad_(requires_grad=False), tuple(own.parameters()) if own else ()
+
+
+def _find(checkpoint: Checkpoint, kind: str) -> tuple[Head, Any]:
+    """Return a checkpoint's head of a kind, and the config that it belongs to."""
+    layout = checkpoint.layout
+    configs = [config for config in (layout.model, layout.config) if config is not None]
+    for config in configs if kind == EMBEDDING else configs[:1]:
+        if head := find_head(kind, config):
+            if reason := head.obstacle(config):
+                raise CheckpointError(f"{checkpoint.source}: {reason}.")
+            return head, config
+    model_type = getattr(layout.model, "model_type", None)
+    if kind == EMBEDDING:
+        known = ", ".join(dict.fromkeys(name for head in ALL_HEADS if head.embeds for name in head.model_types))
+        raise CheckpointError(
+            f"{checkpoint.source}: its tower, {layout.config.model_type}, has no pooled embedding that trtower "
+            f"exports; these have: {known}. Without --head it exports the hidden states."
+        )
+    if layout.model is None:
+        raise CheckpointError(
+            f"{checkpoint.source} is a vision tower by itself and has no projector: name the checkpoint of the whole "
+            "model, or leave out --head."
+        )
+    if reason := REFUSED.get(str(model_type)):
+        raise CheckpointError(
+            f"{checkpoint.source} has no projector that an engine can hold: {reason}. Leave out --head."
+        )
+    raise CheckpointError(
+        f"{checkpoint.source}: the projector of a {model_type} is none that trtower exports. Leave out --head: the "
+        "model's own code then projects what the tower returns."
+    )
+
+
+def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptions) -> HeadSpec:
+    """Find out what a head returns, by running it without weights."""
+    head, config = _find(checkpoint, options.head)
+    pool = _choose_pool(head, options)
+    name, tokens = head.name_in(config), (1, spec.num_tokens - spec.first_token(spec.select_feature), spec.hidden_size)
+    with _building(checkpoint), torch.device("meta"):
+        tower = nn.Module()
+        if head.embeds:
+            tower = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
+        parts = Parts(config=config, tower=tower, own=head.own(config) if head.own else None, pool=pool)
+        steps = _steps(head, parts, options.normalize).eval()
+    try:
+        with torch.no_grad():
+            features = steps(torch.empty(tokens, device="meta"))
+    except (RuntimeError, ValueError) as err:
+        raise CheckpointError(
+            f"{checkpoint.source}: its {name} does not accept {tokens[1]} tokens of {tokens[2]}, which it gets from "
+            f"{spec.reading}: {one_line(err)}"
+        ) from err
+    *several, width = features.shape[1:]
+    _check_width(checkpoint, head, config, width)
+    return HeadSpec(
+        kind=head.kind,
+        name=name,
+        width=width,
+        tokens=several[0] if several else None,
+        normalised=options.normalize,
+        pool=pool,
+        divisor=head.divisor(config),
+    )
+
+
+def _choose_pool(head: Head, options: ExportOptions) -> str | None:
+    if options.pool is None:
+        return head.pools[0] if head.pools else None
+    if options.pool not in head.pools:
+        raise ConfigError(
+            f"--pool {options.pool} does not go with this checkpoint, whose embedding is made by its {head.name}: "
+            "leave it out."
+        )
+    return options.pool
+
+
+def _check_width(checkpoint: Checkpoint, head: Head, config: Any, width: int) -> None:
+    """Refuse a projector that does not fit the language model behind it."""
+    text = getattr(config, "text_config", None)
+    expected = getattr(text, "hidden_size", None) or (None if text else getattr(config, "hidden_size", None))
+    if head.kind == PROJECTOR and expected not in (None, width):
+        raise CheckpointError(
+            f"{checkpoint.source}/config.json: the {head.name} gives features of {width}, but the language model's are "
+            f"of {expected}. Use the config.json that belongs to these weights."
+        )
+
+
+def _steps(head: Head, parts: Parts, normalised: bool) -> nn.Sequential:
+    steps = OrderedDict(head.steps(parts))
+    if normalised:
+        steps["unit_length"] = UnitLength()
+    return nn.Sequential(steps)
+
+
+@contextmanager
+def _building(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise CheckpointError for whatever a wrong value in a config makes transformers raise."""
+    try:
+        with quiet_transformers():
+            yield
+    except TrtowerError:
+        raise
+    except Exception as err:
+        raise CheckpointError(f"{checkpoint.source}: its head could not be built: {one_line(err)}") from err
+
+
+def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
+    """Load the weights of a head's own module, or draw them for a rehearsal."""
+    layout = checkpoint.layout
+    if layout.around is None:
+        _draw(own)
+        return
+    tensors = _select(layout.around(), layout.head_root or f"{head.attribute}.", checkpoint, head)
+    weights = {name.rpartition(f"{head.attribute}.")[2]: tensor.float() for name, tensor in tensors.read().items()}
+    if layout.translate_head:
+        weights = layout.translate_head(weights)
+    expected: Mapping[str, Tensor] = own.state_dict()
+    where = f"{tensors.files.folder}: {head.attribute}"
+    for name in sorted(expected.keys() ^ weights.keys()):
+        what = "is missing" if name in expected else f"is not a part of the {head.name} that its config describes"
+        raise CheckpointError(
+            f"{where}.{name} {what}. Export a complete checkpoint, with the config.json it came with."
+        )
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{where}.{name} has shape {tuple(weight.shape)}; its config expects {tuple(expected[name].shape)}. "
+                "Use the config.json that belongs to these weights."
+            )
+    own.float().load_state_dict(weights)
+
+
+def _select(around: Tensors, part: str, checkpoint: Checkpoint, head: Head) -> Tensors:
+    """Select the tensors whose names hold ``part``; refuse a checkpoint without them, or with several such modules."""
+    pattern = re.compile(rf"(?:^|.*?\.){re.escape(part)}")
+    roots = sorted({match[0] for name in around.shards if (match := pattern.match(name))})
+    if not roots:
+        raise CheckpointError(
+            f"{around.files.folder} holds no {part.rstrip('.')}, the weights of its {head.name}. Export the checkpoint "
+            "of the whole model, or leave out --head."
+        )
+    if len(roots) > 1:
+        raise CheckpointError(f"{around.files.folder} holds several heads: {', '.join(roots)}. Export one model.")
+    refuse_adapter_of(around, roots[0].rstrip("."))
+    return around.select(roots[0])
+
+
+def _draw(own: nn.Module) -> None:
+    """Draw the weights of a rehearsal: the same ones every time."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    for matrix in (parameter.data for parameter in own.parameters() if parameter.ndim > 1):
+        matrix.normal_(0.0, SPREAD, generator=generator)
