@@ -48,11 +48,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "aimv2": ("Aimv2VisionModel", IMAGES | MLP),
     "aimv2-native": ("Aimv2VisionModel", IMAGES | MLP | {"is_native": True}),
     "eva_clip": ("Blip2VisionModel", IMAGES | MLP),
+    "idefics3_vision": ("Idefics3VisionTransformer", IMAGES | MLP),
+    "smolvlm_vision": ("SmolVLMVisionTransformer", IMAGES | MLP),
 }
 """Small towers by family and variant: the transformers class and its config."""
 
 
-TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip")
+TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip", "idefics3_vision", "smolvlm_vision")
 """The models that the fixture `checkpoints` saves."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,13 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
+from tests.export.small_towers import IS_OLD
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.console import Step
-from trtower_export.families import FAMILIES, family_of, siglip2
+from trtower_export.families import FAMILIES, family_of, idefics3_vision, siglip2
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
@@ -256,6 +258,16 @@ def test_naflex_tower_has_the_size_of_its_grid_and_needs_a_square_one() -> None:
     assert siglip2.FAMILY.obstacle(config) == (
         "num_patches=250 is not a square grid, which resizing the positions needs; 225 is."
     )
+
+
+@pytest.mark.skipif(IS_OLD, reason="transformers 4.57 rounds most of them to the position before (its issue 41190)")
+@pytest.mark.parametrize(("image_size", "patch_size"), [(364, 14), (384, 14), (512, 16)])
+def test_patches_of_published_idefics3_and_smolvlm_have_each_its_own_position(image_size: int, patch_size: int) -> None:
+    shape: dict[str, Any] = {"hidden_size": 1, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 1}
+    config = transformers.Idefics3VisionConfig(**shape, image_size=image_size, patch_size=patch_size)
+    embeddings = transformers.Idefics3VisionTransformer(config).embeddings
+    ids = idefics3_vision.assigned_positions(embeddings, image_size)
+    assert torch.equal(ids, torch.arange((image_size // patch_size) ** 2))
 
 
 def photograph(side: int) -> Image.Image:

@@ -268,6 +268,8 @@ def test_preprocessor_that_fits_is_unchanged() -> None:
         "Siglip2ImageProcessorFast",
         "DINOv3ViTImageProcessorFast",
         "Gemma3ImageProcessor",
+        "Idefics3ImageProcessor",
+        "SmolVLMImageProcessorFast",
     ],
 )
 def test_processor_of_many_tiles_makes_one(kind: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -293,6 +295,18 @@ def test_tile_of_a_whole_picture_equals_llava_next() -> None:
     picture = Image.effect_mandelbrot((120, 60), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     expected = theirs(picture, return_tensors="pt")["pixel_values"][0, 0]
     written = {**theirs.to_dict(), "image_processor_type": "LlavaNextImageProcessor"}
+    ours = ImageProcessor(fit_preprocessor(prepared(written), 56, LoggedProgress()))
+    assert torch.equal(ours.preprocess(picture, return_tensors="pt")["pixel_values"][0], expected)
+
+
+@pytest.mark.parametrize("kind", ["Idefics3ImageProcessor", "SmolVLMImageProcessor"])
+def test_tile_of_a_whole_picture_equals_that_of_idefics3(kind: str) -> None:
+    """Their processor first resizes a picture until its longest edge fits; of this square it does not have to."""
+    processor = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+    theirs = processor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    picture = Image.effect_mandelbrot((112, 112), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    *_, expected = theirs(picture, return_tensors="pt")["pixel_values"][0]  # four tiles, then the whole picture
+    written = {**theirs.to_dict(), "image_processor_type": kind}
     ours = ImageProcessor(fit_preprocessor(prepared(written), 56, LoggedProgress()))
     assert torch.equal(ours.preprocess(picture, return_tensors="pt")["pixel_values"][0], expected)
 

@@ -18,7 +18,9 @@ ONE_TILE = {
     "DINOv3ViTImageProcessor": "SiglipImageProcessor",
     "Gemma3ImageProcessor": "SiglipImageProcessor",
     "GotOcr2ImageProcessor": "SiglipImageProcessor",
+    "Idefics3ImageProcessor": "SiglipImageProcessor",
     "Siglip2ImageProcessor": "SiglipImageProcessor",
+    "SmolVLMImageProcessor": "SiglipImageProcessor",
 }
 """Processors that tile, pad or patch pictures, and the plain one that makes a single tile of a whole picture."""
 
@@ -40,6 +42,8 @@ BY_DEFAULT = {
     "LlavaNextVideoImageProcessor": "anyres",
     "LlavaOnevisionImageProcessor": "anyres",
     "Cohere2VisionImageProcessor": "anyres",
+    "Idefics3ImageProcessor": "anyres",
+    "SmolVLMImageProcessor": "anyres",
     "Lfm2VlImageProcessor": "anyres",
     "DeepseekVLImageProcessor": "pad",
     "JanusImageProcessor": "pad",
@@ -61,6 +65,8 @@ def image_aspect_ratio(checkpoint: Checkpoint) -> str | None:
     if any(written.get(name) for name in TILES):
         return "anyres"
     usual = BY_DEFAULT.get(_kind(written))
+    if usual == "anyres" and any(written.get(name) is False for name in TILES):
+        return None
     pads = written.get("do_pad")
     if usual == "anyres" or pads is None:
         return usual

@@ -58,6 +58,8 @@ def read_vision_config(
     vision = getattr(config, key, config)
     if isinstance(vision, dict):  # under a key that this config class does not know
         vision = getattr(transformers, family_of(str(vision.get("model_type"))).model_class).config_class(**vision)
+    if vision is not config:
+        _name_as_its_class(vision)
     family = family_of(str(getattr(vision, "model_type", model_type)))
     if vision is not config and not isinstance(raw.get(key), dict):
         raise CheckpointError(
@@ -65,6 +67,13 @@ def read_vision_config(
         )
     check_vision_config(vision, family, where)
     return config, vision, family
+
+
+def _name_as_its_class(vision: Any) -> None:
+    """Correct the `model_type` of a tower inside a model: files of older releases call Idefics3's "idefics3", too."""
+    named = getattr(type(vision), "model_type", None)
+    if is_exported(named) and not is_exported(getattr(vision, "model_type", None)):
+        vision.model_type = named
 
 
 def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: bool) -> Any:

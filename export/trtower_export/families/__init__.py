@@ -19,6 +19,8 @@ FAMILIES: tuple[Family, ...] = tuple(
         "internvl_vision",
         "aimv2",
         "eva_clip",
+        "idefics3_vision",
+        "smolvlm_vision",
     )
 )
 

@@ -5,6 +5,7 @@ So the vision model is what to look for. Everything around it stays as it is, in
 model code touches.
 """
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -144,7 +145,15 @@ def _is_tower(module: nn.Module) -> bool:
     if pretrained is None or not isinstance(module, pretrained):
         return False
     config = getattr(module, "config", None)
-    return getattr(module, "main_input_name", None) == "pixel_values" and not hasattr(config, "vision_config")
+    return _takes_pixels(module) and not hasattr(config, "vision_config")
+
+
+def _takes_pixels(module: nn.Module) -> bool:
+    """Whether a model's input is `pixel_values`. Idefics3's tower does not name its input, but has it as argument."""
+    if getattr(module, "main_input_name", None) == "pixel_values":
+        return True
+    arguments = [*inspect.signature(type(module).forward).parameters]
+    return arguments[1:2] == ["pixel_values"]  # after `self`
 
 
 def _explain_absence(model: nn.Module) -> str:

@@ -106,7 +106,8 @@ def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
 
 def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> None:
     config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
-    if config.model_type != made_of["model_type"]:
+    # Files of older releases call Idefics3's tower "idefics3", like the whole model; only its class tells them apart.
+    if made_of["model_type"] not in (config.model_type, getattr(type(config), "model_type", None)):
         supported = f"own checkpoint, if `trtower export` supports {config.model_type}"  # the runtime cannot know
         if_exported = export.replace("own checkpoint", supported)
         raise ConfigError(

@@ -69,6 +69,13 @@ class StandIn(nn.Module):
         for name in CHANGE_THE_TOWER:
             if self._default(name, options.get(name), otherwise=False) is not False:
                 raise ConfigError(f"{self._path} is compiled and does not support {name}: {BACK}.")
+        mask = options.get("patch_attention_mask")  # Idefics3 and SmolVLM always pass it
+        if mask is not None and not mask.all():
+            raise ConfigError(
+                f"{self._path} is compiled and cannot mask patches, but patch_attention_mask masks "
+                f"{int((~mask.bool()).sum())}: pass pictures that fill their tiles, with a pixel_attention_mask of "
+                f"ones, or none; {BACK}."
+            )
         anchor = self.anchor.empty
         tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
         if anchor.requires_grad:

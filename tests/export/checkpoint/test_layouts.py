@@ -110,6 +110,8 @@ COMPOSITES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...], str]] = {
     "cohere2-vision": ("Cohere2Vision", "siglip", {"text_config": COHERE}, (LAST,), "cls_patch"),
     "gemma3": ("Gemma3", "siglip", {"text_config": GEMMA | {"model_type": "gemma3_text"}}, (LAST,), "cls_patch"),
     "blip-2": ("Blip2", "eva_clip", {"text_config": OPT, "qformer_config": QFORMER}, (LAST,), "cls_patch"),
+    "idefics3": ("Idefics3", "idefics3_vision", {"text_config": LLAMA}, (LAST,), "cls_patch"),
+    "smolvlm": ("SmolVLM", "smolvlm_vision", {"text_config": LLAMA}, (LAST,), "cls_patch"),
     "internvl": ("InternVL", "internvl_vision", {"text_config": QWEN}, (LAST,), "patch"),
     "internvl-layer": (
         "InternVL",
@@ -131,6 +133,16 @@ def test_transformers_model_is_read_at_its_own_layer(name: str, tmp_path: Path) 
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.spec().select_feature == feature
     assert_same_tower(checkpoint, vision, layers)
+
+
+def test_tower_that_older_releases_named_like_its_model_is_read(tmp_path: Path) -> None:
+    vision = save_composite("Idefics3", "idefics3_vision", tmp_path, text_config=LLAMA)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["model_type"] = "idefics3"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.config.model_type == "idefics3_vision"
+    assert_same_tower(checkpoint, vision, (LAST,))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH = BatchProfile(min=1, opt=1, max=2)
 
-NORMED = {name for name in MODELS if name.startswith(("siglip", "dinov", "aimv2", "eva"))} | {"internvl_vision-normed"}
+BEFORE_LAST = ("siglip", "dinov", "aimv2", "eva", "idefics3", "smolvlm")
+NORMED = {name for name in MODELS if name.startswith(BEFORE_LAST)} | {"internvl_vision-normed"}
 """Towers with a final norm before `last_hidden_state`."""
 
 RMS_NORMED = {"aimv2", "aimv2-native", "internvl_vision-rms"}
@@ -76,6 +77,7 @@ def aimv2() -> list[str]:
 
 PARTS = {
     **dict.fromkeys(("clip", "clip-gelu", "metaclip_2", "siglip", "siglip2"), CLIP),
+    **dict.fromkeys(("idefics3_vision", "smolvlm_vision"), CLIP),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), dinov2(FC)),
     "dinov2-swiglu": dinov2([f"mlp.{part}" for part in GATED]),
     "dinov3_vit": dinov3(["up_proj", "act_fn", "down_proj"]),

@@ -73,24 +73,71 @@ def blip2() -> Any:
     return build(transformers.Blip2ForConditionalGeneration, config, "eva_clip")
 
 
-def prompt(tokens: int, seed: int = 0) -> dict[str, Any]:
+def idefics3(kind: str = "Idefics3", tower: str = "idefics3_vision") -> Any:
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision_config(tower),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=1,
+    )
+    return build(getattr(transformers, f"{kind}ForConditionalGeneration"), config, tower)
+
+
+def smolvlm() -> Any:
+    return idefics3("SmolVLM", "smolvlm_vision")
+
+
+def prompt(model: Any, tokens: int, seed: int = 0) -> dict[str, Any]:
     ids = torch.tensor([[1, 5, *[IMAGE_TOKEN] * tokens, 7]])
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+    tiled = model.config.model_type in ("idefics3", "smolvlm")
+    pixels = pixels[None] if tiled else pixels
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 @pytest.mark.parametrize(
     ("make", "tower", "tokens"),
-    [(internvl, "internvl_vision-normed", 9), (blip2, "eva_clip", 4)],
-    ids=["internvl", "blip2"],
+    [
+        (internvl, "internvl_vision-normed", 9),
+        (blip2, "eva_clip", 4),
+        (idefics3, "idefics3_vision", 9),
+        (smolvlm, "smolvlm_vision", 9),
+    ],
+    ids=["internvl", "blip2", "idefics3", "smolvlm"],
 )
 def test_model_that_requests_more_than_it_reads(make: Any, tower: str, tokens: int, bundles: Bundles) -> None:
     model = make()
-    before = logits(model, prompt(tokens))
-    assert (logits(model, prompt(tokens, seed=1)) - before).abs().max() > MATTERS
+    given = prompt(model, tokens)
+    before = logits(model, given)
+    assert (logits(model, prompt(model, tokens, seed=1)) - before).abs().max() > MATTERS
     with trtower.install(model, bundles(tower, LAST)):
-        assert (logits(model, prompt(tokens)) - before).abs().max() <= EXACT
-    assert torch.equal(logits(model, prompt(tokens)), before)
+        assert (logits(model, given) - before).abs().max() <= EXACT
+    assert torch.equal(logits(model, given), before)
+
+
+def test_tower_that_older_releases_named_like_its_model_is_recognised(bundles: Bundles) -> None:
+    model = idefics3()
+    model.model.vision_model.config.model_type = "idefics3"
+    given = prompt(model, 9)
+    before = logits(model, given)
+    with trtower.install(model, bundles("idefics3_vision", LAST)):
+        assert (logits(model, given) - before).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize(("make", "tower"), [(idefics3, "idefics3_vision"), (smolvlm, "smolvlm_vision")])
+def test_padded_patches_are_refused_and_a_mask_of_ones_is_not(make: Any, tower: str, bundles: Bundles) -> None:
+    model = make()
+    given = prompt(model, 9)
+    mask = torch.ones(1, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.int64)
+    before = logits(model, given)
+    padded = mask.clone()
+    padded[..., IMAGE_SIZE // 3 :] = 0
+    assert (logits(model, given | {"pixel_attention_mask": padded}) - before).abs().max() > MATTERS
+    with trtower.install(model, bundles(tower, LAST)) as installed:
+        assert installed.path == "model.vision_model"
+        assert (logits(model, given | {"pixel_attention_mask": mask}) - before).abs().max() <= EXACT
+        with pytest.raises(ConfigError, match=r"cannot mask patches, but patch_attention_mask masks 6: pass pictures"):
+            logits(model, given | {"pixel_attention_mask": padded})
 
 
 @pytest.mark.parametrize(
