@@ -169,7 +169,7 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
     if layout.around is None:
         _draw(own)
         return
-    tensors = _select(layout.around(), layout.head_root or f"{head.attribute}.", checkpoint, head)
+    tensors = _select(layout.around(), layout.head_root or f"{head.attribute}.", head)
     weights = {name.rpartition(f"{head.attribute}.")[2]: tensor.float() for name, tensor in tensors.read().items()}
     if layout.translate_head:
         weights = layout.translate_head(weights)
@@ -180,7 +180,7 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
         raise CheckpointError(
             f"{where}.{name} {what}. Export a complete checkpoint, with the config.json it came with."
         )
-    for name, weight in weights.items():
+    for name, weight in sorted(weights.items()):
         if weight.shape != expected[name].shape:
             raise CheckpointError(
                 f"{where}.{name} has shape {tuple(weight.shape)}; its config expects {tuple(expected[name].shape)}. "
@@ -189,7 +189,7 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
     own.float().load_state_dict(weights)
 
 
-def _select(around: Tensors, part: str, checkpoint: Checkpoint, head: Head) -> Tensors:
+def _select(around: Tensors, part: str, head: Head) -> Tensors:
     """Select the tensors whose names hold ``part``; refuse a checkpoint without them, or with several such modules."""
     pattern = re.compile(rf"(?:^|.*?\.){re.escape(part)}")
     roots = sorted({match[0] for name in around.shards if (match := pattern.match(name))})

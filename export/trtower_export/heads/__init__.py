@@ -15,6 +15,7 @@ ALL_HEADS: tuple[Head, ...] = tuple(
         "gemma3",
         "internvl",
         "cohere",
+        "idefics3",
         "class_projection",
         "attention_pool",
         "class_token",

@@ -39,7 +39,8 @@ TOKEN = {"image_token_index": 110} if IS_OLD else {"image_token_id": 110}
 class Kind:
     """A class of transformers, and the tokens that its projector makes of an image or tile.
 
-    ``tiles`` is whether it reads lists of tiles, which it puts together after it has projected them.
+    ``tiles`` is whether it reads lists of tiles, which it puts together after it has projected them; ``nested`` is
+    whether it reads lists of pictures for each prompt.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Kind:
     text: dict[str, Any] = field(default_factory=lambda: TEXT)
     config: dict[str, Any] = field(default_factory=dict)
     tiles: bool = False
+    nested: bool = False
 
 
 LAYERS = "vision_feature_layers" if IS_OLD else "vision_feature_layer"
@@ -103,7 +105,25 @@ KINDS = {
         vision=SIGLIP,
         config={"downsample_factor": 2, "alignment_intermediate_size": 32},
     ),
+    "idefics3": Kind(
+        model="Idefics3",
+        tokens=NUM_PATCHES // 4,
+        vision=VISION | {"model_type": "idefics3_vision"},
+        config={"scale_factor": 2},
+        nested=True,
+    ),
+    "smolvlm": Kind(
+        model="SmolVLM",
+        tokens=NUM_PATCHES // 4,
+        vision=VISION | {"model_type": "smolvlm_vision"},
+        config={"scale_factor": 2},
+        nested=True,
+    ),
 }
+
+
+if IS_OLD:  # it computes wrong positions, and is refused
+    del KINDS["idefics3"], KINDS["smolvlm"]
 
 
 def pixels(batch: int = 3) -> Tensor:
@@ -115,7 +135,8 @@ def make(name: str) -> Any:
     """Draw a model, the same one every time."""
     kind = KINDS[name]
     config_class = getattr(transformers, f"{kind.model}Config")
-    config = config_class(vision_config=dict(kind.vision), text_config=dict(kind.text), **TOKEN, **kind.config)
+    token = {"image_token_id": 110} if kind.nested else TOKEN
+    config = config_class(vision_config=dict(kind.vision), text_config=dict(kind.text), **token, **kind.config)
     model_class = getattr(transformers, f"{kind.model}ForConditionalGeneration")
     torch.manual_seed(3)
     model = model_class(config)
@@ -134,7 +155,7 @@ def features(model: Any, name: str, pixel_values: Tensor) -> Tensor:
     """
     base = model.model
     if not KINDS[name].tiles:
-        found = base.get_image_features(pixel_values=pixel_values)
+        found = base.get_image_features(pixel_values=pixel_values[:, None] if KINDS[name].nested else pixel_values)
         found = getattr(found, "pooler_output", found)
         found = found if isinstance(found, Tensor) else torch.stack(list(found))
         return found.flatten(1, -2)
