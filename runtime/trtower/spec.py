@@ -209,7 +209,8 @@ class Naming:
 class HeadSpec:
     """What follows the hidden states inside the engine.
 
-    ``kind`` is one of `HEADS`, and ``name`` is what the head is called, such as "LlavaMultiModalProjector". A projector
+    ``kind`` is one of `HEADS`, and ``name`` is what the head is called, such as "LlavaMultiModalProjector".
+    ``attribute`` is what a model calls the module that holds its weights, "" if the tower itself does. A projector
     gives ``tokens`` vectors of ``width`` for each image. An embedding gives one, so its ``tokens`` is None; with
     ``normalised`` it has unit length, and ``pool`` is one of `POOLS`, or None if the model has a pooling head.
     ``divisor`` is what the features are divided by last: PaliGemma's code does that in some releases of transformers.
@@ -219,6 +220,7 @@ class HeadSpec:
     name: str
     width: int
     tokens: int | None = None
+    attribute: str = ""
     normalised: bool = False
     pool: str | None = None
     divisor: float = 1.0

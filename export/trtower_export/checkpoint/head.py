@@ -116,6 +116,7 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
         name=name,
         width=width,
         tokens=several[0] if several else None,
+        attribute=head.attribute,
         normalised=options.normalize,
         pool=pool,
         divisor=head.divisor(config),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtower.errors import ConfigError
 from trtower.fingerprint import count_layers
-from trtower.installation.find import TowerSlot
+from trtower.installation.find import Slot
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
 from trtower.tower.outputs import served_layers
@@ -36,7 +36,7 @@ SAME_TOWER_8_BIT = 0.3
 
 
 @torch.no_grad()
-def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) -> None:
+def check_answers(place: Slot, compiled: VisionTower, *, compared: bool) -> None:
     """Raise ConfigError if the tower returns what no bundle can, or if ``compared`` and the two differ on an image.
 
     ``compiled`` returns every token of every layer that its bundle holds.
@@ -73,7 +73,7 @@ def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) ->
                 module.dtype,
             )
             return
-        error = _error(actual, expected)
+        error = relative_error(actual, expected)
         limit = SAME_TOWER_8_BIT if compiled.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
         if not error <= limit:  # catches NaN too
             state = f"hidden state {name_layer(layer, depth)}"
@@ -89,7 +89,7 @@ def check_answers(place: TowerSlot, compiled: VisionTower, *, compared: bool) ->
             )
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ‖x - ref‖ / ‖ref‖ of the median channel over all tokens; both are (B, P + N, D)."""
     off, size = (each.flatten(0, 1).norm(dim=0) for each in (actual - expected, expected))
     return float((off / size.clamp_min(torch.finfo(torch.float32).tiny)).median())

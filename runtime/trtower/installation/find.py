@@ -20,8 +20,8 @@ from trtower.tower.vision_tower import VisionTower
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerSlot:
-    """A vision model of transformers (``module``) and every place that holds it in a model.
+class Slot:
+    """A module of a model (``module``), such as its vision tower, and every place that holds it.
 
     ``paths`` are all its names; messages use the first. ``slots`` are the dicts and lists that hold it, each with its
     key. ``holder`` is the module around it.
@@ -52,7 +52,7 @@ class TowerSlot:
             undo.pop_all()
 
 
-def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
+def find_tower(model: nn.Module, path: str | None = None) -> Slot:
     """Find the only tower in a model, or the one at ``path``; raise ConfigError if there is none, or several."""
     places = find_towers(model)
     if not isinstance(path, str | None):
@@ -71,7 +71,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> TowerSlot:
     return places[0]
 
 
-def find_towers(model: nn.Module) -> list[TowerSlot]:
+def find_towers(model: nn.Module) -> list[Slot]:
     """List the vision models of transformers in a model, including stand-ins; of nested ones, only the outermost."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is of type {type(model).__name__}; expected a loaded model, a torch.nn.Module.")
@@ -81,8 +81,8 @@ def find_towers(model: nn.Module) -> list[TowerSlot]:
     return places
 
 
-def _collect(root: nn.Module, prefix: str) -> list[TowerSlot]:
-    places: dict[int, TowerSlot] = {}
+def _collect(root: nn.Module, prefix: str) -> list[Slot]:
+    places: dict[int, Slot] = {}
     for place in _walk(root, prefix, set()):
         known = places.setdefault(id(place.module), place)
         if known is not place:
@@ -96,14 +96,14 @@ def _wrapper(model: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _walk(module: nn.Module, prefix: str, visited: set[int]) -> Iterator[TowerSlot]:
+def _walk(module: nn.Module, prefix: str, visited: set[int]) -> Iterator[Slot]:
     if id(module) in visited:
         return
     visited.add(id(module))
     for container, key, name, child in _children(module):
         path = f"{prefix}{name}"
         if _is_tower(child):
-            yield TowerSlot(module=child, paths=[path], slots=[(container, key)], holder=module)
+            yield Slot(module=child, paths=[path], slots=[(container, key)], holder=module)
         else:
             yield from _walk(child, f"{path}.", visited)
 

@@ -1,6 +1,7 @@
 """Put a bundle into a loaded model with one call, and take it out again.
 
-find -> match -> load -> compare -> reach -> stand in -> drop. If a step fails, the model stays as it was.
+find -> match -> load -> compare -> reach -> stand in -> drop. If a step fails, the model stays as it was. A bundle with
+a projector replaces both the tower and the model's projector.
 """
 
 import logging
@@ -9,7 +10,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,14 +18,18 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.not_a_bundle import read_folder
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
-from trtower.installation.find import TowerSlot, find_tower, find_towers
+from trtower.installation.find import Slot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
+from trtower.installation.projector import check_projection, check_projector, find_projector
 from trtower.installation.reach import check_reached
 from trtower.runners.base import EngineOptions
 from trtower.spec import MB
 from trtower.tower.options import TowerOptions
 from trtower.tower.vision_tower import VisionTower
+
+if TYPE_CHECKING:
+    from trtower.installation.stand_in import Replacement
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,7 @@ class Installation:
         if not self.is_installed:
             raise ConfigError(f"{self.tower.bundle.path} is no longer in {self._where}: it was already taken out.")
 
-    def _places(self) -> list[TowerSlot]:
+    def _places(self) -> list[Slot]:
         return [place for place in find_towers(self.model) if place.installation is self]
 
     def __enter__(self) -> "Installation":
@@ -135,6 +140,8 @@ def install(
 ) -> Installation:
     """Replace a loaded model's vision tower with a bundle. If anything fails, the model stays as it was.
 
+    A bundle that was exported with ``--head projector`` replaces the model's projector as well.
+
     Args:
         model: A model of transformers, or an original LLaVA, LLaVA-NeXT, VILA or tinychat. No call may be in flight.
         bundle: The folder that `trtower export` wrote. It runs on the tower's device.
@@ -175,15 +182,23 @@ def install(
         if isinstance(place.installation, Installation):
             return place.installation._install_again(options)
         check_replaceable(model, place, dropped=not keep_original)
-        check_match(model, place, Bundle.open(bundle), **allowed)
+        opened, compared = Bundle.open(bundle), not any(allowed.values())
+        check_match(model, place, opened, **allowed)
+        if head := opened.manifest.spec.head:
+            projector = find_projector(model, head)
+            check_replaceable(model, projector, dropped=not keep_original)
+            if compared:
+                check_projector(projector, opened)
         on_its_device = replace(tower_options, device=next(place.module.parameters()).device)
-        compiled = VisionTower.load(bundle, select_feature="cls_patch", **vars(on_its_device))
+        every_token = None if head else "cls_patch"
+        compiled = VisionTower.load(bundle, select_feature=every_token, **vars(on_its_device))
         with ExitStack() as undo:
             undo.callback(compiled.close)
-            check_answers(place, compiled, compared=not any(allowed.values()))
+            check_answers(place, compiled, compared=compared)
             check_reached(model, place, named=tower is not None)
             installation = Installation(model, place.path, compiled, options)
-            _put_in(place, installation, folder, keep_original=keep_original)
+            replacements = _make_replacements(model, place, installation, compared=compared)
+            _put_in(replacements, installation, folder, keep_original=keep_original)
             undo.pop_all()
     if installation.freed:
         give_memory_back(compiled.device)
@@ -191,20 +206,40 @@ def install(
     return installation
 
 
-def _put_in(place: TowerSlot, installation: Installation, folder: Path | None, *, keep_original: bool) -> None:
-    """Replace the tower with a stand-in, and drop the tower's weights. If either fails, undo both."""
+def _make_replacements(
+    model: nn.Module, place: Slot, installation: Installation, *, compared: bool
+) -> "list[tuple[Slot, Replacement]]":
+    """Make the stand-in of a tower, and for a bundle with a projector that of the model's, after a comparison."""
     # Imported here because it imports transformers, which a model with a tower has already imported.
-    from trtower.installation.stand_in import make_stand_in
+    from trtower.installation.stand_in import ProjectorStandIn, make_replacement, make_stand_in
 
-    stand_in = make_stand_in(place, installation.tower, installation)
+    tower = installation.tower
+    replacements: list[tuple[Slot, Replacement]] = [(place, make_stand_in(place, tower, installation))]
+    if head := tower.spec.head:
+        projector = find_projector(model, head)
+        found = check_projection(model, place, projector, tower, compared=compared)
+        stand_in = make_replacement(projector, ProjectorStandIn, installation, _row=found.row, _divisor=found.divisor)
+        replacements.append((projector, stand_in))
+    return replacements
+
+
+def _put_in(
+    replacements: "list[tuple[Slot, Replacement]]",
+    installation: Installation,
+    folder: Path | None,
+    *,
+    keep_original: bool,
+) -> None:
+    """Replace modules by their stand-ins, and drop their weights. If anything fails, undo all of it."""
     with ExitStack() as undo:
+        for place, stand_in in replacements:
+            if not keep_original:
+                stand_in.original.write(folder)
+                undo.callback(stand_in.take_back)
+            place.put(stand_in)
+            undo.callback(place.put, place.module)
         if not keep_original:
-            stand_in.original.write(folder)
-            undo.callback(stand_in.take_back)
-        place.put(stand_in)
-        undo.callback(place.put, place.module)
-        if not keep_original:
-            installation.freed = stand_in.original.drop()
+            installation.freed = sum(stand_in.original.drop() for _, stand_in in replacements)
         undo.pop_all()
 
 
@@ -229,9 +264,13 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
             _take_out(place)
 
 
-def _take_out(place: TowerSlot) -> None:
-    stand_in, tower = place.module, place.module.installation.tower
+def _take_out(place: Slot) -> None:
+    installation: Installation = place.module.installation
+    tower, places = installation.tower, [place]
+    if tower.spec.head:
+        places.append(find_projector(installation.model, tower.spec.head))
     tower._engine.refuse_own_call()
-    place.put(stand_in.take_back())
+    for each in places:
+        each.put(each.module.take_back())
     tower.close()
     logger.info("%s: the eager tower is back", place.path)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from trtower.bundle.suggest import export_command, export_command_of, name_layer
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import count_layers, read_parameters, weights_sha256
-from trtower.installation.find import TowerSlot
+from trtower.installation.find import Slot
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
+from trtower.spec import TowerSpec
 from trtower.tower.outputs import served_layers
 
 CHANGED = (
@@ -25,17 +27,17 @@ CHANGED = (
 
 
 def check_match(
-    model: nn.Module, place: TowerSlot, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
+    model: nn.Module, place: Slot, bundle: Bundle, *, allow_other_weights: bool, allow_random_weights: bool
 ) -> None:
     """Raise ConfigError unless the bundle was made of this tower and holds the states that the model is known to read.
 
     Raises BundleError if it is a rehearsal. The two flags accept other weights, and a rehearsal.
     """
-    source, head = bundle.manifest.source, bundle.manifest.spec.head
-    if head:
+    source = bundle.manifest.source
+    if bundle.manifest.spec.embeds:
         raise ConfigError(
-            f"{bundle.path} ends with the {head.describe()}, but this model's own code follows its tower: export it "
-            "without --head."
+            f"{bundle.path} returns one vector for each image, but models read hidden states: serve it by "
+            "trtower.VisionTower.load(…), or export it without --head."
         )
     if not bundle.manifest.spec.takes_floats:
         raise ConfigError(
@@ -58,7 +60,7 @@ def check_match(
         _check_layers(code, feature, key, place, bundle)
 
 
-def check_replaceable(model: nn.Module, place: TowerSlot, *, dropped: bool) -> None:
+def check_replaceable(model: nn.Module, place: Slot, *, dropped: bool) -> None:
     """Raise ConfigError if the tower cannot be replaced, or its weights cannot be ``dropped``."""
     tower = place.module
     if type(place.holder).__name__ == "OptimizedModule":
@@ -97,14 +99,14 @@ def check_replaceable(model: nn.Module, place: TowerSlot, *, dropped: bool) -> N
             )
 
 
-def _loaded_from(model: nn.Module, place: TowerSlot) -> str | None:
+def _loaded_from(model: nn.Module, place: Slot) -> str | None:
     """Return the checkpoint named by the model's config; a folder as absolute path, as in a manifest."""
     configs = [getattr(each, "config", None) for each in (model, place.module)]
     name = next((name for each in configs if (name := getattr(each, "_name_or_path", None))), None)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_config(place: TowerSlot, bundle: Bundle, export: str, own: str) -> None:
+def _check_config(place: Slot, bundle: Bundle, export: str, own: str) -> None:
     config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
     # Files of older releases call Idefics3's tower "idefics3", like the whole model; only its class tells them apart.
     if made_of["model_type"] not in (config.model_type, getattr(type(config), "model_type", None)):
@@ -147,7 +149,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str, str]]:
+def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]]:
     """List what the model is known to read: layer code, feature code, and the key that names them.
 
     If the config names nothing, nothing is checked here; a state that the bundle lacks then raises when it is read.
@@ -177,11 +179,16 @@ def _codes(model: nn.Module, place: TowerSlot) -> Iterator[tuple[LayerCode, str,
         return
 
 
-def _check_layers(code: LayerCode, feature: str, key: str, place: TowerSlot, bundle: Bundle) -> None:
+def _check_layers(code: LayerCode, feature: str, key: str, place: Slot, bundle: Bundle) -> None:
     spec = bundle.manifest.spec
     depth = count_layers(place.module, spec.naming)
-    layers, _ = read_layer_code(code, feature, depth)
-    if not set(layers) <= served_layers(spec, depth).keys():
+    layers, tokens = read_layer_code(code, feature, depth)
+    if spec.head and not _reads_as_head(layers, tokens, spec, depth, key):
+        raise ConfigError(
+            f"this model reads {key}={code}{'' if feature in FEATURES else f' under {feature}'}, but the "
+            f"{spec.head.describe()} inside {bundle.path} reads {spec.reading}: export the model's own checkpoint."
+        )
+    if not spec.head and not set(layers) <= served_layers(spec, depth).keys():
         names = [name_layer(layer, depth) for layer in layers]
         is_whole = feature in FEATURES and depth == spec.num_layers  # else the code means other states at export
         command = export_command(bundle, code if is_whole else names, spec.image_size)
@@ -192,7 +199,14 @@ def _check_layers(code: LayerCode, feature: str, key: str, place: TowerSlot, bun
         )
 
 
-def _check_weights(place: TowerSlot, bundle: Bundle, own: str) -> None:
+def _reads_as_head(layers: tuple[int, ...], tokens: str, spec: TowerSpec, depth: int, key: str) -> bool:
+    """Whether a model reads the states that a bundle's head reads. What tokens it keeps, only a wrapper says here."""
+    served = served_layers(replace(spec, head=None), depth)
+    same_tokens = key == "vision_feature_layer" or spec.first_token(tokens) == spec.first_read
+    return same_tokens and tuple(served.get(layer) for layer in layers) == spec.layers
+
+
+def _check_weights(place: Slot, bundle: Bundle, own: str) -> None:
     source, dtype = bundle.manifest.source, place.module.dtype
     name = next((name for name, each in DTYPES.items() if each == dtype), None)
     held = list(read_parameters(place.module, bundle.manifest.spec))

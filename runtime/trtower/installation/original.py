@@ -25,7 +25,7 @@ class Original:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._dtype: torch.dtype = module.dtype
+        self._dtype: torch.dtype | None = next((each.dtype for each in module.parameters()), None)
         self._trained, self._training = wants_gradient(module), module.training
         self._parameters: list[nn.Parameter] = list(module.parameters())
         self._left: list[nn.Parameter] = []  # what `drop` puts in their places, on the meta device
@@ -73,7 +73,7 @@ class Original:
         if self._file is not None:
             self._file.close()
         module: nn.Module = self.module.to(anchor.device)
-        if anchor.dtype != self._dtype:
+        if anchor.dtype != self._dtype and self._dtype is not None:
             module.to(anchor.dtype)
         if anchor.requires_grad != self._trained:
             module.requires_grad_(anchor.requires_grad)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trtower.errors import ConfigError
-from trtower.installation.find import TowerSlot, find_towers
+from trtower.installation.find import Slot, find_towers
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Called(BaseException):
 
 
 @torch.no_grad()
-def check_reached(model: nn.Module, place: TowerSlot, *, named: bool) -> None:
+def check_reached(model: nn.Module, place: Slot, *, named: bool) -> None:
     """Raise ConfigError if the model turns pixels into features without calling the tower at ``place``.
 
     Only warn if no such method was found or could be run on pixels, if the caller ``named`` the tower, or if the model
@@ -62,6 +62,20 @@ def check_reached(model: nn.Module, place: TowerSlot, *, named: bool) -> None:
     )  # fmt: skip
 
 
+def run_ways(model: nn.Module, place: Slot) -> Iterator[Any]:
+    """Run the model's methods from an image to features, each with every input to try; yield what each returned.
+
+    None stands for one that raised: it may have reached the tower before.
+    """
+    for name, way in _ways(model, place):
+        for arguments in _arguments(way, place):
+            try:
+                yield way(**arguments)
+            except Exception as err:  # noqa: BLE001 - model code that needs other inputs may raise anything
+                logger.debug("%s could not be run: %r", name, err)
+                yield None
+
+
 @contextmanager
 def _stopping(tower: nn.Module) -> Iterator[None]:
     """Make every call of a tower, by `__call__` or by `forward`, raise _Called before its hooks and code run."""
@@ -81,7 +95,7 @@ def _stopping(tower: nn.Module) -> Iterator[None]:
             vars(tower)["forward"] = before
 
 
-def _ways(model: nn.Module, place: TowerSlot) -> Iterator[tuple[str, Callable[..., Any]]]:
+def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., Any]]]:
     """List the methods that may call the tower: those of the modules around it, outermost first, then its holder."""
     parts = place.path.split(".")
     around = [model]
@@ -112,7 +126,7 @@ def _parameters(way: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _arguments(way: Callable[..., Any], place: TowerSlot) -> Iterator[dict[str, Any]]:
+def _arguments(way: Callable[..., Any], place: Slot) -> Iterator[dict[str, Any]]:
     """List the inputs to try: an image as (1, 3, S, S), then as a tile (1, 1, 3, S, S), with its size if accepted."""
     parameters = _parameters(way)
     name = next((name for name in PIXELS if name in parameters), None)

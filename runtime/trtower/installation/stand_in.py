@@ -1,4 +1,4 @@
-"""The module that replaces a tower in a loaded model: an instance of the same class, with a bundle inside.
+"""The modules that replace a tower, and its projector, in a loaded model: instances of the same classes.
 
 Shapes: B images, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 from trtower.errors import BackendError, ConfigError
 from trtower.fingerprint import count_layers
-from trtower.installation.find import TowerSlot
+from trtower.installation.carried import Carried, carry
+from trtower.installation.find import Slot
 from trtower.installation.original import Original, wants_gradient
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
@@ -30,96 +31,37 @@ CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_ma
 """Options that change what a vision model computes. Models also pass it other options, which change nothing."""
 
 
-class StandIn(nn.Module):
-    """Answers like the vision model whose class it shares, without its weights.
+class Replacement(nn.Module):
+    """Stands in for a module of a model, without its weights, as an instance of the same class.
 
-    It returns every token of the layers in its bundle, and the model's own code picks among them. Its only parameter is
-    an empty anchor on the device and in the dtype of the tower that it replaced. The anchor follows `.to`, `.half` and
-    `requires_grad_` as the tower would.
+    Its only parameter is an empty anchor on the device and in the dtype of the module that it replaced. The anchor
+    follows `.to`, `.half` and `requires_grad_` as the module would.
     """
 
-    config: Any
-    _tower: VisionTower
     original: Original
     installation: Any
     anchor: Anchor
     _path: str
-    _outputs: Outputs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        *,
-        output_hidden_states: bool | int | list[int] | None = None,
-        return_dict: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in the anchor's dtype.
+    def take_back(self) -> nn.Module:
+        """Return the replaced module with its weights, on this module's device, in its dtype and mode."""
+        return self.original.bring_back(self.anchor.empty, training=self.training)
 
-        With ``return_dict=False`` the result is a tuple. ``output_hidden_states`` may name layers, as in transformers
-        5, but all states are returned. A state that the bundle does not hold raises ConfigError when it is read. S is
-        the bundle's image size, so there are no positions to interpolate. Raises ConfigError for an option that no
-        bundle supports, InputError for pixels of another type, shape or dtype, and BackendError in training mode or if
-        ``pixel_values`` requires a gradient.
-        """
-        del interpolate_pos_encoding
-        self._refuse_training(pixel_values)
-        for name in CHANGE_THE_TOWER:
-            if self._default(name, options.get(name), otherwise=False) is not False:
-                raise ConfigError(f"{self._path} is compiled and does not support {name}: {BACK}.")
-        mask = options.get("patch_attention_mask")  # Idefics3 and SmolVLM always pass it
-        if mask is not None and not mask.all():
-            raise ConfigError(
-                f"{self._path} is compiled and cannot mask patches, but patch_attention_mask masks "
-                f"{int((~mask.bool()).sum())}: pass pictures that fill their tiles, with a pixel_attention_mask of "
-                f"ones, or none; {BACK}."
-            )
-        anchor = self.anchor.empty
-        tokens: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
-        if anchor.requires_grad:
-            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
-        layers = self._default("output_hidden_states", output_hidden_states, otherwise=False)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=self._outputs.last_hidden_state(tokens),
-            pooler_output=POOLER_OUTPUT,  # type: ignore[arg-type]
-            hidden_states=None if layers is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
-        )
-        return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
-
-    def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
-        """Return an option's value, or else the config's, as models of transformers do."""
-        value = getattr(self.config, name, otherwise) if value is None else value
-        return otherwise if value is None else value
-
-    def _refuse_training(self, pixel_values: Any) -> None:
+    def _refuse_training(self) -> None:
         if self.training:
             raise BackendError(
                 f"{self._path} is compiled and cannot be trained: call model.eval() to serve the model, or "
                 f"model.{self._path}.eval() to train the rest of it; {BACK}."
             )
-        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
-            raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the model's `.to(device)` and its casts."""
-        self._tower._apply(fn)  # raises before anything has moved
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def take_back(self) -> nn.Module:
-        """Return the replaced tower with its weights, on this module's device, in its dtype and mode."""
-        return self.original.bring_back(self.anchor.empty, training=self.training)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the replaced tower's weights, under the names of the model's checkpoint."""
+        """Save the replaced module's weights, under the names of the model's checkpoint."""
         del keep_vars
         for name, tensor in self.original.state_dict(self.anchor.empty.dtype).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        """Refuse weights for the tower, because the engine cannot load them."""
+        """Refuse weights for the module, because the engine cannot load them."""
         *_, error_msgs = others
         if any(key.startswith(prefix) for key in state_dict):
             error_msgs.append(f"{prefix}* cannot be loaded, because the tower is compiled: {BACK}.")
@@ -141,9 +83,103 @@ class StandIn(nn.Module):
             f"that needs it. To copy or pickle this model: {BACK}."
         )
 
+
+class StandIn(Replacement):
+    """Answers like the vision model whose class it shares, without its weights.
+
+    It returns every token of the layers in its bundle, and the model's own code picks among them.
+    """
+
+    config: Any
+    _tower: VisionTower
+    _outputs: Outputs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Turn pixels (B, 3, S, S) into a `BaseModelOutputWithPooling` of states (B, P + N, D) in the anchor's dtype.
+
+        With ``return_dict=False`` the result is a tuple. ``output_hidden_states`` may name layers, as in transformers
+        5, but all states are returned. A state that the bundle does not hold raises ConfigError when it is read. S is
+        the bundle's image size, so there are no positions to interpolate. Raises ConfigError for an option that no
+        bundle supports, InputError for pixels of another type, shape or dtype, and BackendError in training mode or if
+        ``pixel_values`` requires a gradient.
+        """
+        del interpolate_pos_encoding
+        self._refuse_training()
+        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
+            raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")
+        for name in CHANGE_THE_TOWER:
+            if self._default(name, options.get(name), otherwise=False) is not False:
+                raise ConfigError(f"{self._path} is compiled and does not support {name}: {BACK}.")
+        mask = options.get("patch_attention_mask")  # Idefics3 and SmolVLM always pass it
+        if mask is not None and not mask.all():
+            raise ConfigError(
+                f"{self._path} is compiled and cannot mask patches, but patch_attention_mask masks "
+                f"{int((~mask.bool()).sum())}: pass pictures that fill their tiles, with a pixel_attention_mask of "
+                f"ones, or none; {BACK}."
+            )
+        anchor = self.anchor.empty
+        features: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
+        tokens = carry(features, self._tower.spec) if self._tower.spec.head else features
+        if anchor.requires_grad:
+            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
+        layers = self._default("output_hidden_states", output_hidden_states, otherwise=False)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=self._outputs.last_hidden_state(tokens),
+            pooler_output=POOLER_OUTPUT,  # type: ignore[arg-type]
+            hidden_states=None if layers is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
+        )
+        return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
+
+    def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
+        """Return an option's value, or else the config's, as models of transformers do."""
+        value = getattr(self.config, name, otherwise) if value is None else value
+        return otherwise if value is None else value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model's `.to(device)` and its casts."""
+        self._tower._apply(fn)  # raises before anything has moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this module."""
         return self._tower.extra_repr()
+
+
+class ProjectorStandIn(Replacement):
+    """Answers like the projector whose class it shares, with the features that the engine has already computed."""
+
+    _row: tuple[int, ...]
+    _divisor: float
+
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the features that came with the hidden states, (B, …) as the projector returns them.
+
+        Raises ConfigError if ``states`` did not come from the compiled tower, and BackendError in training mode.
+        """
+        del args, kwargs
+        self._refuse_training()
+        if not isinstance(states, Carried):
+            raise ConfigError(
+                f"{self._path} got a {type(states).__name__} that its compiled tower did not return: {BACK}."
+            )
+        features = states.features
+        if self._divisor != 1.0:  # the model's code divides again
+            features = features * self._divisor
+        return features.reshape(len(features), *self._row)
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of this module."""
+        return "computed by the tower's engine"
 
 
 class _Ungraded(torch.autograd.Function):
@@ -163,22 +199,23 @@ class _Ungraded(torch.autograd.Function):
         )
 
 
-def make_stand_in(place: TowerSlot, tower: VisionTower, installation: Any) -> StandIn:
+def make_stand_in(place: Slot, tower: VisionTower, installation: Any) -> StandIn:
     """Make the stand-in for a tower. Neither the tower nor the model is changed."""
-    module = place.module
-    stand_in: StandIn = object.__new__(named_as(module.__class__, StandIn))
-    nn.Module.__init__(stand_in)
-    attributes = vars(stand_in)
-    omitted = {*attributes, *OF_ANOTHER} - {*HOOKS, "training"}
-    attributes |= {name: value for name, value in vars(module).items() if name not in omitted}
-    first = next(module.parameters())
-    stand_in.anchor = Anchor(module.dtype, first.device, requires_grad=wants_gradient(module))
-    # Bypass nn.Module.__setattr__, which would register the tower as a child that code walking the model would see.
-    attributes |= {
-        "_tower": tower,
-        "original": Original(module),
-        "installation": installation,
-        "_path": place.path,
-        "_outputs": Outputs(tower.bundle, count_layers(module, tower.spec.naming)),
-    }
+    outputs = Outputs(tower.bundle, count_layers(place.module, tower.spec.naming), carried=tower.spec.head is not None)
+    stand_in: StandIn = make_replacement(place, StandIn, installation, _tower=tower, _outputs=outputs)
     return stand_in
+
+
+def make_replacement(place: Slot, kind: Any, installation: Any, **attributes: Any) -> Any:
+    """Make an instance of ``kind`` that is also one of the class of the module that it will replace."""
+    module = place.module
+    made: Any = object.__new__(named_as(module.__class__, kind))
+    nn.Module.__init__(made)
+    held = vars(made)
+    omitted = {*held, *OF_ANOTHER} - {*HOOKS, "training"}
+    held |= {name: value for name, value in vars(module).items() if name not in omitted}
+    first = next(module.parameters(), installation.tower.dummy_feature)
+    made.anchor = Anchor(first.dtype, first.device, requires_grad=wants_gradient(module))
+    # Bypass nn.Module.__setattr__, which would register the tower as a child that code walking the model would see.
+    held |= {"original": Original(module), "installation": installation, "_path": place.path, **attributes}
+    return made

@@ -5,6 +5,7 @@ value.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -107,12 +108,13 @@ def served_layers(spec: TowerSpec, depth: int) -> dict[int, int]:
 class Outputs:
     """Makes what a vision model of ``num_layers`` layers returns from the states that a bundle holds.
 
-    ``instead`` tells, in the error for an absent state, another way to get it.
+    ``instead`` tells, in the error for an absent state, another way to get it. ``carried``: what a head made of the
+    states comes along with them (see installation/carried.py), so a bundle with a head has them, too.
     """
 
-    def __init__(self, bundle: Bundle, num_layers: int, instead: str | None = BACK) -> None:
+    def __init__(self, bundle: Bundle, num_layers: int, instead: str | None = BACK, *, carried: bool = False) -> None:
         spec, path = bundle.manifest.spec, bundle.path
-        served = served_layers(spec, num_layers)
+        served = served_layers(replace(spec, head=None) if carried else spec, num_layers)
         self._columns = {layer: spec.columns([held])[0] for layer, held in served.items()}
         self._num_layers = num_layers
         last = num_layers + 1

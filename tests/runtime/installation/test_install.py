@@ -27,7 +27,7 @@ from tests.runtime.installation.hugging_face import inputs, make, tower
 from tests.runtime.installation.test_hugging_face import EXACT, logits
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.installation import install as installing
-from trtower.installation.find import TowerSlot
+from trtower.installation.find import Slot
 from trtower.installation.original import Original
 from trtower.tower.vision_tower import VisionTower
 
@@ -453,7 +453,7 @@ def broken(*_: Any, **__: Any) -> Any:
         (installing, "check_answers"),
         (Original, "__init__"),
         (Original, "write"),
-        (TowerSlot, "put"),
+        (Slot, "put"),
         (Original, "drop"),
         (Original, "_exchange"),
     ],

@@ -1,0 +1,91 @@
+"""Carry an engine's features from the place of a tower to the place of a projector, through the model's own code.
+
+A bundle with a projector computes both in one engine. Between the two, model code picks hidden states, drops tokens and
+rearranges patches. It gets a tensor of the right shape and without numbers, which carries the features along.
+
+Shapes: B images, P prefix tokens, N patches, D features per token (see spec.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtower.errors import ConfigError
+from trtower.spec import TowerSpec
+from trtower.tower.outputs import BACK
+
+_MOVES = (
+    "__getitem__ chunk contiguous flatten permute reshape split squeeze to transpose type_as unflatten unsqueeze view"
+)
+PASSED_ON = frozenset(_MOVES.split())
+"""What model code may do with hidden states on their way to the projector: what moves them, image by image."""
+
+ASKED = frozenset(["__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"])
+"""What it may ask of them."""
+
+
+class Carried(Tensor):
+    """Stands where hidden states were, and holds the ``features`` that the projector made of them, (B, …)."""
+
+    features: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let what moves the states pass the features on; raise ConfigError for anything that would need numbers."""
+        kwargs, name = kwargs or {}, func.__name__
+        if name == "cat":
+            return _concatenate(args, kwargs)
+        if name not in PASSED_ON | ASKED or not isinstance(args[0], Carried):
+            raise ConfigError(
+                f"this model computes {name} with the hidden states of its tower before it projects them, but the "
+                f"installed bundle computes both in one engine: export it without --head. {BACK}."
+            )
+        if name == "__getitem__":
+            _refuse_picked_images(args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if name in ASKED:
+            return result
+        if isinstance(result, Tensor):
+            return _carrying(result, args[0].features)
+        return type(result)(_carrying(each, args[0].features) for each in result)
+
+
+def carry(features: Tensor, spec: TowerSpec) -> Tensor:
+    """Return hidden states of all layers that are read, (B, P + N, D), that carry ``features``."""
+    shape = (len(features), spec.num_tokens, spec.hidden_size)
+    return _carrying(torch.zeros((), dtype=features.dtype, device=features.device).expand(shape), features)
+
+
+def _carrying(states: Tensor, features: Tensor) -> Tensor:
+    carried = states.as_subclass(Carried)
+    carried.features = features
+    return carried
+
+
+def _refuse_picked_images(index: Any) -> None:
+    """Raise ConfigError for an index that keeps only some images, whose features could no longer be told apart."""
+    first = index[0] if isinstance(index, tuple) else index
+    if first is not Ellipsis and first != slice(None):
+        raise ConfigError(
+            "this model picks among the images between its tower and its projector, but the installed bundle computes "
+            f"both in one engine: export it without --head. {BACK}."
+        )
+
+
+def _concatenate(args: Any, kwargs: Any) -> Tensor:
+    """Concatenate states of the same images, or images."""
+    states, dim = args[0] if args else kwargs["tensors"], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if not all(isinstance(each, Carried) for each in states):
+        raise ConfigError(
+            f"this model mixes the hidden states of its tower with others: export without --head. {BACK}."
+        )
+    features = [each.features for each in states]
+    with torch._C.DisableTorchFunctionSubclass():
+        whole = torch.cat(list(states), dim=dim)
+        if dim == 0:
+            return _carrying(whole, torch.cat(features))
+    if any(each is not features[0] for each in features):
+        raise ConfigError(f"this model mixes hidden states of several images: export without --head. {BACK}.")
+    return _carrying(whole, features[0])

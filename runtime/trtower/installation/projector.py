@@ -1,0 +1,156 @@
+"""Find a model's projector, and compare it with the one inside a bundle, before anything is changed.
+
+The proof runs the model's own method from pixels to features once, with the eager tower and projector in place, and
+compares what the projector returned with what the engine returns for the same pixels.
+
+Shapes: B images, N tokens, D features per token (see spec.py).
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtower.bundle.bundle import Bundle
+from trtower.dtypes import DTYPES
+from trtower.errors import ConfigError
+from trtower.fingerprint import weights_sha256
+from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
+from trtower.installation.find import Slot
+from trtower.installation.reach import run_ways
+from trtower.spec import EIGHT_BIT, HeadSpec
+from trtower.tower.vision_tower import VisionTower
+
+logger = logging.getLogger(__name__)
+
+DIVIDES = 1e-3
+"""Relative error within which the model's features are its projector's output divided by a number."""
+
+
+def find_projector(model: nn.Module, head: HeadSpec) -> Slot:
+    """Find the module that a model keeps under the head's name; raise ConfigError if there is none, or several."""
+    holders = [(name, module) for name, module in model.named_modules() if head.attribute in module._modules]
+    modules = {id(module._modules[head.attribute]) for _, module in holders}
+    if len(modules) != 1:
+        found = "several" if modules else "no"
+        raise ConfigError(
+            f"{type(model).__name__} has {found} {head.attribute}, which the {head.describe()} of this bundle would "
+            "replace: export the model's own checkpoint, or export without --head."
+        )
+    return Slot(
+        module=holders[0][1]._modules[head.attribute],
+        paths=[".".join(filter(None, (name, head.attribute))) for name, _ in holders],
+        slots=[(module._modules, head.attribute) for _, module in holders],
+        holder=holders[0][1],
+    )
+
+
+def check_projector(place: Slot, bundle: Bundle) -> None:
+    """Raise ConfigError unless the projector has the weights that the bundle was exported from."""
+    source, parameters = bundle.manifest.source, list(place.module.parameters())
+    held = {parameter.dtype for parameter in parameters}
+    name = next((name for name, dtype in DTYPES.items() if held == {dtype}), None)
+    if parameters and name is None:
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
+        raise ConfigError(
+            f"{place.path} of this model holds weights in {dtypes}, so it is at least partly quantised or converted, "
+            f"and {bundle.path} was not made of it: export without --head to keep the model's own."
+        )
+    expected = source.head_sha256.get(name or "")
+    if expected != (weights_sha256(parameters, DTYPES[name]) if name else None):
+        raise ConfigError(
+            f"{place.path} of this model has other weights than the one inside {bundle.path}, which was made of "
+            f"{source.checkpoint}: export the model's own checkpoint, or export without --head."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """What a model's own code did with one image: the shape that its projector returned, and what it divided by."""
+
+    row: tuple[int, ...]
+    divisor: float
+
+
+@torch.no_grad()
+def check_projection(
+    model: nn.Module, tower: Slot, projector: Slot, compiled: VisionTower, *, compared: bool
+) -> Projected:
+    """Run the model from pixels to features; raise ConfigError if the engine's features differ from its projector's.
+
+    Also raises it if the model's code cannot be run on an image, or divides the features by another number.
+    """
+    seen: dict[str, Any] = {}
+
+    def see_pixels(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["pixels"] = kwargs.get("pixel_values", args[0] if args else None)
+
+    def see_features(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["features"] = output
+
+    hooks = [
+        tower.module.register_forward_pre_hook(see_pixels, with_kwargs=True),
+        projector.module.register_forward_hook(see_features),
+    ]
+    try:
+        found = next(filter(lambda _: "features" in seen, run_ways(model, tower)), None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pixels, features = seen.get("pixels"), seen.get("features")
+    if not isinstance(features, Tensor) or not isinstance(pixels, Tensor):
+        raise ConfigError(
+            f"could not run {type(model).__name__} from an image to the output of {projector.path}, so nothing proves "
+            f"that {compiled.bundle.path} computes the same: export without --head, which replaces only the tower."
+        )
+    divisor = _divisor(found, features)
+    _check_divisor(compiled.bundle, projector, divisor)
+    if compared:
+        _compare(compiled, pixels, features / divisor, projector)
+    return Projected(row=tuple(features.shape[1:]), divisor=divisor)
+
+
+def _divisor(found: Any, features: Tensor) -> float:
+    """Return what a model's code divided its projector's output by; 1 if it did more than that, such as packing."""
+    found = getattr(found, "pooler_output", found)
+    if not isinstance(found, Tensor) or found.numel() != features.numel():
+        return 1.0
+    final, projected = found.flatten().double(), features.flatten().double()
+    ratio = float((projected @ projected) / (projected @ final))
+    is_ratio = math.isfinite(ratio) and float((final * ratio - projected).norm() / projected.norm()) <= DIVIDES
+    return ratio if is_ratio else 1.0
+
+
+def _check_divisor(bundle: Bundle, projector: Slot, divisor: float) -> None:
+    head = bundle.manifest.spec.head
+    assert head is not None  # noqa: S101 - only bundles with a head come here
+    held = head.divisor
+    if not math.isclose(held, divisor, rel_tol=DIVIDES):
+        by = ["does not divide" if each <= 1 + DIVIDES else f"divides by {each:.6g}" for each in (divisor, held)]
+        raise ConfigError(
+            f"the code of this model {by[0]} what {projector.path} returns, but {bundle.path} was exported with a "
+            f"transformers that {by[1]}: export it again with the release that serves it."
+        )
+
+
+def _compare(compiled: VisionTower, pixels: Tensor, expected: Tensor, projector: Slot) -> None:
+    """Compare the engine's features of these pixels with the projector's, image by image."""
+    least = compiled.bundle.manifest.batch.min
+    repeated = pixels.repeat(-(-least // len(pixels)), 1, 1, 1) if len(pixels) < least else pixels
+    found = compiled.read_tokens(repeated)[: len(pixels)].float()
+    expected = expected.reshape(found.shape).float().to(found.device)
+    if not expected.isfinite().all():
+        logger.warning(
+            "%s of this model returns NaN or infinity, so it was not compared with the bundle.", projector.path
+        )
+        return
+    error = relative_error(found, expected)
+    limit = SAME_TOWER_8_BIT if compiled.bundle.manifest.precision in EIGHT_BIT else SAME_TOWER
+    if not error <= limit:  # catches NaN too
+        raise ConfigError(
+            f"{projector.path} of this model and {compiled.bundle.path} differ on the same image: the features are off "
+            f"by {error:.0%}, expected at most {limit:.0%}. Was the model's code changed, or were its weights swapped?"
+        )
