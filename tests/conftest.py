@@ -53,8 +53,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Small towers by family and variant: the transformers class and its config."""
 
+IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
+POSITIONS = "transformers 4.57 computes wrong positions for Idefics3's and SmolVLM's towers, which are refused"
+if IS_OLD:
+    del MODELS["idefics3_vision"], MODELS["smolvlm_vision"]
 
-TOWERS = ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip", "idefics3_vision", "smolvlm_vision")
+
+TOWERS = tuple(
+    name
+    for name in ("clip", "dinov2", "siglip", "internvl_vision-normed", "eva_clip", "idefics3_vision", "smolvlm_vision")
+    if name in MODELS
+)
 """The models that the fixture `checkpoints` saves."""
 
 

@@ -66,7 +66,7 @@ FP32_NORMS = {"internvl_vision-rms", "aimv2", "aimv2-native"}
 SPLIT_HEADS = {"dinov3_vit", "dinov3_vit-gated", "eva_clip"}
 """Models that compute with queries and keys after the heads were split, such as rotating them."""
 
-PLANS = [*((family.name, "fp16") for family in FAMILIES), *GRAPHS[-2:]]
+PLANS = [*((family.name, "fp16") for family in FAMILIES if family.name in MODELS), *GRAPHS[-2:]]
 
 Array = npt.NDArray[np.float32]
 

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.conftest import MODELS, NUM_LAYERS, make_model
-from tests.runtime.installation.hugging_face import IS_OLD
 from trtower.dtypes import DTYPES
 from trtower.fingerprint import hash_later, read_parameters, weights_sha256
 from trtower.layer_codes import LAST, LayerCode
@@ -22,9 +21,8 @@ def spec_of(model: PreTrainedModel, layer: LayerCode = -2) -> TowerSpec:
     return family_of(model.config.model_type).spec(model.config, layer, "patch")
 
 
-GRIDDED = {"siglip2"} | ({"idefics3_vision", "smolvlm_vision"} if IS_OLD else set())
-"""Families whose cut tower holds positions for its own grid: interpolated from those of the checkpoint, or chosen among
-them, and transformers 4.57 does not choose each once."""
+GRIDDED = {"siglip2"}
+"""Families whose cut tower holds positions for its own grid, interpolated from those of the checkpoint."""
 
 
 @pytest.mark.parametrize("layer", [0, -2, -1, LAST])

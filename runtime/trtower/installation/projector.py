@@ -108,6 +108,13 @@ def check_projection(
         )
     divisor = _divisor(found, features)
     _check_divisor(compiled.bundle, projector, divisor)
+    head = compiled.spec.head
+    assert head is not None  # noqa: S101 - only bundles with a head come here
+    if features[0].numel() != head.width * (head.tokens or 1):
+        raise ConfigError(
+            f"{projector.path} of this model returns {tuple(features.shape[1:])} for an image; {compiled.bundle.path} "
+            f"ends with the {head.describe()}: export the model's own checkpoint."
+        )
     if compared:
         _compare(compiled, pixels, features / divisor, projector)
     return Projected(row=tuple(features.shape[1:]), divisor=divisor)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import IMAGE_SIZE, MODELS, NUM_LAYERS, make_model
-from tests.export.small_towers import IS_OLD
 from trtower.layer_codes import LAST
 from trtower_export.families import FAMILIES, Family, family_of
 from trtower_export.graph.truncate import truncate
@@ -25,9 +24,6 @@ SIZES = (28, 56, 98, 50, 64)
 
 ONE_SIZE, MULTIPLES = {"aimv2"}, {"siglip2"}
 """Towers that accept only the config's size, and towers that accept only multiples of the patch."""
-
-REASSIGNED = {"idefics3_vision", "smolvlm_vision"} if IS_OLD else set()
-"""Towers for which transformers chooses among the positions, and in 4.57 does not choose each once."""
 
 RESIZES = [
     (name, size) for name in MODELS for size in SIZES if name not in ONE_SIZE and not (name in MULTIPLES and size % 14)
@@ -134,11 +130,6 @@ def test_a_tower_holds_only_what_its_layers_depend_on(name: str, layer: int | st
     alive = [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
     assert spec.depth == NUM_LAYERS or len(alive) < len(weights)
     tower = truncate(model, family, spec)
-    if name in REASSIGNED:
-        table = model.get_parameter("embeddings.position_embedding.weight")
-        chosen = tower.get_parameter("stem.position_embedding")
-        assert set(map(digest, chosen)) < set(map(digest, table))
-        alive = [chosen, *(weight for weight in alive if weight is not table)]
     assert sorted(map(digest, tower.parameters())) == sorted(map(digest, alive))
     assert len(tower.layers) == spec.depth
 

@@ -174,7 +174,8 @@ def test_every_layer_is_kept_and_the_last_ones_weights_count(models: dict[str, P
     assert (embedding.cut.layers, states.cut.layers) == (4, 3)
     assert embedding.full.parameters - states.full.parameters == EMBEDDING * WIDTH
     assert embedding.source.weights_sha256 != states.source.weights_sha256  # of the last layer and of post_layernorm
-    assert embedding.spec.head == HeadSpec(kind="embedding", name="CLS projection", width=EMBEDDING)
+    expected = HeadSpec(kind="embedding", name="CLS projection", width=EMBEDDING, attribute="visual_projection")
+    assert embedding.spec.head == expected
 
 
 def test_models_without_a_pooled_embedding_are_refused(tmp_path: Path) -> None:

@@ -3,19 +3,19 @@
 Against the real code of the three repositories, every type equals bit for bit; that code cannot be installed here.
 """
 
-import json
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from tests.conftest import IMAGE_SIZE, WIDTH, make_model
+from tests.conftest import IMAGE_SIZE, WIDTH
+from tests.export.heads.original import MLP, TEXT, Tensors, draw, write_llava, write_vila
 from trtower import VisionTower
 from trtower.errors import CheckpointError
 from trtower.spec import BatchProfile
@@ -27,16 +27,8 @@ from trtower_export.pipeline import ExportOptions, export_tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXT, SIDE = 40, 3
-PROJECTOR = {"options": ExportOptions(head="projector")}
-Tensors = dict[str, Tensor]
+SIDE = 3
 Write = Callable[..., Path]
-
-
-def draw(**shapes: tuple[int, ...]) -> Tensors:
-    generator = torch.Generator().manual_seed(4)
-    drawn = {name.replace("_", "."): torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name.replace("pre.norm", "pre_norm"): each / each.shape[-1] ** 0.5 for name, each in drawn.items()}
 
 
 def linear(tensors: Tensors, name: str, features: Tensor) -> Tensor:
@@ -45,57 +37,12 @@ def linear(tensors: Tensors, name: str, features: Tensor) -> Tensor:
 
 @pytest.fixture
 def llava(tmp_path: Path) -> Write:
-    """Write an original LLaVA folder with its CLIP inside."""
-
-    def write(projector: Tensors, **config: Any) -> Path:
-        folder = tmp_path / "llava"
-        make_model("clip").save_pretrained(tmp_path / "clip")
-        inside = {
-            f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}": tensor
-            for name, tensor in make_model("clip").state_dict().items()
-        }
-        folder.mkdir()
-        projected = {f"model.mm_projector.{name}": t for name, t in projector.items()}
-        save_file(inside | projected | {"lm_head.weight": torch.ones(8, TEXT)}, folder / "model.safetensors")
-        written = {
-            "model_type": "llava_llama",
-            "hidden_size": TEXT,
-            "mm_hidden_size": WIDTH,
-            "mm_vision_tower": str(tmp_path / "clip"),
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch",
-        }
-        (folder / "config.json").write_text(json.dumps(written | config))
-        return folder
-
-    return write
+    return partial(write_llava, tmp_path / "llava", tmp_path / "clip")
 
 
 @pytest.fixture
 def vila(tmp_path: Path) -> Write:
-    """Write a VILA folder: tower, projector and language model lie in folders of their own."""
-
-    def write(projector: Tensors, kind: str, family: str = "siglip", **config: Any) -> Path:
-        folder = tmp_path / "vila"
-        make_model(family).save_pretrained(folder / "vision_tower")
-        (folder / "mm_projector").mkdir()
-        save_file(
-            {f"layers.{name}": tensor for name, tensor in projector.items()},
-            folder / "mm_projector" / "model.safetensors",
-        )
-        written = {
-            "model_type": "llava_llama",
-            "vision_tower_cfg": {},
-            "mm_projector_cfg": {"mm_projector_type": kind},
-            "llm_cfg": {"hidden_size": TEXT},
-            "mm_hidden_size": WIDTH,
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "cls_patch",
-        }
-        (folder / "config.json").write_text(json.dumps(written | config))
-        return folder
-
-    return write
+    return partial(write_vila, tmp_path / "vila")
 
 
 def images() -> Tensor:
@@ -110,9 +57,6 @@ def run(folder: Path) -> tuple[Tensor, Tensor, UncutTower]:
     (layer,) = uncut.spec.layers
     tokens = checkpoint.family.read_states(uncut.model, images())[layer][:, uncut.spec.first_read :]
     return tokens, uncut.cut()(images()), uncut
-
-
-MLP = draw(**{"0_weight": (TEXT, WIDTH), "0_bias": (TEXT,), "2_weight": (TEXT, TEXT), "2_bias": (TEXT,)})
 
 
 def mlp(tokens: Tensor) -> Tensor:

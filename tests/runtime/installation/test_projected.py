@@ -1,0 +1,261 @@
+"""A bundle with a projector in a loaded model: it replaces tower and projector, and both come back."""
+
+import json
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trtower
+from tests.conftest import IMAGE_SIZE as SMALL
+from tests.conftest import WIDTH
+from tests.export.heads import models
+from tests.export.heads.models import IMAGE_SIZE, KINDS, TEXT_WIDTH, make, pixels
+from tests.export.heads.original import MLP, TEXT, write_llava
+from tests.runtime.installation.hugging_face import TAKES_FEATURES
+from tests.runtime.installation.original import ClipWrapper
+from trtower.bundle.manifest import MANIFEST
+from trtower.errors import BackendError, ConfigError
+from trtower.spec import BatchProfile
+from trtower_export.pipeline import ExportOptions, export_tower
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXACT = 2e-5
+"""Of features around 4, in FP32: kernels sum in another order."""
+
+
+def export(source: Path, out: Path, **options: Any) -> Path:
+    defaults: dict[str, Any] = {"head": "projector", "precision": "fp32", "flavour": "none", "check": False}
+    profiles = (BatchProfile(min=1, opt=2, max=4),)
+    return export_tower(str(source), out, ExportOptions(**defaults | options, profiles=profiles)).path
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("projected")
+
+    @cache
+    def of(name: str, precision: str = "fp32") -> Path:
+        make(name).save_pretrained(root / name)
+        return export(root / name, root / f"{name}-{precision}", precision=precision)
+
+    return of
+
+
+@torch.no_grad()
+def features(model: Any, name: str) -> list[Tensor]:
+    """Return what the model's method returns, however it is packed."""
+    kind, given = KINDS[name], {"pixel_values": pixels()}
+    if kind.tiles:
+        given = {"pixel_values": pixels()[:, None].repeat(1, 3, 1, 1, 1)}
+        given["image_sizes"] = torch.tensor([[IMAGE_SIZE, 2 * IMAGE_SIZE]] * 3)
+    if kind.nested:
+        given = {"pixel_values": pixels()[:, None]}
+    found = model.model.get_image_features(**given)
+    return list(getattr(found, "pooler_output", found))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_are_those_of_the_model_and_both_modules_come_back(name: str, bundles: Any) -> None:
+    model, before_state = make(name), make(name).state_dict()
+    expected, projector = features(model, name), dict(model.named_modules())
+    with trtower.install(model, bundles(name)) as installed:
+        calls: list[int] = []
+        installed.tower.on_batch = lambda report: calls.append(report.batch)
+        found = features(model, name)
+        assert sum(calls) == len(pixels()) * (3 if KINDS[name].tiles else 1)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() <= EXACT
+        state = model.state_dict()
+        assert state.keys() == before_state.keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in before_state.items())
+    assert dict(model.named_modules()) == projector
+    assert all(torch.equal(one, other) for one, other in zip(features(model, name), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_weights_of_tower_and_projector_are_freed(name: str, bundles: Any) -> None:
+    model = make(name)
+    projector = sum(each.nbytes for each in model.model.multi_modal_projector.parameters())
+    tower = sum(each.nbytes for each in model.model.vision_tower.parameters())
+    installed = trtower.install(model, bundles(name))
+    assert installed.freed == tower + projector
+    assert not any(each.numel() for each in model.model.multi_modal_projector.parameters())
+    trtower.uninstall(model)
+
+
+def test_model_in_half_precision_is_served_in_half_precision(bundles: Any) -> None:
+    model = make("llava")
+    exact = torch.stack(features(model, "llava"))
+    model.half()
+    with trtower.install(model, bundles("llava", "fp16")):
+        found = model.model.get_image_features(pixel_values=pixels().half())
+        found = torch.stack(list(getattr(found, "pooler_output", found)))
+        assert found.dtype == torch.float16
+        assert (found.float() - exact).abs().max() < 0.02
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers has no mm_encoder_outputs")
+def test_encode_for_takes_the_projected_features(bundles: Any) -> None:
+    model = make("llava")
+    expected = features(model, "llava")
+    with trtower.install(model, bundles("llava")):
+        encoded = trtower.encode_for(model, pixels())["image"].pooler_output
+    assert all((one - other).abs().max() <= EXACT for one, other in zip(encoded, expected, strict=True))
+
+
+def projector_of(model: Any) -> Any:
+    return model.model.multi_modal_projector
+
+
+def test_projector_with_other_weights_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    projector_of(model).linear_1.bias.add_(0.01)
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match=r"multi_modal_projector of this model has other weights than the one inside"):
+        trtower.install(model, bundles("llava"))
+    assert dict(model.named_modules()) == before
+
+
+def test_quantised_projector_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    weight = torch.ones(TEXT_WIDTH, WIDTH, dtype=torch.int8)
+    projector_of(model).linear_1.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ConfigError, match=r"holds weights in (float32 and int8), so it is at least partly quantised"):
+        trtower.install(model, bundles("llava"))
+
+
+def test_projector_whose_code_was_changed_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    projector: Any = projector_of(model)
+    before = projector.forward
+    projector.forward = lambda states: before(states).flip(-1)
+    with pytest.raises(ConfigError, match=r"multi_modal_projector of this model and .* differ on the same image"):
+        trtower.install(model, bundles("llava"))
+
+
+def test_bundle_of_a_release_that_divides_is_refused_where_features_are_not_divided(
+    bundles: Any, tmp_path: Path
+) -> None:
+    """PaliGemma of transformers 4.57 divides, 5.23 does not; the graphs differ, and so would the answers."""
+    import shutil
+
+    other = shutil.copytree(bundles("paligemma"), tmp_path / "other")
+    manifest = json.loads((other / MANIFEST).read_text())
+    divides = manifest["spec"]["head"]["divisor"] != 1.0
+    manifest["spec"]["head"]["divisor"] = 1.0 if divides else TEXT_WIDTH**0.5
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    message = (
+        r"of this model divides by 6\.9282 what .* that does not divide"
+        if divides
+        else (r"of this model does not divide what .* that divides by 6\.9282")
+    )
+    with pytest.raises(ConfigError, match=message):
+        trtower.install(make("paligemma"), other)
+
+
+def test_bundle_that_reads_other_layers_or_tokens_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    model.config.vision_feature_layer = -1
+    with pytest.raises(ConfigError, match=r"this model reads vision_feature_layer=-1, but the projector .* reads"):
+        trtower.install(model, bundles("llava"))
+    model.config.vision_feature_layer, model.config.vision_feature_select_strategy = -2, "full"
+    with pytest.raises(ConfigError, match=r"returns \(17, 48\) for an image; .* ends with the projector"):
+        trtower.install(model, bundles("llava"))
+
+
+def test_model_without_such_a_projector_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    model.model.other = model.model.multi_modal_projector
+    del model.model.multi_modal_projector
+    with pytest.raises(ConfigError, match=r"has no multi_modal_projector, which the projector"):
+        trtower.install(model, bundles("llava"))
+
+
+def test_training_a_projector_that_was_replaced_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    projector_of(model).train()
+    with pytest.raises(ConfigError, match=r"multi_modal_projector is in training mode"):
+        trtower.install(model, bundles("llava"))
+    projector_of(model).eval()
+    with trtower.install(model, bundles("llava")):
+        projector_of(model).train()
+        with pytest.raises(BackendError, match=r"multi_modal_projector is compiled and cannot be trained"):
+            features(model, "llava")
+        projector_of(model).eval()
+
+
+def test_replaced_projector_refuses_other_states_and_what_needs_numbers(bundles: Any) -> None:
+    model = make("llava")
+    with trtower.install(model, bundles("llava")), torch.no_grad():
+        with pytest.raises(ConfigError, match="got a Tensor that its compiled tower did not return"):
+            projector_of(model)(torch.zeros(1, 16, WIDTH))
+        states = model.model.vision_tower(pixels(), output_hidden_states=True).hidden_states[-2]
+        assert states.shape == (3, models.NUM_PATCHES + 1, models.WIDTH)
+        assert projector_of(model)(states[:, 1:].contiguous().to(torch.float32)).shape == (
+            3,
+            models.NUM_PATCHES,
+            TEXT_WIDTH,
+        )
+        with pytest.raises(ConfigError, match="computes both in one engine"):
+            torch.ones(1) * states
+        for needs in ("half", "mean", "relu"):
+            with pytest.raises(ConfigError, match="computes both in one engine"):
+                getattr(states, needs)()
+        for picks in (0, slice(1, 2), (torch.tensor([True, False, True]),)):
+            with pytest.raises(ConfigError, match="picks among the images"):
+                states[picks]
+        again = model.model.vision_tower(pixels(), output_hidden_states=True).hidden_states[-2]
+        assert len(projector_of(model)(torch.cat([states, again])[:, 1:])) == 6
+        with pytest.raises(ConfigError, match="mixes hidden states of several images"):
+            torch.cat([states, again], dim=-1)
+        with pytest.raises(ConfigError, match="last_hidden_state was requested"):
+            len(model.model.vision_tower(pixels()).last_hidden_state)
+
+
+def test_embedding_is_refused(bundles: Any, tmp_path: Path) -> None:
+    siglip = tmp_path / "siglip"
+    make("llava_onevision").model.vision_tower.save_pretrained(siglip)
+    bundle = export(siglip, tmp_path / "b", head="embedding")
+    with pytest.raises(ConfigError, match=r"returns one vector for each image, but models read hidden states"):
+        trtower.install(make("llava_onevision"), bundle)
+
+
+class Llava(nn.Module):
+    """LLaVA's model around its tower: `encode_images` of `llava_arch.py`."""
+
+    def __init__(self, clip: Path) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+        self.vision_tower = ClipWrapper(str(clip), self.config)
+        self.mm_projector = nn.Sequential(nn.Linear(WIDTH, TEXT), nn.GELU(), nn.Linear(TEXT, TEXT))
+        self.mm_projector.load_state_dict(MLP)
+        self.eval()
+
+    def get_vision_tower(self) -> ClipWrapper:
+        return self.vision_tower
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        features: Tensor = self.mm_projector(self.get_vision_tower()(images))
+        return features
+
+
+@torch.no_grad()
+def test_original_llava_is_served_and_brought_back(tmp_path: Path) -> None:
+    folder = write_llava(tmp_path / "llava", tmp_path / "clip", MLP, mm_projector_type="mlp2x_gelu")
+    bundle = export(folder, tmp_path / "b")
+    model, images = Llava(tmp_path / "clip"), torch.randn(2, 3, SMALL, SMALL)
+    expected, projector = model.encode_images(images), model.mm_projector
+    with trtower.install(model, bundle):
+        assert (model.encode_images(images) - expected).abs().max() <= EXACT
+        several = torch.cat(model.get_vision_tower()(list(images)))  # LLaVA's loop over pictures of different sizes
+        assert (model.mm_projector(several) - expected).abs().max() <= EXACT
+        assert "computed by the tower's engine" in str(model)
+    assert model.mm_projector is projector
+    assert torch.equal(model.encode_images(images), expected)
