@@ -25,6 +25,7 @@ import trtower
 import trtower_export
 from tests import pages
 from tests.conftest import Bundles, make_model
+from tests.export.heads.test_embeddings import make as make_embedding
 from tests.pages import DOCS, PAGES, ROOT, name_of, read
 from tests.runtime.installation.hugging_face import inputs, make
 from trtower import cli
@@ -211,6 +212,16 @@ def test_layers_are_picked_at_load(here: Path) -> None:
     assert run(code)["tower"].hidden_size == 2 * 64
 
 
+def test_embedding_is_a_vector_of_length_1(here: Path) -> None:
+    make_embedding("clip").save_pretrained("small")
+    options = ExportOptions(head="embedding", normalize=True, precision="fp32", flavour="none", check=False)
+    export_tower("small", Path("engines/clip-vit-base-patch32.rehearsal-embedding"), options)
+    (code,) = pages.blocks("python", read(ROOT / "docs" / "heads.md"))
+    vectors = run(code, image=Image.new("RGB", (60, 50)))["vectors"]
+    assert vectors.shape == (2, 24)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
+
+
 def test_example_for_hugging_face_agrees_with_the_eager_tower(bundles: Bundles, here: Path) -> None:
     shutil.copytree(bundles(), "engines/llava-1.5-7b-hf")
     model = make("llava")
@@ -225,6 +236,7 @@ RUN = {
     "docs/certificate.md": test_certificate_is_demanded,
     "docs/deploy.md": test_page_runs_from_top_to_bottom,
     "docs/export.md": test_export_from_python_runs,
+    "docs/heads.md": test_embedding_is_a_vector_of_length_1,
     "docs/hugging_face.md": test_example_for_hugging_face_agrees_with_the_eager_tower,
     "docs/index.md": test_page_runs_from_top_to_bottom,
     "docs/loaded-models.md": test_page_runs_from_top_to_bottom,

@@ -75,6 +75,11 @@ def _find(checkpoint: Checkpoint, kind: str) -> tuple[Head, Any]:
             f"{checkpoint.source}: its tower, {layout.config.model_type}, has no pooled embedding that trtower "
             f"exports; these have: {known}. Without --head it exports the hidden states."
         )
+    if layout.model is None and checkpoint.recipe and checkpoint.random_weights:
+        raise CheckpointError(
+            f"the recipe {checkpoint.recipe.name} describes a tower and no projector, so none can be rehearsed: name "
+            "the folder of a model, or leave out --head."
+        )
     if layout.model is None:
         raise CheckpointError(
             f"{checkpoint.source} is a vision tower by itself and has no projector: name the checkpoint of the whole "

@@ -32,8 +32,12 @@ HF_FEATURES = {"default": "patch", "full": "cls_patch"}
 
 def from_recipe(recipe: Recipe) -> Layout:
     """Return the layout of a rehearsal, from the recipe of a well-known checkpoint."""
-    config = transformers.AutoConfig.for_model(**recipe.config)
-    return Layout(kind="recipe", config=config, family=family_of(config.model_type), preprocessor=recipe.preprocessor)
+    vision = transformers.AutoConfig.for_model(**recipe.config)
+    model: Any = SimpleNamespace(**recipe.model) if recipe.model else None
+    if recipe.model and recipe.model["model_type"] in transformers.CONFIG_MAPPING and "text_config" in recipe.model:
+        model = transformers.AutoConfig.for_model(**recipe.model, vision_config=vision.to_dict())
+    family = family_of(vision.model_type)
+    return Layout(kind="recipe", config=vision, family=family, preprocessor=recipe.preprocessor, model=model)
 
 
 def recognise(files: Files, request: Request) -> Layout:

@@ -4,7 +4,7 @@ An export takes its defaults from a recipe, and a rehearsal needs nothing else.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -20,6 +20,9 @@ else:
 class Recipe:
     """One TOML file. ``config`` is the checkpoint's vision config and ``preprocessor`` its preprocessor_config.json.
 
+    ``model`` holds what a projector needs of the config of the model around the tower; empty if the recipe does not
+    describe a projector.
+
     ``image_size`` is the size at which the tower is used, if that is not its config's. If a model's tower has its own
     recipe, the model's file names that as ``tower`` and holds only what differs.
     """
@@ -31,6 +34,7 @@ class Recipe:
     batch: BatchProfile
     config: dict[str, Any]
     preprocessor: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
     image_size: int | None = None
 
 
