@@ -248,12 +248,11 @@ class HeadSpec:
 
     def describe(self) -> str:
         """Say in a few words what it is."""
-        what = f"{self.kind} {self.name}"
-        if self.tokens is not None:
-            what += f", {self.tokens} tokens of {self.width}"
-        else:
-            what += f", a vector of {self.width}{', of unit length' if self.normalised else ''}"
-        return what if self.divisor == 1.0 else f"{what}, divided by {self.divisor:.6g}"
+        if self.tokens is None:
+            length = ", of length 1" if self.normalised else ""
+            return f"embedding by {self.name}, a vector of {self.width}{length}"
+        divided = "" if self.divisor == 1.0 else f", divided by {self.divisor:.6g}"
+        return f"projector {self.name}, {self.tokens} tokens of {self.width}{divided}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from trtower.bundle.bundle import Bundle
@@ -22,7 +23,7 @@ from trtower.installation.find import Slot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
 from trtower.installation.projector import check_projection, check_projector, find_projector
-from trtower.installation.reach import check_reached
+from trtower.installation.reach import check_reached, methods_around
 from trtower.runners.base import EngineOptions
 from trtower.spec import MB
 from trtower.tower.options import TowerOptions
@@ -45,12 +46,14 @@ class Installation:
         path: The tower's place in the model, such as "model.vision_tower".
         tower: The compiled tower, with its `backend`, `warmup` and `on_batch`.
         freed: The bytes that the replaced tower's weights took; 0 if they were kept.
+        eager: Methods of the model that torch.compile does not trace while the bundle is installed.
     """
 
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
         self._holders = 0
+        self.eager: list[tuple[nn.Module, str]] = []
 
     @property
     def is_installed(self) -> bool:
@@ -238,9 +241,27 @@ def _put_in(
                 undo.callback(stand_in.take_back)
             place.put(stand_in)
             undo.callback(place.put, place.module)
+        if installation.tower.spec.head:
+            undo.callback(_trace_again, installation)
+            _keep_eager(installation, replacements[0][0])
         if not keep_original:
             installation.freed = sum(stand_in.original.drop() for _, stand_in in replacements)
         undo.pop_all()
+
+
+def _keep_eager(installation: Installation, place: Slot) -> None:
+    """Keep torch.compile out of the methods between pixels and features: it cannot trace what carries the features."""
+    for module, name, _ in methods_around(installation.model, place):
+        if name not in vars(module):
+            vars(module)[name] = torch.compiler.disable(getattr(module, name))
+            installation.eager.append((module, name))
+
+
+def _trace_again(installation: Installation) -> None:
+    """Undo `_keep_eager`."""
+    for module, name in installation.eager:
+        vars(module).pop(name, None)
+    installation.eager.clear()
 
 
 def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
@@ -270,7 +291,9 @@ def _take_out(place: Slot) -> None:
     if tower.spec.head:
         places.append(find_projector(installation.model, tower.spec.head))
     tower._engine.refuse_own_call()
-    for each in places:
-        each.put(each.module.take_back())
+    restored = [each.module.take_back() for each in places]
+    for each, module in zip(places, restored, strict=True):
+        each.put(module)
+    _trace_again(installation)
     tower.close()
     logger.info("%s: the eager tower is back", place.path)

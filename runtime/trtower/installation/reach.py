@@ -95,8 +95,8 @@ def _stopping(tower: nn.Module) -> Iterator[None]:
             vars(tower)["forward"] = before
 
 
-def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """List the methods that may call the tower: those of the modules around it, outermost first, then its holder."""
+def methods_around(model: nn.Module, place: Slot) -> Iterator[tuple[nn.Module, str, str]]:
+    """List the methods that may call the tower, as module, name and path; outermost first."""
     parts = place.path.split(".")
     around = [model]
     for part in parts[:-1]:
@@ -106,8 +106,15 @@ def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., An
         around.append(inner)
     for depth, module in enumerate(around):
         for method in WAYS:
-            if callable(way := _attribute(module, method)):
-                yield ".".join([*parts[:depth], method]), way
+            if callable(_attribute(module, method)):
+                yield module, method, ".".join([*parts[:depth], method])
+
+
+def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """List what may call the tower: methods of the modules around it, outermost first, then its holder."""
+    for module, method, path in methods_around(model, place):
+        yield path, getattr(module, method)
+    parts = place.path.split(".")
     if place.holder is not model and next(iter(_parameters(place.holder.forward)), None) in PIXELS:
         yield ".".join([*parts[:-1], "forward"]), place.holder.forward
 

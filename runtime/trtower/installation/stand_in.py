@@ -161,6 +161,7 @@ class ProjectorStandIn(Replacement):
     _row: tuple[int, ...]
     _divisor: float
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the features that came with the hidden states, (B, …) as the projector returns them.
 
@@ -172,7 +173,9 @@ class ProjectorStandIn(Replacement):
             raise ConfigError(
                 f"{self._path} got a {type(states).__name__} that its compiled tower did not return: {BACK}."
             )
-        features = states.features
+        features = states.features.to(states.device)
+        if len(states) != len(features):
+            raise ConfigError(f"{self._path} got {len(states)} rows for {len(features)} images: {BACK}.")
         if self._divisor != 1.0:  # the model's code divides again
             features = features * self._divisor
         return features.reshape(len(features), *self._row)

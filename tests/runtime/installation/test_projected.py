@@ -213,10 +213,32 @@ def test_replaced_projector_refuses_other_states_and_what_needs_numbers(bundles:
                 states[picks]
         again = model.model.vision_tower(pixels(), output_hidden_states=True).hidden_states[-2]
         assert len(projector_of(model)(torch.cat([states, again])[:, 1:])) == 6
+        with pytest.raises(ConfigError, match="got 2 rows for 3 images"):
+            projector_of(model)(states.split(2)[0])
         with pytest.raises(ConfigError, match="mixes hidden states of several images"):
             torch.cat([states, again], dim=-1)
         with pytest.raises(ConfigError, match="last_hidden_state was requested"):
             len(model.model.vision_tower(pixels()).last_hidden_state)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_model_may_be_compiled_before_or_after(before: bool, bundles: Any) -> None:
+    model = make("llava")
+    ids = torch.tensor([[1, 5, *[110] * models.NUM_PATCHES, 7]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(1)}
+    with torch.no_grad():
+        expected = model(**given).logits
+        compiled: Any = torch.compile(model, backend="eager")
+        if before:
+            assert (compiled(**given).logits - expected).abs().max() <= 10 * EXACT
+        with trtower.install(model, bundles("llava")) as installed:
+            calls: list[int] = []
+            installed.tower.on_batch = lambda report: calls.append(report.batch)
+            assert (compiled(**given).logits - expected).abs().max() <= 10 * EXACT
+            assert calls == [1]
+        assert "get_image_features" not in vars(model.model)
+        assert (compiled(**given).logits - expected).abs().max() <= 10 * EXACT
+    torch.compiler.reset()
 
 
 def test_embedding_is_refused(bundles: Any, tmp_path: Path) -> None:
