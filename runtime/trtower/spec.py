@@ -229,8 +229,9 @@ class HeadSpec:
         check_name("head", self.kind, HEADS)
         if self.pool is not None:
             check_name("pool", self.pool, POOLS)
-        if self.width < 1 or (self.tokens is None) == (self.kind == PROJECTOR) or (self.tokens or 1) < 1:
-            raise ConfigError(f"a {self.kind} has width={self.width} and tokens={self.tokens}, which it cannot have.")
+        several = self.tokens is not None
+        if self.width < 1 or several != (self.kind == PROJECTOR) or (self.tokens is not None and self.tokens < 1):
+            raise ConfigError(f"a head of kind {self.kind} cannot have width={self.width} and tokens={self.tokens}.")
         if self.kind == PROJECTOR and (self.normalised or self.pool):
             raise ConfigError("a projector is neither normalised nor pooled; only an embedding is.")
         if not self.divisor > 0:

@@ -216,7 +216,8 @@ class VisionTower(TowerAnswers):
         """Turn images (B, 3, S, S) into features (B, N, D), or (B, P + N, D) under `cls_patch`.
 
         Tiles (B, T, 3, S, S) give (B, T, N, D). A list of images (3, S, S) and tiles (T, 3, S, S) gives a list of
-        (1, N, D) and (T, N, D), in the same order. All images of a call run together as batches.
+        (1, N, D) and (T, N, D), in the same order. All images of a call run together as batches. If the bundle ends
+        with a projector, N and D are its tokens and width; if it ends with an embedding, features are (B, D).
 
         Args:
             images: Images or tiles, on any device and in any floating dtype; in torch.uint8 if the bundle takes bytes,
@@ -259,8 +260,8 @@ class VisionTower(TowerAnswers):
             threads: Threads that decode and prepare. Default: one for each processor, at most 8.
 
         Returns:
-            The features (B, N, D) in the order of the pictures, with B of 1 for one; in the tower's dtype and on its
-            device. Models that tile or pad pictures do that before: pass the tiles.
+            The features (B, N, D), or (B, D) of an embedding, in the order of the pictures, with B of 1 for one; in the
+            tower's dtype and on its device. Models that tile or pad pictures do that before: pass the tiles.
 
         Raises:
             InputError: If a picture cannot be read or prepared, or there are none. The message names it.
