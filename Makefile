@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-tensorrt test-wheel bench \
-	bench-gpu wheels cpu-choices goals graph-forms living pixels precisions export-speed clients docs clean
+	bench-gpu wheels cpu-choices goals graph-forms living pixels heads precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -136,6 +136,10 @@ living: $(STAMP)
 # Bytes against prepared floats, and pictures prepared by `encode` against transformers.
 pixels: $(STAMP)
 	$(BIN)/python benchmarks/pixels.py
+
+# What a projector adds to an export and its plan, and the time to verify its bundle.
+heads: $(STAMP)
+	$(BIN)/python benchmarks/heads.py
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

@@ -21,7 +21,8 @@ from tests.conftest import WIDTH
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint import files as module
 from trtower_export.checkpoint.checkpoint import open_checkpoint
-from trtower_export.options import Trust
+from trtower_export.checkpoint.head import describe_tower
+from trtower_export.options import ExportOptions, Trust
 from trtower_export.recipes import all_recipes
 
 
@@ -327,7 +328,38 @@ PUBLISHED = {
     "paligemma-3b-pt-448": (1024, 27, 1152, 429),
     "openvla-dinov2": (261, 23, 1024, 304),
     "openvla-siglip": (256, 26, 1152, 428),
+    "llava-1.5-7b-hf": (577, 23, 1024, 304),
+    "gemma-3-4b-it": (4096, 27, 1152, 417),
+    "InternVL3-1B-hf": (1025, 24, 1024, 304),
+    "SmolVLM2-500M-Video-Instruct": (1024, 12, 768, 86),  # SigLIP's 93 without the pooling head
 }
+
+PROJECTED = {
+    "llava-v1.5-7b": (576, 4096),
+    "llava-1.5-7b-hf": (576, 4096),
+    "llava-v1.5-13b": (576, 5120),
+    "llava-v1.6-vicuna-7b": (576, 4096),
+    "vip-llava-7b-hf": (576, 4096),
+    "VILA1.5-3b": (196, 2560),
+    "paligemma-3b-pt-224": (256, 2048),
+    "paligemma-3b-pt-448": (1024, 2048),
+    "gemma-3-4b-it": (256, 2560),
+    "InternVL3-1B-hf": (256, 896),
+    "SmolVLM2-500M-Video-Instruct": (64, 960),
+}
+"""Tokens and width of the features that the language models of recipes read."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_has_the_projector_that_was_published_or_says_that_it_has_none(name: str) -> None:
+    checkpoint, options = open_checkpoint(name, random_weights=True), ExportOptions(head="projector")
+    if name in PROJECTED:
+        head = describe_tower(checkpoint, options).head
+        assert head
+        assert (head.tokens, head.width) == PROJECTED[name]
+        return
+    with pytest.raises(CheckpointError, match=f"the recipe {name} describes a tower and no projector, so none can be"):
+        describe_tower(checkpoint, options)
 
 
 def test_recipes_are_these() -> None:
