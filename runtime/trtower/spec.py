@@ -6,7 +6,7 @@ N patches, D features per token.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from trtower.errors import ConfigError, InputError
@@ -214,6 +214,7 @@ class HeadSpec:
     gives ``tokens`` vectors of ``width`` for each image. An embedding gives one, so its ``tokens`` is None; with
     ``normalised`` it has unit length, and ``pool`` is one of `POOLS`, or None if the model has a pooling head.
     ``divisor`` is what the features are divided by last: PaliGemma's code does that in some releases of transformers.
+    ``settings`` are the fields of the model's config that decide what the head computes, as JSON.
     """
 
     kind: str
@@ -224,6 +225,7 @@ class HeadSpec:
     normalised: bool = False
     pool: str | None = None
     divisor: float = 1.0
+    settings: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name("head", self.kind, HEADS)

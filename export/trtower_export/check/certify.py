@@ -204,7 +204,7 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     references, owns = [], []
     for image, engine_input, pixel_values in zip(images, pixels, floats, strict=True):
         states = towers.uncut.states(image.name, pixel_values)
-        references.append(towers.uncut.read(states))
+        references.append(towers.uncut.expect(image.name, states))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
         comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1])

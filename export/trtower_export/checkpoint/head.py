@@ -1,5 +1,6 @@
 """Find the head of a checkpoint, describe what it returns, and load its weights."""
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,19 @@ from trtower_export.heads import ALL_HEADS, REFUSED, Head, Parts, find_head
 from trtower_export.heads.base import UnitLength
 from trtower_export.options import ExportOptions
 
+SETTINGS = (
+    "projector_hidden_act",
+    "projector_layernorm_eps",
+    "multimodal_projector_bias",
+    "adapter_layer_norm_eps",
+    "downsample_ratio",
+    "downsample_factor",
+    "scale_factor",
+    "mm_tokens_per_image",
+    "mm_projector_type",
+)
+"""Fields of configs that decide, besides the weights, what a projector computes."""
+
 SPREAD = 0.02
 """The standard deviation of a rehearsal's matrices, as transformers draws them."""
 
@@ -34,9 +48,22 @@ def describe_tower(checkpoint: Checkpoint, options: ExportOptions) -> TowerSpec:
     select_layer, select_feature = options.select_layer, options.select_feature
     if options.head == EMBEDDING:
         select_layer, select_feature = LAST, "cls_patch"
+    elif options.with_head:
+        _refuse_dropped_patch(checkpoint, options)
     spec = checkpoint.spec(select_layer, select_feature, options.image_size)
     spec = replace(spec, pixels=options.pixels, layout=options.layout)
     return replace(spec, head=_describe_head(checkpoint, spec, options)) if options.with_head else spec
+
+
+def _refuse_dropped_patch(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Refuse a model that drops one token of a tower with none or several before its patches."""
+    layout, prefix = checkpoint.layout, checkpoint.family.num_prefix_tokens(checkpoint.config)
+    if layout.drops_first and prefix != 1 and options.select_feature is None:
+        raise CheckpointError(
+            f"{checkpoint.source}: {layout.drops_first} drops the first token of a {checkpoint.family.name} tower, "
+            f"which has {prefix} before its patches, and no --select-feature keeps what its projector reads: leave "
+            "out --head."
+        )
 
 
 def load_head(
@@ -65,7 +92,8 @@ def _find(checkpoint: Checkpoint, kind: str) -> tuple[Head, Any]:
     configs = [config for config in (layout.model, layout.config) if config is not None]
     for config in configs if kind == EMBEDDING else configs[:1]:
         if head := find_head(kind, config):
-            if reason := head.obstacle(config):
+            reason = head.obstacle(config) or (layout.not_pooled if head.embeds else None)
+            if reason or (reason := _projected_elsewhere(checkpoint, head)):
                 raise CheckpointError(f"{checkpoint.source}: {reason}.")
             return head, config
     model_type = getattr(layout.model, "model_type", None)
@@ -95,6 +123,18 @@ def _find(checkpoint: Checkpoint, kind: str) -> tuple[Head, Any]:
     )
 
 
+def _projected_elsewhere(checkpoint: Checkpoint, head: Head) -> str | None:
+    """Return why a pooled vector is not the model's embedding: the checkpoint holds a projection that no head reads."""
+    if not head.embeds or head.attribute or checkpoint.layout.around is None:
+        return None
+    names = checkpoint.layout.around().shards
+    found = next((name for name in names if name.endswith("visual_projection.weight")), None)
+    return found and (
+        f"the model projects the pooled vector with {found}, and trtower does not export that for a "
+        f"{getattr(checkpoint.layout.model, 'model_type', 'model')}; save the tower by itself for the vector before it"
+    )
+
+
 def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptions) -> HeadSpec:
     """Find out what a head returns, by running it without weights."""
     head, config = _find(checkpoint, options.head)
@@ -112,7 +152,7 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
     except (RuntimeError, ValueError) as err:
         raise CheckpointError(
             f"{checkpoint.source}: its {name} does not accept {tokens[1]} tokens of {tokens[2]}, which it gets from "
-            f"{spec.reading}: {one_line(err)}"
+            f"{spec.reading}{_of_options(options)} ({one_line(err)})."
         ) from err
     *several, width = features.shape[1:]
     _check_width(checkpoint, head, config, width)
@@ -125,7 +165,18 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
         normalised=options.normalize,
         pool=pool,
         divisor=head.divisor(config),
+        settings={name: json.dumps(value) for name in SETTINGS if (value := getattr(config, name, None)) is not None}
+        if head.kind == PROJECTOR
+        else {},
     )
+
+
+def _of_options(options: ExportOptions) -> str:
+    """Name the options that may have changed what a projector gets, and say to leave them out; "" if none was given."""
+    given = {"--image-size": options.image_size, "--select-layer": options.select_layer}
+    given |= {"--select-feature": options.select_feature}
+    names = [name for name, value in given.items() if value is not None]
+    return f": leave out {' and '.join(names)}, which the projector was not trained with" if names else ""
 
 
 def _choose_pool(head: Head, options: ExportOptions) -> str | None:
@@ -197,7 +248,7 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
 
 def _select(around: Tensors, part: str, head: Head) -> Tensors:
     """Select the tensors whose names hold ``part``; refuse a checkpoint without them, or with several such modules."""
-    pattern = re.compile(rf"(?:^|.*?\.){re.escape(part)}")
+    pattern = re.compile(rf"(?:^|.*?\.){re.escape(part)}{'' if part.endswith('.') else '$'}")
     roots = sorted({match[0] for name in around.shards if (match := pattern.match(name))})
     if not roots:
         raise CheckpointError(

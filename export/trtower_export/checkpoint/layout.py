@@ -50,6 +50,7 @@ class Layout:
         select_layer: The config's layer; None if it does not say.
         select_feature: The config's choice of tokens; None if it does not say.
         drops_first: The setting that makes eager code drop a tower's first token, if there is one.
+        not_pooled: Why its tokens are not pooled as an embedding here is; None if they are.
         contrastive: Whether the model reads one pooled vector per image and no hidden state.
         image_aspect_ratio: The config's word for how pictures are padded or tiled before they are prepared.
         remarks: What an export tells the user.
@@ -70,6 +71,7 @@ class Layout:
     select_layer: LayerCode | None = None
     select_feature: str | None = None
     drops_first: str | None = None
+    not_pooled: str | None = None
     contrastive: bool = False
     image_aspect_ratio: str | None = None
     remarks: tuple[str, ...] = ()

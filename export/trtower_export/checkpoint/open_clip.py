@@ -64,6 +64,7 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         preprocessor=prepares,
         translate=translate,
         head_root="visual.proj",
+        not_pooled=_not_pooled(written),
         translate_head=translate_head,
         contrastive=True,
     )
@@ -75,6 +76,14 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
     if complete is None:
         raise CheckpointError(f"{path or files.folder} holds no visual.{PATCH_EMBEDDING}: it is not an OpenCLIP ViT.")
     return complete
+
+
+def _not_pooled(written: dict[str, Any]) -> str | None:
+    """Return why its embedding is not the projected CLS token, if it is not."""
+    vision = written.get("model_cfg", written)["vision_cfg"]
+    pooled = {"pool_type": vision.get("pool_type", "tok"), "attentional_pool": vision.get("attentional_pool") or False}
+    other = next((f"{name}={value!r}" for name, value in pooled.items() if value not in ("tok", False)), None)
+    return other and f"{other} pools otherwise than by the CLS token; without --head its hidden states are exported"
 
 
 def _find_weights(files: Files, path: Path | None) -> list[Path]:

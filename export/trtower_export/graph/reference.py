@@ -1,5 +1,6 @@
 """The uncut tower, as transformers runs it in FP32: what is cut, and the reference of everything that is compared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,24 @@ class UncutTower:
         Raises CheckpointError, which quotes the image's ``name``, if a state that is read is not finite.
         """
         states = self.checkpoint.family.read_states(self.model, pixels)
-        if not all(states[layer].isfinite().all() for layer in self.spec.layers):
+        self._refuse_infinite([states[layer] for layer in self.spec.layers], name)
+        return states
+
+    def expect(self, name: str, states: tuple[Tensor, ...]) -> Tensor:
+        """Return what an engine must return for these hidden states of an image. Raises CheckpointError as `states`."""
+        features = self.read(states)
+        self._refuse_infinite([features], name)
+        return features
+
+    def _refuse_infinite(self, tensors: Sequence[Tensor], name: str) -> None:
+        if not all(each.isfinite().all() for each in tensors):
             raise CheckpointError(
                 f"{self.checkpoint.source} is not finite in FP32 on {name}, so nothing can be compared with it: "
                 f"run trtower doctor {self.checkpoint.source} to find the operation."
             )
-        return states
 
     def read(self, states: tuple[Tensor, ...]) -> Tensor:
-        """Return what an engine must return for these hidden states."""
+        """Return what the head makes of hidden states, or without one the states that are read, side by side."""
         tokens = torch.cat([states[layer] for layer in self.spec.layers], dim=-1)
         if self.head is None:
             return tokens
@@ -67,7 +77,7 @@ class UncutTower:
         output, pixels = self.spec.output("fp32"), inputs.pixel_values
         tokens = sample_tokens(output, len(pixels), pixels.nbytes)
         answers = [
-            select_tokens(self.read(self.states(image.name, one)), tokens, output)
+            select_tokens(self.expect(image.name, self.states(image.name, one)), tokens, output)
             for image, one in zip(inputs.images, inputs.prepared.split(1), strict=True)
         ]
         return Golden(

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtower.errors import CheckpointError
 from trtower_export.heads.base import Head
 
 
@@ -78,14 +77,10 @@ def _type(config: Any) -> str:
     return str(getattr(config, "mm_projector_type", None) or inner or "linear")
 
 
-def _text_width(config: Any) -> int:
+def _text_width(config: Any) -> Any:
     width = getattr(config, "hidden_size", None)
     cfg = getattr(config, "llm_cfg", None)
-    if width is None and isinstance(cfg, dict):
-        width = cfg.get("hidden_size")
-    if type(width) is not int:
-        raise CheckpointError("its config.json does not say the hidden_size of its language model.")
-    return width
+    return cfg.get("hidden_size") if width is None and isinstance(cfg, dict) else width
 
 
 def _mlp(depth: int, width: int, out: int) -> list[nn.Module]:
@@ -135,6 +130,9 @@ def _obstacle(config: Any) -> str | None:
         return f"with {scales} its projector reads the merged map of several scales, not what a tower returns; {out}"
     if resampler := getattr(config, "mm_resampler_type", None):
         return f"its mm_resampler_type {resampler!r} is a network between tower and projector; {out}"
+    widths = {"mm_hidden_size": getattr(config, "mm_hidden_size", None), "hidden_size": _text_width(config)}
+    if wrong := next((name for name, width in widths.items() if type(width) is not int or width < 1), None):
+        return f"its config.json has {wrong}={widths[wrong]!r}, where its projector needs a number of features; {out}"
     if kind in ("identity", "linear", *DOWNSAMPLING) or re.fullmatch(r"mlp[1-9]\d*x_(?:res\d+x_)?gelu", kind):
         return None
     return f"its mm_projector_type {kind!r} is none that trtower exports; {out}"

@@ -26,9 +26,14 @@ ASKED = frozenset(["__get__", "__len__", "dim", "is_contiguous", "is_floating_po
 
 
 class Carried(Tensor):
-    """Stands where hidden states were, and holds the ``features`` that the projector made of them, (B, …)."""
+    """Stands where hidden states were, and holds the ``features`` that the projector made of them, (B, …).
+
+    ``layers`` are the states that stand side by side in it, each of ``width``.
+    """
 
     features: Tensor
+    layers: tuple[int, ...]
+    width: int
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,37 +46,47 @@ class Carried(Tensor):
                 f"this model computes {name} with the hidden states of its tower before it projects them, but the "
                 f"installed bundle computes both in one engine: export it without --head. {BACK}."
             )
+        source, layers = args[0], args[0].layers
         if name == "__getitem__":
-            _refuse_picked_images(args[1])
+            layers = _picked(source, args[1])
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if name in ASKED:
             return result
         if isinstance(result, Tensor):
-            return _carrying(result, args[0].features)
-        return type(result)(_carrying(each, args[0].features) for each in result)
+            return _carrying(result, source.features, layers, source.width)
+        return type(result)(_carrying(each, source.features, layers, source.width) for each in result)
 
 
 def carry(features: Tensor, spec: TowerSpec) -> Tensor:
     """Return hidden states of all layers that are read, (B, P + N, D), that carry ``features``."""
     shape = (len(features), spec.num_tokens, spec.hidden_size)
-    return _carrying(torch.zeros((), dtype=features.dtype, device=features.device).expand(shape), features)
+    states = torch.zeros((), dtype=features.dtype, device=features.device).expand(shape)
+    return _carrying(states, features, spec.layers, spec.width)
 
 
-def _carrying(states: Tensor, features: Tensor) -> Tensor:
+def _carrying(states: Tensor, features: Tensor, layers: tuple[int, ...], width: int) -> Tensor:
     carried = states.as_subclass(Carried)
-    carried.features = features
+    carried.features, carried.layers, carried.width = features, layers, width
     return carried
 
 
-def _refuse_picked_images(index: Any) -> None:
-    """Raise ConfigError for an index that keeps only some images, whose features could no longer be told apart."""
-    first = index[0] if isinstance(index, tuple) else index
-    if first is not Ellipsis and first != slice(None):
+def _picked(states: Carried, index: Any) -> tuple[int, ...]:
+    """Return the layers that an index keeps. Raise ConfigError if it keeps only some images, or parts of a state.
+
+    The features of some images could no longer be told apart, and a projector reads whole states.
+    """
+    first, *others = index if isinstance(index, tuple) else (index,)
+    if first is Ellipsis and len(others) == 1 and isinstance(others[0], slice):  # as `Outputs` cuts states apart
+        start, stop, _ = others[0].indices(states.shape[-1])
+        if not (start % states.width or stop % states.width):
+            return states.layers[start // states.width : stop // states.width]
+    if first != slice(None) or (len(others) > 1 and any(each != slice(None) for each in others[1:])):
         raise ConfigError(
-            "this model picks among the images between its tower and its projector, but the installed bundle computes "
-            f"both in one engine: export it without --head. {BACK}."
+            "this model picks among the images, or parts of a state, between its tower and its projector, but the "
+            f"installed bundle computes both in one engine: export it without --head. {BACK}."
         )
+    return states.layers
 
 
 def _concatenate(args: Any, kwargs: Any) -> Tensor:
@@ -84,8 +99,9 @@ def _concatenate(args: Any, kwargs: Any) -> Tensor:
     features = [each.features for each in states]
     with torch._C.DisableTorchFunctionSubclass():
         whole = torch.cat(list(states), dim=dim)
-        if dim == 0:
-            return _carrying(whole, torch.cat(features))
-    if any(each is not features[0] for each in features):
+    first, layers = states[0], [each.layers for each in states]
+    if dim == 0 and len(set(layers)) == 1:
+        return _carrying(whole, torch.cat(features), first.layers, first.width)
+    if dim not in (-1, first.ndim - 1) or any(each is not features[0] for each in features):
         raise ConfigError(f"this model mixes hidden states of several images: export without --head. {BACK}.")
-    return _carrying(whole, features[0])
+    return _carrying(whole, features[0], tuple(layer for each in layers for layer in each), first.width)

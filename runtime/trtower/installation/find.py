@@ -110,7 +110,7 @@ def _walk(module: nn.Module, prefix: str, visited: set[int]) -> Iterator[Slot]:
 
 def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
     """List the modules that a module holds: registered, as plain attributes, or in lists, as under FSDP."""
-    if (called := _called_by_peft(module)) is not None:
+    if (called := called_by_peft(module)) is not None:
         yield called
         return
     registered: dict[str, nn.Module | None] = module._modules
@@ -126,7 +126,7 @@ def _children(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
                     yield value, index, f"{name}[{index}]", item
 
 
-def _called_by_peft(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
+def called_by_peft(module: Any) -> tuple[Any, Any, str, nn.Module] | None:
     """Return the copy or original that PEFT's wrapper for `modules_to_save` calls; None for any other module."""
     if type(module).__name__ != "ModulesToSaveWrapper":
         return None

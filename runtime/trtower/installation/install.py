@@ -22,7 +22,13 @@ from trtower.installation.compare import check_answers
 from trtower.installation.find import Slot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
-from trtower.installation.projector import check_projection, check_projector, find_projector
+from trtower.installation.projector import (
+    check_projection,
+    check_projector,
+    check_served,
+    check_settings,
+    find_projector,
+)
 from trtower.installation.reach import check_reached, methods_around
 from trtower.runners.base import EngineOptions
 from trtower.spec import MB
@@ -47,13 +53,15 @@ class Installation:
         tower: The compiled tower, with its `backend`, `warmup` and `on_batch`.
         freed: The bytes that the replaced tower's weights took; 0 if they were kept.
         eager: Methods of the model that torch.compile does not trace while the bundle is installed.
+        projector: The place of the model's projector and its stand-in, if the bundle replaces it.
     """
 
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
         self._holders = 0
-        self.eager: list[tuple[nn.Module, str]] = []
+        self.eager: list[tuple[nn.Module, str, Any]] = []
+        self.projector: tuple[Slot, Replacement] | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -191,6 +199,7 @@ def install(
             projector = find_projector(model, head)
             check_replaceable(model, projector, dropped=not keep_original)
             if compared:
+                check_settings(projector, model, opened)
                 check_projector(projector, opened)
         on_its_device = replace(tower_options, device=next(place.module.parameters()).device)
         every_token = None if head else "cls_patch"
@@ -221,8 +230,9 @@ def _make_replacements(
     if head := tower.spec.head:
         projector = find_projector(model, head)
         found = check_projection(model, place, projector, tower, compared=compared)
-        stand_in = make_replacement(projector, ProjectorStandIn, installation, _row=found.row, _divisor=found.divisor)
-        replacements.append((projector, stand_in))
+        stand_in = make_replacement(projector, ProjectorStandIn, installation, _spec=tower.spec, _projected=found)
+        installation.projector = (projector, stand_in)
+        replacements.append(installation.projector)
     return replacements
 
 
@@ -244,6 +254,7 @@ def _put_in(
         if installation.tower.spec.head:
             undo.callback(_trace_again, installation)
             _keep_eager(installation, replacements[0][0])
+            check_served(installation.model, replacements[0][0], replacements[1][1])
         if not keep_original:
             installation.freed = sum(stand_in.original.drop() for _, stand_in in replacements)
         undo.pop_all()
@@ -253,15 +264,24 @@ def _keep_eager(installation: Installation, place: Slot) -> None:
     """Keep torch.compile out of the methods between pixels and features: it cannot trace what carries the features."""
     for module, name, _ in methods_around(installation.model, place):
         if name not in vars(module):
-            vars(module)[name] = torch.compiler.disable(getattr(module, name))
-            installation.eager.append((module, name))
+            vars(module)[name] = method = torch.compiler.disable(getattr(module, name))
+            installation.eager.append((module, name, method))
 
 
 def _trace_again(installation: Installation) -> None:
     """Undo `_keep_eager`."""
-    for module, name in installation.eager:
-        vars(module).pop(name, None)
+    for module, name, method in installation.eager:
+        if vars(module).get(name) is method:  # nobody has patched it since
+            del vars(module)[name]
     installation.eager.clear()
+
+
+def _put_back(place: Slot, stand_in: "Replacement") -> bool:
+    """Put a module back wherever its stand-in still is; return whether it was anywhere."""
+    still = [(container, key) for container, key in place.slots if dict.get(container, key) is stand_in]
+    for container, key in still:
+        container[key] = place.module
+    return bool(still)
 
 
 def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
@@ -287,13 +307,12 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
 
 def _take_out(place: Slot) -> None:
     installation: Installation = place.module.installation
-    tower, places = installation.tower, [place]
-    if tower.spec.head:
-        places.append(find_projector(installation.model, tower.spec.head))
+    tower, projector = installation.tower, installation.projector
     tower._engine.refuse_own_call()
-    restored = [each.module.take_back() for each in places]
-    for each, module in zip(places, restored, strict=True):
-        each.put(module)
+    restored = place.module.take_back(), projector[1].take_back() if projector else None
+    place.put(restored[0])
+    if projector and not _put_back(*projector):
+        logger.warning("%s is no longer the one that the bundle replaced, so it stays as it is.", projector[0].path)
     _trace_again(installation)
     tower.close()
     logger.info("%s: the eager tower is back", place.path)

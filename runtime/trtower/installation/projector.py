@@ -6,6 +6,7 @@ compares what the projector returned with what the engine returns for the same p
 Shapes: B images, N tokens, D features per token (see spec.py).
 """
 
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.dtypes import DTYPES
-from trtower.errors import ConfigError
+from trtower.errors import ConfigError, one_line
 from trtower.fingerprint import weights_sha256
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
-from trtower.installation.find import Slot
+from trtower.installation.find import Slot, called_by_peft
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT, HeadSpec
 from trtower.tower.vision_tower import VisionTower
@@ -31,21 +32,46 @@ DIVIDES = 1e-2
 
 
 def find_projector(model: nn.Module, head: HeadSpec) -> Slot:
-    """Find the module that a model keeps under the head's name; raise ConfigError if there is none, or several."""
+    """Find the module that a model keeps under the head's name; raise ConfigError if there is none, or several.
+
+    Of the copies that PEFT keeps, it is the one that runs.
+    """
     holders = [(name, module) for name, module in model.named_modules() if head.attribute in module._modules]
-    modules = {id(module._modules[head.attribute]) for _, module in holders}
-    if len(modules) != 1:
-        found = "several" if modules else "no"
+    found = [_inside(module, head.attribute) for _, module in holders]
+    if len({id(container[key]) for container, key in found}) != 1:
+        number = "several" if holders else "no"
         raise ConfigError(
-            f"{type(model).__name__} has {found} {head.attribute}, which the {head.describe()} of this bundle would "
+            f"{type(model).__name__} has {number} {head.attribute}, which the {head.describe()} of this bundle would "
             "replace: export the model's own checkpoint, or export without --head."
         )
     return Slot(
-        module=holders[0][1]._modules[head.attribute],
+        module=found[0][0][found[0][1]],
         paths=[".".join(filter(None, (name, head.attribute))) for name, _ in holders],
-        slots=[(module._modules, head.attribute) for _, module in holders],
+        slots=found,
         holder=holders[0][1],
     )
+
+
+def _inside(holder: nn.Module, attribute: str) -> tuple[Any, Any]:
+    """Return the container and key of the module that runs, inside a wrapper of PEFT if there is one."""
+    container, key = holder._modules, attribute
+    while (called := called_by_peft(container[key])) is not None:
+        container, key, *_ = called
+    return container, key
+
+
+def check_settings(place: Slot, model: nn.Module, bundle: Bundle) -> None:
+    """Raise ConfigError if a config of the model says that its projector computes otherwise than the bundle's."""
+    head = bundle.manifest.spec.head
+    assert head is not None  # noqa: S101 - only bundles with a head come here
+    configs = [config for each in (place.holder, model) if (config := getattr(each, "config", None)) is not None]
+    for name, expected in head.settings.items():
+        value = next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+        if value is not None and json.dumps(value) != expected:
+            raise ConfigError(
+                f"{bundle.path} was made of a projector with {name}={expected}; {place.path} of this model has "
+                f"{json.dumps(value)}: export the model's own checkpoint, or export without --head."
+            )
 
 
 def check_projector(place: Slot, bundle: Bundle) -> None:
@@ -69,8 +95,15 @@ def check_projector(place: Slot, bundle: Bundle) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Projected:
-    """What a model's own code did with one image: the shape that its projector returned, and what it divided by."""
+    """What a model's own code did with one image.
 
+    Attributes:
+        given: The shape of what its projector got.
+        row: The shape of what that returned.
+        divisor: What the code then divided by.
+    """
+
+    given: tuple[int, ...]
     row: tuple[int, ...]
     divisor: float
 
@@ -89,14 +122,14 @@ def check_projection(
         seen["pixels"] = kwargs.get("pixel_values", args[0] if args else None)
 
     def see_features(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen["features"] = output
+        seen["given"], seen["features"] = args[0], output
 
     hooks = [
         tower.module.register_forward_pre_hook(see_pixels, with_kwargs=True),
         projector.module.register_forward_hook(see_features),
     ]
     try:
-        found = next(filter(lambda _: "features" in seen, run_ways(model, tower)), None)
+        found = next((result for result, _ in run_ways(model, tower) if "features" in seen), None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -117,7 +150,26 @@ def check_projection(
         )
     if compared:
         _compare(compiled, pixels, features / divisor, projector)
-    return Projected(row=tuple(features.shape[1:]), divisor=divisor)
+    return Projected(given=tuple(seen["given"].shape[1:]), row=tuple(features.shape[1:]), divisor=divisor)
+
+
+@torch.no_grad()
+def check_served(model: nn.Module, tower: Slot, projector: nn.Module) -> None:
+    """Run the model once more, with stand-ins for both; raise ConfigError if it does not get to the features."""
+    reached: list[bool] = []
+    hook = projector.register_forward_hook(lambda *_: reached.append(True))
+    why = ""
+    try:
+        for _, failure in run_ways(model, tower):
+            if reached:
+                return
+            why = why or (f": {one_line(failure).rstrip('.')}" if failure else "")
+    finally:
+        hook.remove()
+    raise ConfigError(
+        f"{type(model).__name__} does not get from an image to its features with the bundle installed{why}. Export it "
+        "without --head, which replaces only the tower."
+    )
 
 
 def _divisor(found: Any, features: Tensor) -> float:

@@ -62,18 +62,20 @@ def check_reached(model: nn.Module, place: Slot, *, named: bool) -> None:
     )  # fmt: skip
 
 
-def run_ways(model: nn.Module, place: Slot) -> Iterator[Any]:
+def run_ways(model: nn.Module, place: Slot) -> Iterator[tuple[Any, Exception | None]]:
     """Run the model's methods from an image to features, each with every input to try; yield what each returned.
 
-    None stands for one that raised: it may have reached the tower before.
+    Or None and what it raised, which may be after it has reached the tower.
     """
     for name, way in _ways(model, place):
         for arguments in _arguments(way, place):
+            result, failure = None, None
             try:
-                yield way(**arguments)
+                result = way(**arguments)
             except Exception as err:  # noqa: BLE001 - model code that needs other inputs may raise anything
                 logger.debug("%s could not be run: %r", name, err)
-                yield None
+                failure = err
+            yield result, failure
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from trtower.fingerprint import count_layers
 from trtower.installation.carried import Carried, carry
 from trtower.installation.find import Slot
 from trtower.installation.original import Original, wants_gradient
+from trtower.installation.projector import Projected
+from trtower.spec import TowerSpec
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower.vision_model import named_as
@@ -128,9 +130,9 @@ class StandIn(Replacement):
             )
         anchor = self.anchor.empty
         features: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
-        tokens = carry(features, self._tower.spec) if self._tower.spec.head else features
         if anchor.requires_grad:
-            tokens = _Ungraded.apply(tokens, anchor)  # type: ignore[no-untyped-call]
+            features = _Ungraded.apply(features, anchor)  # type: ignore[no-untyped-call]
+        tokens = carry(features, self._tower.spec) if self._tower.spec.head else features
         layers = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
             last_hidden_state=self._outputs.last_hidden_state(tokens),
@@ -158,14 +160,15 @@ class StandIn(Replacement):
 class ProjectorStandIn(Replacement):
     """Answers like the projector whose class it shares, with the features that the engine has already computed."""
 
-    _row: tuple[int, ...]
-    _divisor: float
+    _spec: TowerSpec
+    _projected: Projected
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the features that came with the hidden states, (B, …) as the projector returns them.
 
-        Raises ConfigError if ``states`` did not come from the compiled tower, and BackendError in training mode.
+        Raises ConfigError if ``states`` are not those of the compiled tower that its head has read, and BackendError in
+        training mode.
         """
         del args, kwargs
         self._refuse_training()
@@ -173,12 +176,20 @@ class ProjectorStandIn(Replacement):
             raise ConfigError(
                 f"{self._path} got a {type(states).__name__} that its compiled tower did not return: {BACK}."
             )
-        features = states.features.to(states.device)
+        features, found = states.features.to(states.device), self._projected
         if len(states) != len(features):
             raise ConfigError(f"{self._path} got {len(states)} rows for {len(features)} images: {BACK}.")
-        if self._divisor != 1.0:  # the model's code divides again
-            features = features * self._divisor
-        return features.reshape(len(features), *self._row)
+        if (states.layers, tuple(states.shape[1:])) != (self._spec.layers, found.given):
+            raise ConfigError(
+                f"{self._path} got states {states.layers} of shape {tuple(states.shape[1:])}, but the engine projects "
+                f"{self._spec.layers} of shape {found.given}: leave the model's layer and tokens as they were when the "
+                f"bundle was installed; {BACK}."
+            )
+        if self.anchor.empty.requires_grad:
+            features = _Ungraded.apply(features, self.anchor.empty)  # type: ignore[no-untyped-call]
+        if found.divisor != 1.0:  # the model's code divides again
+            features = features * found.divisor
+        return features.reshape(len(features), *found.row)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this module."""

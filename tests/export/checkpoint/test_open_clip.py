@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
+from trtower_export.checkpoint.head import describe_tower
 from trtower_export.checkpoint.open_clip import preprocessor
+from trtower_export.graph.reference import UncutTower
 from trtower_export.graph.truncate import truncate
 from trtower_export.options import Trust
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -108,6 +110,27 @@ def test_every_layer_equals_open_clips(tmp_path: Path, quick: bool, layer: int) 
     errors = [float((features - state).norm() / state.norm()) for state in states]
     assert errors[layer] < CLOSE
     assert sum(error < 100 * CLOSE for error in errors) == 1
+
+
+def test_embedding_equals_open_clips(tmp_path: Path) -> None:
+    visual = draw(nn.GELU())
+    checkpoint = open_checkpoint(str(write(tmp_path, visual)))
+    uncut = UncutTower.load(checkpoint, describe_tower(checkpoint, ExportOptions(head="embedding")))
+    pixel_values = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        expected = visual.ln_post(visual.hidden_states(pixel_values)[-1][:, 0]) @ visual.proj
+        found = uncut.cut()(pixel_values)
+    assert float((found - expected).norm() / expected.norm()) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "other", [{"pool_type": "avg"}, {"pool_type": "none"}, {"attentional_pool": True}, {"attentional_pool": "parallel"}]
+)
+def test_embedding_that_is_pooled_otherwise_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(str(write(tmp_path, draw(nn.GELU()), **other)))
+    assert checkpoint.spec()
+    with pytest.raises(CheckpointError, match=r"pools otherwise than by the CLS token; without --head"):
+        describe_tower(checkpoint, ExportOptions(head="embedding"))
 
 
 def test_folder_is_recognised_like_the_file(tmp_path: Path) -> None:

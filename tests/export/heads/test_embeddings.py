@@ -178,6 +178,19 @@ def test_every_layer_is_kept_and_the_last_ones_weights_count(models: dict[str, P
     assert embedding.spec.head == expected
 
 
+def test_projection_that_no_head_reads_is_refused(tmp_path: Path) -> None:
+    """VisionTextDualEncoder projects what its SigLIP or DINOv2 pools."""
+    text = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.VisionTextDualEncoderConfig(
+        vision_config=make("dinov2").config.to_dict(),
+        text_config=text | {"num_attention_heads": 2, "vocab_size": 99},
+        projection_dim=20,
+    )
+    transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"the model projects the pooled vector with visual_projection\.weight"):
+        load(tmp_path)
+
+
 def test_models_without_a_pooled_embedding_are_refused(tmp_path: Path) -> None:
     make_model("siglip", vision_use_head=False).save_pretrained(tmp_path / "siglip")
     with pytest.raises(CheckpointError, match="vision_use_head is false, so it has no pooling head and no embedding"):

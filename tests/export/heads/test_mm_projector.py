@@ -161,7 +161,7 @@ def test_bundle_of_a_vila_holds_its_projector(vila: Write, tmp_path: Path) -> No
     ({"mm_resampler_type": "qformer"}, "its mm_resampler_type 'qformer' is a network between tower and projector"),
     ({"mm_projector_type": "pooler"}, "its mm_projector_type 'pooler' is none that trtower exports"),
     ({"mm_projector_type": "mlp0x_gelu"}, "its mm_projector_type 'mlp0x_gelu' is none that trtower exports"),
-    ({"hidden_size": None}, "its config.json does not say the hidden_size of its language model"),
+    ({"hidden_size": None}, "its config.json has hidden_size=None, where its projector needs a number of features"),
     ({"mm_hidden_size": WIDTH - 1}, r"mlp2x_gelu does not accept 9 tokens of 64, which it gets from hidden state 3"),
     ({"hidden_size": TEXT + 1}, r"mm_projector\.0\.bias has shape \(40,\); its config expects \(41,\)"),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ from trtower.errors import CheckpointError, ConfigError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.head import describe_tower, load_head
 from trtower_export.options import ExportOptions
+from trtower_export.pipeline import export_tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +130,30 @@ def test_unmerged_adapter_of_the_projector_is_refused(llava: Path) -> None:
     save_file(tensors, llava / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lora_A\.default\.weight, part of an adapter that was not merged"):
         load(llava)
+
+
+def test_projector_that_is_not_finite_is_refused_before_anything_is_written(llava: Path, tmp_path: Path) -> None:
+    edit(llava, **{"multi_modal_projector.linear_1.bias": torch.full((48,), torch.nan)})
+    options = ExportOptions(head="projector", flavour="none", check=False)
+    with pytest.raises(CheckpointError, match=r"is not finite in FP32 on .*, so nothing can be compared with it"):
+        export_tower(str(llava), tmp_path / "b", options)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("options", [{"image_size": 70}, {"select_layer": (-2, -3)}, {"select_feature": "cls_patch"}])
+def test_options_that_a_projector_was_not_trained_with_are_named(options: dict[str, Any], tmp_path: Path) -> None:
+    make("internvl").save_pretrained(tmp_path)
+    option = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(CheckpointError, match=f"leave out {option}, which the projector was not trained with"):
+        describe(tmp_path, **options)
+
+
+def test_model_that_drops_a_patch_is_refused(tmp_path: Path) -> None:
+    make("llava_onevision").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_feature_select_strategy": "default"}))
+    with pytest.raises(CheckpointError, match=r"drops the first token of a siglip tower, which has 0 before"):
+        describe(tmp_path)
 
 
 def test_config_without_a_language_model_is_named_and_not_a_traceback(llava: Path) -> None:

@@ -79,6 +79,101 @@ def test_features_are_those_of_the_model_and_both_modules_come_back(name: str, b
     assert all(torch.equal(one, other) for one, other in zip(features(model, name), expected, strict=True))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_model_as_it_is_loaded_needs_gradients_and_is_served_without(name: str, bundles: Any) -> None:
+    """`from_pretrained` leaves requires_grad on; a gradient that reaches tower or projector must not get lost."""
+    model = make(name).requires_grad_(requires_grad=True)
+    expected = features(model, name)
+    with trtower.install(model, bundles(name)):
+        for one, other in zip(features(model, name), expected, strict=True):
+            assert (one - other).abs().max() <= EXACT
+        if name == "llava":
+            projector_of(model).requires_grad_(requires_grad=True)
+            given = model.model.get_image_features(pixel_values=pixels())
+            with pytest.raises(BackendError, match="a gradient reached the vision tower"):
+                torch.stack(list(getattr(given, "pooler_output", given))).sum().backward()
+
+
+def test_other_layers_or_tokens_than_at_installation_are_refused(bundles: Any) -> None:
+    """Another choice is an argument of the model's method, or a change of its config, and would give old features."""
+    model = make("llava-two-layers")
+    with trtower.install(model, bundles("llava-two-layers")), torch.no_grad():
+        get = model.model.get_image_features
+        for changes in (
+            {"vision_feature_layer": [-1, -3]},
+            {"vision_feature_layer": -3},
+            {"vision_feature_layer": [-3, -3]},
+            {"vision_feature_select_strategy": "full"},
+        ):
+            with pytest.raises(ConfigError, match=r"got states .* but the engine projects \(2, 4\)"):
+                get(pixel_values=pixels(), **changes)
+        model.config.vision_feature_select_strategy = "full"
+        with pytest.raises(ConfigError, match="multi_modal_projector got states"):
+            get(pixel_values=pixels())
+
+
+def test_projector_of_another_activation_is_refused(bundles: Any) -> None:
+    model = make("llava")
+    model.config.projector_hidden_act = "quick_gelu"
+    with pytest.raises(ConfigError, match=r'made of a projector with projector_hidden_act="gelu"; .* has "quick_gelu"'):
+        trtower.install(model, bundles("llava"))
+
+
+def test_copy_that_peft_runs_is_replaced_and_comes_back(bundles: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = make("llava")
+    expected = features(model, "llava")
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], exclude_modules=".*vision_tower.*", modules_to_save=["multi_modal_projector"]
+    )
+    wrapped = peft.get_peft_model(model, config).eval().requires_grad_(requires_grad=False)
+    trtower.install(wrapped, bundles("llava"))
+    assert all((a - b).abs().max() <= EXACT for a, b in zip(features(model, "llava"), expected, strict=True))
+    trtower.uninstall(wrapped)
+    assert all(torch.equal(a, b) for a, b in zip(features(model, "llava"), expected, strict=True))
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_tower_comes_back_even_if_the_projector_was_exchanged(
+    deleted: bool, bundles: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make("llava")
+    tower = model.model.vision_tower
+    trtower.install(model, bundles("llava"))
+    other = nn.Linear(models.WIDTH, TEXT_WIDTH)
+    del model.model.multi_modal_projector
+    if not deleted:
+        model.model.multi_modal_projector = other
+    trtower.uninstall(model)
+    assert model.model.vision_tower is tower
+    assert getattr(model.model, "multi_modal_projector", other) is other
+    assert "multi_modal_projector is no longer the one that the bundle replaced" in caplog.text
+
+
+def test_method_that_the_user_patched_since_stays(bundles: Any) -> None:
+    model = make("llava")
+    trtower.install(model, bundles("llava"))
+    mine = model.model.get_image_features = lambda **_: None
+    trtower.uninstall(model)
+    assert model.model.get_image_features is mine
+
+
+def test_model_that_computes_between_tower_and_projector_is_refused_and_unchanged(bundles: Any) -> None:
+    model = make("llava")
+    modules = dict(model.named_modules())
+
+    def scaled(self: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
+        states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return self.multi_modal_projector(states * 1.0)
+
+    model.model.get_image_features = scaled.__get__(model.model)
+    vars(model)["get_image_features"] = scaled.__get__(model.model)
+    with pytest.raises(ConfigError, match=r"does not get from an image to its features .*: this model computes mul"):
+        trtower.install(model, bundles("llava"))
+    assert dict(model.named_modules()) == modules
+    assert all(each.numel() for each in projector_of(model).parameters())
+
+
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_weights_of_tower_and_projector_are_freed(name: str, bundles: Any) -> None:
     model = make(name)
