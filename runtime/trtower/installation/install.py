@@ -52,16 +52,14 @@ class Installation:
         path: The tower's place in the model, such as "model.vision_tower".
         tower: The compiled tower, with its `backend`, `warmup` and `on_batch`.
         freed: The bytes that the replaced tower's weights took; 0 if they were kept.
-        eager: Methods of the model that torch.compile does not trace while the bundle is installed.
-        projector: The place of the model's projector and its stand-in, if the bundle replaces it.
     """
 
     def __init__(self, model: nn.Module, path: str, tower: VisionTower, options: dict[str, Any]) -> None:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
         self._holders = 0
-        self.eager: list[tuple[nn.Module, str, Any]] = []
-        self.projector: tuple[Slot, Replacement] | None = None
+        self._eager: list[tuple[nn.Module, str, Any]] = []  # methods that torch.compile does not trace meanwhile
+        self._projector: tuple[Slot, Replacement] | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -231,8 +229,8 @@ def _make_replacements(
         projector = find_projector(model, head)
         found = check_projection(model, place, projector, tower, compared=compared)
         stand_in = make_replacement(projector, ProjectorStandIn, installation, _spec=tower.spec, _projected=found)
-        installation.projector = (projector, stand_in)
-        replacements.append(installation.projector)
+        installation._projector = (projector, stand_in)
+        replacements.append(installation._projector)
     return replacements
 
 
@@ -265,15 +263,15 @@ def _keep_eager(installation: Installation, place: Slot) -> None:
     for module, name, _ in methods_around(installation.model, place):
         if name not in vars(module):
             vars(module)[name] = method = torch.compiler.disable(getattr(module, name))
-            installation.eager.append((module, name, method))
+            installation._eager.append((module, name, method))
 
 
 def _trace_again(installation: Installation) -> None:
     """Undo `_keep_eager`."""
-    for module, name, method in installation.eager:
+    for module, name, method in installation._eager:
         if vars(module).get(name) is method:  # nobody has patched it since
             del vars(module)[name]
-    installation.eager.clear()
+    installation._eager.clear()
 
 
 def _put_back(place: Slot, stand_in: "Replacement") -> bool:
@@ -307,7 +305,7 @@ def uninstall(model: nn.Module, *, tower: str | None = None) -> None:
 
 def _take_out(place: Slot) -> None:
     installation: Installation = place.module.installation
-    tower, projector = installation.tower, installation.projector
+    tower, projector = installation.tower, installation._projector
     tower._engine.refuse_own_call()
     restored = place.module.take_back(), projector[1].take_back() if projector else None
     place.put(restored[0])
