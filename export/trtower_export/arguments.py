@@ -12,20 +12,10 @@ import typer
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS
+from trtower.head import HEADS, NO_HEAD, POOLS
 from trtower.layer_codes import FEATURE_CODES
 from trtower.names import list_choices
-from trtower.spec import (
-    DEFAULT_BATCH,
-    EIGHT_BIT,
-    HALVES,
-    HEADS,
-    LAYOUTS,
-    NO_HEAD,
-    PIXELS,
-    POOLS,
-    PRECISIONS,
-    BatchProfile,
-)
+from trtower.spec import DEFAULT_BATCH, EIGHT_BIT, HALVES, LAYOUTS, PIXELS, PRECISIONS, BatchProfile
 from trtower_export.options import AUTO
 from trtower_export.recipes import all_recipes
 from trtower_export.targets import all_targets

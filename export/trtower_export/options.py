@@ -5,21 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from trtower.errors import ConfigError
+from trtower.head import EMBEDDING, HEADS, NO_HEAD, POOLS
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
-from trtower.spec import (
-    EIGHT_BIT,
-    EMBEDDING,
-    FLOAT,
-    HEADS,
-    NCHW,
-    NO_HEAD,
-    POOLS,
-    PRECISIONS,
-    BatchProfile,
-    check_pixels,
-    merge_profiles,
-)
+from trtower.spec import EIGHT_BIT, FLOAT, NCHW, PRECISIONS, BatchProfile, check_pixels, merge_profiles
 from trtower_export.targets.faults import check_accepted
 
 AUTO = "auto"

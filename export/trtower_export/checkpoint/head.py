@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
+from trtower.head import EMBEDDING, PROJECTOR, HeadSpec
 from trtower.layer_codes import LAST
-from trtower.spec import EMBEDDING, PROJECTOR, HeadSpec, TowerSpec
+from trtower.spec import TowerSpec
 from trtower_export.checkpoint.adapters import refuse_adapter_of
 from trtower_export.checkpoint.checkpoint import RANDOM_SEED, Checkpoint, quiet_transformers
 from trtower_export.checkpoint.tensors import Tensors

@@ -176,9 +176,10 @@ def _check_contract(graph: onnx.GraphProto, input_: TensorSpec, output: TensorSp
                 f"{expected.name} {expected.shape} {expected.dtype} is expected."
             )
     floats = {each.onnx for each in BY_DTYPE.values()}
+    # A projector may compute a vector in FP32 from weights: Gemma's norm multiplies by 1 + weight.
+    of_head = {name for node in graph.node if node.name.startswith("head.") for name in node.input}
     for tensor in graph.initializer:
-        # Model code may compute a vector in FP32 from weights: Gemma's norm multiplies by 1 + weight.
-        may_differ = prod(tensor.dims) <= CHANNELS or (len(tensor.dims) == 1 and "." not in tensor.name)
+        may_differ = prod(tensor.dims) <= CHANNELS or (len(tensor.dims) == 1 and tensor.name in of_head)
         if tensor.data_type in floats and tensor.data_type not in kinds and not may_differ:
             raise BuildError(f"initialiser {tensor.name} is not {output.dtype}: the tower was not cast as a whole.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtower.spec import EMBEDDING
+from trtower.head import EMBEDDING
 from trtower_export.families.base import replaced
 from trtower_export.families.clip import flat
 from trtower_export.heads.base import Head, Parts

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtower.spec import EMBEDDING, PROJECTOR
+from trtower.head import EMBEDDING, PROJECTOR
 
 
 @dataclass(frozen=True, kw_only=True)

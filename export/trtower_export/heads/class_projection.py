@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trtower.spec import EMBEDDING
+from trtower.head import EMBEDDING
 from trtower_export.families.clip import flat
 from trtower_export.heads.base import Head, Parts
 from trtower_export.heads.class_token import ClassToken

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trtower.spec import CLS, CLS_MEAN, EMBEDDING
+from trtower.head import CLS, CLS_MEAN, EMBEDDING
 from trtower_export.heads.base import Head, Parts
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import GOLDEN, BuildSettings
+from trtower.head import HeadSpec
 from trtower.layer_codes import LayerCode, name_layer, parse_layer_code, read_layer_code
-from trtower.spec import DEFAULT_BATCH, HeadSpec, TowerSpec
+from trtower.spec import DEFAULT_BATCH, TowerSpec
 
 
 def name_layers(spec: TowerSpec, layers: Sequence[int]) -> list[str]:

@@ -19,10 +19,11 @@ from trtower.bundle.bundle import Bundle
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError, one_line
 from trtower.fingerprint import weights_sha256
+from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
 from trtower.installation.reach import run_ways
-from trtower.spec import EIGHT_BIT, HeadSpec
+from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
 
 logger = logging.getLogger(__name__)

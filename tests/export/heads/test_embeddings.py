@@ -13,8 +13,9 @@ from tests.conftest import IMAGE_SIZE, MODELS, WIDTH, make_model
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError
+from trtower.head import HeadSpec
 from trtower.parity.verify import verify
-from trtower.spec import BatchProfile, HeadSpec
+from trtower.spec import BatchProfile
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.head import describe_tower
 from trtower_export.families.siglip2 import patchify

@@ -13,9 +13,10 @@ from trtower import CLIPVisionTower, CLIPVisionTowerS2, VisionTower
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command, export_command_of
 from trtower.errors import ConfigError
+from trtower.head import HeadSpec
 from trtower.inspection import as_text, inspect_bundle
 from trtower.parity.golden import Golden
-from trtower.spec import BatchProfile, HeadSpec, TowerSpec
+from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.check.report.report import Report
 from trtower_export.pipeline import ExportOptions, export_tower
 
