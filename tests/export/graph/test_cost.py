@@ -21,7 +21,7 @@ from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, TowerCost
 from trtower.errors import ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.families import FAMILIES, Family, family_of
-from trtower_export.graph import load
+from trtower_export.graph import reference
 from trtower_export.graph.cost import count_flop, measure_graph, measure_module
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
@@ -194,7 +194,7 @@ def test_one_layer_too_many_shows_in_every_figure(precision: str, tmp_path: Path
 def test_export_refuses_a_tower_that_was_cut_elsewhere(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "truncate", lambda model, *_: cut(model, -1)[0])
+    monkeypatch.setattr(reference, "truncate", lambda model, *_: cut(model, -1)[0])
     with pytest.raises(ConfigError, match="cut has 4 of 4 layers; the spec reads 3 of 4"):
         export_tower(str(checkpoints["clip"]), tmp_path / "b", ExportOptions(flavour="none", check=False))
 
