@@ -167,8 +167,12 @@ docs: .venv-docs/.installed
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
 # make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path
 clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
-		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat)
+		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat) \
+		$(if $(LLAVA),$(if $(NEXT),$(if $(VILA),client-projectors)))
 	@test -n "$^" || { echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path"; exit 1; }
+
+client-projectors: $(STAMP)
+	$(BIN)/python tests/clients/run_projectors.py $(LLAVA) $(NEXT) $(VILA)
 
 client-llava: CLONES = $(LLAVA)
 client-next: CLONES = $(NEXT)

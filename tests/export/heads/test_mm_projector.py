@@ -1,6 +1,6 @@
 """The projectors of the original LLaVA, LLaVA-NeXT and VILA, compared with their arithmetic written out here.
 
-Against the real code of the three repositories, every type equals bit for bit; that code cannot be installed here.
+`make clients` compares every type with the real code of the three repositories, which is no package to install here.
 """
 
 from collections.abc import Callable
