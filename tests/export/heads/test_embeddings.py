@@ -116,7 +116,7 @@ def test_bundle_returns_the_vector_of_the_model(name: str, models: dict[str, Pat
     assert bundle.manifest.output.name == "image_embeds"
 
 
-@pytest.mark.parametrize(("name", "normalize"), [("clip", True), ("siglip", False), ("dinov3_vit", True)])
+@pytest.mark.parametrize(("name", "normalize"), [("clip", True), ("siglip", False)])
 def test_half_precision_builds_a_plan_and_passes_check_and_verify(
     name: str, normalize: bool, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -22,8 +22,8 @@ BATCH = (BatchProfile(min=1, opt=2, max=4),)
 THROUGH_THE_GRAPH = 1e-5
 """Largest error of ONNX Runtime's FP32, relative to the largest feature."""
 
-DIFFERENT_GRAPHS = ("llava", "gemma3", "internvl", "aya_vision", "paligemma")
-"""Kinds whose heads have operators that others lack."""
+DIFFERENT_GRAPHS = ("gemma3", "aya_vision")
+"""Kinds whose heads together have the operators of all."""
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def test_cut_tower_and_reference_equal_the_model_bit_for_bit(name: str, models: 
     assert torch.equal(uncut.read(uncut.states("drawn", pixels())), expected)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llava-two-layers", "vipllava", "paligemma", "gemma3", "internvl", "cohere2_vision"])
 def test_bundle_returns_the_features_of_the_model(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     expected = features(make(name), name, pixels())
     bundle = export(models[name], tmp_path / "b")
