@@ -23,19 +23,6 @@ from trtower_export.heads import ALL_HEADS, REFUSED, Head, Parts, find_head
 from trtower_export.heads.base import UnitLength
 from trtower_export.options import ExportOptions
 
-SETTINGS = (
-    "projector_hidden_act",
-    "projector_layernorm_eps",
-    "multimodal_projector_bias",
-    "adapter_layer_norm_eps",
-    "downsample_ratio",
-    "downsample_factor",
-    "scale_factor",
-    "mm_tokens_per_image",
-    "mm_projector_type",
-)
-"""Fields of configs that decide, besides the weights, what a projector computes."""
-
 SPREAD = 0.02
 """The standard deviation of a rehearsal's matrices, as transformers draws them."""
 
@@ -166,9 +153,11 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
         normalised=options.normalize,
         pool=pool,
         divisor=head.divisor(config),
-        settings={name: json.dumps(value) for name in SETTINGS if (value := getattr(config, name, None)) is not None}
-        if head.kind == PROJECTOR
-        else {},
+        settings={
+            setting: json.dumps(value)
+            for setting in head.settings
+            if (value := getattr(config, setting, None)) is not None
+        },
     )
 
 

@@ -23,6 +23,11 @@ def say_what_is_read(
         progress.say(remark)
     if spec.head:
         progress.say(f"ends with the {spec.head.describe()}")
+        if options.select_layer is not None or options.select_feature is not None:
+            progress.say(
+                "WARNING: --select-layer or --select-feature may feed the projector what it was not trained on; leave "
+                "them out to read what the checkpoint names"
+            )
     if layout.contrastive and not spec.embeds:
         progress.say(
             f"this {layout.kind} embeds an image as one pooled vector; a bundle returns the features of "

@@ -30,6 +30,12 @@ class Parts:
     own: nn.Module | None
     pool: str | None
 
+    @property
+    def projector(self) -> nn.Module:
+        """The module outside the tower, of a head that has one."""
+        assert self.own is not None  # noqa: S101 - `Head.own` makes it
+        return self.own
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
@@ -56,7 +62,7 @@ class Head:
     own: Callable[[Any], nn.Module] | None = None
     """Config -> the module outside the tower, yet without weights, whose tensors are named as in checkpoints."""
 
-    steps: Callable[[Parts], Mapping[str, nn.Module]] = lambda parts: {"projector": parts.own or nn.Identity()}
+    steps: Callable[[Parts], Mapping[str, nn.Module]] = lambda parts: {"projector": parts.projector}
     """Parts -> modules that run one after the other, the first on (B, T, D). Their names become those of operations."""
 
     pools: tuple[str, ...] = ()
@@ -67,6 +73,9 @@ class Head:
 
     describe: Callable[[Any], str] | None = None
     """Config -> its name, for heads of several types; by default it is always ``name``."""
+
+    settings: tuple[str, ...] = ()
+    """Fields of the config that decide, besides the weights, what it computes. `trtower.install` compares them."""
 
     divisor: Callable[[Any], float] = lambda config: 1.0
     """Config -> what the model's code divides the features by, after the module."""
@@ -85,6 +94,18 @@ class Head:
     def embeds(self) -> bool:
         """Whether it returns one vector per image."""
         return self.kind == EMBEDDING
+
+
+def projector_of(
+    model: str, name: str, *settings: str, attribute: str = "multi_modal_projector", **others: Any
+) -> Head:
+    """Describe the projector class ``name`` of a model of transformers, as it keeps it under ``attribute``."""
+
+    def own(config: Any) -> nn.Module:
+        module: nn.Module = transformers_class(model, name)(config)
+        return module
+
+    return Head(name=name, model_types=(model,), attribute=attribute, own=own, settings=settings, **others)
 
 
 class Divide(nn.Module):

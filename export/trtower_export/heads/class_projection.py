@@ -19,8 +19,7 @@ def _own(config: Any) -> nn.Module:
 
 
 def _steps(parts: Parts) -> dict[str, nn.Module]:
-    assert parts.own is not None  # noqa: S101 - `own` makes it
-    return {"cls": ClassToken(), "norm": flat(parts.tower).post_layernorm, "projection": parts.own}
+    return {"cls": ClassToken(), "norm": flat(parts.tower).post_layernorm, "projection": parts.projector}
 
 
 HEADS = (

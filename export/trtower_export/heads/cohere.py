@@ -3,27 +3,17 @@
 Both return a grid. transformers 5 lists its tokens row by row; 4.57 leaves that to whoever merges them into the text.
 """
 
-from functools import partial
-from typing import Any
-
-from torch import nn
-
-from trtower_export.heads.base import Flatten, Head, Parts, transformers_class
+from trtower_export.heads.base import Flatten, projector_of
 
 CLASSES = {"aya_vision": "AyaVisionMultiModalProjector", "cohere2_vision": "Cohere2VisionMultiModalProjector"}
 
-
-def _own(model: str, config: Any) -> nn.Module:
-    module: nn.Module = transformers_class(model, CLASSES[model])(config)
-    return module
-
-
-def _steps(parts: Parts) -> dict[str, nn.Module]:
-    assert parts.own is not None  # noqa: S101 - `own` makes it
-    return {"projector": parts.own, "flatten": Flatten()}
-
-
 HEADS = tuple(
-    Head(name=name, model_types=(model,), attribute="multi_modal_projector", own=partial(_own, model), steps=_steps)
+    projector_of(
+        model,
+        name,
+        "downsample_factor",
+        "adapter_layer_norm_eps",
+        steps=lambda parts: {"projector": parts.projector, "flatten": Flatten()},
+    )
     for model, name in CLASSES.items()
 )

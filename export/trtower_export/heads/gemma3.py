@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from trtower_export.heads.base import Head, transformers_class
-
-NAME = "Gemma3MultiModalProjector"
+from trtower_export.heads.base import projector_of
 
 
 def _obstacle(config: Any) -> str | None:
@@ -18,12 +16,4 @@ def _obstacle(config: Any) -> str | None:
     )
 
 
-HEADS = (
-    Head(
-        name=NAME,
-        model_types=("gemma3",),
-        attribute="multi_modal_projector",
-        own=lambda config: transformers_class("gemma3", NAME)(config),
-        obstacle=_obstacle,
-    ),
-)
+HEADS = (projector_of("gemma3", "Gemma3MultiModalProjector", "mm_tokens_per_image", obstacle=_obstacle),)

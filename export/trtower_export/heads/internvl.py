@@ -4,9 +4,7 @@ from math import isqrt
 
 from torch import Tensor, nn
 
-from trtower_export.heads.base import Head, Parts, transformers_class
-
-NAME = "InternVLMultiModalProjector"
+from trtower_export.heads.base import projector_of, transformers_class
 
 
 class PixelShuffle(nn.Module):
@@ -25,17 +23,12 @@ class PixelShuffle(nn.Module):
         return shuffled.reshape(batch, -1, shuffled.shape[-1])
 
 
-def _steps(parts: Parts) -> dict[str, nn.Module]:
-    assert parts.own is not None  # noqa: S101 - `own` makes it
-    return {"shuffle": PixelShuffle(parts.config.downsample_ratio), "projector": parts.own}
-
-
 HEADS = (
-    Head(
-        name=NAME,
-        model_types=("internvl",),
-        attribute="multi_modal_projector",
-        own=lambda config: transformers_class("internvl", NAME)(config),
-        steps=_steps,
+    projector_of(
+        "internvl",
+        "InternVLMultiModalProjector",
+        "projector_hidden_act",
+        "downsample_ratio",
+        steps=lambda parts: {"shuffle": PixelShuffle(parts.config.downsample_ratio), "projector": parts.projector},
     ),
 )

@@ -4,12 +4,7 @@ LLaVA-NeXT and OneVision project each tile by itself. They put the tiles togethe
 picture, which stays with the model.
 """
 
-from functools import partial
-from typing import Any
-
-from torch import nn
-
-from trtower_export.heads.base import Head, transformers_class
+from trtower_export.heads.base import projector_of
 
 CLASSES = {
     "llava": "LlavaMultiModalProjector",
@@ -18,13 +13,6 @@ CLASSES = {
     "llava_onevision": "LlavaOnevisionMultiModalProjector",
 }
 
-
-def _own(model: str, config: Any) -> nn.Module:
-    module: nn.Module = transformers_class(model, CLASSES[model])(config)
-    return module
-
-
 HEADS = tuple(
-    Head(name=name, model_types=(model,), attribute="multi_modal_projector", own=partial(_own, model))
-    for model, name in CLASSES.items()
+    projector_of(model, name, "projector_hidden_act", "multimodal_projector_bias") for model, name in CLASSES.items()
 )

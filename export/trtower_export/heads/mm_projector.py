@@ -145,6 +145,7 @@ HEADS = (
         attribute="mm_projector",
         own=_own,
         describe=_type,
+        settings=("mm_projector_type",),
         obstacle=_obstacle,
     ),
 )

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from transformers import PaliGemmaConfig
 
-from trtower_export.heads.base import Divide, Head, Parts, transformers_class
-
-NAME = "PaliGemmaMultiModalProjector"
+from trtower_export.heads.base import Divide, Parts, projector_of, transformers_class
 
 
 @functools.cache
@@ -44,18 +42,8 @@ def _divisor(config: Any) -> float:
 
 
 def _steps(parts: Parts) -> dict[str, nn.Module]:
-    assert parts.own is not None  # noqa: S101 - `own` makes it
     divisor = _divisor(parts.config)
-    return {"projector": parts.own} | ({} if divisor == 1.0 else {"divide": Divide(divisor)})
+    return {"projector": parts.projector} | ({} if divisor == 1.0 else {"divide": Divide(divisor)})
 
 
-HEADS = (
-    Head(
-        name=NAME,
-        model_types=("paligemma",),
-        attribute="multi_modal_projector",
-        own=lambda config: transformers_class("paligemma", NAME)(config),
-        steps=_steps,
-        divisor=_divisor,
-    ),
-)
+HEADS = (projector_of("paligemma", "PaliGemmaMultiModalProjector", steps=_steps, divisor=_divisor),)

@@ -1,14 +1,5 @@
 """VipLlava's projector: a LayerNorm over five hidden states side by side, then two linear layers."""
 
-from trtower_export.heads.base import Head, transformers_class
+from trtower_export.heads.base import projector_of
 
-NAME = "VipLlavaMultiModalProjector"
-
-HEADS = (
-    Head(
-        name=NAME,
-        model_types=("vipllava",),
-        attribute="multi_modal_projector",
-        own=lambda config: transformers_class("vipllava", NAME)(config),
-    ),
-)
+HEADS = (projector_of("vipllava", "VipLlavaMultiModalProjector", "projector_hidden_act", "projector_layernorm_eps"),)

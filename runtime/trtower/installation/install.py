@@ -22,13 +22,7 @@ from trtower.installation.compare import check_answers
 from trtower.installation.find import Slot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
-from trtower.installation.projector import (
-    check_projection,
-    check_projector,
-    check_served,
-    check_settings,
-    find_projector,
-)
+from trtower.installation.projector import check_projection, check_served, find_replaceable
 from trtower.installation.reach import check_reached, methods_around
 from trtower.runners.base import EngineOptions
 from trtower.spec import MB
@@ -193,21 +187,16 @@ def install(
         check_replaceable(model, place, dropped=not keep_original)
         opened, compared = Bundle.open(bundle), not any(allowed.values())
         check_match(model, place, opened, **allowed)
-        if head := opened.manifest.spec.head:
-            projector = find_projector(model, head)
-            check_replaceable(model, projector, dropped=not keep_original)
-            if compared:
-                check_settings(projector, model, opened)
-                check_projector(projector, opened)
+        projector = find_replaceable(model, opened, dropped=not keep_original, compared=compared)
         on_its_device = replace(tower_options, device=next(place.module.parameters()).device)
-        every_token = None if head else "cls_patch"
+        every_token = None if projector else "cls_patch"
         compiled = VisionTower.load(bundle, select_feature=every_token, **vars(on_its_device))
         with ExitStack() as undo:
             undo.callback(compiled.close)
             check_answers(place, compiled, compared=compared)
             check_reached(model, place, named=tower is not None)
             installation = Installation(model, place.path, compiled, options)
-            replacements = _make_replacements(model, place, installation, compared=compared)
+            replacements = _make_replacements(place, projector, installation, compared=compared)
             _put_in(replacements, installation, folder, keep_original=keep_original)
             undo.pop_all()
     if installation.freed:
@@ -217,7 +206,7 @@ def install(
 
 
 def _make_replacements(
-    model: nn.Module, place: Slot, installation: Installation, *, compared: bool
+    place: Slot, projector: Slot | None, installation: Installation, *, compared: bool
 ) -> "list[tuple[Slot, Replacement]]":
     """Make the stand-in of a tower, and for a bundle with a projector that of the model's, after a comparison."""
     # Imported here because it imports transformers, which a model with a tower has already imported.
@@ -225,10 +214,10 @@ def _make_replacements(
 
     tower = installation.tower
     replacements: list[tuple[Slot, Replacement]] = [(place, make_stand_in(place, tower, installation))]
-    if head := tower.spec.head:
-        projector = find_projector(model, head)
-        found = check_projection(model, place, projector, tower, compared=compared)
-        stand_in = make_replacement(projector, ProjectorStandIn, installation, _spec=tower.spec, _projected=found)
+    if projector and (head := tower.spec.head):
+        found = check_projection(installation.model, place, projector, tower, compared=compared)
+        of_head = {"_spec": tower.spec, "_projected": found, "_divisor": head.divisor}
+        stand_in = make_replacement(projector, ProjectorStandIn, installation, **of_head)
         installation._projector = (projector, stand_in)
         replacements.append(installation._projector)
     return replacements

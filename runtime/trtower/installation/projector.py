@@ -22,6 +22,7 @@ from trtower.fingerprint import weights_sha256
 from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
+from trtower.installation.match import check_replaceable
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
@@ -59,6 +60,22 @@ def _inside(holder: nn.Module, attribute: str) -> tuple[Any, Any]:
     while (called := called_by_peft(container[key])) is not None:
         container, key, *_ = called
     return container, key
+
+
+def find_replaceable(model: nn.Module, bundle: Bundle, *, dropped: bool, compared: bool) -> Slot | None:
+    """Find the projector that a bundle replaces; None if it replaces none.
+
+    Raises ConfigError if there is none to find, it cannot be replaced or its weights ``dropped``, or if ``compared``
+    and it is not the one that the bundle was made of.
+    """
+    if bundle.manifest.spec.head is None:
+        return None
+    place = find_projector(model, bundle.manifest.spec.head)
+    check_replaceable(model, place, dropped=dropped)
+    if compared:
+        check_settings(place, model, bundle)
+        check_projector(place, bundle)
+    return place
 
 
 def check_settings(place: Slot, model: nn.Module, bundle: Bundle) -> None:
@@ -101,12 +118,10 @@ class Projected:
     Attributes:
         given: The shape of what its projector got.
         row: The shape of what that returned.
-        divisor: What the code then divided by.
     """
 
     given: tuple[int, ...]
     row: tuple[int, ...]
-    divisor: float
 
 
 @torch.no_grad()
@@ -140,8 +155,7 @@ def check_projection(
             f"could not run {type(model).__name__} from an image to the output of {projector.path}, so nothing proves "
             f"that {compiled.bundle.path} computes the same: export without --head, which replaces only the tower."
         )
-    divisor = _divisor(found, features)
-    _check_divisor(compiled.bundle, projector, divisor)
+    _check_divisor(compiled.bundle, projector, _divisor(found, features))
     head = compiled.spec.head
     assert head is not None  # noqa: S101 - only bundles with a head come here
     if features[0].numel() != head.width * (head.tokens or 1):
@@ -150,8 +164,8 @@ def check_projection(
             f"ends with the {head.describe()}: export the model's own checkpoint."
         )
     if compared:
-        _compare(compiled, pixels, features / divisor, projector)
-    return Projected(given=tuple(seen["given"].shape[1:]), row=tuple(features.shape[1:]), divisor=divisor)
+        _compare(compiled, pixels, features / head.divisor, projector)
+    return Projected(given=tuple(seen["given"].shape[1:]), row=tuple(features.shape[1:]))
 
 
 @torch.no_grad()

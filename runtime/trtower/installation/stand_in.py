@@ -162,6 +162,7 @@ class ProjectorStandIn(Replacement):
 
     _spec: TowerSpec
     _projected: Projected
+    _divisor: float
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -187,8 +188,8 @@ class ProjectorStandIn(Replacement):
             )
         if self.anchor.empty.requires_grad:
             features = _Ungraded.apply(features, self.anchor.empty)  # type: ignore[no-untyped-call]
-        if found.divisor != 1.0:  # the model's code divides again
-            features = features * found.divisor
+        if self._divisor != 1.0:  # the model's code divides again
+            features = features * self._divisor
         return features.reshape(len(features), *found.row)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from tests.export.heads import models
 from tests.export.heads.models import IMAGE_SIZE, KINDS, TEXT_WIDTH, make, pixels
 from tests.export.heads.original import MLP, TEXT, write_llava
 from tests.runtime.installation.hugging_face import TAKES_FEATURES
-from tests.runtime.installation.original import ClipWrapper
+from tests.runtime.installation.original import ClipWrapper, Llava, Tinychat, Vila
 from trtower.bundle.manifest import MANIFEST
 from trtower.errors import BackendError, ConfigError
 from trtower.spec import BatchProfile
@@ -338,35 +338,39 @@ def test_embedding_is_refused(bundles: Any, tmp_path: Path) -> None:
         trtower.install(make("llava_onevision"), bundle)
 
 
-class Llava(nn.Module):
-    """LLaVA's model around its tower: `encode_images` of `llava_arch.py`."""
-
-    def __init__(self, clip: Path) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-        self.vision_tower = ClipWrapper(str(clip), self.config)
-        self.mm_projector = nn.Sequential(nn.Linear(WIDTH, TEXT), nn.GELU(), nn.Linear(TEXT, TEXT))
-        self.mm_projector.load_state_dict(MLP)
-        self.eval()
-
-    def get_vision_tower(self) -> ClipWrapper:
-        return self.vision_tower
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        features: Tensor = self.mm_projector(self.get_vision_tower()(images))
-        return features
-
-
 @torch.no_grad()
-def test_original_llava_is_served_and_brought_back(tmp_path: Path) -> None:
-    folder = write_llava(tmp_path / "llava", tmp_path / "clip", MLP, mm_projector_type="mlp2x_gelu")
-    bundle = export(folder, tmp_path / "b")
-    model, images = Llava(tmp_path / "clip"), torch.randn(2, 3, SMALL, SMALL)
-    expected, projector = model.encode_images(images), model.mm_projector
+def test_division_is_undone_exactly_in_half_precision(bundles: Any) -> None:
+    """A model in BF16 shows the number only roughly; the features must not be scaled by what it shows."""
+    model = make("paligemma").bfloat16()
+    with trtower.install(model, bundles("paligemma")) as installed:
+        found = model.model.get_image_features(pixel_values=pixels().bfloat16())
+        found = getattr(found, "pooler_output", found).float()
+        exact = installed.tower(pixels().bfloat16().float())
+    assert float(((found * exact).sum() / exact.square().sum() - 1).abs()) < 1e-3
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Write an original LLaVA; return the folder of its tower, and the bundle."""
+    root = tmp_path_factory.mktemp("original")
+    folder = write_llava(root / "llava", root / "clip", MLP, mm_projector_type="mlp2x_gelu")
+    return root / "clip", export(folder, root / "b")
+
+
+@pytest.mark.parametrize("kind", [Llava, Tinychat, Vila])
+@torch.no_grad()
+def test_models_of_llava_tinychat_and_vila_are_served_and_brought_back(kind: Any, original: tuple[Path, Path]) -> None:
+    clip, bundle = original
+    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    model, images = kind(ClipWrapper(str(clip), config), config).eval(), torch.randn(2, 3, SMALL, SMALL)
+    holder = model if kind is Vila else model.model
+    projector = holder.mm_projector = nn.Sequential(nn.Linear(WIDTH, TEXT), nn.GELU(), nn.Linear(TEXT, TEXT)).eval()
+    projector.load_state_dict(MLP)
+    expected = model.encode_images(images)
     with trtower.install(model, bundle):
         assert (model.encode_images(images) - expected).abs().max() <= EXACT
         several = torch.cat(model.get_vision_tower()(list(images)))  # LLaVA's loop over pictures of different sizes
-        assert (model.mm_projector(several) - expected).abs().max() <= EXACT
+        assert (holder.mm_projector(several) - expected).abs().max() <= EXACT
         assert "computed by the tower's engine" in str(model)
-    assert model.mm_projector is projector
+    assert holder.mm_projector is projector
     assert torch.equal(model.encode_images(images), expected)
