@@ -55,8 +55,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 IS_OLD = int(transformers.__version__.partition(".")[0]) < 5
 POSITIONS = "transformers 4.57 computes wrong positions for Idefics3's and SmolVLM's towers, which are refused"
-if IS_OLD:
-    del MODELS["idefics3_vision"], MODELS["smolvlm_vision"]
+REFUSED = {"idefics3_vision", "smolvlm_vision"} if IS_OLD else set[str]()
+for _name in REFUSED:
+    del MODELS[_name]
 
 
 TOWERS = tuple(
