@@ -3,7 +3,8 @@
     make heads
 
 Rehearses LLaVA-1.5-7B three times in turn, without its projector and with it, each in its own process and a temporary
-folder, plan included. This is not a test: the times depend on the machine.
+folder, plan included. Verifying is compared with the time that a large matrix product, measured afterwards, would take
+for the same FLOP. This is not a test: the times depend on the machine.
 """
 
 import os
@@ -15,6 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+
+from trtower import VisionTower
+from trtower.parity.golden import Golden
+from trtower.spec import profile_batches
+from trtower_export.bench.ceiling import measure_ceilings
 
 RECIPE = "llava-v1.5-7b"
 COMMAND = [sys.executable, "-c", "from trtower.cli import main; main()"]
@@ -36,12 +42,26 @@ def main() -> None:
                 took, peak = run(["export", RECIPE, "--out", str(out), *options])
                 seconds[head].append(took)
                 peaks[head].append(peak)
-        verified, _ = run(["verify", str(Path(temporary, "projector")), "--backend", "openvino"])
+        projected = Path(temporary, "projector")
+        verified, _ = run(["verify", str(projected), "--backend", "openvino"])
+        images, at_best = count_work(projected)
     (without, with_), (low, high) = ([statistics.median(each[head]) for head in HEADS] for each in (seconds, peaks))
     print(f"from recipe to plan: {without:.1f} s without the projector, {with_:.1f} s with it: {with_ / without:.3f}")
     print(f"peak memory: {low:.2f} GB and {high:.2f} GB: {high / low:.3f}; the projector is {PROJECTOR_GB} GB")
-    print(f"trtower verify --backend openvino of the projected bundle: {verified:.0f} s")
+    print(
+        f"trtower verify --backend openvino of the projected bundle: {verified:.0f} s for {images} images, where a "
+        f"large matrix product takes {at_best:.0f} s in FP32: {at_best / verified:.0%}"
+    )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS}")
+
+
+def count_work(path: Path) -> tuple[int, float]:
+    """Return the images that `trtower verify` runs, and the seconds of a large matrix product of as many FLOP."""
+    bundle = VisionTower(path).bundle
+    members = len(Golden.read(bundle).images)
+    images = sum(-(-members // size) * size for size in profile_batches(bundle.manifest.profiles))
+    flop_per_second = measure_ceilings(torch.device("cpu"), ["fp32"])["fp32"]
+    return images, images * bundle.manifest.cut.flop / flop_per_second
 
 
 def run(arguments: list[str]) -> tuple[float, float]:
