@@ -25,7 +25,7 @@ FEATURE_TOLERANCE = 2 * 2**-10
 features to FP16."""
 
 HALF_TOLERANCE = 8 * 2**-10
-"""The same if the eager tower runs in FP16, and so rounds after each operation of its 4 to 14 layers."""
+"""The same if the eager tower or projector runs in FP16, and so rounds after each of its operations."""
 
 LOGIT_TOLERANCE = 0.02
 """Relative to the largest logit: the effect of such a difference in features on a language model in FP16."""
@@ -39,7 +39,7 @@ class Report:
 
     def __init__(self, client: str, clone: Path, feature_tolerance: float = FEATURE_TOLERANCE) -> None:
         self.client = client
-        self.tolerances = {"features": feature_tolerance, "logits": LOGIT_TOLERANCE}
+        self.tolerances = {"features": feature_tolerance, "projected": HALF_TOLERANCE, "logits": LOGIT_TOLERANCE}
         self.commit = _git(clone, "rev-parse", "--short", "HEAD")
         self.versions = {"python": platform.python_version(), **_versions()}
         self.stubs: list[str] = []
@@ -91,11 +91,35 @@ class Report:
             self._check_pictures_differ(title, observed)
             with self.attempt(f"{title}, built"):
                 self.compare(f"{title}, built", observed, observe(built()))
-            with self.attempt(f"{title}, installed"):
-                installation = install(loaded)
-                self.compare(f"{title}, installed", observed, observe(loaded))
-                installation.uninstall()
-                self.compare(f"{title}, uninstalled", observed, observe(loaded), exact=True)
+            self._install(title, observe, loaded, observed, install)
+
+    def with_projector(
+        self,
+        title: str,
+        observe: Callable[[Any], Observation],
+        eager: Callable[[], Any],
+        install: Callable[[Any], Any],
+    ) -> None:
+        """Compare a client's own model with itself after installing a bundle of its tower and projector."""
+        title = f"{title}, with its projector"
+        with self.attempt(f"{title}, eager"):
+            loaded = eager()
+            self._install(title, observe, loaded, observe(loaded), install)
+
+    def _install(
+        self,
+        title: str,
+        observe: Callable[[Any], Observation],
+        loaded: Any,
+        observed: Observation,
+        install: Callable[[Any], Any],
+    ) -> None:
+        """Compare a model with what was ``observed`` of it, after installing a bundle and after taking it out."""
+        with self.attempt(f"{title}, installed"):
+            installation = install(loaded)
+            self.compare(f"{title}, installed", observed, observe(loaded))
+            installation.uninstall()
+            self.compare(f"{title}, uninstalled", observed, observe(loaded), exact=True)
 
     def check(self, title: str, actual: object, expected: object) -> None:
         """Print a line for a value that must equal what is expected."""

@@ -25,8 +25,12 @@ def observe(
     images: list[Image.Image],
     numbers: tuple[str, ...] = ("hidden_size", "num_patches", "num_patches_per_side"),
     lists: bool = True,
+    projected: bool = False,
 ) -> Observation:
-    """Run a model on one picture and on all of them: preparation, tower, logits, greedy tokens."""
+    """Run a model on one picture and on all of them: preparation, tower, logits, greedy tokens.
+
+    With ``projected`` it is not the tower that is called, but what also runs the projector.
+    """
     tokenizer, model, image_processor, _ = loaded
     tower = model.get_vision_tower()
     observed = {}
@@ -38,8 +42,11 @@ def observe(
         sizes = [image.size for image in some]
         tiles = [image if image.ndim == 4 else image[None] for image in pixels]
         observed[f"pixels of {name}"] = torch.cat(tiles)
-        observed[f"features of {name}"] = tower(torch.cat(tiles))
-        if lists and tiles[0].shape[0] == 1:
+        if projected:
+            observed[f"projected of {name}"] = model.encode_images(torch.cat(tiles))
+        else:
+            observed[f"features of {name}"] = tower(torch.cat(tiles))
+        if lists and not projected and tiles[0].shape[0] == 1:
             observed[f"features of {name} in a list"] = torch.cat(tower([tile[0] for tile in tiles]))
         observed[f"logits of {name}"] = model(input_ids=ids, images=pixels, image_sizes=sizes).logits
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "use_cache": True, "pad_token_id": 0}

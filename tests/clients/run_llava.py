@@ -136,6 +136,10 @@ def run(report: Report, work: Path) -> None:
             how = how | ({"offload_folder": str(work / "offloaded")} if "max_memory" in how else {})
             eager, built = partial(load, checkpoint, **how), partial(load_built, edited, **how)
             report.three_ways(f"{name}, {way}", observe, eager, built, partial(install, bundle=bundle))
+        if name != "s2":  # whose projector reads the merged map
+            bundle = export(args.trtower, checkpoint, work / f"projected-{name}", "--head", "projector")
+            eager = partial(load, checkpoint, device="cpu")
+            report.with_projector(name, partial(observe, projected=True), eager, partial(install, bundle=bundle))
     checkpoint, bundle = work / "llava-pad", work / "bundle-pad"
     for place in ("cpu", "disk"):
         eager, built = (

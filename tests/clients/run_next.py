@@ -107,10 +107,16 @@ def run(report: Report, work: Path) -> None:
     name_the_bundle(report, work)
 
 
-def compare(report: Report, checkpoint: Path, observe: Callable[[Any], Observation]) -> None:
+def compare(report: Report, checkpoint: Path, observe: Callable[..., Observation]) -> None:
     bundle = export(args.trtower, checkpoint, checkpoint.parent / f"bundle-{checkpoint.name}")
     eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
     report.three_ways(checkpoint.name, observe, eager, built, partial(install, bundle=bundle))
+    if checkpoint.name != "llava-llama-s2":  # whose projector reads the merged map
+        projected = checkpoint.parent / f"projected-{checkpoint.name}"
+        export(args.trtower, checkpoint, projected, "--head", "projector")
+        report.with_projector(
+            checkpoint.name, partial(observe, projected=True), eager, partial(install, bundle=projected)
+        )
     if checkpoint.name in OFFLOADED:
         # from_pretrained leaves an offloaded eager tower on the meta device, where it cannot be called
         folder = str(checkpoint.parent / "offloaded")

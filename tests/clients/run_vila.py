@@ -47,7 +47,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @torch.inference_mode()
-def observe(model: Any) -> Observation:
+def observe(model: Any, *, projected: bool = False) -> Observation:
+    """Run a model on one picture and on all; with ``projected`` call what also runs the projector, not the tower."""
     tower, config = model.get_vision_tower(), model.config
     observed = {}
     images = pictures()
@@ -55,9 +56,11 @@ def observe(model: Any) -> Observation:
         media_config: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         pixels = prepare(model, some, media_config)
         observed[f"pixels of {name}"] = pixels
-        if config.image_aspect_ratio != "dynamic_s2" or len(some) == 1:
+        if projected:
+            observed[f"projected of {name}"] = model.encode_images(pixels)
+        elif config.image_aspect_ratio != "dynamic_s2" or len(some) == 1:
             observed[f"features of {name}"] = tower(pixels)
-        if not config.dynamic_s2:
+        if not config.dynamic_s2 and not projected:
             listed = tower(list(pixels))
             observed[f"features of {name} in a list"] = torch.cat(listed)
         places = "<image>\n" * (1 if config.dynamic_s2 else len(pixels))
@@ -129,6 +132,11 @@ def run(report: Report, work: Path) -> None:
             bundle = export(args.trtower, checkpoint, work / f"bundle-{name}")
             eager, built = partial(load, checkpoint), partial(load_built, checkpoint, bundle)
             report.three_ways(name, observe, eager, built, partial(trtower.install, bundle=bundle))
+            if "s2" not in name:  # whose projectors read the merged map
+                bundle = export(args.trtower, checkpoint, work / f"projected-{name}", "--head", "projector")
+                report.with_projector(
+                    name, partial(observe, projected=True), eager, partial(trtower.install, bundle=bundle)
+                )
             with report.attempt(f"{name}, built, saved and loaded"):
                 saved = save_and_load(built(), work / f"saved-{name}")
                 report.compare(f"{name}, built, saved and loaded", observe(built()), observe(saved), exact=True)

@@ -108,7 +108,8 @@ class Installation:
 
     @property
     def _where(self) -> str:
-        return f"{type(self.model).__name__}.{self.path}"
+        projector = f" and {self._projector[0].path}" if self._projector else ""
+        return f"{type(self.model).__name__}.{self.path}{projector}"
 
     def _install_again(self, options: dict[str, Any]) -> "Installation":
         """Return itself for a repeated call of `install`, and reopen the tower if it was closed.

@@ -49,8 +49,7 @@ def check_match(
             f"{bundle.path} is a rehearsal, with random weights, so the model's answers would mean nothing: export its "
             "checkpoint, or accept the rehearsal with allow_random_weights=True."
         )
-    checkpoint = _loaded_from(model, place)
-    export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    checkpoint, export = _loaded_from(model, place), own_export(model, place, bundle)
     own = CHANGED if checkpoint == source.checkpoint else export
     _check_config(place, bundle, export, own)
     codes = list(_codes(model, place))
@@ -97,6 +96,12 @@ def check_replaceable(model: nn.Module, place: Slot, *, dropped: bool) -> None:
                 f"{f'{name}.' if name else ''}{shared} is a part of {place.path}, whose weights would be freed: "
                 "set keep_original=True to keep them."
             )
+
+
+def own_export(model: nn.Module, place: Slot, bundle: Bundle) -> str:
+    """Say to export the model's own checkpoint, with the command if the model says where it was loaded from."""
+    checkpoint = _loaded_from(model, place)
+    return f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
 
 
 def _loaded_from(model: nn.Module, place: Slot) -> str | None:
@@ -162,16 +167,18 @@ def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]
     for config in configs:
         if getattr(config, "mm_vision_select_layer", None) is not None:  # counts layers that a wrapper may have dropped
             feature = getattr(config, "mm_vision_select_feature", "patch")
-            layers, _ = read_layer_code(config.mm_vision_select_layer, feature, place.module.config.num_hidden_layers)
-            codes = [LAST if layer > place.module.config.num_hidden_layers else layer for layer in layers]
-            yield codes, "patch", "mm_vision_select_layer"
+            depth = place.module.config.num_hidden_layers
+            layers, tokens = read_layer_code(config.mm_vision_select_layer, feature, depth)
+            codes = [LAST if layer > depth else layer for layer in layers]
+            yield codes, tokens, "mm_vision_select_layer"
             return
         vision_config = getattr(config, "vision_config", None)
         if getattr(vision_config, "model_type", None) is None:
             continue
         if is_contrastive(config, vision_config):
             raise ConfigError(
-                f"{type(model).__name__} reads the pooled vector of an image; a bundle holds only hidden states."
+                f"{type(model).__name__} reads the pooled vector of an image, which no installed bundle gives: export "
+                "it with --head embedding, and serve that by trtower.VisionTower.load(…)."
             )
         code = read_vision_feature_layer(config)
         if code is not None:

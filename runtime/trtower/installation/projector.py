@@ -22,7 +22,7 @@ from trtower.fingerprint import weights_sha256
 from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
-from trtower.installation.match import check_replaceable
+from trtower.installation.match import check_replaceable, own_export
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
@@ -74,7 +74,7 @@ def find_replaceable(model: nn.Module, bundle: Bundle, *, dropped: bool, compare
     check_replaceable(model, place, dropped=dropped)
     if compared:
         check_settings(place, model, bundle)
-        check_projector(place, bundle)
+        check_projector(place, model, bundle)
     return place
 
 
@@ -92,7 +92,7 @@ def check_settings(place: Slot, model: nn.Module, bundle: Bundle) -> None:
             )
 
 
-def check_projector(place: Slot, bundle: Bundle) -> None:
+def check_projector(place: Slot, model: nn.Module, bundle: Bundle) -> None:
     """Raise ConfigError unless the projector has the weights that the bundle was exported from."""
     source, parameters = bundle.manifest.source, list(place.module.parameters())
     held = {parameter.dtype for parameter in parameters}
@@ -107,7 +107,7 @@ def check_projector(place: Slot, bundle: Bundle) -> None:
     if expected != (weights_sha256(parameters, DTYPES[name]) if name else None):
         raise ConfigError(
             f"{place.path} of this model has other weights than the one inside {bundle.path}, which was made of "
-            f"{source.checkpoint}: export the model's own checkpoint, or export without --head."
+            f"{source.checkpoint}. {own_export(model, place, bundle)}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.installation.find import Slot, find_towers
 
@@ -41,7 +42,7 @@ def check_reached(model: nn.Module, place: Slot, *, named: bool) -> None:
     bypassed = None
     with _stopping(place.module):
         for name, way in _ways(model, place):
-            for arguments in _arguments(way, place):
+            for arguments in _arguments(way, model, place):
                 try:
                     features = way(**arguments)
                 except _Called:
@@ -68,7 +69,7 @@ def run_ways(model: nn.Module, place: Slot) -> Iterator[tuple[Any, Exception | N
     Or None and what it raised, which may be after it has reached the tower.
     """
     for name, way in _ways(model, place):
-        for arguments in _arguments(way, place):
+        for arguments in _arguments(way, model, place):
             result, failure = None, None
             try:
                 result = way(**arguments)
@@ -135,8 +136,12 @@ def _parameters(way: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _arguments(way: Callable[..., Any], place: Slot) -> Iterator[dict[str, Any]]:
-    """List the inputs to try: an image as (1, 3, S, S), then as a tile (1, 1, 3, S, S), with its size if accepted."""
+def _arguments(way: Callable[..., Any], model: nn.Module, place: Slot) -> Iterator[dict[str, Any]]:
+    """List the inputs to try: an image as (1, 3, S, S), then as a tile (1, 1, 3, S, S), with its size if accepted.
+
+    Both in the tower's dtype, then in the model's other ones: LLaVA rounds what a tower returns to the dtype of its
+    images, which need not be the tower's.
+    """
     parameters = _parameters(way)
     name = next((name for name in PIXELS if name in parameters), None)
     if name is None:
@@ -144,8 +149,10 @@ def _arguments(way: Callable[..., Any], place: Slot) -> Iterator[dict[str, Any]]
     side: Any = place.module.config.image_size
     shape = (3, side, side) if isinstance(side, int) else (3, *side)
     first = next(place.module.parameters())
-    image = torch.ones(1, *shape, dtype=first.dtype, device=first.device)
     sizes = {"image_sizes": torch.tensor([shape[1:]], device=first.device)}
     others = sizes if "image_sizes" in parameters else {}
-    yield {name: image, **others}
-    yield {name: image[None], **others}
+    held = {parameter.dtype for parameter in model.parameters()}
+    for dtype in (first.dtype, *(each for each in DTYPES.values() if each in held - {first.dtype})):
+        image = torch.ones(1, *shape, dtype=dtype, device=first.device)
+        yield {name: image, **others}
+        yield {name: image[None], **others}

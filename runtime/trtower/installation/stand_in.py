@@ -166,7 +166,7 @@ class ProjectorStandIn(Replacement):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the features that came with the hidden states, (B, …) as the projector returns them.
+        """Return the features that came with the hidden states, in their dtype, (B, …) as the projector returns them.
 
         Raises ConfigError if ``states`` are not those of the compiled tower that its head has read, and BackendError in
         training mode.
@@ -190,7 +190,7 @@ class ProjectorStandIn(Replacement):
             features = _Ungraded.apply(features, self.anchor.empty)  # type: ignore[no-untyped-call]
         if self._divisor != 1.0:  # the model's code divides again
             features = features * self._divisor
-        return features.reshape(len(features), *found.row)
+        return features.to(states.dtype).reshape(len(features), *found.row)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this module."""

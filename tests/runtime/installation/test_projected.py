@@ -18,10 +18,11 @@ from tests.export.heads.models import IMAGE_SIZE, KINDS, TEXT_WIDTH, make, pixel
 from tests.export.heads.original import MLP, TEXT, write_llava
 from tests.runtime.installation.hugging_face import TAKES_FEATURES
 from tests.runtime.installation.original import ClipWrapper, Llava, Tinychat, Vila
-from trtower.bundle.manifest import MANIFEST
+from trtower.bundle.manifest import GRAPH, MANIFEST
 from trtower.errors import BackendError, ConfigError
 from trtower.spec import BatchProfile
 from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.plan.parsing import find_parsers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +65,9 @@ def features(model: Any, name: str) -> list[Tensor]:
 def test_features_are_those_of_the_model_and_both_modules_come_back(name: str, bundles: Any) -> None:
     model, before_state = make(name).requires_grad_(requires_grad=True), make(name).state_dict()  # as it is loaded
     expected, projector = features(model, name), dict(model.named_modules())
+    assert find_parsers(bundles(name) / GRAPH).unknown == ()  # TensorRT parses all that a projector adds
     with trtower.install(model, bundles(name)) as installed:
+        assert " and model." in repr(installed)
         calls: list[int] = []
         installed.tower.on_batch = lambda report: calls.append(report.batch)
         found = features(model, name)
@@ -357,15 +360,23 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "clip", export(folder, root / "b")
 
 
+def original_model(kind: Any, clip: Path, feature: str = "patch") -> Any:
+    """Make a model as LLaVA, tinychat or VILA make it, with the weights of `original`."""
+    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature=feature)
+    model = kind(ClipWrapper(str(clip), config), config).eval()
+    holder = model if kind is Vila else model.model
+    holder.mm_projector = nn.Sequential(nn.Linear(WIDTH, TEXT), nn.GELU(), nn.Linear(TEXT, TEXT)).eval()
+    holder.mm_projector.load_state_dict(MLP)
+    return model
+
+
 @pytest.mark.parametrize("kind", [Llava, Tinychat, Vila])
 @torch.no_grad()
 def test_models_of_llava_tinychat_and_vila_are_served_and_brought_back(kind: Any, original: tuple[Path, Path]) -> None:
     clip, bundle = original
-    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    model, images = kind(ClipWrapper(str(clip), config), config).eval(), torch.randn(2, 3, SMALL, SMALL)
+    model, images = original_model(kind, clip), torch.randn(2, 3, SMALL, SMALL)
     holder = model if kind is Vila else model.model
-    projector = holder.mm_projector = nn.Sequential(nn.Linear(WIDTH, TEXT), nn.GELU(), nn.Linear(TEXT, TEXT)).eval()
-    projector.load_state_dict(MLP)
+    projector = holder.mm_projector
     expected = model.encode_images(images)
     with trtower.install(model, bundle):
         assert (model.encode_images(images) - expected).abs().max() <= EXACT
@@ -374,3 +385,29 @@ def test_models_of_llava_tinychat_and_vila_are_served_and_brought_back(kind: Any
         assert "computed by the tower's engine" in str(model)
     assert holder.mm_projector is projector
     assert torch.equal(model.encode_images(images), expected)
+
+
+@torch.no_grad()
+def test_tower_of_llava_may_have_another_dtype_than_its_model(original: tuple[Path, Path]) -> None:
+    clip, bundle = original
+    model, images = original_model(Llava, clip), torch.randn(2, 3, SMALL, SMALL).half()
+    model.llm.half()
+    model.model.mm_projector.half()  # LLaVA's loader leaves the tower in FP32 on a CPU
+    expected = model.encode_images(images)
+    with trtower.install(model, bundle):
+        found = model.encode_images(images)
+    assert found.dtype == torch.float16
+    assert (found.float() - expected.float()).abs().max() <= 1e-2
+
+
+@torch.no_grad()
+def test_cls_token_is_read_by_llavas_wrapper_if_the_config_says_so(tmp_path: Path) -> None:
+    feature = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "cls_patch"}
+    bundle = export(write_llava(tmp_path / "llava", tmp_path / "clip", MLP, **feature), tmp_path / "b")
+    model, images = original_model(Llava, tmp_path / "clip", "cls_patch"), torch.randn(1, 3, SMALL, SMALL)
+    expected = model.encode_images(images)
+    with trtower.install(model, bundle):
+        assert (model.encode_images(images) - expected).abs().max() <= EXACT
+    without_cls = original_model(Llava, tmp_path / "clip")
+    with pytest.raises(ConfigError, match=r"reads select_layer=-2.*but the .*cls_patch tokens"):
+        trtower.install(without_cls, bundle)
