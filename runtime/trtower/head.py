@@ -62,6 +62,7 @@ class HeadSpec:
         """Say in a few words what it is."""
         if self.tokens is None:
             length = ", of length 1" if self.normalised else ""
-            return f"embedding by {self.name}, a vector of {self.width}{length}"
+            mean = " and the mean of the patches" if self.pool == CLS_MEAN else ""
+            return f"embedding by {self.name}{mean}, a vector of {self.width}{length}"
         divided = "" if self.divisor == 1.0 else f", divided by {self.divisor:.6g}"
         return f"projector {self.name}, {self.tokens} tokens of {self.width}{divided}"

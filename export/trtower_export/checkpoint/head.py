@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
 from trtower.head import EMBEDDING, PROJECTOR, HeadSpec
 from trtower.layer_codes import LAST
+from trtower.reading import is_contrastive
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.adapters import refuse_adapter_of
 from trtower_export.checkpoint.checkpoint import RANDOM_SEED, Checkpoint, quiet_transformers
+from trtower_export.checkpoint.layout import Layout
 from trtower_export.checkpoint.tensors import Tensors
 from trtower_export.heads import ALL_HEADS, REFUSED, Head, Parts, find_head
 from trtower_export.heads.base import UnitLength
@@ -105,6 +107,11 @@ def _find(checkpoint: Checkpoint, kind: str) -> tuple[Head, Any]:
         raise CheckpointError(
             f"{checkpoint.source} has no projector that an engine can hold: {reason}. Leave out --head."
         )
+    if is_contrastive(layout.model, layout.config):
+        raise CheckpointError(
+            f"{checkpoint.source}, a {model_type}, has no projector: use --head embedding for its pooled vector, or "
+            "leave out --head."
+        )
     raise CheckpointError(
         f"{checkpoint.source}: the projector of a {model_type} is none that trtower exports. Leave out --head: the "
         "model's own code then projects what the tower returns."
@@ -132,8 +139,10 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
         tower = nn.Module()
         if head.embeds:
             tower = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
-        parts = Parts(config=config, tower=tower, own=head.own(config) if head.own else None, pool=pool)
-        steps = _steps(head, parts, options.normalize).eval()
+        own = head.own(config) if head.own else None
+        if own is not None and own.state_dict() and checkpoint.layout.around is not None:
+            _select_own(checkpoint.layout, checkpoint.layout.around(), head)
+        steps = _steps(head, Parts(config=config, tower=tower, own=own, pool=pool), options.normalize).eval()
     try:
         with torch.no_grad():
             features = steps(torch.empty(tokens, device="meta"))
@@ -216,7 +225,7 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
     if layout.around is None:
         _draw(own)
         return
-    tensors = _select(layout.around(), layout.head_root or f"{head.attribute}.", head)
+    tensors = _select_own(layout, layout.around(), head)
     weights = {name.rpartition(f"{head.attribute}.")[2]: tensor.float() for name, tensor in tensors.read().items()}
     if layout.translate_head:
         weights = layout.translate_head(weights)
@@ -236,14 +245,15 @@ def _fill(own: nn.Module, checkpoint: Checkpoint, head: Head) -> None:
     own.float().load_state_dict(weights)
 
 
-def _select(around: Tensors, part: str, head: Head) -> Tensors:
-    """Select the tensors whose names hold ``part``; refuse a checkpoint without them, or with several such modules."""
+def _select_own(layout: Layout, around: Tensors, head: Head) -> Tensors:
+    """Select a head's own tensors; refuse a checkpoint without them, or with several such modules."""
+    part = layout.head_root or f"{head.attribute}."
     pattern = re.compile(rf"(?:^|.*?\.){re.escape(part)}{'' if part.endswith('.') else '$'}")
     roots = sorted({match[0] for name in around.shards if (match := pattern.match(name))})
     if not roots:
         raise CheckpointError(
-            f"{around.files.folder} holds no {part.rstrip('.')}, the weights of its {head.name}. Export the checkpoint "
-            "of the whole model, or leave out --head."
+            f"{around.files.folder} holds no {part.rstrip('.')}, the weights of the {head.name}. Export a checkpoint "
+            "that holds it, or leave out --head."
         )
     if len(roots) > 1:
         raise CheckpointError(f"{around.files.folder} holds several heads: {', '.join(roots)}. Export one model.")

@@ -73,13 +73,18 @@ class UncutTower:
 
     @torch.no_grad()
     def answer(self, inputs: GoldenInputs) -> Golden:
-        """Answer golden inputs. Raises CheckpointError."""
+        """Answer golden inputs. Raises CheckpointError if the answers are not finite, or are all zero."""
         output, pixels = self.spec.output("fp32"), inputs.pixel_values
         tokens = sample_tokens(output, len(pixels), pixels.nbytes)
         answers = [
             select_tokens(self.expect(image.name, self.states(image.name, one)), tokens, output)
             for image, one in zip(inputs.images, inputs.prepared.split(1), strict=True)
         ]
+        if not any(answer.any() for answer in answers):
+            raise CheckpointError(
+                f"{self.checkpoint.source}: its features are zero for every image, so nothing can be compared with "
+                f"them: are the weights of its {self.spec.head.name if self.spec.head else 'tower'} trained?"
+            )
         return Golden(
             images=inputs.images,
             pixel_values=pixels,

@@ -41,9 +41,9 @@ TYPES = {
     TensorProto.FLOAT8E4M3FN: Learnt("10.0", CHANGELOG),
 }
 _OLD = (
-    "Add Cast Clip Concat Constant Conv Cos DequantizeLinear Div Equal Erf Exp Expand Flatten Gather Gemm Identity "
-    "LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range Reciprocal ReduceMean Reshape Shape Sigmoid Sin Slice "
-    "Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"
+    "Add AveragePool Cast Clip Concat Constant Conv Cos DequantizeLinear Div Equal Erf Exp Expand Flatten Gather Gemm "
+    "Identity LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMean Reshape Shape "
+    "Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where"
 )
 OLD = frozenset(_OLD.split())
 """Operators that 8.6 parses already, by its own operators.md."""

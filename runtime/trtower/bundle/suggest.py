@@ -23,14 +23,17 @@ def export_command(bundle: Bundle, select_layer: LayerCode, image_size: int) -> 
     spec, source = bundle.manifest.spec, bundle.manifest.source
     layers = str(select_layer) if isinstance(select_layer, (int, str)) else ",".join(map(str, select_layer))
     indices, _ = read_layer_code(parse_layer_code(layers), spec.select_feature, spec.num_layers)
-    options = _build_options(bundle, replace(spec, layers=indices, head=None))
+    headless, path = replace(spec, layers=indices, head=None), str(bundle.path)
+    if path.endswith(spec.suffix):
+        path = path.removesuffix(spec.suffix) + headless.suffix
+    options = _build_options(bundle, headless)
     command = ["trtower", "export", source.checkpoint, f"--select-layer={layers}"]
     command += ["--select-feature", spec.select_feature, "--image-size", str(image_size), *options]
     command += ["--random-weights"] if source.random_weights else []
     command += ["--revision", source.revision] if source.revision else []
     command += ["--tower", source.tower] if source.tower else []
     size = "" if image_size == spec.image_size else f"-{image_size}"
-    return shlex.join([*command, "--out", f"{bundle.path}{size}-layer{layers}"])
+    return shlex.join([*command, "--out", f"{path}{size}-layer{layers}"])
 
 
 def export_command_of(checkpoint: str, bundle: Bundle) -> str:

@@ -104,10 +104,10 @@ class CLIPVisionTower(VisionTower):
                 f"{self.bundle.path} takes bytes, but the code of this model prepares floats for its tower: export it "
                 "without --pixels uint8."
             )
-        if self.spec.head and (getattr(args, "mm_vision_tower", None) or _is_vila(args)):
+        if self.spec.head:
             raise ConfigError(
-                f"{self.bundle.path} ends with the {self.spec.head.describe()}, but the code of this model projects "
-                "what its tower returns: export it without --head."
+                f"{self.bundle.path} ends with the {self.spec.head.describe()}, but LLaVA's and VILA's code projects "
+                "what its tower returns: export it without --head, or use trtower.VisionTower."
             )
 
     def _refuse_dropped_patch(self) -> None:
@@ -151,11 +151,6 @@ class _ScaledTower(CLIPVisionTower):
             raise ConfigError(
                 f"{self.bundle.path} takes bytes, but several scales resize prepared floats: export it without "
                 "--pixels uint8."
-            )
-        if self.spec.head:
-            raise ConfigError(
-                f"{self.bundle.path} ends with the {self.spec.head.describe()}, but a projector reads the merged map "
-                "of several scales: export it without --head."
             )
         self._scales = Scales.from_config(args)
         if self._scales.tile_size != self.spec.image_size:

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.conftest import IMAGE_SIZE, MODELS, WIDTH, make_model
+from tests.export.heads.models import make as make_projected
 from trtower import VisionTower
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import GRAPH
 from trtower.errors import CheckpointError
 from trtower.head import HeadSpec
 from trtower.parity.verify import verify
@@ -22,6 +24,7 @@ from trtower_export.families.siglip2 import patchify
 from trtower_export.graph.cost import measure_uncut
 from trtower_export.graph.reference import UncutTower
 from trtower_export.pipeline import ExportOptions, export_tower
+from trtower_export.plan.parsing import find_parsers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,6 +126,7 @@ def test_half_precision_builds_a_plan_and_passes_check_and_verify(models: dict[s
     assert bundle.manifest.certificate
     assert bundle.manifest.certificate.passed
     assert bundle.manifest.plans
+    assert find_parsers(bundle.path / GRAPH).unknown == ()
     assert verify(bundle, backend="onnxruntime-cpu").passed
     vectors = VisionTower.load(bundle.path, "onnxruntime-cpu")(pixels())
     assert isinstance(vectors, Tensor)
@@ -148,6 +152,7 @@ def test_cls_mean_adds_the_mean_of_the_patches_without_registers(name: str, mode
     assert torch.equal(uncut.cut()(pixels()), expected)
     assert uncut.spec.head
     assert (uncut.spec.head.width, uncut.spec.head.pool) == (2 * WIDTH, "cls_mean")
+    assert "embedding by CLS token and the mean of the patches, a vector of" in uncut.spec.head.describe()
 
 
 @torch.no_grad()
@@ -199,8 +204,10 @@ def test_models_without_a_pooled_embedding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="blip_2_vision_model, has no pooled embedding that trtower exports"):
         load(tmp_path / "eva")
     make_model("clip").save_pretrained(tmp_path / "clip")
-    with pytest.raises(CheckpointError, match="holds no visual_projection, the weights of its CLS projection"):
-        load(tmp_path / "clip")
+    make_projected("llava").save_pretrained(tmp_path / "llava")  # whose tower is a CLIP without one
+    for name in ("clip", "llava"):
+        with pytest.raises(CheckpointError, match="holds no visual_projection, the weights of the CLS projection"):
+            describe_tower(open_checkpoint(str(tmp_path / name)), ExportOptions(head="embedding"))
 
 
 def test_siglip_without_the_weights_of_its_pooling_head_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_projectors_that_no_engine_can_hold_are_refused(config: dict[str, Any], 
 
 
 def test_projector_without_weights_is_refused(llava: Write) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no mm_projector, the weights of its mm_projector\. Export the"):
+    with pytest.raises(CheckpointError, match=r"holds no mm_projector, the weights of the mm_projector\. Export a"):
         run(llava({}, mm_projector_type="mlp2x_gelu"))
 
 

@@ -68,7 +68,7 @@ def test_contrastive_model_has_no_projector(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.SiglipConfig(vision_config=vision, text_config=text | {"vocab_size": 99})
     transformers.SiglipModel(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"the projector of a siglip is none that trtower exports\. Leave"):
+    with pytest.raises(CheckpointError, match=r", a siglip, has no projector: use --head embedding"):
         describe(tmp_path)
 
 
@@ -163,3 +163,13 @@ def test_config_without_a_language_model_is_named_and_not_a_traceback(llava: Pat
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"its head could not be built: .*none such"):
         describe(llava)
+
+
+def test_projector_that_returns_only_zeros_is_refused(tmp_path: Path) -> None:
+    model = make("gemma3")
+    model.model.multi_modal_projector.mm_input_projection_weight.zero_()  # as transformers makes it anew
+    model.save_pretrained(tmp_path / "gemma3")
+    options = ExportOptions(head="projector", flavour="none", check=False)
+    with pytest.raises(CheckpointError, match=r"features are zero for every image.* of its Gemma3Multi.* trained\?"):
+        export_tower(str(tmp_path / "gemma3"), tmp_path / "b", options)
+    assert not (tmp_path / "b").exists()

@@ -102,16 +102,16 @@ def test_layers_and_tokens_cannot_be_chosen_any_more(bundle: Path) -> None:
 
 
 def test_code_of_llava_would_project_twice(bundle: Path) -> None:
-    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_tower=str(bundle))
-    with pytest.raises(
-        ConfigError, match=r"ends with the projector .*, but the code of this model projects what its tower"
-    ):
-        CLIPVisionTower(bundle, config, delay_load=True)
-    alone = CLIPVisionTower.load(bundle)
-    assert (alone.hidden_size, alone.num_patches) == (TEXT_WIDTH, NUM_PATCHES)
+    twice = r"ends with the projector .*, but LLaVA's and VILA's code projects .*, or use trtower\.VisionTower"
+    config = SimpleNamespace(mm_vision_select_layer=-2)
     several = SimpleNamespace(mm_vision_select_layer=-2, s2=True, s2_scales=f"{IMAGE_SIZE},{2 * IMAGE_SIZE}")
-    with pytest.raises(ConfigError, match=r"but a projector reads the merged map of several scales: export it without"):
-        CLIPVisionTowerS2(bundle, several, delay_load=True)
+    for tower, args in ((CLIPVisionTower, config), (CLIPVisionTowerS2, several)):
+        with pytest.raises(ConfigError, match=twice):
+            tower(bundle, args, delay_load=True)
+    with pytest.raises(ConfigError, match=twice):
+        CLIPVisionTower.load(bundle)
+    alone = VisionTower.load(bundle)
+    assert (alone.hidden_size, alone.num_patches) == (TEXT_WIDTH, NUM_PATCHES)
 
 
 def test_hidden_states_are_absent(bundle: Path) -> None:
