@@ -1,14 +1,17 @@
 """Small but real checkpoints, written by transformers, and bundles that the pipeline exports from them."""
 
+import gc
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from trtower.layer_codes import LayerCode
 from trtower.spec import BatchProfile
@@ -16,6 +19,10 @@ from trtower.tower.vision_tower import VisionTower
 from trtower_export.pipeline import ExportOptions, export_tower
 
 collect_ignore = ["tensorrt"]  # it needs other environments, which `make test-tensorrt` makes
+
+# Tests trace hundreds of towers: a third of that was looking for garbage, and reading torch's table of operators again.
+gc.set_threshold(100_000, 50, 100)
+ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 NUM_LAYERS = 4
 IMAGE_SIZE = 42
@@ -58,6 +65,9 @@ POSITIONS = "transformers 4.57 computes wrong positions for Idefics3's and SmolV
 REFUSED = {"idefics3_vision", "smolvlm_vision"} if IS_OLD else set[str]()
 for _name in REFUSED:
     del MODELS[_name]
+PLAIN = {"clip-gelu", "internvl_vision-normed", "internvl_vision-unplaced", "smolvlm_vision"}
+"""Variants whose graphs add nothing to those of others."""
+DISTINCT = [name for name in MODELS if name not in PLAIN]
 
 
 TOWERS = tuple(

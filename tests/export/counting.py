@@ -1,12 +1,24 @@
-"""Count the FLOP of an ONNX file by its operators, as a second opinion on PyTorch's count by modules."""
+"""Count the cost of a cut tower: in PyTorch by its modules, and in an ONNX file by its operators."""
 
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 import onnx
+from torch import nn
+
+from trtower.bundle.manifest import TowerCost
+from trtower.spec import TowerSpec
+from trtower_export.graph.cost import count_flop
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def count(tower: nn.Module, spec: TowerSpec) -> TowerCost:
+    """Count a cut tower in PyTorch; its parameters include tables that were computed for its size."""
+    floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
+    parameters = sum(tensor.numel() for tensor in floats)
+    return TowerCost(layers=spec.depth, parameters=parameters, flop=count_flop(tower, spec.image_size))
 
 
 def flop_of(path: Path) -> int:

@@ -19,14 +19,16 @@ import transformers
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from tests.conftest import BATCH, IMAGE_SIZE, MODELS, make_model
+from tests.conftest import BATCH, DISTINCT, IMAGE_SIZE, make_model
+from tests.export.counting import count, flop_of
 from tests.export.small_towers import IS_OLD
-from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
+from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, TowerCost
 from trtower.errors import BuildError, ConfigError
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.console import Step
 from trtower_export.families import FAMILIES, family_of, idefics3_vision, siglip2
+from trtower_export.graph.cost import measure_graph
 from trtower_export.graph.onnx_graph import write_onnx
 from trtower_export.graph.operations import trace
 from trtower_export.graph.truncate import truncate
@@ -52,11 +54,8 @@ TOLERANCE = {"fp16": 2e-3, "fp32": 2e-6}
 
 FLOATS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
 
-PLAIN = {"clip-gelu", "internvl_vision-normed", "internvl_vision-unplaced", "smolvlm_vision"}
-"""Variants whose graphs add nothing to those of others."""
-
 GRAPHS = [
-    *((name, "fp16") for name in MODELS if name not in PLAIN),
+    *((name, "fp16") for name in DISTINCT),
     ("internvl_vision-rms", "bf16"),
     ("aimv2-native", "fp32"),
 ]
@@ -66,7 +65,7 @@ FP32_NORMS = {"internvl_vision-rms", "aimv2", "aimv2-native"}
 SPLIT_HEADS = {"dinov3_vit", "dinov3_vit-gated", "eva_clip"}
 """Models that compute with queries and keys after the heads were split, such as rotating them."""
 
-PLANS = [*((family.name, "fp16") for family in FAMILIES if family.name in MODELS.keys() - PLAIN), *GRAPHS[-2:]]
+PLANS = [*((family.name, "fp16") for family in FAMILIES if family.name in DISTINCT), *GRAPHS[-2:]]
 
 Array = npt.NDArray[np.float32]
 
@@ -79,6 +78,8 @@ class Written:
     states: tuple[torch.Tensor, ...]
     weights: Array
     """Every element of the cut tower's weights and constants, in the graph's precision, sorted."""
+    cost: TowerCost
+    """As counted in PyTorch."""
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +98,13 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Writ
             if gradient is None:
                 parameter.data.fill_(DEAD)
         tower = truncate(fresh, family, spec)
+        cost = count(tower, spec)
         folder = tmp_path_factory.mktemp(f"{name}-{precision}")
         program = trace(tower, spec.input(precision), BATCH)
         write_onnx(program, spec.input(precision), spec.output(precision), folder)
         floats = [tensor for tensor in (*tower.parameters(), *tower.buffers()) if tensor.is_floating_point()]
         weights = np.sort(torch.cat([tensor.detach().float().flatten() for tensor in floats]).numpy())
-        return Written(folder, spec, pixels, tuple(state.detach() for state in states), weights)
+        return Written(folder, spec, pixels, tuple(state.detach() for state in states), weights, cost)
 
     return get
 
@@ -120,6 +122,16 @@ def test_graph_holds_the_cut_tower_and_no_dead_weight(
     assert DEAD not in elements
     assert np.array_equal(np.sort(elements), written.weights)
     assert len(floats) - len(weights) <= SCALARS
+
+
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_graph_costs_exactly_what_the_modules_do(
+    write: Callable[[str, str], Written], name: str, precision: str
+) -> None:
+    written = write(name, precision)
+    assert measure_graph(written.folder / GRAPH, written.cost.flop) == written.cost
+    files = [GRAPH] if precision == "fp32" else [GRAPH, FUSED_GRAPH]
+    assert {flop_of(written.folder / file) for file in files} == {written.cost.flop}
 
 
 @pytest.mark.parametrize(("name", "precision"), GRAPHS)
