@@ -21,7 +21,9 @@ BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 demo: $(STAMP)
 	$(BIN)/trtower demo
 
-test: lint types pytest
+# mypy needs one core, and the tests have two processes.
+test: lint
+	$(MAKE) --jobs 2 types pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from trtower.spec import TowerSpec
 from trtower.tower.outputs import served_layers
 
 CHANGED = (
-    "The model was changed after it was loaded, or is of another revision: merge what was added to the tower, and "
+    "The model was changed after it was loaded, or is of another revision: merge what was added to it, and "
     "export the folder that model.save_pretrained writes."
 )
 
@@ -49,8 +49,7 @@ def check_match(
             f"{bundle.path} is a rehearsal, with random weights, so the model's answers would mean nothing: export its "
             "checkpoint, or accept the rehearsal with allow_random_weights=True."
         )
-    checkpoint, export = _loaded_from(model, place), own_export(model, place, bundle)
-    own = CHANGED if checkpoint == source.checkpoint else export
+    export, own = ways_out(model, place, bundle)
     _check_config(place, bundle, export, own)
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
@@ -98,10 +97,11 @@ def check_replaceable(model: nn.Module, place: Slot, *, dropped: bool) -> None:
             )
 
 
-def own_export(model: nn.Module, place: Slot, bundle: Bundle) -> str:
-    """Say to export the model's own checkpoint, with the command if the model says where it was loaded from."""
+def ways_out(model: nn.Module, place: Slot, bundle: Bundle) -> tuple[str, str]:
+    """Say to export the model's own checkpoint; and what to do about other weights, which it may have got since."""
     checkpoint = _loaded_from(model, place)
-    return f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    export = f"Export the model's own checkpoint{f': {export_command_of(checkpoint, bundle)}' if checkpoint else '.'}"
+    return export, CHANGED if checkpoint == bundle.manifest.source.checkpoint else export
 
 
 def _loaded_from(model: nn.Module, place: Slot) -> str | None:

@@ -22,7 +22,7 @@ from trtower.fingerprint import weights_sha256
 from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
-from trtower.installation.match import check_replaceable, own_export
+from trtower.installation.match import check_replaceable, ways_out
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
@@ -105,9 +105,10 @@ def check_projector(place: Slot, model: nn.Module, bundle: Bundle) -> None:
         )
     expected = source.head_sha256.get(name or "")
     if expected != (weights_sha256(parameters, DTYPES[name]) if name else None):
+        _, own = ways_out(model, place, bundle)
         raise ConfigError(
             f"{place.path} of this model has other weights than the one inside {bundle.path}, which was made of "
-            f"{source.checkpoint}. {own_export(model, place, bundle)}"
+            f"{source.checkpoint}. {own}"
         )
 
 

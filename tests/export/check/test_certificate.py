@@ -289,7 +289,7 @@ def test_checkpoint_that_is_not_finite_in_fp32_is_sent_to_the_doctor_in_one_line
 ) -> None:
     options = ExportOptions(flavour="none", check=False, precision="fp32", profiles=(BATCH,))
     with monkeypatch.context() as patch:  # as if the golden images were finite
-        patch.setattr(UncutTower, "states", lambda *_: [torch.zeros(1, 10, WIDTH)] * 10)
+        patch.setattr(UncutTower, "states", lambda *_: [torch.ones(1, 10, WIDTH)] * 10)
         bundle = export_tower(str(infinite), tmp_path / "b", options)
     folder = pictures(tmp_path / "pictures", readable=1)
     assert run(["check", str(bundle.path), "--images", str(folder)]) == 1
