@@ -21,7 +21,7 @@ BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 demo: $(STAMP)
 	$(BIN)/trtower demo
 
-# mypy needs one core, and the tests have two processes.
+# Side by side: mypy has one process, the tests have two, and neither always uses a whole core.
 test: lint
 	$(MAKE) --jobs 2 types pytest
 

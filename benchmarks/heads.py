@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from trtower import VisionTower
+from trtower import Bundle
 from trtower.parity.golden import Golden
 from trtower.spec import profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
@@ -57,7 +57,7 @@ def main() -> None:
 
 def count_work(path: Path) -> tuple[int, float]:
     """Return the images that `trtower verify` runs, and the seconds of a large matrix product of as many FLOP."""
-    bundle = VisionTower(path).bundle
+    bundle = Bundle.open(path)
     members = len(Golden.read(bundle).images)
     images = sum(-(-members // size) * size for size in profile_batches(bundle.manifest.profiles))
     flop_per_second = measure_ceilings(torch.device("cpu"), ["fp32"])["fp32"]

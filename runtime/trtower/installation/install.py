@@ -217,7 +217,7 @@ def _make_replacements(
     replacements: list[tuple[Slot, Replacement]] = [(place, make_stand_in(place, tower, installation))]
     if projector and (head := tower.spec.head):
         found = check_projection(installation.model, place, projector, tower, compared=compared)
-        of_head = {"_spec": tower.spec, "_projected": found, "_divisor": head.divisor}
+        of_head = {"_layers": tower.spec.layers, "_projected": found, "_divisor": head.divisor}
         stand_in = make_replacement(projector, ProjectorStandIn, installation, **of_head)
         installation._projector = (projector, stand_in)
         replacements.append(installation._projector)

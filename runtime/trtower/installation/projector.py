@@ -88,7 +88,7 @@ def check_settings(place: Slot, model: nn.Module, bundle: Bundle) -> None:
         if value is not None and json.dumps(value) != expected:
             raise ConfigError(
                 f"{bundle.path} was made of a projector with {name}={expected}; {place.path} of this model has "
-                f"{json.dumps(value)}: export the model's own checkpoint, or export without --head."
+                f"{json.dumps(value)}. {ways_out(model, place, bundle)[0]}"
             )
 
 

@@ -17,7 +17,6 @@ from trtower.installation.carried import Carried, carry
 from trtower.installation.find import Slot
 from trtower.installation.original import Original, wants_gradient
 from trtower.installation.projector import Projected
-from trtower.spec import TowerSpec
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
 from trtower.tower.vision_model import named_as
@@ -160,7 +159,7 @@ class StandIn(Replacement):
 class ProjectorStandIn(Replacement):
     """Answers like the projector whose class it shares, with the features that the engine has already computed."""
 
-    _spec: TowerSpec
+    _layers: tuple[int, ...]
     _projected: Projected
     _divisor: float
 
@@ -180,10 +179,10 @@ class ProjectorStandIn(Replacement):
         features, found = states.features.to(states.device), self._projected
         if len(states) != len(features):
             raise ConfigError(f"{self._path} got {len(states)} rows for {len(features)} images: {BACK}.")
-        if (states.layers, tuple(states.shape[1:])) != (self._spec.layers, found.given):
+        if (states.layers, tuple(states.shape[1:])) != (self._layers, found.given):
             raise ConfigError(
                 f"{self._path} got states {states.layers} of shape {tuple(states.shape[1:])}, but the engine projects "
-                f"{self._spec.layers} of shape {found.given}: leave the model's layer and tokens as they were when the "
+                f"{self._layers} of shape {found.given}: leave the model's layer and tokens as they were when the "
                 f"bundle was installed; {BACK}."
             )
         if self.anchor.empty.requires_grad:

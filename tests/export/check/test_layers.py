@@ -63,7 +63,7 @@ def test_sound_graph_jumps_nowhere(
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", DISTINCT)
-def test_every_state_of_every_family_is_found_in_its_graph(name: str, tmp_path: Path) -> None:
+def test_every_state_of_every_kind_of_tower_is_found_in_its_graph(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "checkpoint")
     options = ExportOptions(
         select_layer=(-2, LAST), select_feature="cls_patch", profiles=(BATCH,), flavour="none", check=False

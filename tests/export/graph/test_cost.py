@@ -168,7 +168,10 @@ def test_batch_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_one_layer_too_many_shows_in_every_figure(precision: str, tmp_path: Path) -> None:
     tower, spec = cut(make_model("clip"))
-    right, wrong = count(tower, spec), write(*cut(make_model("clip"), -1), precision, tmp_path)
+    whole = cut(make_model("clip"), -1)
+    right, counted = count(tower, spec), count(*whole)
+    wrong = write(*whole, precision, tmp_path)
+    assert wrong == counted
     assert wrong.layers == right.layers + 1
     assert wrong.parameters == right.parameters + sum(p.numel() for p in tower.layers[0].parameters())
     assert wrong.flop > right.flop

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import trtower
 from tests.conftest import IMAGE_SIZE as SMALL
@@ -202,6 +203,20 @@ def test_encode_for_takes_the_projected_features(bundles: Any) -> None:
     assert all((one - other).abs().max() <= EXACT for one, other in zip(encoded, expected, strict=True))
 
 
+@pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers has no mm_encoder_outputs")
+def test_generate_takes_the_features_of_the_tower_itself(bundles: Any) -> None:
+    model, tower = make("llava"), trtower.VisionTower.load(bundles("llava"))
+    ids = torch.tensor([[1, 5, *[110] * models.NUM_PATCHES, 7]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    scores = {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(**given, **scores, pixel_values=pixels(1))
+    listed: Any = list(tower(pixels(1)))
+    encoded = BaseModelOutputWithPooling(pooler_output=listed)
+    found = model.generate(**given, **scores, mm_encoder_outputs={"image": encoded})
+    assert torch.equal(found.sequences, expected.sequences)
+    assert (torch.stack(found.logits) - torch.stack(expected.logits)).abs().max() <= 10 * EXACT
+
+
 def projector_of(model: Any) -> Any:
     return model.model.multi_modal_projector
 
@@ -213,6 +228,12 @@ def test_projector_with_other_weights_is_refused(bundles: Any) -> None:
     with pytest.raises(ConfigError, match=r"multi_modal_projector of this model has other weights than the one inside"):
         trtower.install(model, bundles("llava"))
     assert dict(model.named_modules()) == before
+    source = json.loads((bundles("llava") / MANIFEST).read_text())["source"]["checkpoint"]
+    ways = {"my/tuned": "trtower export my/tuned --head projector", source: "was changed after it was loaded"}
+    for loaded_from, way_out in ways.items():
+        model.config._name_or_path = loaded_from
+        with pytest.raises(ConfigError, match=way_out):
+            trtower.install(model, bundles("llava"))
 
 
 def test_quantised_projector_is_refused(bundles: Any) -> None:

@@ -1,5 +1,6 @@
 """Bundles with a head: what a tower says of itself, and where model code would treat its features wrongly."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,10 +124,12 @@ def test_hidden_states_are_absent(bundle: Path) -> None:
         output.hidden_states[3]
 
 
-def test_commands_that_are_suggested_keep_or_drop_the_head(bundle: Path, embedding: Path) -> None:
+def test_commands_that_are_suggested_keep_or_drop_the_head(bundle: Path, embedding: Path, tmp_path: Path) -> None:
     again = export_command_of("other", Bundle.open(bundle))
     assert "--head projector --precision fp32" in again
-    assert "--head" not in export_command(Bundle.open(bundle), -1, IMAGE_SIZE)
+    named = Bundle.open(shutil.copytree(bundle, tmp_path / "small-projector"))
+    assert "--head" not in export_command(named, -1, IMAGE_SIZE)
+    assert export_command(named, -1, IMAGE_SIZE).endswith(f"--out {tmp_path / 'small'}-layer-1")
     command = export_command_of("other", Bundle.open(embedding))
     assert "--head embedding --normalize" in command
     assert "--keep-fp32 head.pool.attention.q_proj," in command
