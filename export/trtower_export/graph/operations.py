@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 
 from trtower.dtypes import DTYPES, PIXEL_DTYPES
@@ -247,11 +248,15 @@ def insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: An
 
 
 def evaluate(node: fx.Node) -> Any:
-    """Run one node on the fake tensors of its arguments."""
+    """Run one node on the fake tensors of its arguments, through the dispatcher in Python, as torch's tracers do.
+
+    In torch 2.11, which LeRobot pins, `matmul` in C++ would make the batch a constant.
+    """
     args: Any = fx.node.map_arg(node.args, lambda argument: argument.meta["val"])
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["val"])
     target: Any = node.target
-    return target(*args, **kwargs)
+    with enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 def module_path(node: fx.Node) -> str:
