@@ -21,7 +21,7 @@ from PIL import Image
 
 from trtower import VisionTower
 from trtower.runners.choose import candidates
-from trtower.tower.prepare import count_threads, prepare_batches
+from trtower.tower.prepare import count_threads, each_picture, prepare_batches
 from trtower_export.bench.race import race
 from trtower_export.check.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -72,7 +72,8 @@ def race_preparation(tower: VisionTower, folder: Path) -> None:
     threads = count_threads(None)
 
     def ours() -> int:
-        return sum(len(each) for each in prepare_batches(paths, tower.image_processor, AT_ONCE, threads))
+        named = each_picture(paths, tower.image_processor)
+        return sum(len(each) for each in prepare_batches(named, tower.image_processor, AT_ONCE, threads))
 
     def transformers() -> int:
         done = 0

@@ -24,7 +24,7 @@ ROWS = {
         "__main__",
     ),
     "trtower_export": (
-        "arguments console drawing options recipes targets families heads",
+        "arguments console drawing options recipes targets families heads policies",
         "checkpoint",
         "graph",
         "precision plan",

@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import copy, deepcopy
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import torch
 
 from trtower.bundle.manifest import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
+from trtower.tower.camera import PADDINGS, prepare_frame
 from trtower.tower.dicts import AttributeDict, Size
 from trtower.tower.pictures import CHANNELS_FIRST, CHANNELS_LAST, FORMATS, Array, Images, channels_first, flatten
 
@@ -46,6 +48,7 @@ _CLIP: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "data_format": CHANNELS_FIRST,
+    "resize_with_pad": None,
 }
 _SIGLIP = _CLIP | {
     "size": {"height": 224, "width": 224},
@@ -54,7 +57,14 @@ _SIGLIP = _CLIP | {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+_OF_CAMERAS = _SIGLIP | {"resample": 2, "resize_with_pad": "lerobot"}
 _DEFAULTS = {"CLIPImageProcessor": _CLIP, "BitImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
+_DEFAULTS |= {"ResizeWithPadImageProcessor": _OF_CAMERAS}  # of robot policies; transformers does not have it
+_CHOICES: dict[str, tuple[str, Container[Any]]] = {
+    "data_format": (" or ".join(map(repr, FORMATS[:2])), FORMATS[:2]),
+    "resample": ("a Pillow filter, 0 to 5", range(6)),
+    "resize_with_pad": (f"None or {', '.join(PADDINGS)}", (None, *PADDINGS)),
+}
 # Keys that transformers also writes: names, and settings of padding, GPUs and token counts. They change no pixel here.
 _INERT = {"_valid_processor_keys", "feature_extractor_type", "image_processor_type", "processor_class"}
 _INERT |= {"device", "disable_grouping", "image_seq_length", "pad_size", "size_divisor"}
@@ -105,6 +115,7 @@ class ImageProcessor:
     image_mean: Sequence[float] | float
     image_std: Sequence[float] | float
     data_format: str
+    resize_with_pad: str | None
     _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -150,7 +161,8 @@ class ImageProcessor:
         Returns:
             A dict that can be written as JSON.
         """
-        return {name: deepcopy(getattr(self, name)) for name in ("image_processor_type", *_CLIP)}
+        settings = {name: deepcopy(getattr(self, name)) for name in ("image_processor_type", *_CLIP)}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def preparing_floats(self) -> "ImageProcessor":
         """Return the processor of prepared floats for a bundle that takes bytes.
@@ -236,21 +248,37 @@ class ImageProcessor:
     def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
         try:
             original = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
-            pixels = original
-            if self.do_resize:
-                pixels = _resize(pixels, self.size, self.resample)
-            if self.do_center_crop:
-                pixels = _center_crop(pixels, self.crop_size)
-            if self.do_rescale:
-                pixels = _scale(pixels, self.rescale_factor)
-            if self.do_normalize:
-                pixels = _normalize(pixels, self.image_mean, self.image_std)
+            pixels = self._of_camera(original) if self.resize_with_pad else self._of_picture(original)
             if self.data_format == CHANNELS_LAST:
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
         except InputError as err:
             raise InputError(f"{name}: {err}") from err
-        self._warn_of_range(name, original)
+        if not self.resize_with_pad:
+            self._warn_of_range(name, original)
         return pixels
+
+    def _of_picture(self, pixels: Array) -> Array:
+        """Do what transformers' processors do, step by step."""
+        if self.do_resize:
+            pixels = _resize(pixels, self.size, self.resample)
+        if self.do_center_crop:
+            pixels = _center_crop(pixels, self.crop_size)
+        if self.do_rescale:
+            pixels = _scale(pixels, self.rescale_factor)
+        return _normalize(pixels, self.image_mean, self.image_std) if self.do_normalize else pixels
+
+    def _of_camera(self, frame: Array) -> Array:
+        """Do what a robot policy does with a frame, whose type says its range."""
+        sides = set(self.size.values())
+        if len(sides) != 1 or "shortest_edge" in self.size:
+            raise ConfigError(f"size={dict(self.size)}; resize_with_pad={self.resize_with_pad!r} makes squares.")
+        return prepare_frame(
+            frame,
+            PADDINGS[str(self.resize_with_pad)],
+            sides.pop(),
+            scale=partial(_scale, factor=self.rescale_factor) if self.do_rescale else None,
+            normalize=partial(_normalize, mean=self.image_mean, std=self.image_std) if self.do_normalize else None,
+        )
 
     def _warn_of_range(self, name: str, pixels: Array) -> None:
         """Warn about values that the settings scale twice or not at all, once per advice."""
@@ -272,10 +300,9 @@ def _checked(name: str, value: Any) -> Any:
     """Return a copy of ``value`` in the form that the steps read; raise ConfigError if it is invalid."""
     if name.startswith("do_"):
         expected, valid = "True or False", isinstance(value, bool)
-    elif name == "data_format":
-        expected, valid = " or ".join(map(repr, FORMATS[:2])), value in FORMATS[:2]
-    elif name == "resample":
-        expected, valid = "a Pillow filter, 0 to 5", isinstance(value, int) and value in range(6)
+    elif name in _CHOICES:
+        expected, choices = _CHOICES[name]
+        valid = isinstance(value, int | str | None) and not isinstance(value, bool) and value in choices
     elif name == "rescale_factor":
         expected, valid = "a finite number", _is_number(value)
     elif name in ("image_mean", "image_std"):

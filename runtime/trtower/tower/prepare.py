@@ -42,9 +42,9 @@ def count_threads(threads: int | None) -> int:
 
 
 def prepare_batches(
-    pictures: "Picture | Iterable[Picture]", processor: ImageProcessor, size: int, threads: int
+    pictures: "Iterable[tuple[str, Picture]]", processor: ImageProcessor, size: int, threads: int
 ) -> Iterator[torch.Tensor]:
-    """Yield the pixel values of pictures, ``size`` at a time; the last batch may be smaller.
+    """Yield the pixel values of named pictures, ``size`` at a time; the last batch may be smaller.
 
     Raises InputError, which names the picture, for one that cannot be read or prepared.
     """
@@ -52,7 +52,7 @@ def prepare_batches(
     waiting: deque[Future[torch.Tensor]] = deque()
     batch: list[torch.Tensor] = []
     try:
-        for name, picture in _each(pictures, "pictures"):
+        for name, picture in pictures:
             waiting.append(pool.submit(_prepare, processor, name, _own(name, picture)))
             if len(waiting) >= size + threads:
                 batch.append(waiting.popleft().result())
@@ -101,7 +101,7 @@ def _joined(batch: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(batch)
 
 
-def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
+def each_picture(pictures: Any, processor: ImageProcessor, name: str = "pictures") -> "Iterator[tuple[str, Picture]]":
     """Yield every picture with its name: what was passed, and for a file its path. Raises InputError."""
     from PIL.Image import Image
 
@@ -111,10 +111,10 @@ def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
     elif isinstance(pictures, Image):
         yield name, pictures
     elif isinstance(pictures, np.ndarray | torch.Tensor):
-        yield from _each_of_array(pictures, name)
+        yield from _each_of_array(pictures, name, fractions=processor.resize_with_pad is not None)
     elif isinstance(pictures, Iterable) and not isinstance(pictures, IOBase | bytes | bytearray | memoryview | dict):
         for index, picture in enumerate(pictures):
-            yield from _each(picture, f"{name}[{index}]")
+            yield from each_picture(picture, processor, f"{name}[{index}]")
     else:
         raise InputError(
             f"{name} is of type {type(pictures).__name__}; expected a path, a PIL image, a uint8 array or tensor, or "
@@ -122,9 +122,10 @@ def _each(pictures: Any, name: str) -> "Iterator[tuple[str, Picture]]":
         )
 
 
-def _each_of_array(pictures: "Array | torch.Tensor", name: str) -> "Iterator[tuple[str, Picture]]":
-    """Yield the picture or the pictures of an array."""
-    if str(pictures.dtype).removeprefix("torch.") != "uint8":
+def _each_of_array(pictures: "Array | torch.Tensor", name: str, *, fractions: bool) -> "Iterator[tuple[str, Picture]]":
+    """Yield the picture or the pictures of an array of bytes; frames of a camera may also be ``fractions``."""
+    dtype = str(pictures.dtype).removeprefix("torch.")
+    if dtype != "uint8" and not (fractions and dtype in ("float32", "float64")):
         raise InputError(
             f"{name} has dtype {pictures.dtype}; expected uint8, from 0 to 255. For pixel values that are prepared "
             "already: tower(pixel_values)."

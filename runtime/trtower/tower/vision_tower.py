@@ -6,7 +6,8 @@ Shapes: B images, T tiles per image, S pixels per side, P prefix tokens, N patch
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from typing_extensions import Self, Unpack
@@ -242,39 +243,64 @@ class VisionTower(TowerAnswers):
             tokens = self._run(runner, packed.pixel_values, destination)
             return self._images.unpack(packed, self.feature_select(tokens), out)
 
-    @torch.no_grad()
+    @overload
+    def encode(  # type: ignore[overload-overlap]
+        self, pictures: Mapping[str, Any], *, batch_size: int | None = None, threads: int | None = None
+    ) -> dict[str, torch.Tensor]: ...
+
+    @overload
     def encode(
         self, pictures: "Picture | Iterable[Picture]", *, batch_size: int | None = None, threads: int | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor: ...
+
+    @torch.no_grad()
+    def encode(
+        self, pictures: Any, *, batch_size: int | None = None, threads: int | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Turn pictures into features: decode, prepare and run them.
 
         Each is prepared by `image_processor`, so as transformers' processor of the checkpoint does: grey, palette and
         CMYK become RGB, transparency is composited on white, and a file's EXIF orientation is ignored. LLaVA's loader
         ignores it, too; transformers' `load_image` turns the picture first, as `PIL.ImageOps.exif_transpose` does.
-        16-bit pictures are refused.
+        16-bit pictures are refused. The bundle of a robot policy prepares a camera's frames as the policy does.
 
         Args:
             pictures: Paths, PIL images, uint8 arrays or tensors (H, W, C) or (C, H, W), or batches of arrays; one, or
-                any iterable of them. They are read while others run, a batch ahead.
+                any iterable of them. They are read while others run, a batch ahead. For a robot policy, arrays may also
+                be fractions from 0 to 1 in float32. A dict holds them by camera, and all cameras run together.
             batch_size: Pictures in one engine call. Default: what the bundle's plans are tuned for.
             threads: Threads that decode and prepare. Default: one for each processor, at most 8.
 
         Returns:
             The features (B, N, D), or (B, D) of an embedding, in the order of the pictures, with B of 1 for one; in the
-            tower's dtype and on its device. Models that tile or pad pictures do that before: pass the tiles.
+            tower's dtype and on its device. Models that tile or pad pictures do that before: pass the tiles. For a dict
+            of cameras, a dict of their features.
 
         Raises:
             InputError: If a picture cannot be read or prepared, or there are none. The message names it.
             ConfigError: If `batch_size` or `threads` is not a positive number.
             BackendError: If the tower is not loaded, or cannot run here.
         """
-        from trtower.tower.prepare import count_threads, prepare_batches  # model code prepares by itself
+        from trtower.tower.prepare import count_threads, each_picture  # model code prepares by itself
 
         size = self.bundle.manifest.batch.opt if batch_size is None else batch_size
         if type(size) is not int or size < 1:
             raise ConfigError(f"batch_size={batch_size!r}; expected a number of at least 1.")
+        number = count_threads(threads)
+        if not isinstance(pictures, Mapping):
+            return self._encode(each_picture(pictures, self.image_processor), size, number)
+        cameras = {
+            camera: [*each_picture(frames, self.image_processor, f"pictures[{camera!r}]")]
+            for camera, frames in pictures.items()
+        }
+        features = self._encode(chain.from_iterable(cameras.values()), size, number)
+        return dict(zip(cameras, features.split([*map(len, cameras.values())]), strict=True))
+
+    def _encode(self, pictures: "Iterable[tuple[str, Picture]]", size: int, threads: int) -> torch.Tensor:
+        from trtower.tower.prepare import prepare_batches
+
         least, found = self.bundle.manifest.batch.min, list[torch.Tensor]()
-        for pixel_values in prepare_batches(pictures, self.image_processor, size, count_threads(threads)):
+        for pixel_values in prepare_batches(pictures, self.image_processor, size, threads):
             images = pixel_values.to(self.dtype) if self.spec.takes_floats else pixel_values
             extra = images[-1:].expand(max(0, least - len(images)), *images.shape[1:])  # computed, then dropped
             features = self.forward(torch.cat([images, extra]) if len(extra) else images)
