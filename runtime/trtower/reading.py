@@ -11,7 +11,7 @@ from trtower.layer_codes import LAST, LayerCode
 READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "aya_vision", "internvl")
 """Model types that read the layer named by `vision_feature_layer` in their config."""
 
-READS_LAST = ("paligemma", "gemma3", "cohere2_vision", "blip-2", "idefics3", "smolvlm")
+READS_LAST = ("paligemma", "openpi", "gemma3", "cohere2_vision", "blip-2", "idefics3", "smolvlm")
 """Model types that read `last_hidden_state`. What other types read is not known."""
 
 

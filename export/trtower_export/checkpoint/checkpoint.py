@@ -85,7 +85,9 @@ class Checkpoint:
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """The batch profiles that its plans are tuned for by default."""
+        """The batch profiles that its plans are tuned for by default: for a robot policy, all its cameras at once."""
+        if cameras := self.layout.cameras:
+            return (BatchProfile(min=1, opt=cameras, max=cameras),)
         return (self.recipe.batch if self.recipe else DEFAULT_BATCH,)
 
     def describe(self) -> str:
@@ -112,7 +114,7 @@ class Checkpoint:
                 checkpoint's, else its recipe's, else LLaVA's -2.
             select_feature: "patch" (without the prefix tokens), "cls_patch" (with them), or a slice of LLaVA-NeXT.
                 By default the checkpoint's, else its recipe's, else "patch".
-            image_size: S, in pixels a side. By default the recipe's, else the config's.
+            image_size: S, in pixels a side. By default the checkpoint's, else its recipe's, else the config's.
 
         Returns:
             The spec, with the layers as indices of hidden states.
@@ -145,8 +147,8 @@ class Checkpoint:
             )
         if select_layer is None and layout.select_layer is not None:
             self._check_layer(layer, feature)
-        if image_size is None and recipe:
-            image_size = recipe.image_size
+        if image_size is None:
+            image_size = layout.image_size or (recipe.image_size if recipe else None)
         return self.family.spec(self.config, layer, feature, image_size)
 
     def _check_layer(self, layer: LayerCode, feature: str) -> None:

@@ -52,6 +52,8 @@ class Layout:
         drops_first: The setting that makes eager code drop a tower's first token, if there is one.
         not_pooled: Why its tokens are not pooled as an embedding here is; None if they are.
         contrastive: Whether the model reads one pooled vector per image and no hidden state.
+        image_size: S at which the model uses its tower, in pixels a side; None if it is that of the vision config.
+        cameras: How many images a robot policy reads at a time; None for another model, or if its config does not say.
         image_aspect_ratio: The config's word for how pictures are padded or tiled before they are prepared.
         remarks: What an export tells the user.
     """
@@ -73,6 +75,8 @@ class Layout:
     drops_first: str | None = None
     not_pooled: str | None = None
     contrastive: bool = False
+    image_size: int | None = None
+    cameras: int | None = None
     image_aspect_ratio: str | None = None
     remarks: tuple[str, ...] = ()
 

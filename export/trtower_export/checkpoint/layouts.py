@@ -1,10 +1,12 @@
 """Recognise what a checkpoint is from its files: where its tower's config and tensors lie, and which layer it reads.
 
-A tower comes in four forms: as Hugging Face writes it, by itself or inside a larger model; inside an original LLaVA
-checkpoint, or as the separate tower that it names; in a folder inside a VILA checkpoint; as an OpenCLIP file. Configs
+A tower comes in five forms: as Hugging Face writes it, by itself or inside a larger model; inside an original LLaVA
+checkpoint, or as the separate tower that it names; in a folder inside a VILA checkpoint; inside a robot policy, whose
+config names the model that it is built on or leaves that to its code; as an OpenCLIP file. Configs
 and the names of tensors are read here, not the weights, and the checkpoint's own code runs only if it is trusted.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +21,10 @@ from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
 from trtower_export.checkpoint.layout import Layout, Request, inside_model, no_tower, with_tower
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
-from trtower_export.checkpoint.tensors import Tensors, find_tensors
-from trtower_export.checkpoint.vision_config import read_vision_config
+from trtower_export.checkpoint.tensors import Tensors, find_tensors, names_in
+from trtower_export.checkpoint.vision_config import check_vision_config, read_vision_config
 from trtower_export.families import family_of
+from trtower_export.policies import Policy, find_policy, openpi, refuse_other_policy
 from trtower_export.recipes import Recipe, find_recipe
 
 VILA_TOWER, VILA_PROJECTOR = "vision_tower", "mm_projector"
@@ -36,6 +39,8 @@ def from_recipe(recipe: Recipe) -> Layout:
     model: Any = SimpleNamespace(**recipe.model) if recipe.model else None
     if recipe.model and recipe.model["model_type"] in transformers.CONFIG_MAPPING and "text_config" in recipe.model:
         model = transformers.AutoConfig.for_model(**recipe.model, vision_config=vision.to_dict())
+    elif "text_config" in recipe.model:
+        model.vision_config = vision
     family = family_of(vision.model_type)
     return Layout(kind="recipe", config=vision, family=family, preprocessor=recipe.preprocessor, model=model)
 
@@ -47,7 +52,11 @@ def recognise(files: Files, request: Request) -> Layout:
     """
     refuse_bundle(files)
     raw = files.read_json("config.json")
+    if raw is None and openpi.is_of_tensors(_names_beside(files)):
+        raw = openpi.UNWRITTEN
     # timm's repositories have a config.json without a model_type beside OpenCLIP's config.
+    if policy := find_policy(raw or {}):
+        return _policy(files, raw or {}, policy, request)
     foreign = raw is None or not (raw.get("model_type") or _is_llava(raw))
     if foreign and files.read_json(open_clip.CONFIG) is not None:
         return open_clip.recognise_open_clip(files, None, request)
@@ -59,9 +68,18 @@ def recognise(files: Files, request: Request) -> Layout:
         return _vila(files, raw, request)
     if _is_llava(raw):
         return _original_llava(files, raw, request)
+    refuse_other_policy(raw, files.folder)
     if foreign and checkpoints_in(files.folder):
         refuse_folder(files, "its config.json has no model_type")
     return _hugging_face(files, raw, request)
+
+
+def _names_beside(files: Files) -> set[str]:
+    """List the tensors of a folder without a config; nothing if it has no readable file of the usual name."""
+    path = files.folder / "model.safetensors"
+    with suppress(CheckpointError):
+        return names_in(path) if path.is_file() else set()
+    return set()
 
 
 def recognise_file(path: Path, request: Request) -> Layout:
@@ -127,8 +145,8 @@ def _aspect_ratio(raw: dict[str, Any]) -> str | None:
     return None if ratio in (None, "square") else str(ratio)
 
 
-def _named_tower(files: Files, named: str, request: Request) -> Layout:
-    """Open the tower that a LLaVA config names. A rehearsal needs no hub if the tower has a recipe."""
+def _named_tower(files: Files, named: str, request: Request, *, key: str = "mm_vision_tower") -> Layout:
+    """Open the tower, or the model, that a config names. A rehearsal needs no hub if the tower has a recipe."""
     folder, recipe = expanded(named), find_recipe(named)
     try:
         if recipe and not request.weights and not folder.is_dir():
@@ -137,8 +155,7 @@ def _named_tower(files: Files, named: str, request: Request) -> Layout:
         return _recognise_tower(tower, request)
     except (CheckpointError, OSError) as err:
         raise CheckpointError(
-            f"{files.folder}/config.json names mm_vision_tower {named!r}: {first_line(err)}. If the tower has moved, "
-            "edit mm_vision_tower."
+            f"{files.folder}/config.json names {key} {named!r}: {first_line(err)}. If it has moved, edit {key}."
         ) from err
 
 
@@ -147,6 +164,40 @@ def _recognise_tower(files: Files, request: Request) -> Layout:
     if _is_llava(files.read_json("config.json") or {}):
         raise CheckpointError(f"{files.folder} is itself a LLaVA checkpoint, not a tower")
     return recognise(files, request)
+
+
+def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request) -> Layout:
+    """Read a robot policy, which holds the whole model that it is built on, under the names of its own code."""
+    if reason := policy.obstacle(raw):
+        raise CheckpointError(f"{files.folder} is a {policy.name} whose tower cannot be exported: {reason}.")
+    said = policy.read(raw)
+    if isinstance(said.model, Recipe):
+        layout = from_recipe(said.model)
+    elif isinstance(said.model, dict):
+        config, vision, family = read_vision_config(files, said.model, remote_code=False)
+        layout = Layout(kind="", config=vision, family=family, preprocessor=_read_preprocessor(files), model=config)
+    else:
+        layout = _named_tower(files, said.model, replace(request, weights=False), key=said.named_by)
+    for name, value in said.config.items():
+        setattr(layout.config, name, value)
+    where = f"{files.folder}/config.json"
+    check_vision_config(layout.config, layout.family, where)
+    layout = replace(
+        layout,
+        kind=policy.name,
+        preprocessor=said.preprocessor or layout.preprocessor,
+        image_size=said.image_size,
+        cameras=said.cameras,
+        image_aspect_ratio=None,
+        remarks=said.remarks,
+    )
+    if request.weights:
+        tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
+        complete = with_tower(layout, tensors, layout.family.patch_embedding, request, larger=True)
+        if complete is None:
+            raise no_tower(tensors, f"the {layout.family.name} tower of a {policy.name}, in a model.safetensors")
+        layout = complete
+    return _read_hf_layer(layout, layout.model, where)
 
 
 def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:

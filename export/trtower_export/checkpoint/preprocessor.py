@@ -24,7 +24,7 @@ ONE_TILE = {
 }
 """Processors that tile, pad or patch pictures, and the plain one that makes a single tile of a whole picture."""
 
-AS_IT_IS = ("CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor")
+AS_IT_IS = ("CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor", "ResizeWithPadImageProcessor")
 """Processors that runtime/trtower/tower/image_processor.py implements."""
 
 PIXELS = {"do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"}

@@ -4,6 +4,7 @@ A config.json may hold anything, and transformers may then raise anything, from 
 must not choose code either: kernels and quantisers that it names are ignored.
 """
 
+import copy
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,7 @@ def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: boo
     if not is_known and isinstance(raw.get(key), dict):
         return SimpleNamespace(**raw)  # a custom model around a tower: only the tower's config is needed
     if is_known and not is_exported(model_type):
-        return transformers.AutoConfig.from_pretrained(files.folder)
+        return transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))
     # The family names the class: AutoConfig of transformers 4.57 does not know all of its vision models.
     config_class: Any = getattr(transformers, family_of(model_type).model_class).config_class
     return config_class.from_pretrained(files.folder)

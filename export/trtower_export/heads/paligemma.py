@@ -2,16 +2,22 @@
 
 Gemma multiplies every embedding by that root, also those of images. Releases that divide do it to undo this; later ones
 multiply only the text. Both give the same model, but not the same features, so a bundle says which it holds.
+
+openpi's π and what descends from it have this projector, too. Their code divides in no release: openpi replaces that of
+transformers, and LeRobot runs with releases that do not divide.
 """
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PaliGemmaConfig
 
-from trtower_export.heads.base import Divide, Parts, projector_of, transformers_class
+from trtower_export.heads.base import Divide, Head, Parts, projector_of, transformers_class
+
+NAME = "PaliGemmaMultiModalProjector"
 
 
 @functools.cache
@@ -46,4 +52,15 @@ def _steps(parts: Parts) -> dict[str, nn.Module]:
     return {"projector": parts.projector} | ({} if divisor == 1.0 else {"divide": Divide(divisor)})
 
 
-HEADS = (projector_of("paligemma", "PaliGemmaMultiModalProjector", steps=_steps, divisor=_divisor),)
+def _of_openpi(config: Any) -> nn.Module:
+    """Make the projector from the config of a recipe, which is none of transformers."""
+    width = config.text_config["hidden_size"]
+    vision = SimpleNamespace(hidden_size=config.vision_config.hidden_size, projection_dim=width)
+    module: nn.Module = transformers_class("paligemma", NAME)(SimpleNamespace(vision_config=vision))
+    return module
+
+
+HEADS = (
+    projector_of("paligemma", NAME, steps=_steps, divisor=_divisor),
+    Head(name=NAME, model_types=("openpi",), attribute="multi_modal_projector", own=_of_openpi),
+)

@@ -56,12 +56,10 @@ def find_recipe(checkpoint: str) -> Recipe | None:
 
 def _parse(name: str) -> Recipe:
     data = _read(name)
-    if "tower" in data:
-        data = _read(data.pop("tower")) | data
     low, opt, high = data.pop("batch")
     return Recipe(name=name, batch=BatchProfile(min=low, opt=opt, max=high), **data)
 
 
 def _read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
-    return data
+    return _read(data.pop("tower")) | data if "tower" in data else data

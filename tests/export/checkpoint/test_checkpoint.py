@@ -331,10 +331,18 @@ PUBLISHED = {
     "llava-1.5-7b-hf": (577, 23, 1024, 304),
     "gemma-3-4b-it": (4096, 27, 1152, 417),
     "InternVL3-1B-hf": (1025, 24, 1024, 304),
+    "pi0_base": (256, 27, 1152, 428),
+    "pi05_base": (256, 27, 1152, 428),
+    "pi0fast-base": (256, 27, 1152, 428),
+    "smolvla_base": (1024, 12, 768, 86),
     "SmolVLM2-500M-Video-Instruct": (1024, 12, 768, 86),  # SigLIP's 93 without the pooling head
 }
 
 PROJECTED = {
+    "pi0_base": (256, 2048),
+    "pi05_base": (256, 2048),
+    "pi0fast-base": (256, 2048),
+    "smolvla_base": (64, 960),
     "llava-v1.5-7b": (576, 4096),
     "llava-1.5-7b-hf": (576, 4096),
     "llava-v1.5-13b": (576, 5120),
