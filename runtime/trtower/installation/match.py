@@ -15,6 +15,7 @@ from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import count_layers, read_parameters, weights_sha256
 from trtower.installation.find import Slot
+from trtower.installation.policies import used_size
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.spec import TowerSpec
@@ -50,7 +51,7 @@ def check_match(
             "checkpoint, or accept the rehearsal with allow_random_weights=True."
         )
     export, own = ways_out(model, place, bundle)
-    _check_config(place, bundle, export, own)
+    _check_config(model, place, bundle, export, own)
     codes = list(_codes(model, place))
     if not allow_other_weights and not source.random_weights:
         _check_weights(place, bundle, own)
@@ -111,7 +112,7 @@ def _loaded_from(model: nn.Module, place: Slot) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _check_config(place: Slot, bundle: Bundle, export: str, own: str) -> None:
+def _check_config(model: nn.Module, place: Slot, bundle: Bundle, export: str, own: str) -> None:
     config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
     # Files of older releases call Idefics3's tower "idefics3", like the whole model; only its class tells them apart.
     if made_of["model_type"] not in (config.model_type, getattr(type(config), "model_type", None)):
@@ -121,7 +122,7 @@ def _check_config(place: Slot, bundle: Bundle, export: str, own: str) -> None:
             f"{bundle.path} is of family {spec.family} ({made_of['model_type']}); {place.path} of this model is a "
             f"{type(place.module).__name__} ({config.model_type}). {if_exported}"
         )
-    side = _plain(getattr(config, "image_size", None))
+    side = _plain(used_size(model, place))
     if not isinstance(side, int):
         raise ConfigError(
             f"{place.path} of this model has image_size={side}, but a bundle accepts square images of one size only: "

@@ -21,8 +21,8 @@ from trtower.installation.find import Slot, find_towers
 
 logger = logging.getLogger(__name__)
 
-WAYS = ("get_image_features", "get_video_features", "encode_images")
-"""Methods that turn pixels into features, in transformers and in LLaVA, VILA and their forks."""
+WAYS = ("get_image_features", "get_video_features", "encode_images", "embed_image")
+"""Methods that turn pixels into features, in transformers, in LLaVA, VILA and their forks, and in robot policies."""
 
 PIXELS = ("pixel_values", "pixel_values_videos", "images", "image")
 """What these methods call the pixels."""
@@ -98,16 +98,21 @@ def _stopping(tower: nn.Module) -> Iterator[None]:
             vars(tower)["forward"] = before
 
 
-def methods_around(model: nn.Module, place: Slot) -> Iterator[tuple[nn.Module, str, str]]:
-    """List the methods that may call the tower, as module, name and path; outermost first."""
-    parts = place.path.split(".")
+def modules_around(model: nn.Module, place: Slot) -> list[nn.Module]:
+    """List the modules that hold the tower, outermost first."""
     around = [model]
-    for part in parts[:-1]:
+    for part in place.path.split(".")[:-1]:
         inner = getattr(around[-1], part, None)  # items of lists, and get_vision_tower(), are not attributes
         if not isinstance(inner, nn.Module):
             break
         around.append(inner)
-    for depth, module in enumerate(around):
+    return around
+
+
+def methods_around(model: nn.Module, place: Slot) -> Iterator[tuple[nn.Module, str, str]]:
+    """List the methods that may call the tower, as module, name and path; outermost first."""
+    parts = place.path.split(".")
+    for depth, module in enumerate(modules_around(model, place)):
         for method in WAYS:
             if callable(_attribute(module, method)):
                 yield module, method, ".".join([*parts[:depth], method])
