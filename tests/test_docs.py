@@ -46,6 +46,7 @@ LARGEST_IMAGE = 300 * KILOBYTE
 NOT_RUN = {
     "CONTRIBUTING.md": "parts of files; test_new_family.py and test_toy_backend.py add whole ones",
     "docs/llava.md": "LLaVA's own code, which `make clients` runs",
+    "docs/robots.md": "LeRobot's own code, which `make test-lerobot` runs",
     "docs/vila.md": "VILA's own code, which `make clients` runs",
 }
 """Pages whose Python blocks are compiled and not run, and why."""

@@ -279,6 +279,22 @@ OutOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Folder for the bundle. Default: engines/NAME.", parser=read_path),
 ]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Also act with this robot policy, with the bundle in it and without, and compare joint by joint.",
+        parser=read_path,
+    ),
+]
+ObservationsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What the policy acts on: its inputs as safetensors, N of each. Default: 4 that are drawn.",
+        parser=read_path,
+    ),
+]
 ReportOption = Annotated[
     Path | None,
     typer.Option(

@@ -1,13 +1,14 @@
 """The commands that measure: check, doctor and bench. They import what is heavy only when they run."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR
+from trtower.errors import ConfigError
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
     BackendOption,
@@ -21,9 +22,11 @@ from trtower_export.arguments import (
     ImagesOption,
     JsonOption,
     NormalizeOption,
+    ObservationsOption,
     PickleOption,
     PictureOption,
     PlotOption,
+    PolicyOption,
     PoolOption,
     RemoteCodeOption,
     ReportOption,
@@ -38,6 +41,9 @@ from trtower_export.arguments import (
 )
 from trtower_export.console import ConsoleProgress, as_json, importing, say
 from trtower_export.options import ExportOptions, Trust
+
+if TYPE_CHECKING:
+    from trtower_export.check.policy import PolicyCheck
 
 
 def _competitors() -> tuple[str, ...]:
@@ -55,6 +61,8 @@ def check(
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare every hidden state, and name the first whose error jumps.")
     ] = False,
+    policy: PolicyOption = None,
+    observations: ObservationsOption = None,
     report: ReportOption = None,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -64,6 +72,8 @@ def check(
 
     The reference is the whole tower in FP32. Writes a certificate into the bundle. Exits with 1 if a bound is missed.
     """
+    if observations and not policy:
+        raise ConfigError("--observations is what a policy acts on: name its folder with --policy.")
     console, progress = Console(), ConsoleProgress(Console(stderr=True))
     opened = Bundle.open(bundle)
     with importing(progress):
@@ -89,11 +99,16 @@ def check(
         by_layer=by_layer or pages is not None,
         on_image=pages.see if pages else None,
     )
+    acted = None
+    if policy:
+        from trtower_export.check.policy import check_policy
+
+        acted = check_policy(checked, policy, observations, progress, backend=backend)
     page = None
     if pages and report:
         with progress.step("Draw the report"):
-            page = pages.write(report, checked)
-    code = show_verdict(console, checked, json_=json_)
+            page = pages.write(report, checked, acted)
+    code = show_verdict(console, checked, acted, json_=json_)
     if page and json_:
         progress.say(str(page))
     elif page:
@@ -238,14 +253,17 @@ def bench(
     return 0
 
 
-def show_verdict(console: Console, bundle: Bundle, *, json_: bool = False) -> int:
-    """Print a bundle's certificate, and return the exit code of its check."""
-    from trtower_export.check.tables import print_certificate
+def show_verdict(console: Console, bundle: Bundle, acted: "PolicyCheck | None" = None, *, json_: bool = False) -> int:
+    """Print a bundle's certificate and the actions of a policy, and return the exit code of the check."""
+    from trtower_export.check.tables import print_certificate, print_policy
 
     certificate = bundle.manifest.certificate
     assert certificate is not None  # noqa: S101 - the bundle was checked
     if json_:
-        say(Console(), as_json(certificate))
+        with_policy = {"policy": dataclasses.asdict(acted) | {"passed": acted.passed}} if acted else {}
+        say(Console(), as_json(dataclasses.asdict(certificate) | with_policy))
     else:
         print_certificate(console, certificate, rehearsal=bundle.manifest.source.random_weights)
-    return 0 if certificate.passed else 1
+        if acted:
+            print_policy(console, acted)
+    return 0 if certificate.passed and (acted is None or acted.passed) else 1

@@ -55,7 +55,7 @@ def make_policy(kind: str, folder: Path, cameras: Sequence[str] = CAMERAS, **set
         } | settings
         return _policy_class(kind)(_config(kind, cameras, **settings)).eval()
     settings = {"image_resolution": (SIDE[kind], SIDE[kind])} | settings
-    with _small_pi(kind):
+    with small_pi(kind):
         return _policy_class(kind)(_config(kind, cameras, **settings)).eval()
 
 
@@ -80,7 +80,7 @@ def _config(kind: str, cameras: Sequence[str], **settings: Any) -> Any:
     )
 
 
-def _small_pi(kind: str) -> ExitStack:
+def small_pi(kind: str) -> ExitStack:
     """Patch the sizes in LeRobot's code."""
     module = _module(kind, "modeling")
     model_class = module.PaliGemmaForConditionalGenerationWithPiGemma

@@ -7,6 +7,7 @@ from rich.console import Console
 from trtower.bundle.certificate import Certificate, Figures, LayerFigures, describe_figure
 from trtower.parity.bounds import why_not_finite
 from trtower_export.check.layers import first_jump
+from trtower_export.check.policy import PolicyCheck
 from trtower_export.console import new_table, print_whole
 
 COLUMNS = ("cosine mean", "cosine min", "error p99.9", "rel. error", "NaN/inf")
@@ -43,6 +44,25 @@ def print_certificate(console: Console, certificate: Certificate, *, rehearsal: 
     if why := why_not_finite(certificate):
         remedy = "find the operation with `trtower doctor`, and keep it in FP32 with `trtower export --keep-fp32`"
         console.print(f"{why}: {remedy} or `--precision auto`", highlight=False, soft_wrap=True)
+
+
+def print_policy(console: Console, check: PolicyCheck) -> None:
+    """Print how far the actions of each joint are apart, and the verdict."""
+    with_own = check.own_error is not None
+    columns = ("spread", "largest difference", "mean difference", *(["PyTorch's largest"] if with_own else []))
+    table = new_table("joint", *columns, left=("joint",))
+    for joint in check.joints:
+        figures = (joint.spread, joint.largest, joint.mean, *([joint.own] if with_own else []))
+        table.add_row(joint.name, *map(describe_figure, figures))
+    print_whole(console, table)
+    own = f"; PyTorch's own: {describe_figure(check.own_error)}" if with_own else ""
+    console.print(
+        f"{'passed' if check.passed else 'FAILED'}: actions of {check.policy} on {check.observations} differ by "
+        f"{describe_figure(check.relative_error)} of their length, at most {describe_figure(check.limit)} allowed"
+        f"{own}. The bundle ran on {check.backend}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _print_layers(console: Console, layers: Sequence[LayerFigures]) -> None:

@@ -10,6 +10,7 @@ from trtower.extras import import_extra
 from trtower.layer_codes import name_layer
 from trtower.parity.bounds import why_not_finite
 from trtower.spec import EIGHT_BIT
+from trtower_export.check.policy import PolicyCheck
 from trtower_export.check.report.pca import PcaRow
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -28,6 +29,7 @@ def render(
     layers: bytes | None,
     tokens: bytes | None,
     jump: LayerFigures | None,
+    policy: PolicyCheck | None,
 ) -> str:
     """Fill the template. Names come from other people's files, so everything is escaped."""
     jinja2 = import_extra("jinja2", extra="report", purpose="a report")
@@ -51,5 +53,6 @@ def render(
         jump=jump,
         worst=worst,
         best=best,
+        policy=policy,
     )
     return page

@@ -23,6 +23,7 @@ from trtower.spec import TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.layers import first_jump
+from trtower_export.check.policy import PolicyCheck
 from trtower_export.check.report.page import Pictures, render
 from trtower_export.check.report.pca import PcaRow, draw_strips, strip_png, token_distances, worst_tokens
 from trtower_export.check.report.plots import TokenDistances, draw_layers, draw_tokens
@@ -76,8 +77,10 @@ class Report:
         self._worst = sorted([*self._worst, (worst, row)], key=lambda one: -one[0])[: self._keep]
         self._best = sorted([*self._best, (worst, row)], key=lambda one: one[0])[: self._keep]
 
-    def write(self, folder: Path, bundle: Bundle) -> Path:
+    def write(self, folder: Path, bundle: Bundle, policy: PolicyCheck | None = None) -> Path:
         """Write the page and its pictures into ``folder``, replacing an earlier report, and return the page's path.
+
+        ``policy`` are the actions of a policy with the bundle, if they were compared.
 
         Raises BundleError if the bundle has no certificate, InputError if ``folder`` cannot be created.
         """
@@ -107,6 +110,7 @@ class Report:
             layers=plots.get(LAYERS),
             tokens=plots.get(TOKENS),
             jump=jump,
+            policy=policy,
         )
         for path in folder.iterdir():
             if OURS.fullmatch(path.name):
