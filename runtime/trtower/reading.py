@@ -45,6 +45,8 @@ def read_vision_feature_layer(config: Any) -> LayerCode | None:
     if model_type in READS_LAYER:
         # VipLlava's key is plural in transformers 4.57.
         layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    if model_type in READS_LAST or (model_type == "internvl" and layer == -1):
+    if model_type == "eagle_2_5_vl":
+        layer = getattr(config, "select_layer", -1)
+    if model_type in READS_LAST or (model_type in ("internvl", "eagle_2_5_vl") and layer == -1):
         return LAST
     return list(layer) if isinstance(layer, tuple) else layer

@@ -31,6 +31,9 @@ REFUSED = {
     "qwen2_5_vl": FREE_SHAPES,
     "qwen3_vl": FREE_SHAPES,
     "kimi_vl": FREE_SHAPES,
+    "Gr00tN1d7": FREE_SHAPES,
+    "Gr00tN1d6": "its SigLIP 2 rotates queries and keys within windows of patches; trtower exports GR00T N1.5",
+    "gr00t_n1": "its Eagle model differs from that of GR00T N1.5, which trtower exports",
     "intern_vit_6b": "it needs the checkpoint's own code; export its -hf conversion, an internvl_vision tower",
     "internvl_chat": "it needs the checkpoint's own code; export its -hf conversion, with an internvl_vision tower",
     "mlcd": "its layers rotate queries and keys in 2-D by another rule than DINOv3's; "

@@ -16,6 +16,7 @@ ALL_HEADS: tuple[Head, ...] = tuple(
         "internvl",
         "cohere",
         "idefics3",
+        "eagle",
         "class_projection",
         "attention_pool",
         "class_token",

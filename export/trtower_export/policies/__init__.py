@@ -12,7 +12,9 @@ from trtower_export.policies.base import Policy, PolicyTower, RawConfig
 from trtower_export.policies.lerobot import KNOWN, REFUSED
 
 POLICIES: tuple[Policy, ...] = tuple(
-    policy for name in ("openpi", "lerobot", "transformers") for policy in import_module(f"{__name__}.{name}").POLICIES
+    policy
+    for name in ("openpi", "gr00t", "lerobot", "transformers")
+    for policy in import_module(f"{__name__}.{name}").POLICIES
 )
 
 

@@ -161,7 +161,8 @@ def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]
     If the config names nothing, nothing is checked here; a state that the bundle lacks then raises when it is read.
     """
     holder = place.holder
-    if getattr(holder, "select_layer", None) is not None:  # the wrapper of LLaVA or a fork
+    is_model = hasattr(getattr(holder, "config", None), "vision_config")  # Eagle has a select_layer of its own
+    if getattr(holder, "select_layer", None) is not None and not is_model:  # the wrapper of LLaVA or a fork
         feature = getattr(holder, "select_feature", "patch")
         yield holder.select_layer, feature, "select_layer"  # type: ignore[misc]
     configs = [config for each in (holder, model) if (config := getattr(each, "config", None)) is not None]

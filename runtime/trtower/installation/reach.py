@@ -21,7 +21,7 @@ from trtower.installation.find import Slot, find_towers
 
 logger = logging.getLogger(__name__)
 
-WAYS = ("get_image_features", "get_video_features", "encode_images", "embed_image")
+WAYS = ("get_image_features", "get_video_features", "encode_images", "embed_image", "extract_feature")
 """Methods that turn pixels into features, in transformers, in LLaVA, VILA and their forks, and in robot policies."""
 
 PIXELS = ("pixel_values", "pixel_values_videos", "images", "image")

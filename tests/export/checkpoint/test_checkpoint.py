@@ -335,6 +335,7 @@ PUBLISHED = {
     "pi05_base": (256, 27, 1152, 428),
     "pi0fast-base": (256, 27, 1152, 428),
     "smolvla_base": (1024, 12, 768, 86),
+    "GR00T-N1.5-3B": (256, 27, 1152, 428),
     "SmolVLM2-500M-Video-Instruct": (1024, 12, 768, 86),  # SigLIP's 93 without the pooling head
 }
 
@@ -343,6 +344,7 @@ PROJECTED = {
     "pi05_base": (256, 2048),
     "pi0fast-base": (256, 2048),
     "smolvla_base": (64, 960),
+    "GR00T-N1.5-3B": (256, 2048),
     "llava-v1.5-7b": (576, 4096),
     "llava-1.5-7b-hf": (576, 4096),
     "llava-v1.5-13b": (576, 5120),

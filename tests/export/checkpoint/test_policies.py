@@ -24,7 +24,7 @@ from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.head import describe_tower
 from trtower_export.heads import paligemma
 from trtower_export.heads.base import transformers_class
-from trtower_export.policies import openpi
+from trtower_export.policies import gr00t, openpi
 from trtower_export.recipes import find_recipe
 
 WIDTH, SIDE, PROJECTED = 32, 28, 48
@@ -214,6 +214,58 @@ def save_transformers_pi0(folder: Path) -> Checkpoint:
     return open_checkpoint(str(folder))
 
 
+GR00T = {"model_type": "gr00t_n1_5", "backbone_cfg": {"eagle_path": "NVEagle/eagle_er-qwen3_1_7B_1mlp_nops"}}
+GROOT = LEROBOT | {"type": "groot", "base_model_path": "nvidia/GR00T-N1.5-3B"}
+
+
+class EagleStandIn(nn.Module):
+    """The part of Eagle between pixels and features, after `extract_feature` of `modeling_eagle2_5_vl.py`."""
+
+    def __init__(self, *, shuffles: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.SiglipVisionConfig(**VISION, image_size=SIDE, patch_size=14)
+        self.vision_model = transformers.SiglipVisionModel(config)
+        self.shuffles = shuffles
+        wide = 4 * WIDTH
+        layers = [nn.LayerNorm(wide), nn.Linear(wide, PROJECTED), nn.GELU(), nn.Linear(PROJECTED, PROJECTED)]
+        self.mlp1 = nn.Sequential(*(layers if shuffles else [nn.Linear(WIDTH, PROJECTED)]))
+        self.eval().requires_grad_(requires_grad=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states: Tensor = self.vision_model(pixel_values).last_hidden_state
+        if self.shuffles:
+            side = SIDE // 14
+            rows = states.reshape(len(states), side, side // 2, 2 * WIDTH).permute(0, 2, 1, 3).contiguous()
+            squares = rows.reshape(len(states), side // 2, side // 2, 4 * WIDTH).permute(0, 2, 1, 3)
+            states = squares.reshape(len(states), -1, 4 * WIDTH)
+        features: Tensor = self.mlp1(states)
+        return features
+
+
+@pytest.mark.parametrize("shuffles", [False, True], ids=["one layer", "pixel shuffle and two"])
+@pytest.mark.parametrize(("raw", "prefix"), [(GR00T, ""), (GROOT, "_groot_model.")], ids=["NVIDIA", "LeRobot 0.4"])
+def test_gr00t_gives_the_features_of_its_own_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any], prefix: str, shuffles: bool
+) -> None:
+    recipe = find_recipe("GR00T-N1.5-3B")
+    assert recipe
+    of_head: dict[str, Any] = {"text_config": {"hidden_size": PROJECTED}}
+    of_head |= {"use_pixel_shuffle": True, "mlp_connector_layers": 2} if shuffles else {}
+    small = replace(recipe, config=recipe.config | VISION | {"image_size": SIDE}, model=recipe.model | of_head)
+    small = replace(small, preprocessor=recipe.preprocessor | {"size": {"height": SIDE, "width": SIDE}})
+    monkeypatch.setattr(gr00t, "find_recipe", lambda name: {"GR00T-N1.5-3B": small}[name])
+    eagle = EagleStandIn(shuffles=shuffles)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(raw))
+    tensors = {f"{prefix}backbone.eagle_model.{name}": each.clone() for name, each in eagle.state_dict().items()}
+    save_file(tensors, tmp_path / "policy" / "model.safetensors")
+    options = replace(HEAD, precision="fp32", flavour="none", check=False)
+    bundle = export_tower(str(tmp_path / "policy"), tmp_path / "bundle", options)
+    tower, pixel_values = VisionTower.load(bundle.path, backend="onnxruntime-cpu"), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    torch.testing.assert_close(tower(pixel_values), eagle(pixel_values), rtol=1e-4, atol=1e-5)
+
+
 def test_dataset_that_normalises_frames_is_remarked(tmp_path: Path) -> None:
     save_pi(tmp_path, PI | {"type": "pi0", "normalization_mapping": {"VISUAL": "MEAN_STD"}})
     (remark,) = open_checkpoint(str(tmp_path)).layout.remarks
@@ -224,6 +276,13 @@ def change(**settings: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         merged = PI | {"type": "pi0"} | settings
         save_pi(folder, {name: value for name, value in merged.items() if value is not None})
+
+    return write
+
+
+def nvidias(model_type: str, **backbone: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "backbone_cfg": backbone}))
 
     return write
 
@@ -252,6 +311,10 @@ def adapter_inside(folder: Path) -> None:
     [
         (change(type="act"), r"LeRobot's policy 'act', whose tower cannot be exported: .* ResNet"),
         (change(type="groot"), r"'groot', .*: its tower is that of GR00T N1\.7.* any shape"),
+        (nvidias("Gr00tN1d7"), r"'Gr00tN1d7' belongs to no family .*: its 2-D RoPE accepts pictures of any shape"),
+        (nvidias("Gr00tN1d6"), r"'Gr00tN1d6' .*within windows of patches; trtower exports GR00T N1\.5"),
+        (nvidias("gr00t_n1"), r"'gr00t_n1' .*differs from that of GR00T N1\.5"),
+        (nvidias("gr00t_n1_5", eagle_path="eagle_x"), r"its Eagle model 'eagle_x' is none that trtower knows"),
         (change(type="xvla"), "'xvla', .* DaViT"),
         (
             change(type="pi9"),
