@@ -16,8 +16,8 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix \
-	test-lerobot pytest-lerobot test-tensorrt test-wheel bench \
-	bench-gpu wheels cpu-choices goals graph-forms living pixels heads precisions export-speed clients docs clean
+	test-lerobot test-tensorrt test-wheel bench \
+	bench-gpu wheels cpu-choices goals graph-forms living pixels heads policies precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -53,19 +53,15 @@ pytest-gpu: $(STAMP)
 	mkdir -p $(BENCH_OUT)
 	$(BIN)/python -m pytest tests/gpu --junit-xml=$(BENCH_OUT)/test-gpu.xml
 
-# The same tests with the oldest transformers that is supported, and beside LeRobot, with the releases that it pins.
+# The same tests with the oldest transformers that is supported, and robot policies with the releases that LeRobot pins.
 test-matrix:
 	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
-	$(MAKE) pytest-lerobot
+	$(MAKE) test-lerobot
 
-# Robot policies alone: LeRobot's own classes, small and with random weights. LeRobot needs Python 3.12.
+# LeRobot's own policies, small and with random weights. It needs Python 3.12, and pip brings it a torch with CUDA.
 PYTHON_FOR_LEROBOT ?= python3.12
 test-lerobot: .venv-lerobot/.installed
 	HF_HUB_OFFLINE=1 .venv-lerobot/bin/python -m pytest tests/policies
-
-pytest-lerobot: .venv-lerobot/.installed
-	HF_HUB_OFFLINE=1 .venv-lerobot/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile \
-		--max-worker-restart 0
 
 .venv-lerobot/.installed: pyproject.toml tests/policies/requirements.txt
 	$(PYTHON_FOR_LEROBOT) -m venv .venv-lerobot
@@ -162,6 +158,10 @@ pixels: $(STAMP)
 # What a projector adds to an export and its plan, and the time to verify its bundle.
 heads: $(STAMP)
 	$(BIN)/python benchmarks/heads.py
+
+# A step of π0 and of SmolVLA with its eager tower and with a bundle.
+policies: .venv-lerobot/.installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=. .venv-lerobot/bin/python benchmarks/policies.py
 
 # Size and fidelity of every precision, side by side.
 precisions: $(STAMP)

@@ -282,8 +282,8 @@ OutOption = Annotated[
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER",
-        help="Also act with this robot policy, with the bundle in it and without, and compare joint by joint.",
+        metavar="POLICY",
+        help="Also act with this policy of LeRobot (folder or hub id), with the bundle and without it, joint by joint.",
         parser=read_path,
     ),
 ]

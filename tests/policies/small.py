@@ -19,7 +19,12 @@ STATE, ACTION, CHUNK, WORDS = 6, 5, 4, 300
 FRAME = (48, 64)
 SIDE = {"pi0": 28, "pi05": 28, "pi0_fast": 224, "smolvla": 64}
 KINDS = tuple(SIDE)
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 WIDTH = 32
 CLASSES = {
     "pi0": ("PI0Config", "PI0Policy"),
@@ -43,19 +48,26 @@ class TokenizerStandIn:
         return WORDS - 1
 
 
-def make_policy(kind: str, folder: Path, cameras: Sequence[str] = CAMERAS, **settings: Any) -> Any:
-    """Make a policy of a kind; ``folder`` gets the files of the model that it is built on, if it reads any."""
+def make_policy(
+    kind: str, folder: Path, cameras: Sequence[str] = CAMERAS, vision: dict[str, Any] = VISION, **settings: Any
+) -> Any:
+    """Make a policy of a kind, with a tower of these sizes.
+
+    ``folder`` gets the files of the model that it is built on, if it reads any.
+    """
     torch.manual_seed(0)
     if kind == "smolvla":
-        side = SIDE[kind]
+        tower = {"image_size": SIDE[kind], "patch_size": 8} | vision
+        side = tower["image_size"]
         settings = {
-            "vlm_model_name": str(make_smolvlm(folder / "smolvlm")),
+            "vlm_model_name": str(make_smolvlm(folder / "smolvlm", tower)),
             "num_vlm_layers": 2,
             "resize_imgs_with_padding": (side, side),
         } | settings
         return _policy_class(kind)(_config(kind, cameras, **settings)).eval()
-    settings = {"image_resolution": (SIDE[kind], SIDE[kind])} | settings
-    with small_pi(kind):
+    side = vision.get("image_size", SIDE[kind])
+    settings = {"image_resolution": (side, side)} | settings
+    with small_pi(kind, vision):
         return _policy_class(kind)(_config(kind, cameras, **settings)).eval()
 
 
@@ -80,15 +92,15 @@ def _config(kind: str, cameras: Sequence[str], **settings: Any) -> Any:
     )
 
 
-def small_pi(kind: str) -> ExitStack:
-    """Patch the sizes in LeRobot's code."""
+def small_pi(kind: str, vision: dict[str, Any] = VISION) -> ExitStack:
+    """Patch the sizes in LeRobot's code: those of ``vision``, and small ones for the rest."""
     module = _module(kind, "modeling")
     model_class = module.PaliGemmaForConditionalGenerationWithPiGemma
     expert_class: Any = getattr(module, "PiGemmaForCausalLM", None)
     variants = module.get_gemma_config
 
     def small_model(config: Any) -> Any:
-        for name, value in VISION.items():
+        for name, value in vision.items():
             setattr(config.vision_config, name, value)
         config.vision_config.projection_dim = WIDTH
         config.text_config.vocab_size = WORDS
@@ -119,7 +131,7 @@ def small_pi(kind: str) -> ExitStack:
     return patches
 
 
-def make_smolvlm(folder: Path) -> Path:
+def make_smolvlm(folder: Path, vision: dict[str, Any]) -> Path:
     """Write the config and the processor of a small SmolVLM2, which SmolVLA reads by their folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -149,8 +161,8 @@ def make_smolvlm(folder: Path) -> Path:
     )
     text = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(words), "pad_token_id": 1}
-    side = SIDE["smolvla"]
-    settings: dict[str, Any] = {"vision_config": VISION | {"image_size": side, "patch_size": 8}, "text_config": text}
+    side = vision["image_size"]
+    settings: dict[str, Any] = {"vision_config": vision, "text_config": text}
     settings |= {"scale_factor": 4, "image_token_id": 4, "pad_token_id": 1}
     SmolVLMConfig(**settings).save_pretrained(folder)
     pictures = SmolVLMImageProcessor(size={"longest_edge": side}, max_image_size={"longest_edge": side})

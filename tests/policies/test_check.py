@@ -135,6 +135,8 @@ def test_what_does_not_fit_the_policy_is_refused(acting: Saved, tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"type": "pi9"}')
     with pytest.raises(CheckpointError, match="LeRobot cannot load"):
         check(acting, policy=tmp_path)
+    with pytest.raises(CheckpointError, match="LeRobot cannot load nobody/nothing"):
+        check(acting, policy=Path("nobody/nothing"))
 
 
 def test_bundle_of_another_policy_is_refused(acting: Saved, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def test_other_image_size_is_refused_and_the_policy_stays(saved: Saved, tmp_path
     if saved.kind == "pi0_fast":
         pytest.skip("its code has one size only")
     field = "resize_imgs_with_padding" if saved.kind == "smolvla" else "image_resolution"
-    other = make_policy(saved.kind, tmp_path, CAMERAS, **{field: (32, 32)})
+    size: dict[str, Any] = {field: (32, 32)}
+    other = make_policy(saved.kind, tmp_path, CAMERAS, **size)
     expected = act(saved.kind, other, observe())
     with pytest.raises(ConfigError, match=r"accepts images of \d+ pixels; .* of this model accepts 32"):
         trtower.install(other, saved.bundles["projector"], allow_other_weights=True, **CPU)

@@ -36,7 +36,7 @@ RATIO, LEAST = 2.0, 1e-5
 """A bundle may change the actions by twice what PyTorch's own tower in its precision does, and always by the second, as
 a share of the actions. The order of sums alone changes them by 1e-7 to 1e-6."""
 
-IMAGES, STATE = "observation.images.", "observation.state"
+STATE = "observation.state"
 TOKENS, MASK = "observation.language.tokens", "observation.language.attention_mask"
 HOW_TO_RECORD = "safetensors.torch.save_file of the batches that the policy's preprocessor returned, stacked"
 
@@ -91,13 +91,13 @@ class PolicyCheck:
 
 
 def check_policy(
-    bundle: Bundle, folder: Path, observations: Path | None, progress: Progress, *, backend: str = "auto"
+    bundle: Bundle, source: Path, observations: Path | None, progress: Progress, *, backend: str = "auto"
 ) -> PolicyCheck:
     """Act with a policy, with the bundle in it and without.
 
     Args:
         bundle: The bundle of the policy's tower.
-        folder: The folder of one of LeRobot's policies.
+        source: The folder or the hub id of one of LeRobot's policies.
         observations: A file of safetensors with N of each input of the policy; None draws some.
         progress: Receives every step.
         backend: What runs the bundle, as in `install`.
@@ -106,13 +106,13 @@ def check_policy(
         The differences.
 
     Raises:
-        CheckpointError: The folder holds no policy that can be loaded here.
+        CheckpointError: The source is no policy that can be loaded here.
         InputError: The observations cannot be read, lack an input, or do not fit the policy.
         MissingExtraError: LeRobot is not installed.
         ConfigError: The bundle is not of this policy's tower.
     """
     with progress.step("Load the policy"):
-        policy = load_policy(folder)
+        policy = load_policy(source)
     batches = read_observations(observations, policy) if observations else draw_observations(policy)
     with progress.step(f"Act on {len(batches)} observations"):
         expected = act(policy, batches)
@@ -136,29 +136,34 @@ def check_policy(
     )
 
 
-def load_policy(folder: Path) -> Any:
-    """Load one of LeRobot's policies, in eval mode. What it prints goes to standard error."""
+def load_policy(source: Path) -> Any:
+    """Load one of LeRobot's policies by folder or hub id, in eval mode. What it prints goes to standard error."""
+    kind = _kind_in(source) if source.is_dir() else None
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("type")
-    except (OSError, ValueError, AttributeError) as err:
-        raise CheckpointError(f"{folder} is not a policy: its config.json cannot be read ({one_line(err)}).") from err
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{folder} is not a policy of LeRobot: its config.json has no type.")
-    try:
-        import lerobot
+        from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class
     except ImportError as err:
         raise MissingExtraError(
             f"--policy loads the policy with LeRobot, which cannot be imported ({one_line(err)}): install trtower in "
             "LeRobot's environment, or pip install 'lerobot[pi,smolvla]' with Python 3.12."
         ) from err
-    del lerobot
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            policy = get_policy_class(kind).from_pretrained(folder)
+            kind = kind or PreTrainedConfig.from_pretrained(str(source)).type
+            policy = get_policy_class(kind).from_pretrained(str(source))
     except Exception as err:  # LeRobot may raise anything for a wrong folder
-        raise CheckpointError(f"LeRobot cannot load {folder}: {one_line(err)}") from err
+        raise CheckpointError(f"LeRobot cannot load {source}: {one_line(err)}") from err
     return policy.eval()
+
+
+def _kind_in(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("type")
+    except (OSError, ValueError, AttributeError) as err:
+        raise CheckpointError(f"{folder} is not a policy: its config.json cannot be read ({one_line(err)}).") from err
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder} is not a policy of LeRobot: its config.json has no type.")
+    return kind
 
 
 def act(policy: Any, batches: list[dict[str, Tensor]]) -> Tensor:
