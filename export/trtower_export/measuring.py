@@ -78,11 +78,14 @@ def check(
     opened = Bundle.open(bundle)
     with importing(progress):
         from trtower.tower.image_processor import ImageProcessor
+        from trtower_export.check import policy as policies
         from trtower_export.check.certify import check_bundle
         from trtower_export.check.photographs import load_photographs, say_skipped
         from trtower_export.check.report.report import Report, make_folder
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
 
+    if policy:
+        policies.check_kind(policy)
     pages = None
     if report:
         make_folder(report)
@@ -99,11 +102,7 @@ def check(
         by_layer=by_layer or pages is not None,
         on_image=pages.see if pages else None,
     )
-    acted = None
-    if policy:
-        from trtower_export.check.policy import check_policy
-
-        acted = check_policy(checked, policy, observations, progress, backend=backend)
+    acted = policies.check_policy(checked, policy, observations, progress, backend=backend) if policy else None
     page = None
     if pages and report:
         with progress.step("Draw the report"):

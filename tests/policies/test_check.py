@@ -64,6 +64,11 @@ def test_recorded_frames_may_be_bytes(acting: Saved, tmp_path: Path) -> None:
     assert result.observations == f"3 observations of {path}"
 
 
+def test_absent_camera_is_told(acting: Saved, tmp_path: Path) -> None:
+    path = record(tmp_path / "seen.safetensors", {"observation.images.left": None})
+    assert check(acting, observations=path).observations == f"3 observations of {path} without observation.images.left"
+
+
 def test_half_precision_is_judged_by_pytorchs_own(acting: Saved, tmp_path: Path) -> None:
     from trtower_export import ExportOptions, export_tower
 
@@ -122,6 +127,20 @@ def test_what_does_not_fit_the_policy_is_refused(acting: Saved, tmp_path: Path) 
     none = {f"observation.images.{name}": None for name in CAMERAS}
     with pytest.raises(InputError, match=r"has no observation\.images\.top, .*right"):
         check(acting, observations=record(path, none))
+    with pytest.raises(InputError, match=r"has observation\.images\.tpo, which the policy does not read; its cameras"):
+        check(acting, observations=record(path, {"observation.images.tpo": torch.rand(3, 3, *FRAME)}))
+    with pytest.raises(InputError, match=r"observation\.images\.top have values from .* to 2\d\d.*; expected 0 to 1"):
+        check(acting, observations=record(path, {"observation.images.top": torch.rand(3, 3, *FRAME) * 255}))
+    with pytest.raises(InputError, match=r"observation\.images\.top have values from nan"):
+        check(acting, observations=record(path, {"observation.images.top": torch.full((3, 3, *FRAME), torch.nan)}))
+    with pytest.raises(InputError, match=r"observation\.state has 7 numbers; the policy's config says 6"):
+        check(acting, observations=record(path, {"observation.state": torch.rand(3, 7)}))
+    with pytest.raises(InputError, match=r"observation\.state has NaN"):
+        check(acting, observations=record(path, {"observation.state": torch.full((3, 6), torch.nan)}))
+    tokens = torch.full((3, 7), 5)
+    tokens[1, 1] = 9999
+    with pytest.raises(InputError, match=r"has ids from 5 to 9999, but the policy knows \d+ tokens"):
+        check(acting, observations=record(path, {"observation.language.tokens": tokens}))
     with pytest.raises(InputError, match=r"has \[2, 3\] of its inputs"):
         check(acting, observations=record(path, {"observation.state": torch.rand(2, 6)}))
     path.write_bytes(b"no safetensors")
@@ -133,9 +152,12 @@ def test_what_does_not_fit_the_policy_is_refused(acting: Saved, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"is not a policy of LeRobot: its config\.json has no type"):
         check(acting, policy=tmp_path)
     (tmp_path / "config.json").write_text('{"type": "pi9"}')
-    with pytest.raises(CheckpointError, match="LeRobot cannot load"):
+    with pytest.raises(CheckpointError, match="'pi9', which is not compared; these are: pi0, pi05"):
         check(acting, policy=tmp_path)
-    with pytest.raises(CheckpointError, match="LeRobot cannot load nobody/nothing"):
+    (tmp_path / "config.json").write_text('{"type": "act", "input_features": {}}')
+    with pytest.raises(CheckpointError, match=r"LeRobot's policy 'act', .*ResNet"):
+        check(acting, policy=tmp_path)
+    with pytest.raises(CheckpointError, match="there is no folder nobody/nothing, and as a hub id LeRobot cannot load"):
         check(acting, policy=Path("nobody/nothing"))
 
 

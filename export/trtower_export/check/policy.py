@@ -27,6 +27,7 @@ from trtower.installation.find import find_tower
 from trtower.installation.install import install
 from trtower.spec import PRECISIONS
 from trtower_export.console import Progress
+from trtower_export.policies import refuse_other_policy
 
 DRAWN = 4
 """How many observations are drawn if none are named."""
@@ -36,7 +37,13 @@ RATIO, LEAST = 2.0, 1e-5
 """A bundle may change the actions by twice what PyTorch's own tower in its precision does, and always by the second, as
 a share of the actions. The order of sums alone changes them by 1e-7 to 1e-6."""
 
-STATE = "observation.state"
+COMPARED = ("pi0", "pi05", "pi0_fast", "smolvla")
+"""The `type` of LeRobot's policies whose inputs are known here."""
+
+LONGEST = 300
+"""Characters of another library's error in a message."""
+
+IMAGES, STATE = "observation.images.", "observation.state"
 TOKENS, MASK = "observation.language.tokens", "observation.language.attention_mask"
 HOW_TO_RECORD = "safetensors.torch.save_file of the batches that the policy's preprocessor returned, stacked"
 
@@ -114,6 +121,7 @@ def check_policy(
     with progress.step("Load the policy"):
         policy = load_policy(source)
     batches = read_observations(observations, policy) if observations else draw_observations(policy)
+    absent = [name for name in _cameras_of(policy) if name not in batches[0]]
     with progress.step(f"Act on {len(batches)} observations"):
         expected = act(policy, batches)
     own = None
@@ -125,6 +133,7 @@ def check_policy(
         actual, ran = act(policy, batches), installation.tower.backend
     own_error = None if own is None else _relative(own, expected)
     kind = f"{len(batches)} observations of {observations}" if observations else f"{len(batches)} drawn observations"
+    kind += f" without {' and '.join(absent)}" if absent else ""
     return PolicyCheck(
         policy=f"{type(policy).__name__} of lerobot {sys.modules['lerobot'].__version__}",
         observations=kind,
@@ -136,9 +145,27 @@ def check_policy(
     )
 
 
+def check_kind(source: Path) -> None:
+    """Raise CheckpointError for a folder whose policy cannot be compared, before anything is loaded."""
+    if not source.is_dir():
+        return
+    try:
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{source} is not a policy: its config.json cannot be read ({one_line(err)}).") from err
+    if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
+        raise CheckpointError(f"{source} is not a policy of LeRobot: its config.json has no type.")
+    if raw["type"] not in COMPARED:
+        refuse_other_policy(raw, source)
+        known = ", ".join(COMPARED)
+        raise CheckpointError(
+            f"{source} is LeRobot's policy {raw['type']!r}, which is not compared; these are: {known}."
+        )
+
+
 def load_policy(source: Path) -> Any:
     """Load one of LeRobot's policies by folder or hub id, in eval mode. What it prints goes to standard error."""
-    kind = _kind_in(source) if source.is_dir() else None
+    check_kind(source)
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class
@@ -149,21 +176,14 @@ def load_policy(source: Path) -> Any:
         ) from err
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            kind = kind or PreTrainedConfig.from_pretrained(str(source)).type
+            kind = PreTrainedConfig.from_pretrained(str(source)).type
             policy = get_policy_class(kind).from_pretrained(str(source))
-    except Exception as err:  # LeRobot may raise anything for a wrong folder
-        raise CheckpointError(f"LeRobot cannot load {source}: {one_line(err)}") from err
+    except Exception as err:  # LeRobot may raise anything
+        nowhere = "" if source.is_dir() else f"there is no folder {source}, and as a hub id "
+        raise CheckpointError(f"{nowhere}LeRobot cannot load {source}: {one_line(err)[:LONGEST]}") from err
+    if kind not in COMPARED:
+        raise CheckpointError(f"{source} is LeRobot's policy {kind!r}; these are compared: {', '.join(COMPARED)}.")
     return policy.eval()
-
-
-def _kind_in(folder: Path) -> str:
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("type")
-    except (OSError, ValueError, AttributeError) as err:
-        raise CheckpointError(f"{folder} is not a policy: its config.json cannot be read ({one_line(err)}).") from err
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{folder} is not a policy of LeRobot: its config.json has no type.")
-    return kind
 
 
 def act(policy: Any, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -213,17 +233,19 @@ def read_observations(path: Path, policy: Any) -> list[dict[str, Tensor]]:
         raise InputError(
             f"{path} cannot be read as safetensors ({one_line(err)}): record it by {HOW_TO_RECORD}."
         ) from err
-    numbers = {len(value) for value in held.values()}
-    needed = [STATE, TOKENS, MASK]
-    missing = [name for name in needed if name not in held]
-    cameras = [name for name in policy.config.image_features if name in held]
-    if missing or not cameras:
-        lack = ", ".join(missing or [*policy.config.image_features])
+    read = policy.config.image_features
+    missing = [name for name in (STATE, TOKENS, MASK) if name not in held]
+    if missing or not any(name in held for name in read):
+        lack = ", ".join(missing or read)
         raise InputError(f"{path} has no {lack}, which the policy reads: record it by {HOW_TO_RECORD}.")
+    if unknown := [name for name in held if name.startswith(IMAGES) and name not in read]:
+        raise InputError(f"{path} has {unknown[0]}, which the policy does not read; its cameras are {', '.join(read)}.")
+    numbers = {len(value) for value in held.values()}
     if len(numbers) != 1 or 0 in numbers:
         raise InputError(f"{path} has {sorted(numbers)} of its inputs; expected as many of each, and at least one.")
-    for name in cameras:
-        held[name] = _frames(path, name, held[name], policy.config.image_features[name].shape)
+    for name in set(held) & set(read):
+        held[name] = _frames(path, name, held[name], read[name].shape)
+    _check_inputs(path, held, policy)
     device = next(policy.parameters()).device
     return [
         {name: value[index : index + 1].to(device) for name, value in held.items()} for index in range(numbers.pop())
@@ -240,22 +262,50 @@ def _frames(path: Path, name: str, frames: Tensor, shape: tuple[int, ...]) -> Te
             f"{path}: the frames of {name} are {width} x {height} pixels; the policy's config says "
             f"{shape[-1]} x {shape[-2]}. Record them with the cameras that it was trained with."
         )
-    return frames.float() / 255 if frames.dtype == torch.uint8 else frames
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    low, high = float(frames.min()), float(frames.max())
+    if not 0 <= low <= high <= 1:  # catches NaN, too
+        raise InputError(
+            f"{path}: the frames of {name} have values from {low:g} to {high:g}; expected 0 to 1, or bytes."
+        )
+    return frames
+
+
+def _check_inputs(path: Path, held: Mapping[str, Tensor], policy: Any) -> None:
+    """Raise InputError for a state or tokens that the policy cannot read."""
+    state, tokens, feature = held[STATE], held[TOKENS], policy.config.robot_state_feature
+    if not state.isfinite().all():
+        raise InputError(f"{path}: {STATE} has NaN or infinity.")
+    if feature and state.shape[-1] != feature.shape[0]:
+        raise InputError(f"{path}: {STATE} has {state.shape[-1]} numbers; the policy's config says {feature.shape[0]}.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < _words_of(policy):
+        raise InputError(
+            f"{path}: {TOKENS} has ids from {int(tokens.min())} to {int(tokens.max())}, but the policy knows "
+            f"{_words_of(policy)} tokens: record it with the policy's own tokenizer."
+        )
+
+
+def _words_of(policy: nn.Module) -> int:
+    return max(each.num_embeddings for each in policy.modules() if isinstance(each, nn.Embedding))
+
+
+def _cameras_of(policy: Any) -> list[str]:
+    return [name for name in policy.config.image_features if "empty_camera" not in name]
 
 
 def draw_observations(policy: Any) -> list[dict[str, Tensor]]:
     """Draw observations of a policy: smooth frames, a state and the tokens of a task."""
     generator = torch.Generator().manual_seed(SEED)
     device, config = next(policy.parameters()).device, policy.config
-    words = max(each.num_embeddings for each in policy.modules() if isinstance(each, nn.Embedding))
+    words = _words_of(policy)
     width = config.robot_state_feature.shape[0] if config.robot_state_feature else config.max_state_dim
     batches = []
     for _ in range(DRAWN):
         batch: dict[str, Tensor] = {}
-        for name, feature in config.image_features.items():
-            if "empty_camera" not in name:
-                coarse = torch.rand(1, 3, 8, 8, generator=generator)
-                batch[name] = nn.functional.interpolate(coarse, feature.shape[-2:], mode="bilinear")
+        for name in _cameras_of(policy):
+            coarse = torch.rand(1, 3, 8, 8, generator=generator)
+            batch[name] = nn.functional.interpolate(coarse, config.image_features[name].shape[-2:], mode="bilinear")
         batch[STATE] = torch.randn(1, width, generator=generator)
         batch[TOKENS] = torch.randint(3, words - 1, (1, config.tokenizer_max_length), generator=generator)
         batch[MASK] = torch.ones(1, config.tokenizer_max_length, dtype=torch.bool)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtower.errors import ConfigError, InputError
-from trtower.tower.image_processor import BatchFeature, ImageProcessor
+from trtower.tower.dicts import BatchFeature
+from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.pictures import Array, Images
 
 if TYPE_CHECKING:

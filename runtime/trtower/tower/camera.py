@@ -16,6 +16,8 @@ from torch.nn import functional
 from trtower.errors import InputError
 from trtower.tower.pictures import Array
 
+CHANNELS = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
@@ -49,28 +51,32 @@ They stand for LeRobot's π0, π0.5 and π0-FAST; LeRobot's SmolVLA; openpi's po
 def prepare_frame(
     frame: Array,
     padding: Padding,
-    side: int,
+    side: int | None,
     *,
     scale: Callable[[Array], Array] | None,
     normalize: Callable[[Array], Array] | None,
 ) -> Array:
-    """Turn a frame (C, H, W) of bytes, or of fractions from 0 to 1, into (C, S, S).
+    """Turn a frame (C, H, W) of bytes, or of fractions from 0 to 1, into (C, S, S); into (C, H, W) if ``side`` is None.
 
     ``scale`` turns bytes into fractions, and ``normalize`` fractions into what the tower accepts. Without ``scale`` the
     result is bytes: fractions are rounded. Raises InputError for other values.
     """
+    if not frame.size:
+        raise InputError(f"a frame without pixels, of shape {frame.shape}; leave it out")
     is_bytes = frame.dtype == np.uint8
-    if not is_bytes and (frame.dtype.kind != "f" or frame.max() > 1):
+    if not is_bytes and (frame.dtype.kind != "f" or not 0 <= frame.min() <= frame.max() <= 1):
         raise InputError(
             f"values of {frame.dtype} from {frame.min()} to {frame.max()}; expected a frame of uint8, from 0 to 255, "
             "or float, from 0 to 1"
         )
+    if len(frame) != CHANNELS:
+        raise InputError(f"{len(frame)} channels; expected a frame of red, green and blue")
     if padding.on_bytes:
         if not is_bytes:
             raise InputError(f"values of {frame.dtype}; openpi resizes frames of uint8, from 0 to 255")
         frame = _fit(frame, padding, side, _resize_bytes)
         return frame if scale is None else _normalized(scale(frame), normalize)
-    if frame.shape[1:] == (side, side) and scale is None and is_bytes:
+    if scale is None and is_bytes and (side is None or frame.shape[1:] == (side, side)):
         return frame
     fractions = (scale or _fractions)(frame) if is_bytes else frame.astype(np.float32)
     if padding.after_normalising and normalize and scale:
@@ -88,11 +94,11 @@ def _normalized(fractions: Array, normalize: Callable[[Array], Array] | None) ->
 
 
 def _fit(
-    frame: Array, padding: Padding, side: int, resize: Callable[[Array, int, int], Array], black: float = 0
+    frame: Array, padding: Padding, side: int | None, resize: Callable[[Array, int, int], Array], black: float = 0
 ) -> Array:
     """Resize a frame until its longer side is S, and fill the square up."""
     height, width = frame.shape[1:]
-    if (height, width) == (side, side):
+    if side is None or (height, width) == (side, side):
         return frame
     ratio = max(width / side, height / side)
     inner_height, inner_width = int(height / ratio), int(width / ratio)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 class AttributeDict(dict[str, Any]):
     """A dict whose keys can be read, set and deleted as attributes. JSON and pickle treat it as any dict."""
@@ -63,3 +65,23 @@ class Size(dict[str, int]):
     def resized(self, side: int) -> "Size":
         """Return a size of the same form for square pictures with this side."""
         return Size(dict.fromkeys(self.keys(), side))
+
+
+class BatchFeature(AttributeDict):
+    """A dict whose keys are also attributes, like transformers' class of this name."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "BatchFeature":
+        """Move and cast the tensors in place. Only floating-point tensors are cast.
+
+        Args:
+            *args: As for ``Tensor.to``.
+            **kwargs: As for ``Tensor.to``.
+
+        Returns:
+            This dict.
+        """
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                moved = value.to(*args, **kwargs)
+                self[name] = moved if value.is_floating_point() else value.to(moved.device)
+        return self

@@ -24,8 +24,17 @@ import torch
 from trtower.bundle.manifest import MANIFEST, PREPROCESSOR
 from trtower.errors import ConfigError, InputError
 from trtower.tower.camera import PADDINGS, prepare_frame
-from trtower.tower.dicts import AttributeDict, Size
-from trtower.tower.pictures import CHANNELS_FIRST, CHANNELS_LAST, FORMATS, Array, Images, channels_first, flatten
+from trtower.tower.dicts import BatchFeature, Size
+from trtower.tower.pictures import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    FORMATS,
+    Array,
+    Images,
+    channels_first,
+    flatten,
+    oriented,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,26 +77,6 @@ _CHOICES: dict[str, tuple[str, Container[Any]]] = {
 # Keys that transformers also writes: names, and settings of padding, GPUs and token counts. They change no pixel here.
 _INERT = {"_valid_processor_keys", "feature_extractor_type", "image_processor_type", "processor_class"}
 _INERT |= {"device", "disable_grouping", "image_seq_length", "pad_size", "size_divisor"}
-
-
-class BatchFeature(AttributeDict):
-    """A dict whose keys are also attributes, like transformers' class of this name."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "BatchFeature":
-        """Move and cast the tensors in place. Only floating-point tensors are cast.
-
-        Args:
-            *args: As for ``Tensor.to``.
-            **kwargs: As for ``Tensor.to``.
-
-        Returns:
-            This dict.
-        """
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                moved = value.to(*args, **kwargs)
-                self[name] = moved if value.is_floating_point() else value.to(moved.device)
-        return self
 
 
 class ImageProcessor:
@@ -247,7 +236,10 @@ class ImageProcessor:
 
     def _pixels(self, name: str, picture: "Image | Array", input_data_format: str | None) -> Array:
         try:
-            original = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
+            if self.resize_with_pad and isinstance(picture, np.ndarray):
+                original = oriented(picture, input_data_format)  # neither alpha nor grey: depth would become colour
+            else:
+                original = channels_first(picture, rgb=self.do_convert_rgb, input_data_format=input_data_format)
             pixels = self._of_camera(original) if self.resize_with_pad else self._of_picture(original)
             if self.data_format == CHANNELS_LAST:
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
@@ -275,7 +267,7 @@ class ImageProcessor:
         return prepare_frame(
             frame,
             PADDINGS[str(self.resize_with_pad)],
-            sides.pop(),
+            sides.pop() if self.do_resize else None,
             scale=partial(_scale, factor=self.rescale_factor) if self.do_rescale else None,
             normalize=partial(_normalize, mean=self.image_mean, std=self.image_std) if self.do_normalize else None,
         )

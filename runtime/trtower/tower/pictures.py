@@ -71,7 +71,7 @@ def channels_first(picture: "Image | Array", *, rgb: bool, input_data_format: st
 
     ``input_data_format`` applies to arrays only. Raises InputError, to which the caller adds the picture's name.
     """
-    array = _oriented(picture, input_data_format) if isinstance(picture, np.ndarray) else _decoded(picture, rgb=rgb)
+    array = oriented(picture, input_data_format) if isinstance(picture, np.ndarray) else _decoded(picture, rgb=rgb)
     array = _checked(array)
     return _rgb_array(array) if rgb else array
 
@@ -117,7 +117,8 @@ def _to_numpy(tensor: torch.Tensor, name: str) -> Array:
         ) from err
 
 
-def _oriented(array: Array, input_data_format: str | None) -> Array:
+def oriented(array: Array, input_data_format: str | None) -> Array:
+    """Return an array as (C, H, W), a view; raise InputError if its channels could be first or last, or are neither."""
     if input_data_format == GREY:
         return array[None]
     sides = {CHANNELS_FIRST: array.shape[0], CHANNELS_LAST: array.shape[-1]}

@@ -125,7 +125,7 @@ def each_picture(pictures: Any, processor: ImageProcessor, name: str = "pictures
 def _each_of_array(pictures: "Array | torch.Tensor", name: str, *, fractions: bool) -> "Iterator[tuple[str, Picture]]":
     """Yield the picture or the pictures of an array of bytes; frames of a camera may also be ``fractions``."""
     dtype = str(pictures.dtype).removeprefix("torch.")
-    if dtype != "uint8" and not (fractions and dtype in ("float32", "float64")):
+    if dtype != "uint8" and not (fractions and "float" in dtype):
         raise InputError(
             f"{name} has dtype {pictures.dtype}; expected uint8, from 0 to 255. For pixel values that are prepared "
             "already: tower(pixel_values)."

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -121,6 +122,21 @@ def test_pi_gives_the_features_of_its_own_modules(
     assert settings["image_mean"] == settings["image_std"] == [0.5, 0.5, 0.5]
     pixel_values = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     torch.testing.assert_close(tower(pixel_values), eyes(pixel_values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PI | {"type": "pi0"}, OPENPI], ids=["LeRobot", "openpi"])
+def test_bytes_of_a_camera_give_the_features_of_its_floats(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The engine rescales and normalises bytes of S x S pixels exactly; resized frames are rounded to bytes before."""
+    save_pi(tmp_path / "policy", config, "" if config is OPENPI else "model.")
+    options = replace(HEAD, precision="fp32", flavour="none", check=False)
+    floats = export_tower(str(tmp_path / "policy"), tmp_path / "floats", options)
+    small = export_tower(str(tmp_path / "policy"), tmp_path / "bytes", replace(options, pixels="uint8"))
+    prepared, raw = (VisionTower.load(each.path, backend="onnxruntime-cpu") for each in (floats, small))
+    square, wide = (
+        np.random.default_rng(0).integers(0, 256, shape, np.uint8) for shape in ((SIDE, SIDE, 3), (30, 41, 3))
+    )
+    torch.testing.assert_close(raw.encode(square), prepared.encode(square), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(raw.encode(wide), prepared.encode(wide), rtol=0.1, atol=0.05)
 
 
 def test_features_are_not_divided_whatever_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,11 @@ def test_bytes_for_an_engine_are_the_same_pixels_rounded(padding: str) -> None:
             r"values of float32 from 7\.0 to 7\.0; expected .* from 0 to 1",
         ),
         ("lerobot", np.full((9, 9, 3), 7, np.int64), "values of int64 from 7 to 7; expected a frame of uint8"),
+        ("lerobot", np.full((9, 9, 3), -0.5, np.float32), r"values of float32 from -0\.5 .* or float, from 0 to 1"),
+        ("lerobot", np.full((9, 9, 3), np.nan, np.float32), "values of float32 from nan"),
+        ("lerobot", np.zeros((9, 9, 4), np.uint8), "4 channels; expected a frame of red, green and blue"),
+        ("openpi", np.zeros((9, 9, 1), np.uint8), "1 channels; expected a frame of red, green and blue"),
+        ("lerobot", np.zeros((0, 9, 3), np.uint8), r"a frame without pixels, of shape \(3, 0, 9\)"),
         ("openpi", np.zeros((9, 9, 3), np.float32), "openpi resizes frames of uint8"),
         ("smolvla", np.zeros((5, 4000, 3), np.uint8), "4000 x 5 pixels, which leave nothing of the shorter side"),
     ],
@@ -107,6 +112,11 @@ def test_other_frames_are_refused(padding: str, frame: np.ndarray, problem: str)
 def test_wrong_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         ImageProcessor({"image_processor_type": "ResizeWithPadImageProcessor", **settings})(WHITE)
+
+
+def test_frames_are_not_fitted_if_they_are_not_resized() -> None:
+    pixels = processor(do_resize=False)(WHITE, return_tensors="pt").pixel_values
+    assert torch.equal(pixels, torch.ones(1, 3, 10, 20))
 
 
 def test_settings_survive_a_file(tmp_path: Any) -> None:
