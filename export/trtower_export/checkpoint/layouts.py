@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from trtower.errors import CheckpointError
+from trtower.errors import CheckpointError, one_line
 from trtower.reading import is_contrastive, read_vision_feature_layer, says_trained
 from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
@@ -168,9 +168,14 @@ def _recognise_tower(files: Files, request: Request) -> Layout:
 
 def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request) -> Layout:
     """Read a robot policy, which holds the whole model that it is built on, under the names of its own code."""
-    if reason := policy.obstacle(raw):
+    where = f"{files.folder}/config.json"
+    try:
+        reason = policy.obstacle(raw)
+        said = None if reason else policy.read(raw)
+    except (AttributeError, LookupError, TypeError, ValueError) as err:  # a wrong value in the file
+        raise CheckpointError(f"{where} could not be read as that of a {policy.name}: {one_line(err)}.") from err
+    if said is None:
         raise CheckpointError(f"{files.folder} is a {policy.name} whose tower cannot be exported: {reason}.")
-    said = policy.read(raw)
     if isinstance(said.model, Recipe):
         layout = from_recipe(said.model)
     elif isinstance(said.model, dict):
@@ -180,7 +185,6 @@ def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request)
         layout = _named_tower(files, said.model, replace(request, weights=False), key=said.named_by)
     for name, value in said.config.items():
         setattr(layout.config, name, value)
-    where = f"{files.folder}/config.json"
     check_vision_config(layout.config, layout.family, where)
     layout = replace(
         layout,

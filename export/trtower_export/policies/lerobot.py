@@ -100,14 +100,14 @@ POLICIES = (
 
 _QWEN = "its tower is Qwen's, which accepts pictures of any shape, an engine only one"
 _RESNET = "it reads its cameras with a ResNet, which is not a vision transformer"
-_NO_TRANSFORMER = "it has no vision tower"
+_SMALL = "it reads its cameras with a small convolutional network, which is not a vision transformer"
 REFUSED = {
     "act": _RESNET,
     "diffusion": _RESNET,
     "vqbet": _RESNET,
-    "tdmpc": _NO_TRANSFORMER,
-    "sac": _NO_TRANSFORMER,
-    "gaussian_actor": _NO_TRANSFORMER,
+    "tdmpc": _SMALL,
+    "sac": _SMALL,
+    "gaussian_actor": _SMALL,
     "eo1": _QWEN,
     "wall_x": _QWEN,
     "vla_jepa": _QWEN,
