@@ -23,7 +23,7 @@ from tests.policies.small import CAMERAS, WIDTH, act, make_policy, observe
 import trtower
 from trtower_export import ExportOptions, export_tower
 from trtower_export.policies import openpi
-from trtower_export.recipes import find_recipe
+from trtower_export.recipes import read_recipe
 
 ROUNDS = 5
 RECIPES = {"pi0": "pi0_base", "smolvla": "smolvla_base"}
@@ -42,13 +42,12 @@ def main() -> None:
 
 def race(kind: str, name: str, folder: Path) -> None:
     """Time one policy, eager and compiled, with one camera and with three."""
-    recipe = find_recipe(name)
-    assert recipe
+    recipe = read_recipe(name)
     eager = make_policy(kind, folder, CAMERAS, {size: recipe.config[size] for size in SIZES})
     eager.save_pretrained(folder / "policy")
     narrow = replace(recipe, model=recipe.model | {"text_config": {"hidden_size": WIDTH}})
     options = ExportOptions(head="projector", flavour="none", check=False)
-    with patch.object(openpi, "find_recipe", lambda _: narrow):
+    with patch.object(openpi, "read_recipe", lambda _: narrow):
         export_tower(str(folder / "policy"), folder / "bundle", options)
     compiled = copy.deepcopy(eager)
     installation = trtower.install(compiled, folder / "bundle")

@@ -85,7 +85,7 @@ def check(
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
 
     if policy:
-        policies.check_kind(policy)
+        policies.check_named(opened, policy)
     pages = None
     if report:
         make_folder(report)

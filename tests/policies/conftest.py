@@ -30,7 +30,7 @@ def small_recipe() -> Any:
     recipe = openpi.pi_recipe()
     small = replace(recipe, config=recipe.config | VISION, model=recipe.model | {"text_config": {"hidden_size": WIDTH}})
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(openpi, "find_recipe", lambda name: {"pi0_base": small}[name])
+        patches.setattr(openpi, "read_recipe", lambda name: {"pi0_base": small}[name])
         yield
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from trtower.bundle.bundle import Bundle
 from trtower.dtypes import DTYPES
-from trtower.errors import CheckpointError, InputError, MissingExtraError, one_line
+from trtower.errors import CheckpointError, ConfigError, InputError, MissingExtraError, one_line
 from trtower.installation.find import find_tower
 from trtower.installation.install import install
-from trtower.spec import PRECISIONS
+from trtower.spec import EIGHT_BIT, PRECISIONS
 from trtower_export.console import Progress
 from trtower_export.policies import refuse_other_policy
 
@@ -116,8 +116,9 @@ def check_policy(
         CheckpointError: The source is no policy that can be loaded here.
         InputError: The observations cannot be read, lack an input, or do not fit the policy.
         MissingExtraError: LeRobot is not installed.
-        ConfigError: The bundle is not of this policy's tower.
+        ConfigError: The bundle is not of this policy's tower, or is in 8 bits.
     """
+    check_named(bundle, source)
     with progress.step("Load the policy"):
         policy = load_policy(source)
     batches = read_observations(observations, policy) if observations else draw_observations(policy)
@@ -145,8 +146,14 @@ def check_policy(
     )
 
 
-def check_kind(source: Path) -> None:
-    """Raise CheckpointError for a folder whose policy cannot be compared, before anything is loaded."""
+def check_named(bundle: Bundle, source: Path) -> None:
+    """Raise ConfigError for a bundle, or CheckpointError for a folder, that cannot be compared; loads nothing."""
+    precision = bundle.manifest.precision
+    if precision in EIGHT_BIT:
+        raise ConfigError(
+            f"{bundle.path} is in {precision}, and PyTorch has no tower in 8 bits to judge its actions by: leave out "
+            "--policy, or export in fp16 or bf16."
+        )
     if not source.is_dir():
         return
     try:
@@ -165,7 +172,6 @@ def check_kind(source: Path) -> None:
 
 def load_policy(source: Path) -> Any:
     """Load one of LeRobot's policies by folder or hub id, in eval mode. What it prints goes to standard error."""
-    check_kind(source)
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class

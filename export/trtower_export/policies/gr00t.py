@@ -5,7 +5,7 @@ Eagle model in a checkpoint's config ends in "1mlp_nops": its projector has one 
 """
 
 from trtower_export.policies.base import Policy, PolicyTower, RawConfig
-from trtower_export.recipes import find_recipe
+from trtower_export.recipes import read_recipe
 
 ONE_LAYER = "1mlp_nops"
 
@@ -18,11 +18,8 @@ def _is_of(raw: RawConfig) -> bool:
 
 def _read(raw: RawConfig) -> PolicyTower:
     del raw
-    recipe = find_recipe("GR00T-N1.5-3B")
-    assert recipe is not None  # noqa: S101 - it is one of this package's files
     return PolicyTower(
-        model=recipe,
-        preprocessor=recipe.preprocessor,
+        model=read_recipe("GR00T-N1.5-3B"),
         remarks=(
             "GR00T crops and resizes frames by its own transforms before: pass encode frames that they have made",
         ),

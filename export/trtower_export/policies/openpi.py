@@ -7,7 +7,7 @@ openpi writes no vision config: its code holds the sizes. Sources: `gemma_pytorc
 from collections.abc import Collection
 
 from trtower_export.policies.base import Policy, PolicyTower, RawConfig, frames
-from trtower_export.recipes import Recipe, find_recipe
+from trtower_export.recipes import Recipe, read_recipe
 
 UNWRITTEN = {"paligemma_variant": "gemma_2b"}
 """The config of a checkpoint that was trained in PyTorch, which has a metadata.pt and no config.json."""
@@ -19,9 +19,7 @@ CAMERAS = 3
 
 def pi_recipe() -> Recipe:
     """Return the recipe of the tower and projector that every π has."""
-    recipe = find_recipe("pi0_base")
-    assert recipe is not None  # noqa: S101 - it is one of this package's files
-    return recipe
+    return read_recipe("pi0_base")
 
 
 def is_of_tensors(names: Collection[str]) -> bool:

@@ -44,7 +44,7 @@ RECIPES = resources.files(__name__)
 def all_recipes() -> list[Recipe]:
     """Read every recipe, sorted by name."""
     names = (file.name.removesuffix(".toml") for file in RECIPES.iterdir() if file.name.endswith(".toml"))
-    return [_parse(name) for name in sorted(names)]
+    return [read_recipe(name) for name in sorted(names)]
 
 
 def find_recipe(checkpoint: str) -> Recipe | None:
@@ -54,7 +54,8 @@ def find_recipe(checkpoint: str) -> Recipe | None:
     return recipe if recipe and checkpoint in (recipe.checkpoint, recipe.name) else None
 
 
-def _parse(name: str) -> Recipe:
+def read_recipe(name: str) -> Recipe:
+    """Read one of the recipes by its name."""
     data = _read(name)
     low, opt, high = data.pop("batch")
     return Recipe(name=name, batch=BatchProfile(min=low, opt=opt, max=high), **data)

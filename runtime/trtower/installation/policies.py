@@ -24,7 +24,7 @@ from trtower.installation.reach import modules_around
 
 logger = logging.getLogger(__name__)
 
-KNOWN = "LeRobot 0.4 to 0.6 and openpi as of 2026"
+KNOWN = "LeRobot 0.6, the code of 0.4 and of openpi"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ def methods_together(model: nn.Module, place: Slot) -> Iterator[tuple[nn.Module,
     inner = getattr(owner, loop.inner)
     if loop.method in vars(owner) or loop.embed in vars(inner):
         logger.warning(
-            "%s.%s or %s of this policy was patched, so its code runs its cameras as it did, one by one or masked ones "
-            "too.", type(owner).__name__, loop.method, loop.embed
+            "%s.%s or %s of this policy was patched, so its cameras are not run together, and masked ones still run.",
+            type(owner).__name__, loop.method, loop.embed
         )  # fmt: skip
         return
     through_images, embed = getattr(owner, loop.method), getattr(inner, loop.embed)
@@ -134,8 +134,8 @@ def methods_together(model: nn.Module, place: Slot) -> Iterator[tuple[nn.Module,
     @functools.wraps(through_images)
     def through_images_together(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
-        prepare = embed_shown if loop.stacked else embed_together
-        call.embed = prepare(embed, given.arguments[loop.images], given.arguments[loop.masks])
+        images, masks = (given.arguments[name] for name in (loop.images, loop.masks))
+        call.embed = embed_shown(embed, masks) if loop.stacked else embed_together(embed, images, masks)
         try:
             return through_images(*given.args, **given.kwargs)
         finally:
@@ -166,9 +166,8 @@ def embed_together(
     return embed_image
 
 
-def embed_shown(embed: Callable[..., Any], images: Tensor, masks: Tensor) -> Callable[..., Any]:
-    """Return what embeds the flattened images (B * C, 3, S, S) of ``images`` that ``masks`` (B, C) does not mask."""
-    del images
+def embed_shown(embed: Callable[..., Any], masks: Tensor) -> Callable[..., Any]:
+    """Return what embeds those of the images (B * C, 3, S, S) that ``masks`` (B, C) does not mask."""
     shown = masks.flatten().bool()
 
     def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
