@@ -13,9 +13,11 @@ import torch
 import transformers
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from tests.timm_stand_in import SIZES
 from trtower.layer_codes import LayerCode
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
+from trtower_export.checkpoint import timm
 from trtower_export.pipeline import ExportOptions, export_tower
 
 collect_ignore = ["tensorrt"]  # it needs other environments, which `make test-tensorrt` makes
@@ -30,6 +32,13 @@ PATCH_SIZE = 14
 WIDTH = 64
 BATCH = BatchProfile(min=1, opt=2, max=4)
 Bundles = Callable[..., Path]
+
+
+@pytest.fixture
+def small_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trtower know the sizes of the stand-ins for timm's ViTs."""
+    for name, size in SIZES.items():
+        monkeypatch.setitem(timm.SIZES, name, size)
 
 
 SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}

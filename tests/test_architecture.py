@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 ROWS = {
     "trtower": (
-        "errors extras lazy names layer_codes reading spec head dtypes flavour",
+        "errors extras lazy names layer_codes reading spec head dtypes flavour timm_names",
         "bundle",
         "fingerprint runners",
         "parity",

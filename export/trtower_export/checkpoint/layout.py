@@ -116,6 +116,16 @@ def inside_model(layout: Layout, files: Files, others: Collection[str]) -> Layou
     return replace(layout, remarks=(*layout.remarks, *remarks))
 
 
+def read_preprocessor(files: Files) -> dict[str, Any] | None:
+    """Read how images are prepared, from the file that transformers 4 or 5 writes."""
+    written = files.read_json("preprocessor_config.json")
+    if written is None:
+        written = (files.read_json("processor_config.json") or {}).get("image_processor")
+    if written is not None and not isinstance(written, dict):
+        raise CheckpointError(f"{files.folder}/processor_config.json: image_processor={written!r} is not an object.")
+    return written
+
+
 def no_tower(tensors: Tensors, expected: str) -> CheckpointError:
     """Build the error for a checkpoint without a tower; ``expected`` says what it should hold."""
     folder, why = tensors.files.folder, ""

@@ -1,6 +1,7 @@
 """Read an OpenCLIP ViT as a `CLIPVisionModel`: OpenCLIP has another config, other names, and q, k and v in one tensor.
 
-Names and defaults come from open_clip's `CLIPVisionCfg` and `VisionTransformer`.
+If its tower is a ViT of timm, that is read as `timm.py` does. Names and defaults come from open_clip's `CLIPVisionCfg`,
+`VisionTransformer` and `TimmModel`.
 """
 
 import re
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig
+from transformers import AutoConfig
 
 from trtower.errors import CheckpointError, one_line
 from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request, with_tower
 from trtower_export.checkpoint.tensors import list_tensors
+from trtower_export.checkpoint.timm import PATCH_EMBEDDING as PATCH_EMBEDDING_OF_TIMM
+from trtower_export.checkpoint.timm import describe_timm, translator
 from trtower_export.checkpoint.vision_config import check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.base import square
@@ -29,6 +32,11 @@ _INERT |= {"attentional_pool", "attn_pooler_queries", "attn_pooler_heads"}
 """Settings of `vision_cfg` that matter only in training, that the weights hold anyway, or that concern the final
 pooling. With any other setting the architecture is not CLIP's."""
 
+TRUNK = "timm_model_name"
+_OF_TRUNK = {TRUNK, "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"}
+_OF_TRUNK |= {*_DEFAULTS, *_INERT}
+"""Settings of `vision_cfg` beside a ViT of timm. OpenCLIP reads none of its own then, but the size of its images."""
+
 _RENAMES = (
     (r"^class_embedding$", "embeddings.class_embedding"),
     (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
@@ -41,6 +49,7 @@ _RENAMES = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
+WITHOUT_HEAD = "without --head its hidden states are exported"
 _FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)$")
 
 
@@ -49,7 +58,7 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
     written = files.read_json(CONFIG) or {}
     where = f"{files.folder}/{CONFIG}"
     try:
-        config = CLIPVisionConfig(**vision_config(written))
+        config = AutoConfig.for_model(**vision_config(written))
         prepares = preprocessor(written, square(config.image_size))
     except CheckpointError as err:
         raise CheckpointError(f"{where} {err}") from err
@@ -57,12 +66,13 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     family = family_of(config.model_type)
     check_vision_config(config, family, where)
+    has_trunk = TRUNK in written.get("model_cfg", written)["vision_cfg"]
     layout = Layout(
         kind="OpenCLIP checkpoint",
         config=config,
         family=family,
         preprocessor=prepares,
-        translate=translate,
+        translate=translator(config) if has_trunk else translate,
         head_root="visual.proj",
         not_pooled=_not_pooled(written),
         translate_head=translate_head,
@@ -72,18 +82,25 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         return layout
     paths = _find_weights(files, path)
     tensors = list_tensors(files, paths, allow_pickle=request.trust.allow_pickle)
-    complete = with_tower(layout, tensors, PATCH_EMBEDDING, request, larger=True)
+    patch_embedding = PATCH_EMBEDDING_OF_TIMM if has_trunk else PATCH_EMBEDDING
+    complete = with_tower(layout, tensors, patch_embedding, request, larger=True)
     if complete is None:
-        raise CheckpointError(f"{path or files.folder} holds no visual.{PATCH_EMBEDDING}: it is not an OpenCLIP ViT.")
+        name = f"visual.{'trunk.' if has_trunk else ''}{patch_embedding}"
+        raise CheckpointError(f"{path or files.folder} holds no {name}: it is not the ViT that its config describes.")
     return complete
 
 
 def _not_pooled(written: dict[str, Any]) -> str | None:
-    """Return why its embedding is not the projected CLS token, if it is not."""
+    """Return why its embedding is not the projected CLS token, or SigLIP's pooled vector, if it is not."""
     vision = written.get("model_cfg", written)["vision_cfg"]
+    if TRUNK in vision:
+        pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear") or "none"
+        if (pool, projection) == ("map", "none"):
+            return None
+        return f"timm_pool={pool!r} and timm_proj={projection!r} pool otherwise than SigLIP does; {WITHOUT_HEAD}"
     pooled = {"pool_type": vision.get("pool_type", "tok"), "attentional_pool": vision.get("attentional_pool") or False}
     other = next((f"{name}={value!r}" for name, value in pooled.items() if value not in ("tok", False)), None)
-    return other and f"{other} pools otherwise than by the CLS token; without --head its hidden states are exported"
+    return other and f"{other} pools otherwise than by the CLS token; {WITHOUT_HEAD}"
 
 
 def _find_weights(files: Files, path: Path | None) -> list[Path]:
@@ -96,15 +113,22 @@ def _find_weights(files: Files, path: Path | None) -> list[Path]:
 
 
 def vision_config(written: dict[str, Any]) -> dict[str, Any]:
-    """Turn an open_clip_config.json into settings of `CLIPVisionConfig`.
+    """Turn an open_clip_config.json into a vision config, with its `model_type`.
 
-    Raises CheckpointError if it is not a plain ViT. The caller puts the file's name before the message.
+    Raises CheckpointError if it is not a plain ViT, or one of timm that is exported. The caller puts the file's name
+    before the message.
     """
     model = written.get("model_cfg", written)
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
         raise CheckpointError("has no model_cfg.vision_cfg, so it does not describe a vision tower.")
-    other = sorted(name for name, value in vision.items() if value and name not in {*_DEFAULTS, *_INERT})
+    known = _OF_TRUNK if TRUNK in vision else {*_DEFAULTS, *_INERT}
+    other = sorted(name for name, value in vision.items() if value and name not in known)
+    if TRUNK in vision and not other:
+        try:
+            return describe_timm(str(vision[TRUNK]), vision.get("image_size"))
+        except CheckpointError as err:
+            raise CheckpointError(f"has {TRUNK}: {err}") from err
     vision = _DEFAULTS | vision
     if other or not isinstance(vision["layers"], int):
         reason = f"{other[0]}={vision[other[0]]!r}" if other else f"layers={vision['layers']!r}, a ResNet"
@@ -113,6 +137,7 @@ def vision_config(written: dict[str, Any]) -> dict[str, Any]:
             "export the checkpoint's conversion to transformers, if there is one."
         )
     return {
+        "model_type": "clip_vision_model",
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "hidden_size": vision["width"],
         "image_size": vision["image_size"],
@@ -143,6 +168,7 @@ def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | N
         "do_center_crop": not squashed,
         "size": square if squashed else {"shortest_edge": image_size},
         "crop_size": square,
+        "crop_like": "torchvision",
         "resample": {"bilinear": 2, "bicubic": 3}[config.get("interpolation", "bicubic")],
         "image_mean": config["mean"],
         "image_std": config["std"],

@@ -58,6 +58,7 @@ _CLIP: dict[str, Any] = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "data_format": CHANNELS_FIRST,
     "resize_with_pad": None,
+    "crop_like": None,
 }
 _SIGLIP = _CLIP | {
     "size": {"height": 224, "width": 224},
@@ -73,6 +74,7 @@ _CHOICES: dict[str, tuple[str, Container[Any]]] = {
     "data_format": (" or ".join(map(repr, FORMATS[:2])), FORMATS[:2]),
     "resample": ("a Pillow filter, 0 to 5", range(6)),
     "resize_with_pad": (f"None or {', '.join(PADDINGS)}", (None, *PADDINGS)),
+    "crop_like": ("None or 'torchvision'", (None, "torchvision")),  # of timm, OpenCLIP and Prismatic
 }
 # Keys that transformers also writes: names, and settings of padding, GPUs and token counts. They change no pixel here.
 _INERT = {"_valid_processor_keys", "feature_extractor_type", "image_processor_type", "processor_class"}
@@ -105,6 +107,7 @@ class ImageProcessor:
     image_std: Sequence[float] | float
     data_format: str
     resize_with_pad: str | None
+    crop_like: str | None
     _warned: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -254,7 +257,7 @@ class ImageProcessor:
         if self.do_resize:
             pixels = _resize(pixels, self.size, self.resample)
         if self.do_center_crop:
-            pixels = _center_crop(pixels, self.crop_size)
+            pixels = _center_crop(pixels, self.crop_size, rounds=self.crop_like is not None)
         if self.do_rescale:
             pixels = _scale(pixels, self.rescale_factor)
         return _normalize(pixels, self.image_mean, self.image_std) if self.do_normalize else pixels
@@ -361,10 +364,14 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
     return resized if whole else _scale(resized, 1 / 255)
 
 
-def _center_crop(image: Array, size: Mapping[str, int]) -> Array:
-    """Crop the centre of (C, H, W); pad a side that is too short with zeros, the odd row first."""
+def _center_crop(image: Array, size: Mapping[str, int], *, rounds: bool) -> Array:
+    """Crop the centre of (C, H, W); pad a side that is too short with zeros, the odd row first.
+
+    transformers leaves out the larger half after the crop; torchvision ``rounds`` half of what it leaves out to even.
+    """
     height, width = size["height"], size["width"]
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    beside = image.shape[1] - height, image.shape[2] - width
+    top, left = (round(both / 2) if rounds else both // 2 for both in beside)
     cut = image[:, max(top, 0) :, max(left, 0) :][:, :height, :width]
     canvas = np.zeros((len(image), height, width), image.dtype)
     canvas[:, max(-top, 0) :, max(-left, 0) :][:, : cut.shape[1], : cut.shape[2]] = cut
