@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from trtower.dtypes import DTYPES
 from trtower.spec import Naming, TowerSpec
 
 
-def count_layers(tower: nn.Module, naming: Naming) -> int:
+def count_layers(tower: Any, naming: Naming) -> int:
     """Count the layers of a transformers vision model, which may be fewer than its config says."""
     indices = (naming.find_layer(name) for name, _ in tower.named_parameters())
     return 1 + max((index for index in indices if index is not None), default=-1)
@@ -85,7 +86,7 @@ def _join(digests: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def read_parameters(tower: nn.Module, spec: TowerSpec) -> Iterator[Tensor]:
+def read_parameters(tower: Any, spec: TowerSpec) -> Iterator[Tensor]:
     """Return the parameters of a transformers vision model that the hidden states in ``spec`` depend on.
 
     Only parameters known to be irrelevant are left out, so anything that was added to the tower counts.

@@ -6,7 +6,7 @@ N patches, D features per token.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from trtower.errors import ConfigError, InputError
@@ -164,6 +164,9 @@ class Naming:
     may lie anywhere. ``final_norm`` turns hidden state L into `last_hidden_state`; if it is empty, the two are the same
     state. No hidden state depends on the ``unread`` parts. Besides the weights, the ``config_fields`` decide what a
     tower computes.
+
+    In a pair of towers, ``offsets`` maps what the names of the one with fewer layers begin with to the number of layers
+    of the other that run before its first.
     """
 
     wrapper: str = "vision_model"
@@ -186,6 +189,7 @@ class Naming:
         "use_qk_norm",
         "is_native",
     )
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def inside(self, parameter: str) -> str:
         """Return the name of a parameter without the wrapper's prefix."""
@@ -195,7 +199,9 @@ class Naming:
         """Return the index of the layer that holds a parameter; None if it is outside the layers."""
         layers = "|".join(map(re.escape, self.layers))
         match = re.search(rf"(?:^|\.)(?:{layers})\.(\d+)\.", parameter)
-        return int(match[1]) if match else None
+        if match is None:
+            return None
+        return int(match[1]) + next((n for part, n in self.offsets.items() if parameter.startswith(part)), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,8 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         line = next(line for line in table.splitlines() if line.startswith(f"{row['name']} "))
         assert line.split()[:4] == [row["name"], row["checkpoint"], row["family"], str(row["image_size"])]
-    openvla = next(row for row in rows if row["name"] == "openvla-dinov2")
-    assert (openvla["family"], openvla["image_size"], openvla["select_layer"]) == ("dinov2_with_registers", 224, -2)
+    openvla = next(row for row in rows if row["name"] == "openvla-7b")
+    assert (openvla["family"], openvla["image_size"], openvla["select_layer"]) == ("prismatic", 224, -2)
 
 
 def test_recipes_are_a_command() -> None:

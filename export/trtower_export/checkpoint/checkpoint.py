@@ -202,8 +202,9 @@ class Checkpoint:
     def _draw_weights(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            model_class = getattr(transformers, self.family.model_class)
-            model: nn.Module = model_class._from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
+            model: nn.Module = self.family.vision_class._from_config(
+                self.config, attn_implementation="sdpa", dtype=torch.float32
+            )
         return model
 
     def _load_weights(self, tensors: Tensors, spec: TowerSpec | None) -> nn.Module:
@@ -229,18 +230,14 @@ class Checkpoint:
         auto_map = getattr(self.config, "auto_map", None) or {}
         if self.trust.remote_code and "AutoModel" in auto_map:
             return get_class_from_dynamic_module(auto_map["AutoModel"], folder)
-        return getattr(transformers, self.family.model_class)
+        return self.family.vision_class
 
     def _read_weights(self, tensors: Tensors, model_class: Any) -> dict[str, Tensor]:
         """Read the tower's tensors under the names that the installed transformers uses."""
         weights = {name.removeprefix(self.layout.root): tensor for name, tensor in tensors.read().items()}
         if self.layout.translate:
             weights = self.layout.translate(weights)
-        with torch.device("meta"):
-            names = model_class(self.config).state_dict()
-        home = next(name for name in names if name.endswith(self.family.patch_embedding))
-        home = home.removesuffix(self.family.patch_embedding)
-        return {home + name: tensor for name, tensor in weights.items()}
+        return self.family.named_in(model_class, self.config, weights)
 
     def _refuse_mismatched(
         self, model: nn.Module, weights: dict[str, Tensor], mismatched: Iterable[Any], folder: Path
@@ -260,7 +257,7 @@ class Checkpoint:
 
         With one layer more, for example, -2 is another layer.
         """
-        stem, naming = self.family.patch_embedding.partition(".")[0], self.family.naming
+        stem, naming = self.family.patch_embedding.partition(".")[0], self.family.naming_in(self.config)
         for name in sorted(unexpected):
             layer = naming.find_layer(name)
             if layer is not None and layer >= self.config.num_hidden_layers:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from trtower.errors import CheckpointError, ConfigError, TrtowerError, one_line
@@ -138,7 +137,7 @@ def _describe_head(checkpoint: Checkpoint, spec: TowerSpec, options: ExportOptio
     with _building(checkpoint), torch.device("meta"):
         tower = nn.Module()
         if head.embeds:
-            tower = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
+            tower = checkpoint.family.vision_class(checkpoint.config)
         own = head.own(config) if head.own else None
         if own is not None and own.state_dict() and checkpoint.layout.around is not None:
             _select_own(checkpoint.layout, checkpoint.layout.around(), head)
@@ -264,5 +263,8 @@ def _select_own(layout: Layout, around: Tensors, head: Head) -> Tensors:
 def _draw(own: nn.Module) -> None:
     """Draw the weights of a rehearsal: the same ones every time."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
-    for matrix in (parameter.data for parameter in own.parameters() if parameter.ndim > 1):
-        matrix.normal_(0.0, SPREAD, generator=generator)
+    for name, parameter in own.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0.0, SPREAD, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.zero_()

@@ -1,9 +1,10 @@
 """Recognise what a checkpoint is from its files: where its tower's config and tensors lie, and which layer it reads.
 
-A tower comes in five forms: as Hugging Face writes it, by itself or inside a larger model; inside an original LLaVA
+A tower comes in several forms: as Hugging Face writes it, by itself or inside a larger model; inside an original LLaVA
 checkpoint, or as the separate tower that it names; in a folder inside a VILA checkpoint; inside a robot policy, whose
-config names the model that it is built on or leaves that to its code; as an OpenCLIP file. Configs
-and the names of tensors are read here, not the weights, and the checkpoint's own code runs only if it is trusted.
+config names the model that it is built on or leaves that to its code; as timm has it, by itself, inside OpenCLIP's
+file, or in OpenVLA. Configs and the names of tensors are read here, not the weights, and the checkpoint's own code runs
+only if it is trusted.
 """
 
 from contextlib import suppress
@@ -19,9 +20,18 @@ from trtower.errors import CheckpointError, one_line
 from trtower.reading import is_contrastive, read_vision_feature_layer, says_trained
 from trtower_export.checkpoint import adapters, open_clip
 from trtower_export.checkpoint.files import Files, download, expanded, first_line
-from trtower_export.checkpoint.layout import Layout, Request, inside_model, no_tower, with_tower
+from trtower_export.checkpoint.layout import (
+    Layout,
+    Request,
+    inside_model,
+    no_tower,
+    read_preprocessor,
+    with_tower,
+)
 from trtower_export.checkpoint.not_checkpoints import checkpoints_in, refuse_bundle, refuse_file, refuse_folder
+from trtower_export.checkpoint.prismatic import is_prismatic, recognise_prismatic
 from trtower_export.checkpoint.tensors import Tensors, find_tensors, names_in
+from trtower_export.checkpoint.timm import is_timm, recognise_timm
 from trtower_export.checkpoint.vision_config import check_vision_config, read_vision_config
 from trtower_export.families import family_of
 from trtower_export.policies import Policy, find_policy, openpi, refuse_other_policy
@@ -57,12 +67,16 @@ def recognise(files: Files, request: Request) -> Layout:
     # timm's repositories have a config.json without a model_type beside OpenCLIP's config.
     if policy := find_policy(raw or {}):
         return _policy(files, raw or {}, policy, request)
+    if raw is not None and is_prismatic(raw):
+        return recognise_prismatic(files, raw, request)
     foreign = raw is None or not (raw.get("model_type") or _is_llava(raw))
     if foreign and files.read_json(open_clip.CONFIG) is not None:
         return open_clip.recognise_open_clip(files, None, request)
     if raw is None:
         adapters.refuse_adapter_alone(files)
         refuse_folder(files)
+    if is_timm(raw):
+        return recognise_timm(files, raw, request)
     inner = "vision_config" not in raw and (files.folder / VILA_TOWER / "config.json").is_file()
     if "vision_tower_cfg" in raw or inner:
         return _vila(files, raw, request)
@@ -125,7 +139,7 @@ def _original_llava(files: Files, raw: dict[str, Any], request: Request) -> Layo
     return replace(
         layout,
         kind="LLaVA checkpoint",
-        preprocessor=layout.preprocessor or _read_preprocessor(files),  # LLaVA uses that of the tower it names
+        preprocessor=layout.preprocessor or read_preprocessor(files),  # LLaVA uses that of the tower it names
         model=SimpleNamespace(**raw),
         around=around,
         said_as="mm_vision_select_layer",
@@ -180,7 +194,7 @@ def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request)
         layout = from_recipe(said.model)
     elif isinstance(said.model, dict):
         config, vision, family = read_vision_config(files, said.model, remote_code=False)
-        layout = Layout(kind="", config=vision, family=family, preprocessor=_read_preprocessor(files), model=config)
+        layout = Layout(kind="", config=vision, family=family, preprocessor=read_preprocessor(files), model=config)
     else:
         layout = _named_tower(files, said.model, replace(request, weights=False), key=said.named_by)
     for name, value in said.config.items():
@@ -201,6 +215,9 @@ def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request)
         if complete is None:
             raise no_tower(tensors, f"the {layout.family.name} tower of a {policy.name}, in a model.safetensors")
         layout = complete
+    if said.reads:
+        layer, feature = said.reads
+        return replace(layout, model=None, select_layer=layer, select_feature=feature, contrastive=False)
     return _read_hf_layer(layout, layout.model, where)
 
 
@@ -243,7 +260,7 @@ def _hugging_face(files: Files, raw: dict[str, Any], request: Request) -> Layout
         kind=f"{config.model_type} model" if larger else "vision model",
         config=vision,
         family=family,
-        preprocessor=_read_preprocessor(files),
+        preprocessor=read_preprocessor(files),
         image_aspect_ratio=_aspect_ratio(raw),
         model=config if larger else None,
     )
@@ -277,13 +294,3 @@ def _read_hf_layer(layout: Layout, config: Any, where: str) -> Layout:
         select_feature=HF_FEATURES[strategy],
         drops_first=f"vision_feature_select_strategy={strategy!r}" if strategy == "default" else None,
     )
-
-
-def _read_preprocessor(files: Files) -> dict[str, Any] | None:
-    """Read how images are prepared, from the file that transformers 4 or 5 writes."""
-    written = files.read_json("preprocessor_config.json")
-    if written is None:
-        written = (files.read_json("processor_config.json") or {}).get("image_processor")
-    if written is not None and not isinstance(written, dict):
-        raise CheckpointError(f"{files.folder}/processor_config.json: image_processor={written!r} is not an object.")
-    return written

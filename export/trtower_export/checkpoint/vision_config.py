@@ -58,7 +58,7 @@ def read_vision_config(
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     vision = getattr(config, key, config)
     if isinstance(vision, dict):  # under a key that this config class does not know
-        vision = getattr(transformers, family_of(str(vision.get("model_type"))).model_class).config_class(**vision)
+        vision = family_of(str(vision.get("model_type"))).vision_class.config_class(**vision)
     if vision is not config:
         _name_as_its_class(vision)
     family = family_of(str(getattr(vision, "model_type", model_type)))
@@ -88,7 +88,7 @@ def _read_whole(files: Files, raw: dict[str, Any], key: str, *, remote_code: boo
     if is_known and not is_exported(model_type):
         return transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))
     # The family names the class: AutoConfig of transformers 4.57 does not know all of its vision models.
-    config_class: Any = getattr(transformers, family_of(model_type).model_class).config_class
+    config_class: Any = family_of(model_type).vision_class.config_class
     return config_class.from_pretrained(files.folder)
 
 
@@ -144,6 +144,8 @@ def check_vision_config(vision: Any, family: Family, where: str) -> None:
             raise CheckpointError(f"{where}: {name}={value!r}; expected a small float such as 1e-6.")
     if reason := family.obstacle(vision):
         raise CheckpointError(f"{where}: {reason}")
+    for part in getattr(vision, "parts", ()):  # of a pair of towers
+        check_vision_config(part, family_of(part.model_type), where)
 
 
 def _check_counts(vision: Any, where: str) -> None:
@@ -152,10 +154,10 @@ def _check_counts(vision: Any, where: str) -> None:
         value = getattr(vision, name, 1)
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{where}: the tower has {name}={value!r}; expected an integer of at least 1.")
-    if vision.hidden_size % vision.num_attention_heads:
+    heads = getattr(vision, "num_attention_heads", 1)
+    if vision.hidden_size % heads:
         raise CheckpointError(
-            f"{where}: hidden_size={vision.hidden_size} is not a multiple of "
-            f"num_attention_heads={vision.num_attention_heads}."
+            f"{where}: hidden_size={vision.hidden_size} is not a multiple of num_attention_heads={heads}."
         )
     channels = getattr(vision, "num_channels", CHANNELS)
     if type(channels) is not int or channels != CHANNELS:

@@ -21,6 +21,7 @@ FAMILIES: tuple[Family, ...] = tuple(
         "eva_clip",
         "idefics3_vision",
         "smolvlm_vision",
+        "prismatic",
     )
 )
 
@@ -32,13 +33,12 @@ REFUSED = {
     "qwen3_vl": FREE_SHAPES,
     "kimi_vl": FREE_SHAPES,
     "Gr00tN1d7": FREE_SHAPES,
-    "Gr00tN1d6": "its SigLIP 2 rotates queries and keys within windows of patches; trtower exports GR00T N1.5",
-    "gr00t_n1": "its Eagle model differs from that of GR00T N1.5, which trtower exports",
+    "gr00t_n1": "its Eagle model differs from those of GR00T N1.5 and N1.6, which trtower exports",
     "intern_vit_6b": "it needs the checkpoint's own code; export its -hf conversion, an internvl_vision tower",
     "internvl_chat": "it needs the checkpoint's own code; export its -hf conversion, with an internvl_vision tower",
     "mlcd": "its layers rotate queries and keys in 2-D by another rule than DINOv3's; "
     "the nearest is a CLIP tower of its size",
-    "timm_wrapper": "each of timm's models has its own architecture; export a conversion to one of the families below",
+    "timm_wrapper": "timm's models are read by themselves, not inside another; export a conversion to a family below",
 }
 """Why some towers that people want have no family, and what to export instead, by the beginning of `model_type`."""
 

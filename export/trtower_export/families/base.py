@@ -1,8 +1,9 @@
 """Describe an architecture, so that the layers of its towers can be run one by one."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from trtower.spec import Naming, TowerSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """A tower taken apart. The pieces share the model's weights, and the model stays intact."""
+    """A tower taken apart. The pieces share the model's weights, and the model stays intact.
+
+    What flows between the layers is a hidden state; in a pair of towers it is one of each, which ``join`` makes one.
+    """
 
     stem: nn.Module
     """Pixels (B, 3, S, S) -> hidden state 0 (B, P + N, D)."""
@@ -25,6 +29,9 @@ class Pieces:
 
     final_norm: nn.Module
     """Hidden state L -> `last_hidden_state`; nn.Identity() if transformers norms only what it pools."""
+
+    join: Callable[[Any], Tensor] = lambda state: state
+    """What flows between the layers -> the hidden state (B, P + N, D)."""
 
 
 def read_states(model: nn.Module, pixel_values: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -55,7 +62,10 @@ class Family:
     """`model_type` of the vision config."""
 
     model_class: str
-    """The class in transformers that this config belongs to."""
+    """The class that this config belongs to."""
+
+    module: str = "transformers"
+    """The module that has this class."""
 
     patch_embedding: str
     """The patch embedding's weight, as named inside the tower. It shows where in a checkpoint the tower lies."""
@@ -75,6 +85,9 @@ class Family:
     naming: Naming = field(default_factory=Naming)
     """What transformers calls the parts of the tower, so that a bundle recognises it in a loaded model."""
 
+    offsets: Callable[[Any], dict[str, int]] = lambda config: {}
+    """Config -> `Naming.offsets`, for a pair of towers."""
+
     run_layer: Callable[[nn.Module, Tensor], Tensor] = run_layer
     """Layer and hidden state k -> hidden state k + 1."""
 
@@ -86,6 +99,23 @@ class Family:
 
     size_obstacle: Callable[[Any, int], str | None] = lambda config, image_size: None
     """Config and S -> why its tower cannot accept images of S pixels, with the sizes it can; None if it can."""
+
+    @property
+    def vision_class(self) -> Any:
+        """The class of the vision model, with a `config_class` that reads its config."""
+        return getattr(import_module(self.module), self.model_class)
+
+    def naming_in(self, config: Any) -> Naming:
+        """Return what the parts of the tower that a config describes are called."""
+        return replace(self.naming, offsets=self.offsets(config))
+
+    def named_in(self, vision_class: Any, config: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put before the names in a tower what its class has there: some releases of transformers wrap it."""
+        with torch.device("meta"):
+            names = vision_class(config).state_dict()
+        home = next(name for name in names if name.endswith(self.patch_embedding))
+        home = home.removesuffix(self.patch_embedding)
+        return {home + name: tensor for name, tensor in weights.items()}
 
     def spec(
         self, config: Any, select_layer: LayerCode, select_feature: str, image_size: int | None = None
@@ -130,7 +160,7 @@ class Family:
             width=config.hidden_size,
             layers=layers,
             select_feature=feature,
-            naming=self.naming,
+            naming=self.naming_in(config),
         )
 
 

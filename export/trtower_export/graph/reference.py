@@ -14,6 +14,7 @@ from trtower.parity.golden import Golden, GoldenInputs, sample_tokens, select_to
 from trtower.spec import TowerSpec
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.checkpoint.head import load_head
+from trtower_export.families import family_of
 from trtower_export.graph.truncate import TruncatedTower, truncate
 
 
@@ -95,7 +96,9 @@ class UncutTower:
 
     def describe(self) -> str:
         """Name what the reference is."""
-        model = f"{self.checkpoint.family.model_class} of transformers {transformers.__version__}, uncut"
+        config = self.checkpoint.config
+        classes = " and ".join(family_of(part.model_type).model_class for part in getattr(config, "parts", [config]))
+        model = f"{classes} of transformers {transformers.__version__}, uncut"
         after = f", and {self.spec.head.name}" if self.spec.head else ""
         return f"{model}{after}, FP32 on the CPU"
 

@@ -4,6 +4,9 @@ The cut comes before tracing, so that dead layers are neither moved nor exported
 them, but would keep their weights in memory until it ran.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -30,26 +33,32 @@ class TruncatedTower(nn.Module):
         self.layers = pieces.layers[: spec.depth]
         self.final_norm = pieces.final_norm if spec.reads_final_norm else None
         self.head = head
-        self._run_layer, self._read, self._first = family.run_layer, spec.layers, spec.first_read
+        self._run_layer, self._join = family.run_layer, pieces.join
+        self._read, self._first = spec.layers, spec.first_read
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Run only the layers that are needed."""
         if pixel_values.dtype == torch.uint8 and self.pixels is not None:
             pixel_values = self.pixels(pixel_values).to(next(self.stem.parameters()).dtype)
-        return self.read(self.states(pixel_values))
+        flow = self._run(pixel_values)
+        return self.read({index: self._join(flow[index]) for index in self._read})
 
     def states(self, pixel_values: Tensor) -> list[Tensor]:
         """Return hidden states 0 to the deepest that is read, each (B, P + N, width), and the final norm's if read."""
-        states: list[Tensor] = [self.stem(pixel_values)]
-        for layer in self.layers:
-            states.append(self._run_layer(layer, states[-1]))
-        if self.final_norm is not None:
-            states.append(self.final_norm(states[-1]))
-        return states
+        return [self._join(each) for each in self._run(pixel_values)]
 
-    def read(self, states: list[Tensor]) -> Tensor:
+    def _run(self, pixel_values: Tensor) -> list[Any]:
+        flow: list[Any] = [self.stem(pixel_values)]
+        for layer in self.layers:
+            flow.append(self._run_layer(layer, flow[-1]))
+        if self.final_norm is not None:
+            flow.append(self.final_norm(flow[-1]))
+        return flow
+
+    def read(self, states: Mapping[int, Tensor] | Sequence[Tensor]) -> Tensor:
         """Concatenate the states that are read, (B, P + N, D), and run the head on their tokens if there is one."""
-        tokens = torch.cat([states[index] for index in self._read], dim=-1) if len(self._read) > 1 else states[-1]
+        read = [states[index] for index in self._read]
+        tokens = torch.cat(read, dim=-1) if len(read) > 1 else read[0]
         if self.head is None:
             return tokens
         features: Tensor = self.head(tokens[:, self._first :] if self._first else tokens)

@@ -17,6 +17,7 @@ ALL_HEADS: tuple[Head, ...] = tuple(
         "cohere",
         "idefics3",
         "eagle",
+        "prismatic",
         "class_projection",
         "attention_pool",
         "class_token",

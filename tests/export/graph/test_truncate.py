@@ -54,8 +54,9 @@ def digest(weight: Tensor) -> str:
 
 
 def test_every_family_is_here() -> None:
-    assert {load(name)[1].name for name in MODELS} == {family.name for family in FAMILIES} - REFUSED
-    assert all(load(family.name)[1] is family for family in FAMILIES if family.name not in REFUSED)
+    elsewhere = REFUSED | {"prismatic"}  # a pair of others, in tests/export/checkpoint/test_prismatic.py
+    assert {load(name)[1].name for name in MODELS} == {family.name for family in FAMILIES} - elsewhere
+    assert all(load(family.name)[1] is family for family in FAMILIES if family.name not in elsewhere)
 
 
 @pytest.mark.parametrize("layer", [*range(-NUM_LAYERS - 1, NUM_LAYERS + 1), LAST])

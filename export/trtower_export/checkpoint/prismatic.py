@@ -1,0 +1,154 @@
+"""Read OpenVLA and Prismatic as their code saves them for transformers: one or two ViTs of timm, and a projector.
+
+The ViTs are read at their second-last blocks, without class tokens and registers. Two of them get each picture in six
+channels, three for each tower, normalised in its way; an engine gets the three of the second. Sources:
+`configuration_prismatic.py`, `modeling_prismatic.py` and `processing_prismatic.py` of OpenVLA.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from trtower.errors import CheckpointError, one_line
+from trtower.timm_names import translate
+from trtower_export.checkpoint.files import Files
+from trtower_export.checkpoint.layout import Layout, Request, no_tower, read_preprocessor, with_tower
+from trtower_export.checkpoint.tensors import find_tensors
+from trtower_export.checkpoint.timm import PATCH_EMBEDDING, describe_timm
+from trtower_export.checkpoint.vision_config import check_vision_config
+from trtower_export.families import family_of
+from trtower_export.families.prismatic import FIRST, PARTS, PrismaticConfig
+
+NAMES = {"openvla": "OpenVLA policy", "prismatic": "Prismatic model"}
+"""By `model_type`."""
+
+HALVES = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+COLOURS = {
+    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "siglip_vision_model": HALVES,
+}
+COLOURS["dinov2_with_registers"] = COLOURS["dinov2"]
+"""Mean and standard deviation in timm, for a checkpoint without a preprocessor_config.json."""
+
+FILTERS = {"bilinear": 2, "bicubic": 3}
+
+
+def is_prismatic(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is OpenVLA's or Prismatic's."""
+    return raw.get("model_type") in NAMES and "timm_model_ids" in raw
+
+
+def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) -> Layout:
+    """Read the one or two towers of OpenVLA or Prismatic.
+
+    Raises CheckpointError if their architectures or preprocessing are none that can be exported.
+    """
+    where, kind = f"{files.folder}/config.json", NAMES[raw["model_type"]]
+    written = read_preprocessor(files)
+    try:
+        towers = _towers(raw)
+        colours = _colours(towers, written)
+        config = _vision_config(towers, colours)
+        preprocessor = _preprocessor(raw, written, config.image_size, colours[-1])
+        model = SimpleNamespace(**{**raw, "vision_config": config, "text_config": _text_config(raw["text_config"])})
+    except CheckpointError as err:
+        raise CheckpointError(f"{where}: {err}") from err
+    except Exception as err:  # a wrong value in either file can raise anything
+        raise CheckpointError(f"{where} could not be read as that of an {kind}: {one_line(err)}") from err
+    family = family_of(config.model_type)
+    check_vision_config(config, family, where)
+    pads = raw["image_resize_strategy"] == "letterbox"
+    layout = Layout(
+        kind=kind,
+        config=config,
+        family=family,
+        preprocessor=preprocessor,
+        model=model,
+        translate=lambda tensors: _translate(tensors, config),
+        select_layer=-2,
+        select_feature="patch",
+        image_aspect_ratio="pad" if pads else None,
+        cameras=1 if raw["model_type"] == "openvla" else None,
+    )
+    if not request.weights:
+        return layout
+    tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
+    complete = with_tower(layout, tensors, f"{FIRST}.{PATCH_EMBEDDING}", request, larger=True)
+    if complete is None:
+        raise no_tower(tensors, f"the towers of an {kind}, with a tensor that ends in {FIRST}.{PATCH_EMBEDDING}")
+    return complete
+
+
+def _towers(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe one or two towers, as vision configs."""
+    names, sizes = raw["timm_model_ids"], raw["image_sizes"]
+    activations = raw.get("timm_override_act_layers") or [None] * len(names)
+    towers = [describe_timm(*of_tower) for of_tower in zip(names, sizes, activations, strict=True)]
+    if len(towers) != (2 if raw["use_fused_vision_backbone"] else 1):
+        raise CheckpointError(
+            f"use_fused_vision_backbone={raw['use_fused_vision_backbone']}, but timm_model_ids names {len(towers)}."
+        )
+    return towers
+
+
+def _colours(towers: list[dict[str, Any]], written: Mapping[str, Any] | None) -> list[tuple[list[float], list[float]]]:
+    """Return the mean and the standard deviation of each tower."""
+    if written is None:
+        return [COLOURS[tower["model_type"]] for tower in towers]
+    return [(list(mean), list(std)) for mean, std in zip(written["means"], written["stds"], strict=True)]
+
+
+def _vision_config(towers: list[dict[str, Any]], colours: list[tuple[list[float], list[float]]]) -> Any:
+    if len(towers) == 1:
+        return transformers.AutoConfig.for_model(**towers[0])
+    means, stds = zip(*colours, strict=True)
+    return PrismaticConfig(**dict(zip(PARTS, towers, strict=True)), image_means=means, image_stds=stds)
+
+
+def _preprocessor(
+    raw: Mapping[str, Any], written: Mapping[str, Any] | None, size: int, colours: tuple[list[float], list[float]]
+) -> dict[str, Any]:
+    """Turn a `PrismaticImageProcessor` into the preprocessor_config.json of what the last tower gets."""
+    strategy = (written or raw)["image_resize_strategy"]
+    if strategy not in ("resize-naive", "resize-crop", "letterbox"):
+        raise CheckpointError(f"image_resize_strategy={strategy!r}; expected resize-naive, resize-crop or letterbox.")
+    interpolations = set((written or {}).get("interpolations") or ["bicubic"])
+    sizes = {tuple(each) for each in (written or {}).get("input_sizes") or [(3, size, size)]}
+    if len(interpolations) > 1 or not interpolations <= FILTERS.keys() or sizes != {(3, size, size)}:
+        raise CheckpointError(
+            f"its preprocessor_config.json has interpolations={sorted(interpolations)} and input_sizes={sorted(sizes)};"
+            f" expected one of {', '.join(FILTERS)} for all towers, and {[3, size, size]}."
+        )
+    square = {"height": size, "width": size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_center_crop": strategy == "resize-crop",
+        "size": {"shortest_edge": size} if strategy == "resize-crop" else square,
+        "crop_size": square,
+        "crop_like": "torchvision",
+        "resample": FILTERS[interpolations.pop()],
+        "image_mean": colours[0],
+        "image_std": colours[1],
+    }
+
+
+def _text_config(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to the language model's config its width, which the file leaves out if it is that of its class."""
+    width = written.get("hidden_size") or transformers.CONFIG_MAPPING[written["model_type"]]().hidden_size
+    return {**written, "hidden_size": width}
+
+
+def _translate(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Turn the tensors of each tower, named from the `vision_backbone`, into transformers'."""
+    pair = isinstance(config, PrismaticConfig)
+    translated: dict[str, Tensor] = {}
+    for name, part in zip(PARTS, config.parts if pair else [config], strict=False):
+        begin = f"{name}."
+        own = {key.removeprefix(begin): value for key, value in tensors.items() if key.startswith(begin)}
+        named = translate(own, part.model_type)
+        translated |= {f"{begin if pair else ''}{key}": value for key, value in named.items()}
+    return translated
