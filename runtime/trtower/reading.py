@@ -14,6 +14,8 @@ READS_LAYER = ("llava", "llava_next", "llava_next_video", "llava_onevision", "vi
 READS_LAST = ("paligemma", "openpi", "gemma3", "cohere2_vision", "blip-2", "idefics3", "smolvlm")
 """Model types that read `last_hidden_state`. What other types read is not known."""
 
+EAGLE = ("eagle_2_5_vl", "eagle_3_vl")
+"""The vision-language models of GR00T, which have a `select_layer` of their own."""
 
 TRAINED = (
     "unfreeze_mm_vision_tower",
@@ -45,8 +47,8 @@ def read_vision_feature_layer(config: Any) -> LayerCode | None:
     if model_type in READS_LAYER:
         # VipLlava's key is plural in transformers 4.57.
         layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    if model_type == "eagle_2_5_vl":
+    if model_type in EAGLE:
         layer = getattr(config, "select_layer", -1)
-    if model_type in READS_LAST or (model_type in ("internvl", "eagle_2_5_vl") and layer == -1):
+    if model_type in READS_LAST or (model_type in ("internvl", *EAGLE) and layer == -1):
         return LAST
     return list(layer) if isinstance(layer, tuple) else layer

@@ -16,6 +16,7 @@ from torch import Tensor
 from trtower.errors import ConfigError
 from trtower.fingerprint import count_layers
 from trtower.installation.find import Slot
+from trtower.installation.prismatic import SECOND_LAST, given, is_prismatic
 from trtower.layer_codes import name_layer
 from trtower.spec import EIGHT_BIT
 from trtower.tower.outputs import served_layers
@@ -41,36 +42,30 @@ def check_answers(place: Slot, compiled: VisionTower, *, compared: bool) -> None
 
     ``compiled`` returns every token of every layer that its bundle holds.
     """
-    spec, module = compiled.spec, place.module
+    spec, vision = compiled.spec, place.vision
     generator = torch.Generator().manual_seed(0)
     batch = compiled.bundle.manifest.batch.min
     drawn = torch.randn(batch, 3, *[spec.image_size] * 2, generator=generator, device="cpu")
-    pixel_values = drawn.to(next(module.parameters()).device, module.dtype)
-    with _all_states_on(module.config):
-        output = module.forward(pixel_values)  # does not call hooks
-    others = sorted(output.keys() - STATES)
-    if others:
-        raise ConfigError(
-            f"{place.path} of this model returns {', '.join(others)}; a bundle returns only hidden states."
-        )
+    pixel_values = drawn.to(next(place.module.parameters()).device, vision.dtype)
+    depth = count_layers(vision, spec.naming)
+    if is_prismatic(place.module):
+        states = {depth + 1 + SECOND_LAST: place.module.forward(given(pixel_values, place.made_of))}
+    else:
+        states = _read_states(place, pixel_values, depth, compared=compared)
     if not compared:
         return
-    if getattr(output, "hidden_states", None) is None:
-        raise ConfigError(
-            f"{place.path} of this model returns no hidden states, although its config was set to return them. "
-            "allow_other_weights=True skips this comparison."
-        )
-    depth = count_layers(module, spec.naming)
-    states = (*output.hidden_states[: depth + 1], output.last_hidden_state)
     tokens = compiled(pixel_values)
     for layer, held in served_layers(spec, depth).items():
+        if layer not in states:  # a backbone of OpenVLA returns one, without the tokens before its patches
+            continue
         (columns,) = spec.columns([held])
-        actual, expected = tokens[..., columns].float(), states[layer].float()
+        expected = states[layer].float()
+        actual = tokens[:, tokens.shape[1] - expected.shape[1] :, columns].float()
         if not expected.isfinite().all():
             logger.warning(
                 "%s of this model returns NaN or infinity in %s, so it was not compared with the bundle.",
                 place.path,
-                module.dtype,
+                vision.dtype,
             )
             return
         error = relative_error(actual, expected)
@@ -87,6 +82,26 @@ def check_answers(place: Slot, compiled: VisionTower, *, compared: bool) -> None
                 f"{error:.0%}, expected at most {limit:.0%}. Was the model's code changed, or were its weights swapped?"
                 " If the difference is intended, allow_other_weights=True skips this comparison."
             )
+
+
+def _read_states(place: Slot, pixel_values: Tensor, depth: int, *, compared: bool) -> dict[int, Tensor]:
+    """Run a vision model of transformers; return its hidden states by their indices, or {} if nothing is compared."""
+    module = place.module
+    with _all_states_on(module.config):
+        output = module.forward(pixel_values)  # does not call hooks
+    others = sorted(output.keys() - STATES)
+    if others:
+        raise ConfigError(
+            f"{place.path} of this model returns {', '.join(others)}; a bundle returns only hidden states."
+        )
+    if not compared:
+        return {}
+    if getattr(output, "hidden_states", None) is None:
+        raise ConfigError(
+            f"{place.path} of this model returns no hidden states, although its config was set to return them. "
+            "allow_other_weights=True skips this comparison."
+        )
+    return dict(enumerate((*output.hidden_states[: depth + 1], output.last_hidden_state)))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,20 +1,21 @@
 """Find the vision tower in a loaded model.
 
 Models of transformers hold a vision model of transformers directly. LLaVA, VILA and tinychat hold it inside a wrapper.
-So the vision model is what to look for. Everything around it stays as it is, including every member of a wrapper that
-model code touches.
+So the vision model is what to look for; in OpenVLA, which has none, its vision backbone. Everything around it stays as
+it is, including every member of a wrapper that model code touches.
 """
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from trtower.errors import ConfigError
+from trtower.installation.prismatic import PrismaticView, is_prismatic
 from trtower.tower.vision_model import VisionModel
 from trtower.tower.vision_tower import VisionTower
 
@@ -24,13 +25,19 @@ class Slot:
     """A module of a model (``module``), such as its vision tower, and every place that holds it.
 
     ``paths`` are all its names; messages use the first. ``slots`` are the dicts and lists that hold it, each with its
-    key. ``holder`` is the module around it.
+    key. ``holder`` is the module around it. ``made_of`` is the vision config in the bundle that is to replace a tower.
     """
 
     module: Any
     paths: list[str]
     slots: list[tuple[Any, Any]]
     holder: nn.Module
+    made_of: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def vision(self) -> Any:
+        """The tower as a vision model of transformers."""
+        return PrismaticView(self.module) if is_prismatic(self.module) else self.module
 
     @property
     def path(self) -> str:
@@ -72,7 +79,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> Slot:
 
 
 def find_towers(model: nn.Module) -> list[Slot]:
-    """List the vision models of transformers in a model, including stand-ins; of nested ones, only the outermost."""
+    """List the towers in a model, including stand-ins; of nested ones, only the outermost."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is of type {type(model).__name__}; expected a loaded model, a torch.nn.Module.")
     places = _collect(model, "")
@@ -140,6 +147,8 @@ def _is_tower(module: nn.Module) -> bool:
     """Whether this is a vision model of transformers, or its stand-in, and not the whole model around a tower."""
     if isinstance(module, VisionModel):
         return False
+    if is_prismatic(module):
+        return True
     # If transformers was never imported, no module can be one of its models.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if pretrained is None or not isinstance(module, pretrained):

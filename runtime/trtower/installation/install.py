@@ -4,6 +4,7 @@ find -> match -> load -> compare -> reach -> stand in -> drop. If a step fails, 
 a projector replaces both the tower and the model's projector.
 """
 
+import json
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from trtower.bundle.bundle import Bundle
+from trtower.bundle.manifest import CONFIG
 from trtower.bundle.not_a_bundle import read_folder
 from trtower.errors import ConfigError
 from trtower.installation.compare import check_answers
@@ -148,7 +150,8 @@ def install(
     A bundle that was exported with ``--head projector`` replaces the model's projector as well.
 
     Args:
-        model: A model of transformers, or an original LLaVA, LLaVA-NeXT, VILA or tinychat. No call may be in flight.
+        model: A model of transformers, an original LLaVA, LLaVA-NeXT, VILA or tinychat, a robot policy of LeRobot or
+            openpi, or OpenVLA. No call may be in flight.
         bundle: The folder that `trtower export` wrote. It runs on the tower's device.
         backend: The backend, as in `VisionTower.load`.
         engine: How the bundle is run on a GPU, as in `VisionTower.load`.
@@ -189,6 +192,7 @@ def install(
         check_replaceable(model, place, dropped=not keep_original)
         check_loop(model, place)
         opened, compared = Bundle.open(bundle), not any(allowed.values())
+        place = replace(place, made_of=json.loads(opened.read(CONFIG)))
         check_match(model, place, opened, **allowed)
         projector = find_replaceable(model, opened, dropped=not keep_original, compared=compared)
         on_its_device = replace(tower_options, device=next(place.module.parameters()).device)

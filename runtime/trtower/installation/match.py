@@ -1,6 +1,5 @@
 """Compare a bundle's description with the tower that it will replace, before anything is changed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.manifest import CONFIG
 from trtower.bundle.suggest import export_command, export_command_of, name_layers
 from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import count_layers, read_parameters, weights_sha256
 from trtower.installation.find import Slot
 from trtower.installation.policies import used_size
+from trtower.installation.prismatic import SECOND_LAST, is_prismatic
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.spec import TowerSpec
@@ -113,7 +112,7 @@ def _loaded_from(model: nn.Module, place: Slot) -> str | None:
 
 
 def _check_config(model: nn.Module, place: Slot, bundle: Bundle, export: str, own: str) -> None:
-    config, spec, made_of = place.module.config, bundle.manifest.spec, json.loads(bundle.read(CONFIG))
+    config, spec, made_of = place.vision.config, bundle.manifest.spec, place.made_of
     # Files of older releases call Idefics3's tower "idefics3", like the whole model; only its class tells them apart.
     if made_of["model_type"] not in (config.model_type, getattr(type(config), "model_type", None)):
         supported = f"own checkpoint, if `trtower export` supports {config.model_type}"  # the runtime cannot know
@@ -140,7 +139,7 @@ def _check_config(model: nn.Module, place: Slot, bundle: Bundle, export: str, ow
                 f"{bundle.path} was made of a tower with {name}={expected}; {place.path} of this model has {value}. "
                 f"{own}"
             )
-    depth = count_layers(place.module, spec.naming)
+    depth = count_layers(place.vision, spec.naming)
     if spec.depth > depth:
         raise ConfigError(
             f"{bundle.path} holds a state of layer {spec.depth}; {place.path} of this model has only {depth} layers. "
@@ -160,6 +159,9 @@ def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]
 
     If the config names nothing, nothing is checked here; a state that the bundle lacks then raises when it is read.
     """
+    if is_prismatic(place.module):
+        yield SECOND_LAST, "patch", "layer"
+        return
     holder = place.holder
     is_model = hasattr(getattr(holder, "config", None), "vision_config")  # Eagle has a select_layer of its own
     if getattr(holder, "select_layer", None) is not None and not is_model:  # the wrapper of LLaVA or a fork
@@ -169,7 +171,7 @@ def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]
     for config in configs:
         if getattr(config, "mm_vision_select_layer", None) is not None:  # counts layers that a wrapper may have dropped
             feature = getattr(config, "mm_vision_select_feature", "patch")
-            depth = place.module.config.num_hidden_layers
+            depth = place.vision.config.num_hidden_layers
             layers, tokens = read_layer_code(config.mm_vision_select_layer, feature, depth)
             codes = [LAST if layer > depth else layer for layer in layers]
             yield codes, tokens, "mm_vision_select_layer"
@@ -190,7 +192,7 @@ def _codes(model: nn.Module, place: Slot) -> Iterator[tuple[LayerCode, str, str]
 
 def _check_layers(code: LayerCode, feature: str, key: str, place: Slot, bundle: Bundle) -> None:
     spec = bundle.manifest.spec
-    depth = count_layers(place.module, spec.naming)
+    depth = count_layers(place.vision, spec.naming)
     layers, tokens = read_layer_code(code, feature, depth)
     if spec.head and not _reads_as_head(layers, tokens, spec, depth, key):
         raise ConfigError(
@@ -216,9 +218,9 @@ def _reads_as_head(layers: tuple[int, ...], tokens: str, spec: TowerSpec, depth:
 
 
 def _check_weights(place: Slot, bundle: Bundle, own: str) -> None:
-    source, dtype = bundle.manifest.source, place.module.dtype
+    source, dtype = bundle.manifest.source, place.vision.dtype
     name = next((name for name, each in DTYPES.items() if each == dtype), None)
-    held = list(read_parameters(place.module, bundle.manifest.spec))
+    held = list(read_parameters(place.vision, bundle.manifest.spec))
     others = sorted({str(each.dtype).removeprefix("torch.") for each in held} - {name})
     if name is None or others:
         dtypes = " and ".join(others) or str(dtype)

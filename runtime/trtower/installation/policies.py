@@ -61,6 +61,15 @@ LOOPS = (
         inner="vlm_with_expert",
         size="resize_imgs_with_padding",
     ),
+    Loop(
+        owner="lerobot.policies.evo1.internvl3_embedder.InternVL3Embedder",
+        method="get_fused_image_text_embedding_batched",
+        inner="model",
+        embed="get_image_features",
+        images="camera_images",
+        masks="image_masks",
+        stacked=True,
+    ),
     Loop(owner="openpi.models_pytorch.pi0_pytorch.PI0Pytorch"),
     Loop(
         owner="transformers.models.pi0.modeling_pi0.PI0Model",
@@ -87,7 +96,7 @@ def used_size(model: nn.Module, place: Slot) -> Any:
     if (found := find_loop(model, place)) and found[1].size:
         owner, loop = found
         return getattr(owner.config, loop.size)
-    return getattr(place.module.config, "image_size", None)
+    return getattr(place.vision.config, "image_size", None)
 
 
 def check_loop(model: nn.Module, place: Slot) -> None:

@@ -23,6 +23,7 @@ from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
 from trtower.installation.match import check_replaceable, ways_out
+from trtower.installation.prismatic import taken
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
@@ -165,7 +166,7 @@ def check_projection(
             f"ends with the {head.describe()}: export the model's own checkpoint."
         )
     if compared:
-        _compare(compiled, pixels, features / head.divisor, projector)
+        _compare(compiled, taken(pixels, tower.made_of), features / head.divisor, projector)
     return Projected(given=tuple(seen["given"].shape[1:]), row=tuple(features.shape[1:]))
 
 

@@ -6,18 +6,20 @@ A model can hold a tower and never call it: PEFT keeps the copy that it does not
 Shapes: S pixels per side.
 """
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.installation.find import Slot, find_towers
+from trtower.installation.prismatic import given
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,27 @@ def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., An
     parts = place.path.split(".")
     if place.holder is not model and next(iter(_parameters(place.holder.forward)), None) in PIXELS:
         yield ".".join([*parts[:-1], "forward"]), place.holder.forward
+    if isinstance(getattr(model, "language_model", None), nn.Module):
+        yield "forward", functools.partial(_forward_to_language, model)
+
+
+def _forward_to_language(model: Any, pixel_values: Tensor) -> None:
+    """Run a model on an image and two words, up to its language model: OpenVLA has no method for the image alone."""
+    device = pixel_values.device
+    hook = model.language_model.register_forward_pre_hook(_stop)
+    try:
+        with suppress(_Enough):
+            model.forward(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device), pixel_values=pixel_values)
+    finally:
+        hook.remove()
+
+
+class _Enough(Exception):  # noqa: N818 - it is no error
+    """The image's features have reached the language model."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Enough
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -151,13 +174,13 @@ def _arguments(way: Callable[..., Any], model: nn.Module, place: Slot) -> Iterat
     name = next((name for name in PIXELS if name in parameters), None)
     if name is None:
         return
-    side: Any = place.module.config.image_size
+    side: Any = place.vision.config.image_size
     shape = (3, side, side) if isinstance(side, int) else (3, *side)
     first = next(place.module.parameters())
     sizes = {"image_sizes": torch.tensor([shape[1:]], device=first.device)}
     others = sizes if "image_sizes" in parameters else {}
     held = {parameter.dtype for parameter in model.parameters()}
     for dtype in (first.dtype, *(each for each in DTYPES.values() if each in held - {first.dtype})):
-        image = torch.ones(1, *shape, dtype=dtype, device=first.device)
+        image = given(torch.ones(1, *shape, dtype=dtype, device=first.device), place.made_of)
         yield {name: image, **others}
         yield {name: image[None], **others}

@@ -3,7 +3,7 @@
 Shapes: B images, S pixels per side, P prefix tokens, N patches, D features per token (see spec.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trtower.fingerprint import count_layers
 from trtower.installation.carried import Carried, carry
 from trtower.installation.find import Slot
 from trtower.installation.original import Original, wants_gradient
+from trtower.installation.prismatic import SECOND_LAST, is_prismatic, taken
 from trtower.installation.projector import Projected
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
@@ -115,8 +116,7 @@ class StandIn(Replacement):
         """
         del interpolate_pos_encoding
         self._refuse_training()
-        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
-            raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")
+        self._refuse_gradient(pixel_values)
         for name in CHANGE_THE_TOWER:
             if self._default(name, options.get(name), otherwise=False) is not False:
                 raise ConfigError(f"{self._path} is compiled and does not support {name}: {BACK}.")
@@ -127,11 +127,7 @@ class StandIn(Replacement):
                 f"{int((~mask.bool()).sum())}: pass pictures that fill their tiles, with a pixel_attention_mask of "
                 f"ones, or none; {BACK}."
             )
-        anchor = self.anchor.empty
-        features: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
-        if anchor.requires_grad:
-            features = _Ungraded.apply(features, anchor)  # type: ignore[no-untyped-call]
-        tokens = carry(features, self._tower.spec) if self._tower.spec.head else features
+        tokens = self._read_tokens(pixel_values)
         layers = self._default("output_hidden_states", output_hidden_states, otherwise=False)
         output = BaseModelOutputWithPooling(
             last_hidden_state=self._outputs.last_hidden_state(tokens),
@@ -139,6 +135,18 @@ class StandIn(Replacement):
             hidden_states=None if layers is False else self._outputs.hidden_states(tokens),  # type: ignore[arg-type]
         )
         return output if self._default("return_dict", return_dict, otherwise=True) else output.to_tuple()
+
+    def _refuse_gradient(self, pixel_values: Any) -> None:
+        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad and torch.is_grad_enabled():
+            raise BackendError(f"pixel_values requires a gradient, which no engine computes: {BACK}.")
+
+    def _read_tokens(self, pixel_values: Any) -> Tensor:
+        """Return every token of the states that the bundle holds, or of states that carry its features."""
+        anchor = self.anchor.empty
+        features: Tensor = self._tower.read_tokens(pixel_values).to(anchor.dtype)
+        if anchor.requires_grad:
+            features = _Ungraded.apply(features, anchor)  # type: ignore[no-untyped-call]
+        return carry(features, self._tower.spec) if self._tower.spec.head else features
 
     def _default(self, name: str, value: Any, *, otherwise: Any) -> Any:
         """Return an option's value, or else the config's, as models of transformers do."""
@@ -154,6 +162,25 @@ class StandIn(Replacement):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this module."""
         return self._tower.extra_repr()
+
+
+class PrismaticStandIn(StandIn):
+    """Answers like the vision backbone of OpenVLA or Prismatic."""
+
+    _made_of: Mapping[str, Any]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the patches (B, N, D) of the second-last block for pixels (B, 3, S, S), or (B, 6, S, S) for a pair.
+
+        Raises InputError for pixels of another type, shape or dtype, and for six channels that are not one picture, and
+        BackendError in training mode or if ``pixel_values`` requires a gradient.
+        """
+        self._refuse_training()
+        self._refuse_gradient(pixel_values)
+        states = self._outputs.hidden_states(self._read_tokens(taken(pixel_values, self._made_of)))
+        patches: Tensor = states[SECOND_LAST][:, self._tower.spec.num_prefix_tokens :]
+        return patches
 
 
 class ProjectorStandIn(Replacement):
@@ -215,8 +242,12 @@ class _Ungraded(torch.autograd.Function):
 
 def make_stand_in(place: Slot, tower: VisionTower, installation: Any) -> StandIn:
     """Make the stand-in for a tower. Neither the tower nor the model is changed."""
-    outputs = Outputs(tower.bundle, count_layers(place.module, tower.spec.naming), carried=tower.spec.head is not None)
-    stand_in: StandIn = make_replacement(place, StandIn, installation, _tower=tower, _outputs=outputs)
+    outputs = Outputs(tower.bundle, count_layers(place.vision, tower.spec.naming), carried=tower.spec.head is not None)
+    of_tower = {"_tower": tower, "_outputs": outputs}
+    if is_prismatic(place.module):
+        of_tower["_made_of"] = place.made_of
+    kind = PrismaticStandIn if is_prismatic(place.module) else StandIn
+    stand_in: StandIn = make_replacement(place, kind, installation, **of_tower)
     return stand_in
 
 
