@@ -58,7 +58,8 @@ test-matrix:
 	$(MAKE) pytest VENV=.venv-transformers-4.57 CONSTRAINTS=constraints-transformers-4.57.txt
 	$(MAKE) test-lerobot
 
-# LeRobot's own policies, small and with random weights. It needs Python 3.12, and pip brings it a torch with CUDA.
+# LeRobot's own policies and timm's ViTs, small, with random weights. It needs Python 3.12, and pip brings it a torch
+# with CUDA.
 PYTHON_FOR_LEROBOT ?= python3.12
 test-lerobot: .venv-lerobot/.installed
 	HF_HUB_OFFLINE=1 .venv-lerobot/bin/python -m pytest tests/policies
@@ -187,11 +188,12 @@ docs: .venv-docs/.installed
 	touch $@
 
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
-# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path
+# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path OPENVLA=path
 clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
-		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat) \
+		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat) $(if $(OPENVLA),client-openvla) \
 		$(if $(LLAVA),$(if $(NEXT),$(if $(VILA),client-projectors)))
-	@test -n "$^" || { echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path"; exit 1; }
+	@test -n "$^" || { \
+		echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path OPENVLA=path"; exit 1; }
 
 client-projectors: $(STAMP)
 	$(BIN)/python tests/clients/run_projectors.py $(LLAVA) $(NEXT) $(VILA)
@@ -200,9 +202,11 @@ client-llava: CLONES = $(LLAVA)
 client-next: CLONES = $(NEXT)
 client-vila: CLONES = $(VILA)
 client-vila15: CLONES = $(VILA15)
+client-openvla: CLONES = $(OPENVLA)
 client-tinychat: CLONES = $(TINYCHAT) $(or $(VILA),$(error tinychat needs a clone of VILA too: VILA=path))
 client-%: $(STAMP) .venv-client-%/.installed
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath .venv-client-$*/hub) PYTHONPATH=runtime \
+		HF_MODULES_CACHE=$(abspath .venv-client-$*/modules) \
 		.venv-client-$*/bin/python tests/clients/run_$*.py $(CLONES) --trtower $(abspath $(BIN)/trtower)
 
 .PRECIOUS: .venv-client-%/.installed

@@ -131,5 +131,9 @@ def test_tinychat(checkpoints: dict[str, Path], picture: Path, bundles: Bundles)
 
 
 def test_every_example_is_tested() -> None:
-    text = Path(__file__).read_text() + (ROOT / "tests" / "policies" / "test_examples.py").read_text()
+    tests = (
+        Path(__file__),
+        *(ROOT / "tests" / each for each in ("policies/test_examples.py", "clients/run_openvla.py")),
+    )
+    text = "".join(path.read_text() for path in tests)
     assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))
