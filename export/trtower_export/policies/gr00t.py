@@ -1,36 +1,74 @@
-"""GR00T N1.5, as NVIDIA and LeRobot 0.4 save it: an Eagle model, whose sizes are in its code, and a diffusion head.
+"""GR00T N1.5 and N1.6: an Eagle model, whose sizes are not in the policy's config, and a diffusion head.
 
-Sources: `gr00t_n1.py` and `eagle_backbone.py` of Isaac-GR00T, `modeling_eagle2_5_vl.py` beside them. The name of the
-Eagle model in a checkpoint's config ends in "1mlp_nops": its projector has one layer, and shuffles no pixels.
+N1.5 as NVIDIA and LeRobot 0.4 save it, N1.6 as NVIDIA does. Sources: `gr00t_n1.py`, `eagle_backbone.py`,
+`modeling_eagle2_5_vl.py`, `gr00t_n1d6.py`, `modeling_eagle3_vl.py` and `modeling_siglip2.py` of Isaac-GR00T, and for
+N1.6 the config of Eagle-Block2A-2B-v2.
 """
 
 from trtower_export.policies.base import Policy, PolicyTower, RawConfig
 from trtower_export.recipes import read_recipe
 
 ONE_LAYER = "1mlp_nops"
+"""How the name of N1.5's Eagle model ends: its projector has one layer, and shuffles no pixels."""
+
+BLOCK2A = "nvidia/Eagle-Block2A-2B-v2"
+"""The Eagle model of N1.6."""
+
+MULTIPLE = 28
+"""N1.6 rounds the sides of its frames to multiples of this: two patches, which its projector puts side by side."""
+
+OWN_FRAMES = "GR00T crops and resizes frames by its own transforms before: pass encode frames that they have made"
 
 
-def _is_of(raw: RawConfig) -> bool:
+def _is_n1_5(raw: RawConfig) -> bool:
     if raw.get("type") == "groot" and "model_type" not in raw:  # LeRobot 0.4; 0.6 has N1.7 only
         return "n1.5" in str(raw.get("base_model_path")).lower()
     return raw.get("model_type") == "gr00t_n1_5"
 
 
-def _read(raw: RawConfig) -> PolicyTower:
+def _read_n1_5(raw: RawConfig) -> PolicyTower:
     del raw
-    return PolicyTower(
-        model=read_recipe("GR00T-N1.5-3B"),
-        remarks=(
-            "GR00T crops and resizes frames by its own transforms before: pass encode frames that they have made",
-        ),
-    )
+    return PolicyTower(model=read_recipe("GR00T-N1.5-3B"), remarks=(OWN_FRAMES,))
 
 
-def _obstacle(raw: RawConfig) -> str | None:
+def _n1_5_obstacle(raw: RawConfig) -> str | None:
     named = str((raw.get("backbone_cfg") or {}).get("eagle_path", ONE_LAYER))
     if ONE_LAYER in named:
         return None
     return f"its Eagle model {named!r} is none that trtower knows; it knows that of GR00T N1.5, …{ONE_LAYER}"
 
 
-POLICIES = (Policy(name="GR00T N1.5 policy", is_of=_is_of, read=_read, obstacle=_obstacle),)
+def _edge(raw: RawConfig) -> int:
+    """Return the shorter side of the frames that N1.6's transforms make."""
+    target = raw.get("image_target_size")
+    edge = target[0] if target else raw.get("shortest_image_edge", 256)
+    return int(edge)
+
+
+def _read_n1_6(raw: RawConfig) -> PolicyTower:
+    side = max(1, round(_edge(raw) / MULTIPLE)) * MULTIPLE
+    return PolicyTower(
+        model=read_recipe("GR00T-N1.6-3B"),
+        image_size=side,
+        remarks=(
+            f"square frames of {_edge(raw)} pixels come to the tower of GR00T N1.6 at {side}; an engine accepts "
+            "no others, so pad wider frames before, or name another multiple of 28 with --image-size",
+            OWN_FRAMES,
+        ),
+    )
+
+
+def _n1_6_obstacle(raw: RawConfig) -> str | None:
+    named = raw.get("model_name", BLOCK2A)
+    return None if named == BLOCK2A else f"its Eagle model {named!r} is none that trtower knows; it knows {BLOCK2A}"
+
+
+POLICIES = (
+    Policy(name="GR00T N1.5 policy", is_of=_is_n1_5, read=_read_n1_5, obstacle=_n1_5_obstacle),
+    Policy(
+        name="GR00T N1.6 policy",
+        is_of=lambda raw: raw.get("model_type") == "Gr00tN1d6",
+        read=_read_n1_6,
+        obstacle=_n1_6_obstacle,
+    ),
+)

@@ -6,6 +6,7 @@ Sources: `configuration_*.py` and `modeling_*.py` of LeRobot 0.4 to 0.6.
 from functools import partial
 from typing import Any
 
+from trtower.layer_codes import LAST
 from trtower_export.policies.base import Policy, PolicyTower, RawConfig, frames, side_of
 from trtower_export.policies.openpi import SIDE, pi_recipe, unmerged
 
@@ -58,9 +59,15 @@ def _read_pi(raw: RawConfig) -> PolicyTower:
     )
 
 
+def _named_obstacle(name: str, raw: RawConfig) -> str | None:
+    if isinstance(raw.get(name), str):
+        return None
+    return f"its config.json has no {name}, the model that its tower comes from; trtower knows {KNOWN}"
+
+
 def _smolvla_obstacle(raw: RawConfig) -> str | None:
-    if not isinstance(raw.get("vlm_model_name"), str):
-        return f"its config.json has no vlm_model_name, the model that its tower comes from; trtower knows {KNOWN}"
+    if reason := _named_obstacle("vlm_model_name", raw):
+        return reason
     if not side_of(raw.get("resize_imgs_with_padding")):
         return (
             f"its resize_imgs_with_padding is {raw.get('resize_imgs_with_padding')!r}, so its tower reads frames that "
@@ -85,6 +92,77 @@ def _read_smolvla(raw: RawConfig) -> PolicyTower:
     )
 
 
+def _evo1_obstacle(raw: RawConfig) -> str | None:
+    if not side_of(raw.get("image_resolution")):
+        return f"its image_resolution is {raw.get('image_resolution')!r}; expected the side of a square, twice"
+    return _named_obstacle("vlm_model_name", raw)
+
+
+def _read_evo1(raw: RawConfig) -> PolicyTower:
+    side = side_of(raw["image_resolution"])
+    return PolicyTower(
+        model=str(raw["vlm_model_name"]),
+        named_by="vlm_model_name",
+        image_size=side,
+        preprocessor=squashed(side),
+        cameras=int(raw.get("max_views", 3)),
+        remarks=remarks_of(raw),
+    )
+
+
+def squashed(side: int) -> dict[str, Any]:
+    """Describe how InternVL's processor prepares a picture of one tile."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+
+
+def _dit_side(raw: RawConfig) -> int:
+    """Return the side of the frames that multi-task DiT's encoder gets; 0 if they are no squares."""
+    shape = raw.get("image_crop_shape") or raw.get("image_resize_shape")
+    return side_of(shape) if shape else 0
+
+
+def _dit_obstacle(raw: RawConfig) -> str | None:
+    if not _dit_side(raw):
+        return (
+            f"its image_crop_shape is {raw.get('image_crop_shape')!r} and its image_resize_shape "
+            f"{raw.get('image_resize_shape')!r}, so its tower does not read frames that are squares of one size; an "
+            "engine accepts only those"
+        )
+    return _named_obstacle("vision_encoder_name", raw)
+
+
+def _read_dit(raw: RawConfig) -> PolicyTower:
+    side, resized = _dit_side(raw), raw.get("image_resize_shape")
+    scaled = {"height": resized[0], "width": resized[1]} if resized else None
+    square = {"height": side, "width": side}
+    return PolicyTower(
+        model=str(raw["vision_encoder_name"]),
+        named_by="vision_encoder_name",
+        image_size=side,
+        reads=(LAST, "cls_patch"),
+        preprocessor={
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": scaled is not None,
+            "size": scaled or square,
+            "resample": 2,
+            "crop_size": square,
+            "crop_like": "torchvision",
+            "do_normalize": False,
+        },
+        cameras=(cameras_of(raw) or 1) * int(raw.get("n_obs_steps", 1)),
+        remarks=(
+            "the policy reads the CLS token, the first of those that the tower returns",
+            *remarks_of(raw),
+        ),
+    )
+
+
 def _is_of(kind: str, raw: RawConfig) -> bool:
     return raw.get("type") == kind and "model_type" not in raw
 
@@ -96,6 +174,8 @@ def _policy(kind: str, name: str, **others: Any) -> Policy:
 POLICIES = (
     *(_policy(kind, name, read=_read_pi, obstacle=_pi_obstacle) for kind, name in PI.items()),
     _policy("smolvla", "SmolVLA", read=_read_smolvla, obstacle=_smolvla_obstacle),
+    _policy("evo1", "EVO-1", read=_read_evo1, obstacle=_evo1_obstacle),
+    _policy("multi_task_dit", "multi-task DiT", read=_read_dit, obstacle=_dit_obstacle),
 )
 
 _QWEN = "its tower is Qwen's, which accepts pictures of any shape, an engine only one"

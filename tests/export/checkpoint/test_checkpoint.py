@@ -326,8 +326,7 @@ PUBLISHED = {
     "NVILA-8B": (1024, 26, 1152, 429),
     "paligemma-3b-pt-224": (256, 27, 1152, 428),
     "paligemma-3b-pt-448": (1024, 27, 1152, 429),
-    "openvla-dinov2": (261, 23, 1024, 304),
-    "openvla-siglip": (256, 26, 1152, 428),
+    "openvla-7b": (256, 26, 2176, 731),  # 304 of DINOv2 and 428 of SigLIP
     "llava-1.5-7b-hf": (577, 23, 1024, 304),
     "gemma-3-4b-it": (4096, 27, 1152, 417),
     "InternVL3-1B-hf": (1025, 24, 1024, 304),
@@ -336,6 +335,7 @@ PUBLISHED = {
     "pi0fast-base": (256, 27, 1152, 428),
     "smolvla_base": (1024, 12, 768, 86),
     "GR00T-N1.5-3B": (256, 27, 1152, 428),
+    "GR00T-N1.6-3B": (324, 27, 1152, 412),  # SigLIP 2's 428 without the pooling head
     "SmolVLM2-500M-Video-Instruct": (1024, 12, 768, 86),  # SigLIP's 93 without the pooling head
 }
 
@@ -345,6 +345,8 @@ PROJECTED = {
     "pi0fast-base": (256, 2048),
     "smolvla_base": (64, 960),
     "GR00T-N1.5-3B": (256, 2048),
+    "GR00T-N1.6-3B": (81, 2048),
+    "openvla-7b": (256, 4096),
     "llava-v1.5-7b": (576, 4096),
     "llava-1.5-7b-hf": (576, 4096),
     "llava-v1.5-13b": (576, 5120),
@@ -382,6 +384,6 @@ def test_recipe_is_the_architecture_that_was_published(name: str) -> None:
     assert checkpoint.recipe
     spec = checkpoint.spec()
     with torch.device("meta"):
-        model = getattr(transformers, checkpoint.family.model_class)(checkpoint.config)
+        model = checkpoint.family.vision_class(checkpoint.config)
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     assert (spec.num_tokens, spec.depth, spec.width, millions) == PUBLISHED[name]

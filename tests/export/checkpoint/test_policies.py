@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.export.checkpoint.test_adapters import adapt
 from trtower import VisionTower
@@ -23,6 +24,7 @@ from trtower.layer_codes import LAST
 from trtower_export import ExportOptions, export_tower
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from trtower_export.checkpoint.head import describe_tower
+from trtower_export.graph.reference import UncutTower
 from trtower_export.heads import paligemma
 from trtower_export.heads.base import transformers_class
 from trtower_export.policies import gr00t, openpi
@@ -281,6 +283,84 @@ def test_gr00t_gives_the_features_of_its_own_modules(
     torch.testing.assert_close(tower(pixel_values), eagle(pixel_values), rtol=1e-4, atol=1e-5)
 
 
+class Eagle3StandIn(nn.Module):
+    """The part of Eagle 3 between pixels and features, after `extract_feature` of `modeling_eagle3_vl.py`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.Siglip2VisionConfig(**VISION, num_patches=9, patch_size=14, vision_use_head=False)
+        self.vision_model = transformers.Siglip2VisionModel(config)
+        wide = 4 * WIDTH
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(wide), nn.Linear(wide, PROJECTED), nn.GELU(), nn.Linear(PROJECTED, PROJECTED)
+        )
+        self.eval().requires_grad_(requires_grad=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        batch, channels, size, _ = pixel_values.shape
+        side = size // 14
+        patches = pixel_values.reshape(batch, channels, side, 14, side, 14).permute(0, 2, 4, 3, 5, 1)
+        states = self.vision_model(
+            patches.reshape(batch, side * side, -1),
+            pixel_attention_mask=torch.ones(batch, side * side, dtype=torch.int32),
+            spatial_shapes=torch.full((batch, 2), side),
+        ).last_hidden_state
+        grid = states.transpose(1, 2).reshape(batch, WIDTH, side, side)
+        features: Tensor = self.mlp1(functional.pixel_unshuffle(grid, 2).flatten(2).transpose(1, 2))
+        return features
+
+
+@pytest.mark.parametrize(
+    ("frames", "side"), [({"shortest_image_edge": 60}, 56), ({"image_target_size": [80, 80]}, 84), ({}, 252)]
+)
+def test_gr00t_n1_6_gives_the_features_of_its_own_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: dict[str, Any], side: int
+) -> None:
+    recipe = read_recipe("GR00T-N1.6-3B")
+    of_head: dict[str, Any] = {"text_config": {"hidden_size": PROJECTED}}
+    small = replace(recipe, config=recipe.config | VISION | {"num_patches": 9}, model=recipe.model | of_head)
+    monkeypatch.setattr(gr00t, "read_recipe", lambda name: {"GR00T-N1.6-3B": small}[name])
+    eagle = Eagle3StandIn()
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({"model_type": "Gr00tN1d6"} | frames))
+    tensors = {f"backbone.model.{name}": each.clone() for name, each in eagle.state_dict().items()}
+    save_file(tensors, tmp_path / "policy" / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path / "policy"))
+    spec = describe_tower(checkpoint, HEAD)
+    assert (spec.image_size, spec.layers) == (side, (VISION["num_hidden_layers"] + 1,))
+    assert any(f"come to the tower of GR00T N1.6 at {side};" in each for each in checkpoint.layout.remarks)
+    pixel_values = torch.rand(2, 3, side, side) * 2 - 1
+    found = UncutTower.load(checkpoint, spec).cut()(pixel_values)
+    torch.testing.assert_close(found, eagle(pixel_values), rtol=1e-4, atol=1e-5)
+
+
+def test_evo1_is_read_at_what_its_language_model_gets(tmp_path: Path) -> None:
+    evo1 = LEROBOT | {"type": "evo1", "vlm_model_name": "OpenGVLab/InternVL3-1B-hf", "image_resolution": [448, 448]}
+    (tmp_path / "config.json").write_text(json.dumps(evo1))
+    checkpoint = open_checkpoint(str(tmp_path), random_weights=True)
+    spec = describe_tower(checkpoint, HEAD)
+    assert (spec.family, spec.layers, spec.image_size) == ("internvl_vision", (25,), 448)
+    assert spec.head
+    assert (spec.head.tokens, spec.head.width) == (256, 896)
+    assert checkpoint.profiles[0].max == 3
+
+
+def test_multi_task_dit_is_read_at_its_class_token(tmp_path: Path) -> None:
+    dit = LEROBOT | {"type": "multi_task_dit", "vision_encoder_name": "openai/clip-vit-base-patch16"}
+    dit |= {"n_obs_steps": 2, "image_crop_shape": [224, 224], "image_resize_shape": [256, 256]}
+    (tmp_path / "config.json").write_text(json.dumps(dit))
+    checkpoint = open_checkpoint(str(tmp_path), random_weights=True)
+    spec = checkpoint.spec()
+    assert (spec.family, spec.layers, spec.select_feature) == ("clip", (13,), "cls_patch")
+    assert checkpoint.profiles[0].max == 4  # two cameras, now and before
+    prepares = checkpoint.layout.preprocessor
+    assert prepares
+    assert (prepares["size"], prepares["crop_size"]) == ({"height": 256, "width": 256}, {"height": 224, "width": 224})
+    with pytest.raises(CheckpointError, match="has no projector"):
+        describe_tower(checkpoint, HEAD)
+
+
 def test_dataset_that_normalises_frames_is_remarked(tmp_path: Path) -> None:
     save_pi(tmp_path, PI | {"type": "pi0", "normalization_mapping": {"VISUAL": "MEAN_STD"}})
     (remark,) = open_checkpoint(str(tmp_path)).layout.remarks
@@ -295,9 +375,10 @@ def change(**settings: Any) -> Callable[[Path], None]:
     return write
 
 
-def nvidias(model_type: str, **backbone: str) -> Callable[[Path], None]:
+def nvidias(model_type: str, **settings: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "backbone_cfg": backbone}))
+        config = {"model_type": model_type, "backbone_cfg": settings} | settings
+        (folder / "config.json").write_text(json.dumps(config))
 
     return write
 
@@ -327,8 +408,9 @@ def adapter_inside(folder: Path) -> None:
         (change(type="act"), r"LeRobot's policy 'act', whose tower cannot be exported: .* ResNet"),
         (change(type="groot"), r"'groot', .*: its tower is that of GR00T N1\.7.* any shape"),
         (nvidias("Gr00tN1d7"), r"'Gr00tN1d7' belongs to no family .*: its 2-D RoPE accepts pictures of any shape"),
-        (nvidias("Gr00tN1d6"), r"'Gr00tN1d6' .*within windows of patches; trtower exports GR00T N1\.5"),
-        (nvidias("gr00t_n1"), r"'gr00t_n1' .*differs from that of GR00T N1\.5"),
+        (nvidias("Gr00tN1d6", model_name="x"), r"its Eagle model 'x' is none that trtower knows; .*Block2A-2B-v2"),
+        (nvidias("Gr00tN1d6", shortest_image_edge="x"), r"could not be read as that of a GR00T N1\.6 policy"),
+        (nvidias("gr00t_n1"), r"'gr00t_n1' .*differs from those of GR00T N1\.5 and N1\.6"),
         (nvidias("gr00t_n1_5", eagle_path="eagle_x"), r"its Eagle model 'eagle_x' is none that trtower knows"),
         (change(type="xvla"), "'xvla', .* DaViT"),
         (
@@ -339,6 +421,11 @@ def adapter_inside(folder: Path) -> None:
         (change(image_resolution=[224, 448]), r"image_resolution is \[224, 448\]; expected the side of a square"),
         (change(type="pi0_fast", image_resolution=[448, 448]), "π0-FAST builds its tower for 224 pixels"),
         (change(paligemma_variant="gemma_2b_lora"), "gemma_2b_lora, so it holds LoRA adapters; merge them"),
+        (change(type="evo1", image_resolution=[448, 224]), r"image_resolution is \[448, 224\]; expected the side of a"),
+        (change(type="evo1"), "its config.json has no vlm_model_name, the model that its tower comes from"),
+        (change(type="multi_task_dit"), "image_crop_shape is None and its image_resize_shape None, so its tower"),
+        (change(type="multi_task_dit", image_crop_shape=[56, 48]), r"image_crop_shape is \[56, 48\]"),
+        (change(type="multi_task_dit", image_crop_shape=[56, 56]), "its config.json has no vision_encoder_name"),
         (change(input_features=[1]), "could not be read as that of a π0 policy of LeRobot: 'list' object"),
         (change(empty_cameras="two"), "could not be read as that of a π0 policy of LeRobot"),
         (change(normalization_mapping=["VISUAL"]), "could not be read as that of a π0 policy of LeRobot"),
