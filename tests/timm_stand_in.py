@@ -140,6 +140,7 @@ class PrismaticVisionBackbone(nn.Module):
     def __init__(self, architectures: tuple[str, ...], side: int) -> None:
         super().__init__()
         self.use_fused_vision_backbone = len(architectures) == 2
+        self.num_images_in_input = 1
         self.featurizer = TimmStandIn(architectures[0], side)
         self.embed_dim = self.featurizer.embed_dim
         if self.use_fused_vision_backbone:
@@ -149,8 +150,17 @@ class PrismaticVisionBackbone(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if not self.use_fused_vision_backbone:
             return self.featurizer(pixel_values)[0]
-        image, fused = torch.split(pixel_values, [3, 3], dim=1)
-        return torch.cat([self.featurizer(image)[0], self.fused_featurizer(fused)[0]], dim=2)
+        pictures = []
+        for six in torch.split(pixel_values, [6] * self.num_images_in_input, dim=1):  # several only in OpenVLA-OFT
+            image, fused = torch.split(six, [3, 3], dim=1)
+            pictures.append(torch.cat([self.featurizer(image)[0], self.fused_featurizer(fused)[0]], dim=2))
+        return torch.cat(pictures, dim=1)
+
+    def set_num_images_in_input(self, number: int) -> None:
+        self.num_images_in_input = number
+
+    def get_num_patches(self) -> int:
+        return (self.featurizer.patch_embed.img_size[0] // PATCH) ** 2
 
 
 class PrismaticProjector(nn.Module):

@@ -211,7 +211,8 @@ class TowerSpec:
     ``layers`` are the indices of the hidden states that it reads, in reading order: 0 to L, and L + 1 for
     `last_hidden_state` (see layer_codes.py). ``width`` is the number of features per token of one state. ``pixels`` and
     ``layout`` say what the engine takes: one of `PIXELS` in one of `LAYOUTS`. With a ``head`` the engine returns what
-    that makes of the hidden states, and otherwise the hidden states themselves.
+    that makes of the hidden states, and otherwise the hidden states themselves. ``towers`` are the widths of the towers
+    of a pair, which stand side by side in ``width``; it is empty for a tower by itself.
     """
 
     family: str
@@ -226,6 +227,7 @@ class TowerSpec:
     pixels: str = FLOAT
     layout: str = NCHW
     head: HeadSpec | None = None
+    towers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_pixels(self.pixels, self.layout)
@@ -240,6 +242,8 @@ class TowerSpec:
             raise ConfigError(
                 f"layers={self.layers} are not hidden-state indices; expected some of 0 to {self.num_layers + 1}."
             )
+        if self.towers and sum(self.towers) != self.width:
+            raise ConfigError(f"towers={self.towers} of a pair do not make up its width of {self.width}.")
         if self.embeds and (self.layers, self.select_feature) != ((self.num_layers + 1,), "cls_patch"):
             raise ConfigError("an embedding is made of every token of `last_hidden_state`, but the layers are others.")
 
@@ -278,6 +282,11 @@ class TowerSpec:
     def hidden_size(self) -> int:
         """D, the features per token of all layers that are read, concatenated."""
         return self.width * len(self.layers)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The widths of what is measured by itself in the engine's output: of each tower of a pair; else empty."""
+        return () if self.head else self.towers * len(self.layers)
 
     @property
     def embeds(self) -> bool:

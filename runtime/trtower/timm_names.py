@@ -126,7 +126,7 @@ def _in_their_shapes(translated: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _pool(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put the q, k and v of SigLIP's pooling head into one tensor, as `nn.MultiheadAttention` has them."""
     return {
-        f"head.attention.in_proj_{kind}": torch.cat([query, tensors[f"attn_pool.kv.{kind}"]])
+        f"head.attention.in_proj_{kind}": torch.cat([tensors[f"attn_pool.{part}.{kind}"] for part in ("q", "kv")])
         for kind in ("weight", "bias")
-        if (query := tensors.get(f"attn_pool.q.{kind}")) is not None
+        if {f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"} <= tensors.keys()
     }

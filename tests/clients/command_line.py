@@ -28,8 +28,8 @@ def arguments(**others: str) -> argparse.Namespace:
     return args
 
 
-def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
-    """Export a checkpoint's tower in FP32, in the command's environment, because the client's has no exporter."""
+def export(trtower: str, checkpoint: Path, bundle: Path, *options: str, precision: str = "fp32") -> Path:
+    """Export a checkpoint's tower, in the command's environment, because the client's has no exporter."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("runtime", "export"))
     command: list[str | Path] = [
         trtower,
@@ -38,7 +38,7 @@ def export(trtower: str, checkpoint: Path, bundle: Path, *options: str) -> Path:
         "--out",
         bundle,
         "--precision",
-        "fp32",
+        precision,
         "--flavour",
         "none",
         *options,

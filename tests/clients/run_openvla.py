@@ -1,17 +1,11 @@
-"""Compare OpenVLA's own model file: eager, and with a bundle installed of its towers, or of towers and projector.
+"""Compare OpenVLA's own model file: eager, and with a bundle installed of its towers, or of towers and projector."""
 
-The names of timm's ViTs fix their sizes, so they are the smallest DINOv2 there is, and SigLIP's so400m, which is the
-only one with the same patches. The language model is small.
-"""
-
-import importlib
 import io
 import json
 import runpy
 import shutil
 import sys
 import tempfile
-import types
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,7 +16,7 @@ import stubs_without_cuda
 import torch
 from command_line import arguments, export
 from comparing import Report
-from made_up import LM_SHAPE, pictures, write_tokenizer
+from made_up import pictures, write_tokenizer
 
 import trtower
 
@@ -30,71 +24,20 @@ args = arguments()
 
 stubs_without_cuda.stub_torchvision()
 
+from openvla_family import EXACT, HEADS, Files  # noqa: E402
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "act_openvla.py"
-SIDE, ACTIONS, VOCABULARY = 56, 7, 32064
-DINOV2, SIGLIP = "vit_small_patch14_reg4_dinov2", "vit_so400m_patch14_siglip_224"
-KINDS = {"dinosiglip-vit-so-224px": [DINOV2, SIGLIP], "dinov2-vit-l": [DINOV2]}
-"""OpenVLA's names for towers, and what has their places here."""
 
-HEADS: dict[str, list[str]] = {"none": [], "projector": ["--head", "projector"]}
+HALF = 2.0
+"""How many times as far from FP32 as OpenVLA's own towers in BF16 an FP16 bundle may be."""
 
-EXACT = 1e-5
-"""Relative to the largest feature, in FP32."""
-
-
-def load_files() -> tuple[Any, Any, Any]:
-    """Import OpenVLA's three files as transformers does, without the package around them, which is for training."""
-    package = types.ModuleType("openvla_files")
-    package.__path__ = [str(args.clone / "prismatic" / "extern" / "hf")]
-    sys.modules["openvla_files"] = package
-    names = ("configuration", "modeling", "processing")
-    configuration, modeling, processing = (importlib.import_module(f"openvla_files.{name}_prismatic") for name in names)
-    return configuration, modeling, processing
-
-
-configuration, modeling, processing = load_files()
-
-
-def write_checkpoint(folder: Path, kind: str, strategy: str) -> Path:
-    """Save a small OpenVLA with random weights, and its processor."""
-    configuration.VISION_BACKBONE_TO_TIMM_ID[kind] = KINDS[kind]
-    configuration.VISION_BACKBONE_TO_RESOLUTION[kind] = [SIDE] * len(KINDS[kind])
-    config = configuration.OpenVLAConfig(
-        vision_backbone_id=kind,
-        llm_backbone_id="llama2-7b-pure",
-        image_resize_strategy=strategy,
-        text_config={**LM_SHAPE, "vocab_size": VOCABULARY},
-        norm_stats={"made_up": {"action": {"q01": [-1.0] * ACTIONS, "q99": [1.0] * ACTIONS}}},
-    )
-    model = modeling.OpenVLAForActionPrediction(config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        spread = min(0.2, parameter[0].numel() ** -0.5) if parameter.ndim > 1 else 0.1
-        drawn = torch.randn(parameter.shape, generator=generator) * spread
-        ones = name.endswith(("weight", "scale_factor")) and parameter.ndim == 1
-        parameter.data = drawn + 1 if ones else drawn
-    model.save_pretrained(folder)
-    colours = [([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5] * 3, [0.5] * 3)][: len(KINDS[kind])]
-    processing.PrismaticImageProcessor(
-        use_fused_vision_backbone=len(KINDS[kind]) == 2,
-        image_resize_strategy=strategy,
-        input_sizes=[(3, SIDE, SIDE)] * len(KINDS[kind]),
-        interpolations=["bicubic"] * len(KINDS[kind]),
-        means=[mean for mean, _ in colours],
-        stds=[std for _, std in colours],
-    ).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path) -> Any:
-    """Load a checkpoint with OpenVLA's own class."""
-    return modeling.OpenVLAForActionPrediction.from_pretrained(folder, torch_dtype=torch.float32).eval()
+files = Files(args.clone)
 
 
 @torch.no_grad()
 def observe(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """Run pictures through OpenVLA's processor and model, up to its actions."""
-    pixels = processing.PrismaticImageProcessor.from_pretrained(folder)(pictures(), return_tensors="pt")["pixel_values"]
+    pixels = files.prepare(folder, pictures())
     prompt = torch.tensor([[1, 5, 9, 11, 29871]])  # OpenVLA looks for its last token
     actions = [model.predict_action(prompt, pixel_values=each[None], do_sample=False) for each in pixels]
     patches = model.vision_backbone(pixels)
@@ -106,10 +49,26 @@ def observe(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@torch.no_grad()
+def check_half(report: Report, title: str, folder: Path) -> None:
+    """Compare the features of an FP16 bundle with those of OpenVLA's own towers and projector in BF16, its dtype."""
+    model, pixels = files.load(folder), files.prepare(folder, pictures())
+    features = model.projector(model.vision_backbone(pixels))
+    in_half = files.load(folder).to(torch.bfloat16)
+    eager = in_half.projector(in_half.vision_backbone(pixels.to(torch.bfloat16))).float()
+    bundle = export(
+        args.trtower, folder, folder.with_name(f"{folder.name}-half"), *HEADS["projector"], precision="fp16"
+    )
+    with trtower.install(model, bundle):
+        served = model.projector(model.vision_backbone(pixels))
+    off, own = (float((each - features).norm() / features.norm()) for each in (served, eager))
+    report.check(f"{title}, FP16 bundle off by {off:.2g}, OpenVLA in BF16 by {own:.2g}: ", off <= HALF * own, True)
+
+
 def make_loadable(folder: Path) -> None:
     """Put OpenVLA's files and a tokenizer beside a checkpoint, as on the hub, so that transformers can load it."""
     write_tokenizer(folder)
-    for path in (args.clone / "prismatic" / "extern" / "hf").glob("*_prismatic.py"):
+    for path in files.folder.glob("*_prismatic.py"):
         shutil.copy(path, folder)
     policy, images = "modeling_prismatic.OpenVLAForActionPrediction", "processing_prismatic.PrismaticImageProcessor"
     classes = {
@@ -137,9 +96,9 @@ def run_example(folder: Path, bundle: Path | None) -> str:
 
 def check_pixels(report: Report, title: str, folder: Path, bundle: Path) -> None:
     """Compare the pixels of the bundle's processor with those that OpenVLA's makes for the last tower."""
-    theirs = processing.PrismaticImageProcessor.from_pretrained(folder)(pictures(), return_tensors="pt")["pixel_values"]
     ours = trtower.VisionTower.load(bundle).image_processor(pictures(), return_tensors="pt")["pixel_values"]
-    report.compare(f"{title}, pixels of the bundle", {"pixels": theirs[:, -3:]}, {"pixels": ours}, exact=True)
+    theirs = files.prepare(folder, pictures())[:, -3:]
+    report.compare(f"{title}, pixels of the bundle", {"pixels": theirs}, {"pixels": ours}, exact=True)
 
 
 def main() -> None:
@@ -151,15 +110,16 @@ def main() -> None:
         for kind, strategy in (("dinosiglip-vit-so-224px", "resize-naive"), ("dinov2-vit-l", "resize-crop")):
             title = f"{kind}, {strategy}"
             with report.attempt(title):
-                folder = write_checkpoint(work / kind, kind, strategy)
-                model = load(folder)
+                folder = files.write_checkpoint(work / kind, kind, strategy)
+                model = files.load(folder)
                 observed = observe(model, folder)
-                for head in ("none", "projector"):
-                    bundle = export(args.trtower, folder, work / f"{kind}-{head}", *HEADS[head])
+                for head, options in HEADS.items():
+                    bundle = export(args.trtower, folder, work / f"{kind}-{head}", *options)
                     check_pixels(report, f"{title}, --head {head}", folder, bundle)
                     with trtower.install(model, bundle):
                         report.compare(f"{title}, --head {head}, installed", observed, observe(model, folder))
                     report.compare(f"{title}, uninstalled", observed, observe(model, folder), exact=True)
+                check_half(report, title, folder)
                 make_loadable(folder)
                 action = run_example(folder, None)
                 report.check(f"{title}, {EXAMPLE.name}", run_example(folder, bundle), action)

@@ -201,24 +201,25 @@ def _compare(towers: _Towers, images: Sequence[Photograph], comparison: _Compari
     manifest, runner = towers.bundle.manifest, towers.runner
     processor = ImageProcessor.from_file(towers.bundle.verify(PREPROCESSOR))
     pixels, floats = prepare(images, processor), prepare_floats(images, processor, manifest.spec)
-    references, owns = [], []
+    references, owns, parts = [], [], manifest.spec.parts
     for image, engine_input, pixel_values in zip(images, pixels, floats, strict=True):
         states = towers.uncut.states(image.name, pixel_values)
         references.append(towers.uncut.expect(image.name, states))
         own_states = towers.own.states(pixel_values.to(runner.device, next(towers.own.parameters()).dtype))
         owns.append(towers.own.read(own_states).float().cpu())
-        comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1])
+        comparison.sums[TORCH, id(image)] = MetricSums.of(owns[-1], references[-1], parts)
         if towers.typed:
             repeated = engine_input.repeat(manifest.batch.min, 1, 1, 1).to(runner.pixel_dtype)
             (row, *_) = run_batch(towers.typed, manifest.batch, manifest.output, repeated)
-            comparison.sums[TYPED, id(image)] = MetricSums.of(row[None].float(), references[-1])
+            comparison.sums[TYPED, id(image)] = MetricSums.of(row[None].float(), references[-1], parts)
         if towers.states:
-            comparison.layers.add(image.name, states, towers.states.run(engine_input), own_states)
+            of_graph = towers.states.run(engine_input)
+            comparison.layers.add(image.name, states, of_graph, own_states, manifest.spec.towers)
     features: dict[int, Tensor] = {}
     for batch in comparison.batches:
         for member, row in run_in_batches(runner, manifest, pixels, batch):
             features.setdefault(member, row)
-            comparison.sums[batch, id(images[member])].add(MetricSums.of(row[None], references[member]))
+            comparison.sums[batch, id(images[member])].add(MetricSums.of(row[None], references[member], parts))
     for index, image in enumerate(images):
         evidence = ImageEvidence(
             name=image.name,

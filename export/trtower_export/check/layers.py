@@ -82,13 +82,23 @@ class LayerSums:
     bundle: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
     torch: dict[int, MetricSums] = field(default_factory=lambda: defaultdict(MetricSums))
 
-    def add(self, name: str, reference: Sequence[Tensor], states: Mapping[int, Tensor], own: Sequence[Tensor]) -> None:
-        """Add an image: its states from FP32 PyTorch, from the graph, and from PyTorch in the bundle's precision."""
+    def add(
+        self,
+        name: str,
+        reference: Sequence[Tensor],
+        states: Mapping[int, Tensor],
+        own: Sequence[Tensor],
+        towers: Sequence[int] = (),
+    ) -> None:
+        """Add an image: its states from FP32 PyTorch, from the graph, and from PyTorch in the bundle's precision.
+
+        ``towers`` are the widths of those of a pair.
+        """
         self.images.append(name)
         for index, state in states.items():
             place = min(index, len(own) - 1)  # last_hidden_state is the last
-            self.bundle[index].add(MetricSums.of(state, reference[index]))
-            self.torch[index].add(MetricSums.of(own[place].float().cpu(), reference[index]))
+            self.bundle[index].add(MetricSums.of(state, reference[index], towers))
+            self.torch[index].add(MetricSums.of(own[place].float().cpu(), reference[index], towers))
 
     def figures(self) -> tuple[LayerFigures, ...]:
         """Compute the figures of every layer, in order."""

@@ -34,7 +34,7 @@ from trtower_export.checkpoint.tensors import Tensors, find_tensors, names_in
 from trtower_export.checkpoint.timm import is_timm, recognise_timm
 from trtower_export.checkpoint.vision_config import check_vision_config, read_vision_config
 from trtower_export.families import family_of
-from trtower_export.policies import Policy, find_policy, openpi, refuse_other_policy
+from trtower_export.policies import Policy, PolicyTower, find_policy, openpi, refuse_other_policy
 from trtower_export.recipes import Recipe, find_recipe
 
 VILA_TOWER, VILA_PROJECTOR = "vision_tower", "mm_projector"
@@ -197,6 +197,7 @@ def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request)
         layout = Layout(kind="", config=vision, family=family, preprocessor=read_preprocessor(files), model=config)
     else:
         layout = _named_tower(files, said.model, replace(request, weights=False), key=said.named_by)
+    _refuse_other_model(layout, said, policy, where)
     for name, value in said.config.items():
         setattr(layout.config, name, value)
     check_vision_config(layout.config, layout.family, where)
@@ -219,6 +220,20 @@ def _policy(files: Files, raw: dict[str, Any], policy: Policy, request: Request)
         layer, feature = said.reads
         return replace(layout, model=None, select_layer=layer, select_feature=feature, contrastive=False)
     return _read_hf_layer(layout, layout.model, where)
+
+
+def _refuse_other_model(layout: Layout, said: PolicyTower, policy: Policy, where: str) -> None:
+    """Raise CheckpointError if the model that a policy's config names is none that such a policy can be built on."""
+    if said.families and layout.family.name not in said.families:
+        raise CheckpointError(
+            f"{where}: {said.named_by}={said.model!r} has a {layout.family.name} tower; that of a {policy.name} is one "
+            f"of {', '.join(said.families)}."
+        )
+    if said.reads is None and layout.model is None:
+        raise CheckpointError(
+            f"{where}: {said.named_by}={said.model!r} is a vision tower by itself; that of a {policy.name} is inside a "
+            "vision-language model."
+        )
 
 
 def _vila(files: Files, raw: dict[str, Any], request: Request) -> Layout:

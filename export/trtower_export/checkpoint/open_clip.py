@@ -66,7 +66,7 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
         raise CheckpointError(f"{where} could not be read: {one_line(err)}") from err
     family = family_of(config.model_type)
     check_vision_config(config, family, where)
-    has_trunk = TRUNK in written.get("model_cfg", written)["vision_cfg"]
+    has_trunk = bool(written.get("model_cfg", written)["vision_cfg"].get(TRUNK))
     layout = Layout(
         kind="OpenCLIP checkpoint",
         config=config,
@@ -93,9 +93,9 @@ def recognise_open_clip(files: Files, path: Path | None, request: Request) -> La
 def _not_pooled(written: dict[str, Any]) -> str | None:
     """Return why its embedding is not the projected CLS token, or SigLIP's pooled vector, if it is not."""
     vision = written.get("model_cfg", written)["vision_cfg"]
-    if TRUNK in vision:
+    if vision.get(TRUNK):
         pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear") or "none"
-        if (pool, projection) == ("map", "none"):
+        if (pool, projection) == ("map", "none") and "_siglip" in vision[TRUNK]:
             return None
         return f"timm_pool={pool!r} and timm_proj={projection!r} pool otherwise than SigLIP does; {WITHOUT_HEAD}"
     pooled = {"pool_type": vision.get("pool_type", "tok"), "attentional_pool": vision.get("attentional_pool") or False}
@@ -122,11 +122,14 @@ def vision_config(written: dict[str, Any]) -> dict[str, Any]:
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
         raise CheckpointError("has no model_cfg.vision_cfg, so it does not describe a vision tower.")
-    known = _OF_TRUNK if TRUNK in vision else {*_DEFAULTS, *_INERT}
+    trunk = vision.get(TRUNK)
+    known = _OF_TRUNK if trunk else {*_DEFAULTS, *_INERT}
     other = sorted(name for name, value in vision.items() if value and name not in known)
-    if TRUNK in vision and not other:
+    if trunk and other:
+        raise CheckpointError(f"has {other[0]}={vision[other[0]]!r} beside {TRUNK}, which trtower does not know.")
+    if trunk:
         try:
-            return describe_timm(str(vision[TRUNK]), vision.get("image_size"))
+            return describe_timm(str(trunk), vision.get("image_size"))
         except CheckpointError as err:
             raise CheckpointError(f"has {TRUNK}: {err}") from err
     vision = _DEFAULTS | vision

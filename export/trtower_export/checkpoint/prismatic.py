@@ -5,6 +5,7 @@ channels, three for each tower, normalised in its way; an engine gets the three 
 `configuration_prismatic.py`, `modeling_prismatic.py` and `processing_prismatic.py` of OpenVLA.
 """
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request, no_tower, read_preprocessor, with_tower
 from trtower_export.checkpoint.tensors import find_tensors
 from trtower_export.checkpoint.timm import PATCH_EMBEDDING, describe_timm
-from trtower_export.checkpoint.vision_config import check_vision_config
+from trtower_export.checkpoint.vision_config import CHANNELS, check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.prismatic import FIRST, PARTS, PrismaticConfig
 
@@ -34,12 +35,15 @@ COLOURS = {
 COLOURS["dinov2_with_registers"] = COLOURS["dinov2"]
 """Mean and standard deviation in timm, for a checkpoint without a preprocessor_config.json."""
 
+FILM = "vision_backbone--*.pt"
+"""Where OpenVLA-OFT saves towers that it has fine-tuned with FiLM."""
+
 FILTERS = {"bilinear": 2, "bicubic": 3}
 
 
 def is_prismatic(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is OpenVLA's or Prismatic's."""
-    return raw.get("model_type") in NAMES and "timm_model_ids" in raw
+    return raw.get("model_type") in NAMES
 
 
 def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) -> Layout:
@@ -48,20 +52,26 @@ def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) 
     Raises CheckpointError if their architectures or preprocessing are none that can be exported.
     """
     where, kind = f"{files.folder}/config.json", NAMES[raw["model_type"]]
+    if conditioned := next(files.folder.glob(FILM), None):
+        raise CheckpointError(
+            f"{conditioned} conditions the towers on the text by FiLM: they are not those in the other files, and no "
+            "engine of images can hold them."
+        )
     written = read_preprocessor(files)
     try:
         towers = _towers(raw)
         colours = _colours(towers, written)
         config = _vision_config(towers, colours)
-        preprocessor = _preprocessor(raw, written, config.image_size, colours[-1])
+        prepares = _strategy(raw if written is None else written)
+        preprocessor = _preprocessor(prepares, written or {}, config.image_size, colours[-1])
         model = SimpleNamespace(**{**raw, "vision_config": config, "text_config": _text_config(raw["text_config"])})
     except CheckpointError as err:
         raise CheckpointError(f"{where}: {err}") from err
     except Exception as err:  # a wrong value in either file can raise anything
-        raise CheckpointError(f"{where} could not be read as that of an {kind}: {one_line(err)}") from err
+        what = f"it has no {err}" if isinstance(err, KeyError) else one_line(err)
+        raise CheckpointError(f"{where}, or the preprocessor_config.json beside it, could not be read: {what}") from err
     family = family_of(config.model_type)
     check_vision_config(config, family, where)
-    pads = raw["image_resize_strategy"] == "letterbox"
     layout = Layout(
         kind=kind,
         config=config,
@@ -71,7 +81,7 @@ def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) 
         translate=lambda tensors: _translate(tensors, config),
         select_layer=-2,
         select_feature="patch",
-        image_aspect_ratio="pad" if pads else None,
+        image_aspect_ratio="pad" if prepares == "letterbox" else None,
         cameras=1 if raw["model_type"] == "openvla" else None,
     )
     if not request.weights:
@@ -79,27 +89,40 @@ def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) 
     tensors = find_tensors(files, allow_pickle=request.trust.allow_pickle)
     complete = with_tower(layout, tensors, f"{FIRST}.{PATCH_EMBEDDING}", request, larger=True)
     if complete is None:
-        raise no_tower(tensors, f"the towers of an {kind}, with a tensor that ends in {FIRST}.{PATCH_EMBEDDING}")
+        raise no_tower(tensors, f"the towers of this {kind}, with a tensor that ends in {FIRST}.{PATCH_EMBEDDING}")
     return complete
 
 
 def _towers(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Describe one or two towers, as vision configs."""
-    names, sizes = raw["timm_model_ids"], raw["image_sizes"]
+    names, sizes, fused = raw["timm_model_ids"], raw["image_sizes"], raw["use_fused_vision_backbone"]
     activations = raw.get("timm_override_act_layers") or [None] * len(names)
-    towers = [describe_timm(*of_tower) for of_tower in zip(names, sizes, activations, strict=True)]
-    if len(towers) != (2 if raw["use_fused_vision_backbone"] else 1):
-        raise CheckpointError(
-            f"use_fused_vision_backbone={raw['use_fused_vision_backbone']}, but timm_model_ids names {len(towers)}."
-        )
-    return towers
+    if type(fused) is not bool or len(names) != 1 + fused:
+        raise CheckpointError(f"use_fused_vision_backbone={fused!r}, but timm_model_ids names {len(names)}.")
+    return [describe_timm(*of_tower) for of_tower in zip(names, sizes, activations, strict=True)]
 
 
 def _colours(towers: list[dict[str, Any]], written: Mapping[str, Any] | None) -> list[tuple[list[float], list[float]]]:
-    """Return the mean and the standard deviation of each tower."""
+    """Return the mean and the standard deviation of each tower, three numbers each."""
     if written is None:
         return [COLOURS[tower["model_type"]] for tower in towers]
+    for name, least in (("means", -math.inf), ("stds", 0.0)):
+        numbers = [each for tower in written[name] for each in tower]
+        shape = [len(tower) for tower in written[name]]
+        if shape != [CHANNELS] * len(towers) or not all(least < each < math.inf for each in numbers):
+            raise CheckpointError(
+                f"its preprocessor_config.json has {name}={written[name]}; expected {CHANNELS} numbers for each of "
+                f"{len(towers)} towers{'' if name == 'means' else ', above 0'}."
+            )
     return [(list(mean), list(std)) for mean, std in zip(written["means"], written["stds"], strict=True)]
+
+
+def _strategy(prepares: Mapping[str, Any]) -> str:
+    """Return how pictures become squares."""
+    strategy = prepares["image_resize_strategy"]
+    if strategy not in ("resize-naive", "resize-crop", "letterbox"):
+        raise CheckpointError(f"image_resize_strategy={strategy!r}; expected resize-naive, resize-crop or letterbox.")
+    return str(strategy)
 
 
 def _vision_config(towers: list[dict[str, Any]], colours: list[tuple[list[float], list[float]]]) -> Any:
@@ -110,14 +133,11 @@ def _vision_config(towers: list[dict[str, Any]], colours: list[tuple[list[float]
 
 
 def _preprocessor(
-    raw: Mapping[str, Any], written: Mapping[str, Any] | None, size: int, colours: tuple[list[float], list[float]]
+    strategy: str, written: Mapping[str, Any], size: int, colours: tuple[list[float], list[float]]
 ) -> dict[str, Any]:
     """Turn a `PrismaticImageProcessor` into the preprocessor_config.json of what the last tower gets."""
-    strategy = (written or raw)["image_resize_strategy"]
-    if strategy not in ("resize-naive", "resize-crop", "letterbox"):
-        raise CheckpointError(f"image_resize_strategy={strategy!r}; expected resize-naive, resize-crop or letterbox.")
-    interpolations = set((written or {}).get("interpolations") or ["bicubic"])
-    sizes = {tuple(each) for each in (written or {}).get("input_sizes") or [(3, size, size)]}
+    interpolations = set(written.get("interpolations") or ["bicubic"])
+    sizes = {tuple(each) for each in written.get("input_sizes") or [(3, size, size)]}
     if len(interpolations) > 1 or not interpolations <= FILTERS.keys() or sizes != {(3, size, size)}:
         raise CheckpointError(
             f"its preprocessor_config.json has interpolations={sorted(interpolations)} and input_sizes={sorted(sizes)};"

@@ -17,7 +17,7 @@ from trtower.timm_names import translate
 from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request, no_tower, with_tower
 from trtower_export.checkpoint.tensors import find_tensors
-from trtower_export.checkpoint.vision_config import check_vision_config
+from trtower_export.checkpoint.vision_config import LARGEST_IMAGE, check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.base import square
 
@@ -71,10 +71,12 @@ def describe_timm(architecture: str, image_size: int | None = None, act_layer: s
     Raises:
         CheckpointError: if the architecture or the activation is none of these.
     """
+    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= LARGEST_IMAGE):
+        raise CheckpointError(f"its images have {image_size!r} pixels a side; expected 1 to {LARGEST_IMAGE}.")
     match = NAME.fullmatch(architecture.partition(".")[0])
     if match is None or match["size"] not in SIZES:
         raise CheckpointError(f"timm's {architecture!r} is none that trtower exports; it exports {KNOWN}.")
-    if act_layer not in ACTIVATIONS:
+    if not isinstance(act_layer, str | None) or act_layer not in ACTIVATIONS:
         known = ", ".join(filter(None, ACTIVATIONS))
         raise CheckpointError(f"its activation {act_layer!r} is none that trtower knows; it knows {known}.")
     size = match["size"]
@@ -86,7 +88,7 @@ def describe_timm(architecture: str, image_size: int | None = None, act_layer: s
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "image_size": image_size or int(match["side"] or 518),
+        "image_size": int(match["side"] or 518) if image_size is None else image_size,
         "patch_size": int(match["patch"]),
         "layer_norm_eps": 1e-5 if match["clip"] else 1e-6,
         "hidden_act": ACTIVATIONS[act_layer or activation],
@@ -106,6 +108,16 @@ def translator(config: Any) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor
     return lambda tensors: translate(tensors, config.model_type)
 
 
+def not_pooled(pool: Any, config: Any) -> str | None:
+    """Return why timm's pooled vector is not an embedding here, if it is not: SigLIP's head, or DINOv2's CLS token."""
+    pools = {"siglip_vision_model": "map", "dinov2": "token", "dinov2_with_registers": "token"}
+    usual = pools.get(config.model_type)
+    if usual is not None and pool in (None, usual):
+        return None
+    pooled = f"global_pool={pool!r}" if usual else "a CLIP of timm has no projection, and"
+    return f"{pooled} pools otherwise than trtower does; without --head its hidden states are exported"
+
+
 def is_timm(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is timm's own, or that of transformers' wrapper around a model of timm."""
     return "architecture" in raw and raw.get("model_type") in (None, "timm_wrapper")
@@ -120,9 +132,9 @@ def recognise_timm(files: Files, raw: Mapping[str, Any], request: Request) -> La
     prepares = raw.get("pretrained_cfg")
     if not isinstance(prepares, dict):
         raise CheckpointError(f"{where}: pretrained_cfg={prepares!r}; expected timm's settings of a model.")
-    if others := sorted(raw.get("model_args") or {}):
+    if others := raw.get("model_args"):
         raise CheckpointError(
-            f"{where}: model_args changes {', '.join(others)}, but trtower exports timm's architectures as they are."
+            f"{where}: model_args={others!r} changes the architecture, but trtower exports timm's as they are."
         )
     side = prepares.get("input_size")
     size = square(side[1:]) if isinstance(side, list | tuple) and len(side) == 3 else 0
@@ -143,6 +155,7 @@ def recognise_timm(files: Files, raw: Mapping[str, Any], request: Request) -> La
         family=family,
         preprocessor=preprocessor,
         translate=translator(config),
+        not_pooled=not_pooled(raw.get("global_pool"), config),
     )
     if not request.weights:
         return layout

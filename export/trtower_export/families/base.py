@@ -161,6 +161,7 @@ class Family:
             layers=layers,
             select_feature=feature,
             naming=self.naming_in(config),
+            towers=tuple(part.hidden_size for part in getattr(config, "parts", ())),
         )
 
 

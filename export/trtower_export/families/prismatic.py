@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from trtower.installation.prismatic import normalised_again
 from trtower.spec import Naming
 from trtower_export.families import clip, dinov2, dinov2_with_registers, siglip
 from trtower_export.families.base import Family, Pieces, replaced
 
 FIRST, SECOND = PARTS = ("featurizer", "fused_featurizer")
-IN_PAIRS: dict[str, Family] = {
+FAMILIES_IN_PAIRS: dict[str, Family] = {
     each.FAMILY.model_types[0]: each.FAMILY for each in (dinov2, dinov2_with_registers, siglip, clip)
 }
 
@@ -106,20 +107,12 @@ def _inside(name: str, key: Any) -> Any:
 
 
 def _family(part: Any) -> Family:
-    return IN_PAIRS[part.model_type]
+    return FAMILIES_IN_PAIRS[part.model_type]
 
 
-def affine(config: PrismaticConfig) -> tuple[Tensor, Tensor]:
-    """Return what turns the second tower's pixels into the first's: a factor and a sum for each channel."""
-    (mean, other_mean), (std, other_std) = (
-        torch.tensor(each, dtype=torch.float64) for each in (config.image_means, config.image_stds)
-    )
-    return other_std / std, (other_mean - mean) / std
-
-
-def _pixels_of_first(config: PrismaticConfig, pixel_values: Tensor) -> Tensor:
-    factor, summand = (each.to(pixel_values).reshape(-1, 1, 1) for each in affine(config))
-    return pixel_values * factor + summand
+def _normalised_again(config: PrismaticConfig) -> tuple[Tensor, Tensor]:
+    """Return what turns the second tower's pixels into the first's: a factor and a summand, (3, 1, 1)."""
+    return normalised_again(config.image_means, config.image_stds)
 
 
 def _accept_pixels_of_second(tower: nn.Module, config: PrismaticConfig) -> nn.Module:
@@ -128,7 +121,7 @@ def _accept_pixels_of_second(tower: nn.Module, config: PrismaticConfig) -> nn.Mo
     (path,) = (name for name, _ in tower.named_parameters() if name.endswith(family.patch_embedding))
     path = path.removesuffix(".weight")
     embedding: Any = tower.get_submodule(path)
-    factor, summand = (each.reshape(1, -1, 1, 1) for each in affine(config))
+    factor, summand = (each.double() for each in _normalised_again(config))
     weight = embedding.weight.double()
     bias = (weight * summand).sum((1, 2, 3)) + (0 if embedding.bias is None else embedding.bias.double())
     folded = replaced(
@@ -201,7 +194,8 @@ def _call(module: nn.Module, state: Tensor) -> Tensor:
 
 def _read_states(model: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
     first, second = model.config.parts
-    *states, last = _family(first).read_states(model.featurizer, _pixels_of_first(model.config, pixel_values))
+    factor, summand = _normalised_again(model.config)
+    *states, last = _family(first).read_states(model.featurizer, pixel_values * factor + summand)
     *others, other_last = _family(second).read_states(model.fused_featurizer, pixel_values)
     longest = max(len(states), len(others))
     waiting = ([each[0]] * (longest - len(each)) + each for each in (states, others))
@@ -210,8 +204,8 @@ def _read_states(model: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
 
 
 def _obstacle(config: PrismaticConfig) -> str | None:
-    if unknown := next((part.model_type for part in config.parts if part.model_type not in IN_PAIRS), None):
-        return f"one of its two towers is a {unknown}; trtower exports pairs of {', '.join(IN_PAIRS)}"
+    if unknown := next((part.model_type for part in config.parts if part.model_type not in FAMILIES_IN_PAIRS), None):
+        return f"one of its two towers is a {unknown}; trtower exports pairs of {', '.join(FAMILIES_IN_PAIRS)}"
     sizes = [(part.image_size, part.patch_size) for part in config.parts]
     if len(set(sizes)) > 1:
         first, second = (f"{size} pixels in patches of {patch}" for size, patch in sizes)

@@ -22,6 +22,7 @@ class PolicyTower:
         image_size: S at which the policy uses the tower, in pixels a side; None if it is that of the vision config.
         preprocessor: How frames are prepared, as a preprocessor_config.json; None if as for the model.
         cameras: How many images the policy reads at a time; None if its config does not say.
+        families: The families that its tower may be of; () if any.
         reads: The layer code and the tokens that the policy reads; None if the model's config says.
         remarks: What an export tells the user.
     """
@@ -32,6 +33,7 @@ class PolicyTower:
     image_size: int | None = None
     preprocessor: dict[str, Any] | None = None
     cameras: int | None = None
+    families: tuple[str, ...] = ()
     reads: tuple[LayerCode, str] | None = None
     remarks: tuple[str, ...] = ()
 

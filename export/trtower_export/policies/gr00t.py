@@ -5,7 +5,7 @@ N1.5 as NVIDIA and LeRobot 0.4 save it, N1.6 as NVIDIA does. Sources: `gr00t_n1.
 N1.6 the config of Eagle-Block2A-2B-v2.
 """
 
-from trtower_export.policies.base import Policy, PolicyTower, RawConfig
+from trtower_export.policies.base import Policy, PolicyTower, RawConfig, side_of
 from trtower_export.recipes import read_recipe
 
 ONE_LAYER = "1mlp_nops"
@@ -16,6 +16,8 @@ BLOCK2A = "nvidia/Eagle-Block2A-2B-v2"
 
 MULTIPLE = 28
 """N1.6 rounds the sides of its frames to multiples of this: two patches, which its projector puts side by side."""
+
+LARGEST_IMAGE = 8192
 
 OWN_FRAMES = "GR00T crops and resizes frames by its own transforms before: pass encode frames that they have made"
 
@@ -39,28 +41,37 @@ def _n1_5_obstacle(raw: RawConfig) -> str | None:
 
 
 def _edge(raw: RawConfig) -> int:
-    """Return the shorter side of the frames that N1.6's transforms make."""
-    target = raw.get("image_target_size")
-    edge = target[0] if target else raw.get("shortest_image_edge", 256)
-    return int(edge)
+    """Return the side of the squares that N1.6's transforms make of square frames; 0 if its config has none.
+
+    Of its two sets of transforms, which `use_albumentations_transforms` chooses from, only one has a shorter edge.
+    """
+    target = side_of(raw.get("image_target_size"))
+    edge = raw.get("shortest_image_edge", 256) if raw.get("use_albumentations_transforms", True) else None
+    side = target if edge is None else edge
+    return side if type(side) is int and MULTIPLE <= side <= LARGEST_IMAGE else 0
 
 
 def _read_n1_6(raw: RawConfig) -> PolicyTower:
-    side = max(1, round(_edge(raw) / MULTIPLE)) * MULTIPLE
+    side = round(_edge(raw) / MULTIPLE) * MULTIPLE
     return PolicyTower(
         model=read_recipe("GR00T-N1.6-3B"),
         image_size=side,
         remarks=(
-            f"square frames of {_edge(raw)} pixels come to the tower of GR00T N1.6 at {side}; an engine accepts "
-            "no others, so pad wider frames before, or name another multiple of 28 with --image-size",
+            f"square frames, which the policy makes {_edge(raw)} pixels wide, come to its tower at {side}; an engine "
+            "accepts no others, so let the policy letterbox wider frames, or name another multiple of 28 with "
+            "--image-size",
             OWN_FRAMES,
         ),
     )
 
 
 def _n1_6_obstacle(raw: RawConfig) -> str | None:
-    named = raw.get("model_name", BLOCK2A)
-    return None if named == BLOCK2A else f"its Eagle model {named!r} is none that trtower knows; it knows {BLOCK2A}"
+    if (named := raw.get("model_name", BLOCK2A)) != BLOCK2A:
+        return f"its Eagle model {named!r} is none that trtower knows; it knows {BLOCK2A}"
+    if not _edge(raw):
+        sizes = ", ".join(f"{name}={raw.get(name)!r}" for name in ("shortest_image_edge", "image_target_size"))
+        return f"its frames have no size that is known here ({sizes}); expected {MULTIPLE} to {LARGEST_IMAGE} pixels"
+    return None
 
 
 POLICIES = (

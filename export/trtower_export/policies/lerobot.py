@@ -65,6 +65,11 @@ def _named_obstacle(name: str, raw: RawConfig) -> str | None:
     return f"its config.json has no {name}, the model that its tower comes from; trtower knows {KNOWN}"
 
 
+def _count_obstacle(name: str, raw: RawConfig, usual: int) -> str | None:
+    number = raw.get(name, usual)
+    return None if type(number) is int and number > 0 else f"its {name} is {number!r}; expected a number from 1 on"
+
+
 def _smolvla_obstacle(raw: RawConfig) -> str | None:
     if reason := _named_obstacle("vlm_model_name", raw):
         return reason
@@ -95,7 +100,7 @@ def _read_smolvla(raw: RawConfig) -> PolicyTower:
 def _evo1_obstacle(raw: RawConfig) -> str | None:
     if not side_of(raw.get("image_resolution")):
         return f"its image_resolution is {raw.get('image_resolution')!r}; expected the side of a square, twice"
-    return _named_obstacle("vlm_model_name", raw)
+    return _count_obstacle("max_views", raw, 3) or _named_obstacle("vlm_model_name", raw)
 
 
 def _read_evo1(raw: RawConfig) -> PolicyTower:
@@ -105,7 +110,7 @@ def _read_evo1(raw: RawConfig) -> PolicyTower:
         named_by="vlm_model_name",
         image_size=side,
         preprocessor=squashed(side),
-        cameras=int(raw.get("max_views", 3)),
+        cameras=raw.get("max_views", 3),
         remarks=remarks_of(raw),
     )
 
@@ -134,7 +139,7 @@ def _dit_obstacle(raw: RawConfig) -> str | None:
             f"{raw.get('image_resize_shape')!r}, so its tower does not read frames that are squares of one size; an "
             "engine accepts only those"
         )
-    return _named_obstacle("vision_encoder_name", raw)
+    return _count_obstacle("n_obs_steps", raw, 1) or _named_obstacle("vision_encoder_name", raw)
 
 
 def _read_dit(raw: RawConfig) -> PolicyTower:
@@ -145,6 +150,7 @@ def _read_dit(raw: RawConfig) -> PolicyTower:
         model=str(raw["vision_encoder_name"]),
         named_by="vision_encoder_name",
         image_size=side,
+        families=("clip",),
         reads=(LAST, "cls_patch"),
         preprocessor={
             "image_processor_type": "CLIPImageProcessor",
@@ -155,10 +161,10 @@ def _read_dit(raw: RawConfig) -> PolicyTower:
             "crop_like": "torchvision",
             "do_normalize": False,
         },
-        cameras=(cameras_of(raw) or 1) * int(raw.get("n_obs_steps", 1)),
+        cameras=(cameras_of(raw) or 1) * raw.get("n_obs_steps", 1),
         remarks=(
             "the policy reads the CLS token, the first of those that the tower returns",
-            *remarks_of(raw),
+            *remarks_of({"normalization_mapping": {"VISUAL": "MEAN_STD"}} | dict(raw)),  # LeRobot's default for it
         ),
     )
 

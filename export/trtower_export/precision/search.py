@@ -45,6 +45,7 @@ class _Trials:
     cases: list[_Case]
     own: Mapping[str, MetricSums]
     fixed: Collection[str]
+    parts: Sequence[int]
 
     def hold(self, kept: Collection[str]) -> bool:
         """Return whether the bounds hold with the operations in ``kept`` in FP32."""
@@ -52,7 +53,7 @@ class _Trials:
         sums = {kind: MetricSums() for kind in self.own}
         for index, case in enumerate(self.cases):
             output = self.simulation.run(case.pixel_values.half().float(), rounded=rounded)
-            error = MetricSums.of(output.half().float(), case.reference)
+            error = MetricSums.of(output.half().float(), case.reference, self.parts)
             if not all(bound.holds for bound in self._bounds({case.kind: error}) if bound.figure in MONOTONOUS):
                 self.cases.insert(0, self.cases.pop(index))  # tried first next time, to end a bad trial early
                 return False
@@ -107,10 +108,11 @@ def _prepare_trials(
         for kind, pixel_values in ((kind, each) for kind, some in images.items() for each in some):
             step.update(len(cases) / count, kind)
             cases.append(_Case(kind, pixel_values, tower(pixel_values)))
-            own[kind].add(MetricSums.of(half(pixel_values.half()).float(), cases[-1].reference))
+            own[kind].add(MetricSums.of(half(pixel_values.half()).float(), cases[-1].reference, spec.parts))
         del half
         simulation = simulate(tower, spec)
-    return _Trials(simulation=simulation, cases=cases, own=own, fixed=set(simulation.operations.match(always)))
+    fixed = set(simulation.operations.match(always))
+    return _Trials(simulation=simulation, cases=cases, own=own, fixed=fixed, parts=spec.parts)
 
 
 def _find_enough(trials: _Trials, tower: nn.Module, step: Step) -> list[str]:

@@ -65,6 +65,19 @@ def carry(features: Tensor, spec: TowerSpec) -> Tensor:
     return _carrying(states, features, spec.layers, spec.width)
 
 
+def beside(states: Tensor, pictures: int) -> Tensor:
+    """Put the patches of several pictures behind each other, and so what they carry: (B * C, N, D) -> (B, C * N, D)."""
+    if pictures == 1:
+        return states
+    batch = len(states) // pictures
+    with torch._C.DisableTorchFunctionSubclass():
+        together = states.reshape(batch, -1, states.shape[-1])
+    if not isinstance(states, Carried):
+        return together
+    features = states.features.reshape(batch, -1, states.features.shape[-1])
+    return _carrying(together, features, states.layers, states.width)
+
+
 def _carrying(states: Tensor, features: Tensor, layers: tuple[int, ...], width: int) -> Tensor:
     carried = states.as_subclass(Carried)
     carried.features, carried.layers, carried.width = features, layers, width

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trtower.errors import ConfigError
-from trtower.installation.prismatic import PrismaticView, is_prismatic
+from trtower.installation.prismatic import PrismaticView, for_backbone, for_engine, is_prismatic, pictures_of
 from trtower.tower.vision_model import VisionModel
 from trtower.tower.vision_tower import VisionTower
 
@@ -38,6 +38,14 @@ class Slot:
     def vision(self) -> Any:
         """The tower as a vision model of transformers."""
         return PrismaticView(self.module) if is_prismatic(self.module) else self.module
+
+    def for_tower(self, pixel_values: Tensor) -> Tensor:
+        """Return what the tower takes for an engine's pixels."""
+        return for_backbone(pixel_values, self.made_of, pictures_of(self.module))
+
+    def for_engine(self, pixel_values: Tensor) -> Tensor:
+        """Return the engine's pixels of those that the tower is given."""
+        return for_engine(pixel_values, self.made_of, pictures_of(self.module))
 
     @property
     def path(self) -> str:

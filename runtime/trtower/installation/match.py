@@ -14,7 +14,7 @@ from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import count_layers, read_parameters, weights_sha256
 from trtower.installation.find import Slot
 from trtower.installation.policies import used_size
-from trtower.installation.prismatic import SECOND_LAST, is_prismatic
+from trtower.installation.prismatic import CONDITIONED, SECOND_LAST, is_prismatic
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.spec import TowerSpec
@@ -112,6 +112,11 @@ def _loaded_from(model: nn.Module, place: Slot) -> str | None:
 
 
 def _check_config(model: nn.Module, place: Slot, bundle: Bundle, export: str, own: str) -> None:
+    if type(place.holder).__name__ == CONDITIONED:
+        raise ConfigError(
+            f"{place.path} of this model is conditioned on the text by FiLM, which no engine of images can hold: it "
+            "cannot be replaced."
+        )
     config, spec, made_of = place.vision.config, bundle.manifest.spec, place.made_of
     # Files of older releases call Idefics3's tower "idefics3", like the whole model; only its class tells them apart.
     if made_of["model_type"] not in (config.model_type, getattr(type(config), "model_type", None)):

@@ -1,9 +1,9 @@
 """The towers of OpenVLA and Prismatic, which are timm's, seen as a vision model of transformers.
 
 A checkpoint brings the file of its class along, so the class is known by its name. It returns the patches of the
-second-last block, of one tower or of two side by side.
+second-last block, of one tower or of two side by side. That of OpenVLA-OFT may take several pictures at a time.
 
-Shapes: B images, S pixels per side, N patches, D features per token.
+Shapes: B observations, C pictures of each, S pixels per side, N patches, D features per token.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,22 @@ from trtower.errors import InputError
 from trtower.timm_names import translate
 
 CLASS = "PrismaticVisionBackbone"
+CONDITIONED = "FiLMedPrismaticVisionBackbone"
+"""What OpenVLA-OFT puts around it to condition its blocks on the text."""
+
 PARTS = ("featurizer", "fused_featurizer")
 PAIR = "prismatic_fused"
 SECOND_LAST = -2
 CHANNELS = 3
+ROUNDED = 0.032
+"""How far apart the two forms of a picture may be: two levels of a byte. BF16 rounds by half as much, FP32 by 1e-6."""
 
 
 def is_prismatic(module: nn.Module) -> bool:
     """Whether a module is the vision backbone of OpenVLA or Prismatic, or its stand-in."""
-    return any(each.__name__ == CLASS for each in type(module).__mro__)
+    if not any(each.__name__ == CLASS for each in type(module).__mro__):
+        return False
+    return "installation" in vars(module) or hasattr(getattr(module, PARTS[0], None), "patch_embed")
 
 
 class PrismaticView:
@@ -71,29 +78,41 @@ def _model_type(tower: Any) -> str:
     return "clip_vision_model" if isinstance(tower.blocks[0].ls1, nn.Identity) else "dinov2"
 
 
-def given(pixel_values: Tensor, made_of: Mapping[str, Any]) -> Tensor:
-    """Return what the backbone takes for an engine's pixels (B, 3, S, S): for a pair (B, 6, S, S), the first's before.
+def pictures_of(module: nn.Module) -> int:
+    """Return C, the number of pictures that a tower takes at a time."""
+    return int(getattr(module, "num_images_in_input", 1)) if is_prismatic(module) else 1
 
-    ``made_of`` is the vision config in the bundle.
+
+def for_backbone(pixel_values: Tensor, made_of: Mapping[str, Any], pictures: int) -> Tensor:
+    """Return what a tower takes for an engine's pixels (B, 3, S, S).
+
+    For a pair that is (B, 6 * C, S, S): the picture as the first tower needs it, then as the second, ``pictures`` times
+    over. ``made_of`` is the vision config in the bundle.
     """
     if made_of.get("model_type") != PAIR:
         return pixel_values
-    return torch.cat([_of_first(pixel_values, made_of), pixel_values], dim=1)
+    return torch.cat([_of_first(pixel_values, made_of), pixel_values] * pictures, dim=1)
 
 
-def taken(pixel_values: Tensor, made_of: Mapping[str, Any]) -> Tensor:
-    """Return the engine's pixels (B, 3, S, S) of those that the backbone is given.
+def for_engine(pixel_values: Tensor, made_of: Mapping[str, Any], pictures: int) -> Tensor:
+    """Return the engine's pixels (B * C, 3, S, S) of those that a tower is given.
 
-    Raises InputError unless the six channels for a pair are one picture, normalised for each of its towers.
+    Raises InputError unless each six channels for a pair are one picture, normalised for each of its towers.
     """
     if made_of.get("model_type") != PAIR:
         return pixel_values
-    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1] != 2 * CHANNELS:
+    channels = 2 * CHANNELS * pictures
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
         shape = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise InputError(f"pixel_values is {shape}; two towers expect (B, 6, S, S), one picture for each.")
+        raise InputError(f"pixel_values is {shape}; two towers expect (B, {channels}, S, S), each picture for both.")
+    if not pixel_values.is_floating_point():
+        raise InputError(f"pixel_values is {pixel_values.dtype}; expected pictures that are normalised for each tower.")
+    pixel_values = pixel_values.reshape(-1, 2 * CHANNELS, *pixel_values.shape[2:])
     first, second = pixel_values[:, :CHANNELS], pixel_values[:, CHANNELS:]
+    if not pixel_values.numel():
+        return second  # which the tower refuses
     off = float((first - _of_first(second, made_of)).abs().max())
-    if not off <= max(1e-5, 4 * torch.finfo(pixel_values.dtype).eps):  # pixels are at most 3; catches NaN too
+    if not off <= ROUNDED:  # catches NaN too
         raise InputError(
             f"the first three channels of pixel_values are not the picture in the last three (off by {off:.2g}): the "
             "installed engine reads only those, and expects one picture, normalised for each of the two towers."
@@ -103,13 +122,18 @@ def taken(pixel_values: Tensor, made_of: Mapping[str, Any]) -> Tensor:
 
 def _of_first(pixel_values: Tensor, made_of: Mapping[str, Any]) -> Tensor:
     """Normalise pixels of the second tower as those of the first."""
-    (mean, other_mean), (std, other_std) = (
-        torch.tensor(made_of[name], dtype=torch.float64) for name in ("image_means", "image_stds")
+    factor, summand = normalised_again(made_of["image_means"], made_of["image_stds"])
+    return (pixel_values.float() * factor.to(pixel_values.device) + summand.to(pixel_values.device)).to(
+        pixel_values.dtype
     )
-    factor, summand = other_std / std, (other_mean - mean) / std
-    wide = pixel_values.float() * _channels(factor, pixel_values) + _channels(summand, pixel_values)
-    return wide.to(pixel_values.dtype)
 
 
-def _channels(numbers: Tensor, pixel_values: Tensor) -> Tensor:
-    return numbers.to(pixel_values.device, torch.float32).reshape(-1, 1, 1)
+def normalised_again(means: Any, stds: Any) -> tuple[Tensor, Tensor]:
+    """Return the factor and the summand (3, 1, 1) that turn pixels of the second tower into those of the first.
+
+    ``means`` and ``stds`` have three numbers for each tower.
+    """
+    (mean, other_mean), (std, other_std) = (torch.tensor(each, dtype=torch.float64) for each in (means, stds))
+    numbers = (other_std / std, (other_mean - mean) / std)
+    factor, summand = (each.float().reshape(-1, 1, 1) for each in numbers)
+    return factor, summand

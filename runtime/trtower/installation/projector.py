@@ -23,7 +23,6 @@ from trtower.head import HeadSpec
 from trtower.installation.compare import SAME_TOWER, SAME_TOWER_8_BIT, relative_error
 from trtower.installation.find import Slot, called_by_peft
 from trtower.installation.match import check_replaceable, ways_out
-from trtower.installation.prismatic import taken
 from trtower.installation.reach import run_ways
 from trtower.spec import EIGHT_BIT
 from trtower.tower.vision_tower import VisionTower
@@ -160,13 +159,14 @@ def check_projection(
     _check_divisor(compiled.bundle, projector, _divisor(found, features))
     head = compiled.spec.head
     assert head is not None  # noqa: S101 - only bundles with a head come here
-    if features[0].numel() != head.width * (head.tokens or 1):
+    for_engine = tower.for_engine(pixels)
+    if features.numel() != len(for_engine) * head.width * (head.tokens or 1):
         raise ConfigError(
             f"{projector.path} of this model returns {tuple(features.shape[1:])} for an image; {compiled.bundle.path} "
             f"ends with the {head.describe()}: export the model's own checkpoint."
         )
     if compared:
-        _compare(compiled, taken(pixels, tower.made_of), features / head.divisor, projector)
+        _compare(compiled, for_engine, features / head.divisor, projector)
     return Projected(given=tuple(seen["given"].shape[1:]), row=tuple(features.shape[1:]))
 
 

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from trtower.dtypes import DTYPES
 from trtower.errors import ConfigError
 from trtower.installation.find import Slot, find_towers
-from trtower.installation.prismatic import given
+from trtower.installation.prismatic import is_prismatic
 
 logger = logging.getLogger(__name__)
 
-WAYS = ("get_image_features", "get_video_features", "encode_images", "embed_image", "extract_feature")
+WAYS = (
+    *("get_image_features", "get_video_features", "encode_images", "embed_image", "extract_feature"),
+    "_process_vision_features",  # of OpenVLA-OFT
+)
 """Methods that turn pixels into features, in transformers, in LLaVA, VILA and their forks, and in robot policies."""
 
 PIXELS = ("pixel_values", "pixel_values_videos", "images", "image")
@@ -127,7 +130,7 @@ def _ways(model: nn.Module, place: Slot) -> Iterator[tuple[str, Callable[..., An
     parts = place.path.split(".")
     if place.holder is not model and next(iter(_parameters(place.holder.forward)), None) in PIXELS:
         yield ".".join([*parts[:-1], "forward"]), place.holder.forward
-    if isinstance(getattr(model, "language_model", None), nn.Module):
+    if is_prismatic(place.module) and isinstance(getattr(model, "language_model", None), nn.Module):
         yield "forward", functools.partial(_forward_to_language, model)
 
 
@@ -181,6 +184,6 @@ def _arguments(way: Callable[..., Any], model: nn.Module, place: Slot) -> Iterat
     others = sizes if "image_sizes" in parameters else {}
     held = {parameter.dtype for parameter in model.parameters()}
     for dtype in (first.dtype, *(each for each in DTYPES.values() if each in held - {first.dtype})):
-        image = given(torch.ones(1, *shape, dtype=dtype, device=first.device), place.made_of)
+        image = place.for_tower(torch.ones(1, *shape, dtype=dtype, device=first.device))
         yield {name: image, **others}
         yield {name: image[None], **others}

@@ -13,10 +13,10 @@ from typing_extensions import Self
 
 from trtower.errors import BackendError, ConfigError
 from trtower.fingerprint import count_layers
-from trtower.installation.carried import Carried, carry
+from trtower.installation.carried import Carried, beside, carry
 from trtower.installation.find import Slot
 from trtower.installation.original import Original, wants_gradient
-from trtower.installation.prismatic import SECOND_LAST, is_prismatic, taken
+from trtower.installation.prismatic import SECOND_LAST, for_engine, is_prismatic, pictures_of
 from trtower.installation.projector import Projected
 from trtower.tower.anchor import Anchor
 from trtower.tower.outputs import BACK, POOLER_OUTPUT, Outputs
@@ -173,14 +173,19 @@ class PrismaticStandIn(StandIn):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the patches (B, N, D) of the second-last block for pixels (B, 3, S, S), or (B, 6, S, S) for a pair.
 
-        Raises InputError for pixels of another type, shape or dtype, and for six channels that are not one picture, and
-        BackendError in training mode or if ``pixel_values`` requires a gradient.
+        C pictures at a time are (B, 6 * C, S, S), and become (B, C * N, D). Raises InputError for pixels of another
+        type, shape or dtype, and for six channels that are not one picture, and BackendError in training mode or if
+        ``pixel_values`` requires a gradient.
         """
         self._refuse_training()
         self._refuse_gradient(pixel_values)
-        states = self._outputs.hidden_states(self._read_tokens(taken(pixel_values, self._made_of)))
-        patches: Tensor = states[SECOND_LAST][:, self._tower.spec.num_prefix_tokens :]
-        return patches
+        pictures = pictures_of(self)
+        states = self._outputs.hidden_states(self._read_tokens(for_engine(pixel_values, self._made_of, pictures)))
+        return beside(states[SECOND_LAST][:, self._tower.spec.num_prefix_tokens :], pictures)
+
+    def get_num_patches(self) -> int:
+        """Return N, as OpenVLA-OFT's backbone does."""
+        return self._tower.spec.num_patches
 
 
 class ProjectorStandIn(Replacement):

@@ -1,7 +1,7 @@
 """Turn tokens and reference tokens into the figures of a certificate, over one image or many."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,34 +16,39 @@ TAIL = 0.999
 
 @dataclass
 class MetricSums:
-    """The sums from which the figures of one image, or of many, are computed, in FP64."""
+    """The sums from which the figures of one image, or of many, are computed, in FP64.
 
-    squared_error: float = 0.0
-    squared_reference: float = 0.0
+    Of a pair of towers each is measured by itself, and the worse one counts.
+    """
+
+    squared_error: "np.typing.NDArray[np.float64]" = field(default_factory=lambda: np.zeros(1))
+    squared_reference: "np.typing.NDArray[np.float64]" = field(default_factory=lambda: np.zeros(1))
     max_abs_error: float = 0.0
     non_finite: int = 0
     cosines: list[Tensor] = field(default_factory=list)
     token_errors: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tokens: Tensor, reference: Tensor) -> "MetricSums":
-        """Compare tokens (..., D) with reference tokens of the same shape."""
-        x, ref = tokens.double(), reference.double()
-        error = x - ref
-        norms = ref.norm(dim=-1).clamp_min(torch.finfo(torch.double).tiny)
+    def of(cls, tokens: Tensor, reference: Tensor, parts: Sequence[int] = ()) -> "MetricSums":
+        """Compare tokens (..., D) with reference tokens of the same shape, or each of their ``parts``, widths of D."""
+        widths = [*parts] or [tokens.shape[-1]]
+        found, expected = tokens.double().split(widths, dim=-1), reference.double().split(widths, dim=-1)
+        errors = [x - ref for x, ref in zip(found, expected, strict=True)]
+        norms = [ref.norm(dim=-1).clamp_min(torch.finfo(torch.double).tiny) for ref in expected]
+        similarity = torch.nn.functional.cosine_similarity
         return cls(
-            squared_error=float(error.square().sum()),
-            squared_reference=float(ref.square().sum()),
-            max_abs_error=float(error.abs().max()),
+            squared_error=np.array([float(error.square().sum()) for error in errors]),
+            squared_reference=np.array([float(ref.square().sum()) for ref in expected]),
+            max_abs_error=float(torch.stack([error.abs().max() for error in errors]).max()),
             non_finite=tokens.numel() - int(tokens.isfinite().sum()),
-            cosines=[torch.nn.functional.cosine_similarity(x, ref, dim=-1).flatten()],
-            token_errors=[(error.norm(dim=-1) / norms).flatten()],
+            cosines=[similarity(x, ref, dim=-1).flatten() for x, ref in zip(found, expected, strict=True)],
+            token_errors=[(error.norm(dim=-1) / norm).flatten() for error, norm in zip(errors, norms, strict=True)],
         )
 
     def add(self, other: "MetricSums") -> None:
         """Add another image."""
-        self.squared_error += other.squared_error
-        self.squared_reference += other.squared_reference
+        self.squared_error = self.squared_error + other.squared_error
+        self.squared_reference = self.squared_reference + other.squared_reference
         self.max_abs_error = float(np.maximum(self.max_abs_error, other.max_abs_error))  # max() may drop a NaN
         self.non_finite += other.non_finite
         self.cosines += other.cosines
@@ -51,12 +56,12 @@ class MetricSums:
 
     def figures(self) -> Figures:
         """Return the figures of everything that was added."""
-        cosines = torch.cat(self.cosines)
+        cosines, reference = torch.cat(self.cosines), np.maximum(self.squared_reference, math.ulp(0.0))
         return Figures(
             token_cosine_mean=_finite(float(cosines.mean())),
             token_cosine_min=_finite(float(cosines.min())),
             token_error_p999=_finite(float(np.quantile(torch.cat(self.token_errors), TAIL, method="inverted_cdf"))),
-            relative_error=_finite(math.sqrt(self.squared_error / max(self.squared_reference, math.ulp(0.0)))),
+            relative_error=_finite(float(np.sqrt(self.squared_error / reference).max())),
             max_abs_error=_finite(self.max_abs_error),
             non_finite=self.non_finite,
         )

@@ -42,10 +42,10 @@ class _Comparison:
 
     def add(self, runner: Runner, size: int) -> None:
         """Run batches of this size."""
-        golden = self.golden
+        golden, parts = self.golden, self.bundle.manifest.spec.parts
         for member, features in run_in_batches(runner, self.bundle.manifest, golden.pixel_values.split(1), size):
             found = select_tokens(features, golden.tokens, self.bundle.manifest.output)
-            self.sums[size, member].add(MetricSums.of(found, golden.answers[member]))
+            self.sums[size, member].add(MetricSums.of(found, golden.answers[member], parts))
 
     def figures(self, sizes: Iterable[int], members: Iterable[int]) -> Figures:
         """Compute the figures over all these batches and images together."""

@@ -367,11 +367,12 @@ def _resize(image: Array, size: Mapping[str, int], resample: int) -> Array:
 def _center_crop(image: Array, size: Mapping[str, int], *, rounds: bool) -> Array:
     """Crop the centre of (C, H, W); pad a side that is too short with zeros, the odd row first.
 
-    transformers leaves out the larger half after the crop; torchvision ``rounds`` half of what it leaves out to even.
+    transformers leaves out the larger half after the crop; torchvision ``rounds`` half of what it leaves out to even,
+    and pads the odd row last.
     """
     height, width = size["height"], size["width"]
     beside = image.shape[1] - height, image.shape[2] - width
-    top, left = (round(both / 2) if rounds else both // 2 for both in beside)
+    top, left = ((round(both / 2) if both > 0 else -(-both // 2)) if rounds else both // 2 for both in beside)
     cut = image[:, max(top, 0) :, max(left, 0) :][:, :height, :width]
     canvas = np.zeros((len(image), height, width), image.dtype)
     canvas[:, max(-top, 0) :, max(-left, 0) :][:, : cut.shape[1], : cut.shape[2]] = cut

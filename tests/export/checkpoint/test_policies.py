@@ -312,7 +312,14 @@ class Eagle3StandIn(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("frames", "side"), [({"shortest_image_edge": 60}, 56), ({"image_target_size": [80, 80]}, 84), ({}, 252)]
+    ("frames", "side"),
+    [
+        ({"shortest_image_edge": 60}, 56),
+        ({"shortest_image_edge": 60, "image_target_size": [80, 80]}, 56),
+        ({"shortest_image_edge": None, "image_target_size": [80, 80]}, 84),
+        ({"use_albumentations_transforms": False, "image_target_size": [80, 80]}, 84),
+        ({}, 252),
+    ],
 )
 def test_gr00t_n1_6_gives_the_features_of_its_own_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: dict[str, Any], side: int
@@ -329,7 +336,7 @@ def test_gr00t_n1_6_gives_the_features_of_its_own_modules(
     checkpoint = open_checkpoint(str(tmp_path / "policy"))
     spec = describe_tower(checkpoint, HEAD)
     assert (spec.image_size, spec.layers) == (side, (VISION["num_hidden_layers"] + 1,))
-    assert any(f"come to the tower of GR00T N1.6 at {side};" in each for each in checkpoint.layout.remarks)
+    assert any(f"come to its tower at {side};" in each for each in checkpoint.layout.remarks)
     pixel_values = torch.rand(2, 3, side, side) * 2 - 1
     found = UncutTower.load(checkpoint, spec).cut()(pixel_values)
     torch.testing.assert_close(found, eagle(pixel_values), rtol=1e-4, atol=1e-5)
@@ -344,6 +351,29 @@ def test_evo1_is_read_at_what_its_language_model_gets(tmp_path: Path) -> None:
     assert spec.head
     assert (spec.head.tokens, spec.head.width) == (256, 896)
     assert checkpoint.profiles[0].max == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            {"type": "evo1", "vlm_model_name": "openai/clip-vit-base-patch16", "image_resolution": [224, 224]},
+            r"vlm_model_name='openai/clip-vit-base-patch16' is a vision tower by itself; that of a EVO-1",
+        ),
+        (
+            {
+                "type": "multi_task_dit",
+                "vision_encoder_name": "google/siglip-so400m-patch14-224",
+                "image_crop_shape": [224, 224],
+            },
+            r"has a siglip tower; that of a multi-task DiT policy of LeRobot is one of clip",
+        ),
+    ],
+)
+def test_policy_on_another_kind_of_model_is_refused(tmp_path: Path, policy: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LEROBOT | policy))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(tmp_path), random_weights=True)
 
 
 def test_multi_task_dit_is_read_at_its_class_token(tmp_path: Path) -> None:
@@ -375,7 +405,7 @@ def change(**settings: Any) -> Callable[[Path], None]:
     return write
 
 
-def nvidias(model_type: str, **settings: str) -> Callable[[Path], None]:
+def nvidias(model_type: str, **settings: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         config = {"model_type": model_type, "backbone_cfg": settings} | settings
         (folder / "config.json").write_text(json.dumps(config))
@@ -409,7 +439,18 @@ def adapter_inside(folder: Path) -> None:
         (change(type="groot"), r"'groot', .*: its tower is that of GR00T N1\.7.* any shape"),
         (nvidias("Gr00tN1d7"), r"'Gr00tN1d7' belongs to no family .*: its 2-D RoPE accepts pictures of any shape"),
         (nvidias("Gr00tN1d6", model_name="x"), r"its Eagle model 'x' is none that trtower knows; .*Block2A-2B-v2"),
-        (nvidias("Gr00tN1d6", shortest_image_edge="x"), r"could not be read as that of a GR00T N1\.6 policy"),
+        *(
+            (nvidias("Gr00tN1d6", shortest_image_edge=edge), r"its frames have no size that is known here \(shortest")
+            for edge in ("x", 0, -300, True, 256.9, 10**7)
+        ),
+        (
+            nvidias("Gr00tN1d6", shortest_image_edge=None, image_target_size=[256, 448]),
+            r"known here \(shortest_image_edge=None, image_target_size=\[256, 448\]\)",
+        ),
+        *(
+            (change(type="evo1", vlm_model_name="x", max_views=views), r"its max_views is .*; expected a number from 1")
+            for views in (0, -1, "3")
+        ),
         (nvidias("gr00t_n1"), r"'gr00t_n1' .*differs from those of GR00T N1\.5 and N1\.6"),
         (nvidias("gr00t_n1_5", eagle_path="eagle_x"), r"its Eagle model 'eagle_x' is none that trtower knows"),
         (change(type="xvla"), "'xvla', .* DaViT"),

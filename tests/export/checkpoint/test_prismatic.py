@@ -135,9 +135,15 @@ def test_pixels_are_those_of_the_last_tower(tmp_path: Path) -> None:
     assert (again.preprocessor, again.config.image_means) == (layout.preprocessor, layout.config.image_means)
 
 
-def test_letterbox_is_left_to_the_model(tmp_path: Path) -> None:
-    folder = write_openvla(tmp_path, make_openvla(), image_resize_strategy="letterbox")
-    assert open_checkpoint(str(folder)).layout.image_aspect_ratio == "pad"
+@pytest.mark.parametrize(("strategy", "expected"), [("letterbox", "pad"), ("resize-naive", None)])
+def test_letterbox_of_the_processor_is_left_to_the_model(tmp_path: Path, strategy: str, expected: str | None) -> None:
+    folder = write_openvla(tmp_path, make_openvla(), image_resize_strategy="resize-crop")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_resize_strategy": strategy}))
+    layout = open_checkpoint(str(folder)).layout
+    assert layout.image_aspect_ratio == expected
+    assert layout.preprocessor
+    assert not layout.preprocessor["do_center_crop"]
 
 
 def test_width_that_the_config_leaves_out_is_that_of_the_language_models_class(tmp_path: Path) -> None:
@@ -170,11 +176,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"timm's 'eva02_base_patch14_224' is none",
     ),
     "activation": ({"timm_override_act_layers": [None, "relu"]}, r"its activation 'relu' is none"),
-    "one of two": ({"timm_model_ids": [DINOV2]}, r"could not be read as that of an OpenVLA policy"),
+    "one of two": ({"timm_model_ids": [DINOV2]}, r"use_fused_vision_backbone=True, but timm_model_ids names 1"),
+    "said in words": ({"use_fused_vision_backbone": "false"}, r"use_fused_vision_backbone='false', but timm_model_ids"),
+    "no names": ({"timm_model_ids": None}, r"could not be read: it has no 'timm_model_ids'"),
     "not fused": ({"use_fused_vision_backbone": False}, r"use_fused_vision_backbone=False, but timm_model_ids names 2"),
     "sizes": ({"image_sizes": [SIDE, 2 * SIDE]}, r"two towers see 28 pixels in patches of 14 and 56"),
     "strategy": ({"image_resize_strategy": "random"}, r"image_resize_strategy='random'; expected resize-naive"),
-    "no size": ({"image_sizes": ["x", "x"]}, r"config\.json"),
+    "no size": ({"image_sizes": [0, 0]}, r"its images have 0 pixels a side; expected 1 to 8192"),
+    "pairs of sizes": ({"image_sizes": [[28, 28], [28, 28]]}, r"its images have \[28, 28\] pixels a side"),
+    "activations": ({"timm_override_act_layers": [[], None]}, r"its activation \[\] is none"),
     "null": ({"timm_model_ids": 5}, r"could not be read"),
     "no language model": ({"text_config": {}}, r"could not be read"),
 }
@@ -194,8 +204,19 @@ def test_other_config_is_refused_in_one_line(tmp_path: Path, changes: dict[str, 
     [
         ("interpolations", ["bicubic", "bilinear"], r"has interpolations=\['bicubic', 'bilinear'\]"),
         ("input_sizes", [[3, SIDE, SIDE], [3, 30, 30]], r"input_sizes="),
-        ("means", [[0.5, 0.5, 0.5]], r"could not be read"),
+        *(
+            ("means", means, r"has means=.*; expected 3 numbers for each of 2 towers\.")
+            for means in (
+                [[0.5] * 3],
+                [[0.5] * 3] * 3,
+                [[0.5]] * 2,
+                [[0.5] * 4] * 2,
+                [[0.5] * 3, [0.5, float("nan"), 0]],
+            )
+        ),
+        ("stds", [[0.5] * 3, [0.5, 0.5, 0.0]], r"expected 3 numbers for each of 2 towers, above 0"),
         ("means", 5, r"could not be read"),
+        ("means", [["a"] * 3] * 2, r"could not be read"),
     ],
 )
 def test_other_preprocessing_is_refused_in_one_line(tmp_path: Path, name: str, value: Any, message: str) -> None:
@@ -218,7 +239,7 @@ def with_adapter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_towers, r"holds no weights of the towers of an OpenVLA policy"),
+        (without_towers, r"holds no weights of the towers of this OpenVLA policy"),
         (with_adapter, r"LoRA adapter: merge it"),
     ],
 )

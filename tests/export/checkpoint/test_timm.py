@@ -102,6 +102,24 @@ def test_other_pooling_in_open_clip_has_no_embedding(tmp_path: Path, vision: dic
         describe_tower(checkpoint, ExportOptions(head="embedding"))
 
 
+@pytest.mark.parametrize(("architecture", "pool"), [(SIGLIP, "avg"), (DINOV2, "map"), (DINOV2, ""), (CLIP, "token")])
+def test_other_pooling_in_timm_has_no_embedding(tmp_path: Path, architecture: str, pool: str) -> None:
+    checkpoint = open_checkpoint(str(write_timm(tmp_path, architecture, global_pool=pool)))
+    with pytest.raises(CheckpointError, match="pools otherwise than trtower does; without --head its hidden states"):
+        describe_tower(checkpoint, ExportOptions(head="embedding"))
+
+
+def test_pooling_of_a_trunk_that_is_not_siglip_is_another(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_open_clip(tmp_path, DINOV2)))
+    with pytest.raises(CheckpointError, match="pool otherwise than SigLIP does"):
+        describe_tower(checkpoint, ExportOptions(head="embedding"))
+
+
+def test_setting_beside_a_trunk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has fc_norm=True beside timm_model_name, which trtower does not know"):
+        open_checkpoint(str(write_open_clip(tmp_path, SIGLIP, fc_norm=True)))
+
+
 def test_file_of_open_clip_without_a_trunk_is_named(tmp_path: Path) -> None:
     write_open_clip(tmp_path, SIGLIP)
     save_file({"visual.conv1.weight": torch.ones(1)}, tmp_path / "open_clip_model.safetensors")
@@ -131,7 +149,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"timm's 'convnext_base' is none that trtower exports; .*dinov2",
     ),
     "size": ({"architecture": "vit_enormous_patch14_dinov2"}, r"timm's 'vit_enormous_patch14_dinov2' is none"),
-    "settings": ({"model_args": {"depth": 3}}, r"model_args changes depth"),
+    "settings": ({"model_args": {"depth": 3}}, r"model_args=\{'depth': 3\} changes the architecture"),
+    "no object": ({"model_args": 5}, r"model_args=5 changes the architecture"),
     "no settings": ({"pretrained_cfg": None}, r"pretrained_cfg=None; expected timm's settings"),
     "input": ({"pretrained_cfg": PREPARES | {"input_size": [3, 28, 42]}}, r"input_size=\[3, 28, 42\]; expected"),
     "filter": ({"pretrained_cfg": PREPARES | {"interpolation": "random"}}, r"interpolation='random'"),

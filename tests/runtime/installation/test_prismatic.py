@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import trtower
 from tests.export.checkpoint.test_prismatic import pixels_for
@@ -22,10 +22,11 @@ from tests.timm_stand_in import (
     make_openvla,
     write_openvla,
 )
-from trtower.errors import BackendError, ConfigError, InputError
+from trtower.errors import BackendError, CheckpointError, ConfigError, InputError
 from trtower.installation.find import find_tower
 from trtower_export import ExportOptions, export_tower
 from trtower_export.checkpoint import timm
+from trtower_export.checkpoint.checkpoint import open_checkpoint
 
 FP32 = ExportOptions(precision="fp32", flavour="none", check=False)
 WORDS = torch.ones(2, 2, dtype=torch.int64)
@@ -86,6 +87,43 @@ def test_model_may_hold_its_weights_in_another_dtype(bundles: Bundles, dtype: to
     assert (found - patches).float().norm() <= 0.03 * patches.float().norm()
 
 
+@pytest.mark.parametrize("head", ["none", "projector"])
+def test_pictures_of_several_cameras_run_together(bundles: Bundles, head: str) -> None:
+    model, (_, given) = make_openvla(), pixels_for(PAIR)
+    model.vision_backbone.set_num_images_in_input(2)
+    both = torch.cat([given, given.flip(0)], dim=1)
+    expected, patches = act(model, both), model.vision_backbone.get_num_patches()
+    with install(model, bundles["pair", head]):
+        found = act(model, both)
+        assert model.vision_backbone.get_num_patches() == patches
+        with pytest.raises(InputError, match=r"two towers expect \(B, 12, S, S\)"):
+            act(model, given)
+        model.vision_backbone.set_num_images_in_input(1)
+        if head == "projector":
+            with pytest.raises(ConfigError, match=r"got states \(3,\) of shape \(4, 80\), but the engine projects"):
+                act(model, given)
+    assert found.shape == expected.shape == (2, 2 * patches, 7)
+    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+class FiLMedPrismaticVisionBackbone(nn.Module):
+    """What OpenVLA-OFT puts around a backbone that it conditions on the text."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.vision_backbone = backbone
+
+
+def test_towers_that_read_the_text_are_refused(bundles: Bundles, tmp_path: Path, small_timm: None) -> None:
+    model = make_openvla()
+    model.vision_backbone = FiLMedPrismaticVisionBackbone(model.vision_backbone)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"vision_backbone\.vision_backbone of this model is conditioned on the text"):
+        install(model, bundles["pair", "none"])
+    (write_openvla(tmp_path, make_openvla()) / "vision_backbone--150000_checkpoint.pt").touch()
+    with pytest.raises(CheckpointError, match=r"vision_backbone--150000_checkpoint\.pt conditions the towers"):
+        open_checkpoint(str(tmp_path))
+
+
 def swapped(given: Tensor) -> Tensor:
     return torch.cat(given.split(3, dim=1)[::-1], dim=1)
 
@@ -101,6 +139,7 @@ def of_another_picture(given: Tensor) -> Tensor:
         (of_another_picture, "are not the picture in the last three"),
         (lambda given: given * float("nan"), "are not the picture in the last three"),
         (lambda given: given[:, :3], r"pixel_values is \(2, 3, 28, 28\); two towers expect \(B, 6, S, S\)"),
+        (lambda given: given.to(torch.uint8), r"pixel_values is torch\.uint8; expected pictures that are normalised"),
         (lambda given: given.tolist(), "pixel_values is list"),
         (lambda given: given[..., :14], r"28"),
     ],
@@ -122,6 +161,36 @@ def test_other_weights_are_refused(bundles: Bundles) -> None:
         with pytest.raises(ConfigError, match="vision_backbone of this model has other weights"):
             install(model, bundles["pair", "none"])
         assert torch.equal(act(model, given), changed)
+
+
+@pytest.mark.parametrize("name", ["featurizer", "fused_featurizer"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda patches: torch.randn_like(patches), lambda patches: patches.roll(1, dims=1)],
+    ids=["drawn", "moved"],
+)
+def test_tower_that_computes_otherwise_is_refused(bundles: Bundles, name: str, change: Any) -> None:
+    model = make_openvla()
+    tower = getattr(model.vision_backbone, name)
+    forward = tower.forward
+    tower.forward = lambda pixels: (change(forward(pixels)[0]),)
+    with pytest.raises(ConfigError, match=r"vision_backbone of this model and .* differ on the same image"):
+        install(model, bundles["pair", "none"])
+
+
+def test_empty_batch_is_refused_as_by_other_towers(bundles: Bundles) -> None:
+    model, (_, given) = make_openvla(), pixels_for(PAIR)
+    with install(model, bundles["pair", "none"]), pytest.raises(InputError):
+        model.vision_backbone(given[:0])
+
+
+def test_pixels_that_were_rounded_before_are_one_picture(bundles: Bundles) -> None:
+    model, (_, given) = make_openvla(), pixels_for(PAIR)
+    expected = model.vision_backbone(given)
+    with install(model, bundles["pair", "none"]):
+        for dtype in (torch.bfloat16, torch.float16):
+            found = model.vision_backbone(given.to(dtype).float())
+            assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_weights_of_blocks_that_are_not_read_may_differ(bundles: Bundles) -> None:

@@ -137,3 +137,18 @@ def test_fp32_has_no_ratio_to_itself() -> None:
         "token_error_p999",
         "relative_error",
     ]
+
+
+def test_worse_tower_of_a_pair_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small, large = torch.randn(1, 9, 4, generator=generator), 100 * torch.randn(1, 9, 6, generator=generator)
+    reference, found = torch.cat([small, large], -1), torch.cat([2 * small, large], -1)
+    together, apart = MetricSums.of(found, reference), MetricSums.of(found, reference, (4, 6))
+    assert together.figures().relative_error < 0.02
+    assert apart.figures().relative_error == pytest.approx(1.0)
+    assert apart.figures().token_error_p999 == pytest.approx(1.0)
+    turned = MetricSums.of(torch.cat([-small, large], -1), reference, (4, 6)).figures()
+    assert turned.token_cosine_min == pytest.approx(-1.0)
+    assert total([apart, MetricSums.of(reference, reference, (4, 6))]).figures().relative_error == pytest.approx(
+        0.5**0.5
+    )
