@@ -21,6 +21,7 @@ from trtower.dtypes import PIXEL_DTYPES
 from trtower.errors import BundleError
 from trtower.parity.metrics import MetricSums
 from trtower_export.check.emulation import open_session, read_emulated
+from trtower_export.families.prismatic import PARTS
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
 
 JUMP = 3.0
@@ -42,18 +43,20 @@ class GraphStates:
         manifest = bundle.manifest
         model = read_emulated(bundle) if emulated else read_onnx(bundle)
         computed = {name for node in model.graph.node for name in node.output}
-        names = sorted((name for name in computed if re.fullmatch(rf"{HIDDEN_STATE}\d+", name)), key=_index)
+        named = re.compile(rf"{HIDDEN_STATE}\d+(\.({'|'.join(PARTS)}))?")
+        names = sorted(name for name in computed if named.fullmatch(name))
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
         self._session = open_session(model)
         self._input, self._least = manifest.input.name, manifest.batch.min
         spec = manifest.spec
-        self._names = {_index(name): name for name in names}
+        self._num_patches = spec.num_patches
+        self._names = _of_pair(names) if spec.towers else {_index(name): (name,) for name in names}
         expected = set(range(spec.depth + 1))
         if spec.head:  # a final norm has no name of its own
             expected -= {spec.num_layers + 1}
         elif len(spec.layers) == 1:  # if one state is read, it has the name of the output
             (read,) = spec.layers
-            self._names[read] = manifest.output.name
+            self._names[read] = (manifest.output.name,)
             expected -= {read - 1} if read > spec.depth else set()  # without a norm, last_hidden_state is state L
         if absent := expected - self._names.keys():
             raise BundleError(
@@ -66,12 +69,31 @@ class GraphStates:
         """Run one image, as the engine takes it, and return its hidden states (1, P + N, width) by index, in FP32."""
         batch = pixel_values.repeat(self._least, 1, 1, 1).to(self._dtype)
         batch = batch.float() if self._widens else batch
-        states = self._session.run(list(self._names.values()), {self._input: batch.numpy()})
-        return {index: torch.from_numpy(values[:1]).float() for index, values in zip(self._names, states, strict=True)}
+        names = sorted({name for names in self._names.values() for name in names})
+        values = self._session.run(names, {self._input: batch.numpy()})
+        states = {name: torch.from_numpy(value[:1]).float() for name, value in zip(names, values, strict=True)}
+        return {index: self._join([states[name] for name in names]) for index, names in self._names.items()}
+
+    def _join(self, states: Sequence[Tensor]) -> Tensor:
+        """Put the patches of a pair's towers side by side; return a tower's state as it is."""
+        if len(states) == 1:
+            return states[0]
+        return torch.cat([state[:, state.shape[1] - self._num_patches :] for state in states], dim=-1)
 
 
 def _index(name: str) -> int:
-    return int(name.removeprefix(HIDDEN_STATE))
+    return int(name.removeprefix(HIDDEN_STATE).partition(".")[0])
+
+
+def _of_pair(names: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """Return the states of both towers by their index; before its first layer a tower's state 0 stays."""
+    states: dict[int, tuple[str, ...]] = {}
+    held = [f"{HIDDEN_STATE}0.{tower}" for tower in PARTS]
+    for index in range(1 + max(map(_index, names), default=-1)):
+        later = [f"{HIDDEN_STATE}{index}.{tower}" for tower in PARTS]
+        held = [new if new in names else old for new, old in zip(later, held, strict=True)]
+        states[index] = tuple(held)
+    return states
 
 
 @dataclass

@@ -27,7 +27,7 @@ from trtower_export.checkpoint.files import Files, download, expanded
 from trtower_export.checkpoint.layout import Layout, Request
 from trtower_export.checkpoint.layouts import from_recipe, recognise, recognise_file
 from trtower_export.checkpoint.tensors import Tensors
-from trtower_export.families import Family
+from trtower_export.families import Family, family_of
 from trtower_export.options import Trust
 from trtower_export.recipes import Recipe, find_recipe
 
@@ -92,7 +92,8 @@ class Checkpoint:
 
     def describe(self) -> str:
         """Return one line that says what was recognised, and where in it the tower lies."""
-        line = f"{self.layout.kind}, {self.family.name} tower"
+        beside = " beside ".join(family_of(part.model_type).name for part in getattr(self.config, "parts", ()))
+        line = f"{self.layout.kind}, {self.family.name} tower{f' ({beside})' if beside else ''}"
         tensors = self.layout.tensors
         if tensors is None:
             return f"{line} with random weights"

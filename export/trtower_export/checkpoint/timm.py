@@ -132,12 +132,16 @@ def recognise_timm(files: Files, raw: Mapping[str, Any], request: Request) -> La
     prepares = raw.get("pretrained_cfg")
     if not isinstance(prepares, dict):
         raise CheckpointError(f"{where}: pretrained_cfg={prepares!r}; expected timm's settings of a model.")
-    if others := raw.get("model_args"):
+    changes = raw.get("model_args") or {}
+    if not isinstance(changes, dict) or changes.keys() - {"img_size"}:
         raise CheckpointError(
-            f"{where}: model_args={others!r} changes the architecture, but trtower exports timm's as they are."
+            f"{where}: model_args={changes!r} changes the architecture, but trtower exports timm's as they are, at any "
+            "img_size."
         )
     side = prepares.get("input_size")
     size = square(side[1:]) if isinstance(side, list | tuple) and len(side) == 3 else 0
+    if changes and changes["img_size"] != size:
+        raise CheckpointError(f"{where}: model_args={changes!r}, but pretrained_cfg prepares input_size={side!r}.")
     if type(size) is not int or size < 1:
         raise CheckpointError(f"{where}: input_size={side!r}; expected [3, S, S], with S pixels a side.")
     try:

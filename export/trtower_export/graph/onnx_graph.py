@@ -28,6 +28,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
 from trtower.spec import BY_DTYPE, HALVES, UINT8, TensorSpec
+from trtower_export.families.prismatic import PARTS
 from trtower_export.graph.fusion import spell_out_attention, write_fused
 from trtower_export.graph.pixels import CHANNELS
 
@@ -110,10 +111,13 @@ def read_onnx(bundle: Bundle, graph: str = GRAPH) -> onnx.ModelProto:
 
 
 def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
-    """Name every node after its module, and hidden states after their index; return the module of each node."""
+    """Name every node after its module, and hidden states after their index; return the module of each node.
+
+    In a pair of towers each has a state of its own, with the tower's name after the index.
+    """
     modules: dict[onnx_ir.Node, str] = {}
     uses = Counter[str]()
-    states: dict[int, onnx_ir.Value] = {}
+    states: dict[tuple[int, str], onnx_ir.Value] = {}
     for node in model.graph:
         if SCOPES in node.metadata_props:
             module = ["", "", *ast.literal_eval(node.metadata_props[SCOPES])][-2]
@@ -125,12 +129,13 @@ def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
         name = f"{module}/{node.op_type}"
         uses[name] += 1
         node.name = name if uses[name] == 1 else f"{name}_{uses[name]}"
-        layer = re.match(r"layers\.(\d+)(\.|$)", module)
-        if layer or re.match(r"stem(\.|$)", module):
-            states[int(layer[1]) + 1 if layer else 0] = node.outputs[0]  # the module's last node wins
-    for index, value in states.items():
+        inside = re.match(rf"(?:stem|layers\.(\d+))(?:\.({'|'.join(PARTS)}))?(?:\.|$)", module)
+        if inside:
+            index = 0 if inside[1] is None else int(inside[1]) + 1
+            states[index, inside[2] or ""] = node.outputs[0]  # the module's last node wins
+    for (index, tower), value in states.items():
         if not value.is_graph_output():
-            value.name = f"{HIDDEN_STATE}{index}"
+            value.name = f"{HIDDEN_STATE}{index}{tower and f'.{tower}'}"
     return modules
 
 

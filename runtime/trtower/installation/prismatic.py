@@ -6,6 +6,7 @@ second-last block, of one tower or of two side by side. That of OpenVLA-OFT may 
 Shapes: B observations, C pictures of each, S pixels per side, N patches, D features per token.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import SimpleNamespace
@@ -101,10 +102,11 @@ def for_engine(pixel_values: Tensor, made_of: Mapping[str, Any], pictures: int) 
     """
     if made_of.get("model_type") != PAIR:
         return pixel_values
-    channels = 2 * CHANNELS * pictures
-    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+    row = (2 * CHANNELS * pictures, made_of["image_size"], made_of["image_size"])
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1:] != row:
         shape = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise InputError(f"pixel_values is {shape}; two towers expect (B, {channels}, S, S), each picture for both.")
+        expected = ", ".join(map(str, row))
+        raise InputError(f"pixel_values is {shape}; two towers expect (B, {expected}), each picture for both.")
     if not pixel_values.is_floating_point():
         raise InputError(f"pixel_values is {pixel_values.dtype}; expected pictures that are normalised for each tower.")
     pixel_values = pixel_values.reshape(-1, 2 * CHANNELS, *pixel_values.shape[2:])
@@ -112,7 +114,9 @@ def for_engine(pixel_values: Tensor, made_of: Mapping[str, Any], pictures: int) 
     if not pixel_values.numel():
         return second  # which the tower refuses
     off = float((first - _of_first(second, made_of)).abs().max())
-    if not off <= ROUNDED:  # catches NaN too
+    if not math.isfinite(off):
+        raise InputError("pixel_values holds NaN or infinity.")
+    if off > ROUNDED:
         raise InputError(
             f"the first three channels of pixel_values are not the picture in the last three (off by {off:.2g}): the "
             "installed engine reads only those, and expects one picture, normalised for each of the two towers."

@@ -35,14 +35,16 @@ class MetricSums:
         found, expected = tokens.double().split(widths, dim=-1), reference.double().split(widths, dim=-1)
         errors = [x - ref for x, ref in zip(found, expected, strict=True)]
         norms = [ref.norm(dim=-1).clamp_min(torch.finfo(torch.double).tiny) for ref in expected]
-        similarity = torch.nn.functional.cosine_similarity
+        similar = torch.nn.functional.cosine_similarity
+        cosines = torch.stack([similar(x, ref, dim=-1) for x, ref in zip(found, expected, strict=True)])
+        token_errors = torch.stack([error.norm(dim=-1) / norm for error, norm in zip(errors, norms, strict=True)])
         return cls(
             squared_error=np.array([float(error.square().sum()) for error in errors]),
             squared_reference=np.array([float(ref.square().sum()) for ref in expected]),
             max_abs_error=float(torch.stack([error.abs().max() for error in errors]).max()),
             non_finite=tokens.numel() - int(tokens.isfinite().sum()),
-            cosines=[similarity(x, ref, dim=-1).flatten() for x, ref in zip(found, expected, strict=True)],
-            token_errors=[(error.norm(dim=-1) / norm).flatten() for error, norm in zip(errors, norms, strict=True)],
+            cosines=[cosines.amin(0).flatten()],
+            token_errors=[token_errors.amax(0).flatten()],
         )
 
     def add(self, other: "MetricSums") -> None:

@@ -26,9 +26,12 @@ from tests.timm_stand_in import (
 )
 from trtower.errors import CheckpointError, ConfigError
 from trtower.spec import BatchProfile
-from trtower_export import ExportOptions
+from trtower_export import ExportOptions, export_tower
+from trtower_export.check.certify import check_bundle
+from trtower_export.check.photographs import load_photographs
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.checkpoint.head import describe_tower, load_head
+from trtower_export.console import LoggedProgress
 from trtower_export.graph.reference import UncutTower
 from trtower_export.recipes import read_recipe
 
@@ -71,7 +74,8 @@ def test_features_are_those_of_the_backbone_and_its_projector(tmp_path: Path, to
 def test_pair_is_one_tower_of_patches(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_openvla(tmp_path, make_openvla())))
     spec = describe_tower(checkpoint, ExportOptions(head="projector"))
-    assert checkpoint.describe() == "OpenVLA policy, prismatic tower at vision_backbone"
+    beside = "dinov2_with_registers beside siglip"
+    assert checkpoint.describe() == f"OpenVLA policy, prismatic tower ({beside}) at vision_backbone"
     assert (spec.num_layers, spec.depth, spec.layers) == (4, 3, (3,))
     assert (spec.num_prefix_tokens, spec.num_patches, spec.width) == (0, 4, WIDTH)
     assert spec.head
@@ -253,3 +257,17 @@ def test_pair_has_no_embedding(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_openvla(tmp_path, make_openvla())))
     with pytest.raises((CheckpointError, ConfigError), match="prismatic_fused, has no pooled embedding"):
         describe_tower(checkpoint, ExportOptions(head="embedding"))
+
+
+def test_check_measures_every_layer_of_both_towers(tmp_path: Path) -> None:
+    write_openvla(tmp_path / "model", make_openvla())
+    for head in ("none", "projector"):
+        options = ExportOptions(head=head, flavour="none", check=False)
+        bundle = export_tower(str(tmp_path / "model"), tmp_path / head, options)
+        checkpoint = open_checkpoint(str(tmp_path / "model"))
+        checked = check_bundle(bundle, checkpoint, load_photographs(None).first(1), LoggedProgress(), by_layer=True)
+        certificate = checked.manifest.certificate
+        assert certificate
+        assert certificate.passed
+        assert [each.layer for each in certificate.layers] == [0, 1, 2, 3]
+        assert all(0 < (each.bundle.relative_error or 0) < 2e-3 for each in certificate.layers)

@@ -151,6 +151,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "size": ({"architecture": "vit_enormous_patch14_dinov2"}, r"timm's 'vit_enormous_patch14_dinov2' is none"),
     "settings": ({"model_args": {"depth": 3}}, r"model_args=\{'depth': 3\} changes the architecture"),
     "no object": ({"model_args": 5}, r"model_args=5 changes the architecture"),
+    "two sizes": ({"model_args": {"img_size": 42}}, r"model_args=\{'img_size': 42\}, but pretrained_cfg prepares"),
     "no settings": ({"pretrained_cfg": None}, r"pretrained_cfg=None; expected timm's settings"),
     "input": ({"pretrained_cfg": PREPARES | {"input_size": [3, 28, 42]}}, r"input_size=\[3, 28, 42\]; expected"),
     "filter": ({"pretrained_cfg": PREPARES | {"interpolation": "random"}}, r"interpolation='random'"),
@@ -168,6 +169,11 @@ def test_other_config_is_refused_in_one_line(tmp_path: Path, changes: dict[str, 
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_size_may_be_written_twice(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_timm(tmp_path, DINOV2, model_args={"img_size": SIDE})))
+    assert checkpoint.spec().image_size == SIDE
 
 
 def test_repository_without_the_tower_is_named(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_pictures_of_several_cameras_run_together(bundles: Bundles, head: str) -
     with install(model, bundles["pair", head]):
         found = act(model, both)
         assert model.vision_backbone.get_num_patches() == patches
-        with pytest.raises(InputError, match=r"two towers expect \(B, 12, S, S\)"):
+        with pytest.raises(InputError, match=r"two towers expect \(B, 12, 28, 28\)"):
             act(model, given)
         model.vision_backbone.set_num_images_in_input(1)
         if head == "projector":
@@ -137,11 +137,11 @@ def of_another_picture(given: Tensor) -> Tensor:
     [
         (swapped, "are not the picture in the last three"),
         (of_another_picture, "are not the picture in the last three"),
-        (lambda given: given * float("nan"), "are not the picture in the last three"),
-        (lambda given: given[:, :3], r"pixel_values is \(2, 3, 28, 28\); two towers expect \(B, 6, S, S\)"),
+        (lambda given: given * float("nan"), "pixel_values holds NaN or infinity"),
+        (lambda given: given[:, :3], r"pixel_values is \(2, 3, 28, 28\); two towers expect \(B, 6, 28, 28\)"),
         (lambda given: given.to(torch.uint8), r"pixel_values is torch\.uint8; expected pictures that are normalised"),
         (lambda given: given.tolist(), "pixel_values is list"),
-        (lambda given: given[..., :14], r"28"),
+        (lambda given: given[..., :14], r"pixel_values is \(2, 6, 28, 14\); two towers expect \(B, 6, 28, 28\)"),
     ],
 )
 def test_pixels_of_two_pictures_are_refused(bundles: Bundles, change: Any, message: str) -> None:
