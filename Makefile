@@ -188,12 +188,13 @@ docs: .venv-docs/.installed
 	touch $@
 
 # trtower inside clones of its clients, each with the transformers that it pins; tests/clients/README.md says how:
-# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path OPENVLA=path OFT=path
+# make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path OPENVLA=path OFT=path OPENPI=path
 clients: $(if $(LLAVA),client-llava) $(if $(NEXT),client-next) $(if $(VILA),client-vila) \
 		$(if $(VILA15),client-vila15) $(if $(TINYCHAT),client-tinychat) $(if $(OPENVLA),client-openvla) $(if $(OFT),client-oft) \
+		$(if $(OPENPI),client-openpi) \
 		$(if $(LLAVA),$(if $(NEXT),$(if $(VILA),client-projectors)))
 	@test -n "$^" || { \
-		echo "Name clones: make clients LLAVA=path NEXT=path VILA=path VILA15=path TINYCHAT=path OPENVLA=path OFT=path"; exit 1; }
+		echo "Name clones, as in make clients LLAVA=path; tests/clients/README.md lists them."; exit 1; }
 
 client-projectors: $(STAMP)
 	$(BIN)/python tests/clients/run_projectors.py $(LLAVA) $(NEXT) $(VILA)
@@ -204,6 +205,7 @@ client-vila: CLONES = $(VILA)
 client-vila15: CLONES = $(VILA15)
 client-openvla: CLONES = $(OPENVLA)
 client-oft: CLONES = $(OFT)
+client-openpi: CLONES = $(OPENPI)
 client-tinychat: CLONES = $(TINYCHAT) $(or $(VILA),$(error tinychat needs a clone of VILA too: VILA=path))
 client-%: $(STAMP) .venv-client-%/.installed
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath .venv-client-$*/hub) PYTHONPATH=runtime \

@@ -62,7 +62,9 @@ def check_half(report: Report, title: str, folder: Path) -> None:
     with trtower.install(model, bundle):
         served = model.projector(model.vision_backbone(pixels))
     off, own = (float((each - features).norm() / features.norm()) for each in (served, eager))
-    report.check(f"{title}, FP16 bundle off by {off:.2g}, OpenVLA in BF16 by {own:.2g}: ", off <= HALF * own, True)
+    report.check(
+        f"{title}, FP16 bundle off by {off:.2g}, OpenVLA in BF16 by {own:.2g}", off <= HALF * own, expected=True
+    )
 
 
 def make_loadable(folder: Path) -> None:

@@ -13,12 +13,16 @@ from trtower.dtypes import DTYPES
 from trtower.errors import BundleError, ConfigError
 from trtower.fingerprint import count_layers, read_parameters, weights_sha256
 from trtower.installation.find import Slot
+from trtower.installation.original import main_dtype
 from trtower.installation.policies import used_size
 from trtower.installation.prismatic import CONDITIONED, SECOND_LAST, is_prismatic
 from trtower.layer_codes import FEATURES, LAST, LayerCode, name_layer, read_layer_code
 from trtower.reading import is_contrastive, read_vision_feature_layer
 from trtower.spec import TowerSpec
 from trtower.tower.outputs import served_layers
+
+KEPT = "float32"
+"""What models in half precision keep some weights in; rounded, they are those of the checkpoint."""
 
 CHANGED = (
     "The model was changed after it was loaded, or is of another revision: merge what was added to it, and "
@@ -223,10 +227,10 @@ def _reads_as_head(layers: tuple[int, ...], tokens: str, spec: TowerSpec, depth:
 
 
 def _check_weights(place: Slot, bundle: Bundle, own: str) -> None:
-    source, dtype = bundle.manifest.source, place.vision.dtype
+    source, dtype = bundle.manifest.source, main_dtype(place.module)
     name = next((name for name, each in DTYPES.items() if each == dtype), None)
     held = list(read_parameters(place.vision, bundle.manifest.spec))
-    others = sorted({str(each.dtype).removeprefix("torch.") for each in held} - {name})
+    others = sorted({str(each.dtype).removeprefix("torch.") for each in held} - {name, KEPT if name else None})
     if name is None or others:
         dtypes = " and ".join(others) or str(dtype)
         raise ConfigError(
@@ -238,7 +242,7 @@ def _check_weights(place: Slot, bundle: Bundle, own: str) -> None:
             f"{place.path} of this model holds weights in {name}; {bundle.path} was exported by a trtower that "
             "could not compare these: export it again, or set allow_other_weights=True to use the bundle's weights."
         )
-    if weights_sha256(held, dtype) != source.weights_sha256[name]:
+    if weights_sha256(held, DTYPES[name]) != source.weights_sha256[name]:
         raise ConfigError(
             f"{place.path} of this model has other weights than {bundle.path}, which was made of {source.checkpoint}. "
             f"allow_other_weights=True would use the bundle's weights. {own}"

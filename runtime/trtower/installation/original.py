@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ class Original:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._dtype: torch.dtype | None = next((each.dtype for each in module.parameters()), None)
+        self._dtype = main_dtype(module)
         self._trained, self._training = wants_gradient(module), module.training
         self._parameters: list[nn.Parameter] = list(module.parameters())
         self._left: list[nn.Parameter] = []  # what `drop` puts in their places, on the meta device
@@ -127,6 +128,14 @@ def give_memory_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def main_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of most of a module's weights; None if it has none. Models in BF16 may keep some in FP32."""
+    weights = Counter[torch.dtype]()
+    for parameter in module.parameters():
+        weights[parameter.dtype] += parameter.numel()
+    return max(weights, key=lambda dtype: weights[dtype]) if weights else None
 
 
 def wants_gradient(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from trtower.errors import BackendError, ConfigError
 from trtower.fingerprint import count_layers
 from trtower.installation.carried import Carried, beside, carry
 from trtower.installation.find import Slot
-from trtower.installation.original import Original, wants_gradient
+from trtower.installation.original import Original, main_dtype, wants_gradient
 from trtower.installation.prismatic import SECOND_LAST, for_engine, is_prismatic, pictures_of
 from trtower.installation.projector import Projected
 from trtower.tower.anchor import Anchor
@@ -36,7 +36,7 @@ CHANGE_THE_TOWER = ("output_attentions", "attention_mask", "head_mask", "bool_ma
 class Replacement(nn.Module):
     """Stands in for a module of a model, without its weights, as an instance of the same class.
 
-    Its only parameter is an empty anchor on the device and in the dtype of the module that it replaced. The anchor
+    Its only parameter is an empty anchor on the device and in the main dtype of the module that it replaced. It
     follows `.to`, `.half` and `requires_grad_` as the module would.
     """
 
@@ -265,7 +265,7 @@ def make_replacement(place: Slot, kind: Any, installation: Any, **attributes: An
     omitted = {*held, *OF_ANOTHER} - {*HOOKS, "training"}
     held |= {name: value for name, value in vars(module).items() if name not in omitted}
     first = next(module.parameters(), installation.tower.dummy_feature)
-    made.anchor = Anchor(first.dtype, first.device, requires_grad=wants_gradient(module))
+    made.anchor = Anchor(main_dtype(module) or first.dtype, first.device, requires_grad=wants_gradient(module))
     # Bypass nn.Module.__setattr__, which would register the tower as a child that code walking the model would see.
     held |= {"original": Original(module), "installation": installation, "_path": place.path, **attributes}
     return made

@@ -230,6 +230,22 @@ def mixed_dtypes(model: Any) -> None:
     layer.mlp.fc1.half()
 
 
+def test_tower_in_half_precision_may_keep_some_weights_in_fp32(model: Any, bundles: Bundles) -> None:
+    eager = tower(model).to(torch.bfloat16)
+    embeddings = getattr(eager, "vision_model", eager).embeddings.float()
+    embeddings.register_forward_hook(lambda module, given, states: states.to(torch.bfloat16))  # as openpi's code does
+    dtypes = {name: each.dtype for name, each in eager.named_parameters()}
+    before = {name: each.clone() for name, each in eager.state_dict().items()}
+    with trtower.install(model, bundles()):
+        assert next(tower(model).parameters()).dtype == torch.bfloat16
+    after = tower(model)
+    assert {name: each.dtype for name, each in after.named_parameters()} == dtypes
+    assert all(torch.equal(each, before[name]) for name, each in after.state_dict().items())
+    embeddings.patch_embedding.weight.data[0] += 0.01
+    with pytest.raises(ConfigError, match="has other weights than"):
+        trtower.install(model, bundles())
+
+
 def layers_of(model: Any) -> Any:
     return getattr(tower(model), "vision_model", tower(model)).encoder.layers
 
