@@ -26,13 +26,13 @@ from trtower_export.families.prismatic import FIRST, PARTS, PrismaticConfig
 NAMES = {"openvla": "OpenVLA policy", "prismatic": "Prismatic model"}
 """By `model_type`."""
 
-HALVES = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 COLOURS = {
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "dinov2": _IMAGENET,
+    "dinov2_with_registers": _IMAGENET,
     "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "siglip_vision_model": HALVES,
+    "siglip_vision_model": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
-COLOURS["dinov2_with_registers"] = COLOURS["dinov2"]
 """Mean and standard deviation in timm, for a checkpoint without a preprocessor_config.json."""
 
 FILM = "vision_backbone--*.pt"
@@ -43,7 +43,7 @@ FILTERS = {"bilinear": 2, "bicubic": 3}
 
 def is_prismatic(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is OpenVLA's or Prismatic's."""
-    return raw.get("model_type") in NAMES
+    return str(raw.get("model_type")) in NAMES
 
 
 def recognise_prismatic(files: Files, raw: Mapping[str, Any], request: Request) -> Layout:

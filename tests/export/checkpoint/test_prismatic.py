@@ -253,6 +253,13 @@ def test_checkpoint_without_its_towers_is_refused(tmp_path: Path, spoil: Callabl
         open_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("model_type", [["openvla"], {"a": 1}, 5])
+def test_model_type_may_be_anything(tmp_path: Path, model_type: Any) -> None:
+    folder = write_openvla(tmp_path, make_openvla(), model_type=model_type, auto_map=None)
+    with pytest.raises(CheckpointError, match="belongs to no family"):
+        open_checkpoint(str(folder))
+
+
 def test_pair_has_no_embedding(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_openvla(tmp_path, make_openvla())))
     with pytest.raises((CheckpointError, ConfigError), match="prismatic_fused, has no pooled embedding"):
