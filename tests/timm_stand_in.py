@@ -1,6 +1,6 @@
 """Small models in the place of timm's ViTs and of OpenVLA, with their names of tensors: timm needs torchvision.
 
-`make test-timm` compares exports with timm itself, and `make clients OPENVLA=path` with OpenVLA's own model.
+`make test-lerobot` compares exports with timm itself, and `make clients OPENVLA=path` with OpenVLA's own model.
 """
 
 import json

@@ -19,9 +19,9 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Figures, LayerFigures
 from trtower.dtypes import PIXEL_DTYPES
 from trtower.errors import BundleError
+from trtower.installation.prismatic import PARTS
 from trtower.parity.metrics import MetricSums
 from trtower_export.check.emulation import open_session, read_emulated
-from trtower_export.families.prismatic import PARTS
 from trtower_export.graph.onnx_graph import HIDDEN_STATE, read_onnx
 
 JUMP = 3.0

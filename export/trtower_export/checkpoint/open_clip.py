@@ -16,8 +16,8 @@ from trtower.errors import CheckpointError, one_line
 from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request, with_tower
 from trtower_export.checkpoint.tensors import list_tensors
+from trtower_export.checkpoint.timm import FILTERS, describe_timm, translator
 from trtower_export.checkpoint.timm import PATCH_EMBEDDING as PATCH_EMBEDDING_OF_TIMM
-from trtower_export.checkpoint.timm import describe_timm, translator
 from trtower_export.checkpoint.vision_config import check_vision_config
 from trtower_export.families import family_of
 from trtower_export.families.base import square
@@ -172,7 +172,7 @@ def preprocessor(written: dict[str, Any], image_size: int) -> dict[str, Any] | N
         "size": square if squashed else {"shortest_edge": image_size},
         "crop_size": square,
         "crop_like": "torchvision",
-        "resample": {"bilinear": 2, "bicubic": 3}[config.get("interpolation", "bicubic")],
+        "resample": FILTERS[config.get("interpolation", "bicubic")],
         "image_mean": config["mean"],
         "image_std": config["std"],
     }

@@ -14,31 +14,21 @@ import transformers
 from torch import Tensor
 
 from trtower.errors import CheckpointError, one_line
+from trtower.installation.prismatic import PARTS
 from trtower.timm_names import translate
 from trtower_export.checkpoint.files import Files
 from trtower_export.checkpoint.layout import Layout, Request, no_tower, read_preprocessor, with_tower
 from trtower_export.checkpoint.tensors import find_tensors
-from trtower_export.checkpoint.timm import PATCH_EMBEDDING, describe_timm
+from trtower_export.checkpoint.timm import FILTERS, PATCH_EMBEDDING, describe_timm
 from trtower_export.checkpoint.vision_config import CHANNELS, check_vision_config
 from trtower_export.families import family_of
-from trtower_export.families.prismatic import FIRST, PARTS, PrismaticConfig
+from trtower_export.families.prismatic import FIRST, PrismaticConfig
 
 NAMES = {"openvla": "OpenVLA policy", "prismatic": "Prismatic model"}
 """By `model_type`."""
 
-_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-COLOURS = {
-    "dinov2": _IMAGENET,
-    "dinov2_with_registers": _IMAGENET,
-    "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "siglip_vision_model": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
-}
-"""Mean and standard deviation in timm, for a checkpoint without a preprocessor_config.json."""
-
 FILM = "vision_backbone--*.pt"
 """Where OpenVLA-OFT saves towers that it has fine-tuned with FiLM."""
-
-FILTERS = {"bilinear": 2, "bicubic": 3}
 
 
 def is_prismatic(raw: Mapping[str, Any]) -> bool:
@@ -105,7 +95,8 @@ def _towers(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _colours(towers: list[dict[str, Any]], written: Mapping[str, Any] | None) -> list[tuple[list[float], list[float]]]:
     """Return the mean and the standard deviation of each tower, three numbers each."""
     if written is None:
-        return [COLOURS[tower["model_type"]] for tower in towers]
+        usual = [family_of(tower["model_type"]).preprocessor for tower in towers]
+        return [(each["image_mean"], each["image_std"]) for each in usual]
     for name, least in (("means", -math.inf), ("stds", 0.0)):
         numbers = [each for tower in written[name] for each in tower]
         shape = [len(tower) for tower in written[name]]

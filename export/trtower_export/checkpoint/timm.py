@@ -1,7 +1,7 @@
 """Read a ViT of timm as the class of transformers that computes the same: SigLIP, DINOv2 or CLIP.
 
-Sizes are in timm's code, under the name of an architecture. The tables repeat those of timm 1.0.31, which `make
-test-timm` compares with them; older releases have fewer architectures, and the same sizes.
+Sizes are in timm's code, under the name of an architecture. The tables repeat those of timm 1.0.31; `make
+test-lerobot` compares them with 0.9.16, which has fewer architectures and the same sizes.
 """
 
 import math
@@ -47,6 +47,9 @@ TANH = re.compile(r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vi
 
 ACTIVATIONS = {None: None, "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 """timm's names for activations, and transformers'."""
+
+FILTERS = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers for the filters that timm and OpenCLIP name."""
 
 KNOWN = "vit_…_siglip…, vit_…_dinov2 and vit_…_clip…"
 
@@ -173,9 +176,8 @@ def recognise_timm(files: Files, raw: Mapping[str, Any], request: Request) -> La
 def _preprocessor(prepares: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Turn timm's `pretrained_cfg` into a preprocessor_config.json: its transform for inference."""
     mode, kept = prepares.get("crop_mode", "center"), prepares.get("crop_pct", 0.875)
-    filters = {"bilinear": 2, "bicubic": 3}
     interpolation = prepares.get("interpolation", "bilinear")
-    if mode not in ("center", "squash") or interpolation not in filters or not 0 < kept <= 1:
+    if mode not in ("center", "squash") or interpolation not in FILTERS or not 0 < kept <= 1:
         raise CheckpointError(
             f"crop_mode={mode!r}, crop_pct={kept!r} and interpolation={interpolation!r} of pretrained_cfg; expected "
             "center or squash, a share of at most 1, and bilinear or bicubic."
@@ -186,7 +188,7 @@ def _preprocessor(prepares: Mapping[str, Any], size: int) -> dict[str, Any]:
         "size": {"shortest_edge": scaled} if mode == "center" else {"height": scaled, "width": scaled},
         "crop_size": {"height": size, "width": size},
         "crop_like": "torchvision",
-        "resample": filters[interpolation],
+        "resample": FILTERS[interpolation],
         "image_mean": prepares["mean"],
         "image_std": prepares["std"],
     }

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from trtower.installation.prismatic import normalised_again
+from trtower.installation.prismatic import PAIR, PARTS, normalised_again
 from trtower.spec import Naming
 from trtower_export.families import clip, dinov2, dinov2_with_registers, siglip
 from trtower_export.families.base import Family, Pieces, replaced
 
-FIRST, SECOND = PARTS = ("featurizer", "fused_featurizer")
+FIRST, SECOND = PARTS
 FAMILIES_IN_PAIRS: dict[str, Family] = {
     each.FAMILY.model_types[0]: each.FAMILY for each in (dinov2, dinov2_with_registers, siglip, clip)
 }
@@ -37,7 +37,7 @@ class PrismaticConfig(PretrainedConfig):
     ``image_means`` and ``image_stds`` have three numbers for each tower.
     """
 
-    model_type = "prismatic_fused"
+    model_type = PAIR
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ from torch.export import ExportedProgram
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA
 from trtower.errors import BuildError
+from trtower.installation.prismatic import PARTS
 from trtower.spec import BY_DTYPE, HALVES, UINT8, TensorSpec
-from trtower_export.families.prismatic import PARTS
 from trtower_export.graph.fusion import spell_out_attention, write_fused
 from trtower_export.graph.pixels import CHANNELS
 

@@ -109,21 +109,9 @@ def _read_evo1(raw: RawConfig) -> PolicyTower:
         model=str(raw["vlm_model_name"]),
         named_by="vlm_model_name",
         image_size=side,
-        preprocessor=squashed(side),
         cameras=raw.get("max_views", 3),
         remarks=remarks_of(raw),
     )
-
-
-def squashed(side: int) -> dict[str, Any]:
-    """Describe how InternVL's processor prepares a picture of one tile."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": side, "width": side},
-        "resample": 3,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    }
 
 
 def _dit_side(raw: RawConfig) -> int:

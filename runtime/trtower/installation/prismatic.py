@@ -8,7 +8,7 @@ Shapes: B observations, C pictures of each, S pixels per side, N patches, D feat
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,10 +126,16 @@ def for_engine(pixel_values: Tensor, made_of: Mapping[str, Any], pictures: int) 
 
 def _of_first(pixel_values: Tensor, made_of: Mapping[str, Any]) -> Tensor:
     """Normalise pixels of the second tower as those of the first."""
-    factor, summand = normalised_again(made_of["image_means"], made_of["image_stds"])
-    return (pixel_values.float() * factor.to(pixel_values.device) + summand.to(pixel_values.device)).to(
-        pixel_values.dtype
-    )
+    means, stds = (tuple(map(tuple, made_of[name])) for name in ("image_means", "image_stds"))
+    factor, summand = _numbers_on(pixel_values.device, means, stds)
+    return (pixel_values.float() * factor + summand).to(pixel_values.dtype)
+
+
+@lru_cache(maxsize=8)
+def _numbers_on(device: torch.device, means: Any, stds: Any) -> tuple[Tensor, Tensor]:
+    """Return `normalised_again` on a device, where every call of an installed tower needs it."""
+    factor, summand = normalised_again(means, stds)
+    return factor.to(device), summand.to(device)
 
 
 def normalised_again(means: Any, stds: Any) -> tuple[Tensor, Tensor]:
