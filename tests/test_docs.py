@@ -27,6 +27,7 @@ from tests import pages
 from tests.conftest import Bundles, make_model
 from tests.export.heads.test_embeddings import make as make_embedding
 from tests.pages import DOCS, PAGES, ROOT, name_of, read
+from tests.pictures import fill
 from tests.runtime.installation.hugging_face import inputs, make
 from trtower import cli
 from trtower.parity.bounds import BOUNDS
@@ -97,7 +98,8 @@ def test_extra_exists(page: Path, item: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "page"), [("export", "export"), ("build", "export"), ("check", "certificate"), ("doctor", "precision")]
+    ("command", "page"),
+    [("export", "export"), ("build", "export"), ("check", "certificate"), ("doctor", "precision"), ("embed", "embed")],
 )
 def test_page_names_the_options_of_its_command(command: str, page: str) -> None:
     shared = {"--help", *options_of(find_command("export"))} if command in ("check", "doctor") else {"--help"}
@@ -223,6 +225,17 @@ def test_embedding_is_a_vector_of_length_1(here: Path) -> None:
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
 
 
+def test_pictures_are_embedded(here: Path) -> None:
+    fill(here / "photos", range(5))
+    make_embedding("clip").save_pretrained("small")
+    options = ExportOptions(head="embedding", normalize=True, precision="fp32", flavour="none", check=False)
+    bundle = export_tower("small", Path("engines/clip-vit-base-patch32-embedding"), options)
+    trtower.verify_bundle(bundle)
+    (code,) = pages.blocks("python", read(ROOT / "docs" / "embed.md"))
+    names = run(code)
+    assert (names["names"][0], names["vectors"].shape) == ("000.png", (5, 24))
+
+
 def test_example_for_hugging_face_agrees_with_the_eager_tower(bundles: Bundles, here: Path) -> None:
     shutil.copytree(bundles(), "engines/llava-1.5-7b-hf")
     model = make("llava")
@@ -236,6 +249,7 @@ RUN = {
     "README.md": "test_readme.py",
     "docs/certificate.md": test_certificate_is_demanded,
     "docs/deploy.md": test_page_runs_from_top_to_bottom,
+    "docs/embed.md": test_pictures_are_embedded,
     "docs/export.md": test_export_from_python_runs,
     "docs/heads.md": test_embedding_is_a_vector_of_length_1,
     "docs/hugging_face.md": test_example_for_hugging_face_agrees_with_the_eager_tower,

@@ -14,6 +14,9 @@ from trtower.lazy import import_lazily
 
 if TYPE_CHECKING:
     from trtower.bundle.bundle import Bundle
+    from trtower.embedding.embed import EmbedProgress, embed_pictures
+    from trtower.embedding.features import Features
+    from trtower.embedding.options import EmbedOptions
     from trtower.errors import (
         BackendError,
         BuildError,
@@ -45,7 +48,10 @@ __all__ = [
     "CLIPVisionTowerS2",
     "CheckpointError",
     "ConfigError",
+    "EmbedOptions",
+    "EmbedProgress",
     "EngineOptions",
+    "Features",
     "InputError",
     "Installation",
     "MissingExtraError",
@@ -53,6 +59,7 @@ __all__ = [
     "VisionTower",
     "__version__",
     "build_vision_tower",
+    "embed_pictures",
     "encode_for",
     "install",
     "uninstall",
@@ -64,6 +71,9 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
         __name__,
         {
             "bundle.bundle": "Bundle",
+            "embedding.embed": "EmbedProgress embed_pictures",
+            "embedding.features": "Features",
+            "embedding.options": "EmbedOptions",
             "errors": "BackendError BuildError BundleError CheckpointError ConfigError InputError MissingExtraError "
             "TrtowerError",
             "installation.encode": "encode_for",

@@ -216,7 +216,7 @@ def test_streams_have_no_more_contexts_than_the_bound(clip_tower: VisionTower, b
                 features = run(tower, images)
             torch.cuda.synchronize()
             assert error_of_worst_image(features, expected) <= SAME_ANSWER
-        assert tower._runner._slots._size <= 2
+        assert tower.runner._slots._size <= 2
 
 
 def test_run_time_is_told_by_the_gpu(clip_tower: VisionTower) -> None:

@@ -413,7 +413,7 @@ def test_inspect_marks_what_auto_picks(spoilt: Path, capsys: pytest.CaptureFixtu
     assert run(["inspect", str(spoilt)]) == int(altered)
     marked = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "and auto picks it" in line]
     if not altered:
-        runner = VisionTower.load(spoilt)._runner
+        runner = VisionTower.load(spoilt).runner
         assert runner
         assert chosen == [runner.backend]
     assert marked == chosen

@@ -128,7 +128,7 @@ class Arena:
 
 def runner_of(tower: VisionTower) -> Runner:
     """Return the runner of a loaded tower."""
-    runner = tower._runner
+    runner = tower.runner
     assert runner is not None  # noqa: S101 - a loaded tower has one
     return runner
 

@@ -6,6 +6,7 @@ errors, because a half-understood manifest would load another tower than the one
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import types
@@ -291,6 +292,14 @@ class Manifest(BundleFacts):
     def batch(self) -> BatchProfile:
         """The batches that the profiles cover together."""
         return merge_profiles(self.profiles)
+
+    @functools.cached_property
+    def tower_sha256(self) -> str:
+        """The hash of everything that decides what the tower answers: all but plans, and what was found out since."""
+        of_plans = {name for plan in self.plans for name in (plan.file, plan.log)}
+        files = {name: file.sha256 for name, file in self.files.items() if name not in of_plans}
+        decides = {"spec": dataclasses.asdict(self.spec), "precision": self.precision, "files": files}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     @property
     def certificate(self) -> Certificate | None:

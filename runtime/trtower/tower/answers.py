@@ -101,6 +101,11 @@ class TowerAnswers(nn.Module):
         return self._pick.num_tokens
 
     @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features: (N, D), or (D,) of an embedding."""
+        return self._pick.row
+
+    @property
     def image_size(self) -> int:
         """S: the pixels per side of an image."""
         return self.spec.image_size

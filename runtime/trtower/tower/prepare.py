@@ -5,11 +5,12 @@ Only as many pictures as the next batch needs, and one for each thread, are in m
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from io import IOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Picture: TypeAlias = "str | os.PathLike[str] | Image | Array | torch.Tensor"
 """A file, an open picture, or bytes (H, W, C) or (C, H, W)."""
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 MOST_THREADS = 8
 LONGEST_PATH = 200
 """Characters of a path in a message: somebody may pass a file's content for its name."""
@@ -41,6 +45,24 @@ def count_threads(threads: int | None) -> int:
     return threads
 
 
+def in_order(work: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Generator[R, None, None]:
+    """Yield ``work(item)`` in the order of ``items``, computed by several threads, up to ``ahead`` results ahead.
+
+    Items are drawn in the caller's thread. What ``work`` raises is raised here, in its turn.
+    """
+    pool = ThreadPoolExecutor(threads, "trtower-prepare")
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= ahead + threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 def prepare_batches(
     pictures: "Iterable[tuple[str, Picture]]", processor: ImageProcessor, size: int, threads: int
 ) -> Iterator[torch.Tensor]:
@@ -48,26 +70,16 @@ def prepare_batches(
 
     Raises InputError, which names the picture, for one that cannot be read or prepared.
     """
-    pool = ThreadPoolExecutor(threads, "trtower-prepare")
-    waiting: deque[Future[torch.Tensor]] = deque()
+    owned = ((name, _own(name, picture)) for name, picture in pictures)
     batch: list[torch.Tensor] = []
-    try:
-        for name, picture in pictures:
-            waiting.append(pool.submit(_prepare, processor, name, _own(name, picture)))
-            if len(waiting) >= size + threads:
-                batch.append(waiting.popleft().result())
+    with closing(in_order(lambda each: _prepare(processor, *each), owned, threads=threads, ahead=size)) as prepared:
+        for pixel_values in prepared:
+            batch.append(pixel_values)
             if len(batch) == size:
-                yield _joined(batch)
-                batch.clear()
-        for prepared in waiting:
-            batch.append(prepared.result())
-            if len(batch) == size:
-                yield _joined(batch)
+                yield joined(batch)
                 batch.clear()
         if batch:
-            yield _joined(batch)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            yield joined(batch)
 
 
 def _own(name: str, picture: Picture) -> Picture:
@@ -91,7 +103,8 @@ def _own(name: str, picture: Picture) -> Picture:
         ) from err
 
 
-def _joined(batch: list[torch.Tensor]) -> torch.Tensor:
+def joined(batch: list[torch.Tensor]) -> torch.Tensor:
+    """Join prepared pictures into one batch; raise InputError if they have several shapes."""
     shapes = {tuple(each.shape[1:]): None for each in batch}
     if len(shapes) > 1:
         raise InputError(
@@ -151,14 +164,15 @@ def _prepare(processor: ImageProcessor, name: str, picture: Picture) -> torch.Te
     """Prepare one picture: (1, 3, S, S), or bytes in the engine's layout."""
     try:
         if not isinstance(picture, str):
-            return _pixel_values(processor, picture)
+            return prepare(processor, picture)
         with _open(Path(picture)) as image:
-            return _pixel_values(processor, image)
+            return prepare(processor, image)
     except InputError as err:
         raise InputError(f"{name}: {str(err).removeprefix('images: ')}") from err
 
 
-def _pixel_values(processor: ImageProcessor, picture: Any) -> torch.Tensor:
+def prepare(processor: ImageProcessor, picture: Any) -> torch.Tensor:
+    """Turn one picture into what the engine takes: (1, 3, S, S), or bytes in its layout."""
     pixel_values: torch.Tensor = processor.preprocess(picture, return_tensors="pt")["pixel_values"]
     return pixel_values
 

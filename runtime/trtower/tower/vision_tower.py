@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from typing_extensions import Self, Unpack
@@ -143,11 +143,12 @@ class VisionTower(TowerAnswers):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the engine is open, as it is after `load_model` and before `close`."""
-        return self._runner is not None
+        """Whether the engine is open: after `load_model`, before `close`."""
+        return self.runner is not None
 
     @property
-    def _runner(self) -> Runner | None:
+    def runner(self) -> Runner | None:
+        """What executes the bundle; None if the tower is not loaded."""
         return self._engine.runner
 
     def load_model(self, device_map: Any = None) -> None:
@@ -299,16 +300,18 @@ class VisionTower(TowerAnswers):
     def _encode(self, pictures: "Iterable[tuple[str, Picture]]", size: int, threads: int) -> torch.Tensor:
         from trtower.tower.prepare import prepare_batches
 
-        least, found = self.bundle.manifest.batch.min, list[torch.Tensor]()
-        for pixel_values in prepare_batches(pictures, self.image_processor, size, threads):
-            images = pixel_values.to(self.dtype) if self.spec.takes_floats else pixel_values
-            extra = images[-1:].expand(max(0, least - len(images)), *images.shape[1:])  # computed, then dropped
-            features = self.forward(torch.cat([images, extra]) if len(extra) else images)
-            assert isinstance(features, torch.Tensor)  # noqa: S101 - as its images are
-            found.append(features[: len(images)])
-        if not found:
+        features = [*map(self.run_prepared, prepare_batches(pictures, self.image_processor, size, threads))]
+        if not features:
             raise InputError("pictures is empty; expected at least one.")
-        return torch.cat(found)
+        return torch.cat(features)
+
+    def run_prepared(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run any number of pictures that `image_processor` prepared: features (B, N, D), in the tower's dtype."""
+        images = pixel_values.to(self.dtype) if self.spec.takes_floats else pixel_values
+        extra = images[-1:].expand(max(0, self.bundle.manifest.batch.min - len(images)), *images.shape[1:])
+        # Fewer images than the profiles accept are topped up, and what was added is dropped.
+        features: Any = self.forward(torch.cat([images, extra]) if len(extra) else images)
+        return cast("torch.Tensor", features[: len(images)])
 
     def _run(self, runner: Runner, pixel_values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Run any number of images and keep everything that the bundle holds: (B, 3, S, S) -> (B, P + N, D)."""
@@ -366,8 +369,7 @@ class VisionTower(TowerAnswers):
     @property
     def backend(self) -> str:
         """What actually runs, such as "tensorrt-rtx 1.7.1, sm89", or "not loaded"."""
-        runner = self._runner
-        return "not loaded" if runner is None else runner.name
+        return "not loaded" if (runner := self.runner) is None else runner.name
 
     @property
     def nvtx(self) -> bool:

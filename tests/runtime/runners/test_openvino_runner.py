@@ -110,7 +110,7 @@ def test_every_batch_of_the_profile_runs_on_the_callers_tensors(clip_bundle: Pat
     images = draw(tower, 9).half()
     one_by_one = torch.cat([tower(image[None]) for image in images])
     assert error(tower(images), one_by_one) <= FP16_ERROR
-    runner, spec = tower._runner, tower.spec
+    runner, spec = tower.runner, tower.spec
     around = torch.full((4, spec.num_tokens, spec.hidden_size), -1.0, dtype=torch.half)
     runner.run(images[:2], around[1:3])
     assert (around[[0, 3]] == -1).all()

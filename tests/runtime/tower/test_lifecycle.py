@@ -41,7 +41,7 @@ def draw(batch: int, seed: int = 0) -> torch.Tensor:
 
 def test_closed_tower_raises_and_can_be_loaded_again(tower: VisionTower) -> None:
     before = tower(draw(2))
-    runner = tower._runner
+    runner = tower.runner
     tower.close()
     tower.close()
     assert not tower.is_loaded
@@ -72,7 +72,7 @@ def test_closing_waits_for_the_call_in_flight(clip_bundle: Path) -> None:
 
     features = torch.empty(1, 10, 64).half()
     with ThreadPoolExecutor(1) as thread:
-        call = thread.submit(tower._runner.run, draw(1), features, on_start)
+        call = thread.submit(tower.runner.run, draw(1), features, on_start)
         while not in_flight:
             time.sleep(1e-3)
         tower.close()
@@ -311,7 +311,7 @@ def test_python_exits_even_if_a_call_does_not_end(clip_bundle: Path, backend: st
 
 def test_garbage_collected_tower_is_closed(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
-    runner = tower._runner
+    runner = tower.runner
     del tower
     gc.collect()
     with pytest.raises(BackendError, match="closed"):
@@ -339,7 +339,7 @@ def test_callback_receives_a_report_of_every_engine_call(tower: VisionTower) -> 
     tower.on_batch = reports.append
     tower(draw(9))
     assert [report.batch for report in reports] == [4, 4, 1]
-    assert {report.backend for report in reports} == {tower._runner.backend}
+    assert {report.backend for report in reports} == {tower.runner.backend}
     assert all(0 <= report.queue_s < PATIENCE_S and 0 < report.run_s < PATIENCE_S for report in reports)
     tower.on_batch = None
     tower(draw(1))
@@ -350,7 +350,7 @@ def test_queue_time_is_reported_apart_from_run_time(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     reports: list[BatchReport] = []
     tower.on_batch = reports.append
-    pool = tower._runner._requests
+    pool = tower.runner._requests
     with ThreadPoolExecutor(1) as thread:
         with pool.lend():
             call = thread.submit(tower, draw(1))
@@ -371,7 +371,7 @@ def test_nvtx_ranges_are_opened_and_closed_around_each_call(
     assert not calls
     tower.nvtx = True
     tower(draw(5))
-    backend = tower._runner.backend
+    backend = tower.runner.backend
     assert calls == [f"trtower {backend} batch 4", "pop", f"trtower {backend} batch 1", "pop"]
 
 
@@ -417,14 +417,14 @@ def test_features_are_written_into_out(tower: VisionTower) -> None:
 def test_engine_writes_into_out_directly_if_everything_is_picked(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, run, addresses = draw(6), tower._runner.run, list[int]()
+    images, run, addresses = draw(6), tower.runner.run, list[int]()
     expected = tower(images)
 
     def watch(pixel_values: torch.Tensor, hidden_states: torch.Tensor, *rest: Any) -> None:
         addresses.append(hidden_states.data_ptr())
         run(pixel_values, hidden_states, *rest)
 
-    monkeypatch.setattr(tower._runner, "run", watch)
+    monkeypatch.setattr(tower.runner, "run", watch)
     tower.select_feature = "cls_patch"
     whole = torch.empty(6, 10, 64).half()
     assert tower(images, out=whole) is whole

@@ -121,7 +121,7 @@ def test_single_tiles_in_a_list_stay_a_list(tower: VisionTower) -> None:
 
 def test_pixels_on_the_device_are_not_copied(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses: list[int] = []
-    monkeypatch.setattr(tower._runner, "run", lambda pixel_values, _: addresses.append(pixel_values.data_ptr()))
+    monkeypatch.setattr(tower.runner, "run", lambda pixel_values, _: addresses.append(pixel_values.data_ptr()))
     tiles = images(4).unflatten(0, (2, 2))
     for batch in (tiles[0], tiles):
         tower(batch)
@@ -245,10 +245,10 @@ def test_bundle_that_failed_its_check_warns_when_it_is_loaded(
 
 def test_second_load_does_nothing(fp32_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     tower = CLIPVisionTower(fp32_bundle, config())
-    runner = tower._runner
+    runner = tower.runner
     with caplog.at_level(logging.INFO, logger="trtower"):
         tower.load_model(device_map="auto")
-    assert tower._runner is runner
+    assert tower.runner is runner
     assert "already loaded" in caplog.text
 
 

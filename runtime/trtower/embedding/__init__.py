@@ -1,0 +1,1 @@
+"""Turn many pictures into files of features. Start at embed.py."""

@@ -1,0 +1,232 @@
+"""Embed shards on Ray: a pool of actors, each with a tower of its own, fed by Ray Data.
+
+Every node needs trtower with the extra ``ray``, and sees the bundle, the pictures and the output at the same paths.
+"""
+
+import logging
+import pickle
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtower.embedding.engines import Runs
+from trtower.embedding.folder import Description
+from trtower.embedding.options import EmbedOptions
+from trtower.embedding.shards import Done, Shard, Tick, Work, embed_shards
+from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
+from trtower.extras import import_extra
+from trtower.tower.vision_tower import VisionTower
+
+LOCAL, AUTO = "local", "auto"
+ANSWERS_WITHIN_S = 5.0
+STARTS_WITHIN_S = 120.0
+"""Seconds until an engine must have been placed and loaded."""
+
+LONGEST = 500
+"""Characters of Ray's own errors that are quoted: the last ones, for they begin with a traceback."""
+
+MOST_CORES = 8
+BLOCKS_OF_AN_ENGINE = 8
+"""Into how many blocks of shards an engine's part is divided: few, because an engine idles between two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How many engines run, and what each has of the cluster."""
+
+    workers: int
+    cores: int
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opens:
+    """Opens the same tower in any process. It can be pickled."""
+
+    bundle: str
+    tower_sha256: str
+    options: EmbedOptions
+    backend: str
+    share: Share
+
+    def open(self) -> VisionTower:
+        """Load the tower; raise ConfigError if this node sees another bundle at its path."""
+        torch.set_num_threads(self.share.cores)
+        tower = VisionTower(
+            self.bundle,
+            select_layer=self.options.select_layer,
+            select_feature=self.options.select_feature,
+            backend=self.backend,
+            require_certificate=not self.options.allow_uncertified,
+        )
+        if tower.bundle.manifest.tower_sha256 != self.tower_sha256:
+            raise ConfigError(f"{self.bundle} on {socket.gethostname()} is another bundle than where this was started.")
+        tower.load_model()
+        return tower
+
+
+class Actor:
+    """One engine."""
+
+    def __init__(self, opens: Opens, work: Work) -> None:
+        self._tower, self._work = opens.open(), work
+        try:
+            description = Description.read(work.folder)
+        except ConfigError as err:
+            raise self._not_shared() from err
+        if description.tower_sha256 != opens.tower_sha256:
+            raise self._not_shared()
+
+    def _not_shared(self) -> ConfigError:
+        return ConfigError(
+            f"{self._work.folder} on {socket.gethostname()} is not the folder that was named: all nodes must share it."
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        """Embed the shards of a block."""
+        shards = [pickle.loads(each) for each in batch["shard"]]  # noqa: S301 - this module pickled them
+        done = [*embed_shards(self._tower, self._work, shards, lambda number: None)]
+        return {name: [getattr(each, name) for each in done] for name in ("index", "pictures", "left_out")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnRay:
+    """Engines on a cluster."""
+
+    ray: Any
+    opens: Opens
+    runs: Runs
+
+    def embed(self, work: Work, shards: Sequence[Shard], tick: Tick) -> Iterator[Done]:
+        """Write the file of each shard, in any order."""
+        share = self.opens.share
+        blocks = min(len(shards), share.workers * BLOCKS_OF_AN_ENGINE)
+        rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+        data = self.ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            Actor,
+            batch_size=None,
+            fn_constructor_args=(self.opens, work),
+            compute=self.ray.data.ActorPoolStrategy(size=min(share.workers, blocks)),
+            num_cpus=share.cores,
+            num_gpus=share.gpus,
+        )
+        with _errors_of_ray():
+            for row in data.iter_rows():
+                tick(row["pictures"] + row["left_out"])
+                yield Done(**row)
+
+
+def import_ray() -> Any:
+    """Import Ray with Ray Data; raise MissingExtraError if they are not installed."""
+    import_extra("ray.data", extra="ray", purpose="embedding on Ray")
+    return import_extra("ray", extra="ray", purpose="embedding on Ray")
+
+
+@contextmanager
+def on_ray(tower: VisionTower, options: EmbedOptions) -> Iterator[OnRay]:
+    """Connect to Ray, and find out what the engines run on there, by loading one."""
+    ray = import_ray()
+    with _connected(ray, str(options.ray)):
+        share = divide([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
+        opens = Opens(
+            bundle=str(Path(tower.vision_tower_name).absolute()),
+            tower_sha256=tower.bundle.manifest.tower_sha256,
+            options=options,
+            backend=options.backend,
+            share=share,
+        )
+        with _errors_of_ray():
+            probe = ray.remote(num_cpus=share.cores, num_gpus=share.gpus, max_retries=0)(_probe)
+            runs = ray.get(probe.remote(opens), timeout=STARTS_WITHIN_S)
+        yield OnRay(ray=ray, opens=replace(opens, backend=runs.backend), runs=runs)
+
+
+def _probe(opens: Opens) -> Runs:
+    with opens.open() as tower:
+        return Runs.of(tower)
+
+
+def divide(nodes: Sequence[Mapping[str, float]], options: EmbedOptions) -> Share:
+    """Divide the nodes of a cluster between engines: one for each GPU, or without GPUs one for every few processors.
+
+    ``nodes`` are the resources of each. Raises ConfigError if they have not enough of either.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    usable = [node for node in nodes if node.get("CPU", 0) >= 1 and (node.get("GPU", 0) >= 1 or not gpus)]
+    shares = [int(node["CPU"] // max(1, node.get("GPU", 0))) for node in usable]
+    cores = options.cores or max(1, min([MOST_CORES, *shares]))
+    room = sum(int(min(node["CPU"] // cores, node.get("GPU", 0) if gpus else node["CPU"])) for node in usable)
+    workers = options.workers or room
+    if not 1 <= workers <= room:
+        raise ConfigError(
+            f"the cluster has room for {room} engines of {cores} processors{' and a GPU' if gpus else ''}, not for "
+            f"{max(1, workers)}: ask for fewer workers or cores, or add nodes."
+        )
+    return Share(workers=workers, cores=cores, gpus=1 if gpus else 0)
+
+
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    """Be connected to a cluster inside the `with` block; a process that is connected already stays so."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        ray.init(address=LOCAL, include_dashboard=False, **quiet)
+    else:
+        if address != AUTO:
+            _refuse_silent(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as err:
+            raise BackendError(f"cannot connect to Ray at {address}: {one_line(err)}") from err
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise BackendError if nobody answers at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ConfigError(f"--ray {address}: expected {LOCAL}, {AUTO}, or HOST:PORT.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError) as err:
+        raise BackendError(
+            f"no answer from Ray at {address} ({getattr(err, 'strerror', None) or one_line(err)}): start it there with "
+            f"`ray start --head`, or use --ray {LOCAL}."
+        ) from err
+
+
+@contextmanager
+def _errors_of_ray() -> Iterator[None]:
+    """Raise what one of our own functions raised in an actor, without Ray's wrapping."""
+    try:
+        yield
+    except TrtowerError:
+        raise
+    except Exception as err:
+        cause: BaseException | None = err
+        while cause is not None:
+            inner = getattr(cause, "cause", None)
+            if isinstance(cause, TrtowerError):
+                raise type(cause)(*cause.args) from err
+            cause = inner if isinstance(inner, BaseException) else cause.__cause__
+        if type(err).__name__ == "GetTimeoutError":
+            raise BackendError(
+                f"no engine was loaded on Ray within {STARTS_WITHIN_S:.0f} s: the cluster may be busy, or no node has "
+                "enough processors and GPUs; see `ray status`."
+            ) from err
+        if type(err).__module__.startswith("ray."):
+            raise BackendError(f"embedding on Ray failed: {one_line(err)[-LONGEST:]}") from err
+        raise
