@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Processes that tests run in: most of them are Python's own work, on one core.
 WORKERS ?= 2
-EXTRAS ?= cpu,openvino,trt-rtx-build,export,embed,demo,dev
+EXTRAS ?= cpu,openvino,trt-rtx-build,export,embed,triton,demo,dev
 # A folder of wheels, for a machine that reaches no index. What its Python has already is used as it is.
 WHEELS ?=
 BIN := $(VENV)/bin
@@ -73,14 +73,22 @@ test-lerobot: .venv-lerobot/.installed
 		openpi-client==0.1.2
 	touch $@
 
-# Many pictures on real Ray, in an environment of its own, for Ray brings a hundred packages.
-test-serving: .venv-ray/.installed
+# Real servers, in environments of their own: Ray brings a hundred packages, and tritonserver's wheel an old NumPy.
+test-serving: .venv-ray/.installed .venv-triton/.installed
 	.venv-ray/bin/python -m pytest tests/serving
+	.venv-triton/bin/python -m pytest tests/serving
 
 .venv-ray/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		-e '.[openvino,cpu,export,ray,test]'
+	touch $@
+
+.venv-triton/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-triton
+	grep -v '^numpy' $(CONSTRAINTS) >.venv-triton/constraints.txt
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-triton/constraints.txt \
+		-e '.[openvino,cpu,export,triton,test]' nvidia-pytriton==0.7.0 'tritonclient[all]'
 	touch $@
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have
@@ -166,9 +174,10 @@ living: $(STAMP)
 pixels: $(STAMP)
 	$(BIN)/python benchmarks/pixels.py
 
-# Many pictures into files: `embed` against what its parts reach flat out, and against a loop over transformers.
-bench-serving: $(STAMP)
+# Many pictures into files against what its parts reach flat out and a loop over transformers; what Triton adds to a call.
+bench-serving: $(STAMP) .venv-triton/.installed
 	$(BIN)/python benchmarks/embed.py
+	.venv-triton/bin/python -m benchmarks.on_triton
 
 # What a projector adds to an export and its plan, and the time to verify its bundle.
 heads: $(STAMP)

@@ -31,8 +31,8 @@ from PIL import Image
 from trtower import EmbedOptions, EmbedProgress, VisionTower, embed_pictures
 from trtower.embedding.find import find_pictures
 from trtower.embedding.formats import FORMATS
-from trtower.embedding.options import LARGEST_FILE, LARGEST_PICTURE
 from trtower.embedding.shards import Reader, Shard, Work
+from trtower.tower.encoded import LARGEST_FILE, LARGEST_PICTURE
 from trtower.tower.prepare import count_threads, in_order
 from trtower_export.check.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, export_tower

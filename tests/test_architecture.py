@@ -18,7 +18,7 @@ ROWS = {
         "fingerprint runners",
         "parity",
         "inspection tower",
-        "installation embedding",
+        "installation embedding serving",
         "__init__",
         "cli",
         "__main__",
@@ -41,7 +41,12 @@ that know all. Each imports from its own row and from those above it here, and n
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 """Where a file or a function is split. Both are symptoms of two things that became one."""
 
-COMMANDS = ("trtower.embedding.command", "trtower_export.commands", "trtower_export.measuring")
+COMMANDS = (
+    "trtower.embedding.command",
+    "trtower.serving.triton.command",
+    "trtower_export.commands",
+    "trtower_export.measuring",
+)
 
 MODULES = {
     ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path

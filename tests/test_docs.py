@@ -48,6 +48,7 @@ NOT_RUN = {
     "CONTRIBUTING.md": "parts of files; test_new_family.py and test_toy_backend.py add whole ones",
     "docs/llava.md": "LLaVA's own code, which `make clients` runs",
     "docs/robots.md": "LeRobot's own code, which `make test-lerobot` runs",
+    "docs/triton.md": "a client of a running server, as in tests/serving",
     "docs/vila.md": "VILA's own code, which `make clients` runs",
 }
 """Pages whose Python blocks are compiled and not run, and why."""
@@ -99,7 +100,14 @@ def test_extra_exists(page: Path, item: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "page"),
-    [("export", "export"), ("build", "export"), ("check", "certificate"), ("doctor", "precision"), ("embed", "embed")],
+    [
+        ("export", "export"),
+        ("build", "export"),
+        ("check", "certificate"),
+        ("doctor", "precision"),
+        ("embed", "embed"),
+        ("triton", "triton"),
+    ],
 )
 def test_page_names_the_options_of_its_command(command: str, page: str) -> None:
     shared = {"--help", *options_of(find_command("export"))} if command in ("check", "doctor") else {"--help"}

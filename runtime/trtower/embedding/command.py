@@ -73,8 +73,9 @@ def embed(
     pictures had to be left out: they are counted, and named in _left_out.jsonl.
     """
     from trtower.embedding.embed import embed_pictures
-    from trtower.embedding.options import LARGEST_FILE, LARGEST_PICTURE, EmbedOptions
+    from trtower.embedding.options import EmbedOptions
     from trtower.layer_codes import parse_layer_code
+    from trtower.tower.encoded import LARGEST_FILE, LARGEST_PICTURE
 
     options = EmbedOptions(
         format=format_,

@@ -9,13 +9,10 @@ from trtower.errors import ConfigError
 from trtower.layer_codes import LayerCode
 from trtower.names import check_name
 from trtower.spec import BY_DTYPE, MIB
+from trtower.tower.encoded import LARGEST_FILE, LARGEST_PICTURE
 
 DTYPES = tuple(name for name in BY_DTYPE if name != "bfloat16")
 """The dtypes of features in files: neither NumPy nor Parquet has bfloat16."""
-
-LARGEST_FILE = 512 * MIB
-LARGEST_PICTURE = 89_478_485
-"""Pixels from which on Pillow warns of a decompression bomb: a quarter of a GiB in RGB."""
 
 FEATURES_OF_A_FILE = 256 * MIB
 PICTURES_OF_A_FILE = 1024

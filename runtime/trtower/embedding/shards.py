@@ -7,13 +7,12 @@ whatever order; but reading goes on across shards, and the engine does not wait.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,14 +21,9 @@ from trtower.embedding.folder import write_file
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 from trtower.embedding.picture import Picture, Read, open_each
 from trtower.errors import InputError, one_line
-from trtower.spec import MIB
+from trtower.tower.encoded import no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, joined, prepare
 from trtower.tower.vision_tower import VisionTower
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-MEGA = 10**6
 
 PORTION = 128
 """Pictures that are prepared before the engine has its turn, if both need the same processors."""
@@ -95,7 +89,7 @@ def embed_shards(tower: VisionTower, work: Work, shards: Iterable[Shard], tick: 
     ahead = work.threads if share else 2 * work.batch_size
     portion = max(1, PORTION // work.batch_size if share else 1) * work.batch_size
     with (
-        _no_limit_of_pillow(),
+        no_limit_of_pillow(),
         ThreadPoolExecutor(1, "trtower-write") as writer,
         closing(in_order(reader.read, reader.open(shards), threads=work.threads, ahead=ahead)) as prepared,
     ):
@@ -129,7 +123,8 @@ class Reader:
         shard, picture, read = item
         try:
             content = read()
-            with _open(content, self._work) as image:
+            work = self._work
+            with open_encoded(content, max_bytes=work.max_bytes, max_pixels=work.max_pixels) as image:
                 pixel_values = prepare(self._processor, image).to(self._dtype)  # here, to save memory
         except (InputError, OSError) as err:
             reason = one_line(getattr(err, "strerror", None) or err).removeprefix("images: ")
@@ -203,36 +198,6 @@ class _Collected:
             what = f"exceed {self._work.dtype}; see --dtype" if overflows else "are not finite; see trtower doctor"
             self._left_out.append(LeftOut(name=each.name, reason=f"its features {what}"))
         self._features[start : len(self._kept)] = values[is_finite]
-
-
-def _open(content: bytes, work: Work) -> "Image":
-    """Open an encoded picture; raise InputError if it is none, or exceeds a limit."""
-    from PIL import Image, UnidentifiedImageError
-
-    if len(content) > work.max_bytes:
-        raise InputError(f"its file has more than {work.max_bytes / MIB:.3g} MiB; see --max-mib")
-    try:
-        image = Image.open(BytesIO(content))
-    except UnidentifiedImageError as err:
-        raise InputError("Pillow finds no picture in it") from err
-    except Exception as err:  # Pillow's plugins raise nearly anything for a damaged file
-        raise InputError(f"Pillow cannot open it ({one_line(err)})") from err
-    if image.width * image.height > work.max_pixels:
-        size = f"{image.width * image.height / MEGA:.3g} megapixels, more than {work.max_pixels / MEGA:.3g}"
-        raise InputError(f"it has {size}; see --max-megapixels")
-    return image
-
-
-@contextmanager
-def _no_limit_of_pillow() -> Iterator[None]:
-    """Lift Pillow's own limit of pixels, which is the process's: `Work` has one for this job."""
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _write(work: Work, shard: Shard, rows: Rows) -> Done:

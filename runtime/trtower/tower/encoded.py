@@ -1,0 +1,48 @@
+"""Open encoded pictures from bytes, within limits: what a file, a message or a row of a table holds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from trtower.errors import InputError, one_line
+from trtower.spec import MIB
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MEGA = 10**6
+
+LARGEST_FILE = 512 * MIB
+LARGEST_PICTURE = 89_478_485
+"""Pixels from which on Pillow warns of a decompression bomb: a quarter of a GiB in RGB."""
+
+
+def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: int = LARGEST_PICTURE) -> "Image":
+    """Open an encoded picture; raise InputError if it is none, or exceeds a limit. Pixels are not decoded yet."""
+    from PIL import Image, UnidentifiedImageError
+
+    if len(content) > max_bytes:
+        raise InputError(f"its file has more than {max_bytes / MIB:.3g} MiB; see --max-mib")
+    try:
+        image = Image.open(BytesIO(content))
+    except UnidentifiedImageError as err:
+        raise InputError("Pillow finds no picture in it") from err
+    except Exception as err:  # Pillow's plugins raise nearly anything for a damaged file
+        raise InputError(f"Pillow cannot open it ({one_line(err)})") from err
+    if image.width * image.height > max_pixels:
+        size = f"{image.width * image.height / MEGA:.3g} megapixels, more than {max_pixels / MEGA:.3g}"
+        raise InputError(f"it has {size}; see --max-megapixels")
+    return image
+
+
+@contextmanager
+def no_limit_of_pillow() -> Iterator[None]:
+    """Lift Pillow's own limit of pixels, which is the process's, inside the `with` block: `open_encoded` has one."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
