@@ -12,6 +12,7 @@ import pytest
 from tests.pictures import fill
 from trtower import (
     BackendError,
+    BuildError,
     BundleError,
     ConfigError,
     EmbedOptions,
@@ -119,8 +120,10 @@ def test_actor_that_dies_is_replaced(cluster: Any, certified: Path, photos: Path
 
 def test_errors_are_our_own(cluster: Any, certified: Path, fp32_bundle: Path, photos: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ray": cluster.address, "cores": 1}
-    with pytest.raises(BundleError, match="is not certified"):
+    with pytest.raises(BundleError, match="is not certified") as caught:
         embed(photos, fp32_bundle, tmp_path / "out", **options)
+    assert type(caught.value) is BundleError
+    assert str(caught.value).startswith(f"{fp32_bundle} is not certified: it has no certificate.")
     with pytest.raises(BackendError, match="no requested backend can run"):
         embed(photos, certified, tmp_path / "out", backend="tensorrt", **options)
     with pytest.raises(ConfigError, match="has room for 4 engines of 1 processors, not for 5"):
@@ -128,6 +131,13 @@ def test_errors_are_our_own(cluster: Any, certified: Path, fp32_bundle: Path, ph
     with pytest.raises(InputError, match="none of 1 pictures"):
         embed(photos / "bad.png", certified, tmp_path / "bad", **options)
     assert not ray.is_initialized()
+
+
+def test_full_disk_is_said(cluster: Any, certified: Path, photos: Path, tmp_path: Path, small_disk: Path) -> None:
+    fill(photos, range(40, 400))
+    with pytest.raises(BuildError, match=r"^the disk filled up while writing .*features-"):
+        embed(photos, certified, small_disk / "out", ray=cluster.address, cores=1, pictures_per_file=50)
+    assert not [*(small_disk / "out").glob(".*.staging")]
 
 
 def test_process_that_is_connected_stays_so(cluster: Any, certified: Path, photos: Path, tmp_path: Path) -> None:

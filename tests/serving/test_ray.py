@@ -1,5 +1,6 @@
 """Without a cluster: what a user types first, and what an address that does not answer costs."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def test_address_that_does_not_answer_is_said_within_seconds(
 ) -> None:
     with pytest.raises((BackendError, ConfigError), match=message):
         embed_pictures(photos, certified, tmp_path / "out", EmbedOptions(ray=address))
+
+
+def test_address_of_another_server_is_said_within_seconds(certified: Path, photos: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(BackendError, match=f"what answers at {address} is not Ray, or not healthy"):
+            embed_pictures(photos, certified, tmp_path / "out", EmbedOptions(ray=address))
 
 
 def test_command_runs_on_this_machine(certified: Path, photos: Path, tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def test_other_models_are_served_beside_a_damaged_one(
     with serving(models, tmp_path, "--exit-on-error=false", "--strict-readiness=false") as server:
         array = pixels(towers["fp16"], 1)
         np.testing.assert_array_equal(ask(server, "fp16", array), expect(towers["fp16"], array))
-        with pytest.raises(InferenceServerException, match="'fp32' .*is not (found|ready)|no available versions"):
+        with pytest.raises(InferenceServerException, match=r"'fp32' .*is not (found|ready)|no available versions"):
             ask(server, "fp32", pixels(towers["fp32"], 1))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtower.errors import ConfigError
+from trtower.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from trtower.embedding.embed import EmbedProgress
@@ -106,7 +106,7 @@ def embed(
     print(f"{out}: {description.pictures} pictures, {description.dtype} ({shape}), {len(features.files)} files")  # noqa: T201
     left_out = features.left_out
     for each in left_out[:NAMED]:
-        print(f"left out: {each.name}: {each.reason}")  # noqa: T201
+        print(f"left out: {one_line(each.name)}: {each.reason}")  # noqa: T201
     if len(left_out) > NAMED:
         print(f"left out in all: {len(left_out)}; {out}/_left_out.jsonl names them")  # noqa: T201
     return 0

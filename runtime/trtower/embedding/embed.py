@@ -5,12 +5,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from trtower.bundle.not_a_bundle import read_folder
 from trtower.embedding.engines import Open, here
 from trtower.embedding.features import Features
-from trtower.embedding.find import STDIN, Place, find_pictures
+from trtower.embedding.find import Place, find_pictures
 from trtower.embedding.folder import SCHEMA, FeatureFolder, Made, writing
 from trtower.embedding.formats import FORMATS
 from trtower.embedding.options import EmbedOptions
@@ -102,11 +101,10 @@ def embed_pictures(
     if found.remark:
         logger.warning("%s", found.remark)
     with writing(folder, _made(tower, options)) as features:
-        named = [f"{STDIN} in {Path.cwd()}" if place == STDIN else str(Path(place).absolute()) for place in places]
-        lacking = features.lacking(found.pictures, named, options.max_bytes, retry=options.retry)
+        lacking = features.lacking(found.pictures, retry=options.retry)
         progress = _Progress(len(lacking), len(found.pictures) - len(lacking), on_progress)
         if lacking:
-            _embed(open_engines, tower, features, lacking, named, options, progress)
+            _embed(open_engines, tower, features, lacking, options, progress)
         description = features.finish()
     if not description.pictures:
         first = Features.open(folder).left_out[0]
@@ -119,7 +117,6 @@ def _embed(
     tower: VisionTower,
     features: FeatureFolder,
     pictures: Sequence[Picture],
-    places: Sequence[str],
     options: EmbedOptions,
     progress: "_Progress",
 ) -> None:
@@ -130,8 +127,7 @@ def _embed(
     parts = [pictures[start : start + step] for start in range(0, len(pictures), step)]
     shards = [Shard(index=index, pictures=part) for index, part in zip(features.free_indices(), parts, strict=False)]
     with open_engines() as engines:
-        indices = [shard.index for shard in shards]
-        features.begin(places, engines.runs.backend, indices, any_backend=options.backend != "auto")
+        features.begin(engines.runs.backend, any_backend=options.backend != "auto")
         work = Work(
             folder=features.path.absolute(),
             format=made.format,

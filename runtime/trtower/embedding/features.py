@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trtower.bundle.not_a_bundle import read_folder
-from trtower.embedding.folder import LEFT_OUT, Description
+from trtower.embedding.folder import LEFT_OUT, Description, list_files, naming_damage
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 
 
@@ -48,11 +48,17 @@ class Features:
     @property
     def files(self) -> list[Path]:
         """The files, in the order of the pictures."""
-        return sorted(self.path.glob(f"features-*.{self.description.format}"))
+        return list_files(self.path, self.description.format)
 
     def __iter__(self) -> Iterator[Rows]:
-        """Read one file after another: the names of its pictures, their hashes, and their features (n, N, D)."""
-        return map(FORMATS[self.description.format].read, self.files)
+        """Read one file after another: the names of its pictures, their hashes, and their features (n, N, D).
+
+        Raises ConfigError for a file that is damaged.
+        """
+        for path in self.files:
+            with naming_damage(path):
+                rows = FORMATS[self.description.format].read(path)
+            yield rows
 
     def load(self) -> tuple[list[str], torch.Tensor]:
         """Read everything into memory.
@@ -60,15 +66,15 @@ class Features:
         Returns:
             The names of the pictures, and their features (n, N, D), or (n, D) of an embedding, in the same order.
         """
-        names, features = list[str](), torch.empty(0, *self.description.shape)
-        features = features.to(getattr(torch, self.description.dtype))
-        for rows in self:
-            names += rows.names
-            features = torch.cat([features, torch.from_numpy(rows.features.copy())])
-        return names, features
+        rows = [*self]
+        empty = torch.empty(0, *self.description.shape, dtype=getattr(torch, self.description.dtype))
+        features = torch.cat([empty, *(torch.from_numpy(each.features.copy()) for each in rows)])
+        return [name for each in rows for name in each.names], features
 
     @property
     def left_out(self) -> list[LeftOut]:
         """The pictures without features, and why, as of the last complete run."""
-        lines = (self.path / LEFT_OUT).read_text(encoding="utf-8").splitlines()
-        return [LeftOut(**json.loads(line)) for line in lines]
+        if not (self.path / LEFT_OUT).exists():  # no run was complete yet
+            return []
+        lines = (self.path / LEFT_OUT).read_text(encoding="utf-8").split("\n")
+        return [LeftOut(**json.loads(line)) for line in lines if line]

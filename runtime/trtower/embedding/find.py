@@ -9,7 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def find_pictures(places: Iterable[Place], column: str | None = None) -> Found:
         is_empty = True
         for picture in _find(place, column, others):
             is_empty = False
+            _refuse_undecodable(picture.name)
             other = pictures.setdefault(picture.name, picture)
             if other != picture:
                 raise ConfigError(
@@ -61,6 +62,14 @@ def find_pictures(places: Iterable[Place], column: str | None = None) -> Found:
     if not pictures:
         raise ConfigError("no pictures: pass a folder, a pattern, a list (.txt), or files.")
     return Found(pictures=[*pictures.values()], remark=_describe(others))
+
+
+def _refuse_undecodable(name: str) -> None:
+    """Raise ConfigError for a name that no file of features can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as err:
+        raise ConfigError(f"the name {name!a} is not UTF-8, and no file of features can hold it: rename it.") from err
 
 
 def _find(place: Place, column: str | None, others: Counter[str]) -> Iterator[Picture]:
@@ -76,7 +85,7 @@ def _find(place: Place, column: str | None, others: Counter[str]) -> Iterator[Pi
     if path.is_dir():
         return _in_folder(path, others)
     if path.is_file():
-        return _in_file(text, path, column)
+        return _in_file(text, path, column, others)
     if path.exists():
         raise ConfigError(f"{text} is neither a file nor a folder.")
     if not has_magic(text):
@@ -85,23 +94,28 @@ def _find(place: Place, column: str | None, others: Counter[str]) -> Iterator[Pi
 
 
 def _matching(pattern: Path, column: str | None, others: Counter[str]) -> Iterator[Picture]:
-    """Yield the pictures of the files that a pattern matches, sorted."""
-    matches = sorted(glob(str(pattern), recursive=True))  # noqa: PTH207 - a pattern may be absolute
+    """Yield the pictures of the files that a pattern matches, sorted. As in a shell, * and ** match no hidden names."""
+    parts = pattern.parts
+    fixed = next(index for index, part in enumerate(parts) if has_magic(part))
+    wild = "/".join(parts[fixed:])
+    matches = sorted(Path(*parts[:fixed]).glob(wild))  # ** does not follow links, so it ends
     if not matches:
         raise ConfigError(f"nothing matches {pattern}.")
-    for path in filter(Path.is_file, map(Path, matches)):
+    for path in filter(Path.is_file, matches):
+        if any(part[0] == "." for part in path.parts[fixed:]) and "/." not in f"/{wild}":
+            continue
         if path.suffix.lower() in ENDINGS or path.suffix.lower() in HOLDERS:
-            yield from _in_file(str(path), path, column)
+            yield from _in_file(str(path), path, column, others)
         else:
             others[path.suffix.lower()] += 1
 
 
-def _in_file(name: str, path: Path, column: str | None) -> Iterator[Picture]:
+def _in_file(name: str, path: Path, column: str | None, others: Counter[str]) -> Iterator[Picture]:
     ending = path.suffix.lower()
     if ending in ENDINGS:
         yield PictureFile(name, str(path.absolute()))
     elif ending in HOLDERS:
-        yield from HOLDERS[ending](name, path.absolute(), column)
+        yield from HOLDERS[ending](name, path.absolute(), column, others)
     else:
         advice = "decompress it" if ending in COMPRESSED else "rename it, or name it in a list"
         raise ConfigError(
@@ -110,13 +124,19 @@ def _in_file(name: str, path: Path, column: str | None) -> Iterator[Picture]:
 
 
 def _in_folder(folder: Path, others: Counter[str]) -> Iterator[Picture]:
-    """Yield the pictures below a folder, sorted, without hidden ones. Links are followed, but not in circles."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(root))
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and os.path.realpath(Path(root, name)) not in seen
-        )
+    """Yield the pictures below a folder, sorted, without hidden ones. Links are followed, but not to where they are."""
+    above: dict[str, tuple[str, ...]] = {
+        str(folder): (os.path.realpath(folder),)
+    }  # every folder, with the real places of all that hold it
+
+    def refuse(err: OSError) -> None:
+        raise ConfigError(f"{err.filename} cannot be read ({err.strerror}): make it readable, or pass its neighbours.")
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        holders = above.pop(root)
+        real = {name: os.path.realpath(Path(root, name)) for name in folders if name[0] != "."}
+        folders[:] = sorted(name for name, place in real.items() if place not in holders)
+        above |= {str(Path(root, name)): (*holders, real[name]) for name in folders}
         for path in (Path(root, name) for name in sorted(files) if name[0] != "."):
             if path.suffix.lower() in ENDINGS:
                 yield PictureFile(path.relative_to(folder).as_posix(), str(path.absolute()))
@@ -124,9 +144,9 @@ def _in_folder(folder: Path, others: Counter[str]) -> Iterator[Picture]:
                 others[path.suffix.lower()] += 1
 
 
-def _in_list(name: str, path: Path, _: str | None) -> Iterator[Picture]:
+def _in_list(name: str, path: Path, _: str | None, __: Counter[str]) -> Iterator[Picture]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
         raise ConfigError(f"{name} is not a list: it is not UTF-8 text ({one_line(err)}).") from err
     return _of_lines(lines, path.parent)
@@ -137,19 +157,39 @@ def _of_lines(lines: Iterable[str], folder: Path) -> Iterator[Picture]:
     return (PictureFile(line, str((folder / line).absolute())) for line in map(str.strip, lines) if line)
 
 
-def _in_tar(name: str, path: Path, _: str | None) -> Iterator[Picture]:
+def _in_tar(name: str, path: Path, _: str | None, others: Counter[str]) -> Iterator[Picture]:
+    parts: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                is_picture = Path(member.name).suffix.lower() in ENDINGS
-                if is_picture and member.isreg() and not member.issparse():
-                    inside = member.name.removeprefix("./")
-                    yield PictureInTar(f"{name}/{inside}", str(path), member.offset_data, member.size)
+                ending = Path(member.name).suffix.lower()
+                if member.isreg() and not member.issparse():
+                    parts[member.name] = (member.offset_data, member.size)
+                elif member.islnk() and member.linkname in parts:  # the same bytes once more
+                    parts[member.name] = parts[member.linkname]
+                elif ending in ENDINGS:
+                    others[f"{ending} that are links or sparse in a tar file"] += 1
+                if ending in ENDINGS and member.name in parts:
+                    yield PictureInTar(f"{name}/{member.name.removeprefix('./')}", str(path), *parts[member.name])
+            _refuse_rest(name, path, archive.offset)
     except tarfile.TarError as err:
         raise ConfigError(f"{name} is not a whole tar file: {one_line(err)}. If it is compressed, unpack it.") from err
 
 
-def _in_parquet(name: str, path: Path, column: str | None) -> Iterator[Picture]:
+def _refuse_rest(name: str, path: Path, end: int) -> None:
+    """Raise ConfigError unless a tar file ends where its members do: tarfile takes a damaged header for the end."""
+    with path.open("rb") as stream:
+        stream.seek(end)
+        blocks = iter(lambda: stream.read(1 << 20), b"")
+        first = next(blocks, b"")
+        if len(first) < tarfile.BLOCKSIZE or any(block.strip(b"\0") for block in (first, *blocks)):
+            raise ConfigError(
+                f"{name} is not a whole tar file: after {end} bytes it is cut or damaged, or another tar file follows. "
+                "Make it again."
+            )
+
+
+def _in_parquet(name: str, path: Path, column: str | None, _: Counter[str]) -> Iterator[Picture]:
     parquet = import_extra("pyarrow.parquet", extra="embed", purpose="reading Parquet")
     arrow = import_extra("pyarrow", extra="embed", purpose="reading Parquet")
     try:
@@ -161,16 +201,17 @@ def _in_parquet(name: str, path: Path, column: str | None) -> Iterator[Picture]:
             else:
                 rows = range(file.metadata.num_rows)
                 yield from (PictureInParquet(f"{name}#{row}", str(path), chosen, row) for row in rows)
-    except arrow.ArrowInvalid as err:
+    except (arrow.ArrowInvalid, OSError) as err:
         raise ConfigError(f"{name} is not a whole Parquet file: {one_line(err)}.") from err
 
 
-HOLDERS: dict[str, Callable[[str, Path, str | None], Iterator[Picture]]] = {
+HOLDERS: dict[str, Callable[[str, Path, str | None, Counter[str]], Iterator[Picture]]] = {
     ".txt": _in_list,
     ".tar": _in_tar,
     ".parquet": _in_parquet,
 }
-"""What finds the pictures in a file of this ending, by the file's name as passed, its path, and the column."""
+"""What finds the pictures in a file of this ending: by its name as passed, its path and the column. What it passes over
+is counted in the last argument."""
 
 
 def _choose_column(name: str, schema: Any, column: str | None) -> tuple[str, str]:
@@ -195,10 +236,12 @@ def _kind(of: Any) -> str:
     """Return what an Arrow type can hold: "bytes", also in a struct as in Hugging Face's datasets; "paths"; or ""."""
     types = import_extra("pyarrow.types", extra="embed", purpose="reading Parquet")
     if types.is_struct(of):
-        return next((_kind(field.type) for field in of if field.name == "bytes"), "")
-    if types.is_binary(of) or types.is_large_binary(of):
+        return "bytes" if any(field.name == "bytes" and _kind(field.type) == "bytes" for field in of) else ""
+    if types.is_dictionary(of):
+        return _kind(of.value_type)
+    if types.is_binary(of) or types.is_large_binary(of) or types.is_binary_view(of):
         return "bytes"
-    return "paths" if types.is_string(of) or types.is_large_string(of) else ""
+    return "paths" if types.is_string(of) or types.is_large_string(of) or types.is_string_view(of) else ""
 
 
 def _describe(others: Counter[str]) -> str:

@@ -12,7 +12,8 @@ of Parquet pass over names that begin with an underscore or a dot.
 import hashlib
 import json
 import os
-import time
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,10 +27,10 @@ from filelock import FileLock, Timeout
 from trtower.bundle.staging import disk_errors
 from trtower.embedding.formats import FORMATS, Format, Names, Rows
 from trtower.embedding.picture import Picture, open_each
-from trtower.errors import ConfigError, InputError, TrtowerError, one_line
+from trtower.errors import BuildError, ConfigError, TrtowerError, one_line
 
 DESCRIPTION, LEFT_OUT, LOCK = "_embedding.json", "_left_out.jsonl", ".lock"
-STAGING = ".staging"
+STAGING, PREFIX = ".staging", "features-"
 SCHEMA = 1
 
 
@@ -56,15 +57,9 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Description(Made):
-    """All of _embedding.json: what makes the features, on which backend, of which places, and how many there are.
-
-    ``runs`` are, of every run, the nanosecond of its start, and the numbers of the first and last file that it was to
-    write.
-    """
+    """All of _embedding.json: what makes the features, on which backend, and how many there are by now."""
 
     backend: str = ""
-    runs: tuple[tuple[int, int, int], ...] = ()
-    places: tuple[str, ...] = ()
     complete: bool = False
     pictures: int = 0
     left_out: int = 0
@@ -78,18 +73,13 @@ class Description(Made):
             if data["schema"] != SCHEMA:
                 raise ConfigError(f"{path} has schema {data['schema']}; this trtower reads {SCHEMA}: use another one.")
             lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-            runs = tuple((int(start), int(first), int(last)) for start, first, last in data["runs"])
-            return cls(**{**data, **lists, "runs": runs})
+            return cls(**{**data, **lists})
         except FileNotFoundError as err:
             raise ConfigError(f"{folder} holds no features: it has no {DESCRIPTION}.") from err
         except (ValueError, KeyError, TypeError) as err:
             if isinstance(err, ConfigError):
                 raise
             raise ConfigError(f"{path} is damaged ({one_line(err)}): embed into another folder.") from err
-
-    def since(self, index: int) -> int:
-        """Return when at the earliest the pictures of a file were read: the start of a run that was to write it."""
-        return min((start for start, first, last in self.runs if first <= index <= last), default=0)
 
     @property
     def made(self) -> dict[str, object]:
@@ -115,15 +105,11 @@ class Description(Made):
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A picture that a folder has: its ``sha256`` and ``size``, or why it was left out; None is unknown.
+    """A picture that a folder has: its ``sha256``, or the ``reason`` why it was left out, and its file's ``stamp``."""
 
-    ``since`` is when it was read at the earliest, in nanoseconds.
-    """
-
-    sha256: str | None
-    size: int | None
-    reason: str | None
-    since: int
+    stamp: str
+    sha256: str = ""
+    reason: str = ""
 
 
 @dataclass(kw_only=True)
@@ -134,7 +120,6 @@ class FeatureFolder:
     description: Description
     known: dict[str, Known] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
-    opened_ns: int = field(default_factory=time.time_ns)
 
     @property
     def format(self) -> Format:
@@ -142,41 +127,44 @@ class FeatureFolder:
         return FORMATS[self.description.format]
 
     def read_known(self) -> None:
-        """Read which pictures its files have. Raises ConfigError for a damaged file."""
-        for index, names in each_file(self.path, self.format):
-            self.taken.add(index)
-            since = self.description.since(index)
+        """Read which pictures its files have. Raises ConfigError for a file that is damaged, or not of this folder."""
+        for path, names in each_file(self.path, self.format):
+            differing = [
+                key for key, value in self.description.made.items() if _plain(names.about[key]) != _plain(value)
+            ]
+            if differing:
+                raise ConfigError(f"{path} is of another run, with another {differing[0]}: remove it.")
+            self.taken.add(int(path.stem.removeprefix(PREFIX)))
             for each in names.left_out:
-                before = self.known.get(each.name)
-                if before is None or before.reason:
-                    self.known[each.name] = Known(sha256=None, size=None, reason=each.reason, since=since)
-            for name, sha256, size in zip(names.names, names.sha256, names.size, strict=True):
-                self.known[name] = Known(sha256=sha256, size=size, reason=None, since=since)
+                if self.known.get(each.name, each).reason:
+                    self.known[each.name] = Known(reason=each.reason, stamp=each.stamp)
+            for name, sha256, stamp in zip(names.names, names.sha256, names.stamps, strict=True):
+                if name in self.known and not self.known[name].reason:
+                    raise ConfigError(f"{path} has features of {name}, and so has an earlier file: remove {path}.")
+                self.known[name] = Known(sha256=sha256, stamp=stamp)
 
-    def lacking(self, pictures: Sequence[Picture], places: Sequence[str], most: int, *, retry: bool) -> list[Picture]:
+    def lacking(self, pictures: Sequence[Picture], *, retry: bool) -> list[Picture]:
         """Return the pictures that the folder lacks.
 
         With ``retry`` those that were left out are among them, and otherwise only if their files changed since. Raises
         ConfigError if the folder has features of a picture whose bytes are others now.
         """
-        is_new_place = not {*places} <= {*self.description.places}
         lacking, doubtful = list[Picture](), list[Picture]()
         for picture in pictures:
             known = self.known.get(picture.name)
-            changed = known is not None and (is_new_place or _may_have_changed(picture, known))
-            if known is None or (known.reason is not None and (retry or changed)):
+            if known is None or (known.reason and retry):
                 lacking.append(picture)
-            elif changed and known.reason is None:
-                doubtful.append(picture)
-        for picture, read in open_each(doubtful, most):
+            elif picture.stamp() != known.stamp:
+                (lacking if known.reason else doubtful).append(picture)
+        for name, picture, read in open_each(((each.name, each) for each in doubtful), sys.maxsize - 1):
             try:
-                sha256 = hashlib.sha256(read()).hexdigest()
-            except (OSError, InputError):
+                sha256 = hashlib.sha256(read()[0]).hexdigest()
+            except (OSError, ValueError):  # InputError is one, too
                 continue  # it is gone, and its features stay
-            if sha256 != self.known[picture.name].sha256:
+            if sha256 != self.known[name].sha256:
                 raise ConfigError(
-                    f"{self.path} has features of {picture.name}, but {picture.path} holds another picture now: embed "
-                    "into another folder."
+                    f"{self.path} has features of {name}, but {picture.path} holds another picture now: embed into "
+                    "another folder."
                 )
         return lacking
 
@@ -184,8 +172,8 @@ class FeatureFolder:
         """Yield the numbers that no file has yet, in ascending order."""
         return (index for index in count() if index not in self.taken)
 
-    def begin(self, places: Sequence[str], backend: str, indices: Sequence[int], *, any_backend: bool) -> None:
-        """Record that a backend begins to embed pictures of these places, into files of these numbers.
+    def begin(self, backend: str, *, any_backend: bool) -> None:
+        """Record that a backend begins to embed.
 
         With ``any_backend`` it may be another than the one that made the first features. Raises ConfigError otherwise.
         """
@@ -195,16 +183,14 @@ class FeatureFolder:
                 f"{self.path} was begun on {first}, and the best backend here is {backend}. Both are right within "
                 f"their certificates, but not equal: to go on, name one, as in --backend {backend}."
             )
-        together = tuple(dict.fromkeys((*self.description.places, *places)))
-        runs = (*self.description.runs, (self.opened_ns, min(indices), max(indices)))
-        self._describe(replace(self.description, backend=first, places=together, runs=runs, complete=False))
+        self._describe(replace(self.description, backend=first, complete=False))
 
     def finish(self) -> Description:
         """Record how many pictures the folder has, and which were left out."""
         self.known.clear()
         self.read_known()
-        left_out = {name: known.reason for name, known in self.known.items() if known.reason is not None}
-        lines = [json.dumps({"name": name, "reason": reason}, ensure_ascii=False) for name, reason in left_out.items()]
+        left_out = {name: known.reason for name, known in self.known.items() if known.reason}
+        lines = [json.dumps({"name": name, "reason": reason}) for name, reason in left_out.items()]
         _replace(self.path / LEFT_OUT, "".join(f"{line}\n" for line in lines).encode())
         pictures = len(self.known) - len(left_out)
         self._describe(replace(self.description, complete=True, pictures=pictures, left_out=len(left_out)))
@@ -223,14 +209,18 @@ def writing(path: Path, made: Made) -> Iterator[FeatureFolder]:
     Raises ConfigError if the folder holds anything else, BuildError if the disk is full.
     """
     try:
+        str(path.absolute()).encode()
         path.mkdir(parents=True, exist_ok=True)
         held = FileLock(path / LOCK).acquire(timeout=0)
     except Timeout as err:
         raise ConfigError(f"another process is writing into {path}: wait for it to end, or embed elsewhere.") from err
+    except UnicodeEncodeError as err:
+        raise ConfigError(f"the name of {path!a} is not UTF-8: choose another folder.") from err
     except OSError as err:
         raise ConfigError(f"cannot write into {path}: {err.strerror or one_line(err)}. Choose another folder.") from err
     with held, disk_errors(path):
-        found = sorted(each.name for each in path.iterdir() if each.name != LOCK and not each.name.endswith(STAGING))
+        names = (each.name for each in path.iterdir())
+        found = sorted(name for name in names if name not in (LOCK, "lost+found") and not name.endswith(STAGING))
         if found and DESCRIPTION not in found:
             raise ConfigError(f"{path} holds {found[0]} and no {DESCRIPTION}, so it was not touched: choose another.")
         description = Description.read(path) if found else Description(**vars(made))
@@ -243,32 +233,43 @@ def writing(path: Path, made: Made) -> Iterator[FeatureFolder]:
 
 
 def write_file(folder: Path, index: int, format_: Format, rows: Rows) -> None:
-    """Write one file of a folder, complete or not at all."""
-    path = folder / f"features-{index:06}.{format_.suffix}"
-    with _staged(path) as stream:
-        format_.write(stream, rows)
-
-
-def each_file(folder: Path, format_: Format) -> Iterator[tuple[int, Names]]:
-    """Yield the number of each file of a folder and its pictures. Raises ConfigError for a damaged file."""
-    for path in sorted(folder.glob(f"features-*.{format_.suffix}")):
-        try:
-            yield int(path.stem.removeprefix("features-")), format_.names(path)
-        except (TrtowerError, MemoryError):
-            raise
-        except Exception as err:  # whatever a library says of a damaged file
-            raise ConfigError(
-                f"{path} is damaged ({one_line(err)}): remove it, and its pictures are embedded again."
-            ) from err
-
-
-def _may_have_changed(picture: Picture, known: Known) -> bool:
-    """Whether a picture's file may hold other bytes than when it was read: a cheap question."""
+    """Write one file of a folder, complete or not at all. Raises BuildError if it cannot be written."""
+    path = folder / f"{PREFIX}{index:06}.{format_.suffix}"
     try:
-        status = Path(picture.path).stat()
-    except OSError:
-        return False
-    return status.st_ctime_ns >= known.since
+        with disk_errors(path), _staged(path) as stream:
+            format_.write(stream, rows)
+    except OSError as err:
+        raise BuildError(f"{path} cannot be written: {err.strerror or one_line(err)}.") from err
+
+
+def list_files(folder: Path, suffix: str) -> list[Path]:
+    """List the files of features in a folder, in their order. Copies under other names are none of them."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d{{6,}}\.{suffix}", path.name))
+
+
+def each_file(folder: Path, format_: Format) -> Iterator[tuple[Path, Names]]:
+    """Yield each file of a folder with its pictures. Raises ConfigError for a damaged file."""
+    for path in list_files(folder, format_.suffix):
+        with naming_damage(path):
+            names = format_.names(path)
+        yield path, names
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turn whatever a library says of a damaged file into ConfigError."""
+    try:
+        yield
+    except (TrtowerError, MemoryError):
+        raise
+    except Exception as err:
+        raise ConfigError(
+            f"{path} is damaged ({one_line(err)}): remove it, and its pictures are embedded again."
+        ) from err
+
+
+def _plain(value: object) -> object:
+    return [*value] if isinstance(value, tuple) else value
 
 
 @contextmanager

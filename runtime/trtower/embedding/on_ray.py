@@ -6,9 +6,11 @@ Every node needs trtower with the extra ``ray``, and sees the bundle, the pictur
 import logging
 import pickle
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from trtower.extras import import_extra
 from trtower.tower.vision_tower import VisionTower
 
 LOCAL, AUTO = "local", "auto"
-ANSWERS_WITHIN_S = 5.0
+ANSWERS_WITHIN_S, HEALTHY_WITHIN_S = 5.0, 20.0
 STARTS_WITHIN_S = 120.0
 """Seconds until an engine must have been placed and loaded."""
 
@@ -71,27 +73,38 @@ class Opens:
 
 
 class Actor:
-    """One engine."""
+    """One engine. What trtower raises is returned as a row: Ray would keep its words, and lose its kind."""
 
     def __init__(self, opens: Opens, work: Work) -> None:
-        self._tower, self._work = opens.open(), work
+        self._work = replace(work, threads=opens.options.threads or opens.share.cores)
+        self._error = b""
         try:
-            description = Description.read(work.folder)
-        except ConfigError as err:
-            raise self._not_shared() from err
-        if description.tower_sha256 != opens.tower_sha256:
-            raise self._not_shared()
+            self._tower = opens.open()
+            _refuse_another(work.folder, opens.tower_sha256)
+        except TrtowerError as err:
+            self._error = pickle.dumps(err)
 
-    def _not_shared(self) -> ConfigError:
-        return ConfigError(
-            f"{self._work.folder} on {socket.gethostname()} is not the folder that was named: all nodes must share it."
-        )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Embed the shards of a block."""
-        shards = [pickle.loads(each) for each in batch["shard"]]  # noqa: S301 - this module pickled them
-        done = [*embed_shards(self._tower, self._work, shards, lambda number: None)]
-        return {name: [getattr(each, name) for each in done] for name in ("index", "pictures", "left_out")}
+        done, error = list[Done](), self._error
+        if not error:
+            shards = [pickle.loads(each) for each in batch["shard"]]  # noqa: S301 - this module pickled them
+            try:
+                done.extend(embed_shards(self._tower, self._work, shards, lambda number: None))
+            except TrtowerError as err:
+                error = pickle.dumps(err)
+        rows = [*map(asdict, done), *([asdict(Done(index=-1, pictures=0, left_out=0))] if error else [])]
+        columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+        return {**columns, "error": [b""] * len(done) + ([error] if error else [])}
+
+
+def _refuse_another(folder: Path, tower_sha256: str) -> None:
+    """Raise ConfigError unless this node sees the folder that the job writes to."""
+    found = Description.read(folder).tower_sha256 if folder.is_dir() else None
+    if found != tower_sha256:
+        raise ConfigError(
+            f"{folder} on {socket.gethostname()} is not the folder that was named: all nodes must share it."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +130,8 @@ class OnRay:
         )
         with _errors_of_ray():
             for row in data.iter_rows():
+                if error := row.pop("error"):
+                    raise pickle.loads(error)  # noqa: S301 - of our own actor
                 tick(row["pictures"] + row["left_out"])
                 yield Done(**row)
 
@@ -134,7 +149,7 @@ def on_ray(tower: VisionTower, options: EmbedOptions) -> Iterator[OnRay]:
     with _connected(ray, str(options.ray)):
         share = divide([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
         opens = Opens(
-            bundle=str(Path(tower.vision_tower_name).absolute()),
+            bundle=str(tower.bundle.path.absolute()),
             tower_sha256=tower.bundle.manifest.tower_sha256,
             options=options,
             backend=options.backend,
@@ -206,6 +221,11 @@ def _refuse_silent(address: str) -> None:
             f"no answer from Ray at {address} ({getattr(err, 'strerror', None) or one_line(err)}): start it there with "
             f"`ray start --head`, or use --ray {LOCAL}."
         ) from err
+    try:  # in a process that can be ended, for Ray itself waits for minutes if something else answers
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        subprocess.run(command, check=True, capture_output=True, timeout=HEALTHY_WITHIN_S)
+    except subprocess.SubprocessError as err:
+        raise BackendError(f"what answers at {address} is not Ray, or not healthy: see `ray status`.") from err
 
 
 @contextmanager
@@ -213,13 +233,11 @@ def _errors_of_ray() -> Iterator[None]:
     """Raise what one of our own functions raised in an actor, without Ray's wrapping."""
     try:
         yield
-    except TrtowerError:
-        raise
     except Exception as err:
         cause: BaseException | None = err
         while cause is not None:
             inner = getattr(cause, "cause", None)
-            if isinstance(cause, TrtowerError):
+            if isinstance(cause, TrtowerError) and inner is None:  # Ray's wrapping is one, too, and has a cause
                 raise type(cause)(*cause.args) from err
             cause = inner if isinstance(inner, BaseException) else cause.__cause__
         if type(err).__name__ == "GetTimeoutError":

@@ -5,20 +5,26 @@ A picture says where its bytes are and holds none, so that any process can read 
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from trtower.errors import InputError
+from trtower.errors import ConfigError, InputError, one_line
 from trtower.extras import import_extra
 
 ROWS_AT_ONCE = 16
 """Rows of a Parquet file that are read at a time."""
 
-Read = Callable[[], bytes]
-"""Reads the bytes of one picture."""
+BUFFER = 1 << 20
+"""Bytes of a Parquet file that are read at a time, so that a row group need not be in memory."""
+
+T = TypeVar("T")
+
+Read = Callable[[], tuple[bytes, str]]
+"""Reads the bytes of one picture, with the stamp of the file that they are in, taken as it was read."""
 
 
 class Picture(Protocol):
@@ -30,19 +36,27 @@ class Picture(Protocol):
     @property
     def path(self) -> str: ...  # noqa: D102
 
+    def stamp(self) -> str:
+        """Return the stamp that reading it now would give, or "" if there is no such file. Reads nothing."""
+
     @classmethod
-    def readers(cls, pictures: "list[Any]", most: int) -> Iterator[Read]:
+    def readers(cls, pictures: "Sequence[Any]", most: int) -> Iterator[Read]:
         """Yield what reads each of ``pictures``, which are in one file. Any thread may call it, at any time.
 
-        It returns at most one byte more than ``most``, and raises OSError or InputError.
+        It returns at most one byte more than ``most``, and raises OSError, ValueError or InputError.
         """
 
 
-def open_each(pictures: Iterable[Picture], most: int) -> Iterator[tuple[Picture, Read]]:
-    """Yield every picture with what reads its bytes, at most one more than ``most``."""
-    for (kind, _), group in groupby(pictures, key=lambda picture: (type(picture), picture.path)):
+def open_each(items: Iterable[tuple[T, Picture]], most: int) -> Iterator[tuple[T, Picture, Read]]:
+    """Yield every picture with what came with it, and what reads its bytes, at most one more than ``most``.
+
+    Each file of several pictures is opened once for all that follow one another. Raises ConfigError if one is damaged.
+    """
+    for (kind, _), group in groupby(items, key=lambda item: (type(item[1]), item[1].path)):
         each = [*group]
-        yield from zip(each, kind.readers(each, most), strict=True)
+        readers = kind.readers([picture for _, picture in each], most)
+        for (companion, picture), read in zip(each, readers, strict=True):
+            yield companion, picture, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +66,12 @@ class PictureFile:
     name: str
     path: str
 
+    def stamp(self) -> str:
+        """Return the file's stamp; see `Picture`."""
+        return _stamp_at(self.path)
+
     @classmethod
-    def readers(cls, pictures: "list[PictureFile]", most: int) -> Iterator[Read]:
+    def readers(cls, pictures: "Sequence[PictureFile]", most: int) -> Iterator[Read]:
         """Yield what reads each file; see `Picture`."""
         return (partial(_read, picture.path, 0, most + 1) for picture in pictures)
 
@@ -67,8 +85,12 @@ class PictureInTar:
     offset: int
     size: int
 
+    def stamp(self) -> str:
+        """Return the tar file's stamp; see `Picture`."""
+        return _stamp_at(self.path)
+
     @classmethod
-    def readers(cls, pictures: "list[PictureInTar]", most: int) -> Iterator[Read]:
+    def readers(cls, pictures: "Sequence[PictureInTar]", most: int) -> Iterator[Read]:
         """Yield what reads each part of the file; see `Picture`."""
         return (partial(_read, each.path, each.offset, min(each.size, most + 1)) for each in pictures)
 
@@ -82,40 +104,70 @@ class PictureInParquet:
     column: str
     row: int
 
+    def stamp(self) -> str:
+        """Return the stamp of the file's column; see `Picture`."""
+        stamp = _stamp_at(self.path)
+        return stamp and f"{stamp} {self.column}"
+
     @classmethod
-    def readers(cls, pictures: "list[PictureInParquet]", most: int) -> Iterator[Read]:
-        """Yield what returns each row's bytes. They are read here, in ascending rows, a few at a time."""
+    def readers(cls, pictures: "Sequence[PictureInParquet]", most: int) -> Iterator[Read]:
+        """Yield what returns each row's bytes. They are read here, in the order of the file, a few at a time."""
         parquet = import_extra("pyarrow.parquet", extra="embed", purpose="reading Parquet")
-        with parquet.ParquetFile(pictures[0].path) as file:
-            for content in _rows(file, pictures[0].column, {picture.row for picture in pictures}):
-                yield partial(_bytes_of, content)
+        with Path(pictures[0].path).open("rb") as stream, parquet.ParquetFile(stream, buffer_size=BUFFER) as file:
+            stamp, last = _stamp(os.fstat(stream.fileno())), -1
+            rows: Iterator[tuple[int, Any]] = iter(())
+            for index, picture in enumerate(pictures):
+                if picture.row <= last or index == 0:  # the same file once more, by another name
+                    rows = _rows(file, picture, {each.row for each in pictures[index:]})
+                last = picture.row
+                content = next((content for row, content in rows if row == picture.row), None)
+                yield partial(_bytes_of, content, f"{stamp} {picture.column}")
 
 
-def _read(path: str, offset: int, size: int) -> bytes:
+def _read(path: str, offset: int, size: int) -> tuple[bytes, str]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for a pipe's other end
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise InputError("it is not a file")
         stream.seek(offset)
-        return stream.read(size)
+        return stream.read(min(size, max(0, status.st_size - offset))), _stamp(status)
 
 
-def _bytes_of(content: Any) -> bytes:
+def _stamp(status: os.stat_result) -> str:
+    """Say which file this is, and when it last changed: whatever is written or moved to its path has another stamp."""
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _stamp_at(path: str) -> str:
+    try:
+        return _stamp(Path(path).stat())
+    except (OSError, ValueError):
+        return ""
+
+
+def _bytes_of(content: Any, stamp: str) -> tuple[bytes, str]:
     if isinstance(content, dict):  # as Hugging Face's datasets store a picture
         content = content["bytes"]
     if not isinstance(content, bytes):
         raise InputError("its row is empty")
-    return content
+    return content, stamp
 
 
-def _rows(file: Any, column: str, wanted: Set[int]) -> Iterator[Any]:
-    """Yield the content of the ``wanted`` rows, in ascending order. Row groups without any are not read."""
+def _rows(file: Any, picture: PictureInParquet, wanted: Set[int]) -> Iterator[tuple[int, Any]]:
+    """Yield the number and content of the ``wanted`` rows, in ascending order. Other row groups are not read."""
     end = 0
     for group in range(file.num_row_groups):
         start, end = end, end + file.metadata.row_group(group).num_rows
         if wanted.isdisjoint(range(start, end)):
             continue
-        batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column])
-        for row, content in enumerate(chain.from_iterable(batch.column(0) for batch in batches), start):
-            if row in wanted:
-                yield content.as_py()
+        try:
+            batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[picture.column])
+            for row, content in enumerate(chain.from_iterable(batch.column(0) for batch in batches), start):
+                if row in wanted:
+                    yield row, content.as_py()
+        except (OSError, ValueError) as err:  # Arrow's errors are of these two kinds
+            raise ConfigError(
+                f"{picture.path} is damaged in its row group {group}, rows {start} to {end - 1} ({one_line(err)}): "
+                "replace the file."
+            ) from err

@@ -20,7 +20,7 @@ from trtower.dtypes import DTYPES
 from trtower.embedding.folder import write_file
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 from trtower.embedding.picture import Picture, Read, open_each
-from trtower.errors import InputError, one_line
+from trtower.errors import one_line
 from trtower.tower.encoded import no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, joined, prepare
 from trtower.tower.vision_tower import VisionTower
@@ -74,6 +74,7 @@ class _Prepared:
 
     shard: Shard
     name: str
+    stamp: str = ""
     sha256: str = ""
     size: int = 0
     pixel_values: torch.Tensor | None = None
@@ -114,24 +115,23 @@ class Reader:
 
     def open(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, Picture, Read]]:
         """Yield each picture with its shard, and what reads its bytes."""
-        for shard in shards:
-            for picture, read in open_each(shard.pictures, self._work.max_bytes):
-                yield shard, picture, read
+        items = ((shard, picture) for shard in shards for picture in shard.pictures)
+        return open_each(items, self._work.max_bytes)
 
     def read(self, item: tuple[Shard, Picture, Read]) -> _Prepared:
         """Read and prepare a picture, in any thread."""
-        shard, picture, read = item
+        (shard, picture, read), work, stamp = item, self._work, item[1].stamp()
         try:
-            content = read()
-            work = self._work
+            content, stamp = read()
             with open_encoded(content, max_bytes=work.max_bytes, max_pixels=work.max_pixels) as image:
                 pixel_values = prepare(self._processor, image).to(self._dtype)  # here, to save memory
-        except (InputError, OSError) as err:
+        except (OSError, ValueError) as err:  # InputError is one, too
             reason = one_line(getattr(err, "strerror", None) or err).removeprefix("images: ")
-            return _Prepared(shard=shard, name=picture.name, reason=reason)
+            return _Prepared(shard=shard, name=picture.name, stamp=stamp, reason=reason)
         return _Prepared(
             shard=shard,
             name=picture.name,
+            stamp=stamp,
             sha256=hashlib.sha256(content).hexdigest(),
             size=len(content),
             pixel_values=pixel_values,
@@ -155,7 +155,7 @@ class _Collected:
     def add(self, picture: _Prepared) -> None:
         """Add a picture; run what waits if it is a whole portion."""
         if picture.pixel_values is None:
-            self._left_out.append(LeftOut(name=picture.name, reason=picture.reason))
+            self._left_out.append(LeftOut(name=picture.name, reason=picture.reason, stamp=picture.stamp))
             return
         self._waiting.append(picture)
         if len(self._waiting) == self._portion:
@@ -169,6 +169,7 @@ class _Collected:
             names=[each.name for each in self._kept],
             sha256=[each.sha256 for each in self._kept],
             size=[each.size for each in self._kept],
+            stamps=[each.stamp for each in self._kept],
             features=self._features[: len(self._kept)].numpy(),
             left_out=self._left_out,
             about=self._work.about,
@@ -196,7 +197,7 @@ class _Collected:
                 continue
             overflows = bool(of_engine.isfinite().all())
             what = f"exceed {self._work.dtype}; see --dtype" if overflows else "are not finite; see trtower doctor"
-            self._left_out.append(LeftOut(name=each.name, reason=f"its features {what}"))
+            self._left_out.append(LeftOut(name=each.name, reason=f"its features {what}", stamp=each.stamp))
         self._features[start : len(self._kept)] = values[is_finite]
 
 

@@ -1,5 +1,6 @@
 """Open encoded pictures from bytes, within limits: what a file, a message or a row of a table holds."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -18,14 +19,22 @@ LARGEST_PICTURE = 89_478_485
 """Pixels from which on Pillow warns of a decompression bomb: a quarter of a GiB in RGB."""
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of the formats that it reads by itself. For others, such as EPS, it starts a program."""
+
+_limits = threading.Lock()
+_lifted: list[int | None] = []
+
+
 def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: int = LARGEST_PICTURE) -> "Image":
     """Open an encoded picture; raise InputError if it is none, or exceeds a limit. Pixels are not decoded yet."""
     from PIL import Image, UnidentifiedImageError
 
     if len(content) > max_bytes:
         raise InputError(f"its file has more than {max_bytes / MIB:.3g} MiB; see --max-mib")
+    Image.init()  # knows every format then
     try:
-        image = Image.open(BytesIO(content))
+        image = Image.open(BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as err:
         raise InputError("Pillow finds no picture in it") from err
     except Exception as err:  # Pillow's plugins raise nearly anything for a damaged file
@@ -38,11 +47,17 @@ def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: i
 
 @contextmanager
 def no_limit_of_pillow() -> Iterator[None]:
-    """Lift Pillow's own limit of pixels, which is the process's, inside the `with` block: `open_encoded` has one."""
+    """Lift Pillow's own limit of pixels, which is the process's, inside the block: `open_encoded` has one."""
     from PIL import Image
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with _limits:
+        _lifted.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        with _limits:  # several may be inside: the last one out restores what the first one found
+            first = _lifted[0]
+            _lifted.pop()
+            if not _lifted:
+                Image.MAX_IMAGE_PIXELS = first

@@ -115,7 +115,6 @@ def test_every_file_says_what_made_it(certified: Path, photos: Path, tmp_path: P
     description = features.description
     assert (description.shape, description.layers, description.tokens) == ((9, 64), (3,), "patch")
     assert (description.complete, description.pictures, description.left_out) == (True, 10, 0)
-    assert description.places == (str(photos),)
 
 
 def test_plans_and_certificates_do_not_make_another_tower(certified: Path, fp32_bundle: Path) -> None:
@@ -213,6 +212,33 @@ def test_limits_can_be_raised(certified: Path, photos: Path, tmp_path: Path, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own would refuse
     assert len(embed(photos, certified, tmp_path / "out")) == 10
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_odd_names_are_stored(certified: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "a\u2028\nb.png").write_bytes(b"no")
+    (photos / "c\u0085d é.png").write_bytes(encoded(30))
+    features = embed(photos, certified, tmp_path / "out")
+    assert [each.name for each in features.left_out] == ["a\u2028\nb.png"]
+    assert "c\u0085d é.png" in features.load()[0]
+
+
+def test_no_program_is_started_for_a_picture(certified: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    (left_out,) = embed(photos, certified, tmp_path / "out").left_out
+    assert (left_out.name, left_out.reason) == ("eps.png", "Pillow finds no picture in it")
+
+
+def test_limit_of_pillow_survives_two_at_once() -> None:
+    from trtower.tower.encoded import no_limit_of_pillow
+
+    before = Image.MAX_IMAGE_PIXELS
+    first, second = no_limit_of_pillow(), no_limit_of_pillow()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None
+    second.__exit__(None, None, None)
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_pictures_of_which_none_can_be_read_are_an_error(certified: Path, here: Path) -> None:
@@ -367,10 +393,48 @@ def test_other_folder_with_the_same_names_is_refused(certified: Path, photos: Pa
     for seed in range(10, 20):
         for path in (tmp_path / "others").rglob(f"{seed:03}.png"):
             path.rename(path.with_name(f"{seed - 10:03}.png"))
-    time.sleep(0.02)  # so that they are older than the first run
     embed(photos, certified, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"has features of 000\.png, but .*others/000\.png holds another picture"):
         embed(tmp_path / "others", certified, tmp_path / "out")
+
+
+def test_folder_that_took_the_place_of_another_is_refused(certified: Path, photos: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "others", range(10, 20))
+    for path in [*(tmp_path / "others").rglob("*.png")]:
+        path.rename(path.with_name(f"{int(path.stem) - 10:03}.png"))
+    (tmp_path / "current").symlink_to(photos)
+    embed(photos, certified, tmp_path / "out")
+    embed(tmp_path / "current", certified, tmp_path / "linked")
+    photos.rename(tmp_path / "before")
+    (tmp_path / "others").rename(photos)
+    for place, out in ((photos, "out"), (tmp_path / "current", "linked")):
+        with pytest.raises(ConfigError, match="holds another picture now"):
+            embed(place, certified, tmp_path / out)
+
+
+def test_other_column_is_refused(certified: Path, here: Path) -> None:
+    contents = {"left": [encoded(0), encoded(1)], "right": [encoded(2), encoded(3)]}
+    pq.write_table(pa.table(contents), here / "data.parquet")
+    embed("data.parquet", certified, here / "out", column="left")
+    with pytest.raises(ConfigError, match=r"has features of data\.parquet#0, but .* holds another picture now"):
+        embed("data.parquet", certified, here / "out", column="right")
+
+
+def test_name_in_two_lists_is_one_picture_or_refused(certified: Path, photos: Path, here: Path) -> None:
+    fill(here / "others", range(21, 23))
+    for path, names in ((photos, "000.png"), (here / "others", "021.png")):
+        (path / "list.txt").write_text(names, encoding="utf-8")
+        embed(path / "list.txt", certified, here / "out")
+    (here / "others" / "022.png").rename(here / "others" / "000.png")
+    (here / "others" / "list.txt").write_text("021.png\n000.png", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"has features of 000\.png"):
+        embed(here / "others" / "list.txt", certified, here / "out")
+
+
+def test_touched_picture_is_compared_whole(certified: Path, photos: Path, tmp_path: Path) -> None:
+    embed(photos, certified, tmp_path / "out")
+    (photos / "003.png").touch()
+    assert len(embed(photos, certified, tmp_path / "out", max_bytes=100)) == 10
 
 
 def test_removed_pictures_keep_their_features(certified: Path, photos: Path, tmp_path: Path) -> None:
@@ -411,6 +475,13 @@ def test_other_options_are_not_mixed(
         embed(photos, certified, tmp_path / "out", **options)
 
 
+def test_other_layer_of_the_same_shape_is_not_mixed(bundles: Bundles, photos: Path, tmp_path: Path) -> None:
+    bundle = bundles(layer=[-2, 1])
+    embed(photos, bundle, tmp_path / "out", select_layer=-2, allow_uncertified=True)
+    with pytest.raises(ConfigError, match="with layers 3, not 1"):
+        embed(photos, bundle, tmp_path / "out", select_layer=1, allow_uncertified=True)
+
+
 def test_other_backend_is_taken_only_if_it_is_named(certified: Path, photos: Path, tmp_path: Path) -> None:
     embed(photos, certified, tmp_path / "out", backend="onnxruntime-cpu")
     fill(photos, range(10, 12))
@@ -439,6 +510,31 @@ def test_damaged_file_is_named(certified: Path, photos: Path, tmp_path: Path) ->
         embed(photos, certified, tmp_path / "out")
     features.files[1].unlink()
     assert contents(embed(photos, certified, tmp_path / "out")) == before
+
+
+def test_file_of_another_run_is_refused(certified: Path, bundles: Bundles, photos: Path, tmp_path: Path) -> None:
+    features = embed(photos, certified, tmp_path / "out")
+    shutil.copy(features.files[0], features.path / "features-000000 (copy).parquet")
+    assert len(embed(photos, certified, tmp_path / "out").files) == 3
+    shutil.copy(features.files[0], features.path / "features-000007.parquet")
+    with pytest.raises(ConfigError, match=r"000007\.parquet has features of 000\.png, and so has an earlier file"):
+        embed(photos, certified, tmp_path / "out")
+    other = embed(photos, bundles(layer=1), tmp_path / "other", allow_uncertified=True)
+    shutil.copy(other.files[0], features.path / "features-000007.parquet")
+    with pytest.raises(ConfigError, match=r"000007\.parquet is of another run, with another layers"):
+        embed(photos, certified, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format_", [*FORMATS])
+def test_flipped_bit_in_features_is_found(certified: Path, photos: Path, tmp_path: Path, format_: str) -> None:
+    features = embed(photos, certified, tmp_path / "out", format=format_)
+    (value,) = features.load()[1][-1, -1, -1:].numpy()
+    content = bytearray(features.files[-1].read_bytes())
+    place = content.rindex(value.tobytes())
+    content[place] ^= 1
+    features.files[-1].write_bytes(content)
+    with pytest.raises(ConfigError, match=r"features-000002\..* is damaged"):
+        features.load()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": 99}'])
@@ -472,6 +568,7 @@ def test_full_disk_leaves_complete_files(certified: Path, tmp_path: Path, small_
         embed(tmp_path / "photos", certified, small_disk / "out", pictures_per_file=50)
     features = Features.open(small_disk / "out")
     assert not features.description.complete
+    assert features.left_out == []
     assert features.files
     assert not [*features.path.glob(".*.staging")]
     assert sum(len(rows.names) for rows in features) == 50 * len(features.files)

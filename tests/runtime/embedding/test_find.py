@@ -2,7 +2,10 @@
 
 import io
 import os
+import shutil
 import sys
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import encoded, fill, make_tar
+from trtower.embedding import find as module
 from trtower.embedding.find import find_pictures
 from trtower.embedding.picture import Picture, open_each
 from trtower.errors import ConfigError, InputError
@@ -17,8 +21,13 @@ from trtower.errors import ConfigError, InputError
 MOST = 10**6
 
 
-def read(pictures: "list[Picture]") -> dict[str, bytes]:
-    return {picture.name: load() for picture, load in open_each(pictures, MOST)}
+def readers(pictures: Sequence[Picture], most: int = MOST) -> list[tuple[Picture, Callable[[], bytes]]]:
+    each = open_each(((None, picture) for picture in pictures), most)
+    return [(picture, lambda load=load: load()[0]) for _, picture, load in each]  # type: ignore[misc]
+
+
+def read(pictures: Sequence[Picture]) -> dict[str, bytes]:
+    return {picture.name: load() for picture, load in readers(pictures)}
 
 
 def found(*places: str | Path, column: str | None = None) -> dict[str, bytes]:
@@ -97,7 +106,7 @@ def test_rows_of_parquet(here: Path, group: int) -> None:
 def test_parquet_of_hugging_face_datasets(here: Path) -> None:
     rows = [{"bytes": b"one", "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}]
     write_parquet(here / "data.parquet", {"image": pa.array(rows), "label": [1, 2]})
-    (first, load), (_, load_empty) = open_each(find_pictures(["data.parquet"]).pictures, MOST)
+    (first, load), (_, load_empty) = readers(find_pictures(["data.parquet"]).pictures)
     assert (first.name, load()) == ("data.parquet#0", b"one")
     with pytest.raises(InputError, match="its row is empty"):
         load_empty()
@@ -124,14 +133,14 @@ def test_larger_content_than_allowed_is_not_read_whole(photos: Path, here: Path)
     make_tar(here / "0.tar", {"1.png": encoded(1)})
     write_parquet(here / "1.parquet", {"png": [encoded(1)]})
     for place in (photos / "001.png", "0.tar"):
-        ((_, load),) = open_each(find_pictures([place]).pictures, 100)
+        ((_, load),) = readers(find_pictures([place]).pictures, 100)
         assert len(load()) == 101
 
 
 def test_pipe_in_a_list_is_not_waited_for(here: Path) -> None:
     os.mkfifo(here / "pipe.png")
     (here / "list.txt").write_text("pipe.png", encoding="utf-8")
-    ((_, load),) = open_each(find_pictures(["list.txt"]).pictures, MOST)
+    ((_, load),) = readers(find_pictures(["list.txt"]).pictures)
     with pytest.raises(InputError, match="not a file"):
         load()
 
@@ -148,6 +157,7 @@ def make_bad(here: Path) -> None:
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (here / "nothing.txt").write_text("\n\n", encoding="utf-8")
     (here / "cut.parquet").write_bytes(b"PAR1xxxx")
+    (here / "foot.parquet").write_bytes(b"PAR1" + b"\xff" * 40 + b"\x20\0\0\0PAR1")
     write_parquet(here / "text.parquet", {"caption": ["a"], "label": [1]})
     write_parquet(here / "two.parquet", {"left": [b"a"], "right": [b"b"]})
     os.mkfifo(here / "pipe.png")
@@ -169,6 +179,7 @@ def make_bad(here: Path) -> None:
         ("pipe.png", None, "neither a file nor a folder"),
         ("s3://bucket/photos", None, "is an address: mount or download it"),
         ("cut.parquet", None, r"cut\.parquet is not a whole Parquet file"),
+        ("foot.parquet", None, r"foot\.parquet is not a whole Parquet file"),
         ("text.parquet", None, r"no column of bytes; .* --column.*caption \(string\), label \(int64\)"),
         ("two.parquet", None, r"several columns of bytes; .* --column"),
         ("two.parquet", "image", r"two\.parquet has no column 'image'\. It has: left \(binary\), right"),
@@ -186,3 +197,139 @@ def test_no_place_is_refused() -> None:
         find_pictures([])
     with pytest.raises(ConfigError, match="holds a int; expected paths"):
         find_pictures([3])  # type: ignore[list-item]
+
+
+def test_rows_of_two_parquet_files_are_not_mixed_up(here: Path) -> None:
+    write_parquet(here / "a.parquet", {"png": [b"a0", b"a1"]})
+    write_parquet(here / "b.parquet", {"png": [b"b0", b"b1"]})
+    expected = {"a.parquet#0": b"a0", "a.parquet#1": b"a1", "b.parquet#0": b"b0", "b.parquet#1": b"b1"}
+    assert found("a.parquet", "b.parquet") == expected
+    assert found("*.parquet") == expected
+
+
+def test_one_parquet_file_by_two_names(here: Path) -> None:
+    path = write_parquet(here / "a.parquet", {"png": [b"0", b"1", b"2"]})
+    assert [*found("a.parquet", path).values()] == [b"0", b"1", b"2"] * 2
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())])
+def test_other_types_of_bytes(kind: pa.DataType) -> None:
+    schema = pa.schema([("png", kind), ("image", pa.struct([("bytes", pa.string())]))])
+    assert module._choose_column("file", schema, None) == ("png", "bytes")
+
+
+def test_damaged_page_is_named(here: Path) -> None:
+    path = write_parquet(here / "a.parquet", {"png": [bytes([row]) * 5000 for row in range(8)]}, group=4)
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start : start + 10] = b"\xff" * 10
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.parquet is damaged in its row group 1, rows 4 to 7 "):
+        found("a.parquet")
+
+
+def test_row_that_is_gone_is_left_out(here: Path) -> None:
+    write_parquet(here / "a.parquet", {"png": [b"0", b"1"]})
+    pictures = find_pictures(["a.parquet"]).pictures
+    write_parquet(here / "a.parquet", {"png": [b"0"]})
+    _, (_, load) = readers(pictures)
+    with pytest.raises(InputError, match="its row is empty"):
+        load()
+
+
+def broken_tars(here: Path) -> dict[str, bytes]:
+    whole = make_tar(here / "whole.tar", {f"{index}.png": b"x" * 1000 for index in range(3)}).read_bytes()
+    second = 512 + 1024
+    return {
+        "header": whole[: second + 3] + b"\xff" * 20 + whole[second + 23 :],
+        "cut before a header": whole[:second],
+        "cut in a header": whole[: second + 100],
+        "cut before the end": whole[: 3 * second],
+        "two": whole + whole,
+    }
+
+
+@pytest.mark.parametrize("kind", ["header", "cut before a header", "cut in a header", "cut before the end", "two"])
+def test_tar_that_ends_too_early_is_refused(here: Path, kind: str) -> None:
+    (here / "broken.tar").write_bytes(broken_tars(here)[kind])
+    with pytest.raises(ConfigError, match=r"broken\.tar is not a whole tar file"):
+        find_pictures(["broken.tar"])
+    assert len(found("whole.tar")) == 3
+
+
+def test_hard_links_in_a_tar_are_pictures_and_others_are_counted(here: Path) -> None:
+    fill(here / "photos", range(1))
+    (here / "photos" / "hard.png").hardlink_to(here / "photos" / "000.png")
+    (here / "photos" / "soft.png").symlink_to("000.png")
+    with tarfile.open(here / "a.tar", "w") as archive:
+        archive.add(here / "photos", "")
+    result = find_pictures(["a.tar"])
+    assert read(result.pictures) == {"a.tar/000.png": encoded(0), "a.tar/hard.png": encoded(0)}
+    assert "1 .png that are links or sparse in a tar file" in result.remark
+
+
+def test_folder_that_cannot_be_read_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigError, match=r"deep/er cannot be read \(Permission denied\)"):
+        find_pictures([photos])
+
+
+def test_pattern_ends_in_spite_of_circles(here: Path) -> None:
+    fill(here / "photos", range(2))
+    for name in ("one", "two"):
+        (here / "photos" / name).symlink_to(here / "photos")
+    assert [*found("photos/**/*.png")] == ["photos/000.png", "photos/001.png"]
+    assert [*found("photos")] == ["000.png", "001.png"]
+
+
+def test_link_does_not_rename_what_it_leads_to(here: Path) -> None:
+    fill(here / "photos" / "z" / "sub", range(1))
+    (here / "photos" / "a_link").symlink_to("z/sub")
+    assert [*found("photos")] == ["a_link/000.png", "z/sub/000.png"]
+
+
+def test_hidden_names_match_only_if_asked(here: Path) -> None:
+    fill(here / "photos" / ".hidden", range(1))
+    fill(here / "photos" / "shown", range(1))
+    assert [*found("photos/*/*.png")] == ["photos/shown/000.png"]
+    assert [*found("photos/.hidden/*.png")] == ["photos/.hidden/000.png"]
+
+
+def test_name_that_is_not_text_is_refused(here: Path) -> None:
+    (here / "photos").mkdir()
+    (here / os.fsdecode(b"photos/\xff.png")).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"the name '\\udcff\.png' is not UTF-8.* rename it"):
+        find_pictures(["photos"])
+
+
+def test_odd_lines_of_a_list(here: Path) -> None:
+    (here / "list.txt").write_text("\ufeffa.png\nb\u2028c.png\nd\0.png\n", encoding="utf-8")
+    pictures = find_pictures(["list.txt"]).pictures
+    assert [picture.name for picture in pictures] == ["a.png", "b\u2028c.png", "d\0.png"]
+    assert pictures[2].stamp() == ""
+    with pytest.raises(ValueError, match="null byte"):
+        readers(pictures)[2][1]()
+
+
+def test_stamp_changes_with_whatever_is_at_the_path(photos: Path, tmp_path: Path) -> None:
+    (picture,) = find_pictures([photos / "000.png"]).pictures
+    stamps = {picture.stamp()}
+    shutil.copytree(photos, tmp_path / "copy")
+    photos.rename(tmp_path / "away")
+    (tmp_path / "copy").rename(photos)
+    stamps.add(picture.stamp())
+    photos.rename(tmp_path / "aside")
+    photos.symlink_to(tmp_path / "away")
+    stamps.add(picture.stamp())
+    assert len(stamps) == 2  # the last is the first again
+    (photos / "000.png").write_bytes(b"")
+    assert picture.stamp() not in stamps
+    (photos / "000.png").unlink()
+    assert picture.stamp() == ""
