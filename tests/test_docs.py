@@ -239,9 +239,10 @@ def test_pictures_are_embedded(here: Path) -> None:
     options = ExportOptions(head="embedding", normalize=True, precision="fp32", flavour="none", check=False)
     bundle = export_tower("small", Path("engines/clip-vit-base-patch32-embedding"), options)
     trtower.verify_bundle(bundle)
-    (code,) = pages.blocks("python", read(ROOT / "docs" / "embed.md"))
+    code, with_pyarrow = pages.blocks("python", read(ROOT / "docs" / "embed.md"))
     names = run(code)
     assert (names["names"][0], names["vectors"].shape) == ("000.png", (5, 24))
+    assert (run(with_pyarrow)["vectors"] == names["vectors"].numpy()).all()
 
 
 def test_example_for_hugging_face_agrees_with_the_eager_tower(bundles: Bundles, here: Path) -> None:

@@ -97,3 +97,10 @@ def _is_in(operation: str, spec: TowerSpec) -> bool:
     if operation.startswith("head."):
         return spec.head is not None
     return operation != "final_norm" or spec.reads_final_norm
+
+
+def how_to_certify(bundle: Bundle, backend: str) -> str:
+    """Say what to do about a bundle for which no certificate can vouch (see `Bundle.uncertifiable`)."""
+    if bundle.manifest.source.random_weights:
+        return "Export the checkpoint itself, with its weights"
+    return f"Check or verify it where it is served: {proof_command(bundle, backend)}"

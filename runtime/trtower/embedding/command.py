@@ -96,8 +96,12 @@ def embed(
         workers=workers,
         cores=cores,
     )
-    with _shown() as show:
-        features = embed_pictures(pictures, bundle, out, options, on_progress=show)
+    try:
+        with _shown() as show:
+            features = embed_pictures(pictures, bundle, out, options, on_progress=show)
+    except KeyboardInterrupt:
+        print(f"{out} keeps its complete files; the same command goes on.", file=sys.stderr)  # noqa: T201
+        raise
     description = features.description
     if json_:
         print(json.dumps(asdict(description), indent=2, ensure_ascii=False))  # noqa: T201
@@ -135,10 +139,11 @@ def _shown() -> Iterator[Callable[["EmbedProgress"], None]]:
         def show(progress: "EmbedProgress") -> None:
             nonlocal said
             bars.update(bar, total=progress.total, completed=progress.done, note=describe(progress))
-            is_last = progress.done == progress.total
-            if not console.is_terminal and (is_last or time.monotonic() - said >= SAY_EVERY_S):
+            is_worth_it = progress.done == progress.total or (progress.before and not progress.done)
+            if not console.is_terminal and (is_worth_it or time.monotonic() - said >= SAY_EVERY_S):
                 said = time.monotonic()
-                print(f"{progress.done} of {progress.total}, {describe(progress)}", file=sys.stderr, flush=True)  # noqa: T201
+                words = filter(None, (f"{progress.done} of {progress.total}", describe(progress)))
+                print(", ".join(words), file=sys.stderr, flush=True)  # noqa: T201
 
         yield show
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from trtower.bundle.not_a_bundle import read_folder
+from trtower.bundle.suggest import how_to_certify
 from trtower.embedding.engines import Open, here
 from trtower.embedding.features import Features
 from trtower.embedding.find import Place, find_pictures
@@ -15,7 +16,7 @@ from trtower.embedding.formats import FORMATS
 from trtower.embedding.options import EmbedOptions
 from trtower.embedding.picture import Picture
 from trtower.embedding.shards import Shard, Work
-from trtower.errors import InputError
+from trtower.errors import BundleError, InputError
 from trtower.layer_codes import read_layer_code
 from trtower.spec import BY_DTYPE
 from trtower.tower.prepare import count_threads
@@ -95,6 +96,9 @@ def embed_pictures(
         device=options.device,
         require_certificate=not options.allow_uncertified,
     )
+    if (reason := tower.bundle.uncertifiable()) and not options.allow_uncertified:
+        advice = how_to_certify(tower.bundle, options.backend)
+        raise BundleError(f"{bundle} is not certified: {reason}. {advice}; or embed with --allow-uncertified.")
     open_engines = _opener(tower, options)
     places = [pictures] if isinstance(pictures, str | os.PathLike) else [*pictures]
     found = find_pictures(places, options.column)

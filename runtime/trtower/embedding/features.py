@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trtower.bundle.not_a_bundle import read_folder
-from trtower.embedding.folder import LEFT_OUT, Description, list_files, naming_damage
+from trtower.embedding.folder import LEFT_OUT, Description, each_file, list_files, naming_damage
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 
 
@@ -19,7 +19,7 @@ class Features:
 
     Attributes:
         path: The folder.
-        description: What made the features, and how many there are.
+        description: What made the features, how many there are, and whether the last run was complete.
     """
 
     def __init__(self, path: Path, description: Description) -> None:
@@ -42,8 +42,11 @@ class Features:
         return cls(folder, Description.read(folder))
 
     def __len__(self) -> int:
-        """Return how many pictures have features, as of the last complete run."""
-        return self.description.pictures
+        """Return how many pictures have features. After a run that was stopped, this reads the names in every file."""
+        if self.description.complete:
+            return self.description.pictures
+        names = each_file(self.path, FORMATS[self.description.format])
+        return sum(len(each.names) for _, each in names)
 
     @property
     def files(self) -> list[Path]:

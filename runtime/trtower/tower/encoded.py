@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trtower.errors import InputError, one_line
 from trtower.spec import MIB
+from trtower.tower.pictures import TO_REPLACE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,8 @@ def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: i
     """Open an encoded picture; raise InputError if it is none, or exceeds a limit. Pixels are not decoded yet."""
     from PIL import Image, UnidentifiedImageError
 
+    if not content:
+        raise InputError("its file is empty")
     if len(content) > max_bytes:
         raise InputError(f"its file has more than {max_bytes / MIB:.3g} MiB; see --max-mib")
     Image.init()  # knows every format then
@@ -43,6 +46,12 @@ def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: i
         size = f"{image.width * image.height / MEGA:.3g} megapixels, more than {max_pixels / MEGA:.3g}"
         raise InputError(f"it has {size}; see --max-megapixels")
     return image
+
+
+def describe(err: Exception) -> str:
+    """Say in one line what is wrong with an encoded picture, given what opening, decoding or preparing it raised."""
+    text = one_line(getattr(err, "strerror", None) or err)
+    return text.removeprefix("images: ").removesuffix(TO_REPLACE)
 
 
 @contextmanager

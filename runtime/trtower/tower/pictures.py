@@ -28,6 +28,8 @@ FORMATS = CHANNELS_FIRST, CHANNELS_LAST, GREY = ("channels_first", "channels_las
 
 CHANNELS = (1, 3, 4)
 
+TO_REPLACE = "; replace the file, or keep it open until this call"
+
 _SCALED = "(np.asarray(picture) / white * 255).clip(0, 255).astype(np.uint8)"
 _NOT_OPENED = (
     ((str, PathLike), "PIL.Image.open(path)"),
@@ -140,9 +142,7 @@ def _decoded(image: "Image", *, rgb: bool) -> Array:
     except (InputError, MemoryError):
         raise
     except Exception as err:  # Pillow's decoders raise nearly anything for a damaged file
-        raise InputError(
-            f"Pillow cannot decode it ({type(err).__name__}: {err}); replace the file, or keep it open until this call"
-        ) from err
+        raise InputError(f"Pillow cannot decode it ({type(err).__name__}: {err}){TO_REPLACE}") from err
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 

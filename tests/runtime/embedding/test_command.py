@@ -88,9 +88,10 @@ def test_interrupted_command_goes_on_later(certified: Path, here: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error.splitlines()[-1] == "error: interrupted"
+    assert error.splitlines()[-2:] == ["out keeps its complete files; the same command goes on.", "error: interrupted"]
     assert not json.loads((here / "out" / "_embedding.json").read_text(encoding="utf-8"))["complete"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert " done before\n" in done.stderr
     assert json.loads(done.stdout)["pictures"] == 2000
 
 

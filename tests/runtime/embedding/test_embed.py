@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.conftest import CHOSEN_ON_A_CPU as BACKEND
-from tests.conftest import Bundles
+from tests.conftest import Bundles, make_model
 from tests.pictures import encoded, fill, make_tar, picture
 from trtower import (
     BackendError,
@@ -39,6 +39,7 @@ from trtower import (
 )
 from trtower.embedding.formats import FORMATS
 from trtower.tower.prepare import in_order
+from trtower_export.pipeline import ExportOptions, export_tower
 
 SMALL: dict[str, Any] = {"pictures_per_file": 4, "batch_size": 2}
 
@@ -183,7 +184,7 @@ def spoil(photos: Path) -> dict[str, str]:
     (photos / "i-folder.png").mkdir()
     return {
         "a-cut.png": "Pillow cannot decode it",
-        "b-empty.jpg": "Pillow finds no picture in it",
+        "b-empty.jpg": "its file is empty",
         "c-text.jpg": "Pillow finds no picture in it",
         "d-deep.png": "nothing tells which value is white",
         "e-gone.png": "No such file",
@@ -204,6 +205,7 @@ def test_unreadable_pictures_are_left_out_and_named(
     assert {each.name for each in features.left_out} == reasons.keys()
     for each in features.left_out:
         assert reasons[each.name].split("; ")[0] in each.reason
+        assert "until this call" not in each.reason
     compare(by_name(features), expected)
     assert features.description.left_out == len(reasons)
 
@@ -557,6 +559,14 @@ def test_uncertified_bundle_is_refused(fp32_bundle: Path, photos: Path, tmp_path
     assert len(embed(photos, fp32_bundle, tmp_path / "out", allow_uncertified=True)) == 10
 
 
+def test_rehearsal_is_refused_with_what_to_do(here: Path, photos: Path) -> None:
+    options = ExportOptions(random_weights=True, flavour="none", check=False, precision="fp32")
+    make_model("clip").save_pretrained("small")
+    bundle = export_tower("small", here / "bundle", options).path
+    with pytest.raises(BundleError, match=r"rehearsal.*\. Export the checkpoint itself, .*; or embed with --allow-unc"):
+        embed(photos, bundle, here / "out")
+
+
 def test_backend_that_cannot_run_is_refused(certified: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no requested backend can run"):
         embed(photos, certified, tmp_path / "out", backend="tensorrt")
@@ -569,7 +579,7 @@ def test_full_disk_leaves_complete_files(certified: Path, tmp_path: Path, small_
     features = Features.open(small_disk / "out")
     assert not features.description.complete
     assert features.left_out == []
-    assert features.files
+    assert len(features) == 50 * len(features.files) > 0
     assert not [*features.path.glob(".*.staging")]
     assert sum(len(rows.names) for rows in features) == 50 * len(features.files)
 

@@ -10,10 +10,10 @@ import numpy as np
 import triton_python_backend_utils as triton
 
 from trtower.bundle.manifest import PREPROCESSOR
-from trtower.errors import InputError, one_line
+from trtower.errors import InputError
 from trtower.serving.triton.config import IMAGE, PIXEL_VALUES
 from trtower.tower.bytes_processor import BytesProcessor
-from trtower.tower.encoded import no_limit_of_pillow, open_encoded
+from trtower.tower.encoded import describe, no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, prepare
 
 
@@ -43,10 +43,12 @@ class TritonPythonModel:
             with open_encoded(content, **self._limits) as image:
                 return prepare(self._processor, image).numpy()
         except (InputError, OSError) as err:
-            return one_line(err).removeprefix("images: ")
+            return describe(err)
 
     def _respond(self, prepared: Sequence[Any]) -> Any:
         for index, each in enumerate(prepared):
             if isinstance(each, str):
-                return triton.InferenceResponse(error=triton.TritonError(f"{IMAGE}[{index}]: {each}"))
+                return triton.InferenceResponse(
+                    error=triton.TritonError(f"{IMAGE}[{index}]: {each}", triton.TritonError.INVALID_ARG)
+                )
         return triton.InferenceResponse(output_tensors=[triton.Tensor(PIXEL_VALUES, np.concatenate([*prepared]))])

@@ -19,7 +19,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR, PlanEntry
 from trtower.bundle.not_a_bundle import read_folder
 from trtower.bundle.staging import disk_errors, locked
-from trtower.bundle.suggest import proof_command
+from trtower.bundle.suggest import how_to_certify
 from trtower.errors import BundleError, ConfigError
 from trtower.serving.triton import config as configs
 from trtower.serving.triton.config import PLAN, PYTHON, TritonOptions, as_text
@@ -100,7 +100,7 @@ def _models(name: str, bundle: Bundle, options: TritonOptions) -> list[str]:
 
 def _refuse(bundle: Bundle, options: TritonOptions) -> None:
     """Raise BundleError or ConfigError if a bundle cannot be served so, or should not."""
-    advice = f"Check or verify it where it is served ({proof_command(bundle, options.backend)}), or serve it anyway"
+    advice = f"{how_to_certify(bundle, options.backend)}; or serve it anyway"
     if options.platform == PLAN:
         for plan in _plans(bundle).values():
             reason = bundle.why_uncertified(plan.flavour, [plan.file])

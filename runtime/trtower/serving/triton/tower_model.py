@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import triton_python_backend_utils as triton
 
-from trtower.errors import InputError, TrtowerError, one_line
+from trtower.errors import TrtowerError, one_line
 from trtower.serving.triton.config import PIXEL_VALUES
 from trtower.tower.vision_tower import VisionTower
 
 BUNDLE = "bundle"
 
-Answer = torch.Tensor | str
-"""Features, or what is wrong with the request."""
+Answer = torch.Tensor | Any
+"""Features, or an error of Triton's."""
 
 
 class TritonPythonModel:
@@ -38,6 +38,7 @@ class TritonPythonModel:
                 backend=parameters["backend"],
                 device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu",
                 require_certificate=parameters["require_certificate"] == "true",
+                check_finite=False,  # done here, in a client's words
             )
         except TrtowerError as err:
             raise triton.TritonModelException(one_line(err)) from err
@@ -54,22 +55,31 @@ class TritonPythonModel:
         self._tower.close()
 
     def _answer(self, images: Sequence[torch.Tensor]) -> list[Answer]:
+        errors = [_what_is_wrong(each) for each in images]
+        sound = [each for each, error in zip(images, errors, strict=True) if error is None]
+        features = iter(self._run(sound) if sound else [])
+        return [next(features) if error is None else error for error in errors]
+
+    def _run(self, images: Sequence[torch.Tensor]) -> list[Answer]:
         try:
             features = self._tower.run_prepared(torch.cat([*images]) if len(images) > 1 else images[0]).cpu()
-            return [*features.split([len(each) for each in images])]
-        except InputError as err:
-            if len(images) > 1:  # so that one bad request does not spoil those that it was batched with
-                return [answer for each in images for answer in self._answer([each])]
-            return [one_line(err)]
         except Exception as err:  # noqa: BLE001 - the server lives on
             triton.Logger.log_error(f"the tower failed: {type(err).__name__}: {one_line(err)}")
-            return ["the tower failed; the server's log says why"] * len(images)
+            return [triton.TritonError("the tower failed; the server's log says why")] * len(images)
+        return [*features.split([len(each) for each in images])]
 
     def _respond(self, answer: Answer) -> Any:
-        if isinstance(answer, str):
-            return triton.InferenceResponse(error=triton.TritonError(answer))
+        if not isinstance(answer, torch.Tensor):
+            return triton.InferenceResponse(error=answer)
         features = answer.float() if answer.dtype == torch.bfloat16 else answer  # which NumPy lacks
         return triton.InferenceResponse(output_tensors=[triton.Tensor(self._output, features.numpy())])
+
+
+def _what_is_wrong(images: torch.Tensor) -> Any:
+    """Return an error for pixels that are no numbers, also on a GPU, where features are waited for anyway."""
+    if not images.is_floating_point() or bool(images.isfinite().all()):
+        return None
+    return triton.TritonError(f"{PIXEL_VALUES} holds NaN or infinity", triton.TritonError.INVALID_ARG)
 
 
 def _writable(request: Any) -> Any:
