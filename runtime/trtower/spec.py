@@ -22,7 +22,7 @@ class Precision:
     """The format of weights and activations, and its name in each library.
 
     ``dtype`` is the name in torch and in a manifest, ``onnx`` the number in ONNX's TensorProto, ``tensorrt`` the name
-    in TensorRT's DataType, and ``openvino`` the name in OpenVINO's Type. GPUs below compute capability
+    in TensorRT's DataType, ``openvino`` that in OpenVINO's Type, and ``triton`` Triton's. GPUs below compute capability
     ``first_capability`` lack the format, and TensorRT refuses the graph for them.
 
     An 8-bit precision is FP16 everywhere except in its linear layers, whose weights have the type ``onnx_linear`` (in
@@ -35,15 +35,25 @@ class Precision:
     onnx: int
     tensorrt: str
     openvino: str
+    triton: str
     first_capability: float = 0.0
     onnx_linear: int = 0  # UNDEFINED
 
 
-FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HALF", openvino="f16")
+FP16 = Precision(name="fp16", dtype="float16", itemsize=2, onnx=10, tensorrt="HALF", openvino="f16", triton="FP16")
 _ROWS = (
     FP16,
-    replace(FP16, name="bf16", dtype="bfloat16", onnx=16, tensorrt="BF16", openvino="bf16", first_capability=8.0),
-    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32"),
+    replace(
+        FP16,
+        name="bf16",
+        dtype="bfloat16",
+        onnx=16,
+        tensorrt="BF16",
+        openvino="bf16",
+        triton="BF16",
+        first_capability=8.0,
+    ),
+    Precision(name="fp32", dtype="float32", itemsize=4, onnx=1, tensorrt="FLOAT", openvino="f32", triton="FP32"),
     replace(FP16, name="fp8", onnx_linear=17, first_capability=8.9),
     replace(FP16, name="int8", onnx_linear=3),
 )

@@ -27,7 +27,7 @@ def embed(
     pictures: Annotated[
         list[str],
         typer.Argument(
-            metavar="PICTURES...",
+            metavar="PICTURES",
             help="Folders, patterns, lists (.txt, or - for standard input), tar files, Parquet files, picture files.",
         ),
     ],

@@ -131,7 +131,7 @@ def test_size_of_a_cut_is_shown_if_every_weight_has_the_same_size() -> None:
 
 
 ROW = """
-    Precision(name="fp64", dtype="float64", itemsize=8, onnx=11, tensorrt="DOUBLE", openvino="f64"),
+    Precision(name="fp64", dtype="float64", itemsize=8, onnx=11, tensorrt="DOUBLE", openvino="f64", triton="FP64"),
 """
 ROW_OF_BOUNDS = """
     "fp64": Bounds(token_cosine_min=0.99999, token_error_p999=1e-3, relative_error=1e-4),

@@ -81,7 +81,9 @@ def test_missing_packages_are_named(
 def test_interrupted_command_goes_on_later(certified: Path, here: Path) -> None:
     fill(here / "many", range(2000))
     command = [TRTOWER, "embed", "many", "--bundle", str(certified), "--out", "out", "--per-file", "10"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the child would ignore it if this process does
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while not [*here.glob("out/features-*")]:
         assert process.poll() is None
         time.sleep(0.001)

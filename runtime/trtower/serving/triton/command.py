@@ -6,7 +6,7 @@ import typer
 
 
 def triton(
-    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders of bundles.")],
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLES", help="Folders of bundles.")],
     out: Annotated[str, typer.Option(metavar="REPOSITORY", help="The model repository to write to.")],
     platform: Annotated[
         str, typer.Option(metavar="NAME", help="python runs the bundle through trtower, tensorrt_plan a plan.")

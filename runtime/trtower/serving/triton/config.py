@@ -12,16 +12,10 @@ from trtower.bundle.manifest import Manifest
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.names import check_name
-from trtower.spec import profile_batches
+from trtower.spec import BY_DTYPE, UINT8, profile_batches
 
 PLATFORMS = PYTHON, PLAN = ("python", "tensorrt_plan")
 KINDS = AUTO, CPU, GPU = ("auto", "cpu", "gpu")
-
-TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
-"""What a tensor of a bundle is for Triton."""
-
-IN_PYTHON = TYPES | {"bfloat16": "TYPE_FP32"}
-"""The same for a model in Python: a tower in BF16 takes and gives FP32 there, because NumPy lacks BF16."""
 
 PIXEL_VALUES, IMAGE = "pixel_values", "image"
 """The inputs: prepared pictures, as every bundle calls them, or encoded ones."""
@@ -80,9 +74,9 @@ def as_text(config: Any) -> str:
 
 def tower_config(name: str, manifest: Manifest, row: Sequence[int], options: TritonOptions) -> Any:
     """Describe a tower that trtower runs, whose features of one image have the shape ``row``."""
-    config = _served(name, manifest, options, IN_PYTHON)
+    config = _served(name, manifest, options)
     config.backend = PYTHON
-    config.output.add(name=manifest.output.name, data_type=_type(IN_PYTHON[manifest.output.dtype]), dims=row)
+    config.output.add(name=manifest.output.name, data_type=_type(manifest.output.dtype), dims=row)
     certificate = "false" if options.allow_uncertified else "true"
     _set(config, {"backend": options.backend, "require_certificate": certificate, **_facts(manifest)})
     _instances(config, options)
@@ -91,10 +85,10 @@ def tower_config(name: str, manifest: Manifest, row: Sequence[int], options: Tri
 
 def plan_config(name: str, manifest: Manifest, files: Mapping[str, str], options: TritonOptions) -> Any:
     """Describe a plan: ``files`` maps compute capabilities to the plans for them, "" to the one for all others."""
-    config = _served(name, manifest, options, TYPES)
+    config = _served(name, manifest, options, is_plan=True)
     config.platform = PLAN
     output = manifest.output
-    config.output.add(name=output.name, data_type=_type(TYPES[output.dtype]), dims=output.row)
+    config.output.add(name=output.name, data_type=_type(output.dtype, is_plan=True), dims=output.row)
     for capability, file in files.items():
         if capability:
             config.cc_model_filenames[capability] = file
@@ -114,8 +108,8 @@ def pictures_config(name: str, manifest: Manifest, options: TritonOptions, limit
     """Describe the preparation of encoded pictures for a tower that takes bytes."""
     config = _batched(name, manifest, options)
     config.backend = PYTHON
-    config.input.add(name=IMAGE, data_type=_type("TYPE_STRING"), dims=[1])
-    config.output.add(name=PIXEL_VALUES, data_type=_type(TYPES[manifest.input.dtype]), dims=manifest.input.row)
+    config.input.add(name=IMAGE, data_type=messages().TYPE_STRING, dims=[1])
+    config.output.add(name=PIXEL_VALUES, data_type=_type(manifest.input.dtype), dims=manifest.input.row)
     _set(config, {key: str(value) for key, value in limits.items()})
     config.instance_group.add(kind=messages().ModelInstanceGroup.KIND_CPU, count=1)
     return config
@@ -124,8 +118,8 @@ def pictures_config(name: str, manifest: Manifest, options: TritonOptions, limit
 def ensemble_config(name: str, prepares: str, runs: str, manifest: Manifest, row: Sequence[int]) -> Any:
     """Describe the ensemble of the model that ``prepares`` encoded pictures and the tower that ``runs``."""
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=manifest.batch.max)
-    config.input.add(name=IMAGE, data_type=_type("TYPE_STRING"), dims=[1])
-    config.output.add(name=manifest.output.name, data_type=_type(IN_PYTHON[manifest.output.dtype]), dims=row)
+    config.input.add(name=IMAGE, data_type=messages().TYPE_STRING, dims=[1])
+    config.output.add(name=manifest.output.name, data_type=_type(manifest.output.dtype), dims=row)
     for model, taken, given in ((prepares, IMAGE, PIXEL_VALUES), (runs, PIXEL_VALUES, manifest.output.name)):
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
         step.input_map[taken] = taken
@@ -133,10 +127,10 @@ def ensemble_config(name: str, prepares: str, runs: str, manifest: Manifest, row
     return config
 
 
-def _served(name: str, manifest: Manifest, options: TritonOptions, types: Mapping[str, str]) -> Any:
+def _served(name: str, manifest: Manifest, options: TritonOptions, *, is_plan: bool = False) -> Any:
     """Describe what every tower has: its input, batches as in the profiles, and a call of each before it is ready."""
     config = _batched(name, manifest, options)
-    row, dtype = manifest.input.row, _type(types[manifest.input.dtype])
+    row, dtype = manifest.input.row, _type(manifest.input.dtype, is_plan=is_plan)
     config.input.add(name=PIXEL_VALUES, data_type=dtype, dims=row)
     for size in profile_batches(manifest.profiles):
         pixels = config.model_warmup.add(name=f"batch {size}", batch_size=size).inputs[PIXEL_VALUES]
@@ -176,5 +170,7 @@ def _set(config: Any, parameters: Mapping[str, str]) -> None:
         config.parameters[key].string_value = value
 
 
-def _type(name: str) -> Any:
-    return getattr(messages(), name)
+def _type(dtype: str, *, is_plan: bool = False) -> Any:
+    """Return Triton's type of a tensor. In Python a tower in BF16 takes and gives FP32, because NumPy lacks BF16."""
+    name = "UINT8" if dtype == UINT8 else BY_DTYPE[dtype].triton
+    return getattr(messages(), f"TYPE_{'FP32' if name == 'BF16' and not is_plan else name}")
