@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trtower.errors import ConfigError, one_line
+from trtower.spec import MIB
 
 if TYPE_CHECKING:
     from trtower.embedding.embed import EmbedProgress
 
-MEGA, MIB = 10**6, 1 << 20
+MEGA = 10**6
 SAY_EVERY_S = 10.0
 """Seconds between two lines of progress where there is no terminal to show a bar."""
 

@@ -109,6 +109,7 @@ def embed_pictures(
         progress = _Progress(len(lacking), len(found.pictures) - len(lacking), on_progress)
         if lacking:
             _embed(open_engines, tower, features, lacking, options, progress)
+            features.read_known()
         description = features.finish()
     if not description.pictures:
         first = Features.open(folder).left_out[0]

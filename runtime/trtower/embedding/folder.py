@@ -128,6 +128,8 @@ class FeatureFolder:
 
     def read_known(self) -> None:
         """Read which pictures its files have. Raises ConfigError for a file that is damaged, or not of this folder."""
+        self.known.clear()
+        self.taken.clear()
         for path, names in each_file(self.path, self.format):
             differing = [
                 key for key, value in self.description.made.items() if _plain(names.about[key]) != _plain(value)
@@ -186,9 +188,7 @@ class FeatureFolder:
         self._describe(replace(self.description, backend=first, complete=False))
 
     def finish(self) -> Description:
-        """Record how many pictures the folder has, and which were left out."""
-        self.known.clear()
-        self.read_known()
+        """Record how many pictures the folder has, as far as is known, and which were left out."""
         left_out = {name: known.reason for name, known in self.known.items() if known.reason}
         lines = [json.dumps({"name": name, "reason": reason}) for name, reason in left_out.items()]
         _replace(self.path / LEFT_OUT, "".join(f"{line}\n" for line in lines).encode())

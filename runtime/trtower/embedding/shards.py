@@ -20,6 +20,7 @@ from trtower.dtypes import DTYPES
 from trtower.embedding.folder import write_file
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 from trtower.embedding.picture import Picture, Read, open_each
+from trtower.errors import ConfigError
 from trtower.tower.encoded import describe, no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, joined, prepare
 from trtower.tower.vision_tower import VisionTower
@@ -124,6 +125,8 @@ class Reader:
             content, stamp = read()
             with open_encoded(content, max_bytes=work.max_bytes, max_pixels=work.max_pixels) as image:
                 pixel_values = prepare(self._processor, image).to(self._dtype)  # here, to save memory
+        except ConfigError:  # no fault of the picture
+            raise
         except (OSError, ValueError) as err:  # InputError is one, too
             return _Prepared(shard=shard, name=picture.name, stamp=stamp, reason=describe(err))
         return _Prepared(

@@ -27,7 +27,7 @@ class TritonPythonModel:
     """A tower in one instance of a model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the bundle, and run every batch of its profiles once. An error keeps the model from being ready."""
+        """Load the bundle; Triton then warms it up as the config says. An error keeps the model from being ready."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         on_gpu = args["model_instance_kind"] == "GPU"
