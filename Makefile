@@ -174,10 +174,11 @@ living: $(STAMP)
 pixels: $(STAMP)
 	$(BIN)/python benchmarks/pixels.py
 
-# Many pictures into files against what its parts reach flat out and a loop over transformers; what Triton adds to a call.
-bench-serving: $(STAMP) .venv-triton/.installed
+# Many pictures into files against what its parts reach flat out and a loop over transformers; what servers add to a call.
+bench-serving: $(STAMP) .venv-ray/.installed .venv-triton/.installed
 	$(BIN)/python benchmarks/embed.py
 	.venv-triton/bin/python -m benchmarks.on_triton
+	.venv-ray/bin/python -m benchmarks.on_ray
 
 # What a projector adds to an export and its plan, and the time to verify its bundle.
 heads: $(STAMP)

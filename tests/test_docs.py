@@ -47,6 +47,7 @@ LARGEST_IMAGE = 300 * KILOBYTE
 NOT_RUN = {
     "CONTRIBUTING.md": "parts of files; test_new_family.py and test_toy_backend.py add whole ones",
     "docs/llava.md": "LLaVA's own code, which `make clients` runs",
+    "docs/ray.md": "a client and a cluster, as in tests/serving",
     "docs/robots.md": "LeRobot's own code, which `make test-lerobot` runs",
     "docs/triton.md": "a client of a running server, as in tests/serving",
     "docs/vila.md": "VILA's own code, which `make clients` runs",

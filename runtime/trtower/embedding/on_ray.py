@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trtower.embedding.engines import Runs
 from trtower.embedding.folder import Description
 from trtower.embedding.options import EmbedOptions
 from trtower.embedding.shards import Done, Shard, Tick, Work, embed_shards
 from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.extras import import_extra
+from trtower.tower.same import open_same
 from trtower.tower.vision_tower import VisionTower
 
 LOCAL, AUTO = "local", "auto"
@@ -58,18 +57,15 @@ class Opens:
 
     def open(self) -> VisionTower:
         """Load the tower; raise ConfigError if this node sees another bundle at its path."""
-        torch.set_num_threads(self.share.cores)
-        tower = VisionTower(
+        return open_same(
             self.bundle,
+            self.tower_sha256,
+            threads=self.share.cores,
             select_layer=self.options.select_layer,
             select_feature=self.options.select_feature,
             backend=self.backend,
             require_certificate=not self.options.allow_uncertified,
         )
-        if tower.bundle.manifest.tower_sha256 != self.tower_sha256:
-            raise ConfigError(f"{self.bundle} on {socket.gethostname()} is another bundle than where this was started.")
-        tower.load_model()
-        return tower
 
 
 class Actor:

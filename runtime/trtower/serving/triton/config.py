@@ -12,13 +12,11 @@ from trtower.bundle.manifest import Manifest
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.names import check_name
-from trtower.spec import BY_DTYPE, UINT8, profile_batches
+from trtower.serving.tensors import IMAGE, PIXEL_VALUES, wire_type
+from trtower.spec import BY_DTYPE, profile_batches
 
 PLATFORMS = PYTHON, PLAN = ("python", "tensorrt_plan")
 KINDS = AUTO, CPU, GPU = ("auto", "cpu", "gpu")
-
-PIXEL_VALUES, IMAGE = "pixel_values", "image"
-"""The inputs: prepared pictures, as every bundle calls them, or encoded ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +169,5 @@ def _set(config: Any, parameters: Mapping[str, str]) -> None:
 
 
 def _type(dtype: str, *, is_plan: bool = False) -> Any:
-    """Return Triton's type of a tensor. In Python a tower in BF16 takes and gives FP32, because NumPy lacks BF16."""
-    name = "UINT8" if dtype == UINT8 else BY_DTYPE[dtype].triton
-    return getattr(messages(), f"TYPE_{'FP32' if name == 'BF16' and not is_plan else name}")
+    """Return Triton's type of a tensor."""
+    return getattr(messages(), f"TYPE_{BY_DTYPE[dtype].triton if is_plan and dtype in BY_DTYPE else wire_type(dtype)}")

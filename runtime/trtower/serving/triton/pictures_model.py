@@ -11,7 +11,7 @@ import triton_python_backend_utils as triton
 
 from trtower.bundle.manifest import PREPROCESSOR
 from trtower.errors import InputError
-from trtower.serving.triton.config import IMAGE, PIXEL_VALUES
+from trtower.serving.tensors import IMAGE, PIXEL_VALUES
 from trtower.tower.bytes_processor import BytesProcessor
 from trtower.tower.encoded import describe, no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, prepare

@@ -14,7 +14,7 @@ import torch
 import triton_python_backend_utils as triton
 
 from trtower.errors import TrtowerError, one_line
-from trtower.serving.triton.config import PIXEL_VALUES
+from trtower.serving.tensors import PIXEL_VALUES
 from trtower.tower.vision_tower import VisionTower
 
 BUNDLE = "bundle"
