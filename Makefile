@@ -74,9 +74,10 @@ test-lerobot: .venv-lerobot/.installed
 	touch $@
 
 # Real servers, in environments of their own: Ray brings a hundred packages, and tritonserver's wheel an old NumPy.
-test-serving: .venv-ray/.installed .venv-triton/.installed
-	.venv-ray/bin/python -m pytest tests/serving
+test-serving: .venv-ray/.installed .venv-triton/.installed .venv-llm/.installed
+	.venv-ray/bin/python -m pytest tests/serving tests/test_examples.py::test_two_processes
 	.venv-triton/bin/python -m pytest tests/serving
+	.venv-llm/bin/python -m pytest tests/serving
 
 .venv-ray/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-ray
@@ -89,6 +90,15 @@ test-serving: .venv-ray/.installed .venv-triton/.installed
 	grep -v '^numpy' $(CONSTRAINTS) >.venv-triton/constraints.txt
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-triton/constraints.txt \
 		-e '.[openvino,cpu,export,triton,test]' nvidia-pytriton==0.7.0 'tritonclient[all]'
+	touch $@
+
+# The Python of vLLM and of Dynamo, without their engines, which need a GPU and gigabytes: what takes features.
+.venv-llm/.installed: pyproject.toml $(CONSTRAINTS) tests/serving/requirements-llm.txt
+	$(PYTHON) -m venv .venv-llm
+	.venv-llm/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		-e '.[openvino,cpu,export,test]' -r tests/serving/requirements-llm.txt
+	.venv-llm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm==0.33.0 \
+		ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
 	touch $@
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have

@@ -1,4 +1,6 @@
-"""Run the compiled vision tower in one process and the language model in another. Needs transformers 5.23.
+"""Run the compiled vision tower in an actor of Ray, here or on another node, and the language model in this process.
+
+Needs transformers 5.23 and the extra `ray`.
 
 trtower export llava-hf/llava-1.5-7b-hf
 python examples/two_processes.py llava-hf/llava-1.5-7b-hf engines/llava-1.5-7b-hf photo.jpg "What is this?"
@@ -6,9 +8,10 @@ python examples/two_processes.py llava-hf/llava-1.5-7b-hf engines/llava-1.5-7b-h
 
 import argparse
 import io
-import multiprocessing
-from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
+import ray
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -17,21 +20,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import trtower
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPUS = 0.5 if DEVICE == "cuda" else 0
+"""The vision actor's share of a GPU: Ray hides GPUs from an actor that asks for none."""
 
 
-def serve_vision(checkpoint: str, bundle: str, requests: Connection) -> None:
-    """Receive pixels and send back their features, until None arrives."""
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.text_config.num_hidden_layers = 0  # load no language layers; transformers warns of unexpected weights
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
-    model.lm_head = model.model.language_model = None
-    model = model.to(DEVICE)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
-    with trtower.install(model, bundle):
-        while (images := requests.recv()) is not None:
-            encoded = trtower.encode_for(model, {name: each.to(DEVICE) for name, each in images.items()})
-            features = io.BytesIO()  # bytes that could go over a network, not GPU memory
-            torch.save({name: each.pooler_output for name, each in encoded.items()}, features)
-            requests.send_bytes(features.getvalue())
+class Vision:
+    """The tower and projector of a model, without its language model."""
+
+    def __init__(self, checkpoint: str, bundle: str) -> None:
+        config = AutoConfig.from_pretrained(checkpoint)
+        config.text_config.num_hidden_layers = 0  # load no language layers; transformers warns of unexpected weights
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype="auto")
+        model.lm_head = model.model.language_model = None
+        self.model = model.to(DEVICE)  # type: ignore[arg-type] # mypy misreads transformers' decorated `to`
+        trtower.install(self.model, bundle)
+
+    def encode(self, images: dict[str, torch.Tensor]) -> bytes:
+        """Turn pixels into features, as bytes that can go over a network, not GPU memory."""
+        encoded = trtower.encode_for(self.model, {name: each.to(DEVICE) for name, each in images.items()})
+        features = io.BytesIO()
+        torch.save({name: each.pooler_output for name, each in encoded.items()}, features)
+        return features.getvalue()
 
 
 def main() -> None:
@@ -41,11 +50,9 @@ def main() -> None:
         parser.add_argument(name)
     args = parser.parse_args()
 
-    spawn = multiprocessing.get_context("spawn")  # towers do not survive a fork
-    here, there = spawn.Pipe()
-    vision = spawn.Process(target=serve_vision, args=(args.checkpoint, args.bundle, there), daemon=True)
-    vision.start()
-    there.close()  # so that this process notices if the other ends
+    ray.init()
+    bundle = str(Path(args.bundle).absolute())  # an actor has a working folder of its own
+    vision: Any = ray.remote(num_gpus=GPUS)(Vision).remote(args.checkpoint, bundle)
 
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype="auto")
@@ -55,17 +62,11 @@ def main() -> None:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=Image.open(args.image).convert("RGB"), text=prompt, return_tensors="pt")
     text = {name: inputs.pop(name).to(DEVICE) for name in ("input_ids", "attention_mask")}
-    try:
-        here.send(dict(inputs))
-        received = io.BytesIO(here.recv_bytes())
-    except (EOFError, OSError):
-        raise SystemExit("The vision process has ended; its error is printed above.") from None
+    received = io.BytesIO(ray.get(vision.encode.remote(dict(inputs))))
     features = torch.load(received, map_location=DEVICE, weights_only=True)
     encoded = {name: BaseModelOutputWithPooling(pooler_output=each) for name, each in features.items()}
     answer = model.generate(**text, mm_encoder_outputs=encoded, max_new_tokens=64, do_sample=False)
     print(processor.decode(answer[0, text["input_ids"].shape[1] :], skip_special_tokens=True))
-    here.send(None)
-    vision.join()
 
 
 if __name__ == "__main__":

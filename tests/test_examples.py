@@ -95,9 +95,10 @@ def test_hugging_face(llava: tuple[Path, str], picture: Path, bundles: Bundles) 
 
 @pytest.mark.skipif(not TAKES_FEATURES, reason="generate of this transformers version does not accept features")
 def test_two_processes(llava: tuple[Path, str], picture: Path, bundles: Bundles) -> None:
+    pytest.importorskip("ray", reason="Ray has an environment of its own: make test-serving")
     checkpoint, expected = llava
     assert run("two_processes.py", checkpoint, bundles(), picture, QUESTION)[-1] == expected
-    with pytest.raises(AssertionError, match=r"(?s)nowhere is not a bundle: .*The vision process has ended"):
+    with pytest.raises(AssertionError, match=r"nowhere is not a bundle: "):
         run("two_processes.py", checkpoint, "nowhere", picture, QUESTION)
 
 

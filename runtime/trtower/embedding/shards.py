@@ -21,7 +21,7 @@ from trtower.embedding.folder import write_file
 from trtower.embedding.formats import FORMATS, LeftOut, Rows
 from trtower.embedding.picture import Picture, Read, open_each
 from trtower.errors import ConfigError
-from trtower.tower.encoded import describe, no_limit_of_pillow, open_encoded
+from trtower.tower.encoded import TooLargeError, describe, no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import count_threads, in_order, joined, prepare
 from trtower.tower.vision_tower import VisionTower
 
@@ -128,7 +128,8 @@ class Reader:
         except ConfigError:  # no fault of the picture
             raise
         except (OSError, ValueError) as err:  # InputError is one, too
-            return _Prepared(shard=shard, name=picture.name, stamp=stamp, reason=describe(err))
+            advice = "; see --max-mib and --max-megapixels" if isinstance(err, TooLargeError) else ""
+            return _Prepared(shard=shard, name=picture.name, stamp=stamp, reason=describe(err) + advice)
         return _Prepared(
             shard=shard,
             name=picture.name,

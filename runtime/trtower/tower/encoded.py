@@ -27,14 +27,18 @@ _limits = threading.Lock()
 _lifted: list[int | None] = []
 
 
+class TooLargeError(InputError):
+    """A picture exceeds a limit."""
+
+
 def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: int = LARGEST_PICTURE) -> "Image":
-    """Open an encoded picture; raise InputError if it is none, or exceeds a limit. Pixels are not decoded yet."""
+    """Open an encoded picture; raise InputError if it is none, or TooLargeError. Pixels are not decoded yet."""
     from PIL import Image, UnidentifiedImageError
 
     if not content:
         raise InputError("its file is empty")
     if len(content) > max_bytes:
-        raise InputError(f"its file has more than {max_bytes / MIB:.3g} MiB; see --max-mib")
+        raise TooLargeError(f"its file has more than {max_bytes / MIB:.3g} MiB")
     Image.init()  # knows every format then
     try:
         image = Image.open(BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
@@ -44,7 +48,7 @@ def open_encoded(content: bytes, *, max_bytes: int = LARGEST_FILE, max_pixels: i
         raise InputError(f"Pillow cannot open it ({one_line(err)})") from err
     if image.width * image.height > max_pixels:
         size = f"{image.width * image.height / MEGA:.3g} megapixels, more than {max_pixels / MEGA:.3g}"
-        raise InputError(f"it has {size}; see --max-megapixels")
+        raise TooLargeError(f"it has {size}")
     return image
 
 

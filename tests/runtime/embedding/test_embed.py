@@ -188,8 +188,8 @@ def spoil(photos: Path) -> dict[str, str]:
         "c-text.jpg": "Pillow finds no picture in it",
         "d-deep.png": "nothing tells which value is white",
         "e-gone.png": "No such file",
-        "f-many-pixels.png": "it has 0.16 megapixels, more than 0.09; see --max-megapixels",
-        "g-many-bytes.bmp": "its file has more than 0.06 MiB; see --max-mib",
+        "f-many-pixels.png": "it has 0.16 megapixels, more than 0.09; see --max-mib and --max-megapixels",
+        "g-many-bytes.bmp": "its file has more than 0.06 MiB; see --max-mib and --max-megapixels",
         "h-pipe.png": "it is not a file",
     }
 
