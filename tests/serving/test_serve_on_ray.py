@@ -32,6 +32,7 @@ over_grpc = pytest.importorskip("tritonclient.grpc")
 with warnings.catch_warnings():  # of Ray's code about itself
     warnings.simplefilter("ignore")
     from ray import serve
+    from ray.serve.schema import ServeDeploySchema
     from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
     from trtower.serving.ray import RayOptions, TowerDeployment, add_open_inference, application
@@ -290,6 +291,14 @@ def test_config_file_of_the_page(nodes: Nodes, address: str, certified: Path, tm
             np.testing.assert_array_equal(features(ask(address, "tower", array, app="clip")), expect(tower, array))
         finally:
             process.kill()  # an interrupt would end Serve, and all that it serves
+
+
+def test_config_of_the_kubernetes_manifest_is_one() -> None:
+    manifest = yaml.safe_load((ROOT / "examples" / "kubernetes" / "ray.yaml").read_text(encoding="utf-8"))
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    (app,) = config.applications
+    assert app.import_path == "trtower.serving.ray:application"
+    assert RayOptions.read({name: value for name, value in app.args.items() if name != "bundle"})
 
 
 def why_not_deployed(name: str = "app") -> str:
