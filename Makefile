@@ -16,7 +16,7 @@ GPU := VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS)
 BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix \
-	test-lerobot test-serving test-tensorrt test-wheel bench bench-serving \
+	test-lerobot test-serving test-play test-tensorrt test-wheel bench bench-serving \
 	bench-gpu wheels cpu-choices goals graph-forms living pixels heads policies precisions export-speed clients docs clean
 
 demo: $(STAMP)
@@ -99,6 +99,17 @@ test-serving: .venv-ray/.installed .venv-triton/.installed .venv-llm/.installed
 		-e '.[openvino,cpu,export,test]' -r tests/serving/requirements-llm.txt
 	.venv-llm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm==0.33.0 \
 		ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
+	touch $@
+
+# The page of `trtower play` in Chromium, which must be installed; gradio wants an older Pillow.
+test-play: .venv-play/.installed
+	.venv-play/bin/python -m pytest tests/play
+
+.venv-play/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-play
+	grep -v '^pillow' $(CONSTRAINTS) >.venv-play/constraints.txt
+	.venv-play/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-play/constraints.txt \
+		-e '.[openvino,cpu,play,test]' playwright
 	touch $@
 
 # NVIDIA's own modules, each version in an environment of its own, which also sees what $(VENV) has: whether they have

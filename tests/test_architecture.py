@@ -30,7 +30,7 @@ ROWS = {
         "precision plan",
         "check bundling",
         "pipeline",
-        "bench demo",
+        "bench demo play",
         "commands measuring listings",
         "__init__",
     ),
@@ -46,6 +46,7 @@ COMMANDS = (
     "trtower.serving.triton.command",
     "trtower_export.commands",
     "trtower_export.measuring",
+    "trtower_export.play.command",
 )
 
 MODULES = {

@@ -109,6 +109,7 @@ def test_extra_exists(page: Path, item: str) -> None:
         ("doctor", "precision"),
         ("embed", "embed"),
         ("triton", "triton"),
+        ("play", "play"),
     ],
 )
 def test_page_names_the_options_of_its_command(command: str, page: str) -> None:
