@@ -23,7 +23,7 @@ from ray import serve
 from tests.serving.triton_server import free_port
 
 from trtower import VisionTower
-from trtower.serving.ray import RayOptions, TowerDeployment
+from trtower.serving.ray import RayOptions, bind_tower
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
         port = free_port()
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         serve.start(grpc_options={"port": port, "grpc_servicer_functions": ["trtower.serving.ray.add_open_inference"]})
-        deployment = TowerDeployment.options(ray_actor_options={"num_cpus": os.cpu_count()})
-        handle = serve.run(deployment.bind(bundle, RayOptions(allow_uncertified=True)))
+        processors = {"num_cpus": os.cpu_count()}
+        handle = serve.run(bind_tower(bundle, RayOptions(allow_uncertified=True), ray_actor_options=processors))
 
         def ask_handle() -> object:
             return handle.remote(array).result()

@@ -330,12 +330,21 @@ def test_site_has_every_page_once() -> None:
     assert sorted(pages_of(site["nav"])) == [page.name for page in DOCS]
 
 
+SERVING = (
+    "triton.repository.write_repository triton.config.TritonOptions ray.deployment.bind_tower ray.options.RayOptions "
+    "ray.replica.TowerReplica vllm.image_embeds vllm.content_parts dynamo.TowerBackend metrics.BatchMetrics "
+    "tracing.BatchSpans"
+)
+"""What the pages on servers tell readers to import."""
+
+
 def test_reference_has_every_public_name_once() -> None:
     documented = re.findall(r"^::: (\S+)$", read(API), flags=re.MULTILINE)
     names = [f"trtower.{name}" for name in trtower.__all__ if name != "__version__"]
     names += [f"trtower_export.{name}" for name in trtower_export.__all__]
     extension_points = ["trtower.runners.base.Backend", "trtower.runners.base.Runner"]
     extension_points += ["trtower_export.families.base.Family"]
+    names += [f"trtower.serving.{name}" for name in SERVING.split()]
     assert sorted(documented) == sorted(names + extension_points)
 
 

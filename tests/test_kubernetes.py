@@ -39,10 +39,10 @@ def test_kubernetes_accepts_triton(document: dict[str, Any]) -> None:
 
 
 def test_kubernetes_accepts_the_pods_and_service_of_ray() -> None:
-    (ray_service,) = documents("ray.yaml")
+    ray_service, service = documents("ray.yaml")
     for pod in pods(ray_service):
         validate(pod)
-    validate({"apiVersion": "v1", "kind": "Service"} | ray_service["spec"]["serveService"])
+    validate(service)
 
 
 def refuse_unknown(schema: Any) -> Any:
@@ -60,7 +60,7 @@ def refuse_unknown(schema: Any) -> Any:
 @pytest.mark.skipif("RAYSERVICE_CRD" not in os.environ, reason="needs KubeRay's ray.io_rayservices.yaml")
 def test_kuberay_accepts_the_service() -> None:
     """`RAYSERVICE_CRD=ray.io_rayservices.yaml pytest tests/test_kubernetes.py`, with the file of KubeRay's chart."""
-    (ray_service,) = documents("ray.yaml")
+    ray_service = documents("ray.yaml")[0]
     definition = yaml.safe_load(Path(os.environ["RAYSERVICE_CRD"]).read_text(encoding="utf-8"))
     versions = {each["name"]: each["schema"]["openAPIV3Schema"] for each in definition["spec"]["versions"]}
     schema = refuse_unknown(versions["v1"]["properties"]["spec"])
@@ -70,7 +70,7 @@ def test_kuberay_accepts_the_service() -> None:
 
 
 def test_both_serve_grpc_where_the_page_says() -> None:
-    (ray_service,) = documents("ray.yaml")
+    ray_service, service = documents("ray.yaml")
     config = yaml.safe_load(ray_service["spec"]["serveConfigV2"])
-    (port,) = ray_service["spec"]["serveService"]["spec"]["ports"]
+    (port,) = service["spec"]["ports"]
     assert config["grpc_options"]["port"] == port["port"] == port["targetPort"]

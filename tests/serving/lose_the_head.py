@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from tests.serving.towers import pixels
 from tests.serving.triton_server import free_port
 from trtower import VisionTower
-from trtower.serving.ray import RayOptions, TowerDeployment
+from trtower.serving.ray import RayOptions, bind_tower
 
 SECONDS = 20.0
 
@@ -36,7 +36,7 @@ def main(bundle: str) -> None:
         http_options={"port": free_port()},
         grpc_options={"port": port, "grpc_servicer_functions": ["trtower.serving.ray.add_open_inference"]},
     )
-    serve.run(TowerDeployment.bind(bundle, RayOptions(name="tower", backend="openvino", allow_uncertified=True)))
+    serve.run(bind_tower(bundle, RayOptions(name="tower", backend="openvino", allow_uncertified=True)))
     array = pixels(VisionTower(bundle), 1)
 
     def ask() -> str:

@@ -155,6 +155,7 @@ def test_features_have_the_dtype_of_the_language_model(llava: Path) -> None:
         ("file:///etc/passwd", "must be an https: or a data: URL"),
         ("http://localhost/picture.png", ""),
         ("https://127.0.0.1/picture.png", ""),
+        ("https://nowhere.invalid/picture.png", ""),
     ],
 )
 def test_picture_that_is_wrong_fails_its_request_alone(
@@ -202,6 +203,11 @@ def test_bundle_that_does_not_fit_is_refused_at_the_start(projected: Projected, 
     class Uncertified(TowerBackend):
         bundle = str(llava)
 
+    class TooMany(Uncertified):
+        max_batch_cost = 5
+
+    with pytest.raises(ConfigError, match="max_batch_cost=5; expected 1 to 4"):
+        TooMany()
     with pytest.raises(ConfigError, match=r"Nothing.bundle is not set"):
         Nothing()
     with pytest.raises(ConfigError, match="without a head, but Dynamo wants features after the model's projector"):

@@ -31,11 +31,12 @@ over_grpc = pytest.importorskip("tritonclient.grpc")
 
 with warnings.catch_warnings():  # of Ray's code about itself
     warnings.simplefilter("ignore")
-    from ray import serve
+    from ray import cloudpickle, serve
     from ray.serve.schema import ServeDeploySchema
     from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-    from trtower.serving.ray import RayOptions, TowerDeployment, add_open_inference, application
+    from trtower.serving.ray import RayOptions, add_open_inference, application, bind_tower
+    from trtower.serving.ray.open_inference import OpenInference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's code warns of itself, in many places
 
@@ -94,8 +95,7 @@ def _nothing_is_left(nodes: Nodes) -> Iterator[None]:
 def deploy(bundle: Path, app: str = "app", options: dict[str, Any] | None = None, **args: Any) -> Any:
     """Deploy a bundle, with Ray's options and ours."""
     ours: dict[str, Any] = {"backend": CHOSEN_ON_A_CPU, "allow_uncertified": True} | args
-    deployment = TowerDeployment.options(**options or {}).bind(bundle, RayOptions(**ours))
-    return serve.run(deployment, name=app, route_prefix=f"/{app}")
+    return serve.run(bind_tower(bundle, RayOptions(**ours), **options or {}), name=app, route_prefix=f"/{app}")
 
 
 def ask(address: str, model: str, array: Array, name: str = "pixel_values", app: str = "app", attempts: int = 1) -> Any:
@@ -208,16 +208,50 @@ def test_client_is_told_what_is_wrong(address: str, by_kind: dict[str, Path], to
         (sound[:0], "fp32", "pixel_values", "pixel_values holds 0 pictures"),
         (sound, "fp32", "pixels", r"INVALID_ARGUMENT\] inputs pixels; expected pixel_values"),
         (sound, "other", "pixel_values", r"NOT_FOUND\] no model other here, only fp32 and fp32-encoded"),
+        (np.full_like(sound, 1e39, np.float64), "fp32", "pixel_values", "pixel_values is FP64; expected FP32"),
         (sound, "fp32-encoded", "image", "image is FP32; expected BYTES"),
         (text, "fp32-encoded", "image", r"INVALID_ARGUMENT\] image\[0\]: Pillow finds no picture in it"),
     ):
         with pytest.raises(InferenceServerException, match=message):
             ask(address, model, array, name)
+    with over_grpc.InferenceServerClient(address) as client:
+        tensor = over_grpc.InferInput("pixel_values", sound.shape, "FP32")
+        tensor.set_data_from_numpy(sound)
+        with pytest.raises(InferenceServerException, match=r"NOT_FOUND\] no model fp32 7 here"):
+            client.infer("fp32", [tensor], "7")
+        classes = over_grpc.InferRequestedOutput("hidden_states", class_count=3)
+        with pytest.raises(InferenceServerException, match="hidden_states asks for classification, which is not"):
+            client.infer("fp32", [tensor], outputs=[classes])
+        with pytest.raises(InferenceServerException, match="no output is called other, only hidden_states"):
+            client.infer("fp32", [tensor], outputs=[over_grpc.InferRequestedOutput("other")])
+        tensor._input.shape[0] = -1
+        with pytest.raises(InferenceServerException, match=r"pixel_values has shape \(-1, 3, 42, 42\); expected no -1"):
+            client.infer("fp32", [tensor])
+        with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED"):
+            client.get_model_config("fp32")
     with pytest.raises(InputError, match="holds NaN"):
         handle.remote(nan).result()
+    with pytest.raises(InputError, match="holds NaN or infinity, as float32"):
+        handle.remote(np.full_like(sound, 1e39, np.float64)).result()
     with pytest.raises(InputError, match="pixel_values is str; expected an array or a tensor"):
         handle.remote("picture").result()
     np.testing.assert_array_equal(features(ask(address, "fp32", sound)), expect(towers["fp32"], sound))
+
+
+def test_request_gets_its_own_features_and_no_more(
+    address: str, by_kind: dict[str, Path], towers: dict[str, VisionTower]
+) -> None:
+    handle = deploy(by_kind["uint8"], batch_wait_ms=500)
+    tensors = [torch.from_numpy(pixels(towers["uint8"], 1, seed)) for seed in range(3)]
+    wrong = [tensors[0].bool(), tensors[0].to(torch.int64)]
+    sent = [handle.remote(each) for each in (*tensors, *wrong)]  # which would make one batch
+    for tensor, response in zip(tensors, sent, strict=False):
+        answer = response.result()
+        assert is_answer(towers["uint8"], tensor.numpy(), answer.numpy())
+        assert answer.untyped_storage().nbytes() == answer.nbytes
+    for response in sent[len(tensors) :]:
+        with pytest.raises(InputError, match=r"pixel_values is torch.(bool|int64); expected uint8"):
+            response.result()
 
 
 def test_unsound_request_fails_alone(address: str, by_kind: dict[str, Path], towers: dict[str, VisionTower]) -> None:
@@ -250,6 +284,7 @@ def test_argument_that_is_wrong_is_named(certified: Path, tmp_path: Path) -> Non
             ConfigError,
             "argument batch_wait_ms: Input should be",
         ),
+        ({"bundle": certified, "select_layer": "-3"}, ConfigError, "select_layer=-3 reads hidden state 2"),
         ({"bundle": certified, "batch_wait_ms": -1}, ConfigError, "batch_wait_ms=-1.0; expected"),
     ):
         with pytest.raises(error, match=message):
@@ -263,7 +298,8 @@ def test_bundle_without_certificate_is_refused(by_kind: dict[str, Path]) -> None
 
 def test_text_is_read_as_what_it_means() -> None:
     options = RayOptions.read({"batch_wait_ms": "2.5", "allow_uncertified": "true", "select_layer": "-2"})
-    assert options == RayOptions(batch_wait_ms=2.5, allow_uncertified=True, select_layer="-2")
+    assert options == RayOptions(batch_wait_ms=2.5, allow_uncertified=True, select_layer=-2)
+    assert RayOptions.read({"select_layer": "-2,-3"}).select_layer == [-2, -3]
 
 
 def test_certified_bundle_is_served_by_default(address: str, certified: Path) -> None:
@@ -294,7 +330,8 @@ def test_config_file_of_the_page(nodes: Nodes, address: str, certified: Path, tm
 
 
 def test_config_of_the_kubernetes_manifest_is_one() -> None:
-    manifest = yaml.safe_load((ROOT / "examples" / "kubernetes" / "ray.yaml").read_text(encoding="utf-8"))
+    text = (ROOT / "examples" / "kubernetes" / "ray.yaml").read_text(encoding="utf-8")
+    manifest = next(yaml.safe_load_all(text))
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
     (app,) = config.applications
     assert app.import_path == "trtower.serving.ray:application"
@@ -464,30 +501,48 @@ def test_bundle_changes_without_a_failed_request(
     }
 
 
-def test_wrong_engine_answers_nobody_and_is_replaced(
-    address: str, by_kind: dict[str, Path], towers: dict[str, VisionTower], tmp_path: Path
+class BreakableWithoutAGpu(OpenInference):
+    """A tower whose comparison can be made to fail, as it does if an engine goes wrong."""
+
+    async def break_engine(self, *, broken: bool) -> None:
+        self._golden.answers.mul_(1e3 if broken else 1e-3)
+
+
+def test_wrong_engine_answers_nobody_until_it_is_right(
+    address: str, by_kind: dict[str, Path], towers: dict[str, VisionTower]
 ) -> None:
-    """A golden file that changes stands in for an engine that does: the comparison fails alike."""
-    copy = Path(shutil.copytree(by_kind["fp32"], tmp_path / "tower"))
-    deploy(copy, options={"health_check_period_s": 0.5, "health_check_timeout_s": 5})
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    period = {"health_check_period_s": 0.5, "health_check_timeout_s": 5}
+    options = RayOptions(backend=CHOSEN_ON_A_CPU, allow_uncertified=True)
+    deployment = serve.deployment(name="TowerDeployment", **period)(BreakableWithoutAGpu)
+    handle = serve.run(deployment.bind(by_kind["fp32"], options), name="app", route_prefix="/app")
     array = pixels(towers["fp32"], 1)
-    assert is_answer(towers["fp32"], array, features(ask(address, "tower", array)))
-    golden = copy / "golden.safetensors"
-    content = golden.read_bytes()
-    golden.write_bytes(content[:-4] + b"\x7f\x7f\x7f\x7f")
 
     def refusal() -> str:
         try:
-            ask(address, "tower", array)
+            assert is_answer(towers["fp32"], array, features(ask(address, "fp32", array)))
         except InferenceServerException as err:
             return str(err)
         return ""
 
-    until(lambda: "UNAVAILABLE" in refusal())
-    assert str(copy) not in refusal()
-    golden.write_bytes(content)
-    until(lambda: not refusal())
+    assert not refusal()
+    handle.break_engine.remote(broken=True).result()
+    until(lambda: "UNAVAILABLE] fp32 failed its last check, and is being replaced" in refusal())
+    until(lambda: not refusal())  # by a new replica
     until(lambda: serve.status().applications["app"].status == "RUNNING")
+
+
+def test_replica_that_runs_needs_its_folder_no_more(
+    address: str, by_kind: dict[str, Path], towers: dict[str, VisionTower], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(by_kind["fp32"], tmp_path / "tower"))
+    deploy(copy, options={"health_check_period_s": 0.5, "health_check_timeout_s": 5})
+    copy.rename(tmp_path / "elsewhere")
+    array = pixels(towers["fp32"], 1)
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        assert is_answer(towers["fp32"], array, features(ask(address, "tower", array)))
+    assert serve.status().applications["app"].status == "RUNNING"
 
 
 def test_loss_of_the_head_is_said_at_once(certified: Path) -> None:

@@ -29,6 +29,7 @@ from trtower.tower.vision_tower import VisionTower
 try:
     contract: Any = importlib.import_module("dynamo.vllm.multimodal_utils.custom_encoder.backend")
     aiohttp_client = importlib.import_module("dynamo.common.http.aiohttp_client")
+    errors: Any = importlib.import_module("dynamo.common.http.base")
     media = importlib.import_module("dynamo.common.http.media_reference")
     urls = importlib.import_module("dynamo.common.http.url_validator")
 except ModuleNotFoundError as err:
@@ -52,8 +53,8 @@ class TowerBackend(contract.VisionEncoderBackend):  # type: ignore[misc]
         dtype: The language model's dtype, which Dynamo demands of the features; None keeps the bundle's.
         backend: The backend, as in `VisionTower.load`.
         allow_uncertified: Serve a bundle without a certificate for the backend that runs, and a rehearsal.
-        max_batch_cost: Pictures in one batch: the most that the bundle's profiles accept.
-        preprocess_concurrency: Threads that fetch and prepare pictures.
+        max_batch_cost: Pictures in one batch at most. Default: the most that the bundle's profiles accept.
+        preprocess_concurrency: Threads that fetch and prepare pictures. Default: one for each processor, at most 8.
 
     Raises:
         ConfigError: No bundle is set, or it has no projector.
@@ -65,14 +66,21 @@ class TowerBackend(contract.VisionEncoderBackend):  # type: ignore[misc]
     dtype: torch.dtype | None = None
     backend: str = "auto"
     allow_uncertified: bool = False
+    max_batch_cost: int | None = None
+    preprocess_concurrency: int = 0
 
     def __init__(self) -> None:
         if not self.bundle:
             raise ConfigError(f"{type(self).__name__}.bundle is not set: derive a class, and name the bundle in it.")
         opened = Bundle.open(self.bundle)
         projector_of(opened, "Dynamo")
-        self.max_batch_cost = opened.manifest.batch.max
-        self.preprocess_concurrency = count_threads(None)
+        most = opened.manifest.batch.max
+        self.max_batch_cost = most if self.max_batch_cost is None else self.max_batch_cost
+        if not 1 <= self.max_batch_cost <= most:
+            raise ConfigError(
+                f"max_batch_cost={self.max_batch_cost}; expected 1 to {most}, as in the bundle's profiles."
+            )
+        self.preprocess_concurrency = self.preprocess_concurrency or count_threads(None)
         self._tower = VisionTower(
             self.bundle,
             backend=self.backend,
@@ -113,7 +121,10 @@ class TowerBackend(contract.VisionEncoderBackend):  # type: ignore[misc]
 
 
 def _fetch(url: str) -> bytes:
-    """Return the bytes behind a URL. Raises what Dynamo's own loader does, or InputError."""
+    """Return the bytes behind a URL.
+
+    Raises InputError, or what Dynamo itself tells clients of: a ValueError of its rules, or an HttpStatusError.
+    """
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
         return _decode(url)
@@ -138,6 +149,8 @@ async def _download(url: str) -> bytes:
     try:
         policy = urls.UrlValidationPolicy.from_env()
         content: bytes = await client.fetch_bytes(url, TIMEOUT_S, policy=policy, max_bytes=media.max_media_bytes())
+    except (errors.HttpConnectionError, errors.HttpTimeoutError) as err:
+        raise InputError("the image could not be fetched from its URL") from err
     finally:
         await client.close()
     return content

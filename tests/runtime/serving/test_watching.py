@@ -1,6 +1,7 @@
 """Metrics and spans say what engine calls did, also of calls that fail, and wait for no GPU."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,28 @@ def test_reports_are_handed_on_in_order_when_the_engine_has_ended() -> None:
     assert handed == ["first 0.0", "second 1.0"]
     deferred.hand_on(wait=True)
     assert handed[2:] == ["third 2.0"]
+
+
+def test_call_does_not_wait_for_a_scrape_that_waits_for_a_gpu() -> None:
+    handed, may_end = list[int](), threading.Event()
+
+    def then(report: BatchReport, number: int) -> None:
+        handed.append(number)
+        assert may_end.wait(10)
+
+    deferred: Deferred[int] = Deferred(then)
+    times: dict[str, Any] = {"called_at": 0.0, "queue_s": 0.0, "error": None, "batch": 1, "backend": "b"}
+    report = BatchReport(**times, _ran=lambda: 0.0, _is_done=lambda: False)
+    deferred.add(report, 0)
+    scrape = threading.Thread(target=lambda: deferred.hand_on(wait=True))
+    scrape.start()
+    while not handed:
+        time.sleep(0.01)
+    deferred.add(report, 1)  # returns at once
+    may_end.set()
+    scrape.join()
+    deferred.hand_on(wait=True)
+    assert handed == [0, 1]
 
 
 # Prometheus

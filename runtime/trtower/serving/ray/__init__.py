@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 from trtower.lazy import import_lazily
 
 if TYPE_CHECKING:
-    from trtower.serving.ray.deployment import TowerDeployment, application
+    from trtower.serving.ray.deployment import TowerDeployment, application, bind_tower
     from trtower.serving.ray.open_inference import add_open_inference
     from trtower.serving.ray.options import RayOptions
 
-__all__ = ["RayOptions", "TowerDeployment", "add_open_inference", "application"]
+__all__ = ["RayOptions", "TowerDeployment", "add_open_inference", "application", "bind_tower"]
 
 if not TYPE_CHECKING:  # or a type checker would accept every name
     __getattr__, __dir__ = import_lazily(
         __name__,
         {
-            "deployment": "TowerDeployment application",
+            "deployment": "TowerDeployment application bind_tower",
             "open_inference": "add_open_inference",
             "options": "RayOptions",
         },

@@ -1,15 +1,17 @@
 """A tower on Ray Serve: the deployment, and the application that a config file of Ray's names."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import how_to_certify
 from trtower.errors import BundleError, ConfigError
 from trtower.serving.ray.open_inference import OpenInference
 from trtower.serving.ray.options import RayOptions
 from trtower.serving.ray.replica import serve
+from trtower.tower.vision_tower import VisionTower
 
 TowerDeployment = serve.deployment(
     name="TowerDeployment",
@@ -19,28 +21,43 @@ TowerDeployment = serve.deployment(
     health_check_timeout_s=60,
     graceful_shutdown_timeout_s=60,
 )(OpenInference)
-"""A bundle on Ray Serve: `TowerDeployment.options(…)` takes Ray's options, and `.bind(bundle, RayOptions(…))` ours."""
+"""A bundle on Ray Serve, as Ray deploys it; `bind_tower` binds one to it."""
 
 
-def application(args: Mapping[str, Any]) -> Any:
-    """Make the application of one bundle, as `serve run trtower.serving.ray:application bundle=PATH` does.
+def bind_tower(bundle: str | os.PathLike[str], options: RayOptions | None = None, **of_ray: Any) -> Any:
+    """Make an application of one bundle, for `serve.run`, or for an application of yours of which it is a part.
 
     The bundle is read here, too: its identity becomes a part of the application. So all replicas serve the same tower,
     and deploying again after another bundle took its place replaces them, one after another.
 
     Args:
-        args: ``bundle``, the path of the bundle on every node, and the fields of `RayOptions` by name.
+        bundle: The path of the bundle, here and on every node.
+        options: What a replica does with it. Default: `RayOptions()`.
+        **of_ray: Ray's options of the deployment, such as ``num_replicas=2``.
+
+    Raises:
+        ConfigError: An option is invalid, or the bundle lacks a requested layer.
+        BundleError: The folder is no bundle, or not certified.
+    """
+    options, path = options or RayOptions(), Path(bundle).absolute()
+    tower = VisionTower(path, select_layer=options.select_layer, select_feature=options.select_feature)
+    if (reason := tower.bundle.uncertifiable()) and not options.allow_uncertified:
+        advice = f"{how_to_certify(tower.bundle, options.backend)}; or serve it anyway with allow_uncertified=true."
+        raise BundleError(f"{bundle} is not certified: {reason}. {advice}")
+    same = replace(options, tower_sha256=tower.bundle.manifest.tower_sha256)
+    return TowerDeployment.options(**of_ray).bind(path, same)
+
+
+def application(args: Mapping[str, Any]) -> Any:
+    """Make the application of one bundle, as `serve run trtower.serving.ray:application bundle=PATH` does.
+
+    Args:
+        args: ``bundle``, and the fields of `RayOptions` by name.
 
     Raises:
         ConfigError: ``bundle`` is missing, or another argument is unknown or invalid.
-        BundleError: The folder is no bundle, or not certified.
+        BundleError: As for `bind_tower`.
     """
-    options = {name: value for name, value in args.items() if name != "bundle"}
     if not (bundle := args.get("bundle")):
         raise ConfigError("no bundle: pass bundle=PATH.")
-    opened = Bundle.open(bundle)
-    read = RayOptions.read({"tower_sha256": opened.manifest.tower_sha256} | options)
-    if (reason := opened.uncertifiable()) and not read.allow_uncertified:
-        advice = f"{how_to_certify(opened, read.backend)}; or serve it anyway with allow_uncertified=true."
-        raise BundleError(f"{bundle} is not certified: {reason}. {advice}")
-    return TowerDeployment.bind(Path(bundle).absolute(), read)
+    return bind_tower(bundle, RayOptions.read({name: value for name, value in args.items() if name != "bundle"}))

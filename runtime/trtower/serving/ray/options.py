@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from trtower.errors import ConfigError, one_line
 from trtower.extras import import_extra
-from trtower.layer_codes import LayerCode
+from trtower.layer_codes import LayerCode, parse_layer_code
 
 PURPOSE = "serving on Ray"
 
@@ -22,7 +22,7 @@ class RayOptions:
         select_feature: The tokens to read, as there.
         batch_wait_ms: How long a request waits for others although the engine is idle.
         allow_uncertified: Serve a bundle without a certificate for the backend that runs, and a rehearsal.
-        tower_sha256: The identity that the bundle must have, so that no node serves another one; `application` sets it.
+        tower_sha256: The identity that the bundle must have, so that no node serves another one; `bind_tower` sets it.
 
     Raises:
         ConfigError: An option is invalid.
@@ -46,6 +46,8 @@ class RayOptions:
     def read(cls, args: Mapping[str, Any]) -> "RayOptions":
         """Read the arguments of a config file, or of a command line, where all are text. Raises ConfigError."""
         pydantic = import_extra("pydantic", extra="ray", purpose=PURPOSE)
+        layer = args.get("select_layer")
+        args = {**args, "select_layer": parse_layer_code(layer) if isinstance(layer, str) else layer}
         try:
             options: RayOptions = pydantic.TypeAdapter(cls).validate_python(args)
         except pydantic.ValidationError as err:

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from trtower.dtypes import PIXEL_DTYPES
 from trtower.errors import BackendError, ConfigError, InputError
 from trtower.extras import import_extra
+from trtower.parity.golden import Golden
 from trtower.parity.verify import refuse_wrong
 from trtower.serving.ray.options import PURPOSE, RayOptions
 from trtower.serving.tensors import IMAGE, PIXEL_VALUES
@@ -55,7 +57,7 @@ class TowerReplica:
             ConfigError: It is another bundle, an option is invalid, or GPUs of the cluster would stay idle.
         """
         options = options or RayOptions()
-        resources = ray.get_runtime_context().get_assigned_resources()
+        resources = _assigned_resources()
         _refuse_idle_gpus(options.backend, resources)
         self.tower = open_same(
             bundle,
@@ -67,8 +69,12 @@ class TowerReplica:
             require_certificate=not options.allow_uncertified,
             check_finite=False,  # each request is checked by itself, before it joins others
         )
+        self._dtype = PIXEL_DTYPES[self.tower.bundle.manifest.input.dtype]
         self.name = options.name or self.tower.bundle.path.resolve().name
-        self._wait_s, self._ran_s = options.batch_wait_ms / 1000, 0.0
+        self._golden = Golden.read(self.tower.bundle)  # once: what is at its path later says nothing of this engine
+        self._wait_s = options.batch_wait_ms / 1000
+        self._took_s: dict[int, float] = {}  # by the number of pictures, the last call of the engine
+        self._free_at = 0.0
         self.is_healthy = False
         self._engine = ThreadPoolExecutor(1, "trtower-engine")
         self._preparers = ThreadPoolExecutor(torch.get_num_threads(), "trtower-prepare")
@@ -106,17 +112,18 @@ class TowerReplica:
 
     async def infer(self, images: torch.Tensor) -> torch.Tensor:
         """Turn prepared pictures into features, together with other requests."""
-        if not self.is_healthy:
-            raise UnhealthyError(f"{self.name} failed its last check, and is being replaced")
+        self._refuse_unhealthy()
         manifest = self.tower.bundle.manifest
         self._refuse_many(len(images) if images.ndim else 0, PIXEL_VALUES)
         if images.shape[1:] != manifest.input.row:
             expected = ", ".join(map(str, ("B", *manifest.input.row)))
             raise InputError(f"{PIXEL_VALUES} has shape {tuple(images.shape)}; expected ({expected})")
-        if images.is_floating_point() != self.tower.spec.takes_floats:
+        if images.dtype != torch.uint8 if self._dtype == torch.uint8 else not images.is_floating_point():
             raise InputError(f"{PIXEL_VALUES} is {images.dtype}; expected {manifest.input.dtype}")
+        images = images.to("cpu", self._dtype)
         if images.is_floating_point() and not bool(images.isfinite().all()):
-            raise InputError(f"{PIXEL_VALUES} holds NaN or infinity")
+            raise InputError(f"{PIXEL_VALUES} holds NaN or infinity, as {manifest.input.dtype}")
+        self._run.set_batch_wait_timeout_s(max(self._wait_s, self._free_at - perf_counter()))
         features: torch.Tensor = await self._run(images)
         return features
 
@@ -133,15 +140,23 @@ class TowerReplica:
 
     @serve.batch(batch_size_fn=lambda requests: sum(map(len, requests)))  # type: ignore[untyped-decorator]
     async def _run(self, requests: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run several requests as one batch. Meanwhile others gather, for about as long as the engine will be busy."""
-        self._run.set_batch_wait_timeout_s(max(self._wait_s, self._ran_s))
-        started = perf_counter()
+        """Run several requests as one batch. Until the engine is free again, as far as that is known, others gather."""
+        size = sum(map(len, requests))
+        self._free_at = perf_counter() + self._took_s.get(size, 0.0)
         try:
-            features = await self._in_engine(self.tower.run_prepared, torch.cat([*requests]))
-            return [*features.cpu().split([*map(len, requests)])]
+            features = await self._in_engine(self._encode, torch.cat([*requests]))
         finally:
-            self._ran_s = perf_counter() - started
-            self._run.set_batch_wait_timeout_s(self._wait_s)
+            self._free_at = 0.0
+        # Copies: a view would be sent with all that it is a view of, which is other clients'.
+        return [each.clone() for each in features.split([*map(len, requests)])]
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the engine, in its thread, unless its last check failed."""
+        self._refuse_unhealthy()
+        started = perf_counter()
+        features = self.tower.run_prepared(images).cpu()
+        self._took_s[len(images)] = perf_counter() - started
+        return features
 
     async def _in_engine(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._engine, work, *args)
@@ -151,7 +166,7 @@ class TowerReplica:
         if (runner := self.tower.runner) is None:
             raise BackendError(f"{self.name} is closed.")
         try:
-            refuse_wrong(self.tower.bundle, runner)
+            refuse_wrong(self.tower.bundle, runner, self._golden)
         except Exception:
             self.is_healthy = False
             raise
@@ -164,6 +179,10 @@ class TowerReplica:
                 return prepare(self.tower.image_processor, image)
         except (InputError, OSError) as err:
             raise InputError(f"{IMAGE}[{place}]: {describe(err)}") from err
+
+    def _refuse_unhealthy(self) -> None:
+        if not self.is_healthy:
+            raise UnhealthyError(f"{self.name} failed its last check, and is being replaced")
 
     def _refuse_many(self, count: int, name: str) -> None:
         most = self.tower.bundle.manifest.batch.max
@@ -183,6 +202,14 @@ def as_tensor(array: Any) -> torch.Tensor:
 def as_array(features: torch.Tensor) -> Any:
     """Return features as an array: FP32 for BF16, which NumPy lacks."""
     return (features.float() if features.dtype == torch.bfloat16 else features).numpy()
+
+
+def _assigned_resources() -> Mapping[str, float]:
+    try:
+        resources: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
+    except AssertionError as err:  # Ray's own, in a process that is no worker
+        raise ConfigError("a TowerDeployment runs in replicas of Ray only, not in Serve's local testing mode.") from err
+    return resources
 
 
 def _refuse_idle_gpus(backend: str, resources: Mapping[str, float]) -> None:
