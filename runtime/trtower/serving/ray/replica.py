@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -72,16 +71,15 @@ class TowerReplica:
         self._dtype = PIXEL_DTYPES[self.tower.bundle.manifest.input.dtype]
         self.name = options.name or self.tower.bundle.path.resolve().name
         self._golden = Golden.read(self.tower.bundle)  # once: what is at its path later says nothing of this engine
-        self._wait_s = options.batch_wait_ms / 1000
-        self._took_s: dict[int, float] = {}  # by the number of pictures, the last call of the engine
-        self._free_at = 0.0
+        self._engine_is_free = asyncio.Event()
+        self._engine_is_free.set()
         self.is_healthy = False
         self._engine = ThreadPoolExecutor(1, "trtower-engine")
         self._preparers = ThreadPoolExecutor(torch.get_num_threads(), "trtower-prepare")
         self._compare()
         self.tower.warmup()
         self._run.set_max_batch_size(self.tower.bundle.manifest.batch.max)
-        self._run.set_batch_wait_timeout_s(self._wait_s)
+        self._run.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
         logger.info("%s runs on %s", self.name, self.tower.backend)
 
     async def __call__(self, pixel_values: Any) -> Any:
@@ -123,7 +121,7 @@ class TowerReplica:
         images = images.to("cpu", self._dtype)
         if images.is_floating_point() and not bool(images.isfinite().all()):
             raise InputError(f"{PIXEL_VALUES} holds NaN or infinity, as {manifest.input.dtype}")
-        self._run.set_batch_wait_timeout_s(max(self._wait_s, self._free_at - perf_counter()))
+        await self._engine_is_free.wait()  # so that all who wait become one batch: Ray would close several meanwhile
         features: torch.Tensor = await self._run(images)
         return features
 
@@ -140,23 +138,19 @@ class TowerReplica:
 
     @serve.batch(batch_size_fn=lambda requests: sum(map(len, requests)))  # type: ignore[untyped-decorator]
     async def _run(self, requests: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run several requests as one batch. Until the engine is free again, as far as that is known, others gather."""
-        size = sum(map(len, requests))
-        self._free_at = perf_counter() + self._took_s.get(size, 0.0)
+        """Run several requests as one batch."""
+        self._engine_is_free.clear()
         try:
             features = await self._in_engine(self._encode, torch.cat([*requests]))
         finally:
-            self._free_at = 0.0
+            self._engine_is_free.set()
         # Copies: a view would be sent with all that it is a view of, which is other clients'.
         return [each.clone() for each in features.split([*map(len, requests)])]
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         """Run the engine, in its thread, unless its last check failed."""
         self._refuse_unhealthy()
-        started = perf_counter()
-        features = self.tower.run_prepared(images).cpu()
-        self._took_s[len(images)] = perf_counter() - started
-        return features
+        return self.tower.run_prepared(images).cpu()
 
     async def _in_engine(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._engine, work, *args)
