@@ -40,7 +40,7 @@ pytest: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --max-worker-restart 0 --cov --cov-report=term
 
-# Full-size rehearsals of every recipe, before a release.
+# Full-size rehearsals of every recipe and long repetitions, before a release.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 

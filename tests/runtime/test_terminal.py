@@ -97,7 +97,9 @@ cli.main()
     assert "\\u" not in shown
 
 
-@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, ASCII], ids=["C", "ascii"])
+@pytest.mark.parametrize(
+    "environment", [{"LC_ALL": "C"}, pytest.param(ASCII, marks=pytest.mark.slow)], ids=["C", "ascii"]
+)
 def test_folder_may_have_spaces_and_umlauts(
     clip_bundle: Path, checkpoints: dict[str, Path], tmp_path: Path, environment: dict[str, str]
 ) -> None:

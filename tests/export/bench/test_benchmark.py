@@ -429,7 +429,7 @@ def test_command_writes_json_and_plot(clip_bundle: Path, tmp_path: Path, capsys:
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("batch", [["1, 2"], ["1", "--batch", "2"]])
+@pytest.mark.parametrize("batch", [["1, 2"], pytest.param(["1", "--batch", "2"], marks=pytest.mark.slow)])
 def test_command_races_at_the_given_batches(
     clip_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: list[str]
 ) -> None:

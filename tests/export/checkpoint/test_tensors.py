@@ -259,6 +259,7 @@ def peak_memory_of_export(folder: Path, out: Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sharded_checkpoint_of_gigabytes_needs_no_more_memory_than_its_tower(clip: Path, tmp_path: Path) -> None:
     tower = {
         f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}": tensor

@@ -343,7 +343,10 @@ def kill_when(condition: Callable[[], bool], *arguments: object) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize("format_", [*FORMATS])
+SLOWLY = [pytest.param(format_, marks=[pytest.mark.slow] if format_ != "parquet" else []) for format_ in FORMATS]
+
+
+@pytest.mark.parametrize("format_", SLOWLY)
 def test_killed_process_loses_and_doubles_nothing(certified: Path, tmp_path: Path, format_: str) -> None:
     fill(tmp_path / "photos", range(60))
     (tmp_path / "photos" / "bad.png").write_bytes(b"no picture")

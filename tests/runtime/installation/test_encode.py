@@ -92,7 +92,7 @@ def encode_elsewhere(checkpoint: str, bundle: str, images: dict[str, Any], path:
 
 
 @new
-@pytest.mark.parametrize("name", ["llava", "llava_next", "vipllava"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", pytest.param("vipllava", marks=pytest.mark.slow)])
 def test_another_process_encodes(name: str, bundles: Bundles, tmp_path: Path) -> None:
     model, kind = make(name), KINDS[name]
     given = inputs(model, name, "several images")

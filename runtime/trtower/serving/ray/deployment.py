@@ -13,9 +13,12 @@ from trtower.serving.ray.options import RayOptions
 from trtower.serving.ray.replica import serve
 from trtower.tower.vision_tower import VisionTower
 
+IN_FLIGHT = 64
+"""Requests that a replica has at once, at least."""
+
 TowerDeployment = serve.deployment(
     name="TowerDeployment",
-    max_ongoing_requests=64,
+    max_ongoing_requests=IN_FLIGHT,
     max_queued_requests=1024,
     health_check_period_s=30,
     health_check_timeout_s=60,
@@ -44,8 +47,9 @@ def bind_tower(bundle: str | os.PathLike[str], options: RayOptions | None = None
     if (reason := tower.bundle.uncertifiable()) and not options.allow_uncertified:
         advice = f"{how_to_certify(tower.bundle, options.backend)}; or serve it anyway with allow_uncertified=true."
         raise BundleError(f"{bundle} is not certified: {reason}. {advice}")
+    in_flight = {"max_ongoing_requests": max(IN_FLIGHT, 2 * tower.bundle.manifest.batch.max)}
     same = replace(options, tower_sha256=tower.bundle.manifest.tower_sha256)
-    return TowerDeployment.options(**of_ray).bind(path, same)
+    return TowerDeployment.options(**in_flight | of_ray).bind(path, same)
 
 
 def application(args: Mapping[str, Any]) -> Any:
