@@ -178,6 +178,16 @@ def test_engine_that_fails_says_nothing_of_itself(driven: Driven, llava: Path, m
     assert str(error) == "the vision tower failed"
 
 
+def test_features_that_the_language_models_dtype_cannot_hold_are_no_infinities(
+    driven: Driven, tower: VisionTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionTower, "run_prepared", lambda *_: torch.full((1, *tower.feature_shape), 1e6))
+    assert torch.isfinite(driven.encode([as_url(0)])[0][0]).all()
+    driven.encoder._backend.dtype = torch.float16
+    (error,) = driven.encode([as_url(0)])
+    assert type(error) is RuntimeError
+
+
 def test_picture_is_fetched_by_dynamos_rules(
     driven: Driven, tower: VisionTower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from trtower.errors import ConfigError, InputError
 from trtower.tower.image_processor import ImageProcessor
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.check.certify import check_weights
+from trtower_export.check.report.pca import token_distances
 from trtower_export.check.report.report import as_image
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.reference import UncutTower
@@ -39,14 +40,11 @@ class Look:
     @property
     def cosines(self) -> Tensor:
         """The cosine between both towers, of each patch."""
-        return torch.nn.functional.cosine_similarity(self.bundle, self.reference, dim=-1)
+        return 1 - token_distances(self.bundle, self.reference)
 
     def similar_to(self, patch: int) -> tuple[Tensor, Tensor]:
         """Return the cosine of every patch with one of them, in PyTorch's tower and in the bundle."""
-        reference, bundle = (
-            torch.nn.functional.cosine_similarity(each, each[patch][None], dim=-1)
-            for each in (self.reference, self.bundle)
-        )
+        reference, bundle = (1 - token_distances(each, each[patch][None]) for each in (self.reference, self.bundle))
         return reference, bundle
 
 
@@ -90,10 +88,10 @@ class Towers:
     def look(self, picture: Image.Image) -> Look:
         """Show a picture to both towers. Raises InputError if the image processor refuses it."""
         device, spec = self.tower.device, self.tower.spec
-        pixels = self.tower.image_processor(picture, return_tensors="pt")["pixel_values"]
-        floats = self.to_floats.preprocess(picture, return_tensors="pt")["pixel_values"].float()
-        if spec.takes_floats:
-            pixels = pixels.to(self.tower.dtype)
+        floats: Tensor = self.to_floats.preprocess(picture, return_tensors="pt")["pixel_values"].float()
+        pixels = floats.to(self.tower.dtype)
+        if not spec.takes_floats:
+            pixels = self.tower.image_processor(picture, return_tensors="pt")["pixel_values"]
         if pixels.shape[1:] != self.tower.bundle.manifest.input.row:
             raise InputError(f"the picture comes out as {tuple(pixels.shape)}: it must be cropped or padded before.")
         pixels, floats = pixels.to(device), floats.to(device)

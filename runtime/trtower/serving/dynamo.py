@@ -109,7 +109,7 @@ class TowerBackend(contract.VisionEncoderBackend):  # type: ignore[misc]
     def forward_batch(self, items: Sequence[torch.Tensor], target_bucket: int | None = None) -> list[torch.Tensor]:
         """Run prepared pictures as one batch; return features (tokens, width) of each on the CPU."""
         try:
-            features = self._tower.run_prepared(torch.cat([*items])).to("cpu", self.dtype)
+            features = _as_dtype(self._tower.run_prepared(torch.cat([*items])), self.dtype)
         except Exception as err:
             logger.exception("the tower failed")
             raise RuntimeError("the vision tower failed") from err
@@ -118,6 +118,14 @@ class TowerBackend(contract.VisionEncoderBackend):  # type: ignore[misc]
     def close(self) -> None:
         """Free the engine."""
         self._tower.close()
+
+
+def _as_dtype(features: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return features on the CPU in the language model's dtype; raise ValueError if that cannot hold them."""
+    cast = features.to("cpu", dtype)
+    if not bool(cast.isfinite().all()):
+        raise ValueError(f"features in {features.dtype} are not finite as {cast.dtype}")
+    return cast
 
 
 def _fetch(url: str) -> bytes:

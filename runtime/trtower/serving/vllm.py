@@ -51,11 +51,6 @@ def image_embeds(tower: VisionTower, pictures: Any) -> torch.Tensor:
     if head.name not in TAKEN:
         reason = REFUSED.get(head.name, f"whether it takes features of {head.name} as they are was not found out")
         raise ConfigError(f"vLLM cannot be given the features of {tower.bundle.path}: {reason}. Give it pictures.")
-    if head.divisor != 1.0:
-        raise ConfigError(
-            f"{tower.bundle.path} divides its features by {head.divisor:.6g}, as the transformers that exported it "
-            f"does, and vLLM's {TAKEN[head.name]} does not: export the model again with transformers 5."
-        )
     features: torch.Tensor = tower.encode(pictures)
     return features.cpu()
 

@@ -2,6 +2,8 @@
 
 import base64
 import io
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from tests.export.heads.models import IS_OLD, NUM_PATCHES, TEXT_WIDTH, features,
 from tests.pictures import picture
 from tests.runtime.serving.conftest import Projected
 from trtower import ConfigError, InputError, VisionTower
+from trtower.head import HeadSpec
+from trtower.serving.projected import projector_of
 from trtower.serving.vllm import content_parts, image_embeds
 
 
@@ -66,13 +70,19 @@ def test_model_that_vllm_gives_no_features_is_refused(projected: Projected, name
         image_embeds(load(projected(name)), picture(0))
 
 
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [("none", "was exported without a head, but vLLM wants features after the model's projector: export")],
-)
-def test_bundle_without_a_projector_is_refused(projected: Projected, head: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        image_embeds(load(projected("llava", head=head)), picture(0))
+def test_bundle_without_a_projector_is_refused(projected: Projected) -> None:
+    with pytest.raises(ConfigError, match="was exported without a head, but vLLM wants features after the model's pro"):
+        image_embeds(load(projected("llava", head="none")), picture(0))
+
+
+def test_divided_features_are_refused_for_every_server() -> None:
+    head = HeadSpec(kind="projector", name="PaliGemmaMultiModalProjector", width=8, tokens=9, divisor=45.25)
+    bundle: Any = SimpleNamespace(path="b", manifest=SimpleNamespace(spec=SimpleNamespace(head=head)))
+    for server in ("vLLM", "Dynamo"):
+        with pytest.raises(ConfigError, match=f"b divides its features by 45.25, .* and {server} does not multiply"):
+            projector_of(bundle, server)
+    bundle.manifest.spec.head = replace(head, divisor=1.0)
+    assert projector_of(bundle, "vLLM").divisor == 1
 
 
 def test_features_that_vllm_would_scale_otherwise_are_refused(projected: Projected) -> None:
@@ -80,5 +90,5 @@ def test_features_that_vllm_would_scale_otherwise_are_refused(projected: Project
     if not IS_OLD:
         assert image_embeds(tower, picture(0)).shape[0] == 1
         return
-    with pytest.raises(ConfigError, match=r"divides its features by .* PaliGemmaForConditionalGeneration does not"):
+    with pytest.raises(ConfigError, match=r"divides its features by .* and vLLM does not multiply"):
         image_embeds(tower, picture(0))

@@ -16,8 +16,8 @@ import torch
 from trtower.errors import InputError, one_line
 from trtower.extras import import_extra
 from trtower.serving.ray.options import PURPOSE
-from trtower.serving.ray.replica import TowerReplica, UnhealthyError, as_array, as_tensor, logger, ray
-from trtower.serving.tensors import BYTES, IMAGE, PIXEL_VALUES, wire_type
+from trtower.serving.ray.replica import TowerReplica, UnhealthyError, as_tensor, logger, ray
+from trtower.serving.tensors import BYTES, IMAGE, PIXEL_VALUES, as_array, wire_type
 
 messages = import_extra("tritonclient.grpc.service_pb2", extra="ray", purpose=PURPOSE)
 tensors = import_extra("tritonclient.utils", extra="ray", purpose=PURPOSE)

@@ -19,7 +19,7 @@ from trtower.extras import import_extra
 from trtower.parity.golden import Golden
 from trtower.parity.verify import refuse_wrong
 from trtower.serving.ray.options import PURPOSE, RayOptions
-from trtower.serving.tensors import IMAGE, PIXEL_VALUES
+from trtower.serving.tensors import IMAGE, PIXEL_VALUES, as_array
 from trtower.tower.encoded import describe, no_limit_of_pillow, open_encoded
 from trtower.tower.prepare import joined, prepare
 from trtower.tower.same import open_same
@@ -191,11 +191,6 @@ def as_tensor(array: Any) -> torch.Tensor:
     except (TypeError, AttributeError) as err:
         found = getattr(array, "dtype", type(array).__name__)
         raise InputError(f"{PIXEL_VALUES} is {found}; expected an array or a tensor of numbers") from err
-
-
-def as_array(features: torch.Tensor) -> Any:
-    """Return features as an array: FP32 for BF16, which NumPy lacks."""
-    return (features.float() if features.dtype == torch.bfloat16 else features).numpy()
 
 
 def _assigned_resources() -> Mapping[str, float]:

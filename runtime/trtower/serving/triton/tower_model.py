@@ -14,7 +14,7 @@ import torch
 import triton_python_backend_utils as triton
 
 from trtower.errors import TrtowerError, one_line
-from trtower.serving.tensors import PIXEL_VALUES
+from trtower.serving.tensors import PIXEL_VALUES, as_array
 from trtower.tower.vision_tower import VisionTower
 
 BUNDLE = "bundle"
@@ -71,8 +71,7 @@ class TritonPythonModel:
     def _respond(self, answer: Answer) -> Any:
         if not isinstance(answer, torch.Tensor):
             return triton.InferenceResponse(error=answer)
-        features = answer.float() if answer.dtype == torch.bfloat16 else answer  # which NumPy lacks
-        return triton.InferenceResponse(output_tensors=[triton.Tensor(self._output, features.numpy())])
+        return triton.InferenceResponse(output_tensors=[triton.Tensor(self._output, as_array(answer))])
 
 
 def _what_is_wrong(images: torch.Tensor) -> Any:
