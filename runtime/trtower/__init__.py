@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trtower.embedding.options import EmbedOptions
     from trtower.errors import (
         BackendError,
+        BrokenExtraError,
         BuildError,
         BundleError,
         CheckpointError,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BatchReport",
+    "BrokenExtraError",
     "BuildError",
     "Bundle",
     "BundleError",
@@ -74,8 +76,8 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
             "embedding.embed": "EmbedProgress embed_pictures",
             "embedding.features": "Features",
             "embedding.options": "EmbedOptions",
-            "errors": "BackendError BuildError BundleError CheckpointError ConfigError InputError MissingExtraError "
-            "TrtowerError",
+            "errors": "BackendError BrokenExtraError BuildError BundleError CheckpointError ConfigError InputError "
+            "MissingExtraError TrtowerError",
             "installation.encode": "encode_for",
             "installation.install": "Installation install uninstall",
             "parity.verify": "verify_bundle",

@@ -38,6 +38,10 @@ class MissingExtraError(TrtowerError, ImportError):
     """A package is not installed; the message names the extra that provides it."""
 
 
+class BrokenExtraError(TrtowerError, ImportError):
+    """An installed package fails to import; the message says why, and which environment would do."""
+
+
 def one_line(err: BaseException | str) -> str:
     """Put a message, or another library's error, on one line; return the error's class name if it has no text.
 

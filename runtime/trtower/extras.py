@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from trtower.errors import MissingExtraError
+from trtower.errors import BrokenExtraError, MissingExtraError, one_line
 
 ENVIRONMENT = {"onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"}}
 """Module -> environment variables to set before its import, unless the user has set them.
@@ -22,20 +22,22 @@ With telemetry ONNX Runtime stores an identifier in the user's cache, and prints
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> Any:
-    """Import ``module``; raise MissingExtraError naming ``extra`` if its package is not installed.
+    """Import ``module``; raise MissingExtraError if its package is not installed, BrokenExtraError if it fails to load.
 
-    An installed package that breaks during import raises its own error, because installing the extra would not help.
+    Both messages say how to install ``extra``: a broken package mostly disagrees with another in its environment.
     """
     for variable, value in ENVIRONMENT.get(module, {}).items():
         os.environ.setdefault(variable, value)
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as err:
-        package = module.partition(".")[0]
-        if err.name is None or err.name.partition(".")[0] != package:
-            raise
-        raise MissingExtraError(
-            f"{purpose} needs the package {package}, which is not installed: {how_to_install(extra)}"
+    except Exception as err:
+        if isinstance(err, ModuleNotFoundError) and err.name and err.name.partition(".")[0] == package:
+            raise MissingExtraError(
+                f"{purpose} needs the package {package}, which is not installed: {how_to_install(extra)}"
+            ) from err
+        raise BrokenExtraError(
+            f"{_describe(package, err)}, or use a separate environment for {purpose}: {how_to_install(extra)}"
         ) from err
 
 
@@ -89,11 +91,15 @@ def why_broken(err: BaseException) -> str | None:
     package = next((name for name in names if name in installed and not name.startswith("trtower")), None)
     if package is None:
         return why_broken(err.__cause__) if err.__cause__ else None
-    reason = f"{type(err).__name__}: {err}"
+    return f"{_describe(package, err)}, or install trtower in a separate environment"
+
+
+def _describe(package: str, err: BaseException) -> str:
+    """Say that an installed package fails to import, why, and how to mend it."""
+    distributions = set(packages_distributions().get(package, ()))  # a namespace, such as google, has several
+    number = f" {version(*distributions)}" if len(distributions) == 1 else ""
+    reason = f"{type(err).__name__}: {one_line(err)}"
     remedy = f"reinstall {package}"
     if package == "typer" and "pydantic" in reason:
         remedy = "pip install 'typer<0.29', which does not need pydantic 2"
-    return (
-        f"the installed {package} {version(installed[package][0])} fails to import ({reason}): "
-        f"{remedy}, or install trtower in a separate environment"
-    )
+    return f"the installed {package}{number} fails to import ({reason}): {remedy}"

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shlex
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from trtower import extras
-from trtower.errors import MissingExtraError
+from trtower.errors import BrokenExtraError, MissingExtraError
 from trtower.extras import extra_of, how_to_install, import_extra
 
 GIT = {"url": "https://example.org/trtower.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}}
@@ -69,6 +72,50 @@ def test_missing_package_says_how_to_install_its_extra(monkeypatch: pytest.Monke
     with pytest.raises(MissingExtraError) as caught:
         import_extra("nowhere.inside", extra="cpu", purpose="a test")
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("raise AttributeError('numpy.dtype size\\n changed')", "AttributeError: numpy.dtype size changed"),
+        ("import ctypes; ctypes.CDLL('libgone.so.1')", "OSError: libgone.so.1: cannot open shared object file: .*"),
+        ("import gone", "ModuleNotFoundError: No module named 'gone'"),
+        ("from json import gone", "ImportError: cannot import name 'gone' from 'json' .*"),
+    ],
+)
+def test_broken_package_says_which_environment_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+) -> None:
+    install_from(monkeypatch, GIT)
+    (tmp_path / "crumbling.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BrokenExtraError) as caught:
+        import_extra("crumbling", extra="ray", purpose="a test")
+    begins = (
+        rf"the installed crumbling fails to import \({reason}\): reinstall crumbling, or use a separate environment "
+    )
+    assert re.fullmatch(begins + re.escape(f"for a test: {how_to_install('ray')}"), str(caught.value))
+    assert caught.value.__cause__ is not None
+
+
+def test_packages_that_disagree_are_one_line(tmp_path: Path) -> None:
+    protobuf = tmp_path / "google" / "protobuf"  # of version 4, for which tritonclient's messages are too new
+    protobuf.mkdir(parents=True)
+    (protobuf / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    program = "from trtower.serving.triton.config import messages; messages()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    error = r"trtower.errors.BrokenExtraError: the installed tritonclient \S+ fails to import \(ImportError: .* from "
+    assert re.match(
+        rf"{error}'google.protobuf' .*separate environment for making a model repository: pip .*\[triton\]",
+        done.stderr.splitlines()[-1],
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ def test_public_names_are_these() -> None:
     assert sorted(trtower.__all__) == [
         "BackendError",
         "BatchReport",
+        "BrokenExtraError",
         "BuildError",
         "Bundle",
         "BundleError",

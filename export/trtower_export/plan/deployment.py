@@ -106,7 +106,7 @@ def _obstacle(target: Target) -> str | None:
             return f"this GPU has compute capability {here}"
     try:
         version: str = load_builder(target.flavour).__version__
-    except (ImportError, OSError) as err:  # not installed, or installed and broken
+    except ImportError as err:  # not installed, or installed and broken
         return str(err)
     if target.tensorrt and (is_before(version, target.tensorrt) or is_before(target.tensorrt, version)):
         return f"it has TensorRT {target.tensorrt} and this machine {version}"

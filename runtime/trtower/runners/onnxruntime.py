@@ -194,7 +194,7 @@ def _version() -> tuple[int, ...]:
     """Return the version of the installed ONNX Runtime; () if it cannot be imported, which is an obstacle anyway."""
     try:
         return parse_version(import_extra("onnxruntime", extra="cpu", purpose="onnxruntime-cpu").__version__)
-    except Exception:  # noqa: BLE001 - a broken installation may raise anything
+    except ImportError:
         return ()
 
 

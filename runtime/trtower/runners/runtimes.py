@@ -62,7 +62,7 @@ def _find_runtimes(plan: PlanEntry) -> tuple[list[ModuleType], list[Exception]]:
     for load in (lambda: load_flavour(plan.flavour), *((load_lean,) if plan.settings.version_compatible else ())):
         try:
             found.append(load())
-        except (ImportError, OSError) as err:  # not installed, or installed and broken
+        except ImportError as err:  # not installed, or installed and broken
             missing.append(err)
     return found, missing
 
@@ -97,6 +97,6 @@ def _lean_remark(plan: PlanEntry) -> str:
         return ""
     try:
         load_lean()
-    except (ImportError, OSError):
+    except ImportError:
         return ""
     return "; the installed tensorrt-lean runs only plans that were built with --version-compatible"

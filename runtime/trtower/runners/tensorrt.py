@@ -233,7 +233,7 @@ class TensorRT(Backend):
             lacks += f", which takes {target.flavour}" if has_others else f": see {bundle.path / BUILD_NOTES}"
         try:
             version = load_flavour(self.name).__version__
-        except (ImportError, OSError):
+        except ImportError:
             return lacks
         return parse_obstacle(bundle.manifest.first_tensorrt, self.name, version) or lacks
 
