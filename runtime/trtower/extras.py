@@ -14,10 +14,11 @@ from urllib.request import url2pathname
 
 from trtower.errors import BrokenExtraError, MissingExtraError, one_line
 
-ENVIRONMENT = {"onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"}}
+ENVIRONMENT = {"onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"}, "ray.data": {"RAY_DATA_USAGE_DISABLED": "1"}}
 """Module -> environment variables to set before its import, unless the user has set them.
 
-With telemetry ONNX Runtime stores an identifier in the user's cache, and prints a warning if it cannot.
+With telemetry ONNX Runtime stores an identifier in the user's cache, and prints a warning if it cannot. Ray Data's
+statistics of its use come from a thread that goes on after Ray was shut down.
 """
 
 

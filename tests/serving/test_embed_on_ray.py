@@ -138,6 +138,7 @@ def test_full_disk_is_said(cluster: Any, certified: Path, photos: Path, tmp_path
     with pytest.raises(BuildError, match=r"^the disk filled up while writing .*features-"):
         embed(photos, certified, small_disk / "out", ray=cluster.address, cores=1, pictures_per_file=50)
     assert not [*(small_disk / "out").glob(".*.staging")]
+    assert not ray.is_initialized()
 
 
 def test_process_that_is_connected_stays_so(cluster: Any, certified: Path, photos: Path, tmp_path: Path) -> None:

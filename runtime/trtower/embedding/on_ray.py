@@ -8,8 +8,11 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,15 @@ from trtower.extras import import_extra
 from trtower.tower.same import open_same
 from trtower.tower.vision_tower import VisionTower
 
+logger = logging.getLogger(__name__)
+
 LOCAL, AUTO = "local", "auto"
 ANSWERS_WITHIN_S, HEALTHY_WITHIN_S = 5.0, 20.0
 STARTS_WITHIN_S = 120.0
 """Seconds until an engine must have been placed and loaded."""
+
+STOPS_WITHIN_S = 30.0
+"""Seconds until Ray Data must have stopped after an error."""
 
 LONGEST = 500
 """Characters of Ray's own errors that are quoted: the last ones, for they begin with a traceback."""
@@ -124,8 +132,8 @@ class OnRay:
             num_cpus=share.cores,
             num_gpus=share.gpus,
         )
-        with _errors_of_ray():
-            for row in data.iter_rows():
+        with _errors_of_ray(), closing(row for row in data.iter_rows()) as answers:
+            for row in answers:
                 if error := row.pop("error"):
                     raise pickle.loads(error)  # noqa: S301 - of our own actor
                 tick(row["pictures"] + row["left_out"])
@@ -199,10 +207,31 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             raise BackendError(f"cannot connect to Ray at {address}: {one_line(err)}") from err
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    others = set(threading.enumerate())
     try:
         yield
     finally:
-        ray.shutdown()
+        if _threads_end(others):
+            ray.shutdown()
+        else:
+            logger.warning("Ray Data did not stop within %.0f s: this process stays connected to Ray.", STOPS_WITHIN_S)
+
+
+def _threads_end(others: Collection[threading.Thread]) -> bool:
+    """Wait for Ray Data's threads to end, except ``others``: one that calls Ray after a shutdown ends the process."""
+    deadline = time.monotonic() + STOPS_WITHIN_S
+    while any(_runs_ray_data(thread) for thread in threading.enumerate() if thread not in others):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _runs_ray_data(thread: threading.Thread) -> bool:
+    """Say if a thread is inside Ray Data, other than waiting for a thread: with those ended, it sleeps for good."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    modules = [each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame)] if frame else [""]
+    return modules[0] != "threading" and any(name.startswith("ray.data.") for name in modules)
 
 
 def _refuse_silent(address: str) -> None:
