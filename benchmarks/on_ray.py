@@ -42,7 +42,7 @@ def main() -> None:
             return handle.remote(array).result()
 
         def connect() -> Call:
-            return asker(over_grpc, f"localhost:{port}", array)
+            return asker(over_grpc, over_grpc.InferenceServerClient(f"localhost:{port}"), array)
 
         ways = {"grpc": connect(), "handle": ask_handle}
         print(json.dumps(measure(tower, array, ways, {"16 clients, grpc": connect}), indent=2))

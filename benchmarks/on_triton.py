@@ -37,13 +37,16 @@ def main() -> None:
         write_repository([bundle], folder / "models", TritonOptions(allow_uncertified=True))
         tower = VisionTower.load(bundle)
         array = one_image(tower)
-        with serving(folder / "models", folder) as server:
-            grpc, shared = asker(over_grpc, server.grpc, array), shared_asker(server.grpc, array, tower)
-            ways = {"grpc": grpc, "http": asker(over_http, server.http, array), "grpc, shared memory": shared}
-            clients = {
-                "16 clients, grpc": lambda: asker(over_grpc, server.grpc, array),
-                "16 clients, shared memory": lambda: shared_asker(server.grpc, array, tower),
-            }
+        with serving(folder / "models", folder) as server, over_http.InferenceServerClient(server.http) as http:
+
+            def connect() -> Call:
+                return asker(over_grpc, over_grpc.InferenceServerClient(server.grpc), array)
+
+            def share() -> Call:
+                return shared_asker(server.grpc, array, tower)
+
+            ways = {"grpc": connect(), "http": asker(over_http, http, array), "grpc, shared memory": share()}
+            clients = {"16 clients, grpc": connect, "16 clients, shared memory": share}
             print(json.dumps(measure(tower, array, ways, clients), indent=2))
 
 

@@ -116,9 +116,8 @@ def rate_of_clients(connect: Callable[[], Call]) -> float:
     return rate
 
 
-def asker(library: Any, address: str, array: Any) -> Call:
-    """Return a call to the server."""
-    client = library.InferenceServerClient(address)
+def asker(library: Any, client: Any, array: Any) -> Call:
+    """Return a call to the server, with a client of one of tritonclient's libraries."""
     tensor = library.InferInput("pixel_values", array.shape, "FP16")
 
     def call() -> object:

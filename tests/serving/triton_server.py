@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-READY_WITHIN_S, STOPS_WITHIN_S = 90.0, 30.0
+READY_WITHIN_S = 90.0
+STOPS_WITHIN_S = 45.0
+"""More than the 30 s that Triton waits for clients that stay connected over HTTP."""
 
 
 @dataclass
