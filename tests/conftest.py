@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._export.utils
+import torch.fx.config
 import transformers
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -19,14 +21,19 @@ from trtower.layer_codes import LayerCode
 from trtower.parity.verify import verify_bundle
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
+from trtower_export.bench.ceiling import SIZE
 from trtower_export.checkpoint import timm
 from trtower_export.pipeline import ExportOptions, export_tower
 
 collect_ignore = ["tensorrt"]  # it needs other environments, which `make test-tensorrt` makes
 
-# Tests trace hundreds of towers: a third of that was looking for garbage, and reading torch's table of operators again.
+# Tests trace hundreds of towers: a third of that was looking for garbage, reading torch's tables of operators again,
+# and noting the source of every operation.
 gc.set_threshold(100_000, 50, 100)
+torch.fx.config.do_not_emit_stack_traces = True
+torch._export.utils._materialize_cpp_cia_ops = cache(torch._export.utils._materialize_cpp_cia_ops)
 ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+SIZE["cpu"] = 256  # rows of the products that `bench` measures the ceiling with: its own take a second each
 
 NUM_LAYERS = 4
 IMAGE_SIZE = 42

@@ -56,9 +56,11 @@ def test_manifest_marks_a_rehearsal(clip: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_in_two_processes_give_the_same_bytes(clip: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        command = trtower_command("export", str(clip), "--out", str(tmp_path / name), "--no-check", "--no-store")
-        subprocess.run(command, check=True, capture_output=True)
+    here, there = (
+        ["export", str(clip), "--out", str(tmp_path / name), "--no-check", "--no-store"] for name in ("a", "b")
+    )
+    assert run(here) == 0
+    subprocess.run(trtower_command(*there), check=True, capture_output=True)
     a, b = (Bundle.open(tmp_path / name).manifest for name in ("a", "b"))
     (plan,) = a.plans
     assert a.files.keys() == b.files.keys()
@@ -93,8 +95,8 @@ def test_unknown_precision_lists_the_known() -> None:
 
 def test_killed_export_leaves_no_bundle_and_the_next_succeeds(clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    command = trtower_command("export", str(clip), "--out", str(out), "--no-check", "--flavour", "none")
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = ["export", str(clip), "--out", str(out), "--no-check", "--flavour", "none"]
+    with subprocess.Popen(trtower_command(*command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / ".b.staging").exists():
             assert process.poll() is None, "the export ended before it could be killed"
@@ -104,7 +106,7 @@ def test_killed_export_leaves_no_bundle_and_the_next_succeeds(clip: Path, tmp_pa
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
     assert (tmp_path / ".b.staging").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    assert run(command) == 0
     assert Bundle.open(out)
     assert not (tmp_path / ".b.staging").exists()
 

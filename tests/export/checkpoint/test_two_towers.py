@@ -1,8 +1,6 @@
 """The named one of several towers in a checkpoint is exported, and found again for the check."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from tests.conftest import make_model
 from tests.export.checkpoint.test_layouts import LLAMA, assert_same_tower, doubled, states
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.suggest import export_command
+from trtower.cli import run
 from trtower.errors import CheckpointError
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 from trtower_export.pipeline import ExportOptions, export_tower
@@ -30,11 +29,6 @@ def video_llava(tmp_path: Path) -> Path:
         inner.load_state_dict(states(vision, inner))
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def trtower(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from trtower.cli import main; main()", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def test_two_towers_are_listed_with_the_option_that_chooses(video_llava: Path) -> None:
@@ -67,7 +61,9 @@ def test_name_that_fits_both_chooses_neither(video_llava: Path) -> None:
         open_checkpoint(str(video_llava), tower="net")
 
 
-def test_check_and_doctor_find_the_tower_again(video_llava: Path, tmp_path: Path) -> None:
+def test_check_and_doctor_find_the_tower_again(
+    video_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ExportOptions(
         flavour="none", select_layer=-2, select_feature="patch", tower="video_tower", precision="fp32"
     )
@@ -76,15 +72,14 @@ def test_check_and_doctor_find_the_tower_again(video_llava: Path, tmp_path: Path
     assert bundle.manifest.certificate.passed
     assert bundle.manifest.source.tower == "video_tower"
     assert "--tower video_tower" in export_command(bundle, -1, 42)
-    again = trtower("check", str(tmp_path / "b"))
-    assert again.returncode == 0, again.stderr
-    other = trtower("check", str(tmp_path / "b"), "--tower", "image_tower")
-    assert other.returncode == 1
-    assert "are not the ones that" in other.stderr
+    assert run(["check", str(tmp_path / "b")]) == 0
+    capsys.readouterr()
+    assert run(["check", str(tmp_path / "b"), "--tower", "image_tower"]) == 1
+    assert "are not the ones that" in capsys.readouterr().err
     assert Bundle.open(tmp_path / "b").manifest.certificate
-    doctor = trtower("doctor", str(video_llava), "--tower", "image_tower", "--select-layer=-2", "--error-images", "0")
-    assert doctor.returncode == 0, doctor.stderr
-    assert "image_tower" in doctor.stderr
+    chosen = ["--tower", "image_tower", "--select-layer=-2"]
+    assert run(["doctor", str(video_llava), *chosen, "--error-images", "0"]) == 0
+    assert "image_tower" in capsys.readouterr().err
 
 
 def test_tower_with_its_own_config_is_read_with_it(tmp_path: Path) -> None:
