@@ -37,9 +37,10 @@ def import_extra(module: str, *, extra: str, purpose: str) -> Any:
             raise MissingExtraError(
                 f"{purpose} needs the package {package}, which is not installed: {how_to_install(extra)}"
             ) from err
-        raise BrokenExtraError(
-            f"{_describe(package, err)}, or use a separate environment for {purpose}: {how_to_install(extra)}"
-        ) from err
+        remedy = f"{_remedy(package, err)}, or use a separate environment for {purpose}"
+        if isinstance(err, ModuleNotFoundError):  # a package that it needs, as ray.serve needs many
+            remedy = f"install all that {purpose} needs, here or in a separate environment"
+        raise BrokenExtraError(f"{_fault(package, err)}: {remedy}: {how_to_install(extra)}") from err
 
 
 def how_to_install(extra: str) -> str:
@@ -92,15 +93,17 @@ def why_broken(err: BaseException) -> str | None:
     package = next((name for name in names if name in installed and not name.startswith("trtower")), None)
     if package is None:
         return why_broken(err.__cause__) if err.__cause__ else None
-    return f"{_describe(package, err)}, or install trtower in a separate environment"
+    return f"{_fault(package, err)}: {_remedy(package, err)}, or install trtower in a separate environment"
 
 
-def _describe(package: str, err: BaseException) -> str:
-    """Say that an installed package fails to import, why, and how to mend it."""
+def _fault(package: str, err: BaseException) -> str:
+    """Say that an installed package fails to import, and why."""
     distributions = set(packages_distributions().get(package, ()))  # a namespace, such as google, has several
     number = f" {version(*distributions)}" if len(distributions) == 1 else ""
-    reason = f"{type(err).__name__}: {one_line(err)}"
-    remedy = f"reinstall {package}"
-    if package == "typer" and "pydantic" in reason:
-        remedy = "pip install 'typer<0.29', which does not need pydantic 2"
-    return f"the installed {package}{number} fails to import ({reason}): {remedy}"
+    return f"the installed {package}{number} fails to import ({type(err).__name__}: {one_line(err)})"
+
+
+def _remedy(package: str, err: BaseException) -> str:
+    if package == "typer" and "pydantic" in str(err):
+        return "pip install 'typer<0.29', which does not need pydantic 2"
+    return f"reinstall {package}"

@@ -79,7 +79,6 @@ def test_missing_package_says_how_to_install_its_extra(monkeypatch: pytest.Monke
     [
         ("raise AttributeError('numpy.dtype size\\n changed')", "AttributeError: numpy.dtype size changed"),
         ("import ctypes; ctypes.CDLL('libgone.so.1')", "OSError: libgone.so.1: cannot open shared object file: .*"),
-        ("import gone", "ModuleNotFoundError: No module named 'gone'"),
         ("from json import gone", "ImportError: cannot import name 'gone' from 'json' .*"),
     ],
 )
@@ -96,6 +95,18 @@ def test_broken_package_says_which_environment_would_do(
     )
     assert re.fullmatch(begins + re.escape(f"for a test: {how_to_install('ray')}"), str(caught.value))
     assert caught.value.__cause__ is not None
+
+
+def test_package_that_lacks_another_says_what_brings_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_from(monkeypatch, GIT)
+    (tmp_path / "lacking.py").write_text("import gone")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BrokenExtraError) as caught:
+        import_extra("lacking", extra="ray", purpose="a test")
+    assert str(caught.value) == (
+        "the installed lacking fails to import (ModuleNotFoundError: No module named 'gone'): install all that a test "
+        f"needs, here or in a separate environment: {how_to_install('ray')}"
+    )
 
 
 def test_packages_that_disagree_are_one_line(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ STARTS_WITHIN_S = 120.0
 """Seconds until an engine must have been placed and loaded."""
 
 STOPS_WITHIN_S = 30.0
-"""Seconds until Ray Data must have stopped after an error."""
+"""Seconds until Ray Data's threads must have ended, also after an error."""
 
 LONGEST = 500
 """Characters of Ray's own errors that are quoted: the last ones, for they begin with a traceback."""
