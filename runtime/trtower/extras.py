@@ -7,6 +7,7 @@ import re
 import shlex
 import traceback
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,12 +34,12 @@ def import_extra(module: str, *, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as err:
-        if isinstance(err, ModuleNotFoundError) and err.name and err.name.partition(".")[0] == package:
+        if isinstance(err, ModuleNotFoundError) and find_spec(package) is None:
             raise MissingExtraError(
                 f"{purpose} needs the package {package}, which is not installed: {how_to_install(extra)}"
             ) from err
         remedy = f"{_remedy(package, err)}, or use a separate environment for {purpose}"
-        if isinstance(err, ModuleNotFoundError):  # a package that it needs, as ray.serve needs many
+        if isinstance(err, ModuleNotFoundError):  # another package, as ray.serve needs many, or a part of this one
             remedy = f"install all that {purpose} needs, here or in a separate environment"
         raise BrokenExtraError(f"{_fault(package, err)}: {remedy}: {how_to_install(extra)}") from err
 

@@ -10,7 +10,8 @@ def import_lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str
     """Make a package's ``__getattr__`` and ``__dir__``.
 
     ``homes`` maps each module, relative to the package, to its public names, separated by spaces. The first use of a
-    name raises MissingExtraError if its module needs a package of an extra that is not installed.
+    name raises MissingExtraError if its module needs a package of an extra that is not installed, and BrokenExtraError
+    if such a package is installed and fails to import.
     """
     module_of = {name: module for module, names in homes.items() for name in names.split()}
 
@@ -19,14 +20,18 @@ def import_lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
             value = getattr(import_module(f"{package}.{module_of[name]}"), name)
-        except ModuleNotFoundError as err:
-            from trtower.errors import MissingExtraError
-            from trtower.extras import extra_of, how_to_install  # four times as slow as `import trtower`
+        except Exception as err:
+            from trtower.errors import BrokenExtraError, MissingExtraError, TrtowerError
+            from trtower.extras import extra_of, how_to_install, why_broken  # four times as slow as `import trtower`
 
-            if err.name and (extra := extra_of(err.name)):
+            if isinstance(err, TrtowerError):
+                raise
+            if isinstance(err, ModuleNotFoundError) and err.name and (extra := extra_of(err.name)):
                 raise MissingExtraError(
                     f"{package}.{name} needs the package {err.name}, which is not installed: {how_to_install(extra)}"
                 ) from err
+            if broken := why_broken(err):
+                raise BrokenExtraError(broken) from err
             raise
         setattr(sys.modules[package], name, value)
         return value

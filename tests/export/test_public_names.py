@@ -1,7 +1,10 @@
 import dataclasses
 import inspect
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +58,15 @@ def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(MissingExtraError, match=r"trtower_export.export_tower needs the package onnx, .*export\]"):
         trtower_export.export_tower  # noqa: B018 - the name is imported when it is read
+
+
+def test_package_that_breaks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "onnx.py").write_text("raise AttributeError('numpy.dtype size changed')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    script = "import trtower_export; trtower_export.export_tower"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    error = (
+        r"trtower.errors.BrokenExtraError: the installed onnx \S+ fails to import \(AttributeError: .*\): reinstall "
+    )
+    assert re.match(error, done.stderr.splitlines()[-1])

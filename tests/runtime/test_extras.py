@@ -109,6 +109,13 @@ def test_package_that_lacks_another_says_what_brings_both(tmp_path: Path, monkey
     )
 
 
+def test_package_without_the_part_is_not_called_missing() -> None:
+    with pytest.raises(
+        BrokenExtraError, match=r"^the installed numpy \S+ fails to import \(ModuleNotFoundError: .*gone'"
+    ):
+        import_extra("numpy.gone", extra="ray", purpose="a test")
+
+
 def test_packages_that_disagree_are_one_line(tmp_path: Path) -> None:
     protobuf = tmp_path / "google" / "protobuf"  # of version 4, for which tritonclient's messages are too new
     protobuf.mkdir(parents=True)
