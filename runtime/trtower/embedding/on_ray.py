@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ class OnRay:
             num_cpus=share.cores,
             num_gpus=share.gpus,
         )
-        with _errors_of_ray(), closing(row for row in data.iter_rows()) as answers:
-            for row in answers:
+        with _errors_of_ray():
+            for row in data.iter_rows():
                 if error := row.pop("error"):
                     raise pickle.loads(error)  # noqa: S301 - of our own actor
                 tick(row["pictures"] + row["left_out"])
@@ -218,7 +218,10 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 
 
 def _threads_end(others: Collection[threading.Thread]) -> bool:
-    """Wait for Ray Data's threads to end, except ``others``: one that calls Ray after a shutdown ends the process."""
+    """Wait until no thread runs Ray Data's code, except ``others``; return False if one still does after a while.
+
+    A thread that calls Ray after its shutdown ends the whole process.
+    """
     deadline = time.monotonic() + STOPS_WITHIN_S
     while any(_runs_ray_data(thread) for thread in threading.enumerate() if thread not in others):
         if time.monotonic() > deadline:
@@ -228,7 +231,7 @@ def _threads_end(others: Collection[threading.Thread]) -> bool:
 
 
 def _runs_ray_data(thread: threading.Thread) -> bool:
-    """Say if a thread is inside Ray Data, other than waiting for a thread: with those ended, it sleeps for good."""
+    """Say if a thread runs Ray Data's code. One that only waits for another does not: nobody is left to wake it."""
     frame = sys._current_frames().get(thread.ident or 0)
     modules = [each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame)] if frame else [""]
     return modules[0] != "threading" and any(name.startswith("ray.data.") for name in modules)
