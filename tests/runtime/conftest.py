@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.runtime.fake_tensorrt_without_gpu import FakeCuda, FakeEvent
+from trtower.runners.contexts import ContextSlot
 from trtower.runners.onnxruntime import OnnxRuntimeRunner
-from trtower.runners.slot import Slot
 
 
 @pytest.fixture
@@ -18,11 +18,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.new_graph)
-    monkeypatch.setattr("trtower.runners.slot.allocate", lambda size, device: torch.empty(64))
+    monkeypatch.setattr("trtower.runners.contexts.allocate", lambda size, device: torch.empty(64))
     # Host memory is not aligned like GPU memory; tests/gpu tests unaligned slices.
     monkeypatch.setattr("trtower.runners.tensorrt.ALIGNMENT", 1)
     # Torch reuses GPU memory only when its stream is done with it. Host memory is reused at once, so keep it alive.
-    for runner, queue in ((Slot, "_launch"), (OnnxRuntimeRunner, "_run")):
+    for runner, queue in ((ContextSlot, "_launch"), (OnnxRuntimeRunner, "_run")):
         monkeypatch.setattr(runner, queue, _holding(getattr(runner, queue), fake.held))
     return fake
 

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 RUNNER = "runtime/trtower/runners/tensorrt.py"
 RUNTIMES = "runtime/trtower/runners/runtimes.py"
-SLOT = "runtime/trtower/runners/slot.py"
+CONTEXTS = "runtime/trtower/runners/contexts.py"
 CACHE = "runtime/trtower/runners/runtime_cache.py"
 FLAVOUR = "runtime/trtower/flavour.py"
 BUILDER = "export/trtower_export/plan/polygraphy.py"
@@ -38,7 +38,7 @@ PLACES: dict[tuple[str, str], tuple[Sequence[str], dict[str, str]]] = {
     (RUNNER, "_configure"): (RTX, RUNTIME | {"config": "IRuntimeConfig", "graphs": "CudaGraphStrategy"}),
     (RUNNER, "_refit"): (FULL, REFITTER),
     (RUNTIMES, ""): (ALL, MODULE),
-    (SLOT, ""): (ALL, {"context": "IExecutionContext"}),
+    (CONTEXTS, ""): (ALL, {"context": "IExecutionContext"}),
     (CACHE, ""): (RTX, {"self._handle": "IRuntimeCache"}),
     (FLAVOUR, ""): (ALL, MODULE),
     (FLAVOUR, "known_capabilities"): (RTX, MODULE),

@@ -1,8 +1,9 @@
-"""What one engine call needs on the GPU: scratch memory, contexts that share it, and captured CUDA graphs."""
+"""Serve one call at a time on the GPU, from a captured CUDA graph where the profiles name the batch."""
 
 import gc
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,22 +17,21 @@ from trtower.spec import BatchProfile, profile_batches
 
 logger = logging.getLogger(__name__)
 
+Launch = Callable[[torch.Tensor, torch.Tensor, Any], None]
+"""Queues one call: its images, the features to fill, and the stream."""
+
 
 @dataclass(kw_only=True)
 class Shared:
-    """What the slots of an engine share: how to make contexts, and whether and in which stream to capture graphs.
+    """What the slots of a runner share: whether and in which stream to capture graphs.
 
-    ``make_context`` returns None if TensorRT has no memory for a context. ``names`` are those of the input and output
-    tensors. ``captures`` says whether CUDA graphs are captured; it turns False as soon as any capture fails.
+    ``captures`` says whether CUDA graphs are captured; it turns False as soon as any capture fails.
 
     Only one call at a time captures, in a stream that nothing else uses: work that another thread queued there during
     the capture would become part of the graph.
     """
 
-    make_context: Callable[[], Any]
-    scratch_bytes: int
     profiles: Sequence[BatchProfile]
-    names: tuple[str, str]
     device: torch.device
     captures: bool
 
@@ -41,38 +41,34 @@ class Shared:
         self.stream: Any = torch.cuda.Stream(self.device, priority=-1) if self.captures else None
 
 
-class Slot:
+class Slot(ABC):
     """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come from.
 
-    Every profile and every graph has its own context, so that no other call changes what a graph captured. The contexts
-    share one block of scratch memory, because no two of them run at once. Torch allocates the block, so it can reuse
-    memory that the program has freed. ``stream`` is the handle of the stream that last used the slot, or None.
-    Raises BackendError if there is not enough memory.
+    ``stream`` is the handle of the stream that last used the slot, or None.
     """
 
     def __init__(self, shared: Shared) -> None:
         self.stream: int | None = None
         self._shared = shared
         self._to_capture = profile_batches(shared.profiles)
-        try:
-            self._scratch = allocate(shared.scratch_bytes, shared.device)
-        except torch.OutOfMemoryError as err:
-            raise BackendError(
-                f"no room for an execution context on {shared.device}; it needs {shared.scratch_bytes} bytes of GPU "
-                "memory."
-            ) from err
-        here = torch.cuda.current_stream(shared.device)
         self._graphs: dict[int, Graph] = {}
-        self._contexts = [self._new_context(index, here.cuda_stream) for index in range(len(shared.profiles))]
         # Torch may reuse memory that this stream is still using, which is safe only in this stream. Calls come in other
         # streams, so the first one waits for this event.
         self._last_use = torch.cuda.Event()
-        self._last_use.record(here)
+        self._last_use.record(torch.cuda.current_stream(shared.device))
+
+    @abstractmethod
+    def launch(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> None:
+        """Queue a call in ``stream``; raise BackendError if the backend refuses it."""
+
+    @abstractmethod
+    def prepare_capture(self, batch: int, stream: Any) -> Launch:
+        """Return what queues the calls of one batch that a graph captures. No other call may change what it uses."""
 
     def enqueue(
         self, images: torch.Tensor, features: torch.Tensor, stream: Any, on_start: OnStart | None = None
     ) -> None:
-        """Queue a call in ``stream``, after the slot's previous call; raise BackendError if TensorRT refuses it."""
+        """Queue a call in ``stream``, after the slot's previous call; raise BackendError if the backend refuses it."""
         stream.wait_event(self._last_use)
         try:
             if on_start:
@@ -80,7 +76,7 @@ class Slot:
             if graph := self._graph_for(images, features, stream):
                 graph.replay(images, features, stream)
             else:
-                self._launch(self._contexts[self._profile_for(len(images))], images, features, stream.cuda_stream)
+                self.launch(images, features, stream)
         finally:
             self._last_use.record(stream)
             self.stream = stream.cuda_stream
@@ -89,8 +85,6 @@ class Slot:
         """Wait for the last call, then free everything."""
         self._last_use.synchronize()
         self._graphs.clear()
-        self._contexts.clear()
-        del self._scratch
 
     def _graph_for(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph | None":
         """Return the graph for this batch size, captured now if it is new; None if the call runs without one."""
@@ -113,66 +107,30 @@ class Slot:
         with torch.cuda.stream(private), torch.inference_mode(mode=False):
             private.wait_stream(stream)
             try:
-                context = self._new_context(self._profile_for(len(images)), private.cuda_stream)
+                launch = self.prepare_capture(len(images), private)
                 inputs, outputs = torch.zeros_like(images), torch.empty_like(features)
-                # TensorRT requires that the first call with a shape is not captured.
-                self._launch(context, inputs, outputs, private.cuda_stream)
+                # TensorRT and PyTorch both require that the first call with a shape is not captured.
+                launch(inputs, outputs, private)
                 graph = torch.cuda.CUDAGraph()
                 with _no_collection():
                     graph.capture_begin(capture_error_mode="thread_local")
                     try:
-                        self._launch(context, inputs, outputs, private.cuda_stream)
+                        launch(inputs, outputs, private)
                     finally:
                         graph.capture_end()
             except BaseException:
-                private.synchronize()  # before the context is freed
+                private.synchronize()  # before what was prepared is freed
                 raise
             finally:
                 stream.wait_stream(private)
-        return Graph(graph, context, inputs, outputs)
-
-    def _profile_for(self, batch: int) -> int:
-        """Return the index of the profile tuned nearest to a batch size; of two equally near, the narrower."""
-        profiles = self._shared.profiles
-        fitting = [
-            (abs(each.opt - batch), each.max - each.min, index)
-            for index, each in enumerate(profiles)
-            if each.min <= batch <= each.max
-        ]
-        if not fitting:
-            raise BackendError(f"no profile of the plan accepts {batch} images; its profiles are {profiles}.")
-        return min(fitting)[-1]
-
-    def _new_context(self, profile: int, stream: int) -> Any:
-        shared = self._shared
-        context = shared.make_context()
-        if context is None:
-            raise BackendError(
-                f"could not create an execution context on {shared.device}: not enough GPU memory besides its "
-                f"{shared.scratch_bytes} bytes of scratch memory; TensorRT's reason is in the log."
-            )
-        context.set_device_memory(self._scratch.data_ptr(), shared.scratch_bytes)
-        if profile and not context.set_optimization_profile_async(profile, stream):
-            raise BackendError(f"could not select profile {profile} of the plan; TensorRT's reason is in the log.")
-        return context
-
-    def _launch(self, context: Any, images: torch.Tensor, features: torch.Tensor, stream: int) -> None:
-        inputs, outputs = self._shared.names
-        accepted = (
-            context.set_input_shape(inputs, tuple(images.shape))
-            and context.set_tensor_address(inputs, images.data_ptr())
-            and context.set_tensor_address(outputs, features.data_ptr())
-            and context.execute_async_v3(stream)
-        )
-        if not accepted:
-            raise BackendError(f"TensorRT could not run a batch of {tuple(images.shape)}; its reason is in the log.")
+        return Graph(graph, launch, inputs, outputs)
 
 
 class Graph:
     """A captured call with its own tensors: a graph only reads and writes the addresses that it captured."""
 
-    def __init__(self, graph: Any, context: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        self._graph, self._context, self._inputs, self._outputs = graph, context, inputs, outputs
+    def __init__(self, graph: Any, launch: Launch, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        self._graph, self._launch, self._inputs, self._outputs = graph, launch, inputs, outputs
 
     def replay(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> None:
         """Run the call on ``images``, at the cost of two copies on the GPU."""
@@ -192,8 +150,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def allocate(size: int, device: torch.device) -> torch.Tensor:
-    """Allocate bytes of GPU memory, aligned as TensorRT needs."""
-    return torch.empty(max(size, 1), dtype=torch.uint8, device=device)

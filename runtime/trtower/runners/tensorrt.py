@@ -17,11 +17,11 @@ from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError, BundleError
 from trtower.flavour import load_flavour, sm_name
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
+from trtower.runners.contexts import ContextSlot, SharedEngine
 from trtower.runners.device import capability_of
 from trtower.runners.pool import Pool
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.runtimes import load_runtime, parse_obstacle, plan_verdicts, product_name
-from trtower.runners.slot import Shared, Slot
 from trtower.spec import BatchProfile
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class TensorRTRunner(Runner):
             is_rtx = plan.flavour == "tensorrt-rtx"
             managed = module.ExecutionContextAllocationStrategy.USER_MANAGED  # each slot allocates scratch memory
             self._config = self._configure(gpu, managed) if is_rtx else managed
-            self._shared = Shared(
+            self._shared = SharedEngine(
                 make_context=lambda: self._engine.create_execution_context(self._config),
                 scratch_bytes=engine.device_memory_size_v2,
                 profiles=profiles,
@@ -82,7 +82,7 @@ class TensorRTRunner(Runner):
                 captures=options.cuda_graphs and not is_rtx,
             )
             self._own_stream = torch.cuda.Stream(device)
-            self._slots = Pool(lambda: Slot(self._shared), options.contexts)
+            self._slots = Pool(lambda: ContextSlot(self._shared), options.contexts)
 
     def run(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor, on_start: OnStart | None = None) -> None:
         """See Runner.run."""

@@ -36,9 +36,9 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BuildSettings, PlanEntry
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.runners.base import EngineOptions
+from trtower.runners.contexts import ContextSlot
 from trtower.runners.runtime_cache import RuntimeCache
 from trtower.runners.runtimes import plan_verdicts
-from trtower.runners.slot import Slot
 from trtower.runners.tensorrt import TensorRTRunner
 
 DEVICE = torch.device("cuda", 1)
@@ -366,7 +366,9 @@ def test_unaligned_tensors_are_copied(
     images, features = draw_images(bundle, 2), empty_features(bundle, 2)
     addresses: list[int] = []
     monkeypatch.setattr(
-        Slot, "enqueue", lambda _, inputs, outputs, *__: addresses.extend((inputs.data_ptr(), outputs.data_ptr()))
+        ContextSlot,
+        "enqueue",
+        lambda _, inputs, outputs, *__: addresses.extend((inputs.data_ptr(), outputs.data_ptr())),
     )
     monkeypatch.setattr(torch, "empty_like", torch.ones_like)
     runner.run(images, features)
@@ -465,7 +467,7 @@ def test_scratch_that_does_not_fit_is_an_error_only_for_the_first_slot(
     def fail(size: int, device: torch.device) -> None:
         raise torch.OutOfMemoryError(f"{size} bytes on {device}")
 
-    monkeypatch.setattr("trtower.runners.slot.allocate", fail)
+    monkeypatch.setattr("trtower.runners.contexts.allocate", fail)
     run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
     assert len(tensorrt._fake_contexts) == 1
     with pytest.raises(BackendError, match=rf"no room for an execution context on cuda:1.*{FAKE_DEVICE_MEMORY} bytes"):
@@ -850,14 +852,14 @@ def test_engine_is_freed_if_tensorrt_returns_no_cache(
 def test_slot_that_fails_to_close_does_not_keep_others_open(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, closed = open_plan(bundle, contexts=2), list[Slot]()
+    runner, closed = open_plan(bundle, contexts=2), list[ContextSlot]()
     run_in([cuda.new_stream(), cuda.new_stream()], runner, bundle, cuda)
 
-    def fail(slot: Slot) -> None:
+    def fail(slot: ContextSlot) -> None:
         closed.append(slot)
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(Slot, "close", fail)
+    monkeypatch.setattr(ContextSlot, "close", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         runner.close()
     assert len(closed) == 2
