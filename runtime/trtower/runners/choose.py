@@ -18,8 +18,9 @@ the choice (see tower/engine.py).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -59,10 +60,15 @@ class Candidate:
     backend: str
     file: str | None
     device: torch.device
-    obstacle: str | None
+    find_obstacle: Callable[[], str | None] = field(compare=False, repr=False)
     reservation: str | None = None
     coarse: bool = False
     plan: PlanEntry | None = None
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why the backend cannot run the file; None if it can. The first reading may import the backend's package."""
+        return self.find_obstacle()
 
     def open(self, bundle: Bundle, engine: EngineOptions) -> Runner:
         """Verify the files and load them; raise BackendError if the backend cannot run them."""
@@ -173,7 +179,7 @@ def _candidates_of(
             backend=backend.name,
             file=file,
             device=device,
-            obstacle=(file and without_device) or _obstacle(backend, bundle, file, device),
+            find_obstacle=partial(_find_obstacle, backend, bundle, file, device, without_device),
             reservation=_reservation(backend, bundle, file, coarse=coarse, certified=certified),
             coarse=coarse,
             plan=plans.get(file),
@@ -191,8 +197,12 @@ def _find_device(backend: Backend, requested: torch.device | None) -> tuple[torc
     return device, device_obstacle(device)
 
 
-def _obstacle(backend: Backend, bundle: Bundle, file: str | None, device: torch.device) -> str | None:
+def _find_obstacle(
+    backend: Backend, bundle: Bundle, file: str | None, device: torch.device, without_device: str | None
+) -> str | None:
     """Ask a backend for its obstacle. ``file`` is None if the bundle lacks a plan for it; every bundle has a graph."""
+    if file and without_device:
+        return without_device
     try:
         return backend.lacks(bundle) if file is None else backend.obstacle(bundle, file, device)
     except ImportError as err:

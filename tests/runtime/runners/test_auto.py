@@ -206,7 +206,9 @@ def test_engine_options_arrive_at_the_runner(bundle: Bundle, monkeypatch: pytest
         "trtower.tower.engine.choose", lambda *_, engine, **__: arrived.append(engine) or choose(bundle)
     )
     (plan,) = bundle.manifest.plans
-    cuda = Candidate(backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), obstacle=None)
+    cuda = Candidate(
+        backend="onnxruntime-cuda", file="tower.onnx", device=torch.device("cuda", 0), find_obstacle=lambda: None
+    )
     replace(cuda, backend="tensorrt-rtx", file=plan.file, plan=plan).open(bundle, engine)
     cuda.open(bundle, engine)
     VisionTower.load(bundle.path, engine=engine)

@@ -116,6 +116,16 @@ def test_its_obstacle_is_reported_and_auto_passes_it_over(
     assert toy() == 0
 
 
+def test_auto_does_not_even_ask_what_is_worse_than_its_choice(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Bundle] = []
+    monkeypatch.setattr(Toy, "obstacle", lambda _, bundle, *__: asked.append(bundle))
+    monkeypatch.setattr(choose, "BACKENDS", (*choose.BACKENDS, TOY))
+    VisionTower.load(bundle)
+    assert not asked, "asking costs the import of a package"
+    choose.candidates(Bundle.open(bundle))[-1].obstacle  # noqa: B018 - reading it asks
+    assert asked
+
+
 def test_auto_requires_a_check_if_it_is_coarse(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "BACKENDS", (replace(TOY, arithmetic="fp16"), *choose.BACKENDS))
     assert VisionTower.load(bundle).backend != "toy 0.1"
