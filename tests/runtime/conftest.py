@@ -13,7 +13,7 @@ from trtower.runners.onnxruntime import OnnxRuntimeRunner
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    for name in ("device", "current_stream", "get_device_capability", "stream"):
+    for name in ("device", "current_stream", "get_device_capability", "stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)

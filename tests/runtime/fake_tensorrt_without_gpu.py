@@ -113,7 +113,8 @@ class FakeGraph:
         self.replays = 0
         self.thread = 0
 
-    def capture_begin(self, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.pool = pool
         assert capture_error_mode == "thread_local", "another thread's CUDA calls would end the capture"
         stream = self._cuda.current_stream().cuda_stream
         assert stream, "the default stream cannot be captured"
@@ -185,6 +186,9 @@ class FakeCuda:
             yield
         finally:
             self._here.device = before
+
+    def graph_pool_handle(self) -> object:
+        return object()
 
     def current_device(self) -> torch.device:
         device: torch.device = getattr(self._here, "device", torch.device("cuda", 0))

@@ -23,12 +23,9 @@ Launch = Callable[[torch.Tensor, torch.Tensor, Any], None]
 
 @dataclass(kw_only=True)
 class Shared:
-    """What the slots of a runner share: whether and in which stream to capture graphs.
+    """What the slots of a runner share: whether to capture graphs, and the right to capture, which one has at a time.
 
     ``captures`` says whether CUDA graphs are captured; it turns False as soon as any capture fails.
-
-    Only one call at a time captures, in a stream that nothing else uses: work that another thread queued there during
-    the capture would become part of the graph.
     """
 
     profiles: Sequence[BatchProfile]
@@ -37,21 +34,26 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.turn = threading.Lock()
-        # Torch may hand out a stream twice. Few programs use high-priority ones, so this one is probably not shared.
-        self.stream: Any = torch.cuda.Stream(self.device, priority=-1) if self.captures else None
 
 
 class Slot(ABC):
     """Serves one call at a time. Its calls follow one another on the GPU, whatever streams they come from.
 
-    ``stream`` is the handle of the stream that last used the slot, or None.
+    ``stream`` is the handle of the stream that last used the slot, or None. ``memory`` is the pool of torch's memory
+    that its graphs share, or None for one of each graph's own.
     """
+
+    memory: Any = None
 
     def __init__(self, shared: Shared) -> None:
         self.stream: int | None = None
         self._shared = shared
         self._to_capture = profile_batches(shared.profiles)
         self._graphs: dict[int, Graph] = {}
+        # Work that another thread queues in a stream that captures becomes part of the graph. Torch may hand out a
+        # stream twice, but few programs use high-priority ones. cuBLAS has a workspace for each stream, so a slot has a
+        # stream of its own: graphs of two slots may run at once.
+        self._private: Any = torch.cuda.Stream(shared.device, priority=-1) if shared.captures else None
         # Torch may reuse memory that this stream is still using, which is safe only in this stream. Calls come in other
         # streams, so the first one waits for this event.
         self._last_use = torch.cuda.Event()
@@ -102,24 +104,27 @@ class Slot(ABC):
 
     def _capture_graph(self, images: torch.Tensor, features: torch.Tensor, stream: Any) -> "Graph":
         """Capture a call on new tensors, after what is already in ``stream`` and before what enters it next."""
-        private = self._shared.stream
+        private = self._private
         # The graph also serves calls outside inference mode, where tensors made inside it could not be written to.
-        with torch.cuda.stream(private), torch.inference_mode(mode=False):
-            private.wait_stream(stream)
+        with torch.inference_mode(mode=False):
             try:
-                launch = self.prepare_capture(len(images), private)
-                inputs, outputs = torch.zeros_like(images), torch.empty_like(features)
-                # TensorRT and PyTorch both require that the first call with a shape is not captured.
-                launch(inputs, outputs, private)
+                with torch.cuda.stream(stream):
+                    launch = self.prepare_capture(len(images), stream)
+                    inputs, outputs = torch.zeros_like(images), torch.empty_like(features)
+                    # TensorRT and PyTorch require that the first call with a shape is not captured. PyTorch then finds
+                    # no workspace of cuBLAS in the private stream, and takes one from the graph's own memory.
+                    launch(inputs, outputs, stream)
+                private.wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with _no_collection():
-                    graph.capture_begin(capture_error_mode="thread_local")
+                with torch.cuda.stream(private), _no_collection():
+                    graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
                     try:
                         launch(inputs, outputs, private)
                     finally:
                         graph.capture_end()
             except BaseException:
-                private.synchronize()  # before what was prepared is freed
+                for each in (stream, private):
+                    each.synchronize()  # before what was prepared is freed
                 raise
             finally:
                 stream.wait_stream(private)

@@ -580,11 +580,12 @@ def test_graph_serves_calls_inside_and_outside_inference_mode(bundle: Bundle, cu
 def test_capture_keeps_its_place_among_the_work_of_the_stream(bundle: Bundle, cuda: FakeCuda) -> None:
     """It runs after earlier work, whose memory it may use, and before later work."""
     order, stream, runner = list[str](), cuda.new_stream(), captured(bundle)
-    private = runner._shared.stream
+    (slot,) = runner._slots._idle
+    private: Any = slot._private
     with cuda.stream(stream):
         stream.submit(lambda: order.append("before"))
         images, features = draw_images(bundle, 2), empty_features(bundle, 2)
-        graph = runner._slots._idle[0]._capture_graph(images, features, stream)
+        graph = slot._capture_graph(images, features, stream)
         private_work = list(private._work)
     assert private_work
     private.synchronize()
