@@ -15,7 +15,8 @@ ROWS = {
     "trtower": (
         "errors extras lazy names layer_codes reading spec head dtypes flavour timm_names",
         "bundle",
-        "fingerprint runners",
+        "fingerprint graph",
+        "runners",
         "parity",
         "inspection tower",
         "installation embedding serving",

@@ -32,9 +32,9 @@ def complete(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]
 
 
 def _backends() -> Iterable[str]:
-    from trtower.runners.choose import BACKENDS  # torch
+    from trtower.runners.choose import backend_names  # torch
 
-    return (AUTO, *(backend.name for backend in BACKENDS))
+    return backend_names()
 
 
 def not_empty(text: str) -> str:

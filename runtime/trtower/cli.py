@@ -130,9 +130,9 @@ def _fail(message: str, code: int) -> int:
 
 def _backends(incomplete: str) -> list[str]:
     """Complete the name of a backend."""
-    from trtower.runners.choose import BACKENDS
+    from trtower.runners.choose import backend_names
 
-    return [name for name in ("auto", *(each.name for each in BACKENDS)) if name.startswith(incomplete)]
+    return [name for name in backend_names() if name.startswith(incomplete)]
 
 
 def _app() -> "typer.Typer":

@@ -18,12 +18,15 @@ import torch
 import transformers
 from onnx import TensorProto, numpy_helper
 from PIL import Image
+from torch import fx
 
 from tests.conftest import BATCH, DISTINCT, IMAGE_SIZE, make_model
 from tests.export.counting import count, flop_of
 from tests.export.small_towers import IS_OLD
 from trtower.bundle.manifest import FUSED_GRAPH, GRAPH, GRAPH_DATA, TowerCost
+from trtower.dtypes import DTYPES
 from trtower.errors import BuildError, ConfigError
+from trtower.graph.module import ONNX_NAME, TYPES, read_module
 from trtower.spec import TensorSpec, TowerSpec
 from trtower.tower.image_processor import ImageProcessor
 from trtower_export.console import Step
@@ -202,6 +205,38 @@ def test_onnx_runtime_computes_transformers_states_in_any_batch(
         ]
         assert errors[LAYER] < TOLERANCE[precision]
         assert min(errors[:LAYER] + errors[LAYER + 1 :]) > 100 * TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("file", [GRAPH, FUSED_GRAPH])
+@pytest.mark.parametrize(("name", "precision"), [graph for graph in GRAPHS if graph[1] != "fp32"])
+def test_pytorch_computes_every_value_in_the_type_that_the_graph_says(
+    write: Callable[[str, str], Written], name: str, precision: str, file: str
+) -> None:
+    """For FP32, tests/export/graph/test_second_reading.py compares the features."""
+    written = write(name, precision)
+    model = onnx.load(written.folder / file, load_external_data=False)
+    weights = (written.folder / GRAPH_DATA).read_bytes()
+    module = read_module(model, weights, fused=False)
+    found: dict[str, torch.dtype] = {}
+
+    class Typing(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if ONNX_NAME in n.meta:
+                found[n.meta[ONNX_NAME]] = result.dtype
+            return result
+
+    with torch.no_grad():
+        features = Typing(module).run(written.pixels.to(DTYPES[written.spec.output(precision).dtype]))
+    values = (*model.graph.value_info, *model.graph.output)
+    expected = {value.name: TYPES[value.type.tensor_type.elem_type] for value in values}
+    computed = [node for node in model.graph.node if node.op_type not in ("Shape", "Concat")]  # Concat of sizes, too
+    assert len(found) >= len(computed)
+    assert found == {name: expected[name] for name in found}
+    fused = read_module(model, weights)(written.pixels.to(features.dtype))
+    for each in (features, fused):
+        error = (each.float() - written.states[LAYER]).norm() / written.states[LAYER].norm()
+        assert error < TOLERANCE["fp16"] * (1 if precision == "fp16" else 8)  # BF16 has three bits fewer
 
 
 @pytest.mark.parametrize(("name", "precision"), PLANS)

@@ -124,10 +124,13 @@ def rtx_outcome(gpu: torch.device, capability: str, built: Callable[[str, str, s
     )
 
 
-@pytest.fixture(scope="session", params=(*FLAVOURS, "onnxruntime-cuda"))
+@pytest.fixture(scope="session", params=(*FLAVOURS, "torch-cuda", "onnxruntime-cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """Return each backend that is installed and can run here."""
     name: str = request.param
+    if name == "torch-cuda":
+        pytest.importorskip("onnx", reason="onnx is not installed")
+        return name
     if name == "onnxruntime-cuda":
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime-gpu is not installed")
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

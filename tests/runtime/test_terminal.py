@@ -14,7 +14,7 @@ import typer
 import trtower
 from trtower.cli import _app, run
 from trtower.flavour import FLAVOURS
-from trtower.runners.choose import BACKENDS
+from trtower.runners.choose import backend_names
 from trtower.spec import PRECISIONS
 from trtower_export.recipes import all_recipes
 
@@ -265,8 +265,8 @@ def complete(line: str) -> list[str]:
         ("trtower export --precision ", ["auto", *PRECISIONS]),
         ("trtower export --flavour n", ["none"]),
         ("trtower build --flavour ", ["auto", *FLAVOURS]),
-        ("trtower verify --backend o", [each.name for each in BACKENDS if each.name.startswith("o")]),
-        ("trtower check --backend o", [each.name for each in BACKENDS if each.name.startswith("o")]),
+        ("trtower verify --backend o", [name for name in backend_names() if name.startswith("o")]),
+        ("trtower check --backend o", [name for name in backend_names() if name.startswith("o")]),
         ("trtower check --backend em", ["emulated-fp16", "emulated-bf16"]),
         ("trtower bench --against eager,onnx", ["eager,onnxruntime"]),
         ("trtower doctor VILA", [each.name for each in all_recipes() if each.name.startswith("VILA")]),

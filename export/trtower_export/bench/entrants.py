@@ -15,10 +15,10 @@ from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError
 from trtower.flavour import FLAVOURS
 from trtower.runners import choose
-from trtower.runners.base import Backend, Runner
+from trtower.runners.base import Runner
+from trtower.runners.processor import multiplies_bf16
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.bench.environment import multiplies_bf16
 from trtower_export.bench.race import draw_inputs
 from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
@@ -37,11 +37,7 @@ def competitors() -> tuple[str, ...]:
 
     A CPU backend and its CUDA counterpart are one competitor.
     """
-    return (*PYTORCH, *sorted({_competitor(each) for each in choose.BACKENDS if each.name not in FLAVOURS}))
-
-
-def _competitor(backend: Backend) -> str:
-    return backend.name.removesuffix(f"-{backend.kind}")
+    return (*PYTORCH, *sorted({each.common_name for each in choose.BACKENDS if each.name not in FLAVOURS}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +136,7 @@ def enter(arena: Arena, name: str) -> Entrant:
     if name == LLAVA:
         return _enter_torch(arena, name, arena.precision, _llava(arena))
     if name not in PYTORCH:
-        named = [each for each in choose.BACKENDS if _competitor(each) == name]
+        named = [each for each in choose.BACKENDS if each.common_name == name]
         backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
         if runner_of(arena.tower).backend == backend:
             raise BackendError("the bundle itself already runs on this backend here")

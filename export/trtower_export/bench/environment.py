@@ -12,6 +12,7 @@ import torch
 
 from trtower.runners import choose
 from trtower.runners.device import capability_of
+from trtower.runners.processor import processor_fields, processor_flags
 
 PACKAGES = ("trtower", "torch", "transformers")
 """Packages to record the versions of, besides those of the backends."""
@@ -73,32 +74,12 @@ VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "as
 """The flags of /proc/cpuinfo that say how fast a processor multiplies: first those of x86, then those of Arm."""
 
 
-def multiplies_bf16() -> bool:
-    """Whether this processor has BF16 arithmetic; assumed outside Linux. PyTorch in BF16 is far slower without it."""
-    fields = _processor_fields()
-    return not fields or not _flags(fields).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-
-
 def _processor() -> str:
     """Return the processor's name and its vector units."""
-    fields = _processor_fields()
+    fields = processor_fields()
     if not fields:
         return platform.processor() or platform.machine()
-    flags = _flags(fields)
+    flags = processor_flags(fields)
     units = [unit for unit in VECTOR_UNITS if unit in flags]
     name = fields.get("model name", platform.machine())
     return f"{name} ({', '.join(units)})" if units else name
-
-
-def _flags(fields: dict[str, str]) -> set[str]:
-    return {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # x86 has the first, Arm the second
-
-
-def _processor_fields() -> dict[str, str]:
-    """Read what Linux reports about the last core; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines)
-    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -71,13 +71,13 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How TensorRT, and in part ONNX Runtime, runs a bundle on a GPU.
+    """How a bundle runs on a GPU.
 
     Attributes:
-        contexts: How many calls TensorRT (either flavour) may have in flight at once, at least 1; others wait for their
-            turn. Each context has its own scratch memory. Contexts are made on demand, as far as the GPU has room.
-        cuda_graphs: Capture calls as CUDA graphs and replay them. TensorRT and ONNX Runtime do so for the batches that
-            the profiles name (minimum, optimum, maximum), TensorRT-RTX for any batch.
+        contexts: How many calls TensorRT (either flavour) and PyTorch may have in flight at once, at least 1; others
+            wait for their turn. Each has its own memory, and is made on demand, as far as the GPU has room.
+        cuda_graphs: Capture calls as CUDA graphs and replay them. TensorRT, PyTorch and ONNX Runtime do so for the
+            batches that the profiles name (minimum, optimum, maximum), TensorRT-RTX for any batch.
         kernel_specialization: Whether TensorRT-RTX compiles kernels for each new shape: "lazy" compiles them in the
             background, "eager" before the shape is served, "none" never.
         runtime_cache: Save TensorRT-RTX's compiled kernels in a folder beside the bundle, for the next process.
@@ -115,6 +115,11 @@ class Backend(ABC):
     package: str
     kind: str
     arithmetic: str = ""
+
+    @property
+    def common_name(self) -> str:
+        """What names this backend and its counterpart on the other kind of device, such as "torch"."""
+        return self.name.removesuffix(f"-{self.kind}")
 
     def files(self, bundle: Bundle) -> Sequence[str]:
         """List the files of a bundle that this backend might run.

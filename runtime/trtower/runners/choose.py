@@ -31,25 +31,39 @@ from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError, one_line
 from trtower.names import check_name
 from trtower.runners import onnxruntime, openvino, tensorrt
+from trtower.runners import torch as pytorch
 from trtower.runners.base import Backend, EngineOptions, Runner
 from trtower.runners.device import default_device, device_obstacle, has_gpu, parse_device
 
 BACKENDS: tuple[Backend, ...] = (
     tensorrt.TENSORRT,
     tensorrt.TENSORRT_RTX,
+    pytorch.CUDA,
     onnxruntime.CUDA,
     openvino.BF16,
+    pytorch.BF16,
     openvino.FP32,
     onnxruntime.CPU,
+    pytorch.CPU,
 )
 """From the best to the last resort, by benchmarks/README.md. To add one, import its module and list it here."""
 
 logger = logging.getLogger(__name__)
 
 
+def backend_names() -> tuple[str, ...]:
+    """List what a user may request: auto, every backend, and the common name of those that differ in the device."""
+    return tuple(dict.fromkeys(("auto", *(name for each in BACKENDS for name in (each.common_name, each.name)))))
+
+
+def find_backends(name: str) -> tuple[Backend, ...]:
+    """Find what a name stands for, best first; raise ConfigError, which lists the choices, if it is unknown."""
+    check_name("backend", name, backend_names())
+    return tuple(each for each in BACKENDS if name in ("auto", each.name, each.common_name))
+
+
 def find_backend(name: str) -> Backend:
-    """Find a backend by its name; raise ConfigError, which lists the choices, if the name is unknown."""
-    check_name("backend", name, ("auto", *(each.name for each in BACKENDS)))
+    """Find a backend by its own name."""
     return next(each for each in BACKENDS if each.name == name)
 
 
@@ -87,6 +101,7 @@ def choose(
 ) -> Runner:
     """Open ``backend``, or with "auto" the best one by the rules at the top of this module.
 
+    A common name such as "torch" chooses in the same way, among the backends that it stands for.
     ``device`` limits the choice: "cuda" excludes backends on the CPU, and "cpu" those on the GPU. ``certified`` means
     that the caller requires a certificate. Raises BackendError with every reason if no requested backend can run the
     bundle. A file that fails its sha256 always raises BundleError, whatever else could run.
@@ -95,7 +110,8 @@ def choose(
     if requested and (obstacle := device_obstacle(requested)):
         raise BackendError(f"cannot use device {requested}: {obstacle}. Pass device='cpu', or leave device out.")
     listed = candidates(bundle, device, backend, certified=certified)
-    if backend == "auto":
+    several = len(find_backends(backend)) > 1
+    if several:
         order = order_for_auto(listed)
     else:  # if the caller requires a certificate, try certified plans before others
         order = sorted(listed, key=lambda each: certified and each.reservation is not None)
@@ -108,7 +124,7 @@ def choose(
             continue
         better = listed[: listed.index(candidate)]
         passed_over = _reasons([each for each in listed if each in better or each in tried], tried)
-        warns = backend == "auto" and _deserves_warning(candidate, better, requested, certified=certified)
+        warns = several and _deserves_warning(candidate, better, requested, certified=certified)
         suffix = f"; passed over {passed_over}" if passed_over else ""
         logger.log(logging.WARNING if warns else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
         return runner
@@ -157,12 +173,13 @@ def candidates(
 ) -> list[Candidate]:
     """List every way to run ``bundle`` on this machine, best first, without loading any of it.
 
-    A ``backend`` other than "auto" limits the list to that backend.
+    A ``backend`` other than "auto" limits the list to what it stands for.
     """
     requested = parse_device(device)
-    backends = BACKENDS if backend == "auto" else (find_backend(backend),)
     return [
-        candidate for each in backends for candidate in _candidates_of(each, bundle, requested, certified=certified)
+        candidate
+        for each in find_backends(backend)
+        for candidate in _candidates_of(each, bundle, requested, certified=certified)
     ]
 
 

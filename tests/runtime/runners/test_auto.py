@@ -15,6 +15,7 @@ from trtower.bundle.staging import describe, locked
 from trtower.errors import BackendError
 from trtower.runners import choose as choosing
 from trtower.runners import device, onnxruntime, openvino, runtimes, tensorrt
+from trtower.runners import torch as pytorch
 from trtower.runners.choose import Candidate, candidates, choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="covers machines without a GPU")
@@ -33,7 +34,7 @@ def bundle(spoilt: Path) -> Bundle:
 
 def certify(bundle: Bundle, backend: str, *, passed: bool = True) -> Bundle:
     """Add a certificate for the graph as it is now."""
-    graph = "tower.fused.onnx" if backend.startswith("onnxruntime") else "tower.onnx"
+    graph = "tower.fused.onnx" if backend.startswith(("onnxruntime", "torch")) else "tower.onnx"
     files = {name: bundle.manifest.files[name].sha256 for name in (graph, "tower.onnx.data")}
     bounds = tuple(replace(bound, holds=passed) for bound in made_up.bounds())
     certificate = made_up.certificate(backend=backend, files=files, executed=tuple(files), bounds=bounds, passed=passed)
@@ -84,7 +85,7 @@ def test_failed_check_of_a_worse_backend_is_not_mentioned(bundle: Bundle, caplog
 def test_log_does_not_repeat_why_the_chosen_backend_was_first_passed_over(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for backend in ("openvino", "onnxruntime-cpu"):
+    for backend in ("openvino", "onnxruntime-cpu", "torch-cpu"):
         bundle = certify(bundle, backend, passed=False)
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
@@ -97,7 +98,7 @@ def test_log_does_not_repeat_why_the_chosen_backend_was_first_passed_over(
 def test_takes_what_missed_its_bounds_if_nothing_else_runs_and_warns(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for backend in ("openvino", "onnxruntime-cpu", "openvino-bf16"):
+    for backend in ("openvino", "onnxruntime-cpu", "torch-cpu", "openvino-bf16"):
         bundle = certify(bundle, backend, passed=False)
     tower = VisionTower.load(bundle.path)
     assert tower.backend.endswith(", CPU, FP32")  # not BF16, which is coarser
@@ -120,7 +121,7 @@ def test_named_backend_runs_whatever_a_check_said(bundle: Bundle) -> None:
 def test_says_everything_that_stood_against_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, export: Callable[..., Path]
 ) -> None:
-    for module in (openvino, onnxruntime):
+    for module in (openvino, onnxruntime, pytorch):
         monkeypatch.setattr(module, "import_extra", lambda *_, **__: (_ for _ in ()).throw(ImportError("gone")))
     with pytest.raises(BackendError) as failure:
         choose(bundle)
@@ -128,7 +129,7 @@ def test_says_everything_that_stood_against_it(
     for backend in ("tensorrt: ", "tensorrt-rtx, ", "onnxruntime-cuda: no GPU here", "openvino-bf16, openvino, "):
         assert message.count(backend) == 1
     # First what an extra would mend, then what this machine lacks; backends share a reason.
-    assert f"{bundle.path}: openvino-bf16, openvino, onnxruntime-cpu: gone; " in message
+    assert f"{bundle.path}: openvino-bf16, openvino, onnxruntime-cpu, torch-cpu: gone; " in message
 
 
 @pytest.mark.parametrize(

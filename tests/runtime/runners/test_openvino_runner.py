@@ -161,6 +161,7 @@ def test_processor_without_bf16_says_so_and_runs_a_bf16_bundle_in_fp32(
     export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trtower.runners.openvino.has_bf16", lambda _: False)
+    monkeypatch.setattr("trtower.runners.torch.multiplies_bf16", lambda: False)
     bundle = export("clip", precision="bf16", flavour="none")
     with pytest.raises(BackendError, match="no BF16 support in this processor"):
         VisionTower.load(bundle, "openvino-bf16")

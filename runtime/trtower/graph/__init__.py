@@ -1,0 +1,1 @@
+"""A bundle's ONNX graph as a PyTorch module, without transformers."""

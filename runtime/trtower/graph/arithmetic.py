@@ -1,0 +1,76 @@
+"""Compute a module as its graph says, whatever PyTorch's global settings say."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def multiplies_fp32(module: fx.GraphModule) -> bool:
+    """Return whether a module may compute matrix products or convolutions in FP32.
+
+    True if it holds FP32 weights with two dimensions or more, or computes anything in FP32, unless only of vectors.
+    """
+    held = any(each.dtype == torch.float32 and each.ndim > 1 for each in module.buffers())
+    return held or any(torch.float32 in node.args for node in module.graph.nodes)
+
+
+@contextmanager
+def as_typed(device: str, *, exact_fp32: bool) -> Iterator[None]:
+    """Compute inside the block in the types of the tensors: without autocast, gradients, and rounded FP32 products.
+
+    With ``exact_fp32`` PyTorch computes no FP32 product in TF32 or BF16. By default cuDNN's convolutions do, and matrix
+    products after `torch.set_float32_matmul_precision("high")`. These settings belong to the process, so other threads
+    compute exactly, too, until the last block ends.
+
+    Args:
+        device: The kind of device, "cpu" or "cuda".
+        exact_fp32: Whether the block computes FP32 products.
+    """
+    with torch.autocast(device, enabled=False), torch.no_grad(), _EXACT if exact_fp32 else nullcontext():
+        yield
+
+
+class _Exact:
+    """Sets PyTorch's switches for FP32 products while any thread is inside; the last one out restores them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                switches = _switches()
+                self._before = [read() for read, _, _ in switches]
+                for _, write, exact in switches:
+                    write(exact)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for (_, write, _), before in zip(_switches(), self._before, strict=True):
+                    write(before)
+
+
+def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """List how each setting is read and written, and its value for products in full FP32."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # since PyTorch 2.9
+        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        return [_attribute(owner, "fp32_precision", "ieee") for owner in owners]
+    matmul = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+    return [matmul, _attribute(backends.cudnn, "allow_tf32", exact=False)]
+
+
+def _attribute(owner: Any, name: str, exact: Any) -> tuple[Callable[[], Any], Callable[[Any], None], Any]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value), exact
+
+
+_EXACT = _Exact()
