@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 
 
 def multiplies_fp32(module: fx.GraphModule) -> bool:
-    """Return whether a module may compute matrix products or convolutions in FP32.
+    """Return whether a module may compute matrix products in FP32.
 
     True if it holds FP32 weights with two dimensions or more, or computes anything in FP32, unless only of vectors.
     """
@@ -22,9 +23,9 @@ def multiplies_fp32(module: fx.GraphModule) -> bool:
 def as_typed(device: str, *, exact_fp32: bool) -> Iterator[None]:
     """Compute inside the block in the types of the tensors: without autocast, gradients, and rounded FP32 products.
 
-    With ``exact_fp32`` PyTorch computes no FP32 product in TF32 or BF16. By default cuDNN's convolutions do, and matrix
-    products after `torch.set_float32_matmul_precision("high")`. These settings belong to the process, so other threads
-    compute exactly, too, until the last block ends.
+    With ``exact_fp32`` PyTorch computes no FP32 product in TF32 or BF16, as it may after
+    `torch.set_float32_matmul_precision("high")`. This setting belongs to the process, so other threads compute exactly,
+    too, until the last block ends.
 
     Args:
         device: The kind of device, "cpu" or "cuda".
@@ -40,7 +41,7 @@ class _Exact:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._before: list[Any] = []
+        self._before: list[str] = []
 
     def __enter__(self) -> None:
         with self._lock:
@@ -59,18 +60,18 @@ class _Exact:
                     write(before)
 
 
-def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
-    """List how each setting is read and written, and its value for products in full FP32."""
+Switch = tuple[Callable[[], str], Callable[[str], None], str]
+"""How a setting is read and written, and its value for products in full FP32."""
+
+
+def _switches() -> list[Switch]:
     backends: Any = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # since PyTorch 2.9
-        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-        return [_attribute(owner, "fp32_precision", "ieee") for owner in owners]
-    matmul = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
-    return [matmul, _attribute(backends.cudnn, "allow_tf32", exact=False)]
-
-
-def _attribute(owner: Any, name: str, exact: Any) -> tuple[Callable[[], Any], Callable[[Any], None], Any]:
-    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value), exact
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
+    return [
+        (partial(getattr, owner, "fp32_precision"), partial(setattr, owner, "fp32_precision"), "ieee")
+        for owner in (backends.cuda.matmul, backends.mkldnn.matmul)
+    ]
 
 
 _EXACT = _Exact()

@@ -7,6 +7,7 @@ be nodes: shapes are computed on the host, so that the GPU never waits for them.
 To add an operator, write its function, with its attributes as keyword arguments, and add its row.
 """
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,10 +88,20 @@ def _concat(call: Call, *values: Value, axis: int) -> Value:
     return call(torch.cat, list(values), axis)
 
 
-def _conv(call: Call, x: Value, weight: Value, bias: Value = None, *, strides: list[int]) -> Value:
-    if len(strides) > 2:
-        raise UnknownOperatorError(f"Conv over {len(strides)} dimensions")
-    return call(torch.conv1d if len(strides) == 1 else torch.conv2d, x, weight, bias, strides)
+def _conv(call: Call, x: Value, weight: torch.Tensor, bias: Value = None, *, strides: list[int]) -> Value:
+    """Multiply every patch, (B, C, G x P, ...) -> (B, D, G, ...), without cuDNN, which rounds FP32 to TF32 by default."""
+    sides, dims = list(weight.shape[2:]), len(strides)
+    if sides != strides:
+        raise UnknownOperatorError(f"Conv with patches of {sides} every {strides}")
+    for dim, side in enumerate(sides):
+        axis = 2 + 2 * dim
+        whole = call(operator.mul, call(operator.floordiv, call(torch.Tensor.size, x, axis), side), side)
+        x = call(torch.unflatten, call(torch.narrow, x, axis, 0, whole), axis, (-1, side))
+    grid, inside = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    patches = call(torch.flatten, call(torch.permute, x, [0, *grid, 1, *inside]), 1 + dims)
+    features = call(torch.matmul, patches, weight.flatten(1).t())
+    features = features if bias is None else call(torch.add, features, bias)
+    return call(torch.movedim, features, -1, 1)
 
 
 def _dequantize(call: Call, x: Value, scale: Value, zero: Value = None, *, axis: int = 1) -> Value:

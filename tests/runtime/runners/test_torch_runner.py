@@ -171,13 +171,13 @@ def test_graph_without_fp32_products_leaves_the_settings_alone(export: Callable[
 
 
 def test_linear_layers_and_attention_are_pytorchs_own(fp32_bundle: Path, clip_bundle: Path) -> None:
-    """Three layers with query, key and value in one product, and three more linear layers each."""
+    """The patches, and three layers with query, key and value in one product, and three more linear layers each."""
     for folder, graph in ((fp32_bundle, GRAPH), (clip_bundle, GRAPH), (clip_bundle, FUSED_GRAPH)):
         bundle = Bundle.open(folder)
         read = read_module(onnx.load(folder / graph, load_external_data=False), bundle.map(GRAPH_DATA))
         called = [node.target for node in read.graph.nodes if node.op == "call_function"]
         assert called.count(torch.nn.functional.scaled_dot_product_attention) == 3
-        assert called.count(torch.nn.functional.linear) == 3 * 4
+        assert called.count(torch.nn.functional.linear) == 1 + 3 * 4
         assert torch.matmul not in called
         assert torch.softmax not in called
 
