@@ -15,7 +15,7 @@ from trtower.dtypes import DTYPES, PIXEL_DTYPES
 from trtower.errors import BackendError
 from trtower.flavour import FLAVOURS
 from trtower.runners import choose
-from trtower.runners.base import Runner
+from trtower.runners.base import EngineOptions, Runner
 from trtower.runners.processor import multiplies_bf16
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower.tower.image_processor import ImageProcessor
@@ -28,6 +28,9 @@ from trtower_export.graph.truncate import TruncatedTower
 
 TRTOWER, LLAVA = "trtower", "llava"
 
+COMPILED = "-compile"
+"""Follows the name of a backend that compiles (`EngineOptions.compile`)."""
+
 PYTORCH = ("eager", "sdpa", "sdpa-bf16", "compile", "compile-bf16", "cudagraph")
 """The ways of running the cut tower in PyTorch."""
 
@@ -37,7 +40,9 @@ def competitors() -> tuple[str, ...]:
 
     A CPU backend and its CUDA counterpart are one competitor.
     """
-    return (*PYTORCH, *sorted({each.common_name for each in choose.BACKENDS if each.name not in FLAVOURS}))
+    graph = [each for each in choose.BACKENDS if each.name not in FLAVOURS]
+    compiled = {f"{each.common_name}{COMPILED}" for each in graph if each.compiles}
+    return (*PYTORCH, *sorted({each.common_name for each in graph} | compiled))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +141,13 @@ def enter(arena: Arena, name: str) -> Entrant:
     if name == LLAVA:
         return _enter_torch(arena, name, arena.precision, _llava(arena))
     if name not in PYTORCH:
-        named = [each for each in choose.BACKENDS if each.common_name == name]
+        compiled = name.endswith(COMPILED)
+        named = [each for each in choose.BACKENDS if each.common_name == name.removesuffix(COMPILED)]
         backend = next((each for each in named if each.kind == arena.device.type), named[0]).name
-        if runner_of(arena.tower).backend == backend:
+        if runner_of(arena.tower).backend == backend and not compiled:
             raise BackendError("the bundle itself already runs on this backend here")
-        return _enter_bundle(arena, name, VisionTower.load(arena.bundle.path, backend, arena.device))
+        engine = EngineOptions(compile=compiled)
+        return _enter_bundle(arena, name, VisionTower.load(arena.bundle.path, backend, arena.device, engine=engine))
     kind, _, suffix = name.partition("-")
     precision = suffix or arena.precision
     if suffix and arena.device.type == "cuda":

@@ -89,7 +89,7 @@ def _concat(call: Call, *values: Value, axis: int) -> Value:
 
 
 def _conv(call: Call, x: Value, weight: torch.Tensor, bias: Value = None, *, strides: list[int]) -> Value:
-    """Multiply every patch, (B, C, G x P, ...) -> (B, D, G, ...), without cuDNN, which rounds FP32 to TF32 by default."""
+    """Multiply every patch, (B, C, G x P, ...) -> (B, D, G, ...): cuDNN would round FP32 to TF32 by default."""
     sides, dims = list(weight.shape[2:]), len(strides)
     if sides != strides:
         raise UnknownOperatorError(f"Conv with patches of {sides} every {strides}")

@@ -71,7 +71,7 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a bundle runs on a GPU.
+    """How a bundle runs, mostly on a GPU.
 
     Attributes:
         contexts: How many calls TensorRT (either flavour) and PyTorch may have in flight at once, at least 1; others
@@ -80,7 +80,11 @@ class EngineOptions:
             batches that the profiles name (minimum, optimum, maximum), TensorRT-RTX for any batch.
         kernel_specialization: Whether TensorRT-RTX compiles kernels for each new shape: "lazy" compiles them in the
             background, "eager" before the shape is served, "none" never.
-        runtime_cache: Save TensorRT-RTX's compiled kernels in a folder beside the bundle, for the next process.
+        runtime_cache: Save in a folder beside the bundle, for the next process, what TensorRT-RTX or ``compile``
+            compiled.
+        compile: Let PyTorch compile the batches that the profiles name, with `torch.compile`, while the tower is
+            loaded, on CUDA and on the CPU. The first time takes about a minute for each. It needs a C++ compiler, and
+            on CUDA triton. Other backends ignore it.
 
     Raises:
         ConfigError: ``contexts`` is below 1, or ``kernel_specialization`` is unknown.
@@ -90,6 +94,7 @@ class EngineOptions:
     cuda_graphs: bool = True
     kernel_specialization: str = "lazy"
     runtime_cache: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.contexts < 1:
@@ -108,6 +113,7 @@ class Backend(ABC):
         kind: The kind of device that it runs on, "cpu" or "cuda".
         arithmetic: "fp32", "fp16" or "bf16" if it computes in that whatever the bundle's precision; "" if it computes
             in the bundle's own precision.
+        compiles: Whether `EngineOptions.compile` changes how it runs a bundle.
     """
 
     name: str
@@ -115,6 +121,7 @@ class Backend(ABC):
     package: str
     kind: str
     arithmetic: str = ""
+    compiles: bool = False
 
     @property
     def common_name(self) -> str:

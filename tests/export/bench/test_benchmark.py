@@ -57,6 +57,10 @@ def arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
     return Arena.open(bundle, checkpoint)
 
 
+ELSEWHERE = ("cudagraph", "torch-bf16", "torch-bf16-compile", "torch-compile")
+"""Entrants that need a GPU, a bundle in BF16, or half a minute to compile."""
+
+
 @pytest.fixture
 def torch_arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
     return Arena.open_torch(bundle, checkpoint, torch.device("cpu"))
@@ -100,13 +104,11 @@ def test_all_entrants_compute_the_same(result: Benchmark) -> None:
     assert next(each.error for each in result.timings if each.entrant == "llava") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name != "cudagraph")])
+@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name not in ELSEWHERE)])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """With any layers and tokens."""
-    if name == "torch-bf16":
-        pytest.skip("it is for bundles in BF16")
     if name == "openvino-bf16" and not has_bf16(pytest.importorskip("openvino")):
         pytest.skip("this processor has no BF16 arithmetic")
     monkeypatch.setattr(entrants, "multiplies_bf16", lambda: True)  # a small tower is fast even without it
@@ -302,7 +304,7 @@ def test_ceiling_is_measured_only_for_arithmetic_of_the_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or torch-bf16"),
+        ({"against": ("eager", "foo")}, "^unknown competitor 'foo'; choose eager, .* or torch-compile"),
         ({"against": ("compiled",)}, "'compiled'; did you mean 'compile'"),
         ({"batches": (1, 0)}, "--batch 1,0: each must be at least 1"),
         ({"against": ("eager", "sdpa", "eager")}, "--against eager,sdpa,eager has a duplicate"),

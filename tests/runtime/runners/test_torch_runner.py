@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -335,7 +336,7 @@ def open_on_cuda(clip_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPa
 
         cuda.current_stream().submit(work)
 
-    monkeypatch.setattr(module, "_load", lambda *_: compute)
+    monkeypatch.setattr(module, "LoadedGraph", lambda *_: SimpleNamespace(compute=compute))
 
     def open_it(**options: Any) -> TorchCudaRunner:
         return TorchCudaRunner(bundle, FUSED_GRAPH, CUDA, DEVICE, EngineOptions(**options))
