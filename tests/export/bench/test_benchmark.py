@@ -58,7 +58,14 @@ def arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
 
 
 ELSEWHERE = ("cudagraph", "torch-bf16", "torch-bf16-compile", "torch-compile")
-"""Entrants that need a GPU, a bundle in BF16, or half a minute to compile."""
+"""Entrants that need a GPU or a bundle in BF16, and one that tests/runtime/runners/test_torch_compiled.py enters."""
+
+RACERS = [
+    pytest.param(name, marks=pytest.mark.slow if name.startswith("compile") else ())
+    for name in competitors()
+    if name not in ELSEWHERE
+]
+"""The others; torch.compile takes half a minute."""
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_all_entrants_compute_the_same(result: Benchmark) -> None:
     assert next(each.error for each in result.timings if each.entrant == "llava") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["trtower", "llava", *(name for name in competitors() if name not in ELSEWHERE)])
+@pytest.mark.parametrize("name", ["trtower", "llava", *RACERS])
 def test_every_entrant_reads_the_tower_of_the_bundle(
     export: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

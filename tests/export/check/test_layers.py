@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.conftest import BATCH, DISTINCT, make_model
+from tests.conftest import BATCH, make_model
 from tests.export import made_up
 from tests.export.checking import check, damage, make_hashes_fit
 from trtower.bundle.bundle import Bundle
@@ -62,8 +62,9 @@ def test_sound_graph_jumps_nowhere(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", DISTINCT)
-def test_every_state_of_every_kind_of_tower_is_found_in_its_graph(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["siglip2", "dinov3_vit", "eva_clip"])
+def test_every_state_is_found_in_a_graph_of_another_kind(name: str, tmp_path: Path) -> None:
+    """tests/export/graph/test_second_reading.py finds them in every kind."""
     make_model(name).save_pretrained(tmp_path / "checkpoint")
     options = ExportOptions(
         select_layer=(-2, LAST), select_feature="cls_patch", profiles=(BATCH,), flavour="none", check=False

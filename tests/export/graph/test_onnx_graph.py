@@ -139,6 +139,7 @@ def test_hidden_state_is_named_by_its_index_unless_it_is_the_output(
         assert norm.input[0] == f"hidden_state.{index}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "dinov3_vit"])  # DINOv3 rotates halves of its queries and keys
 def test_disabled_rule_would_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = rewriter._DEFAULT_REWRITE_RULES

@@ -19,6 +19,7 @@ from tests.export.heads.models import IMAGE_SIZE, KINDS, TEXT_WIDTH, make, pixel
 from tests.export.heads.original import MLP, TEXT, write_llava
 from tests.runtime.installation.hugging_face import TAKES_FEATURES
 from tests.runtime.installation.original import ClipWrapper, Llava, Tinychat, Vila
+from trtower import VisionTower
 from trtower.bundle.manifest import GRAPH, MANIFEST
 from trtower.errors import BackendError, ConfigError
 from trtower.spec import BatchProfile
@@ -26,6 +27,9 @@ from trtower_export.pipeline import ExportOptions, export_tower
 from trtower_export.plan.parsing import find_parsers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+THROUGH_PYTORCH = 1e-6
+"""Relative error of PyTorch's FP32 on the graph, which is a second reading of it."""
 
 EXACT = 2e-5
 """Of features around 4, in FP32: kernels sum in another order."""
@@ -67,6 +71,9 @@ def test_features_are_those_of_the_model_and_both_modules_come_back(name: str, b
     model, before_state = make(name).requires_grad_(requires_grad=True), make(name).state_dict()  # as it is loaded
     expected, projector = features(model, name), dict(model.named_modules())
     assert find_parsers(bundles(name) / GRAPH).unknown == ()  # TensorRT parses all that a projector adds
+    second: Any = VisionTower.load(bundles(name), "torch-cpu")(pixels())
+    answers = models.features(make(name), name, pixels())
+    assert float((second - answers).norm() / answers.norm()) <= THROUGH_PYTORCH
     with trtower.install(model, bundles(name)) as installed:
         assert " and model." in repr(installed)
         calls: list[int] = []

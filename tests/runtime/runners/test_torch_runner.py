@@ -190,7 +190,7 @@ def test_bytes_of_any_layout_run(export: Callable[..., Path]) -> None:
     assert error(tower.encode(pictures), expected.encode(pictures)) <= SAME
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("precision", ["fp8"])
 def test_8_bits_have_the_error_that_they_have_elsewhere(
     export: Callable[..., Path], checkpoints: dict[str, Path], precision: str
 ) -> None:
