@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from trtower import Bundle, VisionTower
+from trtower import Bundle, EngineOptions, VisionTower
 from trtower.dtypes import PIXEL_DTYPES
-from trtower_export.bench.race import draw_inputs
+from trtower_export.bench.race import COMPILED, draw_inputs
 
 KIB = 1024
 
@@ -45,7 +45,7 @@ def main(
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
     start = time.perf_counter()
     if backend:
-        served = VisionTower.load(bundle, backend, device)
+        served = VisionTower.load(bundle, backend, device, engine=EngineOptions(compile=name.endswith(COMPILED)))
         loaded = time.perf_counter()
         served(images.to(served.device, PIXEL_DTYPES[opened.manifest.input.dtype]))
     else:

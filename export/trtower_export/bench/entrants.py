@@ -19,7 +19,7 @@ from trtower.runners.base import EngineOptions, Runner
 from trtower.runners.processor import multiplies_bf16
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.bench.race import draw_inputs
+from trtower_export.bench.race import COMPILED, draw_inputs
 from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.pixels import PixelsFromBytes
@@ -27,9 +27,6 @@ from trtower_export.graph.reference import UncutTower
 from trtower_export.graph.truncate import TruncatedTower
 
 TRTOWER, LLAVA = "trtower", "llava"
-
-COMPILED = "-compile"
-"""Follows the name of a backend that compiles (`EngineOptions.compile`)."""
 
 PYTORCH = ("eager", "sdpa", "sdpa-bf16", "compile", "compile-bf16", "cudagraph")
 """The ways of running the cut tower in PyTorch."""

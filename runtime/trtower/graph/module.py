@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from typing_extensions import Buffer
@@ -170,12 +171,13 @@ class _Reader:
     def _load(self, tensor: Any) -> torch.Tensor:
         """Copy a weight from the file, or from the graph."""
         place = {entry.key: entry.value for entry in tensor.external_data}
-        content: Buffer = tensor.raw_data
+        content: bytes | memoryview = tensor.raw_data
         if place:
             start = int(place.get("offset", 0))
             content = self._weights[start : start + int(place["length"])]
-        values = torch.frombuffer(bytearray(content), dtype=TYPES[tensor.data_type])
-        values = values.reshape(tuple(tensor.dims))
+        copied = torch.empty(len(content), dtype=torch.uint8)  # aligned as PyTorch's kernels like it
+        copied.numpy()[:] = np.frombuffer(content, dtype=np.uint8)
+        values = copied.view(TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
         if tensor.data_type == INT64:  # shapes and indices, which are read on the host
             return values
         return values.to(self._device).to(self._types[tensor.data_type])
@@ -206,7 +208,7 @@ def read_attributes(node: Any) -> dict[str, Any]:
         if each.type not in FIELDS:
             raise UnknownOperatorError(f"the operator {node.op_type} with an attribute {each.name} of another kind")
         value = getattr(each, FIELDS[each.type])
-        attributes[each.name] = value.decode() if isinstance(value, bytes) else value
-        if FIELDS[each.type].endswith("s") and len(FIELDS[each.type]) > 1:
-            attributes[each.name] = list(value)
+        if isinstance(value, bytes):
+            value = value.decode()
+        attributes[each.name] = value if isinstance(value, int | float | str) else list(value)
     return attributes

@@ -3,6 +3,7 @@
 A fake compiler writes one file where the real one would, and takes no minute. The slow test at the end is the real one.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,7 @@ from trtower.graph import compiling
 from trtower.runners import kept
 from trtower.runners.choose import choose
 from trtower.spec import BatchProfile
+from trtower_export.bench import cold
 from trtower_export.bench.entrants import Arena, enter
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
@@ -226,6 +228,13 @@ def test_it_races_as_a_competitor_of_its_own(
     entrant = enter(arena, "torch-compile")
     assert entrant.call(entrant.prepare(arena.draw(2))).shape == (2, 9, 64)
     assert compiler.ran == [1, 2, 4, 2]
+
+
+def test_its_cold_start_compiles_too(spoilt: Path, compiler: FakeCompiler, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ran in (("torch", []), ("torch-compile", [1, 2, 4, 1])):
+        cold.main(str(spoilt), name, "torch-cpu", "cpu", 1, "", {}, random_weights=False)
+        assert compiler.ran == ran
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["load_s"] > 0
 
 
 @pytest.mark.slow
