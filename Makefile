@@ -140,6 +140,9 @@ test-wheel: $(STAMP)
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		"`echo dist/trtower-*.whl`[openvino,cli]"
 	.venv-wheel/bin/python tests/wheel/smoke.py verify engines/wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		"`echo dist/trtower-*.whl`[torch,cli]"
+	.venv-wheel/bin/python tests/wheel/smoke.py torch engines/wheel
 
 # What the README's table was made with.
 goals: $(STAMP)

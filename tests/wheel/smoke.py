@@ -1,7 +1,7 @@
-"""Hold what a user gets from the wheel, in an environment of its own: `make test-wheel` runs this three times.
+"""Hold what a user gets from the wheel, in an environment of its own: `make test-wheel` runs this four times.
 
-`smoke.py bare BUNDLE` runs with the wheel and no extra, `smoke.py cli BUNDLE` with the extra `cli`, and
-`smoke.py verify BUNDLE` with a backend too.
+`smoke.py bare BUNDLE` runs with the wheel and no extra, `smoke.py cli BUNDLE` with the extra `cli`,
+`smoke.py verify BUNDLE` with a backend too, and `smoke.py torch BUNDLE` with the extra `torch`.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from trtower.errors import BackendError, MissingExtraError, TrtowerError
 from trtower.extras import import_extra
 
 ABSENT = ("transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib")
-BACKENDS = {"onnxruntime-cpu": "cpu", "openvino": "openvino"}
+BACKENDS = {"onnxruntime-cpu": "cpu", "openvino": "openvino", "torch-cpu": "torch"}
 """Backends that need no GPU, and the extra that their error must name."""
 COMMANDS = {
     ("export", "openai/clip-vit-base-patch32"): "export",
@@ -94,6 +94,14 @@ def verify(bundle: str) -> None:
     assert [package for package in ("transformers", "onnx") if find_spec(package)] == []
 
 
+def torch(bundle: str) -> None:
+    """With the extra `torch`: PyTorch runs the graph, and needs no transformers."""
+    verified = run("verify", bundle, "--backend", "torch")
+    assert verified.returncode == 0, verified
+    assert "the ONNX graph was run on torch" in verified.stdout, verified.stdout
+    assert find_spec("transformers") is None
+
+
 if __name__ == "__main__":
-    {"bare": bare, "cli": cli, "verify": verify}[sys.argv[1]](sys.argv[2])
+    {"bare": bare, "cli": cli, "verify": verify, "torch": torch}[sys.argv[1]](sys.argv[2])
     print(f"the wheel holds: {sys.argv[1]}")  # noqa: T201 - a script's only word

@@ -21,27 +21,37 @@ def multiplies_fp32(module: fx.GraphModule) -> bool:
 
 @contextmanager
 def as_typed(device: str, *, exact_fp32: bool) -> Iterator[None]:
-    """Compute inside the block in the types of the tensors: without autocast, gradients, and rounded FP32 products.
+    """Compute inside the block in the types of the tensors, without autocast and gradients.
 
     With ``exact_fp32`` PyTorch computes no FP32 product in TF32 or BF16, as it may after
-    `torch.set_float32_matmul_precision("high")`. This setting belongs to the process, so other threads compute exactly,
-    too, until the last block ends.
+    `torch.set_float32_matmul_precision("high")`. On CUDA it sums no product in FP16, either. These settings belong to
+    the process, so other threads compute exactly, too, until the last block ends.
 
     Args:
         device: The kind of device, "cpu" or "cuda".
         exact_fp32: Whether the block computes FP32 products.
     """
-    with torch.autocast(device, enabled=False), torch.no_grad(), _EXACT if exact_fp32 else nullcontext():
+    exact = exact_fp32 or (device == "cuda" and _EXACT.changes_fp16())
+    with torch.autocast(device, enabled=False), torch.no_grad(), _EXACT if exact else nullcontext():
         yield
 
 
+SUMS_IN_FP16 = "allow_fp16_accumulation"
+"""A setting of matrix products on CUDA, since PyTorch 2.7."""
+
+
 class _Exact:
-    """Sets PyTorch's switches for FP32 products while any thread is inside; the last one out restores them."""
+    """Sets PyTorch's switches for products while any thread is inside; the last one out restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._before: list[str] = []
+        self._before: list[Any] = []
+
+    def changes_fp16(self) -> bool:
+        """Return whether products in FP16 need it: their sums would be in FP16, or would be once the others are out."""
+        with self._lock:
+            return self._inside > 0 or bool(getattr(torch.backends.cuda.matmul, SUMS_IN_FP16, False))
 
     def __enter__(self) -> None:
         with self._lock:
@@ -60,18 +70,22 @@ class _Exact:
                     write(before)
 
 
-Switch = tuple[Callable[[], str], Callable[[str], None], str]
-"""How a setting is read and written, and its value for products in full FP32."""
+Switch = tuple[Callable[[], Any], Callable[[Any], None], Any]
+"""How a setting is read and written, and its value for exact products."""
 
 
 def _switches() -> list[Switch]:
     backends: Any = torch.backends
+    switches = [_attribute(backends.cuda.matmul, SUMS_IN_FP16, exact=False)]
     if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
-        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
-    return [
-        (partial(getattr, owner, "fp32_precision"), partial(setattr, owner, "fp32_precision"), "ieee")
-        for owner in (backends.cuda.matmul, backends.mkldnn.matmul)
-    ]
+        matmul = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+        return [*(each for each in switches if hasattr(backends.cuda.matmul, SUMS_IN_FP16)), matmul]
+    owners = (backends.cuda.matmul, backends.mkldnn.matmul)
+    return [*switches, *(_attribute(owner, "fp32_precision", exact="ieee") for owner in owners)]
+
+
+def _attribute(owner: Any, name: str, *, exact: Any) -> Switch:
+    return partial(getattr, owner, name), partial(setattr, owner, name), exact
 
 
 _EXACT = _Exact()

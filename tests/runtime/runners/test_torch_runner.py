@@ -157,6 +157,33 @@ def test_settings_are_as_before_when_the_last_call_has_ended(fp32_bundle: Path) 
         assert torch.get_float32_matmul_precision() == "medium"
 
 
+@pytest.fixture
+def sums_in_fp16() -> Iterator[Any]:
+    matmul: Any = torch.backends.cuda.matmul
+    matmul.allow_fp16_accumulation = True
+    yield matmul
+    matmul.allow_fp16_accumulation = False
+
+
+def test_fp16_is_not_summed_in_fp16_while_a_call_on_cuda_lasts(sums_in_fp16: Any) -> None:
+    """Also not if a call that began earlier ends first."""
+    first, second, on_the_cpu = (as_typed(device, exact_fp32=False) for device in ("cuda", "cuda", "cpu"))
+    with on_the_cpu:
+        assert sums_in_fp16.allow_fp16_accumulation
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not sums_in_fp16.allow_fp16_accumulation
+    second.__exit__(None, None, None)
+    assert sums_in_fp16.allow_fp16_accumulation
+
+
+def test_call_in_half_precision_leaves_the_settings_for_fp32_alone() -> None:
+    with matmul_precision("high"), as_typed("cuda", exact_fp32=False):
+        assert torch.get_float32_matmul_precision() == "high"
+        assert MATMUL.fp32_precision == "tf32"
+
+
 def test_graph_without_fp32_products_leaves_the_settings_alone(export: Callable[..., Path]) -> None:
     """They belong to the process: a tower in half precision must not slow down another model's FP32."""
     typed = {}
