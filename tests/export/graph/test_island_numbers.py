@@ -97,6 +97,10 @@ def run(path: Path) -> Tensor:
     return torch.from_numpy(found).float()
 
 
+GRAPHS = ["clip", "dinov3_vit", "internvl_vision-rms", "eva_clip"]
+"""Models whose graphs have every kind of operation."""
+
+
 @pytest.mark.parametrize("name", DISTINCT)
 def test_tower_kept_whole_differs_from_fp32_by_the_rounding_of_its_output(name: str) -> None:
     found = compute(retype(name, operations(name).names))
@@ -104,7 +108,9 @@ def test_tower_kept_whole_differs_from_fp32_by_the_rounding_of_its_output(name: 
     assert relative_error(compute(traced(name)), exact(name)) > 3 * relative_error(found, exact(name))
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in GRAPHS else pytest.mark.slow) for name in DISTINCT]
+)
 def test_single_rounding_operation_computes_what_was_simulated(name: str) -> None:
     """The last sum is among the kept operations in FP32, so it is only rounded to the FP16 of the output."""
     names = operations(name).names
@@ -164,9 +170,6 @@ def test_island_of_any_kind_errs_as_was_simulated(name: str, island: str) -> Non
 def test_islands_work_in_a_bf16_graph_too(name: str) -> None:
     found = compute(retype(name, operations(name).names, "bf16"), torch.bfloat16)
     assert relative_error(found, exact(name, 2, torch.bfloat16).bfloat16().float()) < 8 * KEPT  # 3 bits fewer
-
-
-GRAPHS = ["clip", "dinov3_vit", "internvl_vision-rms", "eva_clip"]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
