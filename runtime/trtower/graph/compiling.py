@@ -27,11 +27,13 @@ _TURN = threading.Lock()
 
 def why_not(device: torch.device) -> str | None:
     """Say what torch.compile lacks on this machine; None if nothing."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "compile=True does nothing in this process, because TORCHDYNAMO_DISABLE is 1: unset it"
     if device.type == "cuda" and find_spec("triton") is None:
         return (
             "compile=True on CUDA needs the package triton, which comes with PyTorch's CUDA builds: pip install triton"
         )
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         return f"compile=True needs a C++ compiler, and {compiler} is not installed: install it, or name one in CXX"
     return None

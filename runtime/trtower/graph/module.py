@@ -175,7 +175,7 @@ class _Reader:
         if place:
             start = int(place.get("offset", 0))
             content = self._weights[start : start + int(place["length"])]
-        copied = torch.empty(len(content), dtype=torch.uint8)  # aligned as PyTorch's kernels like it
+        copied = torch.empty(len(content), dtype=torch.uint8, device="cpu")  # aligned as PyTorch's kernels like it
         copied.numpy()[:] = np.frombuffer(content, dtype=np.uint8)
         values = copied.view(TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
         if tensor.data_type == INT64:  # shapes and indices, which are read on the host

@@ -38,7 +38,8 @@ class TorchRunner(Runner):
         graph = LoadedGraph(bundle, file, backend, device)
         if options.compile:
             graph.compile(keep=options.runtime_cache)
-        self._compute: Compute = graph.compute
+        # A caller's own torch.compile must not look into what is compiled already.
+        self._compute: Compute = torch.compiler.disable(graph.compute) if options.compile else graph.compute
         self.backend = backend.name
         self.files = (file, GRAPH_DATA)
         self.device = device
@@ -78,6 +79,8 @@ class TorchCudaRunner(TorchRunner):
     ) -> None:
         with torch.cuda.device(device):
             super().__init__(bundle, file, backend, device, options)
+            # The weights are laid out in this stream. Slots that are made later serve other streams.
+            torch.cuda.current_stream(device).synchronize()
             shared = Shared(profiles=bundle.manifest.profiles, device=device, captures=options.cuda_graphs)
             self._slots = Pool(lambda: ModuleSlot(shared, self._compute), options.contexts)
 

@@ -87,19 +87,19 @@ class LoadedGraph:
         if obstacle := compiling.why_not(self._device):
             raise BackendError(f"{obstacle}.")
         kept = self._kept() if keep else None
-        with tempfile.TemporaryDirectory(prefix="trtower-") as name, compiling.compilers_write_to(Path(name)):
-            folder = Path(name)
-            found = kept is not None and kept.read(lambda content: _unpack(content, folder))
-            before = compiling.list_files(folder)
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="trtower-") as name, compiling.compilers_write_to(Path(name)):
+                folder = Path(name)
+                found = kept is not None and kept.read(lambda content: _unpack(content, folder))
+                before = compiling.list_files(folder)
                 self._compile_batches(found=found)
-            except Exception as err:
-                raise BackendError(
-                    f"{torch_version()} could not compile {self._bundle.path}, so load it without compile=True: "
-                    f"{one_line(err)}"
-                ) from err
-            if kept and compiling.list_files(folder) != before:
-                kept.write(compiling.pack(folder))
+                if kept and compiling.list_files(folder) != before:
+                    kept.write(compiling.pack(folder))
+        except Exception as err:
+            raise BackendError(
+                f"{torch_version()} could not compile {self._bundle.path}, so load it without compile=True: "
+                f"{one_line(err)}"
+            ) from err
 
     def _compile_batches(self, *, found: bool) -> None:
         spec, batches = self._bundle.manifest.input, profile_batches(self._bundle.manifest.profiles)
@@ -136,6 +136,8 @@ class LoadedGraph:
 def _unpack(content: bytes, folder: Path) -> str | None:
     try:
         compiling.unpack(content, folder)
+    except OSError:  # the disk's fault, and not the archive's
+        raise
     except Exception as err:  # noqa: BLE001 - zipfile and zlib have their own classes
         return f"it cannot be unpacked ({one_line(err)})"
     return None

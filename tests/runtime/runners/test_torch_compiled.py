@@ -3,10 +3,13 @@
 A fake compiler writes one file where the real one would, and takes no minute. The slow test at the end is the real one.
 """
 
+import errno
 import json
 import logging
 import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +196,26 @@ def test_full_disk_costs_the_next_process_only(
     assert not files(bundle)
 
 
+def test_disk_that_is_too_full_to_unpack_does_not_cost_the_archive(
+    spoilt: Path, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(spoilt)
+    before = files(spoilt)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((compiling, "unpack"), (tempfile, "TemporaryDirectory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(
+                BackendError, match=r"could not compile .*without compile=True: .*No space left on device"
+            ):
+                load(spoilt)
+    assert files(spoilt) == before
+    assert compiler.compiled == [1, 2, 4]
+
+
 def test_failure_of_the_compiler_is_an_error_on_one_line(spoilt: Path, compiler: FakeCompiler) -> None:
     compiler.fails = "InductorError: CppCompileError: C++ compile error\n\nCommand:\ng++ ..."
     with pytest.raises(
@@ -211,6 +234,11 @@ def test_missing_compiler_is_said_before_anything_is_compiled(
         BackendError, match=r"compile=True needs a C\+\+ compiler, and no-such-compiler is not installed"
     ):
         load(spoilt)
+    monkeypatch.setenv("CXX", "")
+    assert compiling.why_not(torch.device("cpu")) is None
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert "TORCHDYNAMO_DISABLE is 1" in str(compiling.why_not(torch.device("cpu")))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     monkeypatch.setattr(compiling, "find_spec", lambda _: None)
     assert "needs the package triton" in str(compiling.why_not(torch.device("cuda", 0)))
     assert not compiler.compiled
@@ -252,6 +280,11 @@ def test_real_compiler_computes_the_same_and_never_compiles_again(
                 tower, plain = load(bundle, backend), VisionTower.load(bundle, backend)
         assert not caplog.text
         assert len(files(bundle)) == 1
+        images = draw(tower, 2)
+        with warnings.catch_warnings():  # torch warns of what it cannot trace, such as our check for a fork
+            warnings.simplefilter("ignore")
+            inside: Any = torch.compile(lambda pixels, tower=tower: tower(pixels))(images)
+        assert torch.equal(inside, tower(images)), "a caller may compile what is around the tower"
         with torch.compiler.set_stance("fail_on_recompile"):
             for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
                 for batch in (1, 2, 3):

@@ -140,6 +140,22 @@ def test_settings_of_the_process_change_no_bit(fp32_bundle: Path) -> None:
     assert not features.requires_grad
 
 
+def test_default_device_and_dtype_of_the_process_are_not_the_towers(fp32_bundle: Path) -> None:
+    """Models are often loaded inside `with torch.device(...)`."""
+    expected = VisionTower.load(fp32_bundle, "torch-cpu")
+    images = draw(expected)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            runner = choose(Bundle.open(fp32_bundle), "torch-cpu")
+            features = torch.empty(2, 10, 64, device="cpu", dtype=torch.float32)
+            runner.run(images, features)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(features[:, 1:], expected(images))
+
+
 def test_settings_are_as_before_when_the_last_call_has_ended(fp32_bundle: Path) -> None:
     runner = choose(Bundle.open(fp32_bundle), "torch-cpu")
     inside: list[str] = []
@@ -391,6 +407,20 @@ def test_cuda_batches_of_the_profile_are_replayed_and_others_launched(
     assert [graph.replays for graph in cuda.graphs] == [2, 2, 1]  # of 1, 2 and 4
     assert len({graph.pool for graph in cuda.graphs}) == 1
     assert runner.name == f"torch {NUMBER}, sm89"
+
+
+def test_cuda_weights_are_ready_for_every_stream_when_the_tower_is_loaded(
+    clip_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready: list[str] = []
+
+    def load(*_: object) -> SimpleNamespace:
+        cuda.current_stream().submit(lambda: ready.append("weights"))
+        return SimpleNamespace(compute=None)
+
+    monkeypatch.setattr(module, "LoadedGraph", load)
+    TorchCudaRunner(Bundle.open(clip_bundle), FUSED_GRAPH, CUDA, DEVICE, EngineOptions())
+    assert ready == ["weights"]
 
 
 def test_cuda_runs_without_graphs_if_asked_to(open_on_cuda: Callable[..., TorchCudaRunner], cuda: FakeCuda) -> None:
