@@ -83,7 +83,7 @@ class EngineOptions:
         runtime_cache: Save in a folder beside the bundle, for the next process, what TensorRT-RTX or ``compile``
             compiled.
         compile: Let PyTorch compile the batches that the profiles name, with `torch.compile`, while the tower is
-            loaded, on CUDA and on the CPU. The first time takes about a minute for each. It needs a C++ compiler, and
+            loaded, on CUDA and on the CPU. The first time may take minutes. It needs a C++ compiler, and
             on CUDA triton. Other backends ignore it.
 
     Raises:

@@ -46,7 +46,8 @@ BACKENDS: tuple[Backend, ...] = (
     onnxruntime.CPU,
     pytorch.CPU,
 )
-"""From the best to the last resort, by benchmarks/README.md. To add one, import its module and list it here."""
+"""From the best to the last resort, by benchmarks/README.md. `torch-cuda` itself was not measured: it stands where
+captured and compiled PyTorch stood on an H200. To add one, import its module and list it here."""
 
 logger = logging.getLogger(__name__)
 

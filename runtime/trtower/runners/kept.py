@@ -29,7 +29,7 @@ class Kept:
         source_sha256: What was compiled.
         compiler: Who compiles, in words.
         version: Its version.
-        device: What it compiles for, as one word without dots.
+        device: What it compiles for, such as the GPU, as one word without dots.
         again: What happens without the file, as a clause.
         lost: What the next process lacks if the file cannot be written, as a clause.
         alone: Whether nothing else of the bundle is kept there, so that what was compiled from something else is stale.

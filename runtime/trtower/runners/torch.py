@@ -4,7 +4,7 @@ On CUDA, and in BF16 on the CPU, PyTorch computes in the types of the graph. Oth
 where half precision would only cost accuracy and time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,15 +18,12 @@ from trtower.errors import BackendError
 from trtower.extras import import_extra
 from trtower.flavour import sm_name
 from trtower.graph.module import why_unknown
-from trtower.runners.base import CLOSED, Backend, EngineOptions, OnStart, Runner
+from trtower.runners.base import CLOSED, Backend, EngineOptions, OnStart, Run, Runner
 from trtower.runners.device import capability_of
 from trtower.runners.pool import Pool
 from trtower.runners.processor import multiplies_bf16
 from trtower.runners.slot import Launch, Shared, Slot
 from trtower.runners.torch_graph import LoadedGraph, torch_version
-
-Compute = Callable[[torch.Tensor, torch.Tensor], None]
-"""Fills its second argument from its first."""
 
 
 class TorchRunner(Runner):
@@ -39,7 +36,7 @@ class TorchRunner(Runner):
         if options.compile:
             graph.compile(keep=options.runtime_cache)
         # A caller's own torch.compile must not look into what is compiled already.
-        self._compute: Compute = torch.compiler.disable(graph.compute) if options.compile else graph.compute
+        self._compute: Run = torch.compiler.disable(graph.compute) if options.compile else graph.compute
         self.backend = backend.name
         self.files = (file, GRAPH_DATA)
         self.device = device
@@ -102,7 +99,7 @@ class TorchCudaRunner(TorchRunner):
 class ModuleSlot(Slot):
     """A slot whose graphs share the memory between their nodes, because no two of them run at once."""
 
-    def __init__(self, shared: Shared, compute: Compute) -> None:
+    def __init__(self, shared: Shared, compute: Run) -> None:
         super().__init__(shared)
         self._compute = compute
         if shared.captures:

@@ -44,7 +44,7 @@ class LoadedGraph:
         graph, weights = bundle.read(file), bundle.map(GRAPH_DATA)
         halves = [dtype for dtype in DTYPES.values() if dtype.itemsize == 2]
         self._instead = dict.fromkeys(halves, torch.float32) if backend.arithmetic == "fp32" else {}
-        self._bundle, self._file, self._device = bundle, file, device
+        self._bundle, self._file, self._device, self._backend = bundle, file, device, backend.name
         try:
             model = onnx.load_model_from_string(graph)
             _check_locations(bundle, file, model)
@@ -106,7 +106,7 @@ class LoadedGraph:
         dtype = PIXEL_DTYPES[spec.dtype]
         for number, batch in enumerate(batches, start=1):
             if not found:
-                message = "compiling %s for batch %d (%d of %d) with torch.compile, which takes about a minute"
+                message = "compiling %s for batch %d (%d of %d) with torch.compile, which may take minutes"
                 logger.warning(message, self._bundle.path, batch, number, len(batches))
             started = time.perf_counter()
             with torch.inference_mode(mode=False), as_typed(self._device.type, exact_fp32=self._exact_fp32):
@@ -119,14 +119,15 @@ class LoadedGraph:
             device = sm_name(capability_of(self._device))
         else:  # the compiler uses all that this processor has, and another would stop at an unknown instruction
             flags = " ".join(sorted(processor_flags(processor_fields())))
-            device = f"cpu-{hashlib.sha256(flags.encode()).hexdigest()[:DIGITS]}-{torch.get_num_threads()}"
+            device = f"{hashlib.sha256(flags.encode()).hexdigest()[:DIGITS]}-{torch.get_num_threads()}"
+        batches = "-".join(map(str, profile_batches(self._bundle.manifest.profiles)))
         return Kept(
             bundle=self._bundle.path,
             kind="compiled",
             source_sha256=self._bundle.manifest.files[self._file].sha256,
             compiler="PyTorch",
             version=torch.__version__,
-            device=device,
+            device=f"{self._backend}-{device}-{batches}",
             again="the tower is compiled again",
             lost="what was compiled is not saved for the next process",
             alone=True,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.export.checking import make_hashes_fit
+from tests.runtime.runners.test_torch_runner import expect
 from trtower import Bundle, VisionTower
 from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.bundle.staging import describe, write_manifest
@@ -51,10 +52,7 @@ def test_features_match_pytorch(
 ) -> None:
     tower = VisionTower.load(export(family, precision=precision, flavour="none"), backend)
     images = draw(tower)
-    checkpoint = open_checkpoint(str(checkpoints[family]))
-    with torch.no_grad():
-        states = checkpoint.family.read_states(checkpoint.load_model(tower.spec), images)
-    expected = states[tower.spec.layers[0]][:, tower.spec.num_prefix_tokens :]
+    expected = expect(checkpoints[family], tower, images)
     coarsest = BF16_ERROR if "bf16" in (precision, backend.removeprefix("openvino-")) else FP16_ERROR
     assert error(tower(images), expected) <= (FP32_ERROR if (precision, backend) == ("fp32", "openvino") else coarsest)
     assert tower.backend.endswith(", CPU, BF16" if "bf16" in backend else ", CPU, FP32")

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from trtower import Bundle, EngineOptions, VisionTower
-from trtower.bundle.manifest import FUSED_GRAPH
+from trtower.bundle.manifest import FUSED_GRAPH, MANIFEST
 from trtower.errors import BackendError
 from trtower.graph import compiling
 from trtower.runners import kept
 from trtower.runners.choose import choose
+from trtower.runners.processor import multiplies_bf16
 from trtower.spec import BatchProfile
 from trtower_export.bench import cold
 from trtower_export.bench.entrants import Arena, enter
@@ -95,7 +96,7 @@ def test_batches_of_the_profile_are_compiled_at_load_and_others_run_as_they_are(
     tower, plain = load(spoilt), VisionTower.load(spoilt, "torch-cpu")
     assert compiler.compiled == compiler.ran == [1, 2, 4]
     assert tower.backend.endswith(", CPU, FP32, compiled")
-    assert "for batch 2 (2 of 3) with torch.compile, which takes about a minute" in caplog.text
+    assert "for batch 2 (2 of 3) with torch.compile, which may take minutes" in caplog.text
     compiler.ran.clear()
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
         for batch in (1, 2, 3, 4):
@@ -174,6 +175,24 @@ def test_other_processors_and_numbers_of_threads_keep_their_own(
     load(spoilt)
     assert compiler.compiled == [1, 2, 4] * 3
     assert len(files(spoilt)) == 3
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no BF16 arithmetic")
+def test_other_arithmetics_and_profiles_keep_their_own(
+    export: Callable[..., Path], tmp_path: Path, compiler: FakeCompiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is found then holds every batch, so that nothing is compiled without a warning."""
+    bundle = Path(shutil.copytree(export("clip", precision="bf16", flavour="none"), tmp_path / "bundle"))
+    load(bundle, "torch-cpu")
+    load(bundle, "torch-bf16")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["profiles"][0]["max"] = 3
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    caplog.clear()
+    load(bundle, "torch-bf16")
+    assert "for batch 3 (3 of 3)" in caplog.text
+    assert compiler.compiled == [1, 2, 4, 1, 2, 4, 1, 2, 3]
+    assert len(files(bundle)) == 3
 
 
 def test_full_disk_costs_the_next_process_only(
