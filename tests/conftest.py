@@ -132,6 +132,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _process_as_found() -> Iterator[None]:
+    """Fail the test that leaves gradients or autocast changed, not one that comes later in the same process."""
+    before = _settings()
+    yield
+    assert _settings() == before
+
+
+def _settings() -> tuple[object, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a 1 MiB disk: the graph fits, but not the plan, which has kernels as well as weights."""

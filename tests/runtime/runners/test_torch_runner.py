@@ -182,15 +182,16 @@ def sums_in_fp16() -> Iterator[Any]:
 
 
 def test_fp16_is_not_summed_in_fp16_while_a_call_on_cuda_lasts(sums_in_fp16: Any) -> None:
-    """Also not if a call that began earlier ends first."""
+    """Also not if a call of another thread began earlier and ends first."""
     first, second, on_the_cpu = (as_typed(device, exact_fp32=False) for device in ("cuda", "cuda", "cpu"))
     with on_the_cpu:
         assert sums_in_fp16.allow_fp16_accumulation
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not sums_in_fp16.allow_fp16_accumulation
-    second.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as another:
+        thread.submit(first.__enter__).result()
+        another.submit(second.__enter__).result()
+        thread.submit(first.__exit__, None, None, None).result()
+        assert not sums_in_fp16.allow_fp16_accumulation
+        another.submit(second.__exit__, None, None, None).result()
     assert sums_in_fp16.allow_fp16_accumulation
 
 
