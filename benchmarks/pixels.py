@@ -21,8 +21,8 @@ from PIL import Image
 
 from trtower import VisionTower
 from trtower.runners.choose import candidates
+from trtower.runners.race import race
 from trtower.tower.prepare import count_threads, each_picture, prepare_batches
-from trtower_export.bench.race import race
 from trtower_export.check.photographs import load_photographs
 from trtower_export.pipeline import ExportOptions, export_tower
 

@@ -109,6 +109,7 @@ def test_extra_exists(page: Path, item: str) -> None:
         ("doctor", "precision"),
         ("embed", "embed"),
         ("triton", "triton"),
+        ("tune", "serving"),
         ("play", "play"),
     ],
 )

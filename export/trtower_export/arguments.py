@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from trtower.cli import read_numbers
 from trtower.errors import ConfigError
 from trtower.extras import import_extra
 from trtower.flavour import FLAVOURS
@@ -319,14 +320,6 @@ def check_png(path: Path, option: str) -> None:
     if path.is_dir() or not path.parent.is_dir() or path.suffix.lower() != ".png":
         raise ConfigError(f"{option} {path} cannot be written: expected a .png in an existing folder.")
     import_extra("matplotlib", extra="report", purpose=option)
-
-
-def read_numbers(text: str) -> list[int]:
-    """Read numbers separated by commas."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as err:
-        raise ConfigError(f"--batch {text}: expected whole numbers separated by commas, such as 1,8,32.") from err
 
 
 def read_profile(text: str) -> BatchProfile:

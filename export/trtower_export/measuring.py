@@ -8,6 +8,7 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR
+from trtower.cli import read_numbers
 from trtower.errors import ConfigError
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
@@ -37,7 +38,6 @@ from trtower_export.arguments import (
     check_png,
     complete,
     read_names,
-    read_numbers,
 )
 from trtower_export.console import ConsoleProgress, as_json, importing, say
 from trtower_export.options import ExportOptions, Trust

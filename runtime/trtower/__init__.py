@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trtower.parity.verify import verify_bundle
     from trtower.runners.base import EngineOptions
     from trtower.runners.observation import BatchReport
+    from trtower.runners.tune import tune_bundle
     from trtower.tower.llava import CLIPVisionTower, CLIPVisionTowerDynamicS2, CLIPVisionTowerS2, build_vision_tower
     from trtower.tower.vision_tower import VisionTower
 
@@ -64,6 +65,7 @@ __all__ = [
     "embed_pictures",
     "encode_for",
     "install",
+    "tune_bundle",
     "uninstall",
     "verify_bundle",
 ]
@@ -83,6 +85,7 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
             "parity.verify": "verify_bundle",
             "runners.base": "EngineOptions",
             "runners.observation": "BatchReport",
+            "runners.tune": "tune_bundle",
             "tower.llava": "CLIPVisionTower CLIPVisionTowerDynamicS2 CLIPVisionTowerS2 build_vision_tower",
             "tower.vision_tower": "VisionTower",
         },

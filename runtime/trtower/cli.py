@@ -135,6 +135,14 @@ def _backends(incomplete: str) -> list[str]:
     return [name for name in backend_names() if name.startswith(incomplete)]
 
 
+def read_numbers(text: str) -> list[int]:
+    """Read the numbers of an option `--batch`, separated by commas; raise ConfigError if they are none."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as err:
+        raise ConfigError(f"--batch {text}: expected whole numbers separated by commas, such as 1,8,32.") from err
+
+
 def _app() -> "typer.Typer":
     import typer
 
@@ -170,6 +178,7 @@ def _app() -> "typer.Typer":
 
     _add_inspect(app)
     _add_verify(app)
+    _add_tune(app)
     for point in sorted(entry_points(group="trtower.commands"), key=lambda point: point.name):
         app.command(point.name)(point.load())
     return app
@@ -232,3 +241,43 @@ def _add_verify(app: "typer.Typer") -> None:
         write_certificate(opened, certificate)
         print(f"the certificate is in {opened.path / MANIFEST}", file=sys.stderr)  # noqa: T201
         return 0 if certificate.passed else 1
+
+
+def _add_tune(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def tune(
+        bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+        device: Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="Where to run: cuda, cuda:INDEX or cpu. Default: the GPU, if any."),
+        ] = None,
+        batch: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--batch",
+                metavar="N,N",
+                help="Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest.",
+            ),
+        ] = None,
+        json_: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
+    ) -> int:
+        """Race the backends that can run a bundle's graph here, and let auto follow the result.
+
+        Run it on the device that serves the bundle, where no plan runs. Writes the times into the bundle.
+        """
+        from trtower.bundle.bundle import Bundle
+        from trtower.bundle.manifest import MANIFEST
+        from trtower.runners.tune import as_text, tune_bundle
+
+        tuned = tune_bundle(
+            Bundle.open(bundle),
+            device=device,
+            batches=[size for text in batch for size in read_numbers(text)] if batch else None,
+            on_step=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+        )
+        tuning = tuned.manifest.tunings[-1]
+        print(json.dumps(asdict(tuning), indent=2) if json_ else as_text(tuned, tuning), flush=True)  # noqa: T201
+        print(f"the tuning is in {tuned.path / MANIFEST}", file=sys.stderr)  # noqa: T201
+        return 0

@@ -18,8 +18,10 @@ from trtower.bundle.manifest import (
     BundleFacts,
     PlanEntry,
 )
+from trtower.bundle.tuning import Tuning
 from trtower.errors import BundleError
-from trtower.runners.choose import Candidate, auto_choice, candidates
+from trtower.flavour import FLAVOURS
+from trtower.runners.choose import Candidate, auto_choice, candidates, tunings_here
 from trtower.runners.device import default_device
 from trtower.runners.runtimes import plan_verdicts
 from trtower.spec import MB, BatchProfile
@@ -54,6 +56,13 @@ class InspectedCertificate(Certificate):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectedTuning(Tuning):
+    """A tuning, and why it is ``ignored`` here; None if `auto` follows it."""
+
+    ignored: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection(BundleFacts):
     """What `trtower inspect` reports, with the same keys as its JSON. ``size`` is that of all files, in bytes.
 
@@ -73,6 +82,7 @@ class Inspection(BundleFacts):
     plans: list[InspectedPlan]
     size: int
     backends: list[BackendRow]
+    tunings: list[InspectedTuning]
     certificates: list[InspectedCertificate]
     altered: list[str]
     missing: list[str]
@@ -102,6 +112,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
             _backend_row(each, unusable or _spoilt(each.file, each.plan, altered, missing), auto=each is choice)
             for each in ways
         ],
+        tunings=[InspectedTuning(**vars(each.tuning), ignored=each.ignored) for each in tunings_here(bundle)],
         certificates=[
             InspectedCertificate(**vars(each), void=bundle.changed_since(each, altered))
             for each in manifest.certificates
@@ -183,6 +194,7 @@ def as_text(found: Inspection, *, why: bool = False) -> str:
         *([f"  DAMAGED      {found.describe_damage()}: copy the bundle again"] if found.altered else []),
         "  here",
         *_describe_backends(found),
+        *_describe_tunings(found),
         *_describe_certificates(found),
     ]
     return "\n".join(lines)
@@ -225,6 +237,17 @@ def _describe_backends(found: Inspection) -> Iterator[str]:
         if len(plans) > 1 and row.file in plans and not verdict.startswith(row.file):
             verdict = f"{row.file}: {verdict}"
         yield f"    {'runs' if row.runs else 'not '} {row.backend:<17} {verdict}"
+
+
+def _describe_tunings(found: Inspection) -> Iterator[str]:
+    """Say for each tuning what it measured, and whether `auto` follows it."""
+    for each in found.tunings:
+        verdict = f"ignored, because {each.ignored}" if each.ignored else "which auto follows where no plan runs"
+        yield f"  tuning       of {each.date} on {each.device}, {verdict}"
+        yield f"    {each.describe()}"
+    graphs = [row for row in found.backends if row.runs and row.backend not in FLAVOURS]
+    if len(graphs) > 1 and all(each.ignored for each in found.tunings):
+        yield f"  tuning       none for this device; race its backends with: trtower tune {found.path}"
 
 
 def _describe_certificates(found: Inspection) -> Iterator[str]:

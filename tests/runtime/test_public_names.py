@@ -33,6 +33,7 @@ def test_public_names_are_these() -> None:
         "embed_pictures",
         "encode_for",
         "install",
+        "tune_bundle",
         "uninstall",
         "verify_bundle",
     ]

@@ -22,11 +22,11 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.names import check_name
 from trtower.runners.base import Runner
+from trtower.runners.race import race
 from trtower.spec import merge_profiles, profile_batches
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter, runner_of
 from trtower_export.bench.environment import describe_environment
-from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.console import Progress

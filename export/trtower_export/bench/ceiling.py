@@ -12,8 +12,8 @@ import torch
 from trtower.dtypes import DTYPES
 from trtower.errors import MissingExtraError
 from trtower.extras import import_extra
+from trtower.runners.race import race
 from trtower.spec import EIGHT_BIT, PRECISIONS
-from trtower_export.bench.race import race
 
 SIZE = {"cpu": 3072, "cuda": 8192}
 """Rows and columns: 58 GFLOP per product on a CPU, 1100 on a GPU."""

@@ -13,7 +13,8 @@ import torch
 
 from trtower import Bundle, EngineOptions, VisionTower
 from trtower.dtypes import PIXEL_DTYPES
-from trtower_export.bench.race import COMPILED, draw_inputs
+from trtower.runners.race import draw_inputs
+from trtower_export.bench.results import COMPILED
 
 KIB = 1024
 

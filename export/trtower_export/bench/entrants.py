@@ -17,9 +17,10 @@ from trtower.flavour import FLAVOURS
 from trtower.runners import choose
 from trtower.runners.base import EngineOptions, Runner
 from trtower.runners.processor import multiplies_bf16
+from trtower.runners.race import draw_inputs
 from trtower.spec import BY_DTYPE, PRECISIONS
 from trtower.tower.image_processor import ImageProcessor
-from trtower_export.bench.race import COMPILED, draw_inputs
+from trtower_export.bench.results import COMPILED
 from trtower_export.check.certify import check_weights
 from trtower_export.checkpoint.checkpoint import Checkpoint
 from trtower_export.graph.pixels import PixelsFromBytes

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+COMPILED = "-compile"
+"""Follows the name of a backend as an entrant that compiles (`EngineOptions.compile`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

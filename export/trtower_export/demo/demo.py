@@ -14,10 +14,10 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import Certificate
 from trtower.errors import CheckpointError
 from trtower.parity.bounds import PHOTOGRAPH
+from trtower.runners.race import ROUNDS, race
 from trtower.spec import BatchProfile
 from trtower.tower.vision_tower import VisionTower
 from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, enter
-from trtower_export.bench.race import ROUNDS, race
 from trtower_export.check.certify import check_bundle
 from trtower_export.check.evidence import ImageEvidence
 from trtower_export.check.photographs import load_photographs

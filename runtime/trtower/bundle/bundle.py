@@ -17,6 +17,7 @@ from trtower.bundle.certificate import Certificate
 from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
 from trtower.bundle.not_a_bundle import describe_instead, read_folder
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
+from trtower.bundle.tuning import Tuning
 from trtower.errors import BundleError
 
 
@@ -288,6 +289,15 @@ class Bundle:
         current = self._reread(certificate.files, "certificate")
         others = [each for each in current.certificates if each.subject != certificate.subject]
         return self._rewrite(replace(current, certificates=(*others, certificate)))
+
+    def add_tuning(self, tuning: Tuning) -> "Bundle":
+        """Add what `trtower tune` measured, replacing what it had for this device; call it under the lock of `locked`.
+
+        Raises BundleError if the bundle no longer has the graph that was timed.
+        """
+        current = self._reread((GRAPH, GRAPH_DATA), "tuning")
+        others = [each for each in current.tunings if each.subject != tuning.subject]
+        return self._rewrite(replace(current, tunings=(*others, tuning)))
 
     def _reread(self, names: Iterable[str], added: str) -> Manifest:
         """Read the manifest again; raise BundleError if any of ``names`` has changed in it."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trtower.bundle.certificate import Certificate
+from trtower.bundle.tuning import Tuning
 from trtower.errors import BundleError, ConfigError
 from trtower.flavour import FLAVOURS
 from trtower.names import check_name
@@ -252,12 +253,14 @@ class BundleFacts:
 class Manifest(BundleFacts):
     """The whole of tower.json.
 
-    ``certificates`` holds the last of each kind for every backend, plan and GPU, oldest first.
+    ``certificates`` holds the last of each kind for every backend, plan and GPU, oldest first, and ``tunings`` the last
+    of every device.
     """
 
     files: dict[str, FileEntry]
     plans: tuple[PlanEntry, ...]
     certificates: tuple[Certificate, ...]
+    tunings: tuple[Tuning, ...] = ()
 
     def __post_init__(self) -> None:
         check_name("precision", self.precision, tuple(PRECISIONS))
@@ -280,6 +283,8 @@ class Manifest(BundleFacts):
         proved = [each.subject for each in self.certificates]
         if len(set(proved)) < len(proved):
             raise ConfigError("certificates has two of the same kind for the same files on the same backend and GPU.")
+        if len({each.subject for each in self.tunings}) < len(self.tunings):
+            raise ConfigError("tunings has two of the same device.")
         for plan in self.plans:
             check_name(f"flavour of {plan.file}", plan.flavour, tuple(FLAVOURS))
 

@@ -39,10 +39,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_writable(bundle: Path, instead: str) -> None:
-    """Raise BundleError, which ends with what to do ``instead``, if no certificate can be written into a bundle."""
+    """Raise BundleError, which ends with what to do ``instead``, if nothing can be written into a bundle's manifest."""
     for folder in (bundle, bundle.resolve().parent):  # the lock file is beside the bundle
         if not os.access(folder, os.W_OK):
-            raise BundleError(f"{folder} is read-only, and the certificate of {bundle} is written there: {instead}")
+            raise BundleError(f"{folder} is read-only, and the result for {bundle} is written there: {instead}")
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 How `auto` decides. A *candidate* is a backend plus the file of the bundle that it would run: a plan or the graph.
 
-1. Go through the candidates in the order of BACKENDS, from the best to the last resort.
+1. Go through the candidates from the best to the last resort: in the order of BACKENDS, and among those that run the
+   graph on the same kind of device in the order that `trtower tune` measured on it (see fastest.py).
 2. Skip a candidate with an *obstacle*: a reason why the backend cannot run this file here.
 3. Postpone a candidate with a *reservation*: a reason why the backend should not run this file. There are three:
    - its check missed a bound;
@@ -34,6 +35,7 @@ from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners import torch as pytorch
 from trtower.runners.base import Backend, EngineOptions, Runner
 from trtower.runners.device import default_device, device_obstacle, has_gpu, parse_device
+from trtower.runners.fastest import KnownTuning, fastest_first, known_tunings
 
 BACKENDS: tuple[Backend, ...] = (
     tensorrt.TENSORRT,
@@ -125,8 +127,9 @@ def choose(
             continue
         better = listed[: listed.index(candidate)]
         passed_over = _reasons([each for each in listed if each in better or each in tried], tried)
-        warns = several and _deserves_warning(candidate, better, requested, certified=certified)
-        suffix = f"; passed over {passed_over}" if passed_over else ""
+        tuned, ignored = _describe_tuning(bundle, candidate, requested) if several else ("", False)
+        warns = several and (ignored or _deserves_warning(candidate, better, requested, certified=certified))
+        suffix = f"{tuned}; passed over {passed_over}" if passed_over else tuned
         logger.log(logging.WARNING if warns else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
         return runner
     # First what an extra would mend, then what this machine or this bundle lacks.
@@ -143,6 +146,25 @@ def _reasons(listed: Sequence[Candidate], tried: Mapping[Candidate, str]) -> str
         if reason := tried.get(each, each.reservation):
             backends.setdefault(reason, []).append(each.backend)
     return "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in backends.items())
+
+
+def _describe_tuning(bundle: Bundle, chosen: Candidate, requested: torch.device | None) -> tuple[str, bool]:
+    """Say that the choice followed a tuning, or that it ignored those there are, and return whether it did."""
+    of_kind = [each for each in tunings_here(bundle, requested) if each.tuning.kind == chosen.device.type]
+    if chosen.plan or not of_kind:
+        return "", False
+    for each in of_kind:
+        if not each.ignored:
+            return f", by the tuning of {each.tuning.date}", False
+    ignored = "; ".join(
+        f"ignored the tuning of {each.tuning.date} on {each.tuning.device}, because {each.ignored}" for each in of_kind
+    )
+    return f"; {ignored}: trtower tune {bundle.path}", True
+
+
+def tunings_here(bundle: Bundle, requested: torch.device | None = None) -> list[KnownTuning]:
+    """List a bundle's tunings, and which of them `auto` follows here."""
+    return known_tunings(bundle, BACKENDS, requested)
 
 
 def _deserves_warning(
@@ -179,7 +201,7 @@ def candidates(
     requested = parse_device(device)
     return [
         candidate
-        for each in find_backends(backend)
+        for each in fastest_first(find_backends(backend), tunings_here(bundle, requested))
         for candidate in _candidates_of(each, bundle, requested, certified=certified)
     ]
 

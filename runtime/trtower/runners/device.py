@@ -1,11 +1,13 @@
 """Parse the device that a user requests, and say what torch knows about it."""
 
+import platform
 from pathlib import Path
 
 import torch
 
 from trtower.errors import ConfigError
 from trtower.names import nearest, unknown
+from trtower.runners.processor import processor_fields
 
 NVIDIA = Path("/dev/nvidiactl")
 """Present if NVIDIA's driver has a GPU for this machine or container."""
@@ -44,6 +46,14 @@ def default_device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name what decides how fast a device is: the GPU, or the processor and the number of torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = processor_fields().get("model name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def device_obstacle(device: torch.device) -> str | None:

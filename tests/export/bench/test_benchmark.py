@@ -20,6 +20,7 @@ from trtower import Bundle, VisionTower
 from trtower.cli import run
 from trtower.errors import BackendError, CheckpointError, ConfigError
 from trtower.runners.openvino import has_bf16
+from trtower.runners.race import race
 from trtower.spec import BatchProfile
 from trtower_export.bench import benchmark as module
 from trtower_export.bench import entrants, environment
@@ -27,7 +28,6 @@ from trtower_export.bench.benchmark import BenchOptions, run_benchmark
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import Arena, Entrant, competitors, enter
 from trtower_export.bench.environment import read_driver
-from trtower_export.bench.race import race
 from trtower_export.bench.results import Benchmark, ColdStart, Timing
 from trtower_export.bench.tables import _rate, draw_benchmark, label_entrant, print_benchmark
 from trtower_export.checkpoint.checkpoint import Checkpoint, open_checkpoint

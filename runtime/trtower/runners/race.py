@@ -11,9 +11,6 @@ from trtower.bundle.manifest import Manifest
 ROUNDS = 5
 SEED = 0
 
-COMPILED = "-compile"
-"""Follows the name of a backend as an entrant that compiles (`EngineOptions.compile`)."""
-
 REST_S = 0.02
 """Pause between two competitors: the threads of one keep spinning for a while on the cores of the next."""
 
