@@ -171,7 +171,7 @@ def _build_verified(
 ) -> None:
     """Build PLAN and LOG in ``folder``; raise BundleError if the graph was altered or changes during the build."""
     graph, manifest = bundle.path / GRAPH, bundle.manifest
-    with bundle.steady(GRAPH, GRAPH_DATA), progress.step(f"Build the {choice.flavour} plan") as step:
+    with bundle.steady(GRAPH, numbers=GRAPH_DATA), progress.step(f"Build the {choice.flavour} plan") as step:
         build_plan(
             graph,
             choice,

@@ -1,19 +1,16 @@
 """Read, verify and write a bundle: the folder that holds everything deployment needs. Does not import torch.
 
-A reader trusts nothing: it checks names before joining them to a path, and a file's sha256 before a backend sees a byte
-of it. A writer never shows half a bundle: see staging.py.
+Reading its files is in files.py. A writer never shows half a bundle: see staging.py.
 """
 
-import hashlib
-import mmap
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from trtower.bundle.certificate import Certificate
+from trtower.bundle.files import BundleFiles
 from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
 from trtower.bundle.not_a_bundle import describe_instead, read_folder
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
@@ -21,17 +18,13 @@ from trtower.bundle.tuning import Tuning
 from trtower.errors import BundleError
 
 
-class Bundle:
+class Bundle(BundleFiles):
     """A bundle on disk. `open` reads its manifest and checks that its files are present in full size.
 
     Attributes:
         path: The folder.
         manifest: The content of tower.json when the bundle was opened.
     """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, whole: bool = True) -> "Bundle":
@@ -65,42 +58,6 @@ class Bundle:
             if whole and name not in bundle._logs:
                 bundle._check_present(name)
         return bundle
-
-    def verify(self, name: str) -> Path:
-        """Compare a file with its sha256 in the manifest.
-
-        Args:
-            name: A file that the manifest lists, such as "tower.onnx".
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            BundleError: The file is not listed, missing or altered.
-        """
-        path = self._check_present(name)
-        self._compare(name, describe(path).sha256)
-        return path
-
-    def altered(self, names: Collection[str] | None = None) -> list[str]:
-        """List the files whose content does not match the manifest. Reads all of them.
-
-        Args:
-            names: The files to compare. None compares every listed file.
-
-        Returns:
-            The names of altered and missing files, in the manifest's order. A missing build log does not count.
-        """
-        compared = self.manifest.files.keys() if names is None else names
-        return [name for name in self.manifest.files if name in compared and self._is_altered(name)]
-
-    def _is_altered(self, name: str) -> bool:
-        try:
-            return describe(self.path / name) != self.manifest.files[name]
-        except FileNotFoundError:  # a build log, or a file removed since the bundle was opened
-            return name not in self._logs
-        except (IsADirectoryError, NotADirectoryError):
-            return True
 
     def find_certificate(self, backend: str, file: str | None, kind: str | None = None) -> Certificate | None:
         """Find the certificate that decides about a backend and a file that it executes.
@@ -177,57 +134,6 @@ class Bundle:
         if void := self.changed_since(certificate, altered):
             return f"its certificate is void because {', '.join(void)} changed after the check"
         return None
-
-    def read(self, name: str) -> bytes:
-        """Read a whole file, and compare what was read with its sha256 in the manifest.
-
-        Args:
-            name: A file that the manifest lists.
-
-        Returns:
-            The content.
-
-        Raises:
-            BundleError: The file is not listed, missing or altered.
-        """
-        content = self._check_present(name).read_bytes()
-        self._compare(name, hashlib.sha256(content).hexdigest())
-        return content
-
-    def map(self, name: str) -> mmap.mmap:
-        """Map a file read-only, without a copy, and compare what is mapped with its sha256 in the manifest.
-
-        Args:
-            name: A file that the manifest lists.
-
-        Returns:
-            The map. It stays on this file, even if another file takes its name later.
-
-        Raises:
-            BundleError: The file is not listed, missing or altered.
-        """
-        with self._check_present(name).open("rb") as stream:
-            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        self._compare(name, hashlib.sha256(content).hexdigest())
-        return content
-
-    @contextmanager
-    def steady(self, *names: str) -> Iterator[None]:
-        """Verify files that a library opens by path inside the `with` block.
-
-        Args:
-            *names: Files that the manifest lists.
-
-        Raises:
-            BundleError: A file is not listed, missing or altered, or was replaced before the end of the block.
-        """
-        before = [_identity(self._check_present(name)) for name in names]
-        for name in names:
-            self.verify(name)
-        yield
-        for name, identity in zip(names, before, strict=True):
-            if _identity(self._check_present(name)) != identity:
-                raise BundleError(f"{self.path / name} was replaced while it was being loaded: load the bundle again.")
 
     def add_plan(self, plan: PlanEntry, staged: Path, log: Path | None = None) -> "Bundle":
         """Move a plan and the log of its build into the bundle. The plan replaces one for the same target.
@@ -354,45 +260,3 @@ class Bundle:
     def _rewrite(self, manifest: Manifest) -> "Bundle":
         write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
-
-    @property
-    def _logs(self) -> set[str]:
-        """The build logs, the only files that may be missing."""
-        return {plan.log for plan in self.manifest.plans}
-
-    def _locate(self, name: str) -> Path:
-        """Return the path of a listed file; raise BundleError if it is not listed or leads out of the bundle."""
-        if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}, so it cannot be verified.")
-        path, pure = self.path / name, PurePosixPath(name)
-        is_odd = "\0" in name or pure.is_absolute() or ".." in pure.parts
-        if is_odd or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(
-                f"{self.path}: {MANIFEST} lists {name!r}, which leads out of the bundle. If it is a link, as in "
-                "a hub's cache, copy the bundle with `cp -rL`."
-            )
-        return path
-
-    def _check_present(self, name: str) -> Path:
-        """Return the path of a listed file; raise BundleError unless it is there in full size."""
-        path, entry = self._locate(name), self.manifest.files[name]
-        if not path.is_file():
-            raise BundleError(f"{path} is missing; {MANIFEST} lists it with {entry.size} bytes. Copy the bundle again.")
-        if path.stat().st_size != entry.size:
-            raise BundleError(
-                f"{path} has {path.stat().st_size} bytes; {MANIFEST} says {entry.size}. Copy the bundle again."
-            )
-        return path
-
-    def _compare(self, name: str, sha256: str) -> None:
-        expected = self.manifest.files[name].sha256
-        if sha256 != expected:
-            raise BundleError(
-                f"{self.path / name} was altered: its sha256 is {sha256[:12]}…, {MANIFEST} says {expected[:12]}…. "
-                "Copy the bundle again."
-            )
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

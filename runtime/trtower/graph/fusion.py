@@ -43,7 +43,7 @@ def _fuse_linear(graph: fx.Graph, product: fx.Node, constants: Constants) -> Non
             transposed = transposed.contiguous()
         rows = _add_constant(graph, f"{weight.target}_rows", transposed, constants)
         linear = graph.create_node("call_function", functional.linear, (x, rows, bias), name=product.name)
-    _replace(graph, last, linear, constants)
+    replace(graph, last, linear, constants)
 
 
 def _fuse_attention(graph: fx.Graph, softmax: fx.Node, constants: Constants) -> None:
@@ -68,7 +68,7 @@ def _fuse_attention(graph: fx.Graph, softmax: fx.Node, constants: Constants) -> 
             {"scale": scale},
             name=softmax.name,
         )
-    _replace(graph, context, fused, constants)
+    replace(graph, context, fused, constants)
 
 
 def _merge(graph: fx.Graph, linears: Sequence[fx.Node], constants: Constants) -> None:
@@ -84,7 +84,7 @@ def _merge(graph: fx.Graph, linears: Sequence[fx.Node], constants: Constants) ->
         parts = graph.call_function(torch.split, (merged, [len(each) for each in weights], -1))
         pieces = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(linears))]
     for linear, piece in zip(linears, pieces, strict=True):
-        _replace(graph, linear, piece, constants)
+        replace(graph, linear, piece, constants)
 
 
 def _arguments(node: fx.Node) -> Any:
@@ -98,7 +98,7 @@ def _add_constant(graph: fx.Graph, name: str, value: torch.Tensor, constants: Co
     return graph.get_attr(name)
 
 
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, constants: Constants) -> None:
+def replace(graph: fx.Graph, old: fx.Node, new: fx.Node, constants: Constants) -> None:
     """Let ``new`` take the place of ``old``, and free what only ``old`` read."""
     old.replace_all_uses_with(new)
     unread = [old]

@@ -17,6 +17,7 @@ from typing_extensions import Buffer
 from trtower.dtypes import DTYPES
 from trtower.graph.fusion import fuse
 from trtower.graph.operators import OPERATORS, Operator, UnknownOperatorError, Value
+from trtower.graph.packing import can_pack, pack_linears
 from trtower.spec import PRECISIONS
 
 UINT8, INT8, INT64 = 2, 3, 7
@@ -70,16 +71,19 @@ def read_module(
     device: torch.device | str = "cpu",
     instead: Mapping[torch.dtype, torch.dtype] | None = None,
     fused: bool = True,
+    packed: int = 0,
 ) -> fx.GraphModule:
     """Turn a graph into a module that computes the same: images (B, 3, S, S) -> hidden states (B, P + N, D).
 
     Args:
         model: An onnx.ModelProto without its weights.
-        weights: The content of the file that holds them.
+        weights: The content of the file that holds them. The module does not read it any more.
         device: Where the module computes.
         instead: The types to compute in instead of some of the graph's. Weights keep the values that they were rounded
             to, and the input and output are of the new type, too.
         fused: Use PyTorch's fused functions for linear layers and attention. False makes one call for each node.
+        packed: How many vectors a linear layer mostly gets, to lay out weights for it on the CPU; 0 leaves them alone.
+            torch.compile cannot look into such a module.
 
     Returns:
         The module, with its own copy of the weights.
@@ -91,6 +95,9 @@ def read_module(
     graph = reader.read(model.graph)
     if fused:
         fuse(graph, reader.constants)
+    if packed and can_pack():
+        pack_linears(graph, reader.constants, packed)
+    reader.copy_what_is_mapped()
     return fx.GraphModule(reader.constants, graph)
 
 
@@ -104,6 +111,7 @@ class _Reader:
     def __init__(self, weights: memoryview, device: torch.device, instead: Mapping[torch.dtype, torch.dtype]) -> None:
         self.constants: dict[str, torch.Tensor] = {}
         self._weights, self._device = weights, device
+        self._mapped = set[int]()  # the addresses of what is a view of the weights
         self._types = {number: instead.get(dtype, dtype) for number, dtype in TYPES.items()}
         self._graph = fx.Graph()
         self._values: dict[str, Value] = {"": None}  # an optional input that is absent has an empty name
@@ -168,16 +176,26 @@ class _Reader:
             self._readers[constant] = self._graph.get_attr(name)
         return self._readers[constant]
 
+    def copy_what_is_mapped(self) -> None:
+        """Give the module its own copies of the constants that are views of the file."""
+        for name, constant in self.constants.items():
+            if constant.layout is torch.strided and constant.untyped_storage().data_ptr() in self._mapped:
+                self.constants[name] = constant.clone()  # aligned as PyTorch's kernels like it, in the same strides
+
     def _load(self, tensor: Any) -> torch.Tensor:
-        """Copy a weight from the file, or from the graph."""
+        """View a weight in the file if that is possible, or copy it from there or from the graph."""
         place = {entry.key: entry.value for entry in tensor.external_data}
         content: bytes | memoryview = tensor.raw_data
         if place:
             start = int(place.get("offset", 0))
             content = self._weights[start : start + int(place["length"])]
-        copied = torch.empty(len(content), dtype=torch.uint8, device="cpu")  # aligned as PyTorch's kernels like it
-        copied.numpy()[:] = np.frombuffer(content, dtype=np.uint8)
-        values = copied.view(TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
+        if isinstance(content, memoryview) and not content.readonly:
+            held = torch.frombuffer(content, dtype=torch.uint8)
+            self._mapped.add(held.untyped_storage().data_ptr())
+        else:
+            held = torch.empty(len(content), dtype=torch.uint8, device="cpu")
+            held.numpy()[:] = np.frombuffer(content, dtype=np.uint8)
+        values = held.view(TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
         if tensor.data_type == INT64:  # shapes and indices, which are read on the host
             return values
         return values.to(self._device).to(self._types[tensor.data_type])

@@ -39,20 +39,20 @@ class OnnxRuntimeRunner(Runner):
 
     def __init__(self, bundle: Bundle, file: str, device: torch.device, **settings: str) -> None:
         ort = import_extra("onnxruntime", extra=device.type, purpose=f"onnxruntime-{device.type}")
-        # Load both from memory, so that the bytes loaded are those that were hashed, and no other file can be read.
-        graph, weights = bundle.read(file), bundle.map(GRAPH_DATA)
-        provider = PROVIDERS[device.type]
+        graph, provider = bundle.read(file), PROVIDERS[device.type]
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_external_initializers_from_files_in_memory([GRAPH_DATA], [weights], [len(weights)])
         if device.type == "cpu":
             options.intra_op_num_threads = torch.get_num_threads()
         else:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        try:
-            self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
-        except Exception as err:
-            raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / file}: {err}") from err
+        # Load both from memory, so that the bytes loaded are those that are hashed, and no other file can be read.
+        with bundle.mapped(GRAPH_DATA) as weights:
+            options.add_external_initializers_from_files_in_memory([GRAPH_DATA], [weights], [len(weights)])
+            try:
+                self._session: Any = ort.InferenceSession(graph, options, providers=[(provider, settings)])
+            except Exception as err:
+                raise BackendError(f"onnxruntime {ort.__version__} could not load {bundle.path / file}: {err}") from err
         if provider not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} dropped {provider} without an error and would have run on "

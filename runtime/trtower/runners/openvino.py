@@ -39,7 +39,7 @@ class OpenVinoRunner(Runner):
             # Keep products in FP32. In OpenVINO's own 8 bits, on a processor without VNNI, a small tower had 4.5 times
             # the error of PyTorch's simulation; a check allows 3 (OpenVINO 2026.4.1, 2026-11-26).
             settings["LP_TRANSFORMS_MODE"] = False
-        with bundle.steady(GRAPH, GRAPH_DATA):
+        with bundle.steady(GRAPH, numbers=GRAPH_DATA):
             _check_locations(bundle)
             try:
                 model = core.read_model(str(bundle.path / GRAPH))

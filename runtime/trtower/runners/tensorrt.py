@@ -157,7 +157,7 @@ def _start(module: ModuleType, log: Any, failure: str) -> Any:
 
 def _refit(module: Any, engine: Any, log: Any, bundle: Bundle, plan: PlanEntry) -> None:
     """Load the weights of the bundle's graph into an engine that was built without them."""
-    with bundle.steady(GRAPH, GRAPH_DATA):
+    with bundle.steady(GRAPH, numbers=GRAPH_DATA):
         refitter = module.Refitter(engine, log)
         parser = module.OnnxParserRefitter(refitter, log)
         if not (parser.refit_from_file(str(bundle.path / GRAPH)) and refitter.refit_cuda_engine()):

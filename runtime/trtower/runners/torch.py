@@ -32,7 +32,8 @@ class TorchRunner(Runner):
     def __init__(
         self, bundle: Bundle, file: str, backend: Backend, device: torch.device, options: EngineOptions
     ) -> None:
-        graph = LoadedGraph(bundle, file, backend, device)
+        packed = device.type == "cpu" and not options.compile  # torch.compile cannot look into packed weights
+        graph = LoadedGraph(bundle, file, backend, device, packed=packed)
         if options.compile:
             graph.compile(keep=options.runtime_cache)
         # A caller's own torch.compile must not look into what is compiled already.

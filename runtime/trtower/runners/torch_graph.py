@@ -38,10 +38,9 @@ class LoadedGraph:
     Raises BundleError if a file was altered or does not match the manifest, and BackendError if PyTorch cannot load it.
     """
 
-    def __init__(self, bundle: Bundle, file: str, backend: Backend, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, file: str, backend: Backend, device: torch.device, *, packed: bool) -> None:
         onnx = import_extra("onnx", extra="torch", purpose=backend.name)
-        # Load both from memory, so that the bytes loaded are those that were hashed.
-        graph, weights = bundle.read(file), bundle.map(GRAPH_DATA)
+        graph, manifest = bundle.read(file), bundle.manifest
         halves = [dtype for dtype in DTYPES.values() if dtype.itemsize == 2]
         self._instead = dict.fromkeys(halves, torch.float32) if backend.arithmetic == "fp32" else {}
         self._bundle, self._file, self._device, self._backend = bundle, file, device, backend.name
@@ -49,7 +48,10 @@ class LoadedGraph:
             model = onnx.load_model_from_string(graph)
             _check_locations(bundle, file, model)
             check_contract(bundle, file, _shapes(model.graph.input), _shapes(model.graph.output))
-            self._module = read_module(model, weights, device=device, instead=self._instead)
+            # From memory, so that the bytes loaded are those that are hashed.
+            with bundle.mapped(GRAPH_DATA) as weights:
+                rows = manifest.profiles[0].opt * manifest.spec.num_tokens if packed else 0
+                self._module = read_module(model, weights, device=device, instead=self._instead, packed=rows)
         except BundleError:
             raise
         except torch.OutOfMemoryError as err:

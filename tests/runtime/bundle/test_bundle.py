@@ -52,6 +52,36 @@ def test_folder_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+def test_mapped_file_is_compared_while_it_is_used(spoilt: Path) -> None:
+    bundle = Bundle.open(spoilt)
+    with bundle.mapped(GRAPH_DATA) as content:
+        assert bytes(content[:8]) == (spoilt / GRAPH_DATA).read_bytes()[:8]
+    content[:8] = bytes(8)  # changes only what is mapped
+    assert not bundle.altered()
+    with (spoilt / GRAPH_DATA).open("r+b") as stream:
+        stream.write(b"altered!")
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"), bundle.mapped(GRAPH_DATA):
+        pass
+    with pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"), bundle.mapped(GRAPH_DATA):
+        raise ValueError("what altered weights led to")
+    with (
+        pytest.raises(BundleError, match=r"tower\.onnx\.data was altered"),
+        bundle.steady(GRAPH, numbers=GRAPH_DATA),
+    ):
+        raise ValueError("what altered weights led to")
+
+
+def test_graph_is_compared_before_anything_parses_it(spoilt: Path) -> None:
+    bundle = Bundle.open(spoilt)
+    with (spoilt / GRAPH).open("r+b") as stream:
+        stream.write(b"altered!")
+    with (
+        pytest.raises(BundleError, match=r"tower\.onnx was altered"),
+        bundle.steady(GRAPH, numbers=GRAPH_DATA),
+    ):
+        pytest.fail("the block runs")
+
+
 def test_error_says_what_the_path_is_instead_of_a_bundle(
     clip_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,9 @@ from trtower_export.checkpoint.checkpoint import open_checkpoint
 SAME = 1e-6
 """Relative difference of two orders of summing in FP32."""
 
+ROUNDED = 5e-4
+"""The same after rounding to FP16."""
+
 
 @dataclass
 class FakeCompiler:
@@ -85,6 +88,11 @@ def draw(tower: VisionTower, batch: int) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(batch))
 
 
+def is_close(found: Any, expected: Any) -> bool:
+    """Compare FP16 answers with those of an uncompiled tower, whose weights are laid out for oneDNN."""
+    return bool((found - expected).norm() <= ROUNDED * expected.norm())
+
+
 def files(bundle: Path) -> list[Path]:
     return sorted((bundle.parent / f".{bundle.name}.compiled").glob("*"))
 
@@ -102,7 +110,7 @@ def test_batches_of_the_profile_are_compiled_at_load_and_others_run_as_they_are(
         for batch in (1, 2, 3, 4):
             with mode:
                 images = draw(tower, batch)
-                assert torch.equal(tower(images), plain(images))
+                assert is_close(tower(images), plain(images))
     assert compiler.ran == [1, 2, 4] * 3
 
 
@@ -206,7 +214,8 @@ def test_full_disk_costs_the_next_process_only(
     (small_disk / "filler").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 8192))
     monkeypatch.setattr(compiling, "pack", lambda _: b"\0" * 100_000)
     tower = load(bundle)
-    assert torch.equal(tower(draw(tower, 2)), VisionTower.load(bundle, "torch-cpu")(draw(tower, 2)))
+    expected = VisionTower.load(bundle, "torch-cpu")(draw(tower, 2))
+    assert is_close(tower(draw(tower, 2)), expected)
     assert "what was compiled is not saved for the next process: " in caplog.text
     assert (
         "No space left on device. Make the folder writable, or pass EngineOptions(runtime_cache=False)" in caplog.text

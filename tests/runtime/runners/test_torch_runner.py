@@ -379,7 +379,7 @@ def open_on_cuda(clip_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPa
 
         cuda.current_stream().submit(work)
 
-    monkeypatch.setattr(module, "LoadedGraph", lambda *_: SimpleNamespace(compute=compute))
+    monkeypatch.setattr(module, "LoadedGraph", lambda *_, packed: SimpleNamespace(compute=compute))
 
     def open_it(**options: Any) -> TorchCudaRunner:
         return TorchCudaRunner(bundle, FUSED_GRAPH, CUDA, DEVICE, EngineOptions(**options))
@@ -414,7 +414,7 @@ def test_cuda_weights_are_ready_for_every_stream_when_the_tower_is_loaded(
 ) -> None:
     ready: list[str] = []
 
-    def load(*_: object) -> SimpleNamespace:
+    def load(*_: object, packed: bool) -> SimpleNamespace:
         cuda.current_stream().submit(lambda: ready.append("weights"))
         return SimpleNamespace(compute=None)
 
