@@ -17,7 +17,7 @@ BENCH_OUT ?= $(or $(OUT),benchmarks/results)
 
 .PHONY: demo test lint types pytest coverage test-slow test-gpu pytest-gpu test-matrix \
 	test-lerobot test-serving test-play test-tensorrt test-wheel bench bench-serving \
-	bench-gpu wheels cpu-choices goals graph-forms living pixels heads policies precisions export-speed clients docs clean
+	bench-gpu wheels cpu-choices cpu-profile goals graph-forms living pixels heads policies precisions export-speed clients docs clean
 
 demo: $(STAMP)
 	$(BIN)/trtower demo
@@ -185,6 +185,10 @@ wheels:
 # What ONNX Runtime and OpenVINO may be told on a CPU, and what of it is fastest.
 cpu-choices: $(STAMP)
 	$(BIN)/python benchmarks/cpu_choices.py
+
+# Where OpenVINO's time goes, and how fast linear layers are by themselves.
+cpu-profile: $(STAMP)
+	$(BIN)/python benchmarks/cpu_profile.py
 
 # The two graphs of a bundle, side by side: plans of TensorRT-RTX, and CPU backends.
 graph-forms: $(STAMP)

@@ -95,10 +95,14 @@ def verify(bundle: str) -> None:
 
 
 def torch(bundle: str) -> None:
-    """With the extra `torch`: PyTorch runs the graph, and needs no transformers."""
+    """With the extra `torch`: PyTorch runs the graph, and races OpenVINO, without transformers."""
     verified = run("verify", bundle, "--backend", "torch")
     assert verified.returncode == 0, verified
     assert "the ONNX graph was run on torch" in verified.stdout, verified.stdout
+    tuned = run("tune", bundle)
+    assert tuned.returncode == 0, tuned
+    assert {"openvino", "torch-cpu"} <= {*tuned.stdout.split()}, tuned.stdout
+    assert "which auto follows where no plan runs" in run("inspect", bundle).stdout
     assert find_spec("transformers") is None
 
 

@@ -111,8 +111,8 @@ class Backend(ABC):
         product: What people call the software, such as "OpenVINO".
         package: The PyPI package that provides it.
         kind: The kind of device that it runs on, "cpu" or "cuda".
-        arithmetic: "fp32", "fp16" or "bf16" if it computes in that whatever the bundle's precision; "" if it computes
-            in the bundle's own precision.
+        arithmetic: A precision, such as "fp32", if it computes in that whatever the bundle's own; "" if it computes in
+            the bundle's.
         compiles: Whether `EngineOptions.compile` changes how it runs a bundle.
     """
 
@@ -183,16 +183,18 @@ class Backend(ABC):
             BackendError: The backend could not load the file.
         """
 
-    def is_coarse_for(self, precision: str) -> bool:
-        """Return whether this backend computes in less than a bundle's precision.
+    def why_coarse(self, precision: str) -> str | None:
+        """Say why the answers of this backend may be coarser than a bundle's precision, so that only a check can tell.
 
         Args:
             precision: The bundle's precision, such as "fp16".
 
         Returns:
-            True if its arithmetic is a half precision other than the bundle's.
+            The reason as a clause; None if it computes at least in that precision.
         """
-        return self.arithmetic not in ("", "fp32", precision)
+        if self.arithmetic in ("", "fp32", precision):
+            return None
+        return f"it computes in {self.arithmetic.upper()}, which is coarser than {precision}"
 
     def computes_in(self, precision: str) -> str:
         """Return the arithmetic in which this backend runs a bundle.

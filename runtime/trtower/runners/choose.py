@@ -8,7 +8,7 @@ How `auto` decides. A *candidate* is a backend plus the file of the bundle that 
 3. Postpone a candidate with a *reservation*: a reason why the backend should not run this file. There are three:
    - its check missed a bound;
    - it has no valid certificate, and the caller requires one;
-   - it has no valid certificate of a check, and the backend is *coarse*: it computes in less than the bundle's
+   - it has no valid certificate of a check, and the backend is *coarse*: it may compute in less than the bundle's
      precision. A verification is not enough, because only a check compares the error with PyTorch's own.
 4. The first candidate that opens runs the bundle. If none does, try the postponed ones, except those that are coarse.
    If these fail too, raise a BackendError that gives the reason of each.
@@ -29,19 +29,21 @@ from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import CHECK
 from trtower.bundle.manifest import PlanEntry
 from trtower.bundle.suggest import proof_command
+from trtower.bundle.tuning import KINDS
 from trtower.errors import BackendError, one_line
 from trtower.names import check_name
 from trtower.runners import onnxruntime, openvino, tensorrt
 from trtower.runners import torch as pytorch
 from trtower.runners.base import Backend, EngineOptions, Runner
 from trtower.runners.device import default_device, device_obstacle, has_gpu, parse_device
-from trtower.runners.fastest import KnownTuning, fastest_first, known_tunings
+from trtower.runners.fastest import KnownTuning, fastest_first, kinds_to_order, known_tunings
 
 BACKENDS: tuple[Backend, ...] = (
     tensorrt.TENSORRT,
     tensorrt.TENSORRT_RTX,
     pytorch.CUDA,
     onnxruntime.CUDA,
+    openvino.INT8,
     openvino.BF16,
     pytorch.BF16,
     openvino.FP32,
@@ -150,7 +152,7 @@ def _reasons(listed: Sequence[Candidate], tried: Mapping[Candidate, str]) -> str
 
 def _describe_tuning(bundle: Bundle, chosen: Candidate, requested: torch.device | None) -> tuple[str, bool]:
     """Say that the choice followed a tuning, or that it ignored those there are, and return whether it did."""
-    of_kind = [each for each in tunings_here(bundle, requested) if each.tuning.kind == chosen.device.type]
+    of_kind = known_tunings(bundle, BACKENDS, (chosen.device.type,), requested)
     if chosen.plan or not of_kind:
         return "", False
     for each in of_kind:
@@ -162,9 +164,9 @@ def _describe_tuning(bundle: Bundle, chosen: Candidate, requested: torch.device 
     return f"; {ignored}: trtower tune {bundle.path}", True
 
 
-def tunings_here(bundle: Bundle, requested: torch.device | None = None) -> list[KnownTuning]:
+def tunings_here(bundle: Bundle) -> list[KnownTuning]:
     """List a bundle's tunings, and which of them `auto` follows here."""
-    return known_tunings(bundle, BACKENDS, requested)
+    return known_tunings(bundle, BACKENDS, KINDS, None)
 
 
 def _deserves_warning(
@@ -198,10 +200,11 @@ def candidates(
 
     A ``backend`` other than "auto" limits the list to what it stands for.
     """
-    requested = parse_device(device)
+    requested, found = parse_device(device), find_backends(backend)
+    known = known_tunings(bundle, BACKENDS, kinds_to_order(found, requested), requested)
     return [
         candidate
-        for each in fastest_first(find_backends(backend), tunings_here(bundle, requested))
+        for each in fastest_first(found, known)
         for candidate in _candidates_of(each, bundle, requested, certified=certified)
     ]
 
@@ -211,7 +214,7 @@ def _candidates_of(
 ) -> list[Candidate]:
     """List what one backend could run of a bundle."""
     device, without_device = _find_device(backend, requested)
-    coarse = backend.is_coarse_for(bundle.manifest.precision)
+    coarse = backend.why_coarse(bundle.manifest.precision)
     plans: dict[str | None, PlanEntry] = {plan.file: plan for plan in bundle.manifest.plans}
     files: Sequence[str | None] = backend.files(bundle) or (None,)
     return [
@@ -221,7 +224,7 @@ def _candidates_of(
             device=device,
             find_obstacle=partial(_find_obstacle, backend, bundle, file, device, without_device),
             reservation=_reservation(backend, bundle, file, coarse=coarse, certified=certified),
-            coarse=coarse,
+            coarse=coarse is not None,
             plan=plans.get(file),
         )
         for file in files
@@ -251,7 +254,9 @@ def _find_obstacle(
         return f"the installed {backend.package} is broken: {one_line(err)}"
 
 
-def _reservation(backend: Backend, bundle: Bundle, file: str | None, *, coarse: bool, certified: bool) -> str | None:
+def _reservation(
+    backend: Backend, bundle: Bundle, file: str | None, *, coarse: str | None, certified: bool
+) -> str | None:
     """Return a candidate's reservation, by the bundle's certificates and the hashes in its manifest."""
     certificate = bundle.find_certificate(backend.name, file)
     if certificate and not certificate.passed and not bundle.changed_since(certificate):
@@ -262,7 +267,4 @@ def _reservation(backend: Backend, bundle: Bundle, file: str | None, *, coarse: 
         return None
     if not coarse:
         return f"it has no valid certificate: {proof_command(bundle, backend.name)}"
-    return (
-        f"it computes in {backend.arithmetic.upper()}, which is coarser than {bundle.manifest.precision}, and has no "
-        f"valid certificate of a check: trtower check {bundle.path} --backend {backend.name}"
-    )
+    return f"{coarse}, and has no valid certificate of a check: trtower check {bundle.path} --backend {backend.name}"

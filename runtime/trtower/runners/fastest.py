@@ -4,7 +4,8 @@ Only those that run the graph on the same kind of device change places: plans st
 measured. A backend that was not measured follows those that were.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -43,16 +44,27 @@ def _version(name: str) -> str | None:
         return None
 
 
-def known_tunings(bundle: Bundle, backends: Iterable[Backend], requested: torch.device | None) -> list[KnownTuning]:
-    """List a bundle's tunings, and which of them hold for the ``requested`` device, or for the default ones."""
-    tunings, devices = bundle.manifest.tunings, dict[str, str | None]()
+def known_tunings(
+    bundle: Bundle, backends: Iterable[Backend], kinds: Collection[str], requested: torch.device | None
+) -> list[KnownTuning]:
+    """List a bundle's tunings on some kinds of device, and which of them hold here.
+
+    Only these kinds of device are looked at: to name a GPU, torch creates a CUDA context on it.
+    """
+    tunings = [each for each in bundle.manifest.tunings if each.kind in kinds]
     if not tunings:
         return []
-    versions = installed_versions(backends)
+    versions, devices = installed_versions(backends), dict[str, str | None]()
     for kind in {each.kind for each in tunings}:
         device = requested if requested and requested.type == kind else default_device(kind)
         devices[kind] = None if device_obstacle(device) else describe_device(device)
     return [KnownTuning(tuning=each, ignored=each.why_ignored(devices[each.kind], versions)) for each in tunings]
+
+
+def kinds_to_order(backends: Iterable[Backend], requested: torch.device | None) -> set[str]:
+    """Return the kinds of device on which several of these backends could run a graph."""
+    graphs = Counter(each.kind for each in backends if runs_graphs(each))
+    return {kind for kind, number in graphs.items() if number > 1 and (requested is None or requested.type == kind)}
 
 
 def fastest_first(backends: Sequence[Backend], known: Iterable[KnownTuning]) -> list[Backend]:

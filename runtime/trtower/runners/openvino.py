@@ -1,8 +1,10 @@
-"""Run a bundle's graph with OpenVINO on the CPU, in FP32, or in BF16 if the processor supports it.
+"""Run a bundle's graph with OpenVINO on the CPU, in FP32, or in BF16 or 8 bits if the processor supports them.
 
 A graph in half precision rounds every result to it, as a GPU does. On a CPU that only loses accuracy, so here results
-stay in FP32 between operations. (`trtower check` also emulates FP16, with every rounding.) In BF16,
-OpenVINO computes products in BF16, and chooses by itself which other operations to compute in BF16.
+stay in FP32 between operations. (`trtower check` also emulates FP16, with every rounding.) In BF16, OpenVINO computes
+products in BF16, and chooses by itself which other operations to compute in BF16. In INT8 it computes the quantised
+products of an INT8 bundle in 8 bits, and chooses by itself where it rounds to them; the rest is in BF16 if the
+processor supports that.
 """
 
 from dataclasses import replace
@@ -17,6 +19,7 @@ from trtower.errors import BackendError, BundleError, one_line
 from trtower.extras import import_extra
 from trtower.runners.base import Backend, EngineOptions, OnStart, Runner, Shape, check_contract
 from trtower.runners.pool import Pool
+from trtower.runners.processor import has_vnni
 from trtower.spec import EIGHT_BIT, PRECISIONS
 
 PRODUCTS = ("Convolution", "MatMul")
@@ -27,7 +30,9 @@ class OpenVinoRunner(Runner):
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         ov = import_extra("openvino", extra="openvino", purpose=backend.name)
-        hint = PRECISIONS[backend.arithmetic].openvino
+        in_8_bits = backend.arithmetic in EIGHT_BIT
+        others = "fp32" if in_8_bits and not has_bf16(ov) else "bf16" if in_8_bits else backend.arithmetic
+        hint = PRECISIONS[others].openvino
         half = PRECISIONS[bundle.manifest.precision].openvino
         core = ov.Core()
         settings: dict[str, Any] = {
@@ -36,9 +41,9 @@ class OpenVinoRunner(Runner):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         if bundle.manifest.precision in EIGHT_BIT:
-            # Keep products in FP32. In OpenVINO's own 8 bits, on a processor without VNNI, a small tower had 4.5 times
-            # the error of PyTorch's simulation; a check allows 3 (OpenVINO 2026.4.1, 2026-11-26).
-            settings["LP_TRANSFORMS_MODE"] = False
+            # In OpenVINO's own 8 bits, on a processor without VNNI, a small tower had 4.5 times the error of PyTorch's
+            # simulation; a check allows 3 (OpenVINO 2026.4.1, 2026-11-26).
+            settings["LP_TRANSFORMS_MODE"] = in_8_bits
         with bundle.steady(GRAPH, numbers=GRAPH_DATA):
             _check_locations(bundle)
             try:
@@ -153,10 +158,20 @@ class OpenVino(Backend):
 
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
+        if self.arithmetic in EIGHT_BIT and bundle.manifest.precision != self.arithmetic:
+            return f"it is for bundles in {self.arithmetic}, and this one is in {bundle.manifest.precision}"
         ov = import_extra("openvino", extra="openvino", purpose=self.name)
         if self.arithmetic == "bf16" and not has_bf16(ov):
             return "OpenVINO finds no BF16 support in this processor; use backend openvino"
+        if self.arithmetic in EIGHT_BIT and not has_vnni():
+            return "this processor has no VNNI, without which OpenVINO's 8 bits are too coarse; use backend openvino"
         return None
+
+    def why_coarse(self, precision: str) -> str | None:
+        """See Backend.why_coarse."""
+        if self.arithmetic in EIGHT_BIT:
+            return "OpenVINO chooses by itself where it rounds to 8 bits"
+        return super().why_coarse(precision)
 
     def open(self, bundle: Bundle, file: str, device: torch.device, engine: EngineOptions) -> Runner:
         """See Backend.open."""
@@ -165,3 +180,4 @@ class OpenVino(Backend):
 
 FP32 = OpenVino(name="openvino", product="OpenVINO", package="openvino", kind="cpu", arithmetic="fp32")
 BF16 = replace(FP32, name="openvino-bf16", arithmetic="bf16")
+INT8 = replace(FP32, name="openvino-int8", arithmetic="int8")

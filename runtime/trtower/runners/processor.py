@@ -1,4 +1,4 @@
-"""Read what Linux reports about the processor, such as whether it multiplies BF16."""
+"""Read what Linux reports about the processor: whether it multiplies BF16, and whether INT8 with exact sums."""
 
 from pathlib import Path
 
@@ -7,6 +7,11 @@ def multiplies_bf16() -> bool:
     """Whether this processor has BF16 arithmetic; assumed outside Linux. PyTorch in BF16 is far slower without it."""
     fields = processor_fields()
     return not fields or not processor_flags(fields).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def has_vnni() -> bool:
+    """Whether Linux reports an x86 processor that adds products of INT8 in 32 bits; others may cut sums off at 16."""
+    return not processor_flags(processor_fields()).isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def processor_flags(fields: dict[str, str]) -> set[str]:

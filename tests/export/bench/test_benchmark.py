@@ -57,7 +57,7 @@ def arena(bundle: Bundle, checkpoint: Checkpoint) -> Arena:
     return Arena.open(bundle, checkpoint)
 
 
-ELSEWHERE = ("cudagraph", "torch-bf16", "torch-bf16-compile", "torch-compile")
+ELSEWHERE = ("cudagraph", "openvino-int8", "torch-bf16", "torch-bf16-compile", "torch-compile")
 """Entrants that need a GPU or a bundle in BF16, and one that tests/runtime/runners/test_torch_compiled.py enters."""
 
 RACERS = [

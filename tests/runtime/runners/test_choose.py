@@ -82,7 +82,7 @@ def test_moved_tower_is_opened_on_the_new_device(clip_bundle: Path, monkeypatch:
         ("pytorch", "'torch'"),
         ("tensorrt_rtx", "'tensorrt-rtx'"),
         ("OpenVINO", "'openvino'"),
-        ("opnvino", "'openvino' or 'openvino-bf16'"),
+        ("opnvino", "'openvino' or 'openvino-int8'"),
     ],
 )
 def test_unknown_backend_names_the_nearest_first(clip_bundle: Path, backend: str, meant: str) -> None:

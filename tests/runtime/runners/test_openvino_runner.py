@@ -16,8 +16,10 @@ from trtower.bundle.manifest import GRAPH, GRAPH_DATA
 from trtower.bundle.staging import describe, write_manifest
 from trtower.errors import BackendError, BundleError
 from trtower.runners import openvino as runner_module
+from trtower.runners import processor
 from trtower.runners.choose import candidates, choose
 from trtower.runners.openvino import OpenVinoRunner, has_bf16
+from trtower.runners.processor import has_vnni
 from trtower_export.check.emulation import EmulatedRunner
 from trtower_export.checkpoint.checkpoint import open_checkpoint
 
@@ -32,6 +34,10 @@ FP16_ERROR = 2e-3
 BF16_ERROR = 3e-2
 """Relative: rounding to BF16 in two places (9e-3 was measured). A tower that is one layer off errs by more than 0.3."""
 
+INT8_ERROR = 1.3
+"""How much larger the error may be than that of the simulated 8 bits: OpenVINO rounds elsewhere (1.04 was measured)."""
+
+with_vnni = pytest.mark.skipif(not has_vnni(), reason="this processor has no VNNI")
 with_bf16 = pytest.mark.skipif(not has_bf16(openvino), reason="this processor has no BF16 support")
 
 
@@ -56,6 +62,67 @@ def test_features_match_pytorch(
     coarsest = BF16_ERROR if "bf16" in (precision, backend.removeprefix("openvino-")) else FP16_ERROR
     assert error(tower(images), expected) <= (FP32_ERROR if (precision, backend) == ("fp32", "openvino") else coarsest)
     assert tower.backend.endswith(", CPU, BF16" if "bf16" in backend else ", CPU, FP32")
+
+
+@with_vnni
+def test_8_bits_have_the_error_that_the_graph_has_elsewhere(
+    export: Callable[..., Path], checkpoints: dict[str, Path]
+) -> None:
+    bundle = export("clip", precision="int8", flavour="none")
+    tower, simulated = (VisionTower.load(bundle, backend) for backend in ("openvino-int8", "openvino"))
+    images = draw(tower, 4)
+    expected = expect(checkpoints["clip"], tower, images)
+    assert error(tower(images), expected) <= INT8_ERROR * error(simulated(images), expected)
+    assert not torch.equal(tower(images), simulated(images))
+    assert tower.backend.endswith(", CPU, INT8")
+    one_by_one = torch.cat([tower(image[None]) for image in images])
+    assert error(tower(images), one_by_one) <= BF16_ERROR
+
+
+@with_vnni
+def test_products_of_8_bits_are_computed_in_8_bits(export: Callable[..., Path], clip_bundle: Path) -> None:
+    """Query, key, value, the output of attention and the first layer of the MLP, in each of three layers."""
+    kinds = {}
+    for backend in (runner_module.INT8, runner_module.BF16):
+        runner = OpenVinoRunner(Bundle.open(export("clip", precision="int8", flavour="none")), backend)
+        nodes = [node.get_rt_info() for node in runner._compiled.get_runtime_model().get_ops()]
+        layers = [each for each in nodes if "FullyConnected" in str(each["layerType"].value)]
+        kinds[backend.name] = sum("i8" in str(each["primitiveType"].value) for each in layers)
+    assert kinds == {"openvino-int8": 15, "openvino-bf16": 0}
+
+
+def test_8_bits_are_for_int8_bundles_and_processors_with_vnni(
+    export: Callable[..., Path], clip_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "has_vnni", lambda: True)
+    for precision in ("fp8", "fp16"):
+        with pytest.raises(BackendError, match=f"it is for bundles in int8, and this one is in {precision}"):
+            VisionTower.load(export("clip", precision=precision, flavour="none"), "openvino-int8")
+    bundle = export("clip", precision="int8", flavour="none")
+    (candidate,) = candidates(Bundle.open(bundle), backend="openvino-int8")
+    assert candidate.reservation == (
+        "OpenVINO chooses by itself where it rounds to 8 bits, and has no valid certificate of a check: trtower check "
+        f"{bundle} --backend openvino-int8"
+    )
+    assert choose(Bundle.open(bundle)).backend == "openvino"
+    monkeypatch.setattr(runner_module, "has_vnni", lambda: False)
+    with pytest.raises(BackendError, match=r"this processor has no VNNI, without which .* use backend openvino"):
+        VisionTower.load(bundle, "openvino-int8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("fma avx512_vnni", True),
+        ("avx2 avx_vnni", True),
+        ("amx_int8", True),
+        ("avx2 avx512_bf16", False),
+        (None, False),
+    ],
+)
+def test_vnni_is_read_from_the_processors_flags(monkeypatch: pytest.MonkeyPatch, flags: str | None, has: bool) -> None:
+    monkeypatch.setattr(processor, "processor_fields", lambda: {"flags": flags} if flags else {})
+    assert has_vnni() is has
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -153,6 +153,17 @@ def test_plans_stay_first_and_the_cpu_last(tunings: list[tuple[str, ...]], expec
     assert tuple(each.name for each in fastest_first(backends, ignored)) == NAMED
 
 
+def test_a_gpu_is_not_looked_at_for_a_tower_on_the_cpu(
+    spoilt: Path, made_up_times: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To name it, torch would create a context on it."""
+    tuned = change(tune_bundle(Bundle.open(spoilt)), kind="cuda", device="NVIDIA L4")
+    monkeypatch.setattr(fastest, "default_device", lambda kind: pytest.fail(f"it looked at {kind}"))
+    assert choose(tuned, "openvino").backend == "openvino"
+    assert choose(tuned, device="cpu").backend == "openvino"
+    assert choose(tuned, "torch", "cpu").backend == "torch-cpu"
+
+
 def test_a_bundle_keeps_one_tuning_for_each_device(
     spoilt: Path, made_up_times: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
