@@ -278,6 +278,6 @@ def _add_tune(app: "typer.Typer") -> None:
             on_step=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )
         tuning = tuned.manifest.tunings[-1]
-        print(json.dumps(asdict(tuning), indent=2) if json_ else as_text(tuned, tuning), flush=True)  # noqa: T201
+        print(json.dumps(asdict(tuning), indent=2) if json_ else as_text(tuned, tuning, device), flush=True)  # noqa: T201
         print(f"the tuning is in {tuned.path / MANIFEST}", file=sys.stderr)  # noqa: T201
         return 0

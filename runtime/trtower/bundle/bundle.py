@@ -11,7 +11,17 @@ from pathlib import Path
 
 from trtower.bundle.certificate import Certificate
 from trtower.bundle.files import BundleFiles
-from trtower.bundle.manifest import BUILD_NOTES, CONFIG, GRAPH, GRAPH_DATA, MANIFEST, PREPROCESSOR, Manifest, PlanEntry
+from trtower.bundle.manifest import (
+    BUILD_NOTES,
+    CONFIG,
+    FUSED_GRAPH,
+    GRAPH,
+    GRAPH_DATA,
+    MANIFEST,
+    PREPROCESSOR,
+    Manifest,
+    PlanEntry,
+)
 from trtower.bundle.not_a_bundle import describe_instead, read_folder
 from trtower.bundle.staging import describe, disk_errors, staged, write_manifest
 from trtower.bundle.tuning import Tuning
@@ -201,7 +211,7 @@ class Bundle(BundleFiles):
 
         Raises BundleError if the bundle no longer has the graph that was timed.
         """
-        current = self._reread((GRAPH, GRAPH_DATA), "tuning")
+        current = self._reread((GRAPH, FUSED_GRAPH, GRAPH_DATA), "tuning")
         others = [each for each in current.tunings if each.subject != tuning.subject]
         return self._rewrite(replace(current, tunings=(*others, tuning)))
 

@@ -84,8 +84,8 @@ class BundleFiles:
     def mapped(self, name: str) -> Iterator[mmap.mmap]:
         """Map a file without a copy, and compare what is mapped with its sha256 while the `with` block runs.
 
-        What the block makes of the content must not be used if the end of the block raises. So this is for weights,
-        which are only numbers, and not for anything that is parsed.
+        What the block makes of the content must not be used if the end of the block raises. So this is for weights and
+        indices, and not for anything that is parsed.
 
         Args:
             name: A file that the manifest lists.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import statistics
 from collections.abc import Mapping
 
 from trtower.errors import ConfigError
@@ -39,6 +41,10 @@ class Tuning:
         check_name("kind of device in a tuning", self.kind, KINDS)
         if not self.backends or not self.batches:
             raise ConfigError(f"the tuning on {self.device} timed no backend or no batch.")
+        if min(self.batches) < 1 or len({*self.batches}) < len(self.batches):
+            raise ConfigError(f"the tuning on {self.device} has the batches {self.batches}; expected different ones.")
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", self.date):
+            raise ConfigError(f"the tuning on {self.device} is of {self.date!r}; expected a day such as 2026-11-30.")
         names = [each.backend for each in self.backends]
         if len(set(names)) < len(names):
             raise ConfigError(f"the tuning on {self.device} has a backend twice.")
@@ -48,6 +54,9 @@ class Tuning:
                     f"the tuning on {self.device} has the seconds {each.seconds} of {each.backend}; expected one above "
                     f"0 for each of the batches {self.batches}."
                 )
+        means = [statistics.geometric_mean(each.seconds) for each in self.backends]
+        if means != sorted(means):
+            raise ConfigError(f"the tuning on {self.device} does not have its backends in the order of their times.")
 
     @property
     def subject(self) -> tuple[str, str]:

@@ -129,7 +129,8 @@ def choose(
             continue
         better = listed[: listed.index(candidate)]
         passed_over = _reasons([each for each in listed if each in better or each in tried], tried)
-        tuned, ignored = _describe_tuning(bundle, candidate, requested) if several else ("", False)
+        ordered = candidate.device.type in kinds_to_order(find_backends(backend), requested)
+        tuned, ignored = _describe_tuning(bundle, candidate, requested) if ordered else ("", False)
         warns = several and (ignored or _deserves_warning(candidate, better, requested, certified=certified))
         suffix = f"{tuned}; passed over {passed_over}" if passed_over else tuned
         logger.log(logging.WARNING if warns else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
@@ -157,7 +158,8 @@ def _describe_tuning(bundle: Bundle, chosen: Candidate, requested: torch.device 
         return "", False
     for each in of_kind:
         if not each.ignored:
-            return f", by the tuning of {each.tuning.date}", False
+            timed = chosen.backend in {timed.backend for timed in each.tuning.backends}
+            return (f", by the tuning of {each.tuning.date}" if timed else ""), False
     ignored = "; ".join(
         f"ignored the tuning of {each.tuning.date} on {each.tuning.device}, because {each.ignored}" for each in of_kind
     )

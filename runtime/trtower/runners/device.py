@@ -1,13 +1,12 @@
 """Parse the device that a user requests, and say what torch knows about it."""
 
-import platform
 from pathlib import Path
 
 import torch
 
 from trtower.errors import ConfigError
 from trtower.names import nearest, unknown
-from trtower.runners.processor import processor_fields
+from trtower.runners.processor import name_processor
 
 NVIDIA = Path("/dev/nvidiactl")
 """Present if NVIDIA's driver has a GPU for this machine or container."""
@@ -52,8 +51,8 @@ def describe_device(device: torch.device) -> str:
     """Name what decides how fast a device is: the GPU, or the processor and the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = processor_fields().get("model name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name_processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def device_obstacle(device: torch.device) -> str | None:

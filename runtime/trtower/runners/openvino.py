@@ -49,7 +49,7 @@ class OpenVinoRunner(Runner):
             try:
                 model = core.read_model(str(bundle.path / GRAPH))
                 if half != "f32":
-                    model = _widen(ov, model, half, keep_products=half == hint)
+                    model = _widen(ov, model, half, hint)
                 check_contract(bundle, GRAPH, _shapes(model.inputs), _shapes(model.outputs))
                 self._compiled: Any = core.compile_model(model, "CPU", settings)
             except RuntimeError as err:  # OpenVINO raises it for any failure
@@ -91,11 +91,11 @@ def has_bf16(ov: Any) -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
-    """Make ``model`` compute in FP32 between its input and output, which keep their types.
+def _widen(ov: Any, model: Any, half: str, products: str) -> Any:
+    """Make a ``model`` in ``half`` compute in FP32 between its input and output, which keep their types.
 
-    ``keep_products`` leaves matrix products and convolutions, and their weights, in ``half``: FP32 weights would take
-    twice the memory, only to be rounded again.
+    Matrix products and convolutions with weights are in ``products``: in FP32, weights would take twice the memory,
+    only to be rounded again.
     """
     narrow, operators = getattr(ov.Type, half), ov.opset13
     (pixels,) = model.get_parameters()
@@ -108,14 +108,15 @@ def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
         if node.get_type_name() != "Constant" or node.get_element_type() != narrow:
             continue
         readers = list(node.output(0).get_target_inputs())
-        if not keep_products or not {reader.get_node().get_type_name() for reader in readers} <= {*PRODUCTS}:
-            _insert(operators.convert(node, "f32"), readers)
-    for node in model.get_ops() if keep_products else []:
-        sources = [node.input_value(index).get_node() for index in range(node.get_input_size())]
-        if node.get_type_name() in PRODUCTS and any(source.get_type_name() == "Constant" for source in sources):
-            for index, source in enumerate(sources):
-                if source.get_type_name() != "Constant":
-                    _insert(operators.convert(node.input_value(index), half), [node.input(index)])
+        only_products = {reader.get_node().get_type_name() for reader in readers} <= {*PRODUCTS}
+        if (kind_read := products if only_products else "f32") != half:
+            _insert(operators.convert(node, kind_read), readers)
+    for node in model.get_ops() if products != "f32" else []:
+        are_weights = [_is_weight(node.input_value(index).get_node()) for index in range(node.get_input_size())]
+        if node.get_type_name() in PRODUCTS and any(are_weights):
+            for index, is_weight in enumerate(are_weights):
+                if not is_weight:
+                    _insert(operators.convert(node.input_value(index), products), [node.input(index)])
             readers = list(node.output(0).get_target_inputs())
             node.validate_and_infer_types()
             _insert(operators.convert(node, "f32"), readers)
@@ -124,6 +125,13 @@ def _widen(ov: Any, model: Any, half: str, *, keep_products: bool) -> Any:
     ends.input().tensor().set_element_type(kind)
     ends.output().tensor().set_element_type(narrow)
     return ends.build()
+
+
+def _is_weight(node: Any) -> bool:
+    """Return whether a node is a constant, perhaps in another type."""
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
 
 
 def _insert(node: Any, readers: list[Any]) -> None:

@@ -20,13 +20,15 @@ def race(
     *,
     rounds: int = ROUNDS,
     drop: Callable[[str, Exception], None] | None = None,
+    on_gpu: bool | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds of each competitor in each of ``rounds``, after one uncounted call each.
 
-    If this machine has a GPU, CUDA events measure the calls, else the clock does. With ``drop``, a competitor that
+    CUDA events on the current GPU measure the calls if ``on_gpu``, else the clock does; None means whether this machine
+    has a GPU. With ``drop``, a competitor that
     raises leaves the race, and ``drop`` is called with its name and the error; otherwise the error is raised.
     """
-    clock = _on_gpu if torch.cuda.is_available() else _on_cpu
+    clock = _on_gpu if (torch.cuda.is_available() if on_gpu is None else on_gpu) else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(rounds + 1):
         for name in [*seconds]:

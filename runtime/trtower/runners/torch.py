@@ -36,8 +36,9 @@ class TorchRunner(Runner):
         graph = LoadedGraph(bundle, file, backend, device, packed=packed)
         if options.compile:
             graph.compile(keep=options.runtime_cache)
-        # A caller's own torch.compile must not look into what is compiled already.
-        self._compute: Run = torch.compiler.disable(graph.compute) if options.compile else graph.compute
+        # A caller's own torch.compile must not look into packed weights, or what is compiled already.
+        opaque = packed or options.compile
+        self._compute: Run = torch.compiler.disable(graph.compute) if opaque else graph.compute
         self.backend = backend.name
         self.files = (file, GRAPH_DATA)
         self.device = device

@@ -1,6 +1,5 @@
 """Load a bundle's graph as a PyTorch module that fills a tensor of features, compiled if asked to."""
 
-import hashlib
 import logging
 import tempfile
 import time
@@ -21,7 +20,7 @@ from trtower.graph.module import read_module
 from trtower.runners.base import Backend, Shape, check_contract
 from trtower.runners.device import capability_of
 from trtower.runners.kept import DIGITS, Kept
-from trtower.runners.processor import processor_fields, processor_flags
+from trtower.runners.processor import hash_flags
 from trtower.spec import profile_batches
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,7 @@ class LoadedGraph:
         if self._device.type == "cuda":
             device = sm_name(capability_of(self._device))
         else:  # the compiler uses all that this processor has, and another would stop at an unknown instruction
-            flags = " ".join(sorted(processor_flags(processor_fields())))
-            device = f"{hashlib.sha256(flags.encode()).hexdigest()[:DIGITS]}-{torch.get_num_threads()}"
+            device = f"{hash_flags()[:DIGITS]}-{torch.get_num_threads()}"
         batches = "-".join(map(str, profile_batches(self._bundle.manifest.profiles)))
         return Kept(
             bundle=self._bundle.path,

@@ -57,14 +57,16 @@ def tune_bundle(
         ConfigError: ``device`` is unknown, or a batch is outside the profiles.
     """
     check_writable(bundle.path, "tune a writable copy.")
-    here = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    here = parse_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     assert here is not None  # noqa: S101 - None is parsed to None only
     if obstacle := device_obstacle(here):
         raise BackendError(f"cannot use device {here}: {obstacle}.")
     sizes = _sizes(bundle, here, batches)
     with ExitStack() as stack:
+        if here.type == "cuda":
+            stack.enter_context(torch.cuda.device(here))  # whose events are recorded, and in whose streams calls run
         runners = {each.backend: stack.enter_context(closing(each)) for each in _open(bundle, here, on_step)}
-        times = _race(bundle, runners, sizes, on_step)
+        times = _race(bundle, runners, sizes, here, on_step)
     if not times:
         raise BackendError(f"no backend ran the graph of {bundle.path} on {here}, so there is nothing to compare.")
     tuning = Tuning(
@@ -109,7 +111,9 @@ def _open(bundle: Bundle, device: torch.device, on_step: OnStep) -> Iterator[Run
             on_step(f"{each.backend} is not timed: {err}")
 
 
-def _race(bundle: Bundle, runners: dict[str, Runner], sizes: Sequence[int], on_step: OnStep) -> list[BackendTimes]:
+def _race(
+    bundle: Bundle, runners: dict[str, Runner], sizes: Sequence[int], device: torch.device, on_step: OnStep
+) -> list[BackendTimes]:
     """Time every batch on every runner that can run it. Those that fail at one are left out."""
     found: dict[str, list[float]] = {name: [] for name in runners}
 
@@ -125,23 +129,23 @@ def _race(bundle: Bundle, runners: dict[str, Runner], sizes: Sequence[int], on_s
             images = draw_inputs(bundle.manifest, size).to(runner.device, runner.pixel_dtype)
             features = torch.empty((size, *bundle.manifest.output.row), dtype=runner.dtype, device=runner.device)
             calls[name] = partial(runner.run, images, features)
-        rounds = ROUNDS[next(iter(runners.values())).device.type] if runners else 0
-        for name, seconds in race(calls, rounds=rounds, drop=drop).items():
+        on_gpu = device.type == "cuda"
+        for name, seconds in race(calls, rounds=ROUNDS[device.type], drop=drop, on_gpu=on_gpu).items():
             found[name].append(statistics.median(seconds))
     return [
         BackendTimes(backend=name, runner=runners[name].name, seconds=tuple(seconds)) for name, seconds in found.items()
     ]
 
 
-def as_text(bundle: Bundle, tuning: Tuning) -> str:
-    """Return a tuning as a table, and what `auto` makes of it."""
+def as_text(bundle: Bundle, tuning: Tuning, device: str | torch.device | None = None) -> str:
+    """Return a tuning as a table, and what `auto` makes of it on its ``device``; None is torch's current one."""
     width = max(len(each.backend) for each in tuning.backends)
     lines = [f"{'batch':<{width}}{''.join(f'{size:>10}' for size in tuning.batches)}"]
     for each in tuning.backends:
         lines.append(f"{each.backend:<{width}}{''.join(f'{s * 1e3:>10.2f}' for s in each.seconds)}  ms  {each.runner}")
-    listed = candidates(bundle, tuning.kind)
+    listed = candidates(bundle, tuning.kind if device is None else device)
     choice = auto_choice(listed)
-    lines.append(f"on {tuning.device}. There auto runs {choice.backend if choice else 'nothing'}")
+    lines.append(f"Timed on {tuning.device}. There auto runs {choice.backend if choice else 'nothing'}.")
     if choice and choice.plan:
         lines.append("It prefers a plan to any graph; the order above is for when no plan runs.")
         return "\n".join(lines)

@@ -1,5 +1,6 @@
 """A bundle is complete or absent, and nothing in it is used before it was hashed."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,12 +8,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import filelock
 import onnx
 import pytest
 
+from trtower.bundle import files
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import BUILD_NOTES, FUSED_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, SCHEMA, Manifest
 from trtower.bundle.staging import describe, locked, staged
@@ -52,8 +57,17 @@ def test_folder_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_mapped_file_is_compared_while_it_is_used(spoilt: Path) -> None:
-    bundle = Bundle.open(spoilt)
+def test_mapped_file_is_compared_while_it_is_used(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, inside = Bundle.open(spoilt), threading.Event()
+
+    def hash_late(content: bytes) -> Any:
+        assert inside.wait(10), "the block does not run while the file is hashed"
+        return hashlib.sha256(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "hashlib", SimpleNamespace(sha256=hash_late))
+        with bundle.mapped(GRAPH_DATA):
+            inside.set()
     with bundle.mapped(GRAPH_DATA) as content:
         assert bytes(content[:8]) == (spoilt / GRAPH_DATA).read_bytes()[:8]
     content[:8] = bytes(8)  # changes only what is mapped

@@ -1,15 +1,18 @@
 """Weights laid out for oneDNN change how fast linear layers are, and not what they compute."""
 
+import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from torch import fx
 from torch.nn import functional
 
 from tests.runtime.graph.test_fusion import TOKENS, WIDTH, attention, build, draw
-from trtower import Bundle
+from trtower import Bundle, VisionTower
 from trtower.bundle.manifest import GRAPH_DATA
 from trtower.graph import module as reading
 from trtower.graph import packing
@@ -54,9 +57,38 @@ def test_in_bf16_every_bit_is_the_same() -> None:
 
 
 @can_pack
+def test_packed_weights_are_copies(fp32_bundle: Path) -> None:
+    weights = Bundle.open(fp32_bundle).map(GRAPH_DATA)
+    read = read_module(onnx.load(fp32_bundle / "tower.onnx", load_external_data=False), weights, packed=9)
+    x = torch.randn(1, 3, 42, 42)
+    expected = read(x)
+    weights[:] = bytes(len(weights))  # a private map: the file stays as it is
+    assert torch.equal(read(x), expected)
+
+
+@can_pack
+def test_callers_compiler_does_not_look_inside(clip_bundle: Path) -> None:
+    """PyTorch's own compiler cannot lower packed weights."""
+    tower, seen = VisionTower.load(clip_bundle, "torch-cpu"), list[Any]()
+
+    def collect(module: fx.GraphModule, _: Any) -> Any:
+        seen.extend(node.target for node in module.graph.nodes)
+        return module.forward
+
+    x = torch.randn(1, 3, 42, 42)
+    with warnings.catch_warnings():  # torch warns of what it cannot trace, such as our check for a fork
+        warnings.simplefilter("ignore")
+        found: Any = torch.compile(lambda images: tower(images * 1) * 1, backend=collect)(x)
+    assert torch.equal(found, tower(x))
+    assert seen, "nothing was compiled"
+    assert torch.ops.mkldnn._linear_pointwise not in seen
+    assert torch.ops.mkldnn._linear_pointwise.default not in seen
+
+
+@can_pack
 def test_towers_on_the_cpu_are_packed(clip_bundle: Path) -> None:
     loaded: Any = choose(Bundle.open(clip_bundle), "torch-cpu")
-    called = {node.target for node in loaded._compute.__self__._module.graph.nodes}
+    called = {node.target for node in inspect.unwrap(loaded._compute).__self__._module.graph.nodes}
     assert functional.linear not in called
     assert torch.ops.mkldnn._linear_pointwise in called
 

@@ -170,6 +170,22 @@ def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
     assert kinds == [set(), {"bf16"}]  # in FP32 there is a conversion in between
 
 
+@with_bf16
+def test_bf16_rounds_the_weights_of_an_fp16_graph_without_fp32_ones(
+    clip_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened = []
+    widen = runner_module._widen
+    monkeypatch.setattr(runner_module, "_widen", lambda *args: widened.append(widen(*args)) or widened[-1])
+    OpenVinoRunner(Bundle.open(clip_bundle), runner_module.BF16)
+    types = {
+        node.input_value(1).get_element_type().get_type_name()
+        for node in widened[0].get_ops()
+        if node.get_type_name() in runner_module.PRODUCTS and runner_module._is_weight(node.input_value(1).get_node())
+    }
+    assert types == {"bf16"}
+
+
 def test_every_batch_of_the_profile_runs_on_the_callers_tensors(clip_bundle: Path) -> None:
     tower = VisionTower.load(clip_bundle, "openvino")
     images = draw(tower, 9).half()

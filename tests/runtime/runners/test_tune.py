@@ -2,10 +2,12 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import geometric_mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from trtower.cli import run
 from trtower.errors import BackendError, BundleError, ConfigError
 from trtower.inspection import as_text, inspect_bundle
 from trtower.runners import choose as choosing
-from trtower.runners import fastest, tune
+from trtower.runners import fastest, processor, tune
+from trtower.runners import race as racing
+from trtower.runners.base import Runner
 from trtower.runners.choose import BACKENDS, candidates, choose
 from trtower.runners.fastest import KnownTuning, fastest_first
 from trtower.spec import BatchProfile
@@ -36,7 +40,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Let every call run once, and take as long as this says."""
     seconds = dict(SECONDS)
 
-    def race(calls: dict[str, Callable[[], None]], *, rounds: int, drop: Any) -> dict[str, list[float]]:
+    def race(calls: dict[str, Callable[[], None]], *, rounds: int, drop: Any, on_gpu: bool) -> dict[str, list[float]]:
         for call in calls.values():
             call()
         return {name: [seconds[name]] * rounds for name in calls}
@@ -125,6 +129,80 @@ def test_it_is_ignored_with_another_number_of_threads(spoilt: Path, made_up_time
     assert choose(tuned).backend == "torch-cpu"
 
 
+def test_it_is_ignored_on_a_processor_of_the_same_name_with_other_flags(
+    spoilt: Path, made_up_times: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tune_bundle(Bundle.open(spoilt))
+    fields = processor.processor_fields()
+    monkeypatch.setattr(processor, "processor_fields", lambda: {**fields, "flags": f"{fields.get('flags')} more"})
+    assert choose(tuned).backend == "openvino"
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
+def test_names_that_have_no_order_here_do_not_mention_it(
+    spoilt: Path, made_up_times: dict[str, float], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    bundle = change(tune_bundle(Bundle.open(spoilt)), versions={})
+    with caplog.at_level(logging.INFO, logger="trtower"):
+        choose(bundle, name)
+    assert "tuning" not in caplog.text
+    assert all(each.levelno == logging.INFO for each in caplog.records)
+
+
+def test_a_choice_that_was_not_timed_is_not_said_to_follow_it(
+    spoilt: Path, made_up_times: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = change(tune_bundle(Bundle.open(spoilt)), backends=tuning_of("cpu", "of another trtower").backends)
+    with caplog.at_level(logging.INFO, logger="trtower"):
+        assert choose(bundle).backend == "openvino"
+    assert "by the tuning" not in caplog.text
+
+
+def test_the_gpu_asked_for_is_the_one_that_is_timed(
+    spoilt: Path, made_up_times: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[str] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        inside.append(str(device))
+        yield
+        inside.clear()
+
+    def open_none(*_: object) -> Iterator[Runner]:
+        assert inside == ["cuda:1"]
+        yield from ()
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(tune, "device_obstacle", lambda _: None)
+    monkeypatch.setattr(tune, "_open", open_none)
+    with pytest.raises(BackendError, match=r"no backend ran the graph of .* on cuda:1"):
+        tune_bundle(Bundle.open(spoilt), device="cuda:1")
+
+
+@pytest.mark.parametrize(("gpu", "on_gpu", "clock"), [(True, False, "cpu"), (True, None, "gpu"), (False, None, "cpu")])
+def test_calls_on_a_cpu_are_timed_by_the_clock_also_beside_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, *, gpu: bool, on_gpu: bool | None, clock: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, seconds in (("cpu", 1.0), ("gpu", 2.0)):
+        monkeypatch.setattr(racing, f"_on_{name}", lambda _, seconds=seconds: seconds)
+    found = racing.race({"it": lambda: None}, rounds=1, on_gpu=on_gpu)
+    assert found == {"it": [{"cpu": 1.0, "gpu": 2.0}[clock]]}
+
+
+def test_table_says_that_a_plan_is_preferred(
+    spoilt: Path, made_up_times: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tune_bundle(Bundle.open(spoilt))
+    plan: Any = SimpleNamespace(backend="tensorrt", plan="a plan")
+    monkeypatch.setattr(tune, "auto_choice", lambda _: plan)
+    text = tune.as_text(tuned, tuned.manifest.tunings[0])
+    assert text.endswith(
+        "There auto runs tensorrt.\nIt prefers a plan to any graph; the order above is for when no plan runs."
+    )
+
+
 def tuning_of(kind: str, *names: str, device: str = "it") -> Tuning:
     times = tuple(BackendTimes(backend=name, runner=name, seconds=(1.0,)) for name in names)
     return Tuning(kind=kind, device=device, versions={}, batches=(1,), backends=times, date="2026-11-30")
@@ -183,7 +261,7 @@ def test_a_bundle_keeps_one_tuning_for_each_device(
 def test_a_backend_that_fails_is_left_out_and_said(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
 
-    def race(calls: dict[str, Callable[[], None]], *, rounds: int, drop: Any) -> dict[str, list[float]]:
+    def race(calls: dict[str, Callable[[], None]], *, rounds: int, drop: Any, on_gpu: bool) -> dict[str, list[float]]:
         if "openvino" in calls:
             drop("openvino", RuntimeError("no memory"))
         return {name: [SECONDS[name]] for name in calls if name != "openvino"}
@@ -220,8 +298,9 @@ def test_bad_requests_change_nothing(spoilt: Path) -> None:
         tune_bundle(bundle, batches=[1, 5])
     with pytest.raises(ConfigError, match="batches is empty"):
         tune_bundle(bundle, batches=[])
-    with pytest.raises(ConfigError, match="device 'gpu'"):
-        tune_bundle(bundle, device="gpu")
+    for device in ("gpu", ""):
+        with pytest.raises(ConfigError, match=f"device '{device}'"):
+            tune_bundle(bundle, device=device)
     with pytest.raises(BackendError, match="cannot use device cuda:0: no GPU here"):
         tune_bundle(bundle, device="cuda")
     with (spoilt / "tower.onnx.data").open("r+b") as stream:
@@ -254,7 +333,7 @@ def test_the_command_prints_a_table_or_json(
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["batch", "1", "4"]
     assert ["torch-cpu", "100.00", "100.00", "ms"] in [line.split()[:4] for line in out.splitlines()]
-    assert "There auto runs torch-cpu" in out
+    assert "There auto runs torch-cpu." in out
     assert err.endswith(f"the tuning is in {spoilt / MANIFEST}\n")
     assert run(["tune", str(spoilt), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -286,6 +365,12 @@ def test_inspect_shows_why_auto_chose(spoilt: Path, made_up_times: dict[str, flo
     [
         ({"kind": "tpu"}, "unknown kind of device in a tuning 'tpu'"),
         ({"batches": [1, 2]}, r"expected one above 0 for each of the batches \(1, 2\)"),
+        ({"batches": [-5]}, "expected different ones"),
+        ({"date": "today"}, "expected a day such as 2026-11-30"),
+        (
+            {"backends": [{"backend": name, "runner": name, "seconds": [s]} for name, s in (("a", 2.0), ("b", 1.0))]},
+            "does not have its backends in the order of their times",
+        ),
         ({"backends": []}, "timed no backend or no batch"),
         ({"backends": [{"backend": "a", "runner": "a", "seconds": [0.0]}]}, "expected one above 0"),
         ({"backends": [{"backend": "a", "runner": "a", "seconds": [1.0]}] * 2}, "has a backend twice"),
