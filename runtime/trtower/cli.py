@@ -263,9 +263,9 @@ def _add_tune(app: "typer.Typer") -> None:
         ] = None,
         json_: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
     ) -> int:
-        """Race the backends that can run a bundle's graph here, and let auto follow the result.
+        """Find the fastest backend for a bundle here.
 
-        Run it on the device that serves the bundle, where no plan runs. Writes the times into the bundle.
+        Races those that can run its graph, writes the times into it, and lets auto follow them where no plan runs.
         """
         from trtower.bundle.bundle import Bundle
         from trtower.bundle.manifest import MANIFEST

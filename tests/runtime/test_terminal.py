@@ -20,7 +20,8 @@ from trtower_export.recipes import all_recipes
 
 TRTOWER = [sys.executable, "-m", "trtower"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-COMMANDS = ["inspect", "verify", "version", *sorted(point.name for point in entry_points(group="trtower.commands"))]
+BUILT_IN = ["inspect", "tune", "verify", "version"]
+COMMANDS = [*BUILT_IN, *sorted(point.name for point in entry_points(group="trtower.commands"))]
 ESCAPE = b"\x1b"
 
 

@@ -34,7 +34,7 @@ EMBEDDING = 24
 BATCH = (BatchProfile(min=1, opt=2, max=4),)
 EXPORTED = ("clip", "siglip", "aimv2")
 THROUGH_PYTORCH = 1e-6
-"""Relative error of PyTorch's FP32 on the graph."""
+"""Relative error of PyTorch's FP32, also on the graph."""
 
 THROUGH_THE_GRAPH = 1e-5
 """Largest error of ONNX Runtime's FP32, relative to the largest number of a vector."""
@@ -96,14 +96,20 @@ def export(source: Path, out: Path, **options: Any) -> Bundle:
     return export_tower(str(source), out, ExportOptions(**defaults | options))
 
 
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("name", [*PROJECTED, *POOLED])
 @torch.no_grad()
-def test_cut_tower_and_reference_equal_the_model_bit_for_bit(name: str, models: dict[str, Path]) -> None:
+def test_cut_tower_and_reference_equal_the_model(name: str, models: dict[str, Path]) -> None:
+    """Mostly bit for bit. On some processors PyTorch's sums depend on where in memory the weights are."""
     expected, uncut = embed(make(name), name), load(models[name])
-    assert torch.equal(uncut.cut()(pixels()), expected)
-    assert torch.equal(uncut.read(uncut.states("drawn", pixels())), expected)
+    assert error(uncut.cut()(pixels()), expected) <= THROUGH_PYTORCH
+    assert error(uncut.read(uncut.states("drawn", pixels())), expected) <= THROUGH_PYTORCH
     normalised = load(models[name], normalize=True).cut()(pixels())
-    assert torch.equal(normalised, functional.normalize(expected, dim=-1))
+    assert error(normalised, functional.normalize(expected, dim=-1)) <= THROUGH_PYTORCH
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -116,7 +122,7 @@ def test_bundle_returns_the_vector_of_the_model(name: str, models: dict[str, Pat
     assert found.shape == expected.shape
     assert float((found - expected).abs().max() / expected.abs().max()) < THROUGH_THE_GRAPH
     second: Any = VisionTower.load(bundle.path, "torch-cpu")(pixels())
-    assert float((second - expected).norm() / expected.norm()) <= THROUGH_PYTORCH
+    assert error(second, expected) <= THROUGH_PYTORCH
     assert (tower.hidden_size, tower.num_tokens, tower.num_patches) == (expected.shape[-1], 1, 9)
     assert tower.dummy_feature.shape == (1, expected.shape[-1])
     assert [each.shape for each in tower(list(pixels()))] == [(1, expected.shape[-1])] * 3

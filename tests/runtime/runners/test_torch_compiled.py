@@ -4,6 +4,7 @@ A fake compiler writes one file where the real one would, and takes no minute. T
 """
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -163,7 +164,7 @@ def test_what_cannot_be_used_is_removed_with_a_warning_and_compiled_again(
         path.unlink()
         bundle = Bundle.open(spoilt)
         runner: Any = choose(bundle, "torch-cpu")
-        runner._compute.__self__._kept().write(b"no archive")
+        inspect.unwrap(runner._compute).__self__._kept().write(b"no archive")
     caplog.clear()
     load(spoilt)
     assert f"is discarded, and the tower is compiled again: {said}" in caplog.text
@@ -179,7 +180,7 @@ def test_other_processors_and_numbers_of_threads_keep_their_own(
     load(spoilt)
     torch.set_num_threads(2)
     load(spoilt)
-    monkeypatch.setattr("trtower.runners.torch_graph.processor_fields", lambda: {"flags": "avx2"})
+    monkeypatch.setattr("trtower.runners.processor.processor_fields", lambda: {"flags": "avx2"})
     load(spoilt)
     assert compiler.compiled == [1, 2, 4] * 3
     assert len(files(spoilt)) == 3
