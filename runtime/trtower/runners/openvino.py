@@ -109,13 +109,15 @@ def _widen(ov: Any, model: Any, half: str, products: str) -> Any:
             continue
         readers = list(node.output(0).get_target_inputs())
         only_products = {reader.get_node().get_type_name() for reader in readers} <= {*PRODUCTS}
-        if (kind_read := products if only_products else "f32") != half:
-            _insert(operators.convert(node, kind_read), readers)
+        if not only_products or products == "f32":
+            _insert(operators.convert(node, "f32"), readers)
+        elif products != half:
+            _insert(_round(ov, node), readers)
     for node in model.get_ops() if products != "f32" else []:
-        are_weights = [_is_weight(node.input_value(index).get_node()) for index in range(node.get_input_size())]
-        if node.get_type_name() in PRODUCTS and any(are_weights):
-            for index, is_weight in enumerate(are_weights):
-                if not is_weight:
+        sources = [node.input_value(index).get_node() for index in range(node.get_input_size())]
+        if node.get_type_name() in PRODUCTS and any(source.get_type_name() == "Constant" for source in sources):
+            for index, source in enumerate(sources):
+                if source.get_type_name() != "Constant":
                     _insert(operators.convert(node.input_value(index), products), [node.input(index)])
             readers = list(node.output(0).get_target_inputs())
             node.validate_and_infer_types()
@@ -127,11 +129,10 @@ def _widen(ov: Any, model: Any, half: str, products: str) -> Any:
     return ends.build()
 
 
-def _is_weight(node: Any) -> bool:
-    """Return whether a node is a constant, perhaps in another type."""
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "Constant")
+def _round(ov: Any, constant: Any) -> Any:
+    """Round an FP16 constant to BF16, with all threads; OpenVINO's own conversion of constants takes one."""
+    rounded = torch.from_numpy(constant.data.copy()).bfloat16().view(torch.int16)
+    return ov.op.Constant(ov.Tensor(rounded.numpy(), ov.Shape(list(rounded.shape)), ov.Type.bf16), shared_memory=False)
 
 
 def _insert(node: Any, readers: list[Any]) -> None:

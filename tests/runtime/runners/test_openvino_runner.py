@@ -181,7 +181,8 @@ def test_bf16_rounds_the_weights_of_an_fp16_graph_without_fp32_ones(
     types = {
         node.input_value(1).get_element_type().get_type_name()
         for node in widened[0].get_ops()
-        if node.get_type_name() in runner_module.PRODUCTS and runner_module._is_weight(node.input_value(1).get_node())
+        if node.get_type_name() in runner_module.PRODUCTS
+        and node.input_value(1).get_node().get_type_name() == "Constant"
     }
     assert types == {"bf16"}
 
