@@ -113,20 +113,28 @@ def _widen(ov: Any, model: Any, half: str, products: str) -> Any:
             _insert(operators.convert(node, "f32"), readers)
         elif products != half:
             _insert(_round(ov, node), readers)
-    for node in model.get_ops() if products != "f32" else []:
-        sources = [node.input_value(index).get_node() for index in range(node.get_input_size())]
-        if node.get_type_name() in PRODUCTS and any(source.get_type_name() == "Constant" for source in sources):
-            for index, source in enumerate(sources):
-                if source.get_type_name() != "Constant":
-                    _insert(operators.convert(node.input_value(index), products), [node.input(index)])
-            readers = list(node.output(0).get_target_inputs())
-            node.validate_and_infer_types()
-            _insert(operators.convert(node, "f32"), readers)
+    if products != "f32":
+        _keep_products(ov, model, products)
     model.validate_nodes_and_infer_types()
     ends = ov.preprocess.PrePostProcessor(model)
     ends.input().tensor().set_element_type(kind)
     ends.output().tensor().set_element_type(narrow)
     return ends.build()
+
+
+def _keep_products(ov: Any, model: Any, products: str) -> None:
+    """Compute every product with a weight of type ``products`` in that type. Weights in FP32 keep theirs."""
+    held = getattr(ov.Type, products)
+    for node in model.get_ops():
+        sources = [node.input_value(index).get_node() for index in range(node.get_input_size())]
+        are_weights = [each.get_type_name() == "Constant" and each.get_element_type() == held for each in sources]
+        if node.get_type_name() in PRODUCTS and any(are_weights):
+            for index, is_weight in enumerate(are_weights):
+                if not is_weight:
+                    _insert(ov.opset13.convert(node.input_value(index), products), [node.input(index)])
+            readers = list(node.output(0).get_target_inputs())
+            node.validate_and_infer_types()
+            _insert(ov.opset13.convert(node, "f32"), readers)
 
 
 def _round(ov: Any, constant: Any) -> Any:

@@ -171,6 +171,17 @@ def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
 
 
 @with_bf16
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_products_that_stay_in_fp32_run_in_bf16_too(
+    export: Callable[..., Path], checkpoints: dict[str, Path], precision: str
+) -> None:
+    kept = ("layers.0.self_attn.*_proj", "layers.1.mlp.fc1", "stem.*")
+    tower = VisionTower.load(export("clip", precision=precision, keep_fp32=kept, flavour="none"), "openvino-bf16")
+    images = draw(tower)
+    assert error(tower(images), expect(checkpoints["clip"], tower, images)) <= BF16_ERROR
+
+
+@with_bf16
 def test_bf16_rounds_the_weights_of_an_fp16_graph_without_fp32_ones(
     clip_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
