@@ -8,7 +8,7 @@ from rich.console import Console
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.manifest import PREPROCESSOR
-from trtower.cli import read_numbers
+from trtower.cli import BATCHES_HELP, read_batches
 from trtower.errors import ConfigError
 from trtower.layer_codes import parse_layer_code
 from trtower_export.arguments import (
@@ -187,11 +187,7 @@ def bench(
     bundle: BundleArgument,
     batch: Annotated[
         list[str] | None,
-        typer.Option(
-            "--batch",
-            metavar="N,N",
-            help="Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest.",
-        ),
+        typer.Option("--batch", metavar="N,N", help=BATCHES_HELP),
     ] = None,
     against: Annotated[
         str | None,
@@ -234,7 +230,7 @@ def bench(
         from trtower_export.checkpoint.checkpoint import reopen_checkpoint
 
     options = BenchOptions(
-        batches=tuple(size for text in batch or () for size in read_numbers(text)) or None,
+        batches=tuple(read_batches(batch) or ()) or None,
         against=competitors() if against is None else read_names(against),
         backend=backend,
         rounds=rounds,

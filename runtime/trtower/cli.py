@@ -135,6 +135,15 @@ def _backends(incomplete: str) -> list[str]:
     return [name for name in backend_names() if name.startswith(incomplete)]
 
 
+BATCHES_HELP = "Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest."
+"""What `--batch` says in the commands that time something."""
+
+
+def read_batches(texts: list[str] | None) -> list[int] | None:
+    """Read every `--batch` of a command that times something; None if there is none."""
+    return [number for text in texts for number in read_numbers(text)] if texts else None
+
+
 def read_numbers(text: str) -> list[int]:
     """Read the numbers of an option `--batch`, separated by commas; raise ConfigError if they are none."""
     try:
@@ -255,11 +264,7 @@ def _add_tune(app: "typer.Typer") -> None:
         ] = None,
         batch: Annotated[
             list[str] | None,
-            typer.Option(
-                "--batch",
-                metavar="N,N",
-                help="Batch sizes to time, as in 1,8,32. Default: those of the profiles; on a CPU only the smallest.",
-            ),
+            typer.Option("--batch", metavar="N,N", help=BATCHES_HELP),
         ] = None,
         json_: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
     ) -> int:
@@ -274,7 +279,7 @@ def _add_tune(app: "typer.Typer") -> None:
         tuned = tune_bundle(
             Bundle.open(bundle),
             device=device,
-            batches=[size for text in batch for size in read_numbers(text)] if batch else None,
+            batches=read_batches(batch),
             on_step=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )
         tuning = tuned.manifest.tunings[-1]

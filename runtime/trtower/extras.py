@@ -69,6 +69,14 @@ def how_to_install(extra: str) -> str:
     return f"pip install {shlex.quote(f'{name} @ {url}' if url else name)}"
 
 
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, without importing it; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def extra_of(module: str) -> str | None:
     """Return the extra that requires the package of ``module``, by trtower's metadata; None if there is none."""
     try:

@@ -22,8 +22,7 @@ from trtower.bundle.bundle import Bundle
 from trtower.errors import BackendError, ConfigError, TrtowerError, one_line
 from trtower.names import check_name
 from trtower.runners.base import Runner
-from trtower.runners.race import race
-from trtower.spec import merge_profiles, profile_batches
+from trtower.runners.race import batches_to_time, race
 from trtower_export.bench.ceiling import measure_ceilings
 from trtower_export.bench.entrants import LLAVA, TRTOWER, Arena, Entrant, competitors, enter, runner_of
 from trtower_export.bench.environment import describe_environment
@@ -90,13 +89,10 @@ def _race_all(
 
     All towers are freed on return.
     """
-    profiles = bundle.manifest.profiles
     with progress.step("Load the towers"):
         arena = Arena.open(bundle, checkpoint, options.backend)
     kind = arena.device.type
-    batches = options.batches or (
-        tuple(profile_batches(profiles)) if kind == "cuda" else (merge_profiles(profiles).min,)
-    )
+    batches = options.batches or batches_to_time(bundle.manifest, kind)
     rounds = options.rounds or ROUNDS[kind]
     entrants, absent = _enter_all(arena, options.against, progress)
     with progress.step("Measure the ceiling of the hardware"):

@@ -4,12 +4,12 @@ import datetime
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trtower.extras import installed_version
 from trtower.runners import choose
 from trtower.runners.device import capability_of
 from trtower.runners.processor import processor_fields, processor_flags
@@ -38,7 +38,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "versions": {name: number for name in (*PACKAGES, *backends) if (number := _version(name))},
+        "versions": {name: number for name in (*PACKAGES, *backends) if (number := installed_version(name))},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -61,13 +61,6 @@ def read_driver(path: Path) -> str | None:
         return None
     number = re.search(r"\d+(\.\d+)+", line)
     return number[0] if number else line
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "asimd", "sve", "bf16")

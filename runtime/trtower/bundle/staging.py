@@ -18,6 +18,9 @@ from filelock import FileLock, Timeout
 from trtower.bundle.manifest import MANIFEST, FileEntry, Manifest
 from trtower.errors import BuildError, BundleError
 
+WAIT_S = 60.0
+"""How long to wait, before writing a result, while another process writes into the bundle."""
+
 
 def describe(path: Path) -> FileEntry:
     """Return a file's size and sha256."""

@@ -14,7 +14,7 @@ import torch
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.certificate import VERIFY, BatchFigures, Bound, Certificate, Figures, ImageFigures, describe_figure
 from trtower.bundle.manifest import GOLDEN
-from trtower.bundle.staging import check_writable, disk_errors, locked
+from trtower.bundle.staging import WAIT_S, check_writable, disk_errors, locked
 from trtower.bundle.suggest import proof_command
 from trtower.errors import BackendError
 from trtower.parity.bounds import DRAWN, PHOTOGRAPH, judge
@@ -24,9 +24,6 @@ from trtower.parity.runs import describe_run, refuse_altered, run_in_batches
 from trtower.runners.base import Runner
 from trtower.runners.choose import choose
 from trtower.spec import profile_batches
-
-WAIT_S = 60.0
-"""How long to wait while another process writes into the bundle."""
 
 OnBatch = Callable[[int], None]
 """Called with each batch size before it runs."""

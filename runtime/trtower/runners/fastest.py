@@ -7,12 +7,12 @@ measured. A backend that was not measured follows those that were.
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from trtower.bundle.bundle import Bundle
 from trtower.bundle.tuning import Tuning
+from trtower.extras import installed_version
 from trtower.flavour import FLAVOURS
 from trtower.runners.base import Backend
 from trtower.runners.device import default_device, describe_device, device_obstacle
@@ -34,14 +34,7 @@ def runs_graphs(backend: Backend) -> bool:
 def installed_versions(backends: Iterable[Backend]) -> dict[str, str]:
     """Read the versions of trtower and of every package that runs graphs, without importing any."""
     names = sorted({"trtower", *(each.package for each in backends if runs_graphs(each))})
-    return {name: number for name in names if (number := _version(name))}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: number for name in names if (number := installed_version(name))}
 
 
 def known_tunings(

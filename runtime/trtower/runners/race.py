@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trtower.bundle.manifest import Manifest
+from trtower.spec import profile_batches
 
 ROUNDS = 5
 SEED = 0
@@ -60,6 +61,11 @@ def _on_gpu(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def batches_to_time(manifest: Manifest, kind: str) -> list[int]:
+    """List the batches to time if nobody names any: on CUDA those of the profiles, elsewhere the smallest."""
+    return profile_batches(manifest.profiles) if kind == "cuda" else [manifest.batch.min]
 
 
 def draw_inputs(manifest: Manifest, batch: int) -> Tensor:

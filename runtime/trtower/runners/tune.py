@@ -9,21 +9,17 @@ from functools import partial
 import torch
 
 from trtower.bundle.bundle import Bundle
-from trtower.bundle.staging import check_writable, disk_errors, locked
+from trtower.bundle.staging import WAIT_S, check_writable, disk_errors, locked
 from trtower.bundle.tuning import BackendTimes, Tuning
 from trtower.errors import BackendError, ConfigError, one_line
 from trtower.runners.base import EngineOptions, Runner
 from trtower.runners.choose import BACKENDS, auto_choice, candidates, find_backend
 from trtower.runners.device import describe_device, device_obstacle, parse_device
 from trtower.runners.fastest import installed_versions, runs_graphs
-from trtower.runners.race import draw_inputs, race
-from trtower.spec import profile_batches
+from trtower.runners.race import batches_to_time, draw_inputs, race
 
 ROUNDS = {"cpu": 3, "cuda": 50}
 """How often each backend runs each batch, by kind of device."""
-
-WAIT_S = 60.0
-"""How long to wait while another process writes into the bundle."""
 
 OnStep = Callable[[str], None]
 """Called with a line of text about every step, and about every backend that is not timed."""
@@ -84,7 +80,7 @@ def tune_bundle(
 def _sizes(bundle: Bundle, device: torch.device, batches: Sequence[int] | None) -> list[int]:
     profile = bundle.manifest.batch
     if batches is None:
-        return profile_batches(bundle.manifest.profiles) if device.type == "cuda" else [profile.min]
+        return batches_to_time(bundle.manifest, device.type)
     for batch in batches:
         if not profile.min <= batch <= profile.max:
             raise ConfigError(

@@ -23,6 +23,9 @@ from trtower.runners.processor import multiplies_bf16
 CLOSE = 1e-6
 """Relative difference of two orders of summing in FP32."""
 
+ROUNDED = 4e-3
+"""The same after rounding to BF16, which has steps of 2 ** -8."""
+
 can_pack = pytest.mark.skipif(not packing.can_pack(), reason="this PyTorch cannot pack weights on this processor")
 
 
@@ -48,12 +51,14 @@ def test_it_computes_the_same_for_any_number_of_vectors(model: onnx.ModelProto, 
 
 @can_pack
 @pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no BF16 arithmetic")
-def test_in_bf16_every_bit_is_the_same() -> None:
+def test_in_bf16_it_differs_by_a_rounding_at_most() -> None:
+    """On an AMD EPYC every bit is the same; a processor may have other kernels for packed weights."""
     x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     instead = {torch.float32: torch.bfloat16}
     model = linear(bias=True)
     plain, packed = (read_module(model, b"", instead=instead, packed=rows) for rows in (0, TOKENS))
-    assert torch.equal(packed(x), plain(x))
+    found, expected = packed(x).float(), plain(x).float()
+    assert float((found - expected).norm() / expected.norm()) <= ROUNDED
 
 
 @can_pack

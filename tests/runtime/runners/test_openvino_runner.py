@@ -171,14 +171,24 @@ def test_bf16_keeps_the_weights_of_a_bf16_graph_as_they_are(
 
 
 @with_bf16
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_products_that_stay_in_fp32_run_in_bf16_too(
     export: Callable[..., Path], checkpoints: dict[str, Path], precision: str
 ) -> None:
-    kept = ("layers.0.self_attn.*_proj", "layers.1.mlp.fc1", "stem.*")
+    kept = () if precision == "fp32" else ("layers.0.self_attn.*_proj", "layers.1.mlp.fc1", "stem.*")
     tower = VisionTower.load(export("clip", precision=precision, keep_fp32=kept, flavour="none"), "openvino-bf16")
     images = draw(tower)
     assert error(tower(images), expect(checkpoints["clip"], tower, images)) <= BF16_ERROR
+
+
+@with_bf16
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_8_bits_run_in_bf16_too(export: Callable[..., Path], checkpoints: dict[str, Path], precision: str) -> None:
+    bundle = export("clip", precision=precision, flavour="none")
+    tower, other = VisionTower.load(bundle, "openvino-bf16"), VisionTower.load(bundle, "openvino")
+    images = draw(tower, 4)
+    expected = expect(checkpoints["clip"], tower, images)
+    assert error(tower(images), expected) <= INT8_ERROR * error(other(images), expected)
 
 
 @with_bf16
