@@ -14,12 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx_ir import DataType
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch.export import ExportedProgram
@@ -81,6 +83,7 @@ def write_onnx(
         modules = _name(written.model)
         if quantise:
             quantise(written.model, modules)
+        _look_up(written.model)
         _strip(written.model)
         _lay_out(written.model)
         written.save(path, external_data=True)
@@ -108,6 +111,16 @@ def read_onnx(bundle: Bundle, graph: str = GRAPH) -> onnx.ModelProto:
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     return model
+
+
+def add_constant(graph: onnx_ir.Graph, name: str, array: Any, dtype: DataType = DataType.FLOAT) -> onnx_ir.Value:
+    """Add an initialiser to a graph."""
+    tensor = onnx_ir.Tensor(array, dtype=dtype, name=name)
+    value = onnx_ir.Value(
+        name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(dtype)
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def _name(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
@@ -148,6 +161,28 @@ def _strip(model: onnx_ir.Model) -> None:
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def _look_up(model: onnx_ir.Model) -> None:
+    """Replace lookups of fixed rows in tables, as of position embeddings, by the rows.
+
+    The file of weights then holds numbers only, and no indices: loading reads it before its hash is known.
+    """
+    graph = model.graph
+    for node in list(graph):
+        table, rows = (*node.inputs, None, None)[:2]
+        if node.op_type == "Gather" and table and rows and table.const_value and rows.const_value:
+            found = np.take(table.const_value.numpy(), rows.const_value.numpy(), node.attributes.get_int("axis", 0))
+            name = str(node.name if len(table.uses()) > 1 else table.name)
+            (result,) = node.outputs
+            uses = [*result.uses()]
+            for read in {table, rows}:
+                if len(read.uses()) == 1:
+                    del graph.initializers[str(read.name)]
+            value = add_constant(graph, name, found, table.const_value.dtype)
+            for use in uses:
+                use.node.replace_input_with(use.idx, value)
+            graph.remove(node, safe=True)
 
 
 def _lay_out(model: onnx_ir.Model) -> None:
