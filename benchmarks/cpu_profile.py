@@ -25,7 +25,7 @@ from trtower_export.pipeline import ExportOptions, export_tower
 RECIPE = "openai/clip-vit-large-patch14-336"
 BACKENDS = {"bf16": ("openvino-bf16",), "int8": ("openvino-int8", "openvino-bf16")}
 CALLS = 7
-ROWS = (576, 577, 578, 592, 640)
+ROWS = (576, 577, 608, 640, 641)
 SHOWN = 6
 
 

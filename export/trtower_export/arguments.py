@@ -142,8 +142,7 @@ KeepFp16Option = Annotated[
     typer.Option(
         "--keep-fp16",
         metavar="NAMES",
-        help=f"Layers to keep in FP16 with {list_choices(EIGHT_BIT)}; '' quantises every linear layer. "
-        "Default for int8: layers fed by an activation.",
+        help=f"Layers to keep in FP16 with {list_choices(EIGHT_BIT)}, separated by commas; * is a wildcard.",
     ),
 ]
 FlavourOption = Annotated[

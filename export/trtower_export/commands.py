@@ -100,7 +100,7 @@ def export(
         pool=pool,
         precision=precision,
         keep_fp32=read_names(keep_fp32 or ""),
-        keep_fp16=None if keep_fp16 is None else read_names(keep_fp16),
+        keep_fp16=read_names(keep_fp16 or ""),
         images=images,
         profiles=tuple(read_profile(text) for text in batch or ()),
         flavour=flavour,

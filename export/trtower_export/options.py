@@ -49,8 +49,7 @@ class ExportOptions:
             in FP32 as the check's bounds allow on ``images`` and on drawn images. "fp8" and "int8" are calibrated on
             ``images``.
         keep_fp32: Operations to keep in FP32, named as `trtower doctor` lists them; `*` is a wildcard.
-        keep_fp16: Layers to keep in FP16 with "fp8" or "int8"; () quantises every linear layer. Default: none with
-            "fp8"; with "int8" the layers fed by an activation.
+        keep_fp16: Layers to keep in FP16 with "fp8" or "int8", named as ``keep_fp32``.
         images: Folder of images for the check, the search of "auto" and calibration. Default: the demo extra's
             photographs.
         profiles: Batch profiles: the fewest, tuned-for and most images per engine call. Default: the recipe's, else
@@ -85,7 +84,7 @@ class ExportOptions:
     pool: str | None = None
     precision: str = "fp16"
     keep_fp32: tuple[str, ...] = ()
-    keep_fp16: tuple[str, ...] | None = None
+    keep_fp16: tuple[str, ...] = ()
     images: Path | None = None
     profiles: tuple[BatchProfile, ...] = ()
     flavour: str = "auto"
@@ -114,7 +113,7 @@ class ExportOptions:
             )
         if self.keep_fp32 and self.precision == "fp32":
             raise ConfigError("--keep-fp32 is for half precision; with --precision fp32 every operation is in FP32.")
-        if self.keep_fp16 is not None and not self.calibrates:
+        if self.keep_fp16 and not self.calibrates:
             raise ConfigError(
                 f"--keep-fp16 needs --precision {' or '.join(EIGHT_BIT)}; the precision is {self.precision}."
             )

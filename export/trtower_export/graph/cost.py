@@ -87,6 +87,8 @@ def measure_graph(path: Path, flop: int) -> TowerCost:
     graph = onnx.load_model(path, load_external_data=False).graph
     reads = Counter(name for node in graph.node for name in node.input)
     scales = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    rounded = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    scales |= {node.input[1] for node in graph.node if node.op_type == "Mul" and node.output[0] in rounded}
     named = (re.match(r"layers\.(\d+)\b", node.name) for node in graph.node)
     return TowerCost(
         layers=len({match[1] for match in named if match}),

@@ -41,11 +41,6 @@ FUSED = "scaled_dot_product_attention"
 PRODUCTS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "linear", "matmul", "mm", "scaled_dot_product_attention"})
 """Matrix products and convolutions."""
 
-NORMS = frozenset({"layer_norm", "rms_norm"})
-
-ARITHMETIC = frozenset({"add", "div", "mean", "mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub"})
-"""Functions that spell out scales and norms. Any other function between two products is an activation."""
-
 CASTS = frozenset({"to", "_to_copy"})
 
 
@@ -121,10 +116,6 @@ class Operations(Sequence[Operation]):
     def reading(self, weight: str) -> Sequence[Operation]:
         """List the operations that compute with a weight."""
         return self._reading.get(weight, ())
-
-    def follows_activation(self, operation: Operation) -> bool:
-        """Return whether an operation is a product with the result of an activation function, gated or not."""
-        return operation.multiplies and any(_is_activated(node.all_input_nodes[0]) for node in operation.nodes)
 
     def match(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Return the names that match ``patterns``: each a name, the path of a module around it, or either with `*`.
@@ -304,21 +295,6 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
         return
     for argument in node.all_input_nodes:
         yield from _sources(argument)
-
-
-def _is_activated(value: fx.Node) -> bool:
-    """Return whether a value went through an activation after the products, norms and residuals that it comes from."""
-    todo, seen = [value], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        is_residual = opname(node) == "add" and len(node.all_input_nodes) > 1
-        if node in seen or node.op != "call_function" or is_residual or opname(node) in PRODUCTS | NORMS:
-            continue
-        seen.add(node)
-        if _computes(node) and not is_cast(node) and opname(node) not in ARITHMETIC:
-            return True
-        todo += node.all_input_nodes
-    return False
 
 
 def opname(node: fx.Node) -> str:

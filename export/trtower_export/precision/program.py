@@ -17,7 +17,7 @@ from trtower_export.graph.onnx_graph import Quantise, write_onnx
 from trtower_export.graph.operations import Operations, trace
 from trtower_export.options import ExportOptions
 from trtower_export.precision.doctor import named_weights
-from trtower_export.precision.quantisation import calibrate, left_in_half, linear_layers, write_quantised
+from trtower_export.precision.quantisation import calibrate, linear_layers, write_quantised
 from trtower_export.precision.search import find_islands
 
 
@@ -72,7 +72,7 @@ def trace_in_precision(
         return TracedTower(precision=precision, program=program, keep_fp32=kept)
     images = [each for some in samples.pixel_values.values() for each in some]
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
-        leave = left_in_half(program, precision, options.keep_fp16).union(kept)
+        leave = {*Operations(program).match(options.keep_fp16), *kept}
         scales = calibrate(tower, precision, images, leave)
     progress.say(f"quantised to {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
     return TracedTower(

@@ -4,6 +4,11 @@ The range of a layer's input, and of its weights, is their largest magnitude. Li
 half precision, and so do norms, softmax, attention's own products, the patch embedding and residuals. Scales are in
 FP32: with FP16 scales, TensorRT-RTX 1.7 keeps the raw sums of INT8 products in FP16, and in a third of the layers of a
 pretrained ViT-S/14 these sums would overflow (computed, not run).
+
+INT8 has steps of one size, and in the inputs of some layers, most of all after an activation function, a few channels
+are far larger than the others. So these channels are first made smaller, and their weights larger by as much, as in
+SmoothQuant (Xiao et al., 2023, https://arxiv.org/abs/2211.10438). FP8 has small steps for small numbers, and needs no
+smoothing.
 """
 
 import copy
@@ -13,18 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import torch
 from onnx import numpy_helper
 from onnx_ir import DataType
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from trtower.bundle.bundle import Bundle
 from trtower.errors import CheckpointError, ConfigError
 from trtower.spec import PRECISIONS
-from trtower_export.graph.onnx_graph import read_onnx
-from trtower_export.graph.operations import Operations
+from trtower_export.graph.onnx_graph import add_constant, read_onnx
 from trtower_export.graph.truncate import TruncatedTower
 
 
@@ -37,14 +41,15 @@ class Format:
         dtype: The format's type in torch.
         largest: Its largest number.
         per_channel: Whether each output of a layer has its own weight scale; if not, the layer has one.
-        spares_activated: Whether layers that an activation feeds stay in half precision by default.
+        smoothing: How much of the differences between an input's channels moves into the weights, from 0 to 1. None
+            leaves the channels as they are.
     """
 
     precision: str
     dtype: torch.dtype
     largest: float
     per_channel: bool = False
-    spares_activated: bool = False
+    smoothing: float | None = None
 
     @property
     def onnx(self) -> DataType:
@@ -55,13 +60,18 @@ class Format:
 FORMATS = {
     each.precision: each
     for each in (
-        Format(precision="int8", dtype=torch.int8, largest=127.0, per_channel=True, spares_activated=True),
+        Format(precision="int8", dtype=torch.int8, largest=127.0, per_channel=True, smoothing=0.5),
         Format(precision="fp8", dtype=torch.float8_e4m3fn, largest=448.0),
     )
 }
 
-INPUT_SCALE, WEIGHT_SCALE, WEIGHT = ".input_scale", ".weight_scale", ".weight_8bit"
+SMOOTHING, INPUT_SCALE = ".input_smoothing", ".input_scale"
+WEIGHT_SCALE, WEIGHT = ".weight_scale", ".weight_8bit"
 """Suffixes of the names of a quantised layer's tensors, after its module's path."""
+
+LEAST_CHANNEL = 1e-3
+"""A channel smaller than this share of the largest is smoothed as if it were so large: it may have been idle only on
+the images of the calibration."""
 
 ZERO_POINT = "zero_point"
 """The name of the one zero point that all layers share."""
@@ -69,30 +79,21 @@ ZERO_POINT = "zero_point"
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """The sizes of a layer's 8-bit steps: one for its input, and for its weight one () or one per output (O,)."""
+    """How the numbers of a layer become 8 bits.
+
+    Attributes:
+        input: The size of the input's steps, after smoothing.
+        weight: The size of the weight's steps, after smoothing: one () or one per output (O,).
+        smoothing: By what each channel of the input is multiplied, and its weights divided (I,). None is not at all.
+    """
 
     input: float
     weight: Tensor
+    smoothing: Tensor | None = None
 
 
 Quantisation = Mapping[str, Scales]
 """The scales of every quantised layer, keyed by its module's path in the tower."""
-
-
-def left_in_half(program: ExportedProgram, precision: str, patterns: Sequence[str] | None) -> set[str]:
-    """Return the names of a traced tower's operations that an 8-bit precision leaves in half precision.
-
-    ``patterns`` name them; None means the format's default. INT8 rounds a layer's whole input in steps of one size.
-    After an activation a few values are far larger than others and make the steps too coarse for these, so by default
-    the layers that read an activation stay in half precision. On a pretrained ViT-S/14 this lowers the relative error
-    of INT8 from 0.16 to 0.08 (`make precisions`).
-    """
-    operations = Operations(program)
-    if patterns is not None:
-        return set(operations.match(patterns))
-    if not FORMATS[precision].spares_activated:
-        return set()
-    return {operation.name for operation in operations if operations.follows_activation(operation)}
 
 
 @torch.no_grad()
@@ -108,31 +109,55 @@ def calibrate(tower: nn.Module, precision: str, images: Sequence[Tensor], leave:
             f"--precision {precision} has no linear layer to quantise: all are kept in higher precision. Name fewer "
             "with --keep-fp16 or --keep-fp32."
         )
-    largest = dict.fromkeys(layers, torch.tensor(0.0))
+    channels: dict[str, Tensor] = {}  # the largest magnitude of each (I,)
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
 
             def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                largest[name] = torch.maximum(largest[name], inputs[0].abs().max().float())
+                seen = inputs[0].abs().float().flatten(0, -2).amax(0)
+                channels[name] = torch.maximum(channels.get(name, seen), seen)
 
             hooks.enter_context(layer.register_forward_pre_hook(record))
         for pixel_values in images:
             tower(pixel_values)
-    for name, magnitude in largest.items():
-        if not magnitude.isfinite():
+    for name, magnitudes in channels.items():
+        if not magnitudes.isfinite().all():
             raise CheckpointError(
                 f"the input of {name} is not finite in FP32. To see where that begins, run: trtower doctor CHECKPOINT"
             )
     form = FORMATS[precision]
     weights = {name: layer.weight.abs().float() for name, layer in layers.items()}
-    return {
-        name: Scales(
-            input=float(_scale(largest[name], form)),
-            weight=_scale(weight.amax(dim=1) if form.per_channel else weight.max(), form),
+    smoothing = _smooth(channels, weights, form.smoothing)
+    scales = {}
+    for name, weight in weights.items():
+        factors = smoothing.get(name)
+        inputs = channels[name] if factors is None else channels[name] * factors
+        smoothed = weight if factors is None else weight / factors
+        scales[name] = Scales(
+            input=float(_scale(inputs.max(), form)),
+            weight=_scale(smoothed.amax(dim=1) if form.per_channel else smoothed.max(), form),
+            smoothing=factors,
         )
-        for name, weight in weights.items()
-    }
+    return scales
+
+
+def _smooth(channels: Mapping[str, Tensor], weights: Mapping[str, Tensor], exponent: float | None) -> dict[str, Tensor]:
+    """Return the smoothing of each layer, (I,); none without an exponent. Layers that read the same tensor share it."""
+    if exponent is None:
+        return {}
+    readers: dict[bytes, list[str]] = {}
+    for name, magnitudes in channels.items():
+        readers.setdefault(magnitudes.cpu().numpy().tobytes(), []).append(name)
+    smoothing: dict[str, Tensor] = {}
+    for names in readers.values():
+        inputs = channels[names[0]]
+        columns = torch.stack([weights[name].amax(dim=0) for name in names]).amax(dim=0)
+        inputs, columns = (each.clamp(min=LEAST_CHANNEL * each.max()) for each in (inputs, columns))
+        factors = columns ** (1 - exponent) / inputs**exponent
+        factors = torch.where(factors.isfinite() & (factors > 0), factors, 1.0)  # all inputs or weights may be zero
+        smoothing |= dict.fromkeys(names, factors)
+    return smoothing
 
 
 def _scale(magnitude: Tensor, form: Format) -> Tensor:
@@ -150,11 +175,15 @@ def simulate_quantised(tower: TruncatedTower, precision: str, quantisation: Quan
     quantised, form = copy.deepcopy(tower), FORMATS[precision]
     for name, scales in quantisation.items():
         layer: Any = quantised.get_submodule(name)
-        weight = scales.weight.reshape(-1, *([1] if scales.weight.ndim else []))
-        layer.weight = nn.Parameter(_rounded(layer.weight.float(), weight, form), requires_grad=False)
+        factors = torch.tensor(1.0) if scales.smoothing is None else scales.smoothing
+        factors = factors.to(layer.weight.device)
+        steps = scales.weight.reshape(-1, *([1] if scales.weight.ndim else []))
+        layer.weight = nn.Parameter(_rounded(layer.weight.float() / factors, steps, form), requires_grad=False)
 
-        def round_input(_: nn.Module, args: tuple[Tensor], scale: float = scales.input) -> tuple[Tensor]:
-            return (_rounded(args[0], torch.tensor(scale), form),)
+        def round_input(
+            _: nn.Module, args: tuple[Tensor], factors: Tensor = factors, step: float = scales.input
+        ) -> tuple[Tensor]:
+            return (_rounded(args[0] * factors, torch.tensor(step), form),)
 
         layer.register_forward_pre_hook(round_input)
     return quantised
@@ -171,12 +200,12 @@ def write_quantised(
 ) -> None:
     """Put QuantizeLinear and DequantizeLinear around the inputs and weights of quantised layers, in place.
 
-    ``modules`` maps nodes to the modules that they come from. Layers that read the same tensor with the same scale
-    share its quantised form, as queries, keys and values do.
+    ``modules`` maps nodes to the modules that they come from. Layers that read the same tensor with the same smoothing
+    and scale share its quantised form, as queries, keys and values do.
     """
     form, graph = FORMATS[precision], model.graph
     zero: onnx_ir.Value | None = None  # says the type of 8 bits; opset 20 has no attribute for it
-    quantised: dict[tuple[onnx_ir.Value, float], onnx_ir.Value] = {}
+    quantised: dict[tuple[onnx_ir.Value, bytes, float], onnx_ir.Value] = {}
     for node in list(graph):
         module = modules.get(node, "")
         if node.op_type != "MatMul" or module not in scales:
@@ -185,19 +214,26 @@ def write_quantised(
         assert x and weight and weight.const_value and weight.dtype  # noqa: S101, PT018 - a linear layer has them
         half = weight.dtype
         scale = scales[module].input
-        if (x, scale) not in quantised:
-            input_scale = _constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
+        smoothing = scales[module].smoothing
+        factors = None if smoothing is None else smoothing.numpy()
+        key = (x, b"" if factors is None else factors.tobytes(), scale)
+        if key not in quantised:
             wide = _insert(node, "Cast", [x], {"to": DataType.FLOAT}, DataType.FLOAT)
-            zero = zero or _constant(graph, ZERO_POINT, np.zeros((), form.onnx.numpy()), form.onnx)
+            if factors is not None:
+                by = add_constant(graph, module + SMOOTHING, factors)
+                wide = _insert(node, "Mul", [wide, by], {}, DataType.FLOAT)
+            input_scale = add_constant(graph, module + INPUT_SCALE, np.array(scale, np.float32))
+            zero = zero or add_constant(graph, ZERO_POINT, np.zeros((), form.onnx.numpy()), form.onnx)
             eight = _insert(node, "QuantizeLinear", [wide, input_scale, zero], {}, form.onnx)
             back = _insert(node, "DequantizeLinear", [eight, input_scale], {}, DataType.FLOAT)
-            quantised[x, scale] = _insert(node, "Cast", [back], {"to": half}, half)
-        node.replace_input_with(0, quantised[x, scale])
+            quantised[key] = _insert(node, "Cast", [back], {"to": half}, half)
+        node.replace_input_with(0, quantised[key])
         steps = scales[module].weight.numpy()
-        values = weight.const_value.numpy().astype(np.float32) / steps  # (I, O) by () or (O,)
+        values = weight.const_value.numpy().astype(np.float32)  # (I, O)
+        values = (values if factors is None else values / factors[:, None]) / steps  # by () or (O,)
         values = (values if form.dtype.is_floating_point else np.rint(values)).clip(-form.largest, form.largest)
-        stored = _constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.onnx.numpy())), form.onnx)
-        weight_scale = _constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
+        stored = add_constant(graph, module + WEIGHT, np.ascontiguousarray(values.astype(form.onnx.numpy())), form.onnx)
+        weight_scale = add_constant(graph, module + WEIGHT_SCALE, np.ascontiguousarray(steps))
         axis = {"axis": 1} if form.per_channel else {}
         back = _insert(node, "DequantizeLinear", [stored, weight_scale], axis, DataType.FLOAT)
         node.replace_input_with(1, _insert(node, "Cast", [back], {"to": half}, half))
@@ -214,21 +250,18 @@ def read_quantised(bundle: Bundle) -> Quantisation:
     for node in graph.node:
         module, _, kind = node.name.rpartition("/")
         if kind == "MatMul" and module + WEIGHT_SCALE in tensors:
-            (dequantised,) = (makers[name] for name in makers[node.input[0]].input)
+            dequantise = makers[makers[node.input[0]].input[0]]
+            source = makers[makers[dequantise.input[0]].input[0]]
             scales[module] = Scales(
-                input=float(numpy_helper.to_array(tensors[dequantised.input[1]])),
-                weight=torch.from_numpy(numpy_helper.to_array(tensors[module + WEIGHT_SCALE]).copy()),
+                input=float(numpy_helper.to_array(tensors[dequantise.input[1]])),
+                weight=_read(tensors[module + WEIGHT_SCALE]),
+                smoothing=_read(tensors[source.input[1]]) if source.input[-1].endswith(SMOOTHING) else None,
             )
     return scales
 
 
-def _constant(graph: onnx_ir.Graph, name: str, array: Any, dtype: DataType = DataType.FLOAT) -> onnx_ir.Value:
-    tensor = onnx_ir.Tensor(array, dtype=dtype, name=name)
-    value = onnx_ir.Value(
-        name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(dtype)
-    )
-    graph.register_initializer(value)
-    return value
+def _read(tensor: onnx.TensorProto) -> Tensor:
+    return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
 
 def _insert(

@@ -198,4 +198,4 @@ def test_fp32_has_nothing_to_keep() -> None:
     with pytest.raises(ConfigError, match="--keep-fp32 is for half precision"):
         ExportOptions(precision="fp32", keep_fp32=("stem",))
     with pytest.raises(ConfigError, match="--keep-fp16 needs --precision fp8 or int8; the precision is fp16"):
-        ExportOptions(keep_fp16=())
+        ExportOptions(keep_fp16=("layers.*.mlp.fc2",))

@@ -83,8 +83,7 @@ def test_transformers_makes_the_same_bytes_from_the_bundle(of_bytes: Callable[..
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_precision_is_verified(of_bytes: Callable[..., Path], precision: str, layout: str) -> None:
-    images = {} if precision not in ("fp8", "int8") else {"keep_fp16": ()}
-    bundle = Bundle.open(of_bytes(precision, layout, **images))
+    bundle = Bundle.open(of_bytes(precision, layout))
     assert Golden.read(bundle).pixel_values.dtype == torch.uint8
     certificate = verify(bundle, backend="openvino")
     assert certificate.passed, [bound.describe() for bound in certificate.bounds if not bound.holds]
