@@ -103,7 +103,7 @@ class Kept:
                 _remove(staged)
         except OSError as err:
             logger.warning(
-                "%s: %s: %s. Make the folder writable, or pass EngineOptions(runtime_cache=False).",
+                "%s: %s: %s. Make the folder writable, with room in it, or pass EngineOptions(runtime_cache=False).",
                 self.lost,
                 self.folder,
                 err.strerror,

@@ -54,9 +54,7 @@ class LoadedGraph:
         except BundleError:
             raise
         except torch.OutOfMemoryError as err:
-            raise BackendError(
-                f"{torch_version()} has no memory on {device} for the weights of {bundle.path}."
-            ) from err
+            raise BackendError(f"{torch_version()} has no memory on {device} for the weights of {bundle.path}") from err
         except Exception as err:
             raise BackendError(f"{torch_version()} could not load {bundle.path / file}: {one_line(err)}") from err
         self._exact_fp32 = multiplies_fp32(self._module)
@@ -86,7 +84,7 @@ class LoadedGraph:
         Raises BackendError if they cannot be compiled here.
         """
         if obstacle := compiling.why_not(self._device):
-            raise BackendError(f"{obstacle}.")
+            raise BackendError(obstacle)
         kept = self._kept() if keep else None
         try:
             with tempfile.TemporaryDirectory(prefix="trtower-") as name, compiling.compilers_write_to(Path(name)):
