@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trtower.runners import choose
+from trtower.runners.race import UNEVEN
 from trtower.spec import MB
 from trtower_export.bench.entrants import LLAVA, TRTOWER
 from trtower_export.bench.results import Benchmark, ColdStart, ListTiming, Timing
@@ -19,9 +20,6 @@ WIDTH, ROW_HEIGHT, MARGIN = 1500, 60, 190
 
 LEFT = 0.34
 """The fraction of the plot's width for batches and names."""
-
-UNEVEN = 1.5
-"""Above this ratio of 99th percentile to median, something else was running on the machine."""
 
 
 def print_benchmark(console: Console, benchmark: Benchmark) -> None:

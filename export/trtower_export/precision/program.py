@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from trtower.bundle.manifest import Calibration
+from trtower.errors import ConfigError
 from trtower.spec import BatchProfile, TowerSpec
 from trtower_export.console import Progress
 from trtower_export.graph.islands import keep_fp32
@@ -72,7 +73,7 @@ def trace_in_precision(
         return TracedTower(precision=precision, program=program, keep_fp32=kept)
     images = [each for some in samples.pixel_values.values() for each in some]
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
-        leave = {*Operations(program).match(options.keep_fp16), *kept}
+        leave = {*_linear_layers(tower, program, options.keep_fp16), *kept}
         scales = calibrate(tower, precision, images, leave)
     progress.say(f"quantised to {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
     return TracedTower(
@@ -82,6 +83,18 @@ def trace_in_precision(
         calibration=Calibration(layers=len(scales), images=len(images), images_sha256=samples.sha256),
         quantise=partial(write_quantised, precision=precision, scales=scales),
     )
+
+
+def _linear_layers(tower: nn.Module, program: ExportedProgram, patterns: Sequence[str]) -> set[str]:
+    """Return the linear layers that match ``patterns``; raise ConfigError if one matches none."""
+    operations, layers = Operations(program), linear_layers(tower)
+    for pattern in patterns:
+        if not set(operations.match([pattern])).intersection(layers):
+            raise ConfigError(
+                f"--keep-fp16 {pattern!r} matches no linear layer, and all but linear layers is in FP16 anyway: leave "
+                f"it out, or name one such as {layers[-1]}."
+            )
+    return set(operations.match(patterns))
 
 
 def trace_with_islands(

@@ -194,7 +194,8 @@ class Backend(ABC):
         """
         if self.arithmetic in ("", "fp32", precision):
             return None
-        return f"it computes in {self.arithmetic.upper()}, which is coarser than {precision}"
+        half = "FP16, in which an 8-bit bundle computes the rest" if precision in EIGHT_BIT else precision
+        return f"it computes in {self.arithmetic.upper()}, which is coarser than {half}"
 
     def computes_in(self, precision: str) -> str:
         """Return the arithmetic in which this backend runs a bundle.

@@ -134,6 +134,9 @@ def choose(
         warns = several and (ignored or _deserves_warning(candidate, better, requested, certified=certified))
         suffix = f"{tuned}; passed over {passed_over}" if passed_over else tuned
         logger.log(logging.WARNING if warns else logging.INFO, "%s runs on %s%s", bundle.path, runner.name, suffix)
+        if engine and engine.compile and not find_backend(candidate.backend).compiles:
+            compiling = ", ".join(each.name for each in BACKENDS if each.compiles)
+            logger.warning("compile=True does nothing on %s: name a backend that compiles, %s", runner.name, compiling)
         return runner
     # First what an extra would mend, then what this machine or this bundle lacks.
     listed.sort(key=lambda each: each.file is None or device_obstacle(each.device) is not None)

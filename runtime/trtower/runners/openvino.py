@@ -178,7 +178,10 @@ class OpenVino(Backend):
     def obstacle(self, bundle: Bundle, file: str, device: torch.device) -> str | None:
         """See Backend.obstacle."""
         if self.arithmetic in EIGHT_BIT and bundle.manifest.precision != self.arithmetic:
-            return f"it is for bundles in {self.arithmetic}, and this one is in {bundle.manifest.precision}"
+            return (
+                f"it is for bundles in {self.arithmetic}, and this one is in {bundle.manifest.precision}: export with "
+                f"--precision {self.arithmetic}"
+            )
         ov = import_extra("openvino", extra="openvino", purpose=self.name)
         if self.arithmetic == "bf16" and not has_bf16(ov):
             return "OpenVINO finds no BF16 support in this processor; use backend openvino"

@@ -12,6 +12,9 @@ from trtower.spec import profile_batches
 ROUNDS = 5
 SEED = 0
 
+UNEVEN = 1.5
+"""When a call takes more than this many times its median, something else was running on the machine."""
+
 REST_S = 0.02
 """Pause between two competitors: the threads of one keep spinning for a while on the cores of the next."""
 

@@ -111,7 +111,8 @@ class LoadedGraph:
             with torch.inference_mode(mode=False), as_typed(self._device.type, exact_fp32=self._exact_fp32):
                 images = self._prepare(torch.zeros((batch, *spec.row), dtype=dtype, device=self._device))
                 self._compiled[batch] = compiling.compile_for(self._module, images)
-            logger.info("compiled batch %d in %.0f s", batch, time.perf_counter() - started)
+            done = "loaded what was compiled for" if found else "compiled"
+            logger.info("%s batch %d in %.0f s", done, batch, time.perf_counter() - started)
 
     def _kept(self) -> Kept:
         if self._device.type == "cuda":

@@ -16,9 +16,9 @@ from trtower.runners.base import EngineOptions, Runner
 from trtower.runners.choose import BACKENDS, auto_choice, candidates, find_backend
 from trtower.runners.device import describe_device, device_obstacle, parse_device
 from trtower.runners.fastest import installed_versions, runs_graphs
-from trtower.runners.race import batches_to_time, draw_inputs, race
+from trtower.runners.race import UNEVEN, batches_to_time, draw_inputs, race
 
-ROUNDS = {"cpu": 3, "cuda": 50}
+ROUNDS = {"cpu": 5, "cuda": 50}
 """How often each backend runs each batch, by kind of device."""
 
 OnStep = Callable[[str], None]
@@ -128,6 +128,11 @@ def _race(
         on_gpu = device.type == "cuda"
         for name, seconds in race(calls, rounds=ROUNDS[device.type], drop=drop, on_gpu=on_gpu).items():
             found[name].append(statistics.median(seconds))
+            if not on_gpu and max(seconds) > UNEVEN * found[name][-1]:
+                times = max(seconds) / found[name][-1]
+                on_step(
+                    f"{name} took up to {times:.1f} times its median: if the machine was busy, tune again when idle"
+                )
     return [
         BackendTimes(backend=name, runner=runners[name].name, seconds=tuple(seconds)) for name, seconds in found.items()
     ]

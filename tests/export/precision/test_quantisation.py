@@ -115,6 +115,17 @@ def test_channel_that_is_idle_in_calibration_is_smoothed_within_a_limit() -> Non
     assert scales.input == pytest.approx(1 / 127)
 
 
+def test_pattern_that_names_no_linear_layer_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Everything else is in FP16 anyway, so it is a mistake."""
+    options = ExportOptions(
+        precision="int8", flavour="none", check=False, keep_fp16=("layers.*.mlp", "layers.1.layer_norm1")
+    )
+    with pytest.raises(
+        ConfigError, match=r"'layers\.1\.layer_norm1' matches no linear layer, .* such as layers\.2\.mlp\.fc2"
+    ):
+        export_tower(str(checkpoints["clip"]), tmp_path / "b", options)
+
+
 def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

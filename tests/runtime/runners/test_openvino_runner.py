@@ -107,7 +107,7 @@ def test_8_bits_are_for_int8_bundles_and_processors_with_vnni(
 ) -> None:
     monkeypatch.setattr(runner_module, "has_vnni", lambda: True)
     for precision in ("fp8", "fp16"):
-        with pytest.raises(BackendError, match=f"it is for bundles in int8, and this one is in {precision}"):
+        with pytest.raises(BackendError, match=f"this one is in {precision}: export with --precision int8"):
             VisionTower.load(export("clip", precision=precision, flavour="none"), "openvino-int8")
     bundle = export("clip", precision="int8", flavour="none")
     (candidate,) = candidates(Bundle.open(bundle), backend="openvino-int8")

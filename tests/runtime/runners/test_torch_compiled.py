@@ -295,6 +295,14 @@ def test_its_cold_start_compiles_too(spoilt: Path, compiler: FakeCompiler, capsy
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["load_s"] > 0
 
 
+def test_backend_that_does_not_compile_says_so(export: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    bundle = export("clip", precision="fp32", flavour="none")
+    VisionTower.load(bundle, "onnxruntime-cpu", engine=EngineOptions(compile=True))
+    (line,) = (each.getMessage() for each in caplog.records if "compile=True" in each.getMessage())
+    assert line.startswith("compile=True does nothing on onnxruntime ")
+    assert line.endswith(": name a backend that compiles, torch-cuda, torch-bf16, torch-cpu")
+
+
 @pytest.mark.slow
 def test_real_compiler_computes_the_same_and_never_compiles_again(
     export: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -49,6 +49,15 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return seconds
 
 
+def test_it_says_that_the_machine_may_have_been_busy(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {name: [1.0] * 4 + [2.0 if name == "openvino" else 1.4] for name in SECONDS}
+    monkeypatch.setattr(tune, "race", lambda calls, **_: {name: times[name] for name in calls})
+    lines: list[str] = []
+    tune_bundle(Bundle.open(spoilt), on_step=lines.append)
+    (line,) = (each for each in lines if "busy" in each)
+    assert line == "openvino took up to 2.0 times its median: if the machine was busy, tune again when idle"
+
+
 def test_it_times_every_backend_that_runs_here_at_the_batches_asked_for(spoilt: Path) -> None:
     lines: list[str] = []
     tuned = tune_bundle(Bundle.open(spoilt), batches=[3, 1], on_step=lines.append)
