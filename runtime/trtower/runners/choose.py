@@ -272,4 +272,5 @@ def _reservation(
         return None
     if not coarse:
         return f"it has no valid certificate: {proof_command(bundle, backend.name)}"
-    return f"{coarse}, and has no valid certificate of a check: trtower check {bundle.path} --backend {backend.name}"
+    command = f"trtower check {bundle.path} --backend {backend.name}"
+    return f"{coarse}, and the bundle has no valid certificate of a check on it: {command}"

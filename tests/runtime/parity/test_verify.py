@@ -192,7 +192,7 @@ def test_coarse_backend_needs_a_check(spoilt: Path) -> None:
     assert verify_bundle(Bundle.open(spoilt), backend=coarse).manifest.certificate
     reservation = {each.backend: each for each in candidates(Bundle.open(spoilt))}[coarse].reservation
     assert reservation
-    assert reservation.endswith(f"has no valid certificate of a check: trtower check {spoilt} --backend {coarse}")
+    assert reservation.endswith(f"has no valid certificate of a check on it: trtower check {spoilt} --backend {coarse}")
     assert choose(Bundle.open(spoilt)).backend != coarse
 
 

@@ -46,8 +46,8 @@ def test_takes_openvino_in_fp32_for_fp16(bundle: Bundle, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert choose(bundle).backend == "openvino"
     assert (
-        "openvino-bf16: it computes in BF16, which is coarser than fp16, and has no valid certificate of a check: "
-        f"trtower check {bundle.path} --backend openvino-bf16" in caplog.text
+        "openvino-bf16: it computes in BF16, which is coarser than fp16, and the bundle has no valid certificate of a "
+        f"check on it: trtower check {bundle.path} --backend openvino-bf16" in caplog.text
     )
 
 

@@ -112,8 +112,8 @@ def test_8_bits_are_for_int8_bundles_and_processors_with_vnni(
     bundle = export("clip", precision="int8", flavour="none")
     (candidate,) = candidates(Bundle.open(bundle), backend="openvino-int8")
     assert candidate.reservation == (
-        "OpenVINO chooses by itself where it rounds to 8 bits, and has no valid certificate of a check: trtower check "
-        f"{bundle} --backend openvino-int8"
+        "OpenVINO chooses by itself where it rounds to 8 bits, and the bundle has no valid certificate of a check "
+        f"on it: trtower check {bundle} --backend openvino-int8"
     )
     assert choose(Bundle.open(bundle)).backend == "openvino"
     monkeypatch.setattr(runner_module, "has_vnni", lambda: False)

@@ -131,8 +131,8 @@ def test_auto_requires_a_check_if_it_is_coarse(bundle: Path, monkeypatch: pytest
     assert VisionTower.load(bundle).backend != "toy 0.1"
     (candidate, *_) = choose.candidates(Bundle.open(bundle))
     assert candidate.reservation == (
-        "it computes in FP16, which is coarser than fp32, and has no valid certificate of a check: trtower check "
-        f"{bundle} --backend toy"
+        "it computes in FP16, which is coarser than fp32, and the bundle has no valid certificate of a check "
+        f"on it: trtower check {bundle} --backend toy"
     )
 
 
