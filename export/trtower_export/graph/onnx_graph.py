@@ -166,7 +166,7 @@ def _strip(model: onnx_ir.Model) -> None:
 def _look_up(model: onnx_ir.Model) -> None:
     """Replace lookups of fixed rows in tables, as of position embeddings, by the rows.
 
-    The file of weights then holds numbers only, and no indices: loading reads it before its hash is known.
+    So these places are not read from the file of weights, which loading reads before its hash is known.
     """
     graph = model.graph
     for node in list(graph):

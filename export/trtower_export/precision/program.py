@@ -73,7 +73,7 @@ def trace_in_precision(
         return TracedTower(precision=precision, program=program, keep_fp32=kept)
     images = [each for some in samples.pixel_values.values() for each in some]
     with progress.step(f"Calibrate {precision} on {len(images)} images"):
-        leave = {*_linear_layers(tower, program, options.keep_fp16), *kept}
+        leave = _left_in_fp16(tower, program, options.keep_fp16).union(kept)
         scales = calibrate(tower, precision, images, leave)
     progress.say(f"quantised to {precision.upper()}: {len(scales)} of {len(linear_layers(tower))} linear layers")
     return TracedTower(
@@ -85,16 +85,18 @@ def trace_in_precision(
     )
 
 
-def _linear_layers(tower: nn.Module, program: ExportedProgram, patterns: Sequence[str]) -> set[str]:
-    """Return the linear layers that match ``patterns``; raise ConfigError if one matches none."""
-    operations, layers = Operations(program), linear_layers(tower)
+def _left_in_fp16(tower: nn.Module, program: ExportedProgram, patterns: Sequence[str]) -> set[str]:
+    """Return the operations that match ``patterns``; raise ConfigError if a pattern matches no linear layer."""
+    operations, layers, found = Operations(program), linear_layers(tower), set[str]()
     for pattern in patterns:
-        if not set(operations.match([pattern])).intersection(layers):
+        matched = operations.match([pattern])
+        if not set(layers).intersection(matched):
             raise ConfigError(
-                f"--keep-fp16 {pattern!r} matches no linear layer, and all but linear layers is in FP16 anyway: leave "
+                f"--keep-fp16 {pattern!r} matches no linear layer, and everything else is in FP16 anyway: leave "
                 f"it out, or name one such as {layers[-1]}."
             )
-    return set(operations.match(patterns))
+        found.update(matched)
+    return found
 
 
 def trace_with_islands(

@@ -172,7 +172,7 @@ def test_graph_is_read_from_hard_links_as_onnx_reads_it(clip_bundle: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_weights_are_read_at_no_places_that_the_file_of_weights_names(name: str, tmp_path: Path) -> None:
+def test_positions_are_looked_up_at_export(name: str, tmp_path: Path) -> None:
     """Loading reads the file before its hash is known. The exporter itself looks up the rows of small tables only."""
     make_model(name, image_size=128, patch_size=4).save_pretrained(tmp_path / "large")
     bundle = export_tower(str(tmp_path / "large"), tmp_path / "b", ExportOptions(precision="bf16", flavour="none"))
